@@ -1,0 +1,2 @@
+//! Words that the kernel programs and the agent share.
+#![no_std]
