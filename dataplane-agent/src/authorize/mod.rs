@@ -1,0 +1,3 @@
+//! Room 4: may it.
+
+pub mod policy;

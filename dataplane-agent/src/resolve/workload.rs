@@ -1,0 +1,98 @@
+//! A workload: one pod, or one address that an EndpointSlice names without a pod.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::identity::Identity;
+
+/// What the mesh knows of one workload. Field meanings are those of `istio.workload.Workload`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// Unique in the mesh: `<cluster>//Pod/<namespace>/<name>`.
+    pub uid: Arc<str>,
+    /// The pod's name.
+    pub name: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its service account.
+    pub service_account: Arc<str>,
+    /// Its trust domain, `cluster.local` unless set.
+    pub trust_domain: Arc<str>,
+    /// The node that it runs on; empty if unknown.
+    pub node: Arc<str>,
+    /// The cluster that it belongs to.
+    pub cluster_id: Arc<str>,
+    /// The network that its addresses belong to; empty for the only one.
+    pub network: Arc<str>,
+    /// Its addresses, IPv4 and IPv6, in the order of `status.podIPs`.
+    pub addresses: Vec<IpAddr>,
+    /// How it is reached.
+    pub protocol: Protocol,
+    /// Whether it shares its node's network namespace; then its addresses do not identify it.
+    pub host_network: bool,
+    /// Whether it takes load as an endpoint of services.
+    pub healthy: bool,
+    /// The name of the object that owns it, or its own.
+    pub workload_name: Arc<str>,
+    /// What kind of object owns it.
+    pub workload_type: WorkloadType,
+    /// `service.name` in telemetry.
+    pub canonical_name: Arc<str>,
+    /// `service.version` in telemetry.
+    pub canonical_revision: Arc<str>,
+    /// The waypoint that traffic to its address must pass, `namespace/hostname` or `network/ip`.
+    pub waypoint: Option<Arc<str>>,
+    /// Keys (`namespace/name`) of the policies that select it.
+    pub policies: Vec<Arc<str>>,
+    /// The services that it is an endpoint of: `namespace/hostname` to service port to target port.
+    pub services: BTreeMap<Arc<str>, BTreeMap<u16, u16>>,
+    /// Where it runs.
+    pub locality: Locality,
+    /// Its weight among endpoints; 0 takes no load.
+    pub capacity: u32,
+}
+
+/// How a workload is reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub enum Protocol {
+    /// In clear, on the port asked for.
+    #[default]
+    #[serde(rename = "TCP")]
+    Tcp,
+    /// Through HBONE, on port 15008.
+    #[serde(rename = "HBONE")]
+    Hbone,
+}
+
+/// The kind of object that owns a workload; the word in `baggage` is its lower case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WorkloadType {
+    /// A Deployment.
+    Deployment,
+    /// A CronJob.
+    CronJob,
+    /// A bare pod, or anything else.
+    #[default]
+    Pod,
+    /// A Job.
+    Job,
+}
+
+/// Region, zone and subzone; empty where unknown.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Locality {
+    /// `topology.kubernetes.io/region` of the node.
+    pub region: Arc<str>,
+    /// `topology.kubernetes.io/zone` of the node.
+    pub zone: Arc<str>,
+    /// `topology.istio.io/subzone` of the node.
+    pub subzone: Arc<str>,
+}
+
+impl Workload {
+    /// The identity that its certificate carries.
+    pub fn identity(&self) -> Identity {
+        Identity::new(&self.trust_domain, &self.namespace, &self.service_account)
+    }
+}
