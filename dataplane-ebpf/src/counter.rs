@@ -1,0 +1,55 @@
+//! Per-CPU counter slots; their words are metric labels.
+
+/// What is counted. The number is the slot.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Counter {
+    /// A pod's connection was marked for capture.
+    Captured,
+    /// A pod's connection to itself was let pass.
+    Local,
+    /// A SYN went to the outbound listener.
+    SteeredOutbound,
+    /// A SYN went to the plaintext listener.
+    SteeredInbound,
+    /// A SYN went to the HBONE listener.
+    SteeredHbone,
+    /// A connect was refused.
+    Refused,
+    /// A SYN was dropped, since the agent does not listen.
+    NoListener,
+    /// A packet of a captured socket would have left the pod.
+    KeptInside,
+    /// An event found no room in the ring buffer.
+    EventLost,
+}
+
+impl Counter {
+    /// All, in the order of their slots.
+    pub const ALL: [Self; 9] = [
+        Self::Captured,
+        Self::Local,
+        Self::SteeredOutbound,
+        Self::SteeredInbound,
+        Self::SteeredHbone,
+        Self::Refused,
+        Self::NoListener,
+        Self::KeptInside,
+        Self::EventLost,
+    ];
+
+    /// Its word in metrics.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Captured => "captured",
+            Self::Local => "local",
+            Self::SteeredOutbound => "steered_outbound",
+            Self::SteeredInbound => "steered_inbound",
+            Self::SteeredHbone => "steered_hbone",
+            Self::Refused => "refused",
+            Self::NoListener => "no_listener",
+            Self::KeptInside => "kept_inside",
+            Self::EventLost => "event_lost",
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! What the kernel programs report on the ring buffer: only what should not happen.
+
+use crate::address::Ip;
+
+/// One report.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Event {
+    /// The cookie of the network namespace; 0 where the program cannot know it.
+    pub netns: u64,
+    /// The cgroup of the process; 0 where the program cannot know it.
+    pub cgroup: u64,
+    /// Where the connection goes.
+    pub to: Ip,
+    /// The pod's first address; tells the pod where `netns` is 0.
+    pub pod: Ip,
+    /// A [`Reason`].
+    pub reason: u32,
+    /// The port that the connection goes to.
+    pub port: u32,
+}
+
+/// Why something was refused or dropped.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Reason {
+    /// The mark could not be set.
+    MarkFailed = 1,
+    /// The socket's storage could not be made.
+    StorageFailed = 2,
+    /// The pod has no address of that family to send from.
+    NoAddress = 3,
+    /// The process is in another enrolled pod's cgroup.
+    ForeignCgroup = 4,
+    /// The agent does not listen.
+    NoListener = 5,
+    /// A captured socket was sending by another interface than `lo`.
+    KeptInside = 6,
+}
+
+impl Reason {
+    /// From its number.
+    pub const fn from_number(number: u32) -> Option<Self> {
+        Some(match number {
+            1 => Self::MarkFailed,
+            2 => Self::StorageFailed,
+            3 => Self::NoAddress,
+            4 => Self::ForeignCgroup,
+            5 => Self::NoListener,
+            6 => Self::KeptInside,
+            _ => return None,
+        })
+    }
+
+    /// Its word in logs and metrics.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::MarkFailed => "mark_failed",
+            Self::StorageFailed => "storage_failed",
+            Self::NoAddress => "no_address",
+            Self::ForeignCgroup => "foreign_cgroup",
+            Self::NoListener => "no_listener",
+            Self::KeptInside => "kept_inside",
+        }
+    }
+}
+
+const _: () = assert!(size_of::<Event>() == 56);

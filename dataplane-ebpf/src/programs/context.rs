@@ -1,0 +1,86 @@
+//! The only reads of kernel contexts: byte order is settled here.
+
+#![allow(dead_code, reason = "each object uses its own part")]
+
+use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr};
+use aya_ebpf::programs::{SkLookupContext, SockAddrContext};
+use dataplane_ebpf::address::Ip;
+
+/// The loopback interface has this number in every network namespace.
+pub(crate) const LO: u32 = 1;
+/// `IPPROTO_TCP`.
+pub(crate) const TCP: u32 = 6;
+/// `AF_INET`.
+pub(crate) const INET: u32 = 2;
+
+/// Where an IPv4 connect goes.
+#[inline(always)]
+pub(crate) fn connect4(ctx: &SockAddrContext) -> (Ip, u16) {
+    // SAFETY: the kernel passes a valid context for the length of the call.
+    let context: &bpf_sock_addr = unsafe { &*ctx.sock_addr };
+    (Ip::v4(context.user_ip4), port(context))
+}
+
+/// Where an IPv6 connect goes; an IPv4 address may stand in it.
+#[inline(always)]
+pub(crate) fn connect6(ctx: &SockAddrContext) -> (Ip, u16) {
+    // SAFETY: as in `connect4`.
+    let context: &bpf_sock_addr = unsafe { &*ctx.sock_addr };
+    let words = context.user_ip6;
+    (
+        Ip::v6([words[0], words[1], words[2], words[3]]),
+        port(context),
+    )
+}
+
+#[inline(always)]
+fn port(context: &bpf_sock_addr) -> u16 {
+    u16::from_be(context.user_port as u16)
+}
+
+/// Whether the socket is a TCP one; MPTCP says so too.
+#[inline(always)]
+pub(crate) fn is_tcp(ctx: &SockAddrContext) -> bool {
+    // SAFETY: as in `connect4`.
+    unsafe { (*ctx.sock_addr).protocol == TCP }
+}
+
+/// The connecting socket.
+#[inline(always)]
+pub(crate) fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
+    // SAFETY: as in `connect4`; the field is a pointer in every variant of the union.
+    unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
+}
+
+/// A SYN for which a listener is looked up.
+pub(crate) struct Syn {
+    /// Who sends it.
+    pub(crate) from: Ip,
+    /// Where it goes.
+    pub(crate) to: Ip,
+    /// The port that it goes to.
+    pub(crate) to_port: u16,
+    /// Whether it came by `lo`.
+    pub(crate) by_lo: bool,
+}
+
+/// Reads the SYN; none if it is not TCP.
+#[inline(always)]
+pub(crate) fn syn(ctx: &SkLookupContext) -> Option<Syn> {
+    // SAFETY: the kernel passes a valid context for the length of the call.
+    let context: &bpf_sk_lookup = unsafe { &*ctx.lookup };
+    if context.protocol != TCP {
+        return None;
+    }
+    let (from, to) = if context.family == INET {
+        (Ip::v4(context.remote_ip4), Ip::v4(context.local_ip4))
+    } else {
+        (Ip::v6(context.remote_ip6), Ip::v6(context.local_ip6))
+    };
+    Some(Syn {
+        from,
+        to,
+        to_port: context.local_port as u16,
+        by_lo: context.ingress_ifindex == LO,
+    })
+}

@@ -1,0 +1,25 @@
+//! Maps of the node's programs alone.
+
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::HashMap;
+use dataplane_ebpf::pod::Pod;
+
+/// Enrolled pods by the cookie of their network namespace. Written by the agent: the last step of
+/// enrolment, the first of leaving. When it is full, enrolment fails.
+#[map]
+pub(crate) static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(1024, 0);
+
+/// Cgroups of enrolled pods, with the cookie of the network namespace that they belong to.
+#[map]
+pub(crate) static CGROUPS: HashMap<u64, u64> = HashMap::with_max_entries(1024, 0);
+
+/// On sockets that may send by `lo` only: 1. Written and read by the programs; gone with the socket.
+#[btf_map]
+pub(crate) static INSIDE: SkStorage<u32> = SkStorage::new();
+
+/// The map of [`INSIDE`] for the helper itself: aya lends it to the connect hooks only.
+#[inline(always)]
+pub(crate) fn inside() -> *mut core::ffi::c_void {
+    (&raw const INSIDE).cast_mut().cast()
+}

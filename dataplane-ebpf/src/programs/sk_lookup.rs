@@ -1,0 +1,72 @@
+//! Hook: a listener is looked up in a pod's namespace. Inbound capture, and the end of the
+//! outbound capture's route.
+
+use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
+use aya_ebpf::macros::{map, sk_lookup};
+use aya_ebpf::maps::SockMap;
+use aya_ebpf::programs::SkLookupContext;
+use aya_log_ebpf::info;
+use dataplane_ebpf::counter::Counter;
+use dataplane_ebpf::decide::{self, Steer};
+use dataplane_ebpf::event::{Event, Reason};
+use dataplane_ebpf::pod::{Addresses, listener};
+
+use crate::context::{self, Syn};
+use crate::maps::{count, node, report};
+
+/// The agent's listeners in this pod. Written by the agent; a listener that is closed leaves.
+#[map]
+static LISTENERS: SockMap = SockMap::with_max_entries(listener::COUNT, 0);
+
+/// The pod's addresses; the agent sets them before it loads the program.
+#[unsafe(no_mangle)]
+static POD: Addresses = Addresses {
+    all: [dataplane_ebpf::address::Ip::NONE; dataplane_ebpf::pod::ADDRESSES],
+};
+
+/// Fails closed: without a listener of the agent the SYN is dropped. Passing it would give the
+/// pod's own wildcard listener traffic that no policy has seen.
+#[sk_lookup]
+pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
+    let Some(Syn {
+        from,
+        to,
+        to_port,
+        by_lo,
+    }) = context::syn(&ctx)
+    else {
+        return SK_PASS; // not TCP
+    };
+    // SAFETY: a constant of the program, which the compiler must not take for what it is here.
+    let pod = unsafe { core::ptr::read_volatile(&raw const POD) };
+    let steer = decide::steer(&pod, &from, &to, to_port, by_lo);
+    if node().log != 0 {
+        info!(
+            &ctx,
+            "steer port={} to={}",
+            to_port,
+            steer.listener().unwrap_or(listener::COUNT)
+        );
+    }
+    let Some(place) = steer.listener() else {
+        return SK_PASS;
+    };
+    if LISTENERS.redirect_sk_lookup(&ctx, place, 0).is_err() {
+        count(Counter::NoListener);
+        report(Event {
+            netns: 0,
+            cgroup: 0,
+            to,
+            pod: pod.all[0],
+            reason: Reason::NoListener as u32,
+            port: u32::from(to_port),
+        });
+        return SK_DROP;
+    }
+    count(match steer {
+        Steer::Outbound => Counter::SteeredOutbound,
+        Steer::Hbone => Counter::SteeredHbone,
+        Steer::Inbound | Steer::App => Counter::SteeredInbound,
+    });
+    SK_PASS
+}

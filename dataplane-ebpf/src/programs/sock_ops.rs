@@ -1,0 +1,43 @@
+//! Hook: a connection of the pods' cgroup begins. The app's end of an agent's connection, and each
+//! subflow of a captured MPTCP one, is remembered as one that sends by `lo` only: the connect hook
+//! sees neither.
+
+use aya_ebpf::bindings::{
+    BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
+};
+use aya_ebpf::helpers::generated::bpf_sk_storage_get;
+use aya_ebpf::macros::sock_ops;
+use aya_ebpf::programs::SockOpsContext;
+use dataplane_ebpf::mark;
+
+use crate::node_maps::inside;
+
+/// Runs at each event of a TCP socket; cares for the two at which a connection begins.
+#[sock_ops]
+pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
+    if !matches!(
+        ctx.op(),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB | BPF_SOCK_OPS_TCP_CONNECT_CB
+    ) {
+        return 0;
+    }
+    // SAFETY: the kernel passes a valid context for the length of the call.
+    let sk = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    if sk.is_null() {
+        return 0;
+    }
+    // SAFETY: not null.
+    if mark::stays_inside(unsafe { (*sk).mark }) {
+        let mut yes = 1_u32;
+        // SAFETY: not null; the initial value lives on this stack.
+        unsafe {
+            bpf_sk_storage_get(
+                inside(),
+                sk.cast(),
+                (&raw mut yes).cast(),
+                BPF_SK_STORAGE_GET_F_CREATE.into(),
+            );
+        }
+    }
+    0
+}
