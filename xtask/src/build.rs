@@ -1,0 +1,111 @@
+//! The kernel programs, then the agent.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::command::{cargo, host_target, run as run_command, target};
+use crate::progress::say;
+use crate::setup::{self, Toolchain};
+
+/// Builds the kernel programs, then the agent with them in it.
+///
+/// The kernel programs are built by a toolchain of their own (see `cargo xtask setup`), always
+/// optimised, and kept in target/ebpf-objects, from where the agent's build script takes them. The
+/// agent is the binary `dataplane` in target/debug, or target/release.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Builds the agent optimised, as it is shipped.
+    #[arg(long)]
+    pub(crate) release: bool,
+}
+
+/// The two kernel objects: attached once per node, and once per pod.
+const OBJECTS: &[&str] = &["node", "pod"];
+/// What they are built for.
+const BPF: &str = "bpfel-unknown-none";
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let agent = agent(options.release)?;
+    say(&format!("built {}", agent.display()));
+    Ok(())
+}
+
+/// Builds everything that is shipped; returns the agent's path.
+pub(crate) fn agent(release: bool) -> Result<PathBuf> {
+    kernel_programs(&setup::ensure()?)?;
+    say("agent");
+    run_command(host("build", release).args(["--package", "dataplane-agent"]))?;
+    Ok(binary("dataplane", release))
+}
+
+/// Builds the kernel programs, and puts those that changed where the agent's build takes them.
+pub(crate) fn kernel_programs(toolchain: &Toolchain) -> Result<()> {
+    say("kernel programs");
+    run_command(for_bpf(toolchain.compiler.cargo().arg("build"), &toolchain.linker).arg("--bins"))?;
+    fs::create_dir_all(objects())
+        .with_context(|| format!("cannot make {}", objects().display()))?;
+    for name in OBJECTS {
+        let built = target().join("ebpf").join(BPF).join("release").join(name);
+        copy_changed(&built, &objects().join(name))?;
+    }
+    Ok(())
+}
+
+/// Tells `cargo`, one of the kernel programs' toolchain, what to build and how.
+pub(crate) fn for_bpf<'a>(cargo: &'a mut Command, linker: &Path) -> &'a mut Command {
+    let mut flags = OsString::from("-Clinker=");
+    flags.push(linker);
+    // BTF is made from debug information. The separator lets the path have spaces.
+    flags.push("\x1f-Clink-arg=--btf\x1f-Cdebuginfo=2");
+    cargo
+        .args([
+            "--quiet",
+            "--locked",
+            "--release",
+            "--package",
+            "dataplane-ebpf",
+        ])
+        .args([
+            "--features",
+            "programs",
+            "--target",
+            BPF,
+            "-Zbuild-std=core",
+        ])
+        .env("CARGO_ENCODED_RUSTFLAGS", flags)
+        .env("CARGO_TARGET_DIR", target().join("ebpf"))
+}
+
+/// Cargo for the host, told where the kernel programs are.
+pub(crate) fn host(chore: &str, release: bool) -> Command {
+    let mut cargo = cargo();
+    cargo
+        .arg(chore)
+        .args(release.then_some("--release"))
+        .env("DATAPLANE_EBPF_OBJECTS", objects());
+    cargo
+}
+
+/// Where cargo puts a binary.
+pub(crate) fn binary(name: &str, release: bool) -> PathBuf {
+    let profile = if release { "release" } else { "debug" };
+    host_target().join(profile).join(name)
+}
+
+/// Where the agent's build takes the kernel programs; the same as in `.cargo/config.toml`.
+fn objects() -> PathBuf {
+    target().join("ebpf-objects")
+}
+
+/// Copies a file that differs. One that does not keeps its time, and the agent is not rebuilt.
+fn copy_changed(from: &Path, to: &Path) -> Result<()> {
+    let new = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    if fs::read(to).is_ok_and(|old| old == new) {
+        return Ok(());
+    }
+    fs::write(to, new).with_context(|| format!("cannot write {}", to.display()))
+}

@@ -1,0 +1,46 @@
+//! The main job, shown on this machine.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::command::{require_root, run as run_command};
+use crate::progress::say;
+use crate::{build, setup};
+
+/// Shows the dataplane at work on this machine: two nodes, their pods, a mesh and its policies.
+///
+/// Nodes and pods are network namespaces and cgroups of this machine; no cluster and no control
+/// plane is needed, and nothing leaves the machine. Needs root. Everything is taken away at the
+/// end.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Leaves everything running to look at, until Ctrl-C.
+    #[arg(long)]
+    keep: bool,
+    /// Uses the agent as it is shipped.
+    #[arg(long)]
+    release: bool,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    require_root("the demo", "network namespaces, cgroups, bpf(2)")?;
+    build::kernel_programs(&setup::ensure()?)?;
+    say("agent and demo");
+    // Both in one build: cargo would choose the features of what they share anew for each.
+    run_command(build::host("build", options.release).args([
+        "--package",
+        "dataplane-agent",
+        "--package",
+        "dataplane-tests",
+        "--bins",
+    ]))?;
+    say("demo");
+    let binary = |name| build::binary(name, options.release);
+    run_command(
+        Command::new(binary("demo"))
+            .args(options.keep.then_some("--keep"))
+            .env("DATAPLANE_BIN", binary("dataplane"))
+            .env("DATAPLANE_TEST_APP", binary("dataplane-test-app")),
+    )
+}

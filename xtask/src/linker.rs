@@ -1,0 +1,110 @@
+//! The linker of the kernel programs: bpf-linker, which turns bitcode into one object with BTF. It
+//! has to know the bitcode of the compiler's LLVM, so it is tried, not only found.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::command::{self, cargo, find_program, foreign, output, target, variable};
+use crate::compiler::Compiler;
+use crate::progress::run_quietly;
+
+/// The version that the kernel programs are tested with.
+pub(crate) const VERSION: &str = "0.13.0";
+/// The LLVM of Debian's compiler, which the linker is built against.
+const LLVM: &str = "/usr/lib/llvm-22";
+/// The packages that building it takes.
+pub(crate) const DEBIAN: &[&str] = &["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev"];
+
+/// The least that a compiler can be given: enough for a link, nothing of `core`.
+const TRIAL: &str = r#"
+#![feature(no_core, lang_items)]
+#![no_core]
+#![no_main]
+#[lang = "pointee_sized"] trait PointeeSized {}
+#[lang = "meta_sized"] trait MetaSized: PointeeSized {}
+#[lang = "sized"] trait Sized: MetaSized {}
+#[unsafe(no_mangle)]
+extern "C" fn trial() {}
+"#;
+
+/// A linker that can link what `compiler` compiles: the project's own, or one of the same version
+/// that is on the machine.
+pub(crate) fn find(compiler: &Compiler) -> Option<PathBuf> {
+    let home = variable("CARGO_HOME").or_else(|| Some(variable("HOME")?.join(".cargo")));
+    [
+        Some(own()),
+        find_program("bpf-linker"),
+        home.map(|home| home.join("bin/bpf-linker")),
+    ]
+    .into_iter()
+    .flatten()
+    .find(|linker| works(linker, compiler).unwrap_or(false))
+}
+
+/// Builds one into the project's cache; the user's own tools stay as they are.
+pub(crate) fn install(compiler: &Compiler) -> Result<PathBuf> {
+    let tools = target().join("tools");
+    let build = tools.join("build");
+    run_quietly(
+        "bpf-linker",
+        cargo()
+            .args(["install", "--locked", "--force", "--root"])
+            .arg(&tools)
+            .arg(format!("bpf-linker@{VERSION}"))
+            .args(["--no-default-features", "--features", "llvm-22"])
+            .env("LLVM_PREFIX", LLVM)
+            // A stated folder, so that an interrupted build goes on where it was.
+            .env("CARGO_TARGET_DIR", &build),
+    )?;
+    let linker = own();
+    ensure!(
+        works(&linker, compiler)?,
+        "{} cannot link what {} compiles",
+        linker.display(),
+        compiler.name
+    );
+    fs::remove_dir_all(&build).with_context(|| format!("cannot remove {}", build.display()))?;
+    Ok(linker)
+}
+
+/// Whether LLVM is there to build against.
+pub(crate) fn can_build() -> bool {
+    // `libLLVM` by llvm-22-dev, Polly by libpolly-22-dev, which LLVM's own list of libraries names.
+    ["bin/llvm-config", "lib/libLLVM.so", "lib/libPolly.a"]
+        .iter()
+        .all(|file| Path::new(LLVM).join(file).exists())
+        && Path::new("/usr/include/zlib.h").exists()
+}
+
+fn own() -> PathBuf {
+    target().join("tools/bin/bpf-linker")
+}
+
+fn works(linker: &Path, compiler: &Compiler) -> Result<bool> {
+    if !linker.is_file() {
+        return Ok(false);
+    }
+    let version = output(foreign(linker).arg("--version"))?;
+    if version.split_whitespace().nth(1) != Some(VERSION) {
+        return Ok(false);
+    }
+    let folder = command::target().join("tools/trial");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let source = folder.join("trial.rs");
+    fs::write(&source, TRIAL).with_context(|| format!("cannot write {}", source.display()))?;
+    let mut flag = std::ffi::OsString::from("linker=");
+    flag.push(linker);
+    let trial = output(
+        compiler
+            .rustc()
+            .args(["--edition", "2024", "--target", "bpfel-unknown-none", "-O"])
+            .arg("-C")
+            .arg(flag)
+            .args(["-C", "link-arg=--btf", "-C", "debuginfo=2", "-o"])
+            .arg(folder.join("trial.o"))
+            .arg(&source),
+    );
+    Ok(trial.is_ok())
+}

@@ -1,0 +1,150 @@
+//! Finds or installs what the other chores need.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::command::{find_program, is_root};
+use crate::compiler::{self, Compiler};
+use crate::linker;
+use crate::progress::{Steps, run_quietly};
+
+/// Finds or installs what building and testing needs.
+///
+/// Host tools (C compiler, cmake, iproute2, curl, procps) and the kernel programs' toolchain: a
+/// nightly of rustup's that has rust-src and a linker that works with it, or else Debian's own
+/// compiler, and bpf-linker, which is built into target/tools when the machine has none (some four
+/// minutes, once). Changes no default toolchain. Installs Debian packages only as root; otherwise
+/// it says which command would. The other chores call it, so there is rarely a need to.
+#[derive(clap::Args, Default)]
+pub(crate) struct Options {}
+
+/// Programs that the build or the tests call, and the packages that bring them.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("cc", "gcc"),        // aws-lc-sys
+    ("c++", "g++"),       // bpf-linker
+    ("make", "make"),     // aws-lc-sys, by cmake
+    ("cmake", "cmake"),   // aws-lc-sys
+    ("ip", "iproute2"),   // tests: namespaces, routes
+    ("ss", "iproute2"),   // tests: sockets and their marks
+    ("curl", "curl"),     // demo
+    ("sysctl", "procps"), // tests: the namespace's settings
+];
+
+/// A compiler and a linker for the kernel programs.
+pub(crate) struct Toolchain {
+    pub(crate) compiler: Compiler,
+    pub(crate) linker: PathBuf,
+}
+
+pub(crate) fn run(_options: &Options) -> Result<()> {
+    ensure().map(|_| ())
+}
+
+/// Does the chore, and hands on what it found.
+pub(crate) fn ensure() -> Result<Toolchain> {
+    let mut steps = Steps::new(3);
+
+    steps.begin("what is here");
+    let mut missing = missing_programs();
+    let found = find();
+    if found.is_none() {
+        let debian = Compiler::debian();
+        if debian.is_none() {
+            missing.extend(compiler::DEBIAN);
+        }
+        let linker = debian.and_then(|debian| linker::find(&debian));
+        if linker.is_none() && !linker::can_build() {
+            missing.extend(linker::DEBIAN);
+        }
+    }
+    steps.end(&match missing.len() {
+        0 => "every package".to_owned(),
+        _ => format!("not here: {}", missing.join(" ")),
+    });
+
+    steps.begin("packages");
+    if missing.is_empty() {
+        steps.end("nothing to install");
+    } else {
+        install(&missing)?;
+        steps.end("installed");
+    }
+
+    steps.begin("compiler and linker for the kernel programs");
+    let toolchain = match found.or_else(find) {
+        Some(found) => found,
+        None => build_linker()?,
+    };
+    steps.end(&format!(
+        "{}, {}",
+        toolchain.compiler.name,
+        toolchain.linker.display()
+    ));
+    Ok(toolchain)
+}
+
+/// A compiler with a linker that works with it, if both are here.
+pub(crate) fn find() -> Option<Toolchain> {
+    [Compiler::nightly, Compiler::debian]
+        .into_iter()
+        .filter_map(|compiler| compiler())
+        .find_map(|compiler| {
+            let linker = linker::find(&compiler)?;
+            Some(Toolchain { compiler, linker })
+        })
+}
+
+fn build_linker() -> Result<Toolchain> {
+    let Some(compiler) = Compiler::debian() else {
+        bail!("Debian's compiler was installed and is not in /usr/bin with its library's sources");
+    };
+    let linker = linker::install(&compiler)?;
+    Ok(Toolchain { compiler, linker })
+}
+
+fn missing_programs() -> Vec<&'static str> {
+    let mut missing: Vec<&str> = PROGRAMS
+        .iter()
+        .filter(|(program, _)| find_program(program).is_none())
+        .map(|(_, package)| *package)
+        .collect();
+    missing.dedup();
+    missing
+}
+
+/// Installs Debian packages, all in one go, or says why not and what to do.
+fn install(packages: &[&str]) -> Result<()> {
+    let list = packages.join(" ");
+    if !Path::new("/etc/debian_version").exists() {
+        bail!(
+            "this is not Debian: install what brings these by other means: {list} (for the kernel \
+             programs also: `rustup toolchain install nightly --component rust-src --component \
+             clippy && cargo install bpf-linker@{}`)",
+            linker::VERSION
+        );
+    }
+    if !is_root() {
+        bail!(
+            "not root: run `sudo apt-get update && sudo apt-get install --no-install-recommends -y \
+             {list}`, then this again"
+        );
+    }
+    // Lists first: those of a fresh machine are empty, or name versions that are gone.
+    run_quietly("apt-get-update", apt().arg("update"))?;
+    run_quietly(
+        "apt-get-install",
+        apt()
+            .args(["install", "--no-install-recommends", "-y"])
+            .args(packages),
+    )
+}
+
+fn apt() -> Command {
+    let mut apt = Command::new("apt-get");
+    apt.env("DEBIAN_FRONTEND", "noninteractive")
+        // Another one may hold the lock, such as a machine's own upgrade at boot.
+        .args(["-q", "-o", "DPkg::Lock::Timeout=300"]);
+    apt
+}
