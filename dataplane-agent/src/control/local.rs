@@ -1,0 +1,607 @@
+//! ztunnel's LOCAL_XDS file → the same store types, so that both can run on one configuration.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use super::manifests::node::{self, NodeError};
+use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
+use crate::authorize::policy::{
+    Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
+};
+use crate::resolve::service::{LoadBalancing, Scope, Service};
+use crate::resolve::workload::{Locality, Protocol, Workload, WorkloadType};
+
+#[cfg(test)]
+mod tests;
+
+/// Reads the file; `node` is this node's name: its HBONE workloads are the pods here.
+///
+/// # Errors
+/// The file cannot be read; it is not as ztunnel wants it.
+pub fn read(file: &Path, node: &str) -> Result<Translation, ManifestError> {
+    let text = std::fs::read_to_string(file).map_err(|e| ManifestError::of_file(file, e))?;
+    parse(file, &text, node)
+}
+
+/// As [`read`], of the file's text.
+///
+/// # Errors
+/// As [`read`].
+pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, ManifestError> {
+    let fault = |error: NodeError| ManifestError::at(file, error);
+    let documents = node::documents_1_2(text).map_err(fault)?;
+    let config: Config = match documents.as_slice() {
+        [] => Config::default(),
+        [one] => one.read_lenient().map_err(fault)?,
+        [_, second, ..] => {
+            return Err(ManifestError {
+                line: Some(second.line),
+                ..ManifestError::of_file(file, "one document is enough")
+            });
+        }
+    };
+    Ok(config.translate(node))
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Config {
+    #[serde(default)]
+    workloads: Vec<RawWorkload>,
+    #[serde(default)]
+    policies: Vec<RawPolicy>,
+    #[serde(default)]
+    services: Vec<RawService>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawWorkload {
+    workload_ips: Vec<IpAddr>,
+    namespace: String,
+    services: BTreeMap<String, BTreeMap<u16, u16>>,
+    #[serde(default)]
+    uid: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    trust_domain: String,
+    #[serde(default)]
+    service_account: String,
+    #[serde(default)]
+    network: String,
+    #[serde(default)]
+    node: String,
+    #[serde(default)]
+    protocol: RawProtocol,
+    #[serde(default)]
+    network_mode: NetworkMode,
+    #[serde(default)]
+    workload_name: String,
+    #[serde(default)]
+    workload_type: RawType,
+    #[serde(default)]
+    canonical_name: String,
+    #[serde(default)]
+    canonical_revision: String,
+    #[serde(default)]
+    hostname: String,
+    #[serde(default)]
+    native_tunnel: bool,
+    application_tunnel: Option<ApplicationTunnel>,
+    #[serde(default)]
+    authorization_policies: Vec<String>,
+    #[serde(default)]
+    status: Status,
+    #[serde(default)]
+    cluster_id: String,
+    #[serde(default)]
+    locality: RawLocality,
+    waypoint: Option<GatewayAddress>,
+    network_gateway: Option<GatewayAddress>,
+    capacity: Option<u32>,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+enum RawProtocol {
+    #[default]
+    #[serde(rename = "TCP")]
+    Tcp,
+    #[serde(rename = "HBONE")]
+    Hbone,
+}
+
+#[derive(Default, Deserialize, PartialEq)]
+enum NetworkMode {
+    #[default]
+    Standard,
+    HostNetwork,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawType {
+    #[serde(alias = "Deployment")]
+    Deployment,
+    #[serde(alias = "CronJob")]
+    CronJob,
+    #[default]
+    #[serde(alias = "Pod")]
+    Pod,
+    #[serde(alias = "Job")]
+    Job,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ApplicationTunnel {
+    #[serde(rename = "protocol")]
+    _protocol: TunnelProtocol,
+    #[serde(rename = "port")]
+    _port: Option<u16>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum TunnelProtocol {
+    None,
+    Proxy,
+}
+
+#[derive(Clone, Copy, Default, Deserialize, PartialEq)]
+enum Status {
+    #[default]
+    Healthy,
+    Unhealthy,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawLocality {
+    #[serde(default)]
+    region: String,
+    #[serde(default)]
+    zone: String,
+    #[serde(default)]
+    subzone: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct GatewayAddress {
+    destination: String,
+    #[serde(rename = "hboneMtlsPort")]
+    _hbone_mtls_port: u16,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawPolicy {
+    name: String,
+    namespace: String,
+    scope: PolicyScope,
+    action: Action,
+    rules: Vec<Vec<Vec<RawMatch>>>,
+    dry_run: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[derive(Default)]
+struct RawMatch {
+    namespaces: Vec<Text>,
+    not_namespaces: Vec<Text>,
+    service_accounts: Vec<RawAccount>,
+    not_service_accounts: Vec<RawAccount>,
+    principals: Vec<Text>,
+    not_principals: Vec<Text>,
+    source_ips: Vec<IpNet>,
+    not_source_ips: Vec<IpNet>,
+    destination_ips: Vec<IpNet>,
+    not_destination_ips: Vec<IpNet>,
+    destination_ports: Vec<u16>,
+    not_destination_ports: Vec<u16>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawAccount {
+    namespace: String,
+    service_account: String,
+}
+
+/// `!Exact x`, `!Prefix x`, `!Suffix x`, `!Presence []`.
+#[derive(Deserialize)]
+enum Text {
+    Exact(String),
+    Prefix(String),
+    Suffix(String),
+    Presence(),
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawService {
+    name: String,
+    namespace: String,
+    hostname: String,
+    vips: Vec<NetworkAddress>,
+    ports: BTreeMap<u16, u16>,
+    #[serde(default)]
+    cidr_vips: Vec<String>,
+    #[serde(default)]
+    endpoints: BTreeMap<String, RawEndpoint>,
+    #[serde(default)]
+    subject_alt_names: Vec<String>,
+    waypoint: Option<GatewayAddress>,
+    #[serde(default)]
+    weighted_waypoints: Vec<WeightedWaypoint>,
+    load_balancer: Option<LoadBalancer>,
+    #[serde(rename = "ipFamilies")]
+    _ip_families: Option<IpFamilies>,
+    #[serde(default, rename = "canonical")]
+    _canonical: bool,
+    #[serde(default)]
+    visibility: Visibility,
+}
+
+/// `network/ip`.
+struct NetworkAddress(IpAddr);
+
+impl<'de> Deserialize<'de> for NetworkAddress {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let address = text
+            .split_once('/')
+            .and_then(|(_, address)| address.parse().ok());
+        address.map(Self).ok_or_else(|| {
+            serde::de::Error::custom(format_args!("`{text}` is not a network/address"))
+        })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct RawEndpoint {
+    workload_uid: String,
+    port: BTreeMap<u16, u16>,
+    #[serde(default)]
+    status: Status,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WeightedWaypoint {
+    #[serde(rename = "destination")]
+    _destination: serde::de::IgnoredAny,
+    #[serde(rename = "weight")]
+    _weight: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct LoadBalancer {
+    #[serde(default)]
+    routing_preferences: Vec<RawScope>,
+    #[serde(default)]
+    mode: Mode,
+    #[serde(default)]
+    health_policy: HealthPolicy,
+}
+
+#[derive(Deserialize)]
+enum RawScope {
+    Region,
+    Zone,
+    Subzone,
+    Node,
+    Cluster,
+    Network,
+}
+
+#[derive(Default, Deserialize, PartialEq)]
+enum Mode {
+    #[default]
+    Standard,
+    Strict,
+    Failover,
+    Passthrough,
+}
+
+#[derive(Default, Deserialize, PartialEq)]
+enum HealthPolicy {
+    #[default]
+    OnlyHealthy,
+    AllowAll,
+}
+
+#[derive(Deserialize)]
+enum IpFamilies {
+    Dual,
+    IPv4,
+    IPv6,
+}
+
+#[derive(Default, Deserialize, PartialEq)]
+enum Visibility {
+    #[default]
+    Public,
+    Namespace,
+}
+
+impl Config {
+    fn translate(self, node: &str) -> Translation {
+        let mut problems = Vec::new();
+        let mut workloads: Vec<Workload> = self
+            .workloads
+            .into_iter()
+            .map(|raw| raw.translate(&mut problems))
+            .collect();
+        let mut services = Vec::new();
+        for raw in self.services {
+            services.push(raw.translate(&mut workloads, &mut problems));
+        }
+        let local = workloads
+            .iter()
+            .filter(|workload| *workload.node == *node && !node.is_empty())
+            .filter(|workload| workload.protocol == Protocol::Hbone && !workload.host_network)
+            .map(local)
+            .collect();
+        let policies = self
+            .policies
+            .into_iter()
+            .map(RawPolicy::translate)
+            .collect();
+        Translation {
+            workloads,
+            services,
+            policies,
+            local,
+            problems,
+        }
+    }
+}
+
+fn local(workload: &Workload) -> LocalPodSpec {
+    LocalPodSpec {
+        uid: workload.uid.clone(),
+        pod_uid: workload.uid.clone(),
+        namespace: workload.namespace.clone(),
+        name: workload.name.clone(),
+        service_account: workload.service_account.clone(),
+        trust_domain: workload.trust_domain.clone(),
+        addresses: workload.addresses.clone(),
+        netns_path: None,
+        wanted: Wanted::Yes,
+    }
+}
+
+impl RawWorkload {
+    fn translate(self, problems: &mut Vec<String>) -> Workload {
+        let or = |text: String, default: &str| match text.is_empty() {
+            true => Arc::from(default),
+            false => Arc::from(text),
+        };
+        let cluster_id = or(self.cluster_id, "Kubernetes");
+        let made = format!("{cluster_id}//Pod/{}/{}", self.namespace, self.name);
+        let uid = or(self.uid, &made);
+        let mut report = |what: &str| problems.push(format!("workload {uid}: {what}"));
+        if !self.hostname.is_empty() {
+            report("is known by host name, which is not looked up; only its addresses count");
+        }
+        if self.native_tunnel {
+            report("nativeTunnel is not carried; it is treated as any HBONE workload");
+        }
+        if self.application_tunnel.is_some() {
+            report("applicationTunnel is not carried");
+        }
+        if self.network_gateway.is_some() {
+            report("networkGateway is not carried; it is dialled directly");
+        }
+        if self.waypoint.is_some() {
+            report("is behind a waypoint; these are not carried yet, traffic to it is refused");
+        }
+        Workload {
+            name: self.name.into(),
+            namespace: self.namespace.into(),
+            service_account: or(self.service_account, "default"),
+            trust_domain: or(self.trust_domain, "cluster.local"),
+            node: self.node.into(),
+            cluster_id,
+            network: self.network.into(),
+            addresses: self.workload_ips,
+            protocol: match self.protocol {
+                RawProtocol::Tcp => Protocol::Tcp,
+                RawProtocol::Hbone => Protocol::Hbone,
+            },
+            host_network: self.network_mode == NetworkMode::HostNetwork,
+            healthy: self.status == Status::Healthy,
+            workload_name: self.workload_name.into(),
+            workload_type: match self.workload_type {
+                RawType::Deployment => WorkloadType::Deployment,
+                RawType::CronJob => WorkloadType::CronJob,
+                RawType::Pod => WorkloadType::Pod,
+                RawType::Job => WorkloadType::Job,
+            },
+            canonical_name: self.canonical_name.into(),
+            canonical_revision: self.canonical_revision.into(),
+            waypoint: self.waypoint.map(|waypoint| waypoint.destination.into()),
+            policies: self
+                .authorization_policies
+                .into_iter()
+                .map(Arc::from)
+                .collect(),
+            services: self
+                .services
+                .into_iter()
+                .map(|(key, ports)| (key.into(), ports))
+                .collect(),
+            locality: Locality {
+                region: self.locality.region.into(),
+                zone: self.locality.zone.into(),
+                subzone: self.locality.subzone.into(),
+            },
+            capacity: self.capacity.unwrap_or(1),
+            uid,
+        }
+    }
+}
+
+impl RawService {
+    fn translate(self, workloads: &mut [Workload], problems: &mut Vec<String>) -> Service {
+        let key: Arc<str> = format!("{}/{}", self.namespace, self.hostname).into();
+        let mut report = |what: &str| problems.push(format!("service {key}: {what}"));
+        if !self.cidr_vips.is_empty() {
+            report("cidrVips are not carried");
+        }
+        if self.visibility == Visibility::Namespace {
+            report("visibility Namespace is not carried, it is visible to all");
+        }
+        if self.waypoint.is_some() || !self.weighted_waypoints.is_empty() {
+            report("is behind a waypoint; these are not carried yet, traffic to it is refused");
+        }
+        for endpoint in self.endpoints.into_values() {
+            let uid = &endpoint.workload_uid;
+            if endpoint.status == Status::Unhealthy {
+                report(&format!(
+                    "endpoint {uid}: its workload's own status counts, not this one"
+                ));
+            }
+            match workloads.iter_mut().find(|workload| *workload.uid == **uid) {
+                Some(workload) => {
+                    workload
+                        .services
+                        .entry(key.clone())
+                        .or_insert(endpoint.port);
+                }
+                None => report(&format!("endpoint {uid} is no workload")),
+            }
+        }
+        let balancer = self.load_balancer;
+        let passthrough = balancer
+            .as_ref()
+            .is_some_and(|b| b.mode == Mode::Passthrough);
+        if passthrough {
+            report("load balancer mode Passthrough is not carried");
+        }
+        // Any name will do: what is behind a waypoint is refused.
+        let weighted = (!self.weighted_waypoints.is_empty()).then_some("weighted");
+        Service {
+            name: self.name.into(),
+            namespace: self.namespace.into(),
+            hostname: self.hostname.into(),
+            vips: self
+                .vips
+                .into_iter()
+                .map(|NetworkAddress(address)| address)
+                .collect(),
+            ports: self.ports,
+            subject_alt_names: self.subject_alt_names.into_iter().map(Arc::from).collect(),
+            waypoint: self
+                .waypoint
+                .map(|waypoint| waypoint.destination.into())
+                .or(weighted.map(Arc::from)),
+            publish_not_ready: balancer
+                .as_ref()
+                .is_some_and(|balancer| balancer.health_policy == HealthPolicy::AllowAll),
+            load_balancing: balancer.map(LoadBalancer::translate).unwrap_or_default(),
+        }
+    }
+}
+
+impl LoadBalancer {
+    fn translate(self) -> LoadBalancing {
+        let scope = |raw| match raw {
+            RawScope::Region => Scope::Region,
+            RawScope::Zone => Scope::Zone,
+            RawScope::Subzone => Scope::Subzone,
+            RawScope::Node => Scope::Node,
+            RawScope::Cluster => Scope::Cluster,
+            RawScope::Network => Scope::Network,
+        };
+        match self.mode {
+            Mode::Standard | Mode::Passthrough => LoadBalancing::default(),
+            mode @ (Mode::Strict | Mode::Failover) => LoadBalancing {
+                preferences: self.routing_preferences.into_iter().map(scope).collect(),
+                strict: mode == Mode::Strict,
+            },
+        }
+    }
+}
+
+impl RawPolicy {
+    fn translate(self) -> Policy {
+        let clause = |matches: Vec<RawMatch>| Clause {
+            matches: matches.into_iter().map(RawMatch::translate).collect(),
+        };
+        let rule = |clauses: Vec<Vec<RawMatch>>| Rule {
+            clauses: clauses.into_iter().map(clause).collect(),
+        };
+        Policy {
+            name: self.name.into(),
+            namespace: self.namespace.into(),
+            scope: self.scope,
+            action: self.action,
+            rules: self.rules.into_iter().map(rule).collect(),
+            dry_run: self.dry_run,
+        }
+    }
+}
+
+impl RawMatch {
+    fn translate(self) -> Match {
+        let texts = |raw: Vec<Text>| raw.into_iter().map(Text::translate).collect();
+        // ztunnel compares principals without their scheme.
+        let principals = |raw: Vec<Text>| raw.into_iter().map(Text::translate_principal).collect();
+        let accounts = |raw: Vec<RawAccount>| {
+            let account = |raw: RawAccount| ServiceAccountMatch {
+                namespace: raw.namespace.into(),
+                service_account: raw.service_account.into(),
+            };
+            raw.into_iter().map(account).collect()
+        };
+        Match {
+            namespaces: texts(self.namespaces),
+            not_namespaces: texts(self.not_namespaces),
+            principals: principals(self.principals),
+            not_principals: principals(self.not_principals),
+            service_accounts: accounts(self.service_accounts),
+            not_service_accounts: accounts(self.not_service_accounts),
+            source_ips: self.source_ips,
+            not_source_ips: self.not_source_ips,
+            destination_ips: self.destination_ips,
+            not_destination_ips: self.not_destination_ips,
+            destination_ports: self.destination_ports,
+            not_destination_ports: self.not_destination_ports,
+        }
+    }
+}
+
+impl Text {
+    fn translate(self) -> StringMatch {
+        match self {
+            Text::Exact(text) => StringMatch::Exact(text.into()),
+            Text::Prefix(text) => StringMatch::Prefix(text.into()),
+            Text::Suffix(text) => StringMatch::Suffix(text.into()),
+            Text::Presence() => StringMatch::Presence,
+        }
+    }
+
+    fn translate_principal(self) -> StringMatch {
+        let bare = |text: String| match text.strip_prefix("spiffe://") {
+            Some(rest) => rest.to_owned(),
+            None => text,
+        };
+        match self {
+            Text::Exact(text) => Text::Exact(bare(text)),
+            Text::Prefix(text) => Text::Prefix(bare(text)),
+            other => other,
+        }
+        .translate()
+    }
+}

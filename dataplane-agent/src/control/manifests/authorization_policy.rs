@@ -1,0 +1,609 @@
+//! AuthorizationPolicy: strict about what is written, and its L4 part as the nodes enforce it.
+//!
+//! What L4 cannot tell is dropped so that nothing more is let through: a rule of an ALLOW goes as a
+//! whole, of a DENY only the field does, which then denies more.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use super::node::{Node, NodeError};
+use super::object::{Resource, wrong};
+use crate::authorize::policy::{
+    Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
+};
+
+const DRY_RUN_ANNOTATION: &str = "istio.io/dry-run";
+
+/// What is read of an AuthorizationPolicy; its values were checked.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AuthorizationPolicy {
+    selector: Option<Selector>,
+    target_ref: Option<TargetRef>,
+    #[serde(default)]
+    target_refs: Vec<TargetRef>,
+    #[serde(default)]
+    rules: Vec<RawRule>,
+    #[serde(default)]
+    action: RawAction,
+    provider: Option<Provider>,
+}
+
+/// Which pods a policy is for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Selector {
+    /// Labels that they have.
+    #[serde(default)]
+    pub match_labels: BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TargetRef {
+    #[serde(default)]
+    group: String,
+    kind: String,
+    name: String,
+    #[serde(default)]
+    namespace: String,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum RawAction {
+    #[default]
+    Allow,
+    Deny,
+    Audit,
+    Custom,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Provider {
+    name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRule {
+    from: Option<Vec<From>>,
+    to: Option<Vec<To>>,
+    when: Option<Vec<Condition>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct From {
+    source: Source,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct To {
+    operation: Operation,
+}
+
+/// A list that, where it is written, has values.
+type Values = Option<Vec<String>>;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Source {
+    principals: Values,
+    not_principals: Values,
+    request_principals: Values,
+    not_request_principals: Values,
+    namespaces: Values,
+    not_namespaces: Values,
+    service_accounts: Values,
+    not_service_accounts: Values,
+    trust_domains: Values,
+    not_trust_domains: Values,
+    ip_blocks: Values,
+    not_ip_blocks: Values,
+    remote_ip_blocks: Values,
+    not_remote_ip_blocks: Values,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Operation {
+    hosts: Values,
+    not_hosts: Values,
+    ports: Values,
+    not_ports: Values,
+    methods: Values,
+    not_methods: Values,
+    paths: Values,
+    not_paths: Values,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Condition {
+    key: String,
+    values: Values,
+    not_values: Values,
+}
+
+/// What a list's values are.
+#[derive(Clone, Copy, PartialEq)]
+enum Sort {
+    Text,
+    Account,
+    Ip,
+    Port,
+}
+
+impl AuthorizationPolicy {
+    pub(crate) fn read(node: &Node) -> Result<Self, NodeError> {
+        #[derive(Deserialize)]
+        struct Raw {
+            spec: AuthorizationPolicy,
+        }
+        let Raw { spec } = node.read()?;
+        // Kubernetes takes `from:` with nothing behind it for no `from` at all, which in an ALLOW
+        // means anybody. It is what a half-written file looks like.
+        if let Some(path) = node.field("spec").and_then(Node::null) {
+            return Err(wrong(node, &format!("spec.{path}"), "no value"));
+        }
+        spec.check()
+            .map_err(|(path, what)| wrong(node, &format!("spec.{path}"), what))?;
+        Ok(spec)
+    }
+
+    /// The labels of the pods that it is for, if it names any. An empty selector selects all.
+    pub fn selector(&self) -> Option<&BTreeMap<String, String>> {
+        self.selector
+            .as_ref()
+            .map(|selector| &selector.match_labels)
+    }
+
+    fn check(&self) -> Result<(), (String, String)> {
+        for (at, rule) in self.rules.iter().enumerate() {
+            rule.check()
+                .map_err(|(path, what)| (format!("rules[{at}].{path}"), what))?;
+        }
+        if self.selector.is_some() && (self.target_ref.is_some() || !self.target_refs.is_empty()) {
+            return Err(("selector".into(), "not together with targetRefs".into()));
+        }
+        if (self.action == RawAction::Custom) != self.provider.is_some() {
+            return Err((
+                "provider".into(),
+                "belongs to action CUSTOM, and to no other".into(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl RawRule {
+    fn check(&self) -> Result<(), (String, String)> {
+        for (field, empty) in [
+            ("from", self.from.as_ref().is_some_and(Vec::is_empty)),
+            ("to", self.to.as_ref().is_some_and(Vec::is_empty)),
+            ("when", self.when.as_ref().is_some_and(Vec::is_empty)),
+        ] {
+            if empty {
+                return Err((field.into(), "an empty list".into()));
+            }
+        }
+        for (at, from) in self.from.iter().flatten().enumerate() {
+            check_lists(&format!("from[{at}].source"), &from.source.lists())?;
+        }
+        for (at, to) in self.to.iter().flatten().enumerate() {
+            check_lists(&format!("to[{at}].operation"), &to.operation.lists())?;
+        }
+        for (at, when) in self.when.iter().flatten().enumerate() {
+            let path = format!("when[{at}]");
+            let Some(attribute) = attribute(&when.key) else {
+                return Err((
+                    format!("{path}.key"),
+                    format!("unknown attribute `{}`", when.key),
+                ));
+            };
+            let sort = attribute.sort();
+            let lists = [
+                ("values", &when.values, sort),
+                ("notValues", &when.not_values, sort),
+            ];
+            check_lists(&path, &lists)?;
+        }
+        Ok(())
+    }
+}
+
+fn check_lists(path: &str, lists: &[(&str, &Values, Sort)]) -> Result<(), (String, String)> {
+    if lists.iter().all(|(_, values, _)| values.is_none()) {
+        return Err((path.into(), "says nothing".into()));
+    }
+    for (name, values, sort) in lists {
+        let Some(values) = values else { continue };
+        if values.is_empty() {
+            return Err((format!("{path}.{name}"), "an empty list".into()));
+        }
+        for (at, value) in values.iter().enumerate() {
+            let what = match sort {
+                Sort::Text if value.is_empty() => "is empty",
+                Sort::Account if account("", value).is_none() => "is not a service account",
+                Sort::Ip if ip(value).is_none() => "is not an IP address or block",
+                Sort::Port if port(value).is_none() => "is not a port",
+                _ => continue,
+            };
+            return Err((format!("{path}.{name}[{at}]"), format!("`{value}` {what}")));
+        }
+    }
+    Ok(())
+}
+
+impl Source {
+    fn lists(&self) -> [(&'static str, &Values, Sort); 14] {
+        [
+            ("principals", &self.principals, Sort::Text),
+            ("notPrincipals", &self.not_principals, Sort::Text),
+            ("requestPrincipals", &self.request_principals, Sort::Text),
+            (
+                "notRequestPrincipals",
+                &self.not_request_principals,
+                Sort::Text,
+            ),
+            ("namespaces", &self.namespaces, Sort::Text),
+            ("notNamespaces", &self.not_namespaces, Sort::Text),
+            ("serviceAccounts", &self.service_accounts, Sort::Account),
+            (
+                "notServiceAccounts",
+                &self.not_service_accounts,
+                Sort::Account,
+            ),
+            ("trustDomains", &self.trust_domains, Sort::Text),
+            ("notTrustDomains", &self.not_trust_domains, Sort::Text),
+            ("ipBlocks", &self.ip_blocks, Sort::Ip),
+            ("notIpBlocks", &self.not_ip_blocks, Sort::Ip),
+            ("remoteIpBlocks", &self.remote_ip_blocks, Sort::Ip),
+            ("notRemoteIpBlocks", &self.not_remote_ip_blocks, Sort::Ip),
+        ]
+    }
+}
+
+impl Operation {
+    fn lists(&self) -> [(&'static str, &Values, Sort); 8] {
+        [
+            ("hosts", &self.hosts, Sort::Text),
+            ("notHosts", &self.not_hosts, Sort::Text),
+            ("ports", &self.ports, Sort::Port),
+            ("notPorts", &self.not_ports, Sort::Port),
+            ("methods", &self.methods, Sort::Text),
+            ("notMethods", &self.not_methods, Sort::Text),
+            ("paths", &self.paths, Sort::Text),
+            ("notPaths", &self.not_paths, Sort::Text),
+        ]
+    }
+}
+
+/// What a `when` asks about.
+#[derive(Clone, Copy, PartialEq)]
+enum Attribute {
+    SourceIp,
+    SourceNamespace,
+    SourcePrincipal,
+    SourceAccount,
+    DestinationIp,
+    DestinationPort,
+    L7,
+}
+
+fn attribute(key: &str) -> Option<Attribute> {
+    Some(match key {
+        "source.ip" => Attribute::SourceIp,
+        "source.namespace" => Attribute::SourceNamespace,
+        "source.principal" => Attribute::SourcePrincipal,
+        "source.serviceAccount" => Attribute::SourceAccount,
+        "destination.ip" => Attribute::DestinationIp,
+        "destination.port" => Attribute::DestinationPort,
+        "remote.ip"
+        | "request.auth.principal"
+        | "request.auth.audiences"
+        | "request.auth.presenter"
+        | "connection.sni" => Attribute::L7,
+        _ if [
+            "request.headers[",
+            "request.auth.claims[",
+            "experimental.envoy.filters.",
+        ]
+        .iter()
+        .any(|prefix| key.starts_with(prefix)) =>
+        {
+            Attribute::L7
+        }
+        _ => return None,
+    })
+}
+
+impl Attribute {
+    fn sort(self) -> Sort {
+        match self {
+            Attribute::SourceIp | Attribute::DestinationIp => Sort::Ip,
+            Attribute::DestinationPort => Sort::Port,
+            Attribute::SourceAccount => Sort::Account,
+            _ => Sort::Text,
+        }
+    }
+}
+
+/// The L4 policy, if the node is to enforce any; what was dropped goes to `problems`.
+pub(crate) fn translate(
+    policy: &Resource<AuthorizationPolicy>,
+    root_namespace: &str,
+    problems: &mut Vec<String>,
+) -> Option<Policy> {
+    let key = &policy.meta.key;
+    let spec = &policy.body;
+    let mut report = |what: &str| problems.push(format!("AuthorizationPolicy {key}: {what}"));
+    if let Some(target) = spec.target_ref.iter().chain(&spec.target_refs).next() {
+        let TargetRef { kind, name, .. } = target;
+        report(&format!(
+            "is for {kind} {name}: waypoints are not carried yet, not enforced"
+        ));
+        return None;
+    }
+    if policy
+        .meta
+        .annotations
+        .get(DRY_RUN_ANNOTATION)
+        .is_some_and(|value| value == "true")
+    {
+        report("is a dry run: not enforced, and not told in the log yet");
+        return None;
+    }
+    let action = match spec.action {
+        RawAction::Allow => Action::Allow,
+        RawAction::Deny => Action::Deny,
+        RawAction::Audit | RawAction::Custom => {
+            report("only ALLOW and DENY can be enforced at L4, not enforced");
+            return None;
+        }
+    };
+    let scope = if spec.selector.is_some() {
+        PolicyScope::WorkloadSelector
+    } else if &*key.namespace == root_namespace {
+        PolicyScope::Global
+    } else {
+        PolicyScope::Namespace
+    };
+    let mut rules = Vec::new();
+    for (at, raw) in spec.rules.iter().enumerate() {
+        let mut dropped = Vec::new();
+        let rule = raw.translate(&key.namespace, &mut dropped);
+        if dropped.is_empty() {
+            rules.push(rule);
+            continue;
+        }
+        let dropped = dropped.join(", ");
+        match action {
+            Action::Allow => report(&format!("rule {at} is dropped, L4 cannot tell {dropped}")),
+            Action::Deny => {
+                let how = if never_matches(&rule) {
+                    "never matches"
+                } else {
+                    "is enforced"
+                };
+                report(&format!(
+                    "rule {at} {how} without {dropped}, which L4 cannot tell"
+                ));
+                rules.push(rule);
+            }
+        }
+    }
+    Some(Policy {
+        name: key.name.clone(),
+        namespace: key.namespace.clone(),
+        scope,
+        action,
+        rules,
+        dry_run: false,
+    })
+}
+
+/// Whether nothing is left of one of its clauses. It is then without effect, as it is with istiod.
+fn never_matches(rule: &Rule) -> bool {
+    let nothing = |found: &Match| *found == Match::default();
+    let empty = |clause: &Clause| !clause.matches.is_empty() && clause.matches.iter().all(nothing);
+    rule.clauses.iter().any(empty)
+}
+
+impl RawRule {
+    fn translate(&self, namespace: &str, dropped: &mut Vec<String>) -> Rule {
+        let mut clauses = Vec::new();
+        if let Some(to) = &self.to {
+            let matches = to
+                .iter()
+                .map(|to| to.operation.translate(dropped))
+                .collect();
+            clauses.push(Clause { matches });
+        }
+        if let Some(from) = &self.from {
+            let matches: Vec<Option<Match>> = from
+                .iter()
+                .map(|from| from.source.translate(namespace, dropped))
+                .collect();
+            // One of them cannot be told at all: then the clause is one that always matches.
+            let matches = matches
+                .into_iter()
+                .collect::<Option<_>>()
+                .unwrap_or_default();
+            clauses.push(Clause { matches });
+        }
+        for when in self.when.iter().flatten() {
+            clauses.push(Clause {
+                matches: vec![when.translate(namespace, dropped)],
+            });
+        }
+        Rule { clauses }
+    }
+}
+
+impl Operation {
+    fn translate(&self, dropped: &mut Vec<String>) -> Match {
+        drop_fields(dropped, &self.lists(), &["ports", "notPorts"]);
+        Match {
+            destination_ports: each(&self.ports, port),
+            not_destination_ports: each(&self.not_ports, port),
+            ..Match::default()
+        }
+    }
+}
+
+impl Source {
+    /// None where a trust domain cannot be told and nothing else is asked: it may be any source.
+    fn translate(&self, namespace: &str, dropped: &mut Vec<String>) -> Option<Match> {
+        const L4: [&str; 10] = [
+            "principals",
+            "notPrincipals",
+            "namespaces",
+            "notNamespaces",
+            "serviceAccounts",
+            "notServiceAccounts",
+            "trustDomains",
+            "notTrustDomains",
+            "ipBlocks",
+            "notIpBlocks",
+        ];
+        drop_fields(dropped, &self.lists(), &L4);
+        let mut made = Match {
+            namespaces: each(&self.namespaces, text),
+            not_namespaces: each(&self.not_namespaces, text),
+            principals: each(&self.principals, principal),
+            not_principals: each(&self.not_principals, principal),
+            service_accounts: each(&self.service_accounts, |value| account(namespace, value)),
+            not_service_accounts: each(&self.not_service_accounts, |v| account(namespace, v)),
+            source_ips: each(&self.ip_blocks, ip),
+            not_source_ips: each(&self.not_ip_blocks, ip),
+            ..Match::default()
+        };
+        // istiod forgets these two without a word. A trust domain is how a principal begins, so
+        // most can be told exactly; one more condition on `principals` cannot.
+        let mut untold = false;
+        if let Some(domains) = &self.trust_domains {
+            match trust_domains(domains).filter(|_| self.principals.is_none()) {
+                Some(principals) => made.principals = principals,
+                None => {
+                    dropped.push("trustDomains".into());
+                    untold = true;
+                }
+            }
+        }
+        if let Some(domains) = &self.not_trust_domains {
+            match trust_domains(domains) {
+                Some(principals) => made.not_principals.extend(principals),
+                None => {
+                    dropped.push("notTrustDomains".into());
+                    untold = true;
+                }
+            }
+        }
+        (!untold || made != Match::default()).then_some(made)
+    }
+}
+
+impl Condition {
+    fn translate(&self, namespace: &str, dropped: &mut Vec<String>) -> Match {
+        let (values, nots) = (&self.values, &self.not_values);
+        let mut made = Match::default();
+        match attribute(&self.key) {
+            Some(Attribute::SourceIp) => {
+                (made.source_ips, made.not_source_ips) = (each(values, ip), each(nots, ip));
+            }
+            Some(Attribute::DestinationIp) => {
+                (made.destination_ips, made.not_destination_ips) =
+                    (each(values, ip), each(nots, ip));
+            }
+            Some(Attribute::SourceNamespace) => {
+                (made.namespaces, made.not_namespaces) = (each(values, text), each(nots, text));
+            }
+            Some(Attribute::SourcePrincipal) => {
+                (made.principals, made.not_principals) =
+                    (each(values, principal), each(nots, principal));
+            }
+            // istiod has no L4 form for this one, though there is one.
+            Some(Attribute::SourceAccount) => {
+                made.service_accounts = each(values, |value| account(namespace, value));
+                made.not_service_accounts = each(nots, |value| account(namespace, value));
+            }
+            Some(Attribute::DestinationPort) => {
+                made.destination_ports = each(values, port);
+                made.not_destination_ports = each(nots, port);
+            }
+            Some(Attribute::L7) | None => dropped.push(self.key.clone()),
+        }
+        made
+    }
+}
+
+fn drop_fields(dropped: &mut Vec<String>, lists: &[(&str, &Values, Sort)], kept: &[&str]) {
+    let gone = lists
+        .iter()
+        .filter(|(name, values, _)| values.is_some() && !kept.contains(name));
+    dropped.extend(gone.map(|(name, _, _)| (*name).to_owned()));
+}
+
+fn each<T>(values: &Values, parse: impl Fn(&str) -> Option<T>) -> Vec<T> {
+    values
+        .iter()
+        .flatten()
+        .filter_map(|value| parse(value))
+        .collect()
+}
+
+fn text(value: &str) -> Option<StringMatch> {
+    Some(if value == "*" {
+        StringMatch::Presence
+    } else if let Some(suffix) = value.strip_prefix('*') {
+        StringMatch::Suffix(suffix.into())
+    } else if let Some(prefix) = value.strip_suffix('*') {
+        StringMatch::Prefix(prefix.into())
+    } else {
+        StringMatch::Exact(value.into())
+    })
+}
+
+/// Principals are compared without their scheme.
+fn principal(value: &str) -> Option<StringMatch> {
+    text(value.strip_prefix("spiffe://").unwrap_or(value))
+}
+
+/// Principals of these trust domains; none if one of them is given by its end.
+fn trust_domains(values: &[String]) -> Option<Vec<StringMatch>> {
+    let principal = |value: &String| match text(value)? {
+        StringMatch::Exact(domain) => Some(StringMatch::Prefix(format!("{domain}/").into())),
+        StringMatch::Suffix(_) => None,
+        told @ (StringMatch::Prefix(_) | StringMatch::Presence) => Some(told),
+    };
+    values.iter().map(principal).collect()
+}
+
+/// `name`, or `namespace/name`.
+fn account(namespace: &str, value: &str) -> Option<ServiceAccountMatch> {
+    let (namespace, name) = value.split_once('/').unwrap_or((namespace, value));
+    let bad = name.is_empty() || name.contains(['/', '*']) || namespace.contains('*');
+    let bad = bad || (value.contains('/') && namespace.is_empty());
+    (!bad).then(|| ServiceAccountMatch {
+        namespace: namespace.into(),
+        service_account: name.into(),
+    })
+}
+
+fn ip(value: &str) -> Option<IpNet> {
+    value
+        .parse()
+        .ok()
+        .or_else(|| value.parse::<std::net::IpAddr>().ok().map(IpNet::from))
+}
+
+fn port(value: &str) -> Option<u16> {
+    let digits = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
+    value.parse().ok().filter(|&port| digits && port > 0)
+}

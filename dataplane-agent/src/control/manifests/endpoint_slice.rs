@@ -1,0 +1,136 @@
+//! Endpoint slices: the endpoints of services without a selector, and those that are no pods.
+
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+
+use serde::Deserialize;
+
+use super::node::{Node, NodeError};
+use super::object::wrong;
+
+/// The label that says whose endpoints they are.
+pub const SERVICE_LABEL: &str = "kubernetes.io/service-name";
+
+/// What is read of an endpoint slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// The endpoints; none if they are given by host name.
+    pub endpoints: Vec<Endpoint>,
+    /// TCP ports: name, and number at the endpoint.
+    pub ports: Vec<(String, u16)>,
+}
+
+/// An endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Whether it takes load.
+    pub ready: bool,
+    /// The pod that it is.
+    pub pod: Option<PodRef>,
+    /// Whether it is an object other than a pod.
+    pub other_object: bool,
+    /// Its node.
+    pub node: Option<String>,
+}
+
+/// A pod, named.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodRef {
+    /// Its namespace; the slice's if it is empty.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid; any if it is empty.
+    pub uid: String,
+}
+
+impl EndpointSlice {
+    pub(crate) fn read(node: &Node) -> Result<Self, NodeError> {
+        let raw: Raw = node.read()?;
+        let by_name = raw.address_type.as_deref() == Some("FQDN");
+        let mut endpoints = Vec::new();
+        for (at, endpoint) in raw.endpoints.into_iter().enumerate() {
+            if by_name {
+                continue;
+            }
+            let mut addresses = Vec::new();
+            for (nth, address) in endpoint.addresses.iter().enumerate() {
+                let path = format!("endpoints[{at}].addresses[{nth}]");
+                addresses.push(address.parse().map_err(|_| {
+                    wrong(
+                        node,
+                        &path,
+                        format_args!("`{address}` is not an IP address"),
+                    )
+                })?);
+            }
+            let target = endpoint.target_ref;
+            let is_pod = target
+                .as_ref()
+                .is_some_and(|target| target.kind.as_deref() == Some("Pod"));
+            endpoints.push(Endpoint {
+                addresses,
+                ready: endpoint.conditions.and_then(|conditions| conditions.ready) != Some(false),
+                other_object: target.is_some() && !is_pod,
+                pod: target.filter(|_| is_pod).map(|target| PodRef {
+                    namespace: target.namespace.unwrap_or_default(),
+                    name: target.name.unwrap_or_default(),
+                    uid: target.uid.unwrap_or_default(),
+                }),
+                node: endpoint.node_name,
+            });
+        }
+        let ports = raw
+            .ports
+            .into_iter()
+            .filter(|port| {
+                port.protocol
+                    .as_deref()
+                    .is_none_or(|protocol| protocol == "TCP")
+            })
+            .filter_map(|port| Some((port.name.unwrap_or_default(), port.port?.get())))
+            .collect();
+        Ok(Self { endpoints, ports })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Raw {
+    address_type: Option<String>,
+    #[serde(default)]
+    endpoints: Vec<RawEndpoint>,
+    #[serde(default)]
+    ports: Vec<RawPort>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawEndpoint {
+    addresses: Vec<String>,
+    conditions: Option<Conditions>,
+    target_ref: Option<TargetRef>,
+    node_name: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Conditions {
+    ready: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct TargetRef {
+    kind: Option<String>,
+    namespace: Option<String>,
+    name: Option<String>,
+    uid: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct RawPort {
+    name: Option<String>,
+    port: Option<NonZeroU16>,
+    protocol: Option<String>,
+}

@@ -1,0 +1,99 @@
+//! Gateways and the labels that ask for them. Waypoints are not carried yet: what must pass one is
+//! marked with it, so that the data path refuses rather than goes round it.
+
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::node::{Node, NodeError};
+use super::object::{Key, Meta, Objects};
+
+const USE_LABEL: &str = "istio.io/use-waypoint";
+const USE_NAMESPACE_LABEL: &str = "istio.io/use-waypoint-namespace";
+const FOR_LABEL: &str = "istio.io/waypoint-for";
+
+/// What is read of a gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gateway {
+    /// Its class.
+    pub class: String,
+}
+
+impl Gateway {
+    pub(crate) fn read(node: &Node) -> Result<Self, NodeError> {
+        #[derive(Deserialize)]
+        struct Raw {
+            spec: Spec,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Spec {
+            gateway_class_name: String,
+        }
+        let Raw { spec } = node.read()?;
+        Ok(Self {
+            class: spec.gateway_class_name,
+        })
+    }
+}
+
+/// What asks for a waypoint.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Asker {
+    Service,
+    Workload,
+}
+
+/// The waypoint that an object must be reached through, as `namespace/hostname`.
+///
+/// By istiod's rule a waypoint that is not ready is no waypoint. Here it is one all the same when
+/// the object itself asks for it, since what was asked for is that nothing goes round it.
+pub(crate) fn waypoint(
+    asker: Asker,
+    meta: &Meta,
+    objects: &Objects,
+    cluster_domain: &str,
+) -> Option<Arc<str>> {
+    let own = meta.label(USE_LABEL);
+    let namespace = &meta.key.namespace;
+    let name = own.or_else(|| objects.namespace_label(namespace, USE_LABEL))?;
+    if name == "none" || name.is_empty() || is_gateway(asker, meta) {
+        return None;
+    }
+    let of_namespace = || objects.namespace_label(namespace, USE_NAMESPACE_LABEL);
+    let in_namespace = match own {
+        Some(_) => meta.label(USE_NAMESPACE_LABEL),
+        None => of_namespace(),
+    }
+    .unwrap_or(namespace);
+    if own.is_none() {
+        let key = Key {
+            namespace: in_namespace.into(),
+            name: name.into(),
+        };
+        let carries = objects
+            .gateways
+            .get(&key)
+            .and_then(|gateway| gateway.meta.label(FOR_LABEL));
+        let carried = match asker {
+            Asker::Service => matches!(carries, None | Some("service" | "all")),
+            Asker::Workload => matches!(carries, Some("workload" | "all")),
+        };
+        if !carried {
+            return None;
+        }
+    }
+    Some(format!("{in_namespace}/{name}.{in_namespace}.svc.{cluster_domain}").into())
+}
+
+/// A gateway's own service and pods are never behind one.
+fn is_gateway(asker: Asker, meta: &Meta) -> bool {
+    match asker {
+        Asker::Service => meta
+            .label("gateway.istio.io/managed")
+            .is_some_and(|by| by.contains("mesh-controller") || by.contains("eastwest-controller")),
+        Asker::Workload => meta
+            .label("gateway.networking.k8s.io/gateway-name")
+            .is_some(),
+    }
+}

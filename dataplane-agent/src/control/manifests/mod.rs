@@ -1,0 +1,78 @@
+//! A folder of ordinary Kubernetes manifests as a source of configuration.
+//!
+//! [`Folder`] reads it and keeps the last good state of every file; [`Watch`] says when to read
+//! again; [`translate()`] is pure and makes the store types of what was read. The rules are istiod's,
+//! so that a mesh from manifests behaves as one from a cluster. Where istiod would let more through
+//! than was written, we do not; each such place says so.
+
+use std::fmt;
+use std::path::PathBuf;
+
+pub mod authorization_policy;
+pub mod endpoint_slice;
+pub mod folder;
+pub mod gateway;
+pub(crate) mod node;
+pub mod object;
+pub mod peer_authentication;
+pub mod pod;
+pub mod service;
+pub mod translate;
+pub mod watch;
+
+#[cfg(test)]
+mod tests;
+
+pub use folder::{Folder, Reload};
+pub use object::Objects;
+pub use translate::{Enrolled, LocalPodSpec, MeshConfig, PodKey, Translation, Wanted, translate};
+pub use watch::Watch;
+
+/// What is wrong with a file, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManifestError {
+    /// The file, below the folder.
+    pub file: PathBuf,
+    /// Its line, if it is one line's fault.
+    pub line: Option<u64>,
+    /// The field's path in its object; empty if no field is at fault.
+    pub field: String,
+    /// What is wrong.
+    pub what: String,
+}
+
+impl ManifestError {
+    /// Of a whole file.
+    pub fn of_file(file: impl Into<PathBuf>, what: impl fmt::Display) -> Self {
+        Self {
+            file: file.into(),
+            line: None,
+            field: String::new(),
+            what: what.to_string(),
+        }
+    }
+
+    pub(crate) fn at(file: impl Into<PathBuf>, error: node::NodeError) -> Self {
+        Self {
+            file: file.into(),
+            line: error.line,
+            field: error.field,
+            what: error.what,
+        }
+    }
+}
+
+impl fmt::Display for ManifestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file.display())?;
+        if let Some(line) = self.line {
+            write!(f, ":{line}")?;
+        }
+        if !self.field.is_empty() {
+            write!(f, ": {}", self.field)?;
+        }
+        write!(f, ": {}", self.what)
+    }
+}
+
+impl std::error::Error for ManifestError {}

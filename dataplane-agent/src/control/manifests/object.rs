@@ -1,0 +1,429 @@
+//! Kubernetes objects as they are read: one file's text → typed objects; all files' → [`Objects`].
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::ManifestError;
+use super::authorization_policy::AuthorizationPolicy;
+use super::endpoint_slice::EndpointSlice;
+use super::gateway::Gateway;
+use super::node::{self, Node, NodeError};
+use super::peer_authentication::PeerAuthentication;
+use super::pod::Pod;
+use super::service::Service;
+
+/// Namespace and name; the namespace is empty for objects of the whole cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key {
+    /// The namespace.
+    pub namespace: Arc<str>,
+    /// The name.
+    pub name: Arc<str>,
+}
+
+/// `metadata`, as far as it matters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Meta {
+    /// Namespace and name.
+    pub key: Key,
+    /// What tells it from an earlier object of its name; empty if the manifest has none.
+    pub uid: Arc<str>,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// When it was created, as the manifest says it.
+    pub created: Option<OffsetDateTime>,
+    /// Whether it is being deleted.
+    pub deleting: bool,
+    /// What its name was made from.
+    pub generate_name: Option<String>,
+    /// What controls it: kind and name.
+    pub controller: Option<(String, String)>,
+}
+
+/// An object with its metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resource<T> {
+    /// Its metadata.
+    pub meta: Meta,
+    /// What it says.
+    pub body: T,
+    /// Its age among all: oldest wins where only one may.
+    pub age: Age,
+}
+
+/// Creation, or when it was first seen where the manifest does not say; the lesser is the older.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Age {
+    at: OffsetDateTime,
+    order: u64,
+}
+
+impl Default for Age {
+    fn default() -> Self {
+        Self {
+            at: OffsetDateTime::UNIX_EPOCH,
+            order: 0,
+        }
+    }
+}
+
+impl Age {
+    /// `order` parts those of one time.
+    pub fn new(at: OffsetDateTime, order: u64) -> Self {
+        Self { at, order }
+    }
+}
+
+/// All objects of a folder.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Objects {
+    /// Namespaces.
+    pub namespaces: BTreeMap<Key, Resource<()>>,
+    /// Service accounts.
+    pub service_accounts: BTreeMap<Key, Resource<()>>,
+    /// Nodes.
+    pub nodes: BTreeMap<Key, Resource<()>>,
+    /// Pods.
+    pub pods: BTreeMap<Key, Resource<Pod>>,
+    /// Services.
+    pub services: BTreeMap<Key, Resource<Service>>,
+    /// Endpoint slices.
+    pub endpoint_slices: BTreeMap<Key, Resource<EndpointSlice>>,
+    /// L4 (and L7) policies.
+    pub authorization_policies: BTreeMap<Key, Resource<AuthorizationPolicy>>,
+    /// Who has to come with an identity.
+    pub peer_authentications: BTreeMap<Key, Resource<PeerAuthentication>>,
+    /// Gateways, among them waypoints.
+    pub gateways: BTreeMap<Key, Resource<Gateway>>,
+    /// HTTP routes; only noted.
+    pub http_routes: BTreeMap<Key, Resource<()>>,
+    /// What was passed over, and why.
+    pub warnings: Vec<String>,
+}
+
+impl Objects {
+    /// The labels of a namespace; none if it has no object.
+    pub fn namespace_label(&self, namespace: &str, label: &str) -> Option<&str> {
+        let key = Key {
+            namespace: "".into(),
+            name: namespace.into(),
+        };
+        self.namespaces
+            .get(&key)?
+            .meta
+            .labels
+            .get(label)
+            .map(String::as_str)
+    }
+
+    pub(crate) fn insert(&mut self, item: Item, age: Age) {
+        fn put<T>(map: &mut BTreeMap<Key, Resource<T>>, meta: Meta, body: T, age: Age) {
+            map.insert(meta.key.clone(), Resource { meta, body, age });
+        }
+        let meta = item.meta;
+        match item.body {
+            Body::Namespace => put(&mut self.namespaces, meta, (), age),
+            Body::ServiceAccount => put(&mut self.service_accounts, meta, (), age),
+            Body::Node => put(&mut self.nodes, meta, (), age),
+            Body::HttpRoute => put(&mut self.http_routes, meta, (), age),
+            Body::Pod(body) => put(&mut self.pods, meta, body, age),
+            Body::Service(body) => put(&mut self.services, meta, body, age),
+            Body::EndpointSlice(body) => put(&mut self.endpoint_slices, meta, body, age),
+            Body::AuthorizationPolicy(body) => {
+                put(&mut self.authorization_policies, meta, body, age);
+            }
+            Body::PeerAuthentication(body) => put(&mut self.peer_authentications, meta, body, age),
+            Body::Gateway(body) => put(&mut self.gateways, meta, body, age),
+        }
+    }
+}
+
+/// One object of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Item {
+    pub(crate) line: u64,
+    pub(crate) meta: Meta,
+    pub(crate) body: Body,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Body {
+    Namespace,
+    ServiceAccount,
+    Node,
+    HttpRoute,
+    Pod(Pod),
+    Service(Service),
+    EndpointSlice(EndpointSlice),
+    AuthorizationPolicy(AuthorizationPolicy),
+    PeerAuthentication(PeerAuthentication),
+    Gateway(Gateway),
+}
+
+/// What a file says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Parsed {
+    pub(crate) items: Vec<Item>,
+    pub(crate) warnings: Vec<String>,
+}
+
+impl Item {
+    /// What may be there only once.
+    pub(crate) fn identity(&self) -> (&'static str, Key) {
+        (self.body.kind(), self.meta.key.clone())
+    }
+}
+
+impl Body {
+    fn kind(&self) -> &'static str {
+        match self {
+            Body::Namespace => "Namespace",
+            Body::ServiceAccount => "ServiceAccount",
+            Body::Node => "Node",
+            Body::HttpRoute => "HTTPRoute",
+            Body::Pod(_) => "Pod",
+            Body::Service(_) => "Service",
+            Body::EndpointSlice(_) => "EndpointSlice",
+            Body::AuthorizationPolicy(_) => "AuthorizationPolicy",
+            Body::PeerAuthentication(_) => "PeerAuthentication",
+            Body::Gateway(_) => "Gateway",
+        }
+    }
+}
+
+/// One file's text.
+pub(crate) fn parse(file: &Path, text: &str) -> Result<Parsed, ManifestError> {
+    let mut parsed = Parsed::default();
+    for document in node::documents(text).map_err(|error| ManifestError::at(file, error))? {
+        take(file, &document, 0, &mut parsed).map_err(|error| ManifestError::at(file, error))?;
+    }
+    let mut seen = BTreeMap::new();
+    for item in &parsed.items {
+        let (kind, key) = item.identity();
+        if let Some(first) = seen.insert((kind, key.clone()), item.line) {
+            return Err(ManifestError {
+                line: Some(item.line),
+                ..ManifestError::of_file(file, format_args!("{kind} {key} is also on line {first}"))
+            });
+        }
+    }
+    Ok(parsed)
+}
+
+/// Lists in lists do not occur; the bound only keeps a hostile file from our stack.
+const LIST_DEPTH: usize = 4;
+
+fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(), NodeError> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Head {
+        api_version: String,
+        kind: String,
+    }
+    let head: Head = node.read()?;
+    let group = head
+        .api_version
+        .rsplit_once('/')
+        .map_or("", |(group, _)| group);
+
+    if let Some(items) = node.field("items").filter(|_| head.kind.ends_with("List")) {
+        let items = items
+            .list()
+            .filter(|_| depth < LIST_DEPTH)
+            .ok_or_else(|| NodeError {
+                line: Some(items.line),
+                field: "items".into(),
+                what: "expected a list of objects".into(),
+            })?;
+        for (at, item) in items.iter().enumerate() {
+            take(file, item, depth + 1, parsed).map_err(|e| e.below(&format!("items[{at}]")))?;
+        }
+        return Ok(());
+    }
+
+    let body = match (group, head.kind.as_str()) {
+        ("", "Namespace") => Body::Namespace,
+        ("", "ServiceAccount") => Body::ServiceAccount,
+        ("", "Node") => Body::Node,
+        ("gateway.networking.k8s.io", "HTTPRoute") => Body::HttpRoute,
+        ("", "Pod") => Body::Pod(Pod::read(node)?),
+        ("", "Service") => Body::Service(Service::read(node)?),
+        ("discovery.k8s.io", "EndpointSlice") => Body::EndpointSlice(EndpointSlice::read(node)?),
+        ("security.istio.io", "AuthorizationPolicy") => {
+            Body::AuthorizationPolicy(AuthorizationPolicy::read(node)?)
+        }
+        ("security.istio.io", "PeerAuthentication") => {
+            Body::PeerAuthentication(PeerAuthentication::read(node)?)
+        }
+        ("gateway.networking.k8s.io", "Gateway") => Body::Gateway(Gateway::read(node)?),
+        (group, kind) => {
+            parsed.warnings.push(passed_over(file, node, group, kind)?);
+            return Ok(());
+        }
+    };
+    let meta = Meta::read(node, matches!(body, Body::Namespace | Body::Node))?;
+    parsed.items.push(Item {
+        line: node.line,
+        meta,
+        body,
+    });
+    Ok(())
+}
+
+/// Even an object that is not read has a name, so that one whose kind is half written is not taken
+/// for one of another kind.
+fn passed_over(file: &Path, node: &Node, group: &str, kind: &str) -> Result<String, NodeError> {
+    let name = node
+        .field("metadata")
+        .and_then(|m| m.field("name"))
+        .and_then(Node::text);
+    if name.is_none() && kind != "Kustomization" {
+        return Err(wrong(
+            node,
+            "metadata.name",
+            format_args!("a {kind} without a name"),
+        ));
+    }
+    let why = match (group, kind) {
+        ("apps", "Deployment" | "ReplicaSet" | "StatefulSet" | "DaemonSet")
+        | ("batch", "Job" | "CronJob")
+        | ("", "ReplicationController") => "makes no pods here, write them as Pod",
+        _ => "is of a kind that is not read, passed over",
+    };
+    let (file, line, name) = (file.display(), node.line, name.unwrap_or_default());
+    Ok(format!("{file}:{line}: {kind} {name} {why}"))
+}
+
+impl Meta {
+    fn read(node: &Node, cluster_wide: bool) -> Result<Self, NodeError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Raw {
+            name: String,
+            #[serde(default)]
+            namespace: String,
+            #[serde(default)]
+            uid: String,
+            #[serde(default)]
+            labels: BTreeMap<String, String>,
+            #[serde(default)]
+            annotations: BTreeMap<String, String>,
+            creation_timestamp: Option<String>,
+            deletion_timestamp: Option<String>,
+            generate_name: Option<String>,
+            #[serde(default)]
+            owner_references: Vec<Owner>,
+        }
+        #[derive(Deserialize)]
+        struct Owner {
+            kind: String,
+            name: String,
+            #[serde(default)]
+            controller: bool,
+        }
+        #[derive(Deserialize)]
+        struct Outer {
+            metadata: Raw,
+        }
+        let raw = node.read::<Outer>()?.metadata;
+        let namespace = match (cluster_wide, raw.namespace.as_str()) {
+            (true, _) => "",
+            (false, "") => "default",
+            (false, namespace) => namespace,
+        };
+        // Names end up in identities and keys, where a slash would make another one of them.
+        if !is_name(&raw.name) {
+            return Err(wrong(
+                node,
+                "metadata.name",
+                format_args!("`{}` is not a name", raw.name),
+            ));
+        }
+        if !namespace.is_empty() && !is_label(namespace) {
+            let what = format_args!("`{namespace}` is not a namespace");
+            return Err(wrong(node, "metadata.namespace", what));
+        }
+        let created = match &raw.creation_timestamp {
+            None => None,
+            Some(text) => Some(OffsetDateTime::parse(text, &Rfc3339).map_err(|_| {
+                wrong(
+                    node,
+                    "metadata.creationTimestamp",
+                    format_args!("`{text}` is not a time"),
+                )
+            })?),
+        };
+        Ok(Self {
+            key: Key {
+                namespace: namespace.into(),
+                name: raw.name.into(),
+            },
+            uid: raw.uid.into(),
+            labels: raw.labels,
+            annotations: raw.annotations,
+            created,
+            deleting: raw.deletion_timestamp.is_some(),
+            generate_name: raw.generate_name,
+            controller: raw
+                .owner_references
+                .into_iter()
+                .find(|owner| owner.controller)
+                .map(|owner| (owner.kind, owner.name)),
+        })
+    }
+
+    /// A label's value.
+    pub fn label(&self, name: &str) -> Option<&str> {
+        self.labels.get(name).map(String::as_str)
+    }
+}
+
+/// A fault that a check found in the field at `path` of the object `node`.
+pub(crate) fn wrong(node: &Node, path: &str, what: impl std::fmt::Display) -> NodeError {
+    NodeError {
+        line: Some(node.line_at(path)),
+        field: path.into(),
+        what: what.to_string(),
+    }
+}
+
+/// DNS subdomain, as Kubernetes wants names.
+pub(crate) fn is_name(name: &str) -> bool {
+    !name.is_empty() && name.len() <= 253 && name.split('.').all(is_label_part)
+}
+
+fn is_label(name: &str) -> bool {
+    name.len() <= 63 && is_label_part(name)
+}
+
+fn is_label_part(part: &str) -> bool {
+    let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    !part.is_empty() && part.chars().all(inner) && !part.starts_with('-') && !part.ends_with('-')
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.namespace.is_empty() {
+            f.write_str(&self.name)
+        } else {
+            write!(f, "{}/{}", self.namespace, self.name)
+        }
+    }
+}
+
+/// Whether `labels` have everything that `selector` asks for.
+pub(crate) fn selects(
+    selector: &BTreeMap<String, String>,
+    labels: &BTreeMap<String, String>,
+) -> bool {
+    selector
+        .iter()
+        .all(|(name, value)| labels.get(name) == Some(value))
+}

@@ -1,0 +1,254 @@
+//! PeerAuthentication: the DENY policies that keep out who comes in clear.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::authorization_policy::Selector;
+use super::node::{Node, NodeError};
+use super::object::{Key, Meta, Resource, selects, wrong};
+use crate::authorize::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
+
+const STATIC_STRICT: &str = "istio_converted_static_strict";
+
+/// What is read of a PeerAuthentication.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PeerAuthentication {
+    selector: Option<Selector>,
+    mtls: Option<Mtls>,
+    #[serde(default)]
+    port_level_mtls: BTreeMap<u16, Mtls>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Mtls {
+    #[serde(default)]
+    mode: Mode,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+enum Mode {
+    #[default]
+    Unset,
+    Disable,
+    Permissive,
+    Strict,
+}
+
+impl Mode {
+    /// Strict or not; none if it leaves that to the level above.
+    fn strict(self) -> Option<bool> {
+        match self {
+            Mode::Unset => None,
+            // The node always offers mTLS, so there is nothing to disable.
+            Mode::Disable | Mode::Permissive => Some(false),
+            Mode::Strict => Some(true),
+        }
+    }
+}
+
+impl PeerAuthentication {
+    pub(crate) fn read(node: &Node) -> Result<Self, NodeError> {
+        #[derive(Deserialize)]
+        struct Raw {
+            spec: PeerAuthentication,
+        }
+        let Raw { spec } = node.read()?;
+        if let Some(path) = node.field("spec").and_then(Node::null) {
+            return Err(wrong(node, &format!("spec.{path}"), "no value"));
+        }
+        if spec.labels().is_none() && !spec.port_level_mtls.is_empty() {
+            return Err(wrong(node, "spec.portLevelMtls", "needs a selector"));
+        }
+        if spec.port_level_mtls.contains_key(&0) {
+            return Err(wrong(node, "spec.portLevelMtls", "`0` is not a port"));
+        }
+        Ok(spec)
+    }
+
+    /// The labels of the pods that it is for; none if it is for all.
+    fn labels(&self) -> Option<&BTreeMap<String, String>> {
+        self.selector
+            .as_ref()
+            .map(|selector| &selector.match_labels)
+            .filter(|l| !l.is_empty())
+    }
+
+    fn mode(&self) -> Mode {
+        self.mtls.unwrap_or_default().mode
+    }
+}
+
+/// All of them, ready to be asked about a pod.
+pub(crate) struct PeerAuthentications<'a> {
+    all: &'a BTreeMap<Key, Resource<PeerAuthentication>>,
+    root: &'a str,
+    mesh: bool,
+}
+
+impl<'a> PeerAuthentications<'a> {
+    pub(crate) fn new(all: &'a BTreeMap<Key, Resource<PeerAuthentication>>, root: &'a str) -> Self {
+        let mut this = Self {
+            all,
+            root,
+            mesh: false,
+        };
+        this.mesh = this
+            .level(root)
+            .and_then(|found| found.body.mode().strict())
+            .unwrap_or(false);
+        this
+    }
+
+    /// The oldest one for a whole namespace.
+    fn level(&self, namespace: &str) -> Option<&'a Resource<PeerAuthentication>> {
+        oldest(self.all.values().filter(|found| {
+            &*found.meta.key.namespace == namespace && found.body.labels().is_none()
+        }))
+    }
+
+    /// What holds in a namespace for pods of which nothing else is said.
+    fn inherited(&self, namespace: &str) -> bool {
+        self.level(namespace)
+            .and_then(|found| found.body.mode().strict())
+            .unwrap_or(self.mesh)
+    }
+
+    /// The key of the policy that a pod is to be given.
+    pub(crate) fn key(&self, pod: &Meta) -> Option<Arc<str>> {
+        let namespace = &*pod.key.namespace;
+        let parent = self.inherited(namespace);
+        let own = oldest(self.all.values().filter(|found| {
+            let labels = found.body.labels();
+            *found.meta.key.namespace == *namespace
+                && namespace != self.root
+                && labels.is_some_and(|labels| selects(labels, &pod.labels))
+        }));
+        let mode = own.map_or(Mode::Unset, |own| own.body.mode());
+        let strict = mode.strict().unwrap_or(parent);
+        if let Some(own) = own {
+            let port_is = |modes: &[Mode]| {
+                own.body
+                    .port_level_mtls
+                    .values()
+                    .any(|port| modes.contains(&port.mode))
+            };
+            let converted = match mode {
+                Mode::Strict => port_is(&[Mode::Permissive, Mode::Disable]),
+                // As istiod has it: DISABLE alone does not loosen what is inherited.
+                Mode::Unset if parent => port_is(&[Mode::Permissive]),
+                _ => port_is(&[Mode::Strict]),
+            };
+            if converted {
+                return Some(format!("{namespace}/{}", converted_name(own)).into());
+            }
+        }
+        strict.then(|| format!("{}/{STATIC_STRICT}", self.root).into())
+    }
+
+    /// The policies that they make, and what of them is without effect.
+    pub(crate) fn translate(&self, problems: &mut Vec<String>) -> Vec<Policy> {
+        let mut policies = Vec::new();
+        if !self.all.is_empty() {
+            policies.push(deny(
+                self.root,
+                STATIC_STRICT.into(),
+                vec![rule([in_clear()])],
+            ));
+        }
+        for found in self.all.values() {
+            let namespace = &*found.meta.key.namespace;
+            if found.body.labels().is_none() {
+                continue;
+            }
+            if namespace == self.root {
+                let key = &found.meta.key;
+                problems.push(format!(
+                    "PeerAuthentication {key}: one with a selector has no effect in the root namespace"
+                ));
+                continue;
+            }
+            let rules = self.rules(found);
+            if !rules.is_empty() {
+                policies.push(deny(namespace, converted_name(found).into(), rules));
+            }
+        }
+        policies
+    }
+
+    /// What a policy with ports denies. UNSET inherits, through an UNSET namespace too (istiod makes
+    /// no policy there, and so leaves all ports open).
+    fn rules(&self, found: &Resource<PeerAuthentication>) -> Vec<Rule> {
+        let own = found.body.mode().strict();
+        let ports = |strict| {
+            let all = found.body.port_level_mtls.iter();
+            all.filter(move |(_, mtls)| mtls.mode.strict() == Some(strict))
+                .map(|(&port, _)| port)
+        };
+        if !own.unwrap_or_else(|| self.inherited(&found.meta.key.namespace)) {
+            return ports(true)
+                .map(|port| {
+                    rule([Match {
+                        destination_ports: vec![port],
+                        ..in_clear()
+                    }])
+                })
+                .collect();
+        }
+        let mut clauses: Vec<Match> = ports(false)
+            .map(|port| Match {
+                not_destination_ports: vec![port],
+                ..Match::default()
+            })
+            .collect();
+        if clauses.is_empty() {
+            return Vec::new();
+        }
+        // The order is istiod's; it does not matter to the meaning.
+        clauses.insert(if own.is_some() { 0 } else { clauses.len() }, in_clear());
+        vec![rule(clauses)]
+    }
+}
+
+fn oldest<'a>(
+    found: impl Iterator<Item = &'a Resource<PeerAuthentication>>,
+) -> Option<&'a Resource<PeerAuthentication>> {
+    found.min_by(|a, b| (a.age, &a.meta.key).cmp(&(b.age, &b.meta.key)))
+}
+
+fn converted_name(found: &Resource<PeerAuthentication>) -> String {
+    format!("converted_peer_authentication_{}", found.meta.key.name)
+}
+
+/// Who has no identity.
+fn in_clear() -> Match {
+    Match {
+        not_principals: vec![StringMatch::Presence],
+        ..Match::default()
+    }
+}
+
+fn rule(clauses: impl IntoIterator<Item = Match>) -> Rule {
+    let clauses = clauses
+        .into_iter()
+        .map(|made| Clause {
+            matches: vec![made],
+        })
+        .collect();
+    Rule { clauses }
+}
+
+fn deny(namespace: &str, name: Arc<str>, rules: Vec<Rule>) -> Policy {
+    Policy {
+        name,
+        namespace: namespace.into(),
+        scope: PolicyScope::WorkloadSelector,
+        action: Action::Deny,
+        rules,
+        dry_run: false,
+    }
+}

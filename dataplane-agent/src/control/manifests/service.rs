@@ -1,0 +1,256 @@
+//! Services: what is read of them, and the store type they become.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+
+use serde::{Deserialize, Deserializer, de};
+
+use super::node::{Node, NodeError};
+use super::object::{Objects, Resource, wrong};
+use super::pod::Pod;
+use crate::resolve::service::{LoadBalancing, Scope};
+
+/// What is read of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Only a name for another one, outside: not carried.
+    pub external: bool,
+    /// Its addresses; none if it is headless.
+    pub vips: Vec<IpAddr>,
+    /// Whether it says itself that it has no address.
+    pub headless: bool,
+    /// Labels of its pods; empty if its EndpointSlices name its endpoints.
+    pub selector: BTreeMap<String, String>,
+    /// Its TCP ports.
+    pub ports: Vec<ServicePort>,
+    /// Whether endpoints that are not ready take load too.
+    pub publish_not_ready: bool,
+    /// `internalTrafficPolicy: Local`.
+    pub node_local: bool,
+    /// `trafficDistribution`.
+    pub distribution: Option<String>,
+}
+
+/// A port of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Its name; empty if it is the only one.
+    pub name: String,
+    /// What clients connect to.
+    pub port: u16,
+    /// What the pod listens on.
+    pub target: Target,
+}
+
+/// A port of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// By number.
+    Number(u16),
+    /// By the name that its containers give it.
+    Name(String),
+}
+
+impl Service {
+    pub(crate) fn read(node: &Node) -> Result<Self, NodeError> {
+        let Raw { spec } = node.read()?;
+        let external = spec.kind.as_deref() == Some("ExternalName");
+        let mut addresses = spec.cluster_ips;
+        if let (true, Some(address)) = (addresses.is_empty(), spec.cluster_ip) {
+            addresses.push(address);
+        }
+        let mut ports: Vec<ServicePort> = Vec::new();
+        for (at, port) in spec.ports.into_iter().enumerate() {
+            if port
+                .protocol
+                .as_deref()
+                .is_some_and(|protocol| protocol != "TCP")
+            {
+                continue;
+            }
+            let number = port.port.get();
+            if ports.iter().any(|known| known.port == number) {
+                let what = format_args!("port {number} is there twice");
+                return Err(wrong(node, &format!("spec.ports[{at}].port"), what));
+            }
+            ports.push(ServicePort {
+                name: port.name.unwrap_or_default(),
+                port: number,
+                target: port.target_port.unwrap_or(Target::Number(number)),
+            });
+        }
+        Ok(Self {
+            external,
+            headless: addresses.contains(&ClusterIp::None),
+            vips: addresses
+                .into_iter()
+                .filter_map(ClusterIp::address)
+                .collect(),
+            selector: spec.selector,
+            ports,
+            publish_not_ready: spec.publish_not_ready_addresses,
+            node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+            distribution: spec.traffic_distribution,
+        })
+    }
+
+    /// Where each of its ports leads in a pod; a name that the pod does not know leads nowhere.
+    pub fn ports_in(&self, pod: &Pod) -> BTreeMap<u16, u16> {
+        let target = |port: &ServicePort| match &port.target {
+            Target::Number(number) => Some(*number),
+            Target::Name(name) => pod.named_port(name),
+        };
+        self.ports
+            .iter()
+            .filter_map(|port| Some((port.port, target(port)?)))
+            .collect()
+    }
+
+    /// Its ports as the store has them.
+    pub fn port_map(&self) -> BTreeMap<u16, u16> {
+        let target = |port: &ServicePort| match port.target {
+            Target::Number(number) => number,
+            Target::Name(_) => 0,
+        };
+        self.ports
+            .iter()
+            .map(|port| (port.port, target(port)))
+            .collect()
+    }
+}
+
+/// Where its endpoints are looked for first.
+pub(crate) fn load_balancing(service: &Resource<Service>, objects: &Objects) -> LoadBalancing {
+    const ANNOTATION: &str = "networking.istio.io/traffic-distribution";
+    if service.body.node_local {
+        return LoadBalancing {
+            preferences: vec![Scope::Node],
+            strict: true,
+        };
+    }
+    let namespace = super::object::Key {
+        namespace: "".into(),
+        name: service.meta.key.namespace.clone(),
+    };
+    let of_namespace = || {
+        objects
+            .namespaces
+            .get(&namespace)?
+            .meta
+            .annotations
+            .get(ANNOTATION)
+    };
+    let distribution = service
+        .body
+        .distribution
+        .as_ref()
+        .or_else(|| service.meta.annotations.get(ANNOTATION))
+        .or_else(of_namespace);
+    let mut preferences = Vec::new();
+    if let Some("PreferClose" | "PreferSameZone" | "PreferSameNode") =
+        distribution.map(String::as_str)
+    {
+        preferences.extend([Scope::Network, Scope::Region, Scope::Zone]);
+    }
+    if distribution.map(String::as_str) == Some("PreferSameNode") {
+        preferences.extend([Scope::Subzone, Scope::Node]);
+    }
+    LoadBalancing {
+        preferences,
+        strict: false,
+    }
+}
+
+#[derive(Deserialize)]
+struct Raw {
+    spec: Spec,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Spec {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    #[serde(rename = "clusterIP")]
+    cluster_ip: Option<ClusterIp>,
+    #[serde(rename = "clusterIPs", default)]
+    cluster_ips: Vec<ClusterIp>,
+    #[serde(default)]
+    selector: BTreeMap<String, String>,
+    #[serde(default)]
+    ports: Vec<RawPort>,
+    #[serde(default)]
+    publish_not_ready_addresses: bool,
+    internal_traffic_policy: Option<String>,
+    traffic_distribution: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RawPort {
+    name: Option<String>,
+    port: NonZeroU16,
+    protocol: Option<String>,
+    target_port: Option<Target>,
+}
+
+#[derive(PartialEq)]
+enum ClusterIp {
+    None,
+    Unset,
+    Address(IpAddr),
+}
+
+impl ClusterIp {
+    fn address(self) -> Option<IpAddr> {
+        match self {
+            ClusterIp::Address(address) => Some(address),
+            ClusterIp::None | ClusterIp::Unset => None,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for ClusterIp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match String::deserialize(deserializer)?.as_str() {
+            "None" => Ok(ClusterIp::None),
+            "" => Ok(ClusterIp::Unset),
+            text => text
+                .parse()
+                .map(ClusterIp::Address)
+                .map_err(de::Error::custom),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Target {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PortOrName;
+        impl de::Visitor<'_> for PortOrName {
+            type Value = Target;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a port, or the name of one")
+            }
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Target, E> {
+                match u16::try_from(number) {
+                    Ok(port) if port > 0 => Ok(Target::Number(port)),
+                    _ => Err(E::custom(format_args!("`{number}` is not a port"))),
+                }
+            }
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Target, E> {
+                self.visit_u64(u64::try_from(number).unwrap_or(0))
+            }
+            fn visit_str<E: de::Error>(self, name: &str) -> Result<Target, E> {
+                if name.bytes().all(|byte| byte.is_ascii_digit()) {
+                    return Err(E::custom(format_args!(
+                        "`{name}` is neither a port nor a name"
+                    )));
+                }
+                Ok(Target::Name(name.to_owned()))
+            }
+        }
+        deserializer.deserialize_any(PortOrName)
+    }
+}

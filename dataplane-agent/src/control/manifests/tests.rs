@@ -1,0 +1,53 @@
+//! Tests of the folder and of the translation.
+
+mod folder;
+mod golden;
+mod parse;
+mod policies;
+mod property;
+mod workloads;
+
+use std::path::Path;
+
+use super::object::{self, Age, Objects};
+use super::translate::{Enrolled, MeshConfig, Translation, translate};
+use crate::authorize::policy::Policy;
+
+/// The objects of a text, the first the oldest.
+fn objects(text: &str) -> Objects {
+    let parsed = object::parse(Path::new("test.yaml"), text).expect("the test's own manifests");
+    let mut objects = Objects {
+        warnings: parsed.warnings,
+        ..Objects::default()
+    };
+    for (order, item) in (1..).zip(parsed.items) {
+        let age = match item.meta.created {
+            Some(created) => Age::new(created, 0),
+            None => Age::new(time::OffsetDateTime::UNIX_EPOCH, order),
+        };
+        objects.insert(item, age);
+    }
+    objects
+}
+
+fn refusal(text: &str) -> String {
+    object::parse(Path::new("test.yaml"), text)
+        .expect_err("is to be refused")
+        .to_string()
+}
+
+fn translation(text: &str) -> Translation {
+    translate(
+        &objects(text),
+        &Enrolled::new(),
+        &MeshConfig::of_node("here"),
+    )
+}
+
+fn policy<'a>(translation: &'a Translation, key: &str) -> &'a Policy {
+    translation
+        .policies
+        .iter()
+        .find(|policy| policy.key() == key)
+        .expect("the policy is there")
+}

@@ -1,0 +1,283 @@
+use super::{policy, translation};
+use crate::authorize::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
+
+fn authorization(namespace: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+         metadata: {{name: gate, namespace: {namespace}}}\nspec: {spec}\n---\n"
+    )
+}
+
+fn peer(name: &str, namespace: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+         metadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n---\n"
+    )
+}
+
+const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: till, namespace: shop, labels: {app: till}}\n\
+                   spec: {}\nstatus: {podIP: 10.0.0.1}\n---\n";
+
+/// The policies that a pod of these objects is given.
+fn given(text: &str) -> Vec<String> {
+    let made = translation(&format!("{text}{POD}"));
+    made.workloads[0]
+        .policies
+        .iter()
+        .map(|key| key.to_string())
+        .collect()
+}
+
+#[test]
+fn scope_follows_selector_and_root_namespace() {
+    for (namespace, spec, scope, listed) in [
+        ("shop", "{}", PolicyScope::Namespace, false),
+        ("istio-system", "{}", PolicyScope::Global, false),
+        (
+            "shop",
+            "{selector: {matchLabels: {app: till}}}",
+            PolicyScope::WorkloadSelector,
+            true,
+        ),
+        (
+            "istio-system",
+            "{selector: {matchLabels: {app: till}}}",
+            PolicyScope::WorkloadSelector,
+            true,
+        ),
+        (
+            "shop",
+            "{selector: {}}",
+            PolicyScope::WorkloadSelector,
+            true,
+        ),
+        (
+            "shop",
+            "{selector: {matchLabels: {app: cellar}}}",
+            PolicyScope::WorkloadSelector,
+            false,
+        ),
+        (
+            "elsewhere",
+            "{selector: {matchLabels: {app: till}}}",
+            PolicyScope::WorkloadSelector,
+            false,
+        ),
+    ] {
+        let text = authorization(namespace, spec);
+        let made = translation(&text);
+        assert_eq!(made.policies[0].scope, scope, "{namespace} {spec}");
+        assert_eq!(
+            given(&text).len(),
+            usize::from(listed),
+            "{namespace} {spec}"
+        );
+    }
+}
+
+#[test]
+fn no_rule_and_an_empty_rule_are_told_apart() {
+    let none = translation(&authorization("shop", "{action: DENY}"));
+    assert!(none.policies[0].rules.is_empty());
+    let all = translation(&authorization("shop", "{action: DENY, rules: [{}]}"));
+    assert_eq!(all.policies[0].rules, [Rule::default()]);
+}
+
+#[test]
+fn an_allow_loses_the_rule_that_l4_cannot_tell_and_stays() {
+    let made = translation(&authorization(
+        "shop",
+        "{rules: [{from: [{source: {namespaces: [a]}}], to: [{operation: {methods: [GET]}}]}]}",
+    ));
+    assert!(
+        made.policies[0].rules.is_empty(),
+        "it then denies everything"
+    );
+    assert_eq!(
+        made.problems,
+        ["AuthorizationPolicy shop/gate: rule 0 is dropped, L4 cannot tell methods"]
+    );
+}
+
+#[test]
+fn trust_domains_are_told_by_principals() {
+    let of = |spec: &str| translation(&authorization("shop", spec)).policies[0].clone();
+    let first = |policy: &Policy| policy.rules[0].clauses[0].matches[0].clone();
+    let made =
+        of("{rules: [{from: [{source: {trustDomains: [a.b, 'c*'], notTrustDomains: [d]}}]}]}");
+    assert_eq!(
+        first(&made),
+        Match {
+            principals: vec![
+                StringMatch::Prefix("a.b/".into()),
+                StringMatch::Prefix("c".into())
+            ],
+            not_principals: vec![StringMatch::Prefix("d/".into())],
+            ..Match::default()
+        }
+    );
+}
+
+#[test]
+fn trust_domains_that_cannot_be_told_let_nothing_more_through() {
+    let source = "{source: {trustDomains: ['*.b']}}";
+    let allow = translation(&authorization(
+        "shop",
+        &format!("{{rules: [{{from: [{source}]}}]}}"),
+    ));
+    assert!(allow.policies[0].rules.is_empty());
+    let deny = format!("{{action: DENY, rules: [{{from: [{source}]}}]}}");
+    let deny = translation(&authorization("shop", &deny));
+    assert_eq!(
+        deny.policies[0].rules,
+        [Rule {
+            clauses: vec![Clause::default()]
+        }]
+    );
+    assert!(
+        deny.problems[0].contains("trustDomains"),
+        "{:?}",
+        deny.problems
+    );
+    // Next to principals it is one more condition: the DENY is enforced without it.
+    let both = "{action: DENY, rules: [{from: [{source: {trustDomains: [b], principals: [p]}}]}]}";
+    let both = translation(&authorization("shop", both));
+    let expected = Match {
+        principals: vec![StringMatch::Exact("p".into())],
+        ..Match::default()
+    };
+    assert_eq!(both.policies[0].rules[0].clauses[0].matches, [expected]);
+}
+
+#[test]
+fn a_deny_of_l7_alone_is_told_to_be_without_effect() {
+    let spec = "{action: DENY, rules: [{to: [{operation: {paths: [/admin]}}]}, {to: [{operation: {paths: [/a], ports: ['80']}}]}]}";
+    let made = translation(&authorization("shop", spec));
+    assert_eq!(
+        made.problems,
+        [
+            "AuthorizationPolicy shop/gate: rule 0 never matches without paths, which L4 cannot tell",
+            "AuthorizationPolicy shop/gate: rule 1 is enforced without paths, which L4 cannot tell",
+        ]
+    );
+}
+
+#[test]
+fn service_accounts_are_told_in_a_when() {
+    let spec = "{rules: [{when: [{key: source.serviceAccount, values: [a, b/c]}]}]}";
+    let made = translation(&authorization("shop", spec));
+    let accounts = &made.policies[0].rules[0].clauses[0].matches[0].service_accounts;
+    let accounts: Vec<String> = accounts
+        .iter()
+        .map(|found| format!("{}/{}", found.namespace, found.service_account))
+        .collect();
+    assert_eq!(accounts, ["shop/a", "b/c"]);
+}
+
+#[test]
+fn what_the_node_does_not_enforce_is_told() {
+    for (spec, told) in [
+        ("{action: AUDIT}", "only ALLOW and DENY"),
+        (
+            "{action: CUSTOM, provider: {name: p}}",
+            "only ALLOW and DENY",
+        ),
+        (
+            "{targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}]}",
+            "is for Gateway w",
+        ),
+    ] {
+        let made = translation(&authorization("shop", spec));
+        assert!(made.policies.is_empty());
+        assert!(made.problems[0].contains(told), "{:?}", made.problems);
+    }
+}
+
+const STATIC: &str = "istio-system/istio_converted_static_strict";
+const CONVERTED: &str = "shop/converted_peer_authentication_w";
+
+#[test]
+fn strict_is_inherited_and_overridden() {
+    let mesh = |mode: &str| peer("m", "istio-system", &format!("{{mtls: {{mode: {mode}}}}}"));
+    let space = |mode: &str| peer("ns", "shop", &format!("{{mtls: {{mode: {mode}}}}}"));
+    let own = |rest: &str| {
+        peer(
+            "w",
+            "shop",
+            &format!("{{selector: {{matchLabels: {{app: till}}}}, {rest}}}"),
+        )
+    };
+    let cases: [(String, Option<&str>); 14] = [
+        (mesh("STRICT"), Some(STATIC)),
+        (mesh("PERMISSIVE"), None),
+        (mesh("STRICT") + &space("PERMISSIVE"), None),
+        (mesh("STRICT") + &space("UNSET"), Some(STATIC)),
+        (mesh("PERMISSIVE") + &space("STRICT"), Some(STATIC)),
+        (mesh("STRICT") + &own("mtls: {mode: DISABLE}"), None),
+        (own("mtls: {mode: STRICT}"), Some(STATIC)),
+        (
+            own("mtls: {mode: STRICT}, portLevelMtls: {80: {mode: STRICT}}"),
+            Some(STATIC),
+        ),
+        (
+            own("mtls: {mode: STRICT}, portLevelMtls: {80: {mode: DISABLE}}"),
+            Some(CONVERTED),
+        ),
+        (
+            own("mtls: {mode: PERMISSIVE}, portLevelMtls: {80: {mode: STRICT}}"),
+            Some(CONVERTED),
+        ),
+        (
+            own("mtls: {mode: PERMISSIVE}, portLevelMtls: {80: {mode: DISABLE}}"),
+            None,
+        ),
+        (
+            mesh("STRICT") + &own("portLevelMtls: {80: {mode: DISABLE}}"),
+            Some(STATIC),
+        ),
+        (
+            mesh("STRICT") + &own("portLevelMtls: {80: {mode: PERMISSIVE}}"),
+            Some(CONVERTED),
+        ),
+        // istiod names a policy here that it does not make; ours is there.
+        (
+            mesh("STRICT") + &space("UNSET") + &own("portLevelMtls: {80: {mode: PERMISSIVE}}"),
+            Some(CONVERTED),
+        ),
+    ];
+    for (text, expected) in cases {
+        assert_eq!(
+            given(&text),
+            expected.map_or(vec![], |key| vec![key.to_owned()]),
+            "{text}"
+        );
+        let made = translation(&text);
+        if let Some(key) = expected {
+            let made = policy(&made, key);
+            assert_eq!(
+                (made.action, made.scope),
+                (Action::Deny, PolicyScope::WorkloadSelector)
+            );
+            assert!(!made.rules.is_empty());
+        }
+    }
+}
+
+#[test]
+fn the_oldest_wins() {
+    let strict = peer("z", "shop", "{mtls: {mode: STRICT}}");
+    let lax = peer("a", "shop", "{mtls: {mode: PERMISSIVE}}");
+    assert_eq!(given(&(strict.clone() + &lax)), [STATIC]);
+    assert!(given(&(lax + &strict)).is_empty());
+}
+
+#[test]
+fn one_with_a_selector_in_the_root_namespace_has_no_effect() {
+    let text = peer(
+        "w",
+        "istio-system",
+        "{selector: {matchLabels: {app: till}}, mtls: {mode: STRICT}}",
+    );
+    assert!(given(&text).is_empty());
+    assert!(translation(&text).problems[0].contains("no effect"));
+}

@@ -1,0 +1,505 @@
+//! Objects → store types. Pure: the same objects give the same mesh.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::authorization_policy;
+use super::endpoint_slice::{Endpoint, EndpointSlice, SERVICE_LABEL};
+use super::gateway::{self, Asker};
+use super::object::{Key, Objects, Resource, selects};
+use super::peer_authentication::PeerAuthentications;
+use super::pod::{self, Pod};
+use super::service;
+use crate::authorize::policy::Policy;
+use crate::resolve::service::Service;
+use crate::resolve::workload::{Locality, Protocol, Workload, WorkloadType};
+
+/// What the mesh is called, and which node we are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MeshConfig {
+    /// The cluster's name.
+    pub cluster_id: String,
+    /// What host names end in.
+    pub cluster_domain: String,
+    /// The namespace whose policies are for the whole mesh.
+    pub root_namespace: String,
+    /// Who vouches for its workloads.
+    pub trust_domain: String,
+    /// This node's name.
+    pub node: String,
+}
+
+impl MeshConfig {
+    /// A mesh with the usual names, seen from `node`.
+    pub fn of_node(node: impl Into<String>) -> Self {
+        Self {
+            cluster_id: "Kubernetes".into(),
+            cluster_domain: "cluster.local".into(),
+            root_namespace: "istio-system".into(),
+            trust_domain: "cluster.local".into(),
+            node: node.into(),
+        }
+    }
+}
+
+/// One pod, and not an earlier one of its name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PodKey {
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its uid; empty if its manifest has none.
+    pub uid: Arc<str>,
+}
+
+/// The pods whose enrolment record is there: those that can be dialled by HBONE.
+pub type Enrolled = BTreeSet<PodKey>;
+
+/// A pod of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalPodSpec {
+    /// The workload's uid.
+    pub uid: Arc<str>,
+    /// The pod's own uid; empty if its manifest has none.
+    pub pod_uid: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its service account.
+    pub service_account: Arc<str>,
+    /// Who vouches for it.
+    pub trust_domain: Arc<str>,
+    /// Its addresses; none as long as it has none.
+    pub addresses: Vec<IpAddr>,
+    /// Where its network namespace is, if its manifest says so.
+    pub netns_path: Option<PathBuf>,
+    /// Whether it is to be enrolled.
+    pub wanted: Wanted,
+}
+
+/// Whether a pod is to be enrolled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// It is.
+    Yes,
+    /// It is not, and why.
+    No(Arc<str>),
+}
+
+/// What a set of objects means.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Translation {
+    /// Workloads, by uid.
+    pub workloads: Vec<Workload>,
+    /// Services, by key.
+    pub services: Vec<Service>,
+    /// Policies, by key.
+    pub policies: Vec<Policy>,
+    /// The pods of this node.
+    pub local: Vec<LocalPodSpec>,
+    /// What was written and cannot be carried, and what is done instead.
+    pub problems: Vec<String>,
+}
+
+/// What `objects` mean. `enrolled` stands for Kubernetes' `ambient.istio.io/redirection`.
+pub fn translate(objects: &Objects, enrolled: &Enrolled, mesh: &MeshConfig) -> Translation {
+    let translator = Translator::new(objects, enrolled, mesh);
+    let mut problems = Vec::new();
+    let policies = policies(objects, mesh, &mut problems);
+    let mut workloads = Vec::new();
+    let mut local = Vec::new();
+    for pod in objects.pods.values() {
+        if *pod.body.node == *mesh.node && !mesh.node.is_empty() {
+            local.push(translator.local(pod));
+        }
+        if !pod.body.ended && !pod.body.addresses.is_empty() {
+            workloads.push(translator.workload(pod, &policies, &mut problems));
+        }
+    }
+    for slice in objects.endpoint_slices.values() {
+        translator.endpoints(slice, &mut workloads);
+    }
+    let services = translator.services(&mut problems);
+    workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
+    workloads.dedup_by(|a, b| a.uid == b.uid);
+    tell_shared_addresses(&workloads, &mut problems);
+    problems.extend(objects.warnings.iter().cloned());
+    let policies = policies.into_iter().map(|(policy, _)| policy).collect();
+    Translation {
+        workloads,
+        services,
+        policies,
+        local,
+        problems,
+    }
+}
+
+/// Policies, each with the labels of the pods that it is to be attached to.
+type Selected<'a> = Vec<(Policy, Option<&'a BTreeMap<String, String>>)>;
+
+fn policies<'a>(
+    objects: &'a Objects,
+    mesh: &MeshConfig,
+    problems: &mut Vec<String>,
+) -> Selected<'a> {
+    let mut policies: Selected<'a> = Vec::new();
+    for found in objects.authorization_policies.values() {
+        if let Some(policy) = authorization_policy::translate(found, &mesh.root_namespace, problems)
+        {
+            policies.push((policy, found.body.selector()));
+        }
+    }
+    let peers = PeerAuthentications::new(&objects.peer_authentications, &mesh.root_namespace);
+    policies.extend(
+        peers
+            .translate(problems)
+            .into_iter()
+            .map(|policy| (policy, None)),
+    );
+    policies.sort_by_key(|(policy, _)| policy.key());
+    policies
+}
+
+struct Translator<'a> {
+    objects: &'a Objects,
+    enrolled: &'a Enrolled,
+    mesh: &'a MeshConfig,
+    peers: PeerAuthentications<'a>,
+    trust_domain: Arc<str>,
+    cluster_id: Arc<str>,
+    /// Services without a selector, by the pods that their slices name.
+    named: HashMap<Key, Vec<(&'a str, &'a Key)>>,
+}
+
+impl<'a> Translator<'a> {
+    fn new(objects: &'a Objects, enrolled: &'a Enrolled, mesh: &'a MeshConfig) -> Self {
+        let mut named: HashMap<Key, Vec<_>> = HashMap::new();
+        for slice in objects.endpoint_slices.values() {
+            let Some(service) = service_of(objects, slice) else {
+                continue;
+            };
+            if !service.body.selector.is_empty() {
+                continue;
+            }
+            for pod in slice
+                .body
+                .endpoints
+                .iter()
+                .filter_map(|endpoint| endpoint.pod.as_ref())
+            {
+                let elsewhere = !pod.namespace.is_empty();
+                let same = slice.meta.key.namespace.clone();
+                let namespace = if elsewhere {
+                    pod.namespace.as_str().into()
+                } else {
+                    same
+                };
+                let key = Key {
+                    namespace,
+                    name: pod.name.as_str().into(),
+                };
+                named
+                    .entry(key)
+                    .or_default()
+                    .push((pod.uid.as_str(), &service.meta.key));
+            }
+        }
+        Self {
+            objects,
+            enrolled,
+            mesh,
+            peers: PeerAuthentications::new(&objects.peer_authentications, &mesh.root_namespace),
+            trust_domain: mesh.trust_domain.as_str().into(),
+            cluster_id: mesh.cluster_id.as_str().into(),
+            named,
+        }
+    }
+
+    fn uid(&self, pod: &Resource<Pod>) -> Arc<str> {
+        let Key { namespace, name } = &pod.meta.key;
+        format!("{}//Pod/{namespace}/{name}", self.cluster_id).into()
+    }
+
+    fn is_enrolled(&self, pod: &Resource<Pod>) -> bool {
+        let Key { namespace, name } = pod.meta.key.clone();
+        self.enrolled.contains(&PodKey {
+            namespace,
+            name,
+            uid: pod.meta.uid.clone(),
+        })
+    }
+
+    fn local(&self, pod: &Resource<Pod>) -> LocalPodSpec {
+        LocalPodSpec {
+            uid: self.uid(pod),
+            pod_uid: pod.meta.uid.clone(),
+            namespace: pod.meta.key.namespace.clone(),
+            name: pod.meta.key.name.clone(),
+            service_account: pod.body.service_account.clone(),
+            trust_domain: self.trust_domain.clone(),
+            addresses: pod.body.addresses.clone(),
+            netns_path: pod::netns_path(&pod.meta),
+            wanted: pod::wanted(pod, self.objects, self.is_enrolled(pod)),
+        }
+    }
+
+    fn workload(
+        &self,
+        pod: &Resource<Pod>,
+        policies: &Selected<'_>,
+        problems: &mut Vec<String>,
+    ) -> Workload {
+        let Resource { meta, body, .. } = pod;
+        let first = |names: [&str; 3]| names.iter().find_map(|name| meta.label(name));
+        let workload_name: Arc<str> = pod::workload_name(meta).into();
+        let canonical_name = first([
+            "service.istio.io/canonical-name",
+            "app.kubernetes.io/name",
+            "app",
+        ]);
+        let canonical_revision = first([
+            "service.istio.io/canonical-revision",
+            "app.kubernetes.io/version",
+            "version",
+        ]);
+        let own_tunnel = meta
+            .label("networking.istio.io/tunnel")
+            .is_some_and(|kind| kind.contains("http"));
+        let waypoint = self.waypoint(Asker::Workload, "Pod", meta, problems);
+        Workload {
+            uid: self.uid(pod),
+            name: meta.key.name.clone(),
+            namespace: meta.key.namespace.clone(),
+            service_account: body.service_account.clone(),
+            trust_domain: self.trust_domain.clone(),
+            node: body.node.clone(),
+            cluster_id: self.cluster_id.clone(),
+            network: "".into(),
+            addresses: body.addresses.clone(),
+            protocol: match own_tunnel || self.is_enrolled(pod) {
+                true => Protocol::Hbone,
+                false => Protocol::Tcp,
+            },
+            host_network: body.host_network,
+            healthy: body.ready && !meta.deleting,
+            canonical_name: canonical_name.map_or_else(|| workload_name.clone(), Arc::from),
+            canonical_revision: canonical_revision.unwrap_or("latest").into(),
+            workload_name,
+            workload_type: WorkloadType::Pod,
+            waypoint,
+            policies: self.policies_of(pod, policies),
+            services: self.services_of(pod),
+            locality: self.locality(&body.node),
+            capacity: 1,
+        }
+    }
+
+    /// The keys of the policies that select a pod, and of what PeerAuthentication asks of it.
+    fn policies_of(&self, pod: &Resource<Pod>, policies: &Selected<'_>) -> Vec<Arc<str>> {
+        let here = |policy: &Policy| {
+            policy.namespace == pod.meta.key.namespace
+                || *policy.namespace == *self.mesh.root_namespace
+        };
+        policies
+            .iter()
+            .filter(|(policy, selector)| {
+                here(policy) && selector.is_some_and(|labels| selects(labels, &pod.meta.labels))
+            })
+            .map(|(policy, _)| policy.key().into())
+            .chain(self.peers.key(&pod.meta))
+            .collect()
+    }
+
+    fn services_of(&self, pod: &Resource<Pod>) -> BTreeMap<Arc<str>, BTreeMap<u16, u16>> {
+        let namespace = &pod.meta.key.namespace;
+        let from = Key {
+            namespace: namespace.clone(),
+            name: "".into(),
+        };
+        let selecting = self
+            .objects
+            .services
+            .range(from..)
+            .map(|(_, service)| service)
+            .take_while(|service| service.meta.key.namespace == *namespace)
+            .filter(|service| {
+                let selector = &service.body.selector;
+                !selector.is_empty() && selects(selector, &pod.meta.labels)
+            });
+        let names = self.named.get(&pod.meta.key).into_iter().flatten();
+        let naming = names
+            .filter(|(uid, _)| uid.is_empty() || *uid == &*pod.meta.uid)
+            .filter_map(|(_, key)| self.objects.services.get(*key));
+        selecting
+            .chain(naming)
+            .filter(|service| !service.body.external)
+            .map(|service| {
+                (
+                    self.key(&service.meta.key),
+                    service.body.ports_in(&pod.body),
+                )
+            })
+            .collect()
+    }
+
+    /// The endpoints that are no pods.
+    fn endpoints(&self, slice: &Resource<EndpointSlice>, workloads: &mut Vec<Workload>) {
+        let Some(service) = service_of(self.objects, slice).filter(|s| !s.body.external) else {
+            return;
+        };
+        let ports: BTreeMap<u16, u16> = service
+            .body
+            .ports
+            .iter()
+            .filter_map(|port| {
+                let (_, there) = slice
+                    .body
+                    .ports
+                    .iter()
+                    .find(|(name, _)| *name == port.name)?;
+                Some((port.port, *there))
+            })
+            .collect();
+        let services = BTreeMap::from([(self.key(&service.meta.key), ports)]);
+        let no_object = |endpoint: &&Endpoint| endpoint.pod.is_none() && !endpoint.other_object;
+        for endpoint in slice.body.endpoints.iter().filter(no_object) {
+            for address in &endpoint.addresses {
+                workloads.push(self.bare(slice, endpoint, *address, services.clone()));
+            }
+        }
+    }
+
+    fn bare(
+        &self,
+        slice: &Resource<EndpointSlice>,
+        endpoint: &Endpoint,
+        address: IpAddr,
+        services: BTreeMap<Arc<str>, BTreeMap<u16, u16>>,
+    ) -> Workload {
+        let Key { namespace, name } = &slice.meta.key;
+        let cluster = &self.cluster_id;
+        let node = endpoint.node.as_deref().unwrap_or_default();
+        Workload {
+            uid: format!("{cluster}/discovery.k8s.io/EndpointSlice/{namespace}/{name}/{address}")
+                .into(),
+            name: name.clone(),
+            namespace: namespace.clone(),
+            service_account: "".into(),
+            trust_domain: self.trust_domain.clone(),
+            node: node.into(),
+            cluster_id: cluster.clone(),
+            network: "".into(),
+            addresses: vec![address],
+            protocol: Protocol::Tcp,
+            host_network: true,
+            healthy: endpoint.ready,
+            workload_name: name.clone(),
+            workload_type: WorkloadType::Pod,
+            canonical_name: name.clone(),
+            canonical_revision: "latest".into(),
+            waypoint: None,
+            policies: Vec::new(),
+            services,
+            locality: self.locality(node),
+            capacity: 1,
+        }
+    }
+
+    fn services(&self, problems: &mut Vec<String>) -> Vec<Service> {
+        let mut services = Vec::new();
+        for found in self
+            .objects
+            .services
+            .values()
+            .filter(|found| !found.body.external)
+        {
+            let key = &found.meta.key;
+            if found.body.vips.is_empty() && !found.body.headless {
+                problems.push(format!(
+                    "Service {key}: has no clusterIP, only its pods' own addresses reach it"
+                ));
+            }
+            services.push(Service {
+                name: key.name.clone(),
+                namespace: key.namespace.clone(),
+                hostname: self.hostname(key).into(),
+                vips: found.body.vips.clone(),
+                ports: found.body.port_map(),
+                subject_alt_names: Vec::new(),
+                waypoint: self.waypoint(Asker::Service, "Service", &found.meta, problems),
+                publish_not_ready: found.body.publish_not_ready,
+                load_balancing: service::load_balancing(found, self.objects),
+            });
+        }
+        services
+    }
+
+    fn waypoint(
+        &self,
+        asker: Asker,
+        kind: &str,
+        meta: &super::object::Meta,
+        problems: &mut Vec<String>,
+    ) -> Option<Arc<str>> {
+        let waypoint = gateway::waypoint(asker, meta, self.objects, &self.mesh.cluster_domain)?;
+        problems.push(format!(
+            "{kind} {}: is behind waypoint {waypoint}; waypoints are not carried yet, traffic to it is refused",
+            meta.key
+        ));
+        Some(waypoint)
+    }
+
+    fn hostname(&self, service: &Key) -> String {
+        let Key { namespace, name } = service;
+        format!("{name}.{namespace}.svc.{}", self.mesh.cluster_domain)
+    }
+
+    /// A service's key in the store.
+    fn key(&self, service: &Key) -> Arc<str> {
+        format!("{}/{}", service.namespace, self.hostname(service)).into()
+    }
+
+    fn locality(&self, node: &str) -> Locality {
+        let key = Key {
+            namespace: "".into(),
+            name: node.into(),
+        };
+        let label = |name| {
+            let node = self.objects.nodes.get(&key)?;
+            node.meta.label(name).map(Arc::from)
+        };
+        Locality {
+            region: label("topology.kubernetes.io/region").unwrap_or_default(),
+            zone: label("topology.kubernetes.io/zone").unwrap_or_default(),
+            subzone: label("topology.istio.io/subzone").unwrap_or_default(),
+        }
+    }
+}
+
+fn service_of<'a>(
+    objects: &'a Objects,
+    slice: &Resource<EndpointSlice>,
+) -> Option<&'a Resource<service::Service>> {
+    let name = slice.meta.label(SERVICE_LABEL)?.into();
+    objects.services.get(&Key {
+        namespace: slice.meta.key.namespace.clone(),
+        name,
+    })
+}
+
+/// Who is at an address must be clear; two pods with one are a fault of the manifests.
+fn tell_shared_addresses(workloads: &[Workload], problems: &mut Vec<String>) {
+    let mut seen: HashMap<IpAddr, &Workload> = HashMap::new();
+    for workload in workloads.iter().filter(|workload| !workload.host_network) {
+        for address in &workload.addresses {
+            if let Some(other) = seen.insert(*address, workload) {
+                let (one, two) = (&other.uid, &workload.uid);
+                problems.push(format!("{one} and {two} both have the address {address}"));
+            }
+        }
+    }
+}
