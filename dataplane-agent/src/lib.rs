@@ -10,6 +10,7 @@
 pub mod accept;
 pub mod authorize;
 pub mod capture;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod drain;

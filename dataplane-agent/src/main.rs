@@ -1,2 +1,4 @@
 //! The `dataplane` binary.
-fn main() {}
+fn main() -> anyhow::Result<()> {
+    dataplane_agent::cli::load::run(std::path::Path::new("/sys/fs/bpf"))
+}

@@ -1,8 +1,104 @@
 //! Room 1: puts the kernel programs in place and keeps their maps true.
 //!
-//! Door out: a [`LocalPod`] with its [`Listeners`]; what they accept has the original destination
-//! as its local address.
+//! Told by control which pods are wanted, it brings the machine there step by step
+//! ([`reconcile::diff`] says which step is next), and tells how far each pod is. Door out: a
+//! [`LocalPod`] with its [`Listeners`]; what they accept has the original destination as its local
+//! address.
+//!
+//! Whatever is changed on the machine is written down before it is changed, and whatever keeps
+//! traffic captured is pinned: an agent that dies leaves its pods captured, and the next one takes
+//! over.
 
+pub mod enrol;
+pub mod maps;
+pub mod pins;
 pub mod pods;
+pub mod programs;
+pub mod reconcile;
+pub mod room;
+pub mod routes;
+pub mod undo;
+
+use std::io;
+use std::path::PathBuf;
 
 pub use pods::{Listeners, LocalPod, PodEvent};
+pub use room::{Desired, PodState, Room, Status, Wanted};
+
+/// Why traffic cannot be captured, or let go.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The agent was built without kernel programs.
+    #[error(
+        "this build has no kernel programs in it; build it with `cargo xtask build` (object `{0}` is empty)"
+    )]
+    NoObject(&'static str),
+    /// The kernel does not take a program or a map.
+    #[error("kernel program `{program}`: {why}")]
+    Program {
+        /// Which.
+        program: &'static str,
+        /// What the kernel says.
+        why: String,
+    },
+    /// A map cannot be read or written.
+    #[error("kernel map `{map}`: {why}")]
+    Map {
+        /// Which.
+        map: &'static str,
+        /// What the kernel says.
+        why: String,
+    },
+    /// Pins of another version of this agent are in the way.
+    #[error(
+        "{0} was pinned by another version of the dataplane; run `dataplane uninstall` with that version first"
+    )]
+    OtherLayout(PathBuf),
+    /// Another agent serves this node.
+    #[error("another dataplane agent already runs for this node: it holds {0}")]
+    Held(PathBuf),
+    /// A file or folder of the agent's own.
+    #[error("{path}: {error}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        error: io::Error,
+    },
+    /// Something in a pod's network namespace.
+    #[error("cannot {what} in the pod's network namespace: {why}")]
+    Namespace {
+        /// What was to be done.
+        what: &'static str,
+        /// What the kernel says.
+        why: String,
+    },
+    /// The pod has more addresses than the programs compare.
+    #[error("the pod has {0} addresses; at most {max} can be captured", max = dataplane_ebpf::pod::ADDRESSES)]
+    TooManyAddresses(usize),
+    /// The rooms behind this one are gone.
+    #[error("the agent is stopping")]
+    Stopping,
+}
+
+impl CaptureError {
+    /// The stable word for it.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::NoObject(_) => "no_object",
+            Self::Program { .. } => "program",
+            Self::Map { .. } => "map",
+            Self::OtherLayout(_) => "other_layout",
+            Self::Held(_) => "held",
+            Self::File { .. } => "file",
+            Self::Namespace { .. } => "namespace",
+            Self::TooManyAddresses(_) => "too_many_addresses",
+            Self::Stopping => "stopping",
+        }
+    }
+
+    pub(crate) fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |error| Self::File { path, error }
+    }
+}

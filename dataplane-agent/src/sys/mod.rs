@@ -1,4 +1,8 @@
 //! The cellar: system calls, and the only unsafe code of the agent.
 #![allow(unsafe_code, reason = "this is the one place for it")]
 
+pub mod bpffs;
+pub mod caps;
+pub mod cgroup;
 pub mod netns;
+pub mod socket;

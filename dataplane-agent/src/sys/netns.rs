@@ -1,13 +1,192 @@
-//! Network namespaces: held by descriptor, entered by a thread.
+//! Network namespaces: held by descriptor, entered by a thread for the length of a call.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+
+use nix::ifaddrs::getifaddrs;
+use nix::net::if_::InterfaceFlags;
+use nix::sched::{CloneFlags, setns};
+
+/// The initial user namespace has this inode number on every machine (`PROC_USER_INIT_INO`).
+const INIT_USER_NS: u64 = 0xEFFF_FFFD;
 
 /// A network namespace, held open.
 #[derive(Clone, Debug)]
 pub struct Netns {
-    /// The namespace's descriptor.
-    pub file: Arc<File>,
-    /// Its inode number, which names it on this machine.
-    pub inode: u64,
+    file: Arc<File>,
+    inode: u64,
+}
+
+/// What a namespace has on its interfaces, `lo` aside.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Interfaces {
+    /// Addresses that can be reached from outside: neither of loopback nor of one link alone.
+    pub addresses: Vec<IpAddr>,
+    /// The interfaces' numbers, in ascending order.
+    pub indices: Vec<u32>,
+}
+
+impl Netns {
+    /// The one at a path: a named namespace, or `/proc/<pid>/ns/net`.
+    ///
+    /// # Errors
+    /// It is not there, or is not a network namespace.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        // SAFETY: the descriptor is open; this request takes no argument.
+        let kind = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
+        if kind != libc::CLONE_NEWNET {
+            let what = format!("{} is not a network namespace", path.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        let inode = file.metadata()?.ino();
+        Ok(Self {
+            file: Arc::new(file),
+            inode,
+        })
+    }
+
+    /// The agent's own.
+    ///
+    /// # Errors
+    /// `/proc` is not there.
+    pub fn own() -> io::Result<Self> {
+        static OWN: OnceLock<Netns> = OnceLock::new();
+        if let Some(own) = OWN.get() {
+            return Ok(own.clone());
+        }
+        let own = Self::open(Path::new("/proc/self/ns/net"))?;
+        Ok(OWN.get_or_init(|| own).clone())
+    }
+
+    /// A new one with nothing in it; gone when it is dropped.
+    ///
+    /// # Errors
+    /// CAP_SYS_ADMIN is missing.
+    pub fn new() -> io::Result<Self> {
+        // On a thread that ends: nobody has to come back.
+        let make = || {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET)?;
+            Self::open(Path::new("/proc/thread-self/ns/net"))
+        };
+        let made = std::thread::spawn(make).join();
+        made.unwrap_or_else(|_| Err(io::Error::other("the thread ended early")))
+    }
+
+    /// Its inode number, which names it on this machine as long as it is there.
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// Runs `work` in it, on this thread.
+    ///
+    /// # Errors
+    /// It cannot be entered: CAP_SYS_ADMIN is missing.
+    ///
+    /// # Panics
+    /// Aborts the process if the thread cannot come back: a thread in the wrong namespace would
+    /// send one pod's traffic from another.
+    pub fn enter<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
+        struct Back(Netns);
+        impl Drop for Back {
+            fn drop(&mut self) {
+                if let Err(error) = setns(&self.0.file, CloneFlags::CLONE_NEWNET) {
+                    tracing::error!(%error, "cannot leave a pod's network namespace");
+                    std::process::abort();
+                }
+            }
+        }
+        let back = Back(Self::own()?);
+        setns(&self.file, CloneFlags::CLONE_NEWNET)?;
+        let result = work();
+        drop(back);
+        Ok(result)
+    }
+
+    /// Its cookie, which no other namespace has until the machine boots again.
+    ///
+    /// # Errors
+    /// As [`Netns::enter`]; the kernel is older than 5.14.
+    pub fn cookie(&self) -> io::Result<u64> {
+        self.enter(|| {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0")
+                .or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0"))?;
+            super::socket::netns_cookie(&socket)
+        })?
+    }
+
+    /// Whether the initial user namespace owns it. Any user can make one in a user namespace of
+    /// theirs, and give it any address.
+    ///
+    /// # Errors
+    /// The owner cannot be asked for.
+    pub fn is_the_hosts(&self) -> io::Result<bool> {
+        // SAFETY: the descriptor is open; this request takes no argument and returns a new one.
+        let owner = unsafe { libc::ioctl(self.file.as_raw_fd(), NS_GET_USERNS) };
+        if owner < 0 {
+            let error = io::Error::last_os_error();
+            // The owner is outside of what we may see: not the initial one, unless we are ourselves
+            // in another, where none is ours.
+            return match error.raw_os_error() {
+                Some(libc::EPERM) => Ok(false),
+                _ => Err(error),
+            };
+        }
+        // SAFETY: the kernel has just made this descriptor for us.
+        let owner = unsafe { OwnedFd::from_raw_fd(owner) };
+        Ok(File::from(owner).metadata()?.ino() == INIT_USER_NS)
+    }
+
+    /// What it has on its interfaces.
+    ///
+    /// # Errors
+    /// As [`Netns::enter`].
+    pub fn interfaces(&self) -> io::Result<Interfaces> {
+        self.enter(interfaces)?
+    }
+}
+
+/// `NS_GET_USERNS`, `_IO(0xb7, 1)` of `linux/nsfs.h`.
+const NS_GET_USERNS: libc::c_ulong = 0xb701;
+/// `NS_GET_NSTYPE`, `_IO(0xb7, 3)`.
+const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn interfaces() -> io::Result<Interfaces> {
+    let mut found = Interfaces::default();
+    for entry in getifaddrs()? {
+        if entry.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
+            continue;
+        }
+        if let Ok(index) = nix::net::if_::if_nametoindex(entry.interface_name.as_str()) {
+            found.indices.push(index);
+        }
+        let Some(address) = entry.address else {
+            continue;
+        };
+        let address = if let Some(v4) = address.as_sockaddr_in() {
+            IpAddr::V4(v4.ip())
+        } else if let Some(v6) = address.as_sockaddr_in6() {
+            IpAddr::V6(v6.ip())
+        } else {
+            continue;
+        };
+        let of_one_link = matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
+        if !of_one_link && !address.is_loopback() && !found.addresses.contains(&address) {
+            found.addresses.push(address);
+        }
+    }
+    found.indices.sort_unstable();
+    found.indices.dedup();
+    Ok(found)
 }

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each object uses its own part")]
 
-use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_addr};
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
 use aya_ebpf::programs::{SkLookupContext, SockAddrContext};
 use dataplane_ebpf::address::Ip;
 
@@ -67,20 +67,35 @@ pub(crate) struct Syn {
 /// Reads the SYN; none if it is not TCP.
 #[inline(always)]
 pub(crate) fn syn(ctx: &SkLookupContext) -> Option<Syn> {
-    // SAFETY: the kernel passes a valid context for the length of the call.
-    let context: &bpf_sk_lookup = unsafe { &*ctx.lookup };
-    if context.protocol != TCP {
+    let lookup = ctx.lookup;
+    // The verifier wants each field read at a constant offset. Volatile, and all of them whatever
+    // the family (the other one's read as zero), so that the compiler does not make one read of two.
+    macro_rules! field {
+        ($($path:tt)+) => {
+            // SAFETY: the kernel passes a valid context for the length of the call.
+            unsafe { core::ptr::read_volatile(&raw const (*lookup).$($path)+) }
+        };
+    }
+    macro_rules! words {
+        ($name:ident) => {
+            [
+                field!($name[0]),
+                field!($name[1]),
+                field!($name[2]),
+                field!($name[3]),
+            ]
+        };
+    }
+    if field!(protocol) != TCP {
         return None;
     }
-    let (from, to) = if context.family == INET {
-        (Ip::v4(context.remote_ip4), Ip::v4(context.local_ip4))
-    } else {
-        (Ip::v6(context.remote_ip6), Ip::v6(context.local_ip6))
-    };
+    let v4 = (Ip::v4(field!(remote_ip4)), Ip::v4(field!(local_ip4)));
+    let v6 = (Ip::v6(words!(remote_ip6)), Ip::v6(words!(local_ip6)));
+    let (from, to) = if field!(family) == INET { v4 } else { v6 };
     Some(Syn {
         from,
         to,
-        to_port: context.local_port as u16,
-        by_lo: context.ingress_ifindex == LO,
+        to_port: field!(local_port) as u16,
+        by_lo: field!(ingress_ifindex) == LO,
     })
 }

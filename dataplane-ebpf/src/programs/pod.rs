@@ -1,5 +1,5 @@
 //! The kernel program that is loaded once per pod: no kernel lets `sk_lookup` ask for the
-//! namespace, so the pod's addresses are constants of the program.
+//! namespace, so each pod has an instance of the program, with maps of its own.
 
 #![no_std]
 #![no_main]

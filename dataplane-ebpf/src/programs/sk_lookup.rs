@@ -3,7 +3,7 @@
 
 use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::macros::{map, sk_lookup};
-use aya_ebpf::maps::SockMap;
+use aya_ebpf::maps::{Array, SockMap};
 use aya_ebpf::programs::SkLookupContext;
 use aya_log_ebpf::info;
 use dataplane_ebpf::counter::Counter;
@@ -18,11 +18,9 @@ use crate::maps::{count, node, report};
 #[map]
 static LISTENERS: SockMap = SockMap::with_max_entries(listener::COUNT, 0);
 
-/// The pod's addresses; the agent sets them before it loads the program.
-#[unsafe(no_mangle)]
-static POD: Addresses = Addresses {
-    all: [dataplane_ebpf::address::Ip::NONE; dataplane_ebpf::pod::ADDRESSES],
-};
+/// The pod's addresses; one entry, written by the agent before it attaches the program.
+#[map]
+static POD: Array<Addresses> = Array::with_max_entries(1, 0);
 
 /// Fails closed: without a listener of the agent the SYN is dropped. Passing it would give the
 /// pod's own wildcard listener traffic that no policy has seen.
@@ -37,9 +35,10 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
     else {
         return SK_PASS; // not TCP
     };
-    // SAFETY: a constant of the program, which the compiler must not take for what it is here.
-    let pod = unsafe { core::ptr::read_volatile(&raw const POD) };
-    let steer = decide::steer(&pod, &from, &to, to_port, by_lo);
+    let Some(pod) = POD.get(0) else {
+        return SK_DROP; // an array has its entries from the start
+    };
+    let steer = decide::steer(pod, &from, &to, to_port, by_lo);
     if node().log != 0 {
         info!(
             &ctx,

@@ -1,0 +1,34 @@
+//! Takes the kernel programs that `cargo xtask build` made. Without them empty objects are built in,
+//! so that all that needs no kernel still builds; the loader refuses those by name.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+fn main() {
+    println!("cargo::rerun-if-env-changed=DATAPLANE_EBPF_OBJECTS");
+    let made = setting("DATAPLANE_EBPF_OBJECTS");
+    let out = setting("OUT_DIR").expect("cargo sets OUT_DIR");
+    for name in ["node", "pod"] {
+        let object = made.as_ref().map(|folder| folder.join(name));
+        if let Some(object) = &object {
+            // Cargo looks at the time of a file, and at whether it is there.
+            println!("cargo::rerun-if-changed={}", object.display());
+        }
+        let bytes = object.and_then(|object| fs::read(object).ok());
+        write(&out.join(name), &bytes.unwrap_or_default());
+    }
+}
+
+fn setting(name: &str) -> Option<PathBuf> {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a build script has no other settings"
+    )]
+    env::var_os(name).map(PathBuf::from)
+}
+
+fn write(path: &Path, bytes: &[u8]) {
+    if let Err(error) = fs::write(path, bytes) {
+        panic!("cannot write {}: {error}", path.display());
+    }
+}

@@ -1,0 +1,127 @@
+//! One pod's way in, and its way out. Each step is safe to be the last one before a crash.
+//!
+//! In: record, settings, routes, listeners, program, and last the entry by which the pod's
+//! connections are marked. Out: the same, backwards.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use dataplane_ebpf::mark;
+
+use super::pins::{self, Pins};
+use super::programs::{Loader, PodProgram};
+use super::room::Desired;
+use super::undo::{Record, Records};
+use super::{CaptureError, Listeners, LocalPod, routes};
+use crate::sys::netns::Netns;
+use crate::sys::socket;
+
+/// Ports of the listeners in a pod: outbound, inbound in clear, HBONE.
+pub const PORTS: [u16; 3] = [15001, 15006, 15008];
+
+/// Prepares the namespace, makes the listeners, and attaches the pod's program: from here on what
+/// comes to the pod goes to the agent.
+///
+/// # Errors
+/// The step that failed; what was done is undone by [`undo`].
+pub async fn enter(
+    desired: &Desired,
+    loader: &mut Loader,
+    records: &Records,
+    pins: &Pins,
+) -> Result<(Arc<LocalPod>, Listeners, PodProgram), CaptureError> {
+    let netns = &desired.netns;
+    let interfaces = netns
+        .interfaces()
+        .map_err(|error| CaptureError::Namespace {
+            what: "read addresses",
+            why: error.to_string(),
+        })?;
+    // The pod's own first: connections come from the first one of their family.
+    let mut addresses = desired.addresses.clone();
+    for address in &interfaces.addresses {
+        if !addresses.contains(address) {
+            addresses.push(*address);
+        }
+    }
+    let found = routes::sysctls(netns)?;
+    // A predecessor's record tells what was there before *it* came.
+    let record = records.of(desired.cookie)?.unwrap_or(Record {
+        uid: desired.uid.clone(),
+        cookie: desired.cookie,
+        inode: netns.inode(),
+        cgroup: desired.cgroup.id,
+        sysctls: found,
+    });
+    records.write(&record)?;
+    routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;
+    routes::add(netns, &addresses, &interfaces).await?;
+    let listeners = listen(netns)?;
+    let mut program = loader.pod(&addresses, &listeners)?;
+    program.attach(netns, &pins.pod(desired.cookie))?;
+    let pod = LocalPod {
+        uid: desired.uid.clone(),
+        namespace: desired.namespace.clone(),
+        name: desired.name.clone(),
+        identity: desired.identity.clone(),
+        addresses,
+        netns: netns.clone(),
+    };
+    Ok((Arc::new(pod), listeners, program))
+}
+
+fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
+    let listen = || {
+        let [outbound, inbound, hbone] = PORTS;
+        Ok(Listeners {
+            outbound: socket::listener(outbound, mark::CAPTURE)?,
+            inbound: socket::listener(inbound, mark::AGENT)?,
+            hbone: socket::listener(hbone, mark::AGENT)?,
+        })
+    };
+    netns
+        .enter(listen)
+        .and_then(|result| result)
+        .map_err(|error: std::io::Error| CaptureError::Namespace {
+            what: "listen on 15001, 15006 and 15008",
+            why: error.to_string(),
+        })
+}
+
+/// Puts back what a record speaks of. Nothing of the pod may be captured any more.
+///
+/// # Errors
+/// The step that failed; the record stays, and it can be tried again.
+pub async fn undo(record: &Record, records: &Records, pins: &Pins) -> Result<(), CaptureError> {
+    pins::remove(&pins.pod(record.cookie))?;
+    if let Some(netns) = record.find_netns() {
+        routes::remove(&netns).await?;
+        let values = record.sysctls.iter();
+        routes::set_sysctls(&netns, values.map(|(name, value)| (name, value.as_str())))?;
+    }
+    records.remove(record.cookie)
+}
+
+/// Removes everything that an agent of this node left: pods are no longer captured.
+///
+/// # Errors
+/// An agent is running; the step that failed.
+pub async fn uninstall(bpffs: &Path, run: &Path, node: &str) -> Result<usize, CaptureError> {
+    let lock = pins::lock(run)?;
+    let pins = Pins::new(bpffs, node);
+    let records = Records::open(run)?;
+    // Detached first: what is not marked any more needs no route.
+    pins.remove_all()?;
+    let all = records.all()?;
+    for record in &all {
+        undo(record, &records, &pins).await?;
+    }
+    drop(lock);
+    match fs::remove_dir_all(run) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(CaptureError::file(run)(error))
+        }
+        _ => Ok(all.len()),
+    }
+}

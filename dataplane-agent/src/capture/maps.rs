@@ -1,0 +1,209 @@
+//! Typed handles on the kernel's maps; the only place that knows their names.
+
+use std::net::IpAddr;
+use std::os::fd::AsRawFd;
+
+use aya::Ebpf;
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
+use dataplane_ebpf::address::Ip;
+use dataplane_ebpf::counter::Counter;
+use dataplane_ebpf::pod::{ADDRESSES, Addresses, Node, Pod, listener};
+
+use super::{CaptureError, Listeners};
+use crate::sys::cgroup::CgroupId;
+
+/// Maps that all programs of a node share; pinned.
+pub const SHARED: [&str; 4] = ["NODE", "COUNTERS", "EVENTS", "AYA_LOGS"];
+/// Maps of the programs that are attached to the cgroup; pinned.
+pub const OF_NODE: [&str; 3] = ["PODS", "CGROUPS", "INSIDE"];
+
+/// The maps of the node's programs.
+pub struct NodeMaps {
+    node: Array<MapData, Node>,
+    counters: PerCpuArray<MapData, u64>,
+    pods: HashMap<MapData, u64, Pod>,
+    cgroups: HashMap<MapData, u64, u64>,
+}
+
+impl NodeMaps {
+    /// Of what was loaded.
+    ///
+    /// # Errors
+    /// A map is not there, or is not of its kind.
+    pub fn take(ebpf: &mut Ebpf) -> Result<Self, CaptureError> {
+        Ok(Self {
+            node: take(ebpf, "NODE")?,
+            counters: take(ebpf, "COUNTERS")?,
+            pods: take(ebpf, "PODS")?,
+            cgroups: take(ebpf, "CGROUPS")?,
+        })
+    }
+
+    /// Says which cgroup is the agent's own.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn declare(&mut self, agent_cgroup: u64, log: bool) -> Result<(), CaptureError> {
+        let node = Node {
+            agent_cgroup,
+            log: log.into(),
+            reserved: 0,
+        };
+        self.node.set(0, node, 0).map_err(failed("NODE"))
+    }
+
+    /// Turns the programs' logging on or off.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_log(&mut self, on: bool) -> Result<(), CaptureError> {
+        let node = self.node.get(&0, 0).map_err(failed("NODE"))?;
+        self.declare(node.agent_cgroup, on)
+    }
+
+    /// From now on the pod's connections are captured.
+    ///
+    /// # Errors
+    /// The kernel refuses; the maps are full.
+    pub fn enrol(
+        &mut self,
+        cookie: u64,
+        addresses: &[IpAddr],
+        cgroup: CgroupId,
+    ) -> Result<(), CaptureError> {
+        let pod = Pod {
+            addresses: pack(addresses)?,
+            cgroup: cgroup.id,
+            cgroup_level: cgroup.level,
+            reserved: 0,
+        };
+        self.cgroups
+            .insert(cgroup.id, cookie, 0)
+            .map_err(failed("CGROUPS"))?;
+        self.pods.insert(cookie, pod, 0).map_err(failed("PODS"))
+    }
+
+    /// From now on its connections are not captured any more.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn release(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        absent(self.pods.remove(&cookie)).map_err(failed("PODS"))?;
+        let owned: Vec<u64> = self
+            .cgroups
+            .iter()
+            .filter_map(|entry| entry.ok())
+            .filter_map(|(cgroup, owner)| (owner == cookie).then_some(cgroup))
+            .collect();
+        for cgroup in owned {
+            absent(self.cgroups.remove(&cgroup)).map_err(failed("CGROUPS"))?;
+        }
+        Ok(())
+    }
+
+    /// The cookies of all pods that are captured.
+    pub fn enrolled(&self) -> Vec<u64> {
+        self.pods.keys().filter_map(Result::ok).collect()
+    }
+
+    /// What was counted, over all CPUs, since the programs were first loaded.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let sum = |slot: Counter| {
+            let values = self.counters.get(&(slot as u32), 0);
+            values.map_or(0, |values| values.iter().sum())
+        };
+        Counter::ALL
+            .into_iter()
+            .map(|slot| (slot.word(), sum(slot)))
+            .collect()
+    }
+}
+
+/// The ring buffer of reports.
+///
+/// # Errors
+/// It is not there.
+pub fn events(ebpf: &mut Ebpf) -> Result<RingBuf<MapData>, CaptureError> {
+    take(ebpf, "EVENTS")
+}
+
+/// Tells a pod's program its addresses and listeners.
+///
+/// # Errors
+/// The kernel refuses; there are too many addresses.
+pub fn fill_pod(
+    ebpf: &mut Ebpf,
+    addresses: &[IpAddr],
+    listeners: &Listeners,
+) -> Result<(), CaptureError> {
+    let mut pod: Array<_, Addresses> = take(ebpf, "POD")?;
+    pod.set(0, pack(addresses)?, 0).map_err(failed("POD"))?;
+    let mut sockets: SockMap<MapData> = take(ebpf, "LISTENERS")?;
+    for (place, socket) in [
+        (listener::OUTBOUND, &listeners.outbound),
+        (listener::INBOUND, &listeners.inbound),
+        (listener::HBONE, &listeners.hbone),
+    ] {
+        sockets
+            .set(place, &socket.as_raw_fd(), 0)
+            .map_err(failed("LISTENERS"))?;
+    }
+    Ok(())
+}
+
+fn pack(addresses: &[IpAddr]) -> Result<Addresses, CaptureError> {
+    if addresses.len() > ADDRESSES {
+        return Err(CaptureError::TooManyAddresses(addresses.len()));
+    }
+    let mut packed = Addresses::default();
+    for (place, address) in packed.all.iter_mut().zip(addresses) {
+        *place = Ip::from(*address);
+    }
+    Ok(packed)
+}
+
+fn take<T: TryFrom<Map, Error = MapError>>(
+    ebpf: &mut Ebpf,
+    map: &'static str,
+) -> Result<T, CaptureError> {
+    let found = ebpf.take_map(map).ok_or(CaptureError::Map {
+        map,
+        why: "is not in the object".into(),
+    })?;
+    T::try_from(found).map_err(failed(map))
+}
+
+fn failed(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
+    move |error| CaptureError::Map {
+        map,
+        why: chain(&error),
+    }
+}
+
+/// What is not there is as good as removed.
+fn absent(done: Result<(), MapError>) -> Result<(), MapError> {
+    match done {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.kind() == std::io::ErrorKind::NotFound =>
+        {
+            Ok(())
+        }
+        done => done,
+    }
+}
+
+/// An error with what caused it, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        source = error.source();
+    }
+    text
+}

@@ -1,0 +1,202 @@
+//! Loads the kernel programs, attaches and pins them, and takes over what a predecessor pinned.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use aya::programs::links::{FdLink, LinkError};
+use aya::programs::{
+    CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, Program, ProgramError,
+    SkLookup, SockOps,
+};
+use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
+
+use super::maps::{self, NodeMaps, chain};
+use super::pins::Pins;
+use super::{CaptureError, Listeners};
+use crate::sys::netns::Netns;
+
+static NODE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/node"));
+static POD: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pod"));
+
+/// Programs that are attached once per node, to the cgroup that holds the pods.
+pub const OF_NODE: [&str; 4] = ["connect4", "connect6", "egress", "sock_ops"];
+/// The program that is attached in each pod's network namespace.
+pub const OF_POD: &str = "steer";
+
+/// Loads programs whose shared maps are pinned.
+pub struct Loader {
+    loader: EbpfLoader<'static>,
+}
+
+/// What was loaded for the node.
+pub struct NodeProgramsLoaded {
+    /// Programs, and the maps that nobody has taken.
+    pub ebpf: Ebpf,
+    /// The maps.
+    pub maps: NodeMaps,
+}
+
+/// One pod's program. Detached when it goes, unless it is pinned.
+#[derive(Debug)]
+pub struct PodProgram {
+    ebpf: Ebpf,
+}
+
+impl Loader {
+    /// With maps in these places: those that are pinned there are taken, others are made.
+    pub fn new(pins: &Pins) -> Self {
+        let mut loader = EbpfLoader::new();
+        for name in maps::SHARED.into_iter().chain(maps::OF_NODE) {
+            loader.map_pin_path(name, pins.maps().join(name));
+        }
+        Self { loader }
+    }
+
+    /// Loads the node's programs.
+    ///
+    /// # Errors
+    /// The kernel refuses one; there are none in this build.
+    pub fn node(&mut self) -> Result<NodeProgramsLoaded, CaptureError> {
+        let mut ebpf = self.load("node", NODE)?;
+        for name in OF_NODE {
+            let program = program(&mut ebpf, name)?;
+            match program {
+                Program::CgroupSockAddr(program) => program.load(),
+                Program::CgroupSkb(program) => program.load(),
+                Program::SockOps(program) => program.load(),
+                _ => return Err(not_its_kind(name)),
+            }
+            .map_err(refused(name))?;
+        }
+        let maps = NodeMaps::take(&mut ebpf)?;
+        Ok(NodeProgramsLoaded { ebpf, maps })
+    }
+
+    /// Loads a pod's program, and tells it of the pod.
+    ///
+    /// # Errors
+    /// As [`Loader::node`]; there are too many addresses.
+    pub fn pod(
+        &mut self,
+        addresses: &[std::net::IpAddr],
+        listeners: &Listeners,
+    ) -> Result<PodProgram, CaptureError> {
+        let mut ebpf = self.load("pod", POD)?;
+        // In this order: the program names its maps by descriptors, which `fill_pod` closes.
+        steer(&mut ebpf)?.load().map_err(refused(OF_POD))?;
+        maps::fill_pod(&mut ebpf, addresses, listeners)?;
+        Ok(PodProgram { ebpf })
+    }
+
+    fn load(&mut self, object: &'static str, bytes: &[u8]) -> Result<Ebpf, CaptureError> {
+        if bytes.is_empty() {
+            return Err(CaptureError::NoObject(object));
+        }
+        self.loader
+            .load(bytes)
+            .map_err(|error: EbpfError| CaptureError::Program {
+                program: object,
+                why: chain(&error),
+            })
+    }
+}
+
+/// Attaches the node's programs to a cgroup, each in place of a predecessor's.
+///
+/// # Errors
+/// The cgroup is not there; the kernel refuses.
+pub fn attach(ebpf: &mut Ebpf, cgroup: &Path, pins: &Pins) -> Result<(), CaptureError> {
+    let folder = File::open(cgroup).map_err(CaptureError::file(cgroup))?;
+    for name in OF_NODE {
+        let link = attach_one(ebpf, name, &folder)?;
+        Pins::replace(link, &pins.links().join(name))?;
+    }
+    Ok(())
+}
+
+fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<FdLink, CaptureError> {
+    // No flag: a link always lets other programs on the same hook run too.
+    let mode = CgroupAttachMode::Single;
+    let link = match program(ebpf, name)? {
+        Program::CgroupSockAddr(program) => {
+            let link = CgroupSockAddr::attach(program, cgroup, mode);
+            let link = link
+                .and_then(|link| program.take_link(link))
+                .map_err(refused(name))?;
+            FdLink::try_from(link)
+        }
+        Program::CgroupSkb(program) => {
+            let link = CgroupSkb::attach(program, cgroup, CgroupSkbAttachType::Egress, mode);
+            let link = link
+                .and_then(|link| program.take_link(link))
+                .map_err(refused(name))?;
+            FdLink::try_from(link)
+        }
+        Program::SockOps(program) => {
+            let link = SockOps::attach(program, cgroup, mode);
+            let link = link
+                .and_then(|link| program.take_link(link))
+                .map_err(refused(name))?;
+            FdLink::try_from(link)
+        }
+        _ => return Err(not_its_kind(name)),
+    };
+    link.map_err(|error: LinkError| CaptureError::Program {
+        program: name,
+        why: format!(
+            "its link cannot be pinned (kernel older than 5.7): {}",
+            chain(&error)
+        ),
+    })
+}
+
+impl PodProgram {
+    /// Attaches it in the pod's network namespace, in place of a predecessor.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn attach(&mut self, netns: &Netns, pin: &Path) -> Result<(), CaptureError> {
+        let program = steer(&mut self.ebpf)?;
+        let link = program.attach(netns).map_err(refused(OF_POD))?;
+        let link = program.take_link(link).map_err(refused(OF_POD))?;
+        Pins::replace(link.into(), pin)
+    }
+
+    /// What was loaded.
+    pub fn ebpf(&self) -> &Ebpf {
+        &self.ebpf
+    }
+}
+
+fn steer(ebpf: &mut Ebpf) -> Result<&mut SkLookup, CaptureError> {
+    program(ebpf, OF_POD)?.try_into().map_err(refused(OF_POD))
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, CaptureError> {
+    ebpf.program_mut(name).ok_or(CaptureError::Program {
+        program: name,
+        why: "is not in the object".into(),
+    })
+}
+
+fn refused(program: &'static str) -> impl FnOnce(ProgramError) -> CaptureError {
+    move |error| {
+        let why = match &error {
+            ProgramError::SyscallError(call)
+                if call.io_error.kind() == io::ErrorKind::PermissionDenied =>
+            {
+                "permission denied: capabilities are missing (see `dataplane check`)".into()
+            }
+            error => chain(error),
+        };
+        CaptureError::Program { program, why }
+    }
+}
+
+fn not_its_kind(program: &'static str) -> CaptureError {
+    CaptureError::Program {
+        program,
+        why: "is not of its kind".into(),
+    }
+}

@@ -1,0 +1,577 @@
+//! The room itself: hears what control wants, takes the steps, and tells how far each pod is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use aya::Ebpf;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
+
+use super::maps::NodeMaps;
+use super::pins::{self, Pins};
+use super::programs::{self, Loader, PodProgram};
+use super::reconcile::{Phase, Step, Want, diff};
+use super::undo::{Record, Records};
+use super::{CaptureError, LocalPod, PodEvent, enrol};
+use crate::identity::Identity;
+use crate::sys::cgroup::CgroupId;
+use crate::sys::netns::Netns;
+
+/// How long listeners stay after their pod has left: handshakes that had begun end in them.
+const LINGER: Duration = Duration::from_secs(1);
+/// How long until a step that failed is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// A pod that shall be captured.
+#[derive(Clone, Debug)]
+pub struct Desired {
+    /// The workload's uid.
+    pub uid: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Who it is.
+    pub identity: Identity,
+    /// The addresses that the mesh knows it by.
+    pub addresses: Vec<IpAddr>,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// That namespace's cookie.
+    pub cookie: u64,
+    /// Its cgroup.
+    pub cgroup: CgroupId,
+}
+
+/// What control wants.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// Pods that were found.
+    pub pods: Vec<Desired>,
+    /// The uids of those that are wanted and were not found.
+    pub waiting: BTreeSet<Arc<str>>,
+    /// Cookies of network namespaces that are gone.
+    pub gone: BTreeSet<u64>,
+}
+
+/// How far one pod is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodState {
+    /// Captured and served.
+    Up {
+        /// The cookie of its network namespace.
+        cookie: u64,
+    },
+    /// No longer captured; what runs goes on.
+    Draining,
+    /// It cannot be captured, and why; it is tried again.
+    Failed(String),
+}
+
+/// How far each pod is, by uid.
+pub type Status = BTreeMap<Arc<str>, PodState>;
+
+/// Where the room works.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The cgroup that holds the pods.
+    pub cgroup: PathBuf,
+    /// The id of the agent's own cgroup.
+    pub agent_cgroup: u64,
+    /// A mounted bpffs.
+    pub bpffs: PathBuf,
+    /// The node's folder for what is running.
+    pub run: PathBuf,
+    /// The node's name.
+    pub node: String,
+    /// How long a pod that leaves may go on with what runs.
+    pub drain: Duration,
+}
+
+/// Hands on the running room, for whoever watches it.
+#[derive(Clone)]
+pub struct Window(Arc<Mutex<NodeMaps>>);
+
+impl Window {
+    /// What the programs counted.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.maps().counters()
+    }
+
+    /// Turns the programs' logging on or off.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn set_log(&self, on: bool) -> Result<(), CaptureError> {
+        self.maps().set_log(on)
+    }
+
+    fn maps(&self) -> std::sync::MutexGuard<'_, NodeMaps> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The room.
+pub struct Room {
+    config: Config,
+    pins: Pins,
+    records: Records,
+    loader: Loader,
+    window: Window,
+    pods: BTreeMap<u64, Pod>,
+    failed: BTreeMap<u64, Failure>,
+    events: mpsc::Sender<PodEvent>,
+    status: watch::Sender<Status>,
+    /// Programs and lock of the node, which go with the room. What is pinned stays.
+    _held: (Ebpf, File),
+}
+
+struct Failure {
+    uid: Arc<str>,
+    why: String,
+    again: Instant,
+}
+
+struct Pod {
+    record: Record,
+    uid: Arc<str>,
+    phase: InPhase,
+}
+
+enum InPhase {
+    Adopted,
+    Serving {
+        desired: Desired,
+        program: PodProgram,
+    },
+    /// Its listeners linger until then; then the corridor is told.
+    Lingering {
+        desired: Desired,
+        program: PodProgram,
+        until: Instant,
+    },
+    Draining {
+        desired: Desired,
+        program: PodProgram,
+        idle: oneshot::Receiver<()>,
+        until: Instant,
+    },
+}
+
+impl InPhase {
+    fn phase(&self) -> Phase {
+        match self {
+            Self::Adopted => Phase::Adopted,
+            Self::Serving { .. } => Phase::Serving,
+            Self::Lingering { .. } | Self::Draining { .. } => Phase::Draining,
+        }
+    }
+}
+
+/// What the room is left with after the node's programs were loaded: for `observe`.
+pub struct Reports {
+    /// The ring buffer of reports.
+    pub events: aya::maps::RingBuf<aya::maps::MapData>,
+    /// The programs' log; none if this kernel has none.
+    pub log: Option<aya_log::EbpfLogger<&'static dyn log::Log>>,
+}
+
+impl Room {
+    /// Loads and attaches the node's programs, and takes over what a predecessor left. No pod is
+    /// let go, and none is served yet.
+    ///
+    /// # Errors
+    /// Another agent runs; the kernel refuses.
+    pub fn open(
+        config: Config,
+        events: mpsc::Sender<PodEvent>,
+    ) -> Result<(Self, Window, Reports, watch::Receiver<Status>), CaptureError> {
+        let lock = pins::lock(&config.run)?;
+        let pins = Pins::new(&config.bpffs, &config.node);
+        pins.make()?;
+        let records = Records::open(&config.run)?;
+        let mut loader = Loader::new(&pins);
+        let mut node = loader.node()?;
+        node.maps.declare(config.agent_cgroup, false)?;
+        let reports = Reports {
+            events: super::maps::events(&mut node.ebpf)?,
+            log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
+        };
+        programs::attach(&mut node.ebpf, &config.cgroup, &pins)?;
+        let pods: BTreeMap<u64, Pod> = records
+            .all()?
+            .into_iter()
+            .map(|record| {
+                let pod = Pod {
+                    uid: record.uid.clone(),
+                    phase: InPhase::Adopted,
+                    record,
+                };
+                (pod.record.cookie, pod)
+            })
+            .collect();
+        // What has no record was pinned by nobody who finished; nothing of it is in use.
+        for cookie in node.maps.enrolled() {
+            if !pods.contains_key(&cookie) {
+                node.maps.release(cookie)?;
+            }
+        }
+        for cookie in pins.pod_cookies() {
+            if !pods.contains_key(&cookie) {
+                pins::remove(&pins.pod(cookie))?;
+            }
+        }
+        let window = Window(Arc::new(Mutex::new(node.maps)));
+        let (status, told) = watch::channel(Status::new());
+        let room = Self {
+            config,
+            pins,
+            records,
+            loader,
+            window: window.clone(),
+            pods,
+            failed: BTreeMap::new(),
+            events,
+            status,
+            _held: (node.ebpf, lock),
+        };
+        Ok((room, window, reports, told))
+    }
+
+    /// Does what control wants until control is gone. Pods stay captured then.
+    ///
+    /// # Errors
+    /// The rooms behind this one are gone.
+    pub async fn run(
+        mut self,
+        mut wanted: watch::Receiver<Option<Wanted>>,
+    ) -> Result<(), CaptureError> {
+        loop {
+            // Nothing is done before control has said its first word.
+            let want = wanted.borrow_and_update().clone();
+            if let Some(want) = &want {
+                self.reconcile(want).await?;
+            }
+            self.tell();
+            let next = self.next();
+            tokio::select! {
+                changed = wanted.changed() => if changed.is_err() { return Ok(()) },
+                () = until(next) => {}
+                () = idle(&mut self.pods) => {}
+            }
+            self.go_on().await?;
+        }
+    }
+
+    async fn reconcile(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        self.failed
+            .retain(|cookie, _| wanted.pods.iter().any(|pod| pod.cookie == *cookie));
+        let want = Want {
+            pods: wanted
+                .pods
+                .iter()
+                .map(|pod| (pod.cookie, pod.uid.clone()))
+                .collect(),
+            waiting: wanted.waiting.clone(),
+            gone: wanted.gone.clone(),
+        };
+        let have = self
+            .pods
+            .iter()
+            .map(|(cookie, pod)| (*cookie, (pod.uid.clone(), pod.phase.phase())))
+            .collect();
+        for step in diff(&want, &have) {
+            match step {
+                Step::Enrol(cookie) => {
+                    if self
+                        .failed
+                        .get(&cookie)
+                        .is_some_and(|failed| failed.again > now)
+                    {
+                        continue;
+                    }
+                    if let Some(desired) = wanted.pods.iter().find(|pod| pod.cookie == cookie) {
+                        self.enrol(desired.clone()).await?;
+                    }
+                }
+                Step::Revive(cookie) => self.revive(cookie).await?,
+                Step::Leave(cookie) => self.leave(cookie),
+                Step::Cut(cookie) => {
+                    self.release(cookie);
+                    self.end(cookie).await?;
+                }
+                Step::Undo(cookie) => {
+                    self.release(cookie);
+                    self.undo(cookie).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
+        let cookie = desired.cookie;
+        let entered = enrol::enter(&desired, &mut self.loader, &self.records, &self.pins).await;
+        let entered = match entered {
+            Ok((pod, listeners, program)) => self
+                .mark(&desired, &pod)
+                .map(|record| (pod, listeners, program, record)),
+            Err(error) => Err(error),
+        };
+        match entered {
+            Ok((pod, listeners, program, record)) => {
+                tracing::info!(
+                    pod = %format_args!("{}/{}", desired.namespace, desired.name),
+                    netns = cookie,
+                    addresses = ?pod.addresses,
+                    "pod enrolled"
+                );
+                self.failed.remove(&cookie);
+                let pod_in_room = Pod {
+                    record,
+                    uid: desired.uid.clone(),
+                    phase: InPhase::Serving { desired, program },
+                };
+                self.pods.insert(cookie, pod_in_room);
+                self.send(PodEvent::Up(pod, listeners)).await
+            }
+            Err(error) => {
+                tracing::warn!(
+                    pod = %format_args!("{}/{}", desired.namespace, desired.name),
+                    %error,
+                    "pod cannot be enrolled; it is tried again"
+                );
+                self.failed.insert(
+                    cookie,
+                    Failure {
+                        uid: desired.uid.clone(),
+                        why: error.to_string(),
+                        again: Instant::now() + RETRY,
+                    },
+                );
+                // A predecessor's capture stays: what cannot be served must not pass in clear.
+                let adopted = self.pods.contains_key(&cookie);
+                if !adopted && let Ok(Some(record)) = self.records.of(cookie) {
+                    self.release(cookie);
+                    if let Err(error) = enrol::undo(&record, &self.records, &self.pins).await {
+                        tracing::warn!(%error, "what was begun cannot be undone");
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The last step in: from here on the pod's own connections are captured.
+    fn mark(&self, desired: &Desired, pod: &LocalPod) -> Result<Record, CaptureError> {
+        let mut maps = self.window.maps();
+        maps.enrol(desired.cookie, &pod.addresses, desired.cgroup)?;
+        self.records
+            .of(desired.cookie)?
+            .ok_or(CaptureError::Stopping)
+    }
+
+    /// The first step out.
+    fn release(&self, cookie: u64) {
+        if let Err(error) = self.window.maps().release(cookie) {
+            tracing::error!(%error, netns = cookie, "pod stays captured");
+        }
+        if let Err(error) = pins::remove(&self.pins.pod(cookie)) {
+            tracing::error!(%error, netns = cookie, "pod stays captured");
+        }
+    }
+
+    fn leave(&mut self, cookie: u64) {
+        self.release(cookie);
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return;
+        };
+        tracing::info!(pod = %pod.uid, "pod leaves the mesh");
+        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
+        pod.phase = match phase {
+            InPhase::Serving { desired, program } => InPhase::Lingering {
+                desired,
+                program,
+                until: Instant::now() + LINGER,
+            },
+            other => other,
+        };
+    }
+
+    async fn revive(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return Ok(());
+        };
+        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
+        let (desired, mut program, told) = match phase {
+            InPhase::Lingering {
+                desired, program, ..
+            } => (desired, program, false),
+            InPhase::Draining {
+                desired, program, ..
+            } => (desired, program, true),
+            other => {
+                pod.phase = other;
+                return Ok(());
+            }
+        };
+        let uid = desired.uid.clone();
+        let attached = program
+            .attach(&desired.netns, &self.pins.pod(cookie))
+            .and_then(|()| {
+                let addresses = desired
+                    .netns
+                    .interfaces()
+                    .map(|interfaces| interfaces.addresses)
+                    .unwrap_or_default();
+                let mut all = desired.addresses.clone();
+                all.extend(
+                    addresses
+                        .into_iter()
+                        .filter(|address| !desired.addresses.contains(address)),
+                );
+                self.window.maps().enrol(cookie, &all, desired.cgroup)
+            });
+        pod.phase = InPhase::Serving { desired, program };
+        match attached {
+            Ok(()) => tracing::info!(pod = %uid, "pod enrolled again"),
+            Err(error) => {
+                tracing::warn!(pod = %uid, %error, "pod cannot be enrolled again");
+                self.leave(cookie);
+                return Ok(());
+            }
+        }
+        if told {
+            self.send(PodEvent::Revive(uid)).await
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Takes those that leave one step further.
+    async fn go_on(&mut self) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        let cookies: Vec<u64> = self.pods.keys().copied().collect();
+        for cookie in cookies {
+            let Some(pod) = self.pods.get_mut(&cookie) else {
+                continue;
+            };
+            match &mut pod.phase {
+                InPhase::Lingering { until, .. } if *until <= now => {
+                    let (told, idle) = oneshot::channel();
+                    let uid = pod.uid.clone();
+                    if let InPhase::Lingering {
+                        desired, program, ..
+                    } = std::mem::replace(&mut pod.phase, InPhase::Adopted)
+                    {
+                        pod.phase = InPhase::Draining {
+                            desired,
+                            program,
+                            idle,
+                            until: now + self.config.drain,
+                        };
+                    }
+                    self.send(PodEvent::Drain(uid, told)).await?;
+                }
+                InPhase::Draining { until, .. } if *until <= now => self.end(cookie).await?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts what still runs of a pod that is not captured any more, and puts back what was changed.
+    async fn end(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        if let Some(pod) = self.pods.get(&cookie)
+            && pod.phase.phase() != Phase::Adopted
+        {
+            let (told, done) = oneshot::channel();
+            self.send(PodEvent::Down(pod.uid.clone(), told)).await?;
+            let _ = done.await;
+        }
+        self.undo(cookie).await;
+        Ok(())
+    }
+
+    async fn undo(&mut self, cookie: u64) {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return;
+        };
+        pod.phase = InPhase::Adopted; // its listeners and program are gone
+        match enrol::undo(&pod.record, &self.records, &self.pins).await {
+            Ok(()) => {
+                tracing::info!(pod = %pod.uid, "pod left the mesh");
+                self.pods.remove(&cookie);
+            }
+            Err(error) => {
+                tracing::warn!(pod = %pod.uid, %error, "pod's namespace is not as it was")
+            }
+        }
+    }
+
+    async fn send(&self, event: PodEvent) -> Result<(), CaptureError> {
+        self.events
+            .send(event)
+            .await
+            .map_err(|_| CaptureError::Stopping)
+    }
+
+    fn tell(&self) {
+        let mut status: Status = self
+            .failed
+            .values()
+            .map(|failed| (failed.uid.clone(), PodState::Failed(failed.why.clone())))
+            .collect();
+        for (&cookie, pod) in &self.pods {
+            let state = match pod.phase.phase() {
+                Phase::Serving => PodState::Up { cookie },
+                Phase::Draining => PodState::Draining,
+                Phase::Adopted => continue,
+            };
+            status.insert(pod.uid.clone(), state);
+        }
+        self.status.send_if_modified(|old| {
+            let changed = *old != status;
+            *old = status;
+            changed
+        });
+    }
+
+    /// When there is something to do by itself.
+    fn next(&self) -> Option<Instant> {
+        let leaving = self.pods.values().filter_map(|pod| match &pod.phase {
+            InPhase::Lingering { until, .. } | InPhase::Draining { until, .. } => Some(*until),
+            InPhase::Adopted | InPhase::Serving { .. } => None,
+        });
+        let failed = self.failed.values().map(|failed| failed.again);
+        leaving.chain(failed).min()
+    }
+}
+
+async fn until(when: Option<Instant>) {
+    match when {
+        Some(when) => sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Completes when a pod that drains has nothing that runs any more.
+async fn idle(pods: &mut BTreeMap<u64, Pod>) {
+    std::future::poll_fn(|context| {
+        for pod in pods.values_mut() {
+            if let InPhase::Draining { idle, until, .. } = &mut pod.phase
+                && std::future::Future::poll(std::pin::Pin::new(idle), context).is_ready()
+            {
+                *until = Instant::now();
+                return std::task::Poll::Ready(());
+            }
+        }
+        std::task::Poll::Pending
+    })
+    .await;
+}

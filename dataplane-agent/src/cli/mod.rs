@@ -1,0 +1,2 @@
+//! Subcommands other than the daemon, a file each.
+pub mod load;

@@ -1,0 +1,85 @@
+//! Control groups, version 2: where they are mounted, which processes are where.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// A control group, as the kernel programs name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CgroupId {
+    /// Its id: the inode number of its folder.
+    pub id: u64,
+    /// How deep it is; the root is 0.
+    pub level: u32,
+}
+
+/// Where the hierarchy of version 2 is mounted; in `/sys/fs/cgroup` or below it.
+///
+/// # Errors
+/// `/proc/self/mounts` cannot be read; there is no such mount.
+pub fn root() -> io::Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    mount_of(&mounts, "cgroup2").ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            "no cgroup v2 hierarchy is mounted (mount -t cgroup2 none /sys/fs/cgroup)",
+        )
+    })
+}
+
+/// The first mount of a file system's kind in the text of `/proc/self/mounts`.
+pub fn mount_of(mounts: &str, kind: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let mut words = line.split(' ');
+        let (_, folder, of) = (words.next()?, words.next()?, words.next()?);
+        (of == kind).then(|| PathBuf::from(folder.replace("\\040", " ")))
+    })
+}
+
+/// The group of a folder below `root`.
+///
+/// # Errors
+/// It is not there, or not below `root`.
+pub fn id(root: &Path, folder: &Path) -> io::Result<CgroupId> {
+    let below = folder
+        .strip_prefix(root)
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "not below the cgroup v2 root"))?;
+    Ok(CgroupId {
+        id: fs::metadata(folder)?.ino(),
+        level: u32::try_from(below.components().count()).unwrap_or(u32::MAX),
+    })
+}
+
+/// The folder of a process's group, from the text of its `/proc/<pid>/cgroup`; none if that group
+/// is outside of what our cgroup namespace shows.
+pub fn of_process(root: &Path, text: &str) -> Option<PathBuf> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    // A group that was removed under its last process.
+    let path = path.strip_suffix(" (deleted)").unwrap_or(path);
+    (!path.split('/').any(|part| part == "..")).then(|| {
+        if path.is_empty() {
+            root.to_owned()
+        } else {
+            root.join(path)
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_and_groups_are_read_as_the_kernel_writes_them() {
+        let mounts = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup2 /sys/fs/cgroup/uni\\040fied cgroup2 rw 0 0\n";
+        let root = mount_of(mounts, "cgroup2").expect("a mount");
+        assert_eq!(root, Path::new("/sys/fs/cgroup/uni fied"));
+        assert_eq!(mount_of(mounts, "bpf"), None);
+        let of = |text| of_process(Path::new("/c"), text);
+        assert_eq!(of("1:cpu:/x\n0::/a/b\n"), Some("/c/a/b".into()));
+        assert_eq!(of("0::/\n"), Some("/c".into()));
+        assert_eq!(of("0::/../x\n"), None);
+        assert_eq!(of("1:cpu:/x\n"), None);
+    }
+}

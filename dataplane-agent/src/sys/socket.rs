@@ -1,0 +1,176 @@
+//! Sockets in a pod's network namespace, with the options that capture needs.
+
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd};
+
+use rand::Rng;
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+
+use dataplane_ebpf::mark;
+
+/// Ports that the agent takes when it connects in a client's name: none that clients take
+/// themselves, since an established socket is found before any program runs.
+pub const SPOOFED_PORTS: std::ops::RangeInclusive<u16> = 10000..=32767;
+/// How often another port is tried.
+const PORT_TRIES: usize = 16;
+/// How many connections wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
+const BACKLOG: i32 = 4096;
+/// `SO_NETNS_COOKIE` of `asm-generic/socket.h`.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// A listener on all addresses of both families, which takes connections to any address at all;
+/// of IPv4 alone where there is no IPv6. Non-blocking.
+///
+/// # Errors
+/// The port is taken; CAP_NET_ADMIN is missing.
+pub fn listener(port: u16, mark: u32) -> io::Result<std::net::TcpListener> {
+    let (socket, any) = match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
+        Ok(socket) => {
+            socket.set_only_v6(false)?;
+            transparent_v6(&socket)?;
+            (socket, IpAddr::V6(Ipv6Addr::UNSPECIFIED))
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+            (socket, IpAddr::from([0, 0, 0, 0]))
+        }
+        Err(error) => return Err(error),
+    };
+    transparent_v4(&socket)?;
+    socket.set_reuse_address(true)?;
+    socket.set_mark(mark)?;
+    socket.set_nonblocking(true)?;
+    // Accepted sockets inherit both.
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&keepalive())?;
+    socket.bind(&SocketAddr::new(any, port).into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// A socket for a connection of the agent's own to `to`: mark AGENT. Non-blocking, not connected.
+///
+/// # Errors
+/// No socket can be made; CAP_NET_ADMIN is missing.
+pub fn client(to: SocketAddr) -> io::Result<std::net::TcpStream> {
+    Ok(stream(to.ip(), mark::AGENT)?.into())
+}
+
+/// A socket that connects in the name of `from` to an app of this namespace: bound to that address
+/// and to `lo`, mark RETURN. Non-blocking, not connected.
+///
+/// # Errors
+/// As [`client`]; no port is free for `from`.
+pub fn client_as(from: IpAddr) -> io::Result<std::net::TcpStream> {
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for _ in 0..PORT_TRIES {
+        let socket = stream(from, mark::RETURN)?;
+        match from {
+            IpAddr::V4(_) => transparent_v4(&socket)?,
+            IpAddr::V6(_) => transparent_v6(&socket)?,
+        }
+        socket.set_reuse_address(true)?;
+        socket.bind_device(Some(b"lo"))?;
+        let port = rand::rng().random_range(SPOOFED_PORTS);
+        match socket.bind(&SocketAddr::new(from, port).into()) {
+            Ok(()) => return Ok(socket.into()),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last)
+}
+
+/// What the kernel programs call the network namespace of a socket.
+///
+/// # Errors
+/// The kernel is older than 5.14.
+pub fn netns_cookie(socket: &impl AsFd) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the descriptor is open; value and length are ours and agree.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if done == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The mark of a socket.
+///
+/// # Errors
+/// CAP_NET_ADMIN is not needed to read it; the descriptor is not a socket.
+pub fn mark_of(socket: &impl AsFd) -> io::Result<u32> {
+    SockRef::from(socket).mark()
+}
+
+fn stream(family: IpAddr, mark: u32) -> io::Result<Socket> {
+    let domain = Domain::for_address(SocketAddr::new(family, 0));
+    let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_mark(mark)?;
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(&keepalive())?;
+    Ok(socket)
+}
+
+/// As ztunnel has it: a peer that is gone is noticed after some minutes.
+fn keepalive() -> TcpKeepalive {
+    use std::time::Duration;
+    TcpKeepalive::new()
+        .with_time(Duration::from_secs(180))
+        .with_interval(Duration::from_secs(180))
+        .with_retries(9)
+}
+
+fn transparent_v4(socket: &Socket) -> io::Result<()> {
+    set(socket, libc::SOL_IP, libc::IP_TRANSPARENT)
+}
+
+fn transparent_v6(socket: &Socket) -> io::Result<()> {
+    set(socket, libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
+}
+
+fn set(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the descriptor is open; the value is ours, and its length is given.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The address as the corridor knows it: an IPv4 one of a socket of both families is IPv4.
+pub fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+/// From what socket2 tells.
+///
+/// # Errors
+/// It is neither IPv4 nor IPv6.
+pub fn address(of: &SockAddr) -> io::Result<SocketAddr> {
+    of.as_socket()
+        .map(canonical)
+        .ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+}
