@@ -1,1 +1,150 @@
-//! Owns every task.
+//! Owns every task of the data plane, and is the only place that spawns one.
+//!
+//! A [`Scope`] is what one worker runs for one pod. It is first *closed* (no new work; tunnels say
+//! GOAWAY and finish what they have) and then *cut*. Pods can be closed and opened again.
+
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// The tasks of one pod on one worker. Clones share them.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    tasks: TaskTracker,
+    cut: CancellationToken,
+    closed: Rc<watch::Sender<bool>>,
+    load: Load,
+}
+
+impl Scope {
+    /// Without a task; what it spawns counts as `load`.
+    pub fn new(load: Load) -> Self {
+        let tasks = TaskTracker::new();
+        tasks.close(); // only lets `wait` return; spawning goes on
+        Self {
+            tasks,
+            cut: CancellationToken::new(),
+            closed: Rc::new(watch::Sender::new(false)),
+            load,
+        }
+    }
+
+    /// Runs a task on this worker until it ends or the scope is cut.
+    pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        let cut = self.cut.clone();
+        let weight = self.load.take();
+        self.tasks.spawn_local(async move {
+            let _weight = weight;
+            tokio::select! {
+                biased;
+                () = cut.cancelled_owned() => {}
+                () = task => {}
+            }
+        });
+    }
+
+    /// No new work from now on, or again.
+    pub fn close(&self, closed: bool) {
+        self.closed.send_replace(closed);
+    }
+
+    /// Completes when there shall be no new work.
+    pub fn closing(&self) -> impl Future<Output = ()> + 'static {
+        let mut closed = self.closed.subscribe();
+        let cut = self.cut.clone();
+        async move {
+            if closed.wait_for(|closed| *closed).await.is_err() {
+                // The scope is gone, and with it all that could close it: as if cut.
+                cut.cancelled().await;
+            }
+        }
+    }
+
+    /// Whether there shall be no new work.
+    pub fn is_closing(&self) -> bool {
+        *self.closed.borrow()
+    }
+
+    /// Completes when all tasks have ended by themselves.
+    pub async fn idle(&self) {
+        self.tasks.wait().await;
+    }
+
+    /// Ends all tasks; completes when they have ended. What is spawned later ends at once.
+    pub async fn cut(&self) {
+        self.cut.cancel();
+        self.tasks.wait().await;
+    }
+}
+
+/// How many tasks a worker has; read by the others when they look for one with less to do.
+#[derive(Clone, Debug, Default)]
+pub struct Load(Arc<AtomicUsize>);
+
+impl Load {
+    /// How many there are.
+    pub fn get(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+    fn take(&self) -> Weight {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Weight(self.clone())
+    }
+}
+
+/// One task's part of the load.
+struct Weight(Load);
+
+impl Drop for Weight {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn on_a_worker(test: impl Future<Output = ()>) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        tokio::task::LocalSet::new().block_on(&runtime.expect("a runtime"), test);
+    }
+
+    #[test]
+    fn a_cut_ends_tasks_before_it_returns_and_refuses_later_ones() {
+        on_a_worker(async {
+            let load = Load::default();
+            let scope = Scope::new(load.clone());
+            let held = Rc::new(());
+            let in_task = Rc::clone(&held);
+            scope.spawn(async move {
+                let _in_task = in_task;
+                std::future::pending::<()>().await;
+            });
+            assert_eq!(load.get(), 1);
+            scope.cut().await;
+            assert_eq!((load.get(), Rc::strong_count(&held)), (0, 1));
+            scope.spawn(std::future::pending());
+            scope.idle().await;
+        });
+    }
+
+    #[test]
+    fn a_closed_scope_can_be_opened_again() {
+        on_a_worker(async {
+            let scope = Scope::new(Load::default());
+            let closing = scope.closing();
+            scope.close(true);
+            closing.await;
+            assert!(scope.is_closing());
+            scope.close(false);
+            let later = tokio::time::timeout(std::time::Duration::from_millis(5), scope.closing());
+            assert!(later.await.is_err());
+        });
+    }
+}

@@ -14,6 +14,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod drain;
+pub mod hbone;
 pub mod identity;
 pub mod observe;
 pub mod resolve;

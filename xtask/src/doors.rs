@@ -9,8 +9,9 @@
 use std::fmt;
 use std::path::Path;
 
-/// What every room may use: the key cabinet, the cellar, settings, the spawner, the corridor.
-const LENT: &[&str] = &["identity", "sys", "config", "drain", "observe"];
+/// What every room may use: the key cabinet, the words of the wire, the cellar, settings, the
+/// spawner, the corridor.
+const LENT: &[&str] = &["identity", "hbone", "sys", "config", "drain", "observe"];
 
 /// What a room may use besides.
 const DOORS: &[(&str, &[&str])] = &[
@@ -21,7 +22,9 @@ const DOORS: &[(&str, &[&str])] = &[
     ("transport", &["authorize"]),
     // Fills the stores, in their own types.
     ("control", &["capture", "resolve", "authorize"]),
-    ("observe", &[]),
+    // Nouns alone: a line in the log names who is who.
+    ("observe", &["resolve"]),
+    ("hbone", &["resolve"]),
     ("identity", &[]),
     ("sys", &[]),
     ("config", &[]),

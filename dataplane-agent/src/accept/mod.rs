@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::capture::LocalPod;
+pub use crate::capture::LocalPod;
 use crate::identity::Identity;
 
 /// One connection of one enrolled pod, or one CONNECT stream to it: TLS finished, peer verified.

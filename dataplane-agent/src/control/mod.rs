@@ -2,3 +2,7 @@
 
 pub mod local;
 pub mod manifests;
+pub mod ca;
+pub mod enrolled;
+pub mod machine;
+pub mod pods;

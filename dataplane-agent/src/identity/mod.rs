@@ -1,7 +1,16 @@
 //! Identities: SPIFFE URIs of the form `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
 
+pub mod certs;
+pub mod tls;
+
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
+
+pub use certs::{Certs, Issued, Issuer, WorkloadCertificate};
+
+/// A longer URI is no identity (SPIFFE's own limit).
+const MAX_LENGTH: usize = 2048;
 
 /// A workload's identity, parsed; never a bare string.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,6 +43,79 @@ impl Identity {
     }
 }
 
+/// What is not right about the text of an identity.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("invalid spiffe identity: {text}: {why}")]
+pub struct NotAnIdentity {
+    /// The text, or the beginning of it.
+    pub text: String,
+    /// What is wrong.
+    pub why: &'static str,
+}
+
+/// Why there is no certificate, or a peer's does not count.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// It is not held by a pod of this node.
+    #[error("workload is unknown: {0}")]
+    Unknown(Identity),
+    /// It could not be had.
+    #[error("signing error: {0}")]
+    Signing(Arc<str>),
+    /// The last one has expired, and no new one could be had.
+    #[error("the certificate of {0} has expired")]
+    Expired(Identity),
+    /// What was issued cannot be used.
+    #[error("unusable certificate: {0}")]
+    Unusable(Arc<str>),
+    /// A certificate of a peer.
+    #[error("identity verification error: {0}")]
+    Peer(Arc<str>),
+}
+
+impl IdentityError {
+    /// The stable word for it.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Unknown(_) => "unknown",
+            Self::Signing(_) => "signing",
+            Self::Expired(_) => "expired",
+            Self::Unusable(_) => "unusable",
+            Self::Peer(_) => "peer",
+        }
+    }
+}
+
+impl FromStr for Identity {
+    type Err = NotAnIdentity;
+
+    /// Takes exactly `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
+    fn from_str(text: &str) -> Result<Self, NotAnIdentity> {
+        let wrong = |why| NotAnIdentity {
+            text: text.chars().take(256).collect(),
+            why,
+        };
+        if text.len() > MAX_LENGTH {
+            return Err(wrong("is too long"));
+        }
+        let rest = text
+            .strip_prefix("spiffe://")
+            .ok_or_else(|| wrong("does not begin with spiffe://"))?;
+        let parts: Vec<&str> = rest.split('/').collect();
+        let [trust_domain, "ns", namespace, "sa", account] = parts.as_slice() else {
+            return Err(wrong("is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<account>"));
+        };
+        let is_part = |part: &str| {
+            let fit = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+            !part.is_empty() && part.bytes().all(fit) && part != "." && part != ".."
+        };
+        if ![trust_domain, namespace, account].into_iter().all(|part| is_part(part)) {
+            return Err(wrong("has a part that is empty or has a character that none may have"));
+        }
+        Ok(Self::new(trust_domain, namespace, account))
+    }
+}
+
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -47,5 +129,56 @@ impl fmt::Display for Identity {
 impl fmt::Debug for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn only_the_one_form_is_an_identity() {
+        for good in ["spiffe://cluster.local/ns/a/sa/b", "spiffe://t/ns/ns/sa/sa"] {
+            assert_eq!(good.parse::<Identity>().expect(good).to_string(), good);
+        }
+        for bad in [
+            "",
+            "spiffe://",
+            "spiffe://t/ns/a/sa",
+            "spiffe://t/ns/a/sa/",
+            "spiffe://t/ns//sa/b",
+            "spiffe:///ns/a/sa/b",
+            "spiffe://t/ns/a/sa/b/",
+            "spiffe://t/ns/a/sa/b/c",
+            "spiffe://t/sa/b/ns/a",
+            "SPIFFE://t/ns/a/sa/b",
+            "https://t/ns/a/sa/b",
+            "spiffe://t:1/ns/a/sa/b",
+            "spiffe://u@t/ns/a/sa/b",
+            "spiffe://t/ns/a/sa/b?q",
+            "spiffe://t/ns/a/sa/b#f",
+            "spiffe://t/ns/a/sa/%62",
+            "spiffe://t/ns/../sa/b",
+            "spiffe://t/ns/a b/sa/c",
+            " spiffe://t/ns/a/sa/b",
+        ] {
+            assert!(bad.parse::<Identity>().is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_is_parsed(td in "[a-z][a-z0-9.-]{0,20}", ns in "[a-z][a-z0-9-]{0,20}", sa in "[a-z][a-z0-9.-]{0,20}") {
+            let identity = Identity::new(&td, &ns, &sa);
+            prop_assert_eq!(identity.to_string().parse::<Identity>(), Ok(identity));
+        }
+        #[test]
+        fn no_text_panics_and_what_is_parsed_prints_itself(text in "(spiffe://)?[a-z/%.@:]{0,30}|.*") {
+            if let Ok(identity) = text.parse::<Identity>() {
+                prop_assert_eq!(identity.to_string(), text);
+            }
+        }
     }
 }

@@ -96,3 +96,35 @@ impl Workload {
         Identity::new(&self.trust_domain, &self.namespace, &self.service_account)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A pod of namespace `ns` at 10.0.0.1 that names these policies.
+    pub(crate) fn workload(policies: &[&str]) -> Workload {
+        Workload {
+            uid: "c//Pod/ns/pod".into(),
+            name: "pod".into(),
+            namespace: "ns".into(),
+            service_account: "sa".into(),
+            trust_domain: "td".into(),
+            node: "node".into(),
+            cluster_id: "c".into(),
+            network: "".into(),
+            addresses: vec![IpAddr::from([10, 0, 0, 1])],
+            protocol: Protocol::Hbone,
+            host_network: false,
+            healthy: true,
+            workload_name: "pod".into(),
+            workload_type: WorkloadType::Pod,
+            canonical_name: "pod".into(),
+            canonical_revision: "latest".into(),
+            waypoint: None,
+            policies: policies.iter().map(|key| Arc::from(*key)).collect(),
+            services: BTreeMap::new(),
+            locality: Locality::default(),
+            capacity: 1,
+        }
+    }
+}

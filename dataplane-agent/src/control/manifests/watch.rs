@@ -44,13 +44,23 @@ impl Watch {
         Self { told, _watcher }
     }
 
-    /// Waits until it is worth looking. Cancelling loses nothing but time.
+    /// Waits until it is worth looking. Cancelling it loses nothing: the next call returns at once.
     pub async fn changed(&mut self) {
+        struct Again<'a>(Option<&'a Notify>);
+        impl Drop for Again<'_> {
+            fn drop(&mut self) {
+                if let Some(told) = self.0 {
+                    told.notify_one();
+                }
+            }
+        }
         if tokio::time::timeout(RESYNC, self.told.notified())
             .await
             .is_ok()
         {
+            let mut cancelled = Again(Some(&self.told));
             tokio::time::sleep(DEBOUNCE).await;
+            cancelled.0 = None;
         }
     }
 }

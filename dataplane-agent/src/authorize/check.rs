@@ -1,0 +1,114 @@
+//! What policies say of a connection, as a pure function.
+
+use std::sync::Arc;
+
+use super::policy::{
+    Action, Clause, Match, Policy, Question, Rule, ServiceAccountMatch, StringMatch,
+};
+use super::{Denied, Rule as Allowed, Workload};
+use crate::resolve::mesh::Applicable;
+
+#[cfg(test)]
+mod tests;
+
+/// Decides for a workload: DENY first, then ALLOW, as Istio does. Unlike ztunnel a policy that is
+/// named and not there refuses.
+///
+/// # Errors
+/// It is refused, and by what.
+pub fn check(applicable: &Applicable<'_>, question: &Question<'_>) -> Result<Allowed, Denied> {
+    if let Some(unknown) = applicable.unknown.first() {
+        return Err(Denied::UnknownPolicy(Arc::clone(unknown)));
+    }
+    let all = |action, dry_run| {
+        let policies = applicable.policies.iter();
+        policies.filter(move |policy| policy.action == action && policy.dry_run == dry_run)
+    };
+    for policy in all(Action::Deny, true).chain(all(Action::Allow, true)) {
+        if matches(policy, question) {
+            tracing::debug!(policy = policy.key(), "dry-run: policy match");
+        }
+    }
+    if let Some(policy) = all(Action::Deny, false).find(|policy| matches(policy, question)) {
+        return Err(Denied::Denied(policy.key().into()));
+    }
+    let mut allows = all(Action::Allow, false).peekable();
+    if allows.peek().is_none() {
+        return Ok(Allowed::NoPolicy);
+    }
+    match allows.find(|policy| matches(policy, question)) {
+        Some(policy) => Ok(Allowed::Allowed(policy.key().into())),
+        None => Err(Denied::NotAllowed),
+    }
+}
+
+/// As [`check`], for a workload that may be gone.
+///
+/// # Errors
+/// As [`check`]; there is no workload.
+pub fn check_workload(
+    mesh: &super::Mesh,
+    workload: Option<&Workload>,
+    question: &Question<'_>,
+) -> Result<Allowed, Denied> {
+    let workload = workload.ok_or(Denied::NoWorkload)?;
+    check(&mesh.policies_of(workload), question)
+}
+
+fn matches(policy: &Policy, question: &Question<'_>) -> bool {
+    policy.rules.iter().any(|rule| rule_matches(rule, question))
+}
+
+fn rule_matches(rule: &Rule, question: &Question<'_>) -> bool {
+    rule.clauses.iter().all(|clause| clause_matches(clause, question))
+}
+
+fn clause_matches(clause: &Clause, question: &Question<'_>) -> bool {
+    clause.matches.is_empty() || clause.matches.iter().any(|one| match_matches(one, question))
+}
+
+fn match_matches(one: &Match, question: &Question<'_>) -> bool {
+    if *one == Match::default() {
+        return false;
+    }
+    let identity = question.source;
+    let principal = identity.map(|identity| {
+        let uri = identity.to_string();
+        uri.strip_prefix("spiffe://").map(str::to_owned).unwrap_or(uri)
+    });
+    let namespace = identity.map_or("", |identity| identity.namespace());
+    let is_namespace = |string: &StringMatch| string_matches(string, namespace);
+    let is_principal = |string: &StringMatch| {
+        principal.as_deref().is_some_and(|principal| string_matches(string, principal))
+    };
+    let is_account = |account: &ServiceAccountMatch| {
+        identity.is_some_and(|identity| {
+            *account.namespace == *identity.namespace()
+                && *account.service_account == *identity.service_account()
+        })
+    };
+    field(&one.namespaces, &one.not_namespaces, is_namespace)
+        && field(&one.principals, &one.not_principals, is_principal)
+        && field(&one.service_accounts, &one.not_service_accounts, is_account)
+        && field(&one.source_ips, &one.not_source_ips, |net| net.contains(&question.source_ip))
+        && field(&one.destination_ips, &one.not_destination_ips, |net| {
+            net.contains(&question.destination_ip)
+        })
+        && field(&one.destination_ports, &one.not_destination_ports, |port| {
+            *port == question.destination_port
+        })
+}
+
+/// Any positive value, where there is one, and no negative one.
+fn field<T>(positive: &[T], negative: &[T], is: impl Fn(&T) -> bool) -> bool {
+    (positive.is_empty() || positive.iter().any(&is)) && !negative.iter().any(&is)
+}
+
+fn string_matches(string: &StringMatch, text: &str) -> bool {
+    match string {
+        StringMatch::Exact(exact) => text == &**exact,
+        StringMatch::Prefix(prefix) => text.starts_with(&**prefix),
+        StringMatch::Suffix(suffix) => text.ends_with(&**suffix),
+        StringMatch::Presence => !text.is_empty(),
+    }
+}

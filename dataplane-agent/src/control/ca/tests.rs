@@ -1,0 +1,214 @@
+//! The CA's files, and real handshakes between the certificates that it issues.
+
+use std::sync::Arc;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use super::*;
+use crate::identity::Certs;
+
+const DAY: Duration = Duration::from_secs(86400);
+
+fn identity(text: &str) -> Identity {
+    text.parse().expect("an identity")
+}
+
+fn alice() -> Identity {
+    identity("spiffe://td/ns/a/sa/alice")
+}
+
+fn bob() -> Identity {
+    identity("spiffe://td/ns/b/sa/bob")
+}
+
+fn ca(state: &Path) -> EmbeddedCa {
+    EmbeddedCa::open(state, "td", DAY).expect("a CA")
+}
+
+fn certs(ca: EmbeddedCa, identities: &[Identity]) -> Certs {
+    let certs = Certs::new(Arc::new(ca));
+    for identity in identities {
+        certs.hold(identity);
+    }
+    certs
+}
+
+/// Connects `client` to `server`, and carries a byte each way. An error is what the client, or else
+/// the server, says.
+async fn shake(client: rustls::ClientConfig, server: rustls::ServerConfig) -> Result<(), String> {
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let name = rustls_pki_types::ServerName::try_from("0.0.0.0").expect("a name");
+    let connect = async {
+        let mut tls = TlsConnector::from(Arc::new(client)).connect(name, near).await?;
+        tls.write_all(b"?").await?;
+        let mut answer = [0];
+        tls.read_exact(&mut answer).await
+    };
+    let accept = async {
+        let mut tls = TlsAcceptor::from(Arc::new(server)).accept(far).await?;
+        let mut asked = [0];
+        tls.read_exact(&mut asked).await?;
+        tls.write_all(b"!").await?;
+        tls.flush().await
+    };
+    let (connected, accepted) = tokio::join!(connect, accept);
+    accepted.map_err(|error| format!("server: {error}"))?;
+    connected.map_err(|error| format!("client: {error}"))?;
+    Ok(())
+}
+
+async fn both(
+    client: (&Certs, &Identity, &[Identity]),
+    server: (&Certs, &Identity),
+) -> Result<(), String> {
+    let (certs, who, expected) = client;
+    let ours = certs.current(who).await.map_err(|error| error.to_string())?;
+    let ours = ours.client(expected).map_err(|error| error.to_string())?;
+    let theirs = server.0.current(server.1).await.map_err(|error| error.to_string())?;
+    shake((*ours).clone(), (*theirs.server).clone()).await
+}
+
+#[tokio::test]
+async fn peers_of_one_mesh_that_expect_each_other_connect() {
+    let state = tempfile::tempdir().expect("a folder");
+    let (alice, bob) = (alice(), bob());
+    let certs = certs(ca(state.path()), &[alice.clone(), bob.clone()]);
+    both((&certs, &alice, std::slice::from_ref(&bob)), (&certs, &bob)).await.expect("a connection");
+}
+
+#[tokio::test]
+async fn a_server_that_is_somebody_else_is_refused() {
+    let state = tempfile::tempdir().expect("a folder");
+    let (alice, bob) = (alice(), bob());
+    let certs = certs(ca(state.path()), &[alice.clone(), bob.clone()]);
+    for expected in [&[][..], std::slice::from_ref(&alice)] {
+        let error = both((&certs, &alice, expected), (&certs, &bob)).await;
+        assert!(error.is_err(), "{expected:?}");
+    }
+    let one = (&certs, &alice, std::slice::from_ref(&alice));
+    let (near, far) = tokio::io::duplex(64 << 10);
+    let config = certs.current(one.1).await.expect("a certificate").client(one.2).expect("settings");
+    let server = certs.current(&bob).await.expect("a certificate").server.clone();
+    let name = rustls_pki_types::ServerName::try_from("0.0.0.0").expect("a name");
+    let acceptor = TlsAcceptor::from(server);
+    let connector = TlsConnector::from(config);
+    let (_, connected) =
+        tokio::join!(acceptor.accept(far), connector.connect(name, near));
+    let words = format!("{:?}", connected.expect_err("another peer"));
+    assert!(words.contains("peer did not present the expected SAN (spiffe://td/ns/a/sa/alice), got spiffe://td/ns/b/sa/bob"), "{words}");
+}
+
+#[tokio::test]
+async fn a_client_of_another_trust_domain_is_refused_even_under_the_same_root() {
+    let state = tempfile::tempdir().expect("a folder");
+    let stranger = identity("spiffe://other/ns/a/sa/alice");
+    let certs = certs(ca(state.path()), &[stranger.clone(), bob()]);
+    let error = both((&certs, &stranger, &[bob()]), (&certs, &bob())).await;
+    let error = error.expect_err("another trust domain");
+    assert!(error.starts_with("server:"), "{error}");
+}
+
+#[tokio::test]
+async fn another_root_is_refused_on_both_sides() {
+    let (one, two) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    let ours = certs(ca(one.path()), &[alice(), bob()]);
+    let theirs = certs(ca(two.path()), &[alice(), bob()]);
+    assert!(both((&ours, &alice(), &[bob()]), (&theirs, &bob())).await.is_err());
+    assert!(both((&theirs, &alice(), &[bob()]), (&ours, &bob())).await.is_err());
+}
+
+#[tokio::test]
+async fn an_expired_certificate_is_neither_used_nor_taken() {
+    let state = tempfile::tempdir().expect("a folder");
+    ca(state.path());
+    let old = EmbeddedCa::open(state.path(), "td", Duration::ZERO).expect("a CA");
+    let old = certs(old, &[alice()]);
+    assert!(matches!(old.current(&alice()).await, Err(IdentityError::Expired(_))));
+}
+
+#[tokio::test]
+async fn a_client_without_a_certificate_or_with_an_old_protocol_is_refused() {
+    let state = tempfile::tempdir().expect("a folder");
+    let certs = certs(ca(state.path()), &[bob()]);
+    let bob = certs.current(&bob()).await.expect("a certificate");
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(bob.roots()[0].clone()).expect("a root");
+    for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let client = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[version])
+            .expect("a version")
+            .with_root_certificates(roots.clone())
+            .with_no_client_auth();
+        assert!(shake(client, (*bob.server).clone()).await.is_err(), "{version:?}");
+    }
+}
+
+#[tokio::test]
+async fn only_identities_of_this_node_have_certificates() {
+    let state = tempfile::tempdir().expect("a folder");
+    let certs = certs(ca(state.path()), &[alice()]);
+    assert!(matches!(certs.current(&bob()).await, Err(IdentityError::Unknown(_))));
+    certs.hold(&alice());
+    certs.forget(&alice());
+    assert!(certs.current(&alice()).await.is_ok());
+    certs.forget(&alice());
+    assert!(matches!(certs.current(&alice()).await, Err(IdentityError::Unknown(_))));
+}
+
+#[tokio::test]
+async fn certificates_are_renewed_before_they_expire() {
+    let state = tempfile::tempdir().expect("a folder");
+    ca(state.path());
+    let short = EmbeddedCa::open(state.path(), "td", Duration::from_secs(3)).expect("a CA");
+    let certs = certs(short, &[alice()]);
+    let first = certs.current(&alice()).await.expect("a certificate");
+    let rotated = async {
+        loop {
+            let now = certs.current(&alice()).await.expect("a certificate");
+            if now.chain() != first.chain() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        () = certs.clone().rotate() => {}
+        done = tokio::time::timeout(Duration::from_secs(30), rotated) => done.expect("a new one"),
+    }
+}
+
+#[test]
+fn nodes_that_start_together_have_one_root() {
+    let state = tempfile::tempdir().expect("a folder");
+    let open = || ca(state.path()).root;
+    let roots: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a root")).collect()
+    });
+    assert!(roots.iter().all(|root| *root == roots[0]));
+}
+
+#[test]
+fn files_that_are_not_right_are_refused_by_name() {
+    let state = tempfile::tempdir().expect("a folder");
+    let open = |trust_domain: &str| EmbeddedCa::open(state.path(), trust_domain, DAY);
+    let refused = |trust_domain: &str| open(trust_domain).expect_err("not right").to_string();
+    open("td").expect("a new CA");
+    assert!(refused("other").contains("root.pem"));
+    let (root, key) = (state.path().join("ca/root.pem"), state.path().join("ca/key.pem"));
+    fs::set_permissions(&key, Permissions::from_mode(0o644)).expect("a mode");
+    assert!(refused("td").contains("key.pem"));
+    fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("a mode");
+    let good = fs::read(&key).expect("a key");
+    fs::write(&key, KeyPair::generate().expect("a key").serialize_pem()).expect("a file");
+    assert!(refused("td").contains("is not the key of"));
+    fs::write(&key, "half").expect("a file");
+    assert!(refused("td").contains("key.pem"));
+    fs::write(&key, good).expect("a file");
+    fs::write(&root, "half").expect("a file");
+    assert!(refused("td").contains("root.pem"));
+    fs::remove_file(&key).expect("it is there");
+    assert!(refused("td").contains("key.pem is missing"));
+}

@@ -1,0 +1,394 @@
+//! Which pods are here, and how far they are: reads what is configured, finds the pods on this
+//! machine, tells capture which to take, and publishes the mesh.
+//!
+//! A pod is dialled by HBONE only while it is captured: its record is written when capture says that
+//! it serves the pod, and removed before capture is told to let it go.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::enrolled::Records;
+use super::machine::{Look, Machine};
+use super::manifests::{
+    self, Enrolled, Folder, LocalPodSpec, MeshConfig, PodKey, Translation, Watch, translate,
+};
+use crate::capture::{self, Desired, PodState, Status};
+use crate::identity::Identity;
+use crate::resolve::mesh::{Mesh, MeshWriter};
+
+/// How often the machine is looked at for pods that come and go.
+const LOOK: Duration = Duration::from_secs(1);
+/// Between the removal of a pod's record and the end of its capture: other nodes stop dialling it.
+const NOTICE: Duration = Duration::from_secs(1);
+/// How long a namespace that is gone is told of; cookies are never used again.
+const FORGET: Duration = Duration::from_secs(60);
+
+/// Where the configuration is.
+pub enum Source {
+    /// A folder of manifests, and the records of enrolled pods beside it.
+    Manifests {
+        /// The folder, read once.
+        folder: Folder,
+        /// What tells of its changes.
+        watch: Watch,
+        /// The records.
+        records: Records,
+        /// What tells of theirs.
+        records_watch: Watch,
+        /// Names of the mesh.
+        mesh: MeshConfig,
+    },
+    /// ztunnel's file; read once, as ztunnel does.
+    Local(Translation),
+}
+
+/// What is told to whoever asks for the state of the node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// Pods of this node.
+    pub pods: Vec<PodView>,
+    /// What is wrong with the configuration, and what holds instead.
+    pub problems: Vec<String>,
+}
+
+/// One pod of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodView {
+    /// The workload's uid.
+    pub uid: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// How far it is.
+    pub state: State,
+    /// Why it is not up.
+    pub reason: Option<String>,
+    /// The cookie of its network namespace, once found.
+    pub netns: Option<u64>,
+    /// Its cgroup, once found.
+    pub cgroup: Option<PathBuf>,
+    /// Processes of its namespace outside of its cgroup.
+    pub outside: usize,
+}
+
+/// How far a pod is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Captured and served.
+    Up,
+    /// Wanted, and not captured yet.
+    Waiting,
+    /// Leaving; what runs goes on.
+    Draining,
+    /// Not to be captured.
+    Ignored,
+}
+
+impl State {
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Waiting => "waiting",
+            Self::Draining => "draining",
+            Self::Ignored => "ignored",
+        }
+    }
+}
+
+/// The task.
+pub struct Pods {
+    source: Source,
+    machine: Machine,
+    wanted: watch::Sender<Option<capture::Wanted>>,
+    status: watch::Receiver<Status>,
+    mesh: MeshWriter,
+    view: watch::Sender<View>,
+    generation: u64,
+    enrolled: Enrolled,
+    translation: Translation,
+    problems: Vec<String>,
+    /// Pods whose record is removed, and that are let go then.
+    leaving: BTreeMap<Arc<str>, (Desired, Instant)>,
+    /// Namespaces that are gone, by their cookies, and when they went.
+    gone: BTreeMap<u64, Instant>,
+}
+
+/// What it is connected to.
+pub struct Ends {
+    /// What capture is to do.
+    pub wanted: watch::Sender<Option<capture::Wanted>>,
+    /// How far capture is.
+    pub status: watch::Receiver<Status>,
+    /// Where the mesh is published.
+    pub mesh: MeshWriter,
+    /// What is told to whoever asks.
+    pub view: watch::Sender<View>,
+}
+
+impl Pods {
+    /// Publishes the mesh as it is configured; no pod is looked for yet.
+    ///
+    /// # Errors
+    /// A record of an enrolled pod cannot be read.
+    pub fn new(source: Source, machine: Machine, ends: Ends) -> io::Result<Self> {
+        let enrolled = match &source {
+            Source::Manifests { records, .. } => records.read()?,
+            Source::Local(_) => Enrolled::new(),
+        };
+        let mut pods = Self {
+            source,
+            machine,
+            wanted: ends.wanted,
+            status: ends.status,
+            mesh: ends.mesh,
+            view: ends.view,
+            generation: 0,
+            enrolled,
+            translation: Translation::default(),
+            problems: Vec::new(),
+            leaving: BTreeMap::new(),
+            gone: BTreeMap::new(),
+        };
+        pods.publish();
+        Ok(pods)
+    }
+
+    /// Follows the configuration, the machine and capture, until capture is gone.
+    pub async fn run(mut self) {
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.step();
+            let next = self.leaving.values().map(|(_, when)| *when).min();
+            tokio::select! {
+                () = changed(&mut self.source, &mut self.problems) => {}
+                _ = look.tick() => {}
+                () = until(next) => {}
+                told = self.status.changed() => if told.is_err() { return },
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        self.publish();
+        let translation = std::mem::take(&mut self.translation);
+        let here: Vec<&LocalPodSpec> = translation
+            .local
+            .iter()
+            .filter(|pod| pod.wanted == manifests::Wanted::Yes)
+            .collect();
+        let look = self.machine.look(&here);
+        let status = self.status.borrow_and_update().clone();
+        let wanted = self.wanted(&here, &look);
+        self.record(&here, &status, &look);
+        self.tell(&translation, &look, &status);
+        self.translation = translation;
+        self.wanted.send_if_modified(|old| {
+            let changed = old.as_ref().is_none_or(|old| !same(old, &wanted));
+            *old = Some(wanted);
+            changed
+        });
+        // What was recorded is part of the mesh.
+        self.publish();
+    }
+
+    /// Translates what is configured, and publishes it if it says something new.
+    fn publish(&mut self) {
+        let translation = match &self.source {
+            Source::Manifests { folder, records, mesh, .. } => {
+                match records.read() {
+                    Ok(enrolled) => self.enrolled = enrolled,
+                    Err(error) => tracing::warn!(%error, "records of enrolled pods: the last good ones hold"),
+                }
+                translate(folder.objects(), &self.enrolled, mesh)
+            }
+            Source::Local(translation) => translation.clone(),
+        };
+        if self.generation > 0 && translation == self.translation {
+            return;
+        }
+        for problem in &translation.problems {
+            if !self.translation.problems.contains(problem) {
+                tracing::warn!("{problem}");
+            }
+        }
+        self.generation += 1;
+        self.mesh.publish(Mesh::build(
+            self.generation,
+            translation.workloads.clone(),
+            translation.services.clone(),
+            translation.policies.clone(),
+        ));
+        self.translation = translation;
+    }
+
+    /// What capture is to do: found pods, and for a while those that leave.
+    fn wanted(&mut self, here: &[&LocalPodSpec], look: &Look) -> capture::Wanted {
+        let now = Instant::now();
+        self.gone.retain(|_, since| now < *since + FORGET);
+        self.gone.extend(look.gone.iter().map(|cookie| (*cookie, now)));
+        let mut wanted = capture::Wanted {
+            pods: here.iter().filter_map(|pod| desired(pod, look)).collect(),
+            waiting: look.waiting.keys().cloned().collect(),
+            gone: self.gone.keys().copied().collect(),
+        };
+        let before = self.wanted.borrow().clone().unwrap_or_default();
+        let again: BTreeSet<u64> = wanted.pods.iter().map(|pod| pod.cookie).collect();
+        for pod in before.pods {
+            let stays = again.contains(&pod.cookie) || wanted.waiting.contains(&pod.uid);
+            if !stays && !wanted.gone.contains(&pod.cookie) {
+                let uid = pod.uid.clone();
+                self.leaving.entry(uid).or_insert((pod, now + NOTICE));
+            }
+        }
+        self.leaving.retain(|_, (pod, when)| {
+            *when > now && !again.contains(&pod.cookie) && !wanted.gone.contains(&pod.cookie)
+        });
+        wanted.pods.extend(self.leaving.values().map(|(pod, _)| pod.clone()));
+        wanted
+    }
+
+    /// Writes records of pods that are served, and removes those of all others.
+    fn record(&self, here: &[&LocalPodSpec], status: &Status, look: &Look) {
+        let Source::Manifests { records, .. } = &self.source else { return };
+        let own = match records.own() {
+            Ok(own) => own,
+            Err(error) => return tracing::warn!(%error, "records of enrolled pods"),
+        };
+        let mut keep = BTreeSet::new();
+        for pod in here {
+            let key = PodKey {
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                uid: pod.pod_uid.clone(),
+            };
+            let found = look.found.get(&pod.uid).map(|found| found.cookie);
+            let served = match status.get(&pod.uid) {
+                Some(PodState::Up { cookie }) => found.is_none_or(|found| found == *cookie),
+                _ => false,
+            };
+            if served && !own.contains(&key) {
+                match records.write(pod) {
+                    Ok(()) => _ = keep.insert(key),
+                    Err(error) => tracing::error!(pod = %pod.uid, %error, "cannot tell other nodes of the pod"),
+                }
+            } else if served || (own.contains(&key) && !status.contains_key(&pod.uid)) {
+                // Served; or a predecessor's, captured and on its way to be served again.
+                keep.insert(key);
+            }
+        }
+        for key in own.difference(&keep) {
+            if let Err(error) = records.remove(key) {
+                tracing::error!(pod = %format_args!("{}/{}", key.namespace, key.name), %error, "cannot tell other nodes that the pod leaves");
+            }
+        }
+    }
+
+    fn tell(&self, translation: &Translation, look: &Look, status: &Status) {
+        let pods = translation.local.iter().map(|pod| {
+            let found = look.found.get(&pod.uid);
+            let (state, reason) = match (&pod.wanted, status.get(&pod.uid)) {
+                (manifests::Wanted::No(_), Some(PodState::Up { .. } | PodState::Draining)) => {
+                    (State::Draining, None)
+                }
+                (manifests::Wanted::No(why), _) => (State::Ignored, Some(why.to_string())),
+                (manifests::Wanted::Yes, Some(PodState::Up { .. })) => (State::Up, None),
+                (manifests::Wanted::Yes, Some(PodState::Failed(why))) => {
+                    (State::Waiting, Some(why.clone()))
+                }
+                (manifests::Wanted::Yes, _) => {
+                    let why = look.waiting.get(&pod.uid).cloned();
+                    (State::Waiting, Some(why.unwrap_or_else(|| "it is being enrolled".into())))
+                }
+            };
+            PodView {
+                uid: pod.uid.clone(),
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                addresses: pod.addresses.clone(),
+                state,
+                reason,
+                netns: found.map(|found| found.cookie),
+                cgroup: found.map(|found| found.folder.clone()),
+                outside: look.outside.get(&pod.uid).copied().unwrap_or(0),
+            }
+        });
+        let mut problems = self.problems.clone();
+        problems.extend(translation.problems.iter().cloned());
+        let view = View {
+            pods: pods.collect(),
+            problems,
+        };
+        self.view.send_if_modified(|old| {
+            for pod in &view.pods {
+                let was = old.pods.iter().find(|old| old.uid == pod.uid);
+                if pod.state == State::Waiting && was.is_none_or(|was| was.reason != pod.reason) {
+                    let reason = pod.reason.as_deref().unwrap_or_default();
+                    tracing::info!(pod = %format_args!("{}/{}", pod.namespace, pod.name), reason, "pod waits");
+                }
+                if pod.outside > 0 && was.is_none_or(|was| was.outside != pod.outside) {
+                    tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), processes = pod.outside, "processes in the pod's network namespace are outside of its cgroup");
+                }
+            }
+            let changed = *old != view;
+            *old = view;
+            changed
+        });
+    }
+}
+
+fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
+    let found = look.found.get(&pod.uid)?;
+    Some(Desired {
+        uid: pod.uid.clone(),
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        identity: Identity::new(&pod.trust_domain, &pod.namespace, &pod.service_account),
+        addresses: pod.addresses.clone(),
+        netns: found.netns.clone(),
+        cookie: found.cookie,
+        cgroup: found.cgroup,
+    })
+}
+
+fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
+    let names = |wanted: &capture::Wanted| -> BTreeSet<(u64, Arc<str>)> {
+        wanted.pods.iter().map(|pod| (pod.cookie, pod.uid.clone())).collect()
+    };
+    names(one) == names(other) && one.waiting == other.waiting && one.gone == other.gone
+}
+
+/// Waits until there is something new to read, and reads it.
+async fn changed(source: &mut Source, problems: &mut Vec<String>) {
+    let Source::Manifests { folder, watch, records_watch, .. } = source else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        reload = folder.next(watch) => {
+            let told: Vec<String> = reload.problems.iter().map(ToString::to_string).collect();
+            for problem in told.iter().filter(|problem| !problems.contains(problem)) {
+                tracing::error!("{problem}; what it said before holds");
+            }
+            *problems = told;
+        }
+        () = records_watch.changed() => {}
+    }
+}
+
+async fn until(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,79 @@
+//! HBONE on the wire: what both ends of a tunnel share, lent to `accept` (server side) and
+//! `transport` (client side) as `identity` is. Numbers are ztunnel's, since it is our peer; where
+//! it leaves a limit to its library, ours is said here.
+
+pub mod headers;
+pub mod keepalive;
+pub mod readahead;
+
+use std::time::Duration;
+
+/// Where a pod takes tunnels.
+pub const PORT: u16 = 15008;
+/// Where a pod's outbound connections are taken.
+pub const OUTBOUND_PORT: u16 = 15001;
+/// Where a pod's inbound connections in clear are taken.
+pub const INBOUND_PORT: u16 = 15006;
+
+/// The protocol that both ends must choose in the TLS handshake.
+pub const ALPN: &[u8] = b"h2";
+
+/// What a stream's receiver lets be in flight.
+pub const STREAM_WINDOW: u32 = 4 << 20;
+/// What a tunnel's receiver lets be in flight.
+pub const CONNECTION_WINDOW: u32 = 16 << 20;
+/// The largest DATA frame that we take.
+pub const FRAME: u32 = 1 << 20;
+/// What one stream may have waiting to be written to the tunnel; bounds memory, not speed.
+pub const SEND_BUFFER: usize = 512 << 10;
+/// What rustls may have sealed and not yet written.
+pub const TLS_BUFFER: usize = 256 << 10;
+/// Streams that a peer may have open in one tunnel to us.
+pub const SERVER_STREAMS: u32 = 200;
+/// Streams that we open in one tunnel before we make another.
+pub const CLIENT_STREAMS: usize = 100;
+/// Request headers, decoded.
+pub const SERVER_HEADERS: u32 = 64 << 10;
+/// Response headers, decoded.
+pub const CLIENT_HEADERS: u32 = 16 << 10;
+/// Streams that are reset and still remembered, so that late frames of theirs are no error.
+pub const RESET_STREAMS: usize = 64;
+/// Streams that the peer reset before we looked at them (rapid reset); more end the tunnel.
+pub const PENDING_RESETS: usize = 32;
+/// Streams that we had to reset for the peer's errors; more end the tunnel.
+pub const LOCAL_ERROR_RESETS: usize = 256;
+/// TCP connect, TLS with HTTP/2, and the answer to CONNECT take no longer, each.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The server side's settings.
+pub fn server() -> h2::server::Builder {
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
+        .max_concurrent_streams(SERVER_STREAMS)
+        .max_header_list_size(SERVER_HEADERS)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_pending_accept_reset_streams(PENDING_RESETS)
+        .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS));
+    builder
+}
+
+/// The client side's settings.
+pub fn client() -> h2::client::Builder {
+    let mut builder = h2::client::Builder::new();
+    builder
+        .enable_push(false)
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
+        .initial_max_send_streams(CLIENT_STREAMS)
+        .max_header_list_size(CLIENT_HEADERS)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_pending_accept_reset_streams(PENDING_RESETS)
+        .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS));
+    builder
+}

@@ -1,0 +1,229 @@
+//! Where connections go, and that they never go to an endpoint that must not have them.
+
+use std::collections::BTreeMap;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::*;
+use crate::accept::LocalPod;
+use crate::resolve::mesh::store;
+use crate::resolve::service::LoadBalancing;
+use crate::resolve::workload::tests::workload;
+use crate::sys::netns::Netns;
+
+const KEY: &str = "ns/svc.ns.svc.cluster.local";
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+fn at(text: &str) -> SocketAddr {
+    text.parse().expect("an address and port")
+}
+
+fn endpoint(name: &str, address: &str) -> Workload {
+    Workload {
+        uid: format!("c//Pod/ns/{name}").into(),
+        name: name.into(),
+        addresses: vec![ip(address)],
+        services: BTreeMap::from([(KEY.into(), BTreeMap::from([(80, 8080)]))]),
+        ..workload(&[])
+    }
+}
+
+fn service() -> Service {
+    Service {
+        name: "svc".into(),
+        namespace: "ns".into(),
+        hostname: "svc.ns.svc.cluster.local".into(),
+        vips: vec![ip("10.96.0.1")],
+        ports: BTreeMap::from([(80, 8080)]),
+        subject_alt_names: Vec::new(),
+        waypoint: None,
+        publish_not_ready: false,
+        load_balancing: LoadBalancing::default(),
+    }
+}
+
+fn accepted(direction: Direction, to: &str) -> Accepted<()> {
+    let pod = workload(&[]);
+    Accepted {
+        io: (),
+        pod: Arc::new(LocalPod {
+            uid: pod.uid.clone(),
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            identity: pod.identity(),
+            addresses: pod.addresses.clone(),
+            netns: Netns::own().expect("/proc is there"),
+        }),
+        peer: at("10.0.0.9:4000"),
+        destination: at(to),
+        direction,
+    }
+}
+
+fn go(
+    workloads: Vec<Workload>,
+    services: Vec<Service>,
+    direction: Direction,
+    to: &str,
+) -> Result<Hop, ResolveError> {
+    let (writer, reader) = store();
+    writer.publish(Mesh::build(1, workloads, services, Vec::new()));
+    let resolved = resolve(&reader, accepted(direction, to));
+    resolved.map(|resolved| resolved.hop).map_err(|(_, error)| error)
+}
+
+#[test]
+fn outbound_goes_to_a_workload_by_the_way_it_speaks() {
+    let plain = Workload { protocol: Protocol::Tcp, ..endpoint("plain", "10.0.0.3") };
+    let all = || vec![workload(&[]), endpoint("one", "10.0.0.2"), plain.clone()];
+    let out = |to| go(all(), vec![service()], Direction::Outbound, to);
+    assert_eq!(out("10.0.0.3:99"), Ok(Hop::Plain(at("10.0.0.3:99"))));
+    assert_eq!(out("192.0.2.1:443"), Ok(Hop::Plain(at("192.0.2.1:443"))));
+    match out("10.0.0.2:99") {
+        Ok(Hop::Hbone { to, authority, expected, .. }) => {
+            assert_eq!((to, authority), (at("10.0.0.2:15008"), at("10.0.0.2:99")));
+            assert_eq!(expected, [Identity::new("td", "ns", "sa")]);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_service_without_anybody_or_without_that_port_is_an_error_and_not_a_way_through() {
+    let out = |workloads, to| go(workloads, vec![service()], Direction::Outbound, to);
+    let none = |to| Err(ResolveError::NoHealthyUpstream(at(to)));
+    assert_eq!(out(vec![workload(&[])], "10.96.0.1:80"), none("10.96.0.1:80"));
+    let ill = Workload { healthy: false, ..endpoint("ill", "10.0.0.2") };
+    assert_eq!(out(vec![workload(&[]), ill], "10.96.0.1:80"), none("10.96.0.1:80"));
+    let well = endpoint("well", "10.0.0.2");
+    assert_eq!(out(vec![workload(&[]), well], "10.96.0.1:81"), none("10.96.0.1:81"));
+}
+
+#[test]
+fn what_has_a_waypoint_is_not_reached_past_it() {
+    let waypoint: Option<Arc<str>> = Some("ns/waypoint".into());
+    let behind = Workload { waypoint: waypoint.clone(), ..endpoint("one", "10.0.0.2") };
+    let service = Service { waypoint, ..service() };
+    for to in ["10.0.0.2:80", "10.96.0.1:80"] {
+        let all = vec![workload(&[]), behind.clone()];
+        let error = go(all, vec![service.clone()], Direction::Outbound, to);
+        assert_eq!(error, Err(ResolveError::UnknownWaypoint("ns/waypoint".into())), "{to}");
+    }
+}
+
+#[test]
+fn inbound_goes_to_the_pod_itself_and_nowhere_else() {
+    let hbone = || Direction::InboundHbone {
+        identity: Identity::new("td", "ns", "other"),
+        service: None,
+    };
+    for direction in [Direction::InboundPlain, hbone()] {
+        let to = |to| go(vec![workload(&[])], Vec::new(), direction.clone(), to);
+        assert_eq!(to("10.0.0.1:80"), Ok(Hop::App(at("10.0.0.1:80"))));
+        for other in ["10.0.0.2:80", "127.0.0.1:80", "[::1]:80", "0.0.0.0:80", "10.96.0.1:80"] {
+            let refused = matches!(to(other), Err(ResolveError::IpMismatch { .. }));
+            assert!(refused, "{other}");
+        }
+        for own in ["10.0.0.1:15001", "10.0.0.1:15006", "10.0.0.1:15008"] {
+            assert_eq!(to(own), Err(ResolveError::SelfCall), "{own}");
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_is_not_in_the_mesh_or_is_somebody_else_there_goes_nowhere() {
+    let other = Workload { service_account: "other".into(), ..workload(&[]) };
+    for mesh in [Vec::new(), vec![other]] {
+        let error = go(mesh, Vec::new(), Direction::Outbound, "192.0.2.1:80");
+        assert_eq!(error, Err(ResolveError::UnknownLocal("c//Pod/ns/pod".into())));
+    }
+}
+
+fn scopes() -> impl Strategy<Value = Vec<Scope>> {
+    let scope = prop_oneof![
+        Just(Scope::Region),
+        Just(Scope::Zone),
+        Just(Scope::Node),
+        Just(Scope::Network)
+    ];
+    vec(scope, 0..3)
+}
+
+prop_compose! {
+    fn place()(region in "[ab]", zone in "[ab]", node in "[ab]", network in "[ab]") -> [String; 4] {
+        [region, zone, node, network]
+    }
+}
+
+fn put(mut workload: Workload, [region, zone, node, network]: &[String; 4]) -> Workload {
+    workload.locality.region = region.as_str().into();
+    workload.locality.zone = zone.as_str().into();
+    workload.node = node.as_str().into();
+    workload.network = network.as_str().into();
+    workload
+}
+
+proptest! {
+    /// The slow way: an endpoint is taken only if no other one that is able shares more.
+    #[test]
+    fn the_preferred_endpoints_are_the_candidates(
+        here in place(),
+        others in vec((place(), any::<bool>(), prop_oneof![Just(0_u16), Just(8080)]), 0..6),
+        preferences in scopes(),
+        strict: bool,
+        publish_not_ready: bool,
+    ) {
+        let source = put(workload(&[]), &here);
+        let mut all = vec![source.clone()];
+        for (number, (place, healthy, port)) in others.iter().enumerate() {
+            let mut other = put(endpoint(&format!("e{number}"), &format!("10.0.1.{number}")), place);
+            other.healthy = *healthy;
+            other.services = BTreeMap::from([(KEY.into(), BTreeMap::from([(80, *port)]))]);
+            all.push(other);
+        }
+        let service = Service {
+            publish_not_ready,
+            load_balancing: LoadBalancing { preferences: preferences.clone(), strict },
+            ports: BTreeMap::from([(80, 0)]),
+            ..service()
+        };
+        let mesh = Mesh::build(1, all.clone(), vec![service.clone()], Vec::new());
+        let found: Vec<Arc<str>> = candidates(&mesh, &service, &source, 80)
+            .iter()
+            .map(|(workload, _)| workload.uid.clone())
+            .collect();
+        let shares = |other: &Workload| {
+            let mut count = 0;
+            for scope in &preferences {
+                let same = match scope {
+                    Scope::Region => source.locality.region == other.locality.region,
+                    Scope::Zone => source.locality.zone == other.locality.zone,
+                    Scope::Node => source.node == other.node,
+                    _ => source.network == other.network,
+                };
+                if !same {
+                    break;
+                }
+                count += 1;
+            }
+            count
+        };
+        let able: Vec<&Workload> = all[1..]
+            .iter()
+            .filter(|other| other.services[KEY][&80] != 0)
+            .filter(|other| other.healthy || publish_not_ready)
+            .filter(|other| !strict || shares(other) == preferences.len())
+            .collect();
+        let best = able.iter().map(|other| shares(other)).max();
+        let expected: Vec<Arc<str>> = able
+            .iter()
+            .filter(|other| Some(shares(other)) == best)
+            .map(|other| other.uid.clone())
+            .collect();
+        prop_assert_eq!(found, expected);
+    }
+}

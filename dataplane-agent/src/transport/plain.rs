@@ -1,0 +1,59 @@
+//! Connections in clear: to the app of an inbound connection, and to peers outside the mesh.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::{Means, TransportError};
+use crate::authorize::LocalPod;
+use crate::hbone::TIMEOUT;
+
+/// To a peer, from the pod.
+///
+/// # Errors
+/// It refuses, cannot be reached or does not answer in time.
+pub async fn to_peer(
+    means: &dyn Means,
+    pod: &LocalPod,
+    to: SocketAddr,
+) -> Result<TcpStream, TransportError> {
+    in_time(means.connect(pod, to)).await
+}
+
+/// To the pod's app, from the client's own address.
+///
+/// # Errors
+/// As [`to_peer`].
+pub async fn to_app(
+    means: &dyn Means,
+    pod: &LocalPod,
+    from: IpAddr,
+    to: SocketAddr,
+) -> Result<TcpStream, TransportError> {
+    // The port is one of ours, but a live connection of the client may have the same.
+    for _ in 0..3 {
+        match in_time(means.connect_as(pod, from, to)).await {
+            Err(TransportError::Connect(error))
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
+                ) => {}
+            end => return end,
+        }
+    }
+    in_time(means.connect_as(pod, from, to)).await
+}
+
+async fn in_time(
+    connect: impl Future<Output = io::Result<TcpStream>>,
+) -> Result<TcpStream, TransportError> {
+    let tcp = timeout(TIMEOUT, connect)
+        .await
+        .map_err(|_| TransportError::Connect(io::Error::from(io::ErrorKind::TimedOut).into()))?
+        .map_err(|error| TransportError::Connect(error.into()))?;
+    // A relay writes what there is, and must not wait for more.
+    tcp.set_nodelay(true).map_err(|error| TransportError::Connect(error.into()))?;
+    Ok(tcp)
+}

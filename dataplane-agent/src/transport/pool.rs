@@ -1,0 +1,202 @@
+//! The tunnels of one worker, shared by the connections that go the same way. No locks: nothing of
+//! it leaves the worker, and no borrow lives across an await.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::{RecvStream, SendStream};
+use tokio::sync::watch;
+
+use super::hbone::{Connect, Failed, Lease, Tunnel, dial};
+use super::{Means, TransportError};
+use crate::authorize::LocalPod;
+use crate::drain::Scope;
+use crate::hbone::CLIENT_STREAMS;
+use crate::identity::Identity;
+
+/// What connections must have in common to share a tunnel. The destination's uid is in it so that
+/// an address used again never gets the old pod's tunnel; the source is a pod and not an identity,
+/// since two pods of one identity have two addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The source pod.
+    pub source: Arc<str>,
+    /// The destination workload.
+    pub target: Arc<str>,
+    /// Where the tunnel goes.
+    pub to: SocketAddr,
+    /// Who may answer.
+    pub expected: Vec<Identity>,
+}
+
+/// The tunnels of one worker.
+pub struct Pool {
+    means: Rc<dyn Means>,
+    ways: RefCell<HashMap<Key, Way>>,
+    idle: Duration,
+}
+
+#[derive(Default)]
+struct Way {
+    tunnels: Vec<Rc<Tunnel>>,
+    dials: Vec<Rc<Dial>>,
+}
+
+type Outcome = Option<Result<Rc<Tunnel>, TransportError>>;
+
+/// A tunnel in the making, and how many wait for it.
+struct Dial {
+    waiting: Cell<usize>,
+    outcome: watch::Sender<Outcome>,
+}
+
+/// A tunnel's stream, with its place in the tunnel.
+pub type Stream = (SendStream<Bytes>, RecvStream, Lease);
+
+impl Pool {
+    /// Without tunnels; one that carries nothing for `idle` is closed.
+    pub fn new(means: Rc<dyn Means>, idle: Duration) -> Rc<Self> {
+        Rc::new(Self { means, ways: RefCell::default(), idle })
+    }
+
+    /// Opens a stream, in a tunnel that is there or in a new one that lives in the pod's `scope`.
+    ///
+    /// # Errors
+    /// As [`dial`] and [`Lease::connect`]. A request that met a closing tunnel is tried once more.
+    pub async fn connect(
+        self: &Rc<Self>,
+        key: &Key,
+        pod: &Arc<LocalPod>,
+        scope: &Scope,
+        connect: &Connect,
+    ) -> Result<Stream, TransportError> {
+        let mut again = true;
+        loop {
+            let lease = self.lease(key, pod, scope).await?;
+            match lease.connect(connect).await {
+                Ok((send, receive)) => return Ok((send, receive, lease)),
+                Err(Failed::Unprocessed(_)) if again => again = false,
+                Err(Failed::Unprocessed(error) | Failed::Final(error)) => return Err(error),
+            }
+        }
+    }
+
+    /// Closes what has carried nothing for long; never returns.
+    pub async fn release_idle(self: Rc<Self>) {
+        loop {
+            tokio::time::sleep(self.idle / 4).await;
+            self.ways.borrow_mut().retain(|_, way| {
+                way.tunnels.retain(|tunnel| {
+                    let idle = tunnel.streams() == 0 && tunnel.idle_since.get().elapsed() >= self.idle;
+                    !tunnel.closed.get() && !idle
+                });
+                !way.tunnels.is_empty() || !way.dials.is_empty()
+            });
+        }
+    }
+
+    /// Forgets a pod's tunnels, and those to it; the pod's scope ends the former.
+    pub fn forget(&self, uid: &str) {
+        self.ways.borrow_mut().retain(|key, _| *key.source != *uid);
+    }
+
+    /// How many tunnels there are.
+    pub fn tunnels(&self) -> usize {
+        self.ways.borrow().values().map(|way| way.tunnels.len()).sum()
+    }
+
+    async fn lease(
+        self: &Rc<Self>,
+        key: &Key,
+        pod: &Arc<LocalPod>,
+        scope: &Scope,
+    ) -> Result<Lease, TransportError> {
+        loop {
+            let mut outcome = match self.look(key) {
+                Found::Lease(lease) => return Ok(lease),
+                Found::Dial(dial) => dial.outcome.subscribe(),
+                Found::Nothing => self.start(key, pod, scope).outcome.subscribe(),
+            };
+            match outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone()) {
+                Ok(Some(Ok(tunnel))) if tunnel.has_room() => return Ok(tunnel.lease()),
+                Ok(Some(Err(error))) => return Err(error),
+                // Others were quicker, or the tunnel has closed already: look again.
+                Ok(_) => {}
+                // The pod is gone, and its scope has cut the dial.
+                Err(_) => {
+                    let gone = std::io::Error::from(std::io::ErrorKind::ConnectionAborted);
+                    return Err(TransportError::Connect(gone.into()));
+                }
+            }
+        }
+    }
+
+    fn look(&self, key: &Key) -> Found {
+        let mut ways = self.ways.borrow_mut();
+        let Some(way) = ways.get_mut(key) else {
+            return Found::Nothing;
+        };
+        way.tunnels.retain(|tunnel| !tunnel.closed.get());
+        let least = way.tunnels.iter().filter(|tunnel| tunnel.has_room());
+        if let Some(tunnel) = least.min_by_key(|tunnel| tunnel.streams()) {
+            return Found::Lease(Rc::clone(tunnel).lease());
+        }
+        match way.dials.iter().find(|dial| dial.waiting.get() < CLIENT_STREAMS) {
+            Some(dial) => {
+                dial.waiting.set(dial.waiting.get() + 1);
+                Found::Dial(Rc::clone(dial))
+            }
+            None => Found::Nothing,
+        }
+    }
+
+    /// Dials in a task of its own: the one that asked first may go away while others wait.
+    fn start(self: &Rc<Self>, key: &Key, pod: &Arc<LocalPod>, scope: &Scope) -> Rc<Dial> {
+        let entry = Rc::new(Dial { waiting: Cell::new(1), outcome: watch::Sender::new(None) });
+        self.ways.borrow_mut().entry(key.clone()).or_default().dials.push(Rc::clone(&entry));
+        let guard = Dialling { pool: Rc::clone(self), key: key.clone(), entry: Rc::clone(&entry) };
+        let (pod, in_scope) = (Arc::clone(pod), scope.clone());
+        scope.spawn(async move {
+            let Key { to, expected, .. } = &guard.key;
+            let end = dial(&*guard.pool.means, &pod, *to, expected, &in_scope).await;
+            if let Ok(tunnel) = &end
+                && let Some(way) = guard.pool.ways.borrow_mut().get_mut(&guard.key)
+            {
+                way.tunnels.push(Rc::clone(tunnel));
+            }
+            guard.entry.outcome.send_replace(Some(end));
+        });
+        entry
+    }
+}
+
+enum Found {
+    Lease(Lease),
+    Dial(Rc<Dial>),
+    Nothing,
+}
+
+/// Takes the dial off the list when it has ended or was cut.
+struct Dialling {
+    pool: Rc<Pool>,
+    key: Key,
+    entry: Rc<Dial>,
+}
+
+impl Drop for Dialling {
+    fn drop(&mut self) {
+        if let Some(way) = self.pool.ways.borrow_mut().get_mut(&self.key) {
+            way.dials.retain(|dial| !Rc::ptr_eq(dial, &self.entry));
+        }
+        if self.entry.outcome.borrow().is_none() {
+            let gone = std::io::Error::from(std::io::ErrorKind::ConnectionAborted);
+            let end = Some(Err(TransportError::Connect(gone.into())));
+            self.entry.outcome.send_replace(end);
+        }
+    }
+}
