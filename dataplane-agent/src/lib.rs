@@ -8,15 +8,19 @@
 #![deny(unsafe_code)]
 
 pub mod accept;
+pub mod agent;
 pub mod authorize;
 pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod control;
 pub mod drain;
+pub mod exit;
 pub mod hbone;
 pub mod identity;
+pub mod journey;
 pub mod observe;
 pub mod resolve;
 pub mod sys;
 pub mod transport;
+pub mod workers;

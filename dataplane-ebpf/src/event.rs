@@ -66,3 +66,16 @@ impl Reason {
 }
 
 const _: () = assert!(size_of::<Event>() == 56);
+
+#[cfg(feature = "user")]
+impl Event {
+    /// From the bytes of a report; none if they are too few.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        #![allow(unsafe_code, reason = "a report is plain bytes")]
+        if bytes.len() < size_of::<Self>() {
+            return None;
+        }
+        // SAFETY: there are enough bytes, any of them make integers, and they need not be aligned.
+        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
+}

@@ -1,7 +1,18 @@
 //! Room 2: takes connections.
+//!
+//! Door out: an [`Accepted`]. A TCP connection is one; a tunnel is as many as it has CONNECT
+//! streams.
+
+pub mod hbone;
+pub mod listener;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+
+use ::h2::server::SendResponse;
+use bytes::Bytes;
+use http::{Response, StatusCode};
+use tokio::net::TcpStream;
 
 pub use crate::capture::LocalPod;
 use crate::identity::Identity;
@@ -35,4 +46,32 @@ pub enum Direction {
         /// `host=` of the request's `forwarded` header: the service that the peer asked for.
         service: Option<Arc<str>>,
     },
+}
+
+/// What an accepted connection's bytes come and go by.
+#[derive(Debug)]
+pub enum Io {
+    /// A TCP connection of which nothing was read.
+    Tcp(TcpStream),
+    /// A stream of a tunnel, which waits for its answer.
+    Stream(SendResponse<Bytes>, ::h2::RecvStream),
+}
+
+impl Io {
+    /// Ends it without having carried anything: a stream is told why, a TCP connection is reset. A
+    /// reset, and not an end of file: the client must not take it for an answer.
+    pub fn refuse(self, status: StatusCode) {
+        match self {
+            Self::Tcp(tcp) => {
+                // Fails only where the socket is broken already.
+                let _ = socket2::SockRef::from(&tcp).set_linger(Some(std::time::Duration::ZERO));
+            }
+            Self::Stream(mut respond, _) => {
+                let mut response = Response::new(());
+                *response.status_mut() = status;
+                // The peer may have gone.
+                let _ = respond.send_response(response, true);
+            }
+        }
+    }
 }

@@ -10,9 +10,10 @@ pub mod watch;
 use std::sync::Arc;
 
 pub use crate::resolve::{
-    Accepted, Direction, Hop, LocalPod, Mesh, MeshReader, Resolved, service::Service,
+    Accepted, Direction, Hop, Io, LocalPod, Mesh, MeshReader, Resolved, service::Service,
     workload::Workload,
 };
+use crate::observe::{Failure, Flag};
 pub use crate::resolve::policy;
 use policy::Question;
 pub use watch::{Authorizer, Revoked};
@@ -66,6 +67,12 @@ impl Denied {
             Self::UnknownPolicy(_) => "unknown_policy",
             Self::NoWorkload => "no_workload",
         }
+    }
+}
+
+impl Failure for Denied {
+    fn flag(&self) -> Flag {
+        Flag::Deny
     }
 }
 

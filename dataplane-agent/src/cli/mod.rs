@@ -1,2 +1,102 @@
-//! Subcommands other than the daemon, a file each.
+//! The command line: the daemon, and its clients.
+
+pub mod check;
 pub mod load;
+pub mod status;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{Places, RunOptions};
+
+/// Node dataplane for Istio ambient mesh: captures the traffic of enrolled pods with eBPF, gives
+/// each pod its identity, carries connections between nodes in HBONE and enforces L4 policy.
+#[derive(Debug, Parser)]
+#[command(
+    name = "dataplane",
+    version,
+    propagate_version = true,
+    after_help = "\
+Examples:
+  dataplane check                                       what this machine has and lacks
+  dataplane run --manifests /etc/mesh --node $(hostname)  serve the pods of this node
+  dataplane status                                      which pods are served, which wait and why
+  dataplane uninstall --node $(hostname)                let go of everything that was captured
+
+Exit codes: 0 good, 1 failed, 2 a setting is wrong, 3 the machine lacks something,
+4 another agent runs for the node, 5 none runs."
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs the daemon of one node, until SIGTERM or SIGINT.
+    ///
+    /// A signal drains: connections go on for as long as --drain, then they are cut. Pods stay
+    /// captured, so that nothing of theirs passes in clear while no agent runs; the next one takes
+    /// over. To let go of them run `dataplane uninstall`.
+    Run(Box<RunOptions>),
+    /// Says what this machine has and lacks, a line each; fails if `run` would refuse to start.
+    Check(CheckOptions),
+    /// Shows the pods of a running daemon: which are up, which wait and why.
+    Status(StatusOptions),
+    /// Loads, attaches and lists the kernel programs, and takes them off again.
+    ///
+    /// The quickest way to hear what this kernel says of them. No traffic is captured.
+    Load(LoadOptions),
+    /// Removes everything that the daemon of a node left: pods are no longer captured.
+    Uninstall(UninstallOptions),
+}
+
+/// Options of `dataplane check`.
+#[derive(Args, Debug)]
+pub struct CheckOptions {
+    /// Cgroup (v2) that holds the pods; the root of the hierarchy if not set.
+    #[arg(long, env = "DATAPLANE_CGROUP", value_name = "PATH")]
+    pub cgroup: Option<PathBuf>,
+    /// Where an agent keeps its things.
+    #[command(flatten)]
+    pub places: Places,
+}
+
+/// Options of `dataplane status`.
+#[derive(Args, Debug)]
+pub struct StatusOptions {
+    /// Name of the node; not needed where one daemon runs.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    pub node: Option<String>,
+    /// Prints JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Where an agent keeps its things.
+    #[command(flatten)]
+    pub places: Places,
+}
+
+/// Options of `dataplane load`.
+#[derive(Args, Debug)]
+pub struct LoadOptions {
+    /// A BPF file system; mounted if it is not.
+    #[arg(long, env = "DATAPLANE_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf")]
+    pub bpffs: PathBuf,
+}
+
+/// Options of `dataplane uninstall`.
+#[derive(Args, Debug)]
+pub struct UninstallOptions {
+    /// Name of the node.
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    pub node: String,
+    /// The state folder that was given to `run`: records that name this node are removed from it.
+    #[arg(long, env = "DATAPLANE_STATE", value_name = "DIR", default_value = "/var/lib/dataplane")]
+    pub state: PathBuf,
+    /// Where an agent keeps its things.
+    #[command(flatten)]
+    pub places: Places,
+}

@@ -56,6 +56,8 @@ pub struct View {
     pub pods: Vec<PodView>,
     /// What is wrong with the configuration, and what holds instead.
     pub problems: Vec<String>,
+    /// Whether the machine was looked at yet.
+    pub looked: bool,
 }
 
 /// One pod of this node.
@@ -329,6 +331,7 @@ impl Pods {
         let view = View {
             pods: pods.collect(),
             problems,
+            looked: true,
         };
         self.view.send_if_modified(|old| {
             for pod in &view.pods {

@@ -11,8 +11,9 @@ pub mod workload;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-pub use crate::accept::{Accepted, Direction, LocalPod};
+pub use crate::accept::{Accepted, Direction, Io, LocalPod};
 use crate::identity::Identity;
+use crate::observe::{Failure, Flag};
 pub use mesh::{Mesh, MeshReader, MeshWriter};
 pub use route::resolve;
 use service::Service;
@@ -54,6 +55,12 @@ pub enum Hop {
         /// Any of these it has to be.
         expected: Vec<Identity>,
     },
+}
+
+impl Failure for ResolveError {
+    fn flag(&self) -> Flag {
+        Flag::Connect
+    }
 }
 
 /// Why a connection goes nowhere.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 
 use rand::Rng;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
@@ -80,6 +80,23 @@ pub fn client_as(from: IpAddr) -> io::Result<std::net::TcpStream> {
         }
     }
     Err(last)
+}
+
+/// Takes a connection that waits; it is non-blocking.
+///
+/// # Errors
+/// None waits (`WouldBlock`); there are no descriptors left.
+pub fn accept(listener: &std::net::TcpListener) -> io::Result<std::net::TcpStream> {
+    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: the descriptor is open; no address is asked for.
+    let accepted = unsafe {
+        libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags)
+    };
+    if accepted < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { std::net::TcpStream::from_raw_fd(accepted) })
 }
 
 /// What the kernel programs call the network namespace of a socket.

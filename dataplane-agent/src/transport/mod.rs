@@ -1,13 +1,14 @@
 //! Room 5: moves bytes. [`carry`] accepts nothing without a `Permit`.
 
-//pub mod carry;
+pub mod carry;
 pub mod hbone;
+pub mod means;
 pub mod plain;
 pub mod pool;
 pub mod relay;
 
-//#[cfg(test)]
-//mod tests;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -15,11 +16,12 @@ use std::sync::Arc;
 
 use futures_util::future::LocalBoxFuture;
 
-//pub use carry::{Incoming, carry};
+pub use carry::{Carrier, carry};
 pub use pool::Pool;
 
 use crate::authorize::LocalPod;
 use crate::identity::Identity;
+use crate::observe::{Failure, Flag};
 
 /// What transport borrows: connections from a pod's network namespace, and TLS in its name.
 pub trait Means {
@@ -74,6 +76,19 @@ pub enum TransportError {
     /// Policy no longer allows it.
     #[error("connection closed due to policy change")]
     Revoked,
+}
+
+impl Failure for TransportError {
+    fn flag(&self) -> Flag {
+        match self {
+            Self::Connect(_) | Self::Status(_) | Self::Relay(_) => Flag::Connect,
+            Self::Blocked(_) => Flag::NetworkPolicy,
+            Self::Tls(_) => Flag::TlsFailure,
+            Self::Identity(_) => Flag::IdentityError,
+            Self::Handshake(_) | Self::H2(_) => Flag::H2HandshakeFailure,
+            Self::Revoked => Flag::Deny,
+        }
+    }
 }
 
 impl TransportError {

@@ -49,11 +49,8 @@ pub async fn to_app(
 async fn in_time(
     connect: impl Future<Output = io::Result<TcpStream>>,
 ) -> Result<TcpStream, TransportError> {
-    let tcp = timeout(TIMEOUT, connect)
+    timeout(TIMEOUT, connect)
         .await
         .map_err(|_| TransportError::Connect(io::Error::from(io::ErrorKind::TimedOut).into()))?
-        .map_err(|error| TransportError::Connect(error.into()))?;
-    // A relay writes what there is, and must not wait for more.
-    tcp.set_nodelay(true).map_err(|error| TransportError::Connect(error.into()))?;
-    Ok(tcp)
+        .map_err(|error| TransportError::Connect(error.into()))
 }

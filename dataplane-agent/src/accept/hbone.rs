@@ -1,0 +1,182 @@
+//! Server side of HBONE: TLS with a peer that shows who it is, and the CONNECT requests in it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{RecvStream, server};
+use http::{Method, Request, header};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use super::{Accepted, Direction, Io, LocalPod};
+use crate::hbone::readahead::ReadAhead;
+use crate::hbone::{self, headers, keepalive};
+use crate::identity::{Certs, Identity, IdentityError, tls};
+use crate::observe::{Failure, Flag};
+
+/// Why a tunnel, or a request in it, is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum AcceptError {
+    /// The handshake failed: these are no TLS bytes, or not a peer that we take.
+    #[error("tls error: tls handshake error: {0:?}")]
+    Tls(io::Error),
+    /// The handshake took too long.
+    #[error("tls error: tls handshake error: \"not finished in time\"")]
+    Slow,
+    /// More handshakes are going on than may.
+    #[error("too many handshakes at once")]
+    TooMany,
+    /// We have no certificate to show.
+    #[error("identity error: {0}")]
+    Identity(#[from] IdentityError),
+    /// HTTP/2 failed.
+    #[error("http2 handshake failed: {0}")]
+    Handshake(h2::Error),
+    /// Not a CONNECT.
+    #[error("expected method CONNECT, got {0}")]
+    Method(Method),
+    /// What to connect to is not an address and a port.
+    #[error("invalid CONNECT address {0}")]
+    Authority(String),
+}
+
+impl AcceptError {
+    /// The stable word for it.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Tls(_) => "tls",
+            Self::Slow => "slow_handshake",
+            Self::TooMany => "too_many_handshakes",
+            Self::Identity(_) => "identity",
+            Self::Handshake(_) => "handshake",
+            Self::Method(_) => "method",
+            Self::Authority(_) => "authority",
+        }
+    }
+}
+
+impl Failure for AcceptError {
+    fn flag(&self) -> Flag {
+        match self {
+            Self::Tls(_) | Self::Slow | Self::TooMany => Flag::TlsFailure,
+            Self::Identity(_) => Flag::IdentityError,
+            Self::Handshake(_) => Flag::H2HandshakeFailure,
+            Self::Method(_) | Self::Authority(_) => Flag::Connect,
+        }
+    }
+}
+
+/// A tunnel whose peer is known.
+pub struct Tunnel {
+    connection: server::Connection<TlsStream<ReadAhead>, Bytes>,
+    /// Who the peer is.
+    pub identity: Identity,
+}
+
+/// A request that is not refused by its form: pass it on as an [`Accepted`].
+pub type Request1 = (Request<RecvStream>, SendResponse<Bytes>);
+
+impl std::fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tunnel").field("identity", &self.identity).finish_non_exhaustive()
+    }
+}
+
+/// Shakes hands in the pod's name.
+///
+/// # Errors
+/// Each step has its own, and all have [`hbone::TIMEOUT`] together.
+pub async fn handshake(
+    tcp: TcpStream,
+    pod: &LocalPod,
+    certs: &Certs,
+) -> Result<Tunnel, AcceptError> {
+    let steps = async {
+        let certificate = certs.current(&pod.identity).await?;
+        let acceptor = TlsAcceptor::from(Arc::clone(&certificate.server));
+        let accept = acceptor.accept_with(ReadAhead::new(tcp), |session| {
+            session.set_buffer_limit(Some(hbone::TLS_BUFFER));
+        });
+        let tls = accept.await.map_err(AcceptError::Tls)?;
+        let (_, session) = tls.get_ref();
+        if session.alpn_protocol() != Some(hbone::ALPN) {
+            let error = io::Error::new(io::ErrorKind::InvalidData, "peer did not choose h2");
+            return Err(AcceptError::Tls(error));
+        }
+        let identity = tls::peer_identity(session.peer_certificates().unwrap_or_default())?;
+        let connection = hbone::server().handshake(tls).await.map_err(AcceptError::Handshake)?;
+        Ok(Tunnel { connection, identity })
+    };
+    timeout(hbone::TIMEOUT, steps).await.unwrap_or(Err(AcceptError::Slow))
+}
+
+impl Tunnel {
+    /// Hands each request to `take` until the peer leaves. When `closing` completes the peer is told
+    /// to open no more (GOAWAY), and what runs goes on.
+    pub async fn serve(mut self, closing: impl Future<Output = ()>, mut take: impl FnMut(Request1)) {
+        let lost = keepalive::lost(self.connection.ping_pong());
+        tokio::pin!(lost, closing);
+        let mut told = false;
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut closing, if !told => {
+                    told = true;
+                    self.connection.graceful_shutdown();
+                }
+                request = self.connection.accept() => match request {
+                    Some(Ok(request)) => take(request),
+                    Some(Err(error)) => {
+                        tracing::debug!(%error, peer = %self.identity, "tunnel ended");
+                        return;
+                    }
+                    None => return,
+                },
+                () = &mut lost => {
+                    tracing::debug!(peer = %self.identity, "HBONE ping timeout/error");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Reads a request. One that is refused by its form is given back, to be answered.
+///
+/// # Errors
+/// It is no CONNECT; what it asks for is not an address and a port.
+pub fn accept(
+    (request, respond): Request1,
+    pod: &Arc<LocalPod>,
+    peer: SocketAddr,
+    identity: &Identity,
+) -> Result<Accepted<Io>, (Io, AcceptError)> {
+    let (parts, body) = request.into_parts();
+    let io = Io::Stream(respond, body);
+    if parts.method != Method::CONNECT {
+        return Err((io, AcceptError::Method(parts.method)));
+    }
+    let authority = parts.uri.authority().map_or("", |authority| authority.as_str());
+    let Some(destination) = headers::authority(authority) else {
+        return Err((io, AcceptError::Authority(authority.to_owned())));
+    };
+    let forwarded = parts.headers.get(header::FORWARDED);
+    let service = forwarded
+        .and_then(|forwarded| headers::forwarded_host(forwarded.to_str().ok()?))
+        .map(Arc::from);
+    Ok(Accepted {
+        io,
+        pod: Arc::clone(pod),
+        peer,
+        destination,
+        direction: Direction::InboundHbone {
+            identity: identity.clone(),
+            service,
+        },
+    })
+}

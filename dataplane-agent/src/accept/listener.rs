@@ -1,0 +1,48 @@
+//! A listener in a pod's network namespace.
+
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use tokio::io::unix::AsyncFd;
+
+use crate::sys::{readiness, socket};
+
+/// After an error that lasts (no descriptors are left) the loop would spin without a pause.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A listener on one worker. What it accepts is bound to no worker yet.
+#[derive(Debug)]
+pub struct Listener(AsyncFd<TcpListener>);
+
+impl Listener {
+    /// Of a listening, non-blocking socket.
+    ///
+    /// # Errors
+    /// The worker cannot watch it.
+    pub fn new(listener: TcpListener) -> io::Result<Self> {
+        readiness::readable(listener).map(Self)
+    }
+
+    /// The next connection. Loses none when it is dropped while waiting.
+    pub async fn accept(&self) -> TcpStream {
+        loop {
+            let accepted = match self.0.readable().await {
+                Ok(mut ready) => match ready.try_io(|listener| socket::accept(listener.get_ref())) {
+                    Ok(accepted) => accepted,
+                    Err(_) => continue, // somebody was quicker
+                },
+                Err(error) => Err(error),
+            };
+            match accepted {
+                Ok(tcp) => return tcp,
+                // The client is gone already.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! The architect: builds the rooms from settings, lets the corridor walk, and drains in reverse.
+
+use std::collections::HashMap;
+use std::fs;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use crate::authorize::Authorizer;
+use crate::capture::{self, CaptureError, PodEvent, Room, room};
+use crate::config::{self, RunOptions};
+use crate::control::ca::EmbeddedCa;
+use crate::control::enrolled;
+use crate::control::machine::Machine;
+use crate::control::manifests::{Folder, MeshConfig, Watch};
+use crate::control::pods::{Ends, Pods, Source, State, View};
+use crate::control::local;
+use crate::exit::Exit;
+use crate::identity::{Certs, Identity};
+use crate::observe::admin::{self, Sources};
+use crate::observe::log::Level;
+use crate::observe::status::{PodStatus, StatusReport};
+use crate::observe::{Metrics, Observer, dump, kernel};
+use crate::resolve::MeshReader;
+use crate::resolve::mesh;
+use crate::sys::{bpffs, caps, cgroup};
+use crate::workers::{Shared, Workers};
+
+/// Why the daemon ends before it is told to.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A setting, or a file that one names, is wrong.
+    #[error("{0}")]
+    Settings(String),
+    /// The machine lacks something; a line each.
+    #[error("{0}")]
+    Machine(String),
+    /// Capture failed.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// Anything else.
+    #[error("{0:#}")]
+    Other(#[from] anyhow::Error),
+}
+
+impl AgentError {
+    /// How the process ends with it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Settings(_) => Exit::Settings,
+            Self::Capture(CaptureError::Held(_)) => Exit::Held,
+            Self::Machine(_) | Self::Capture(CaptureError::Program { .. }) => Exit::Machine,
+            Self::Capture(_) | Self::Other(_) => Exit::Failed,
+        }
+    }
+}
+
+/// Refuses where the machine lacks something, and gives up what is not needed. Before any thread is
+/// made: capabilities are a thread's own.
+///
+/// # Errors
+/// What is lacking, a line each.
+pub fn privileges() -> Result<(), AgentError> {
+    let missing = caps::missing();
+    if !missing.is_empty() {
+        let lines: Vec<String> = missing
+            .iter()
+            .map(|(capability, why)| format!("{capability} is missing: needed to {why}"))
+            .collect();
+        return Err(AgentError::Machine(lines.join("\n")));
+    }
+    caps::drop_others().map_err(|error| AgentError::Machine(format!("capabilities: {error}")))
+}
+
+/// Runs the daemon until it is told to end.
+///
+/// # Errors
+/// It cannot start; a room failed.
+pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
+    let mut signals = Signals::new()?;
+    let config = room_config(&options)?;
+    // What is configured first: a wrong file stops the start before anything is touched.
+    fs::create_dir_all(&options.state)
+        .map_err(|error| AgentError::Settings(format!("--state: {}: {error}", options.state.display())))?;
+    let source = source(&options)?;
+    let ca = EmbeddedCa::open(&options.state, &options.trust_domain, options.secret_ttl)
+        .map_err(|error| AgentError::Settings(error.to_string()))?;
+    let machine = Machine::new(&config.cgroup)
+        .map_err(|error| AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display())))?;
+
+    // The rooms, from the kernel on.
+    let (events, mut pod_events) = mpsc::channel(64);
+    let (room, window, reports, status) = Room::open(config, events)?;
+    let certs = Certs::new(Arc::new(ca));
+    let (mesh_writer, mesh) = mesh::store();
+    let authorizer = Authorizer::new(mesh.clone());
+    let counters = window.clone();
+    let metrics = Arc::new(Metrics::new(move || counters.counters()));
+    let shared = Shared {
+        mesh: mesh.clone(),
+        authorizer: authorizer.clone(),
+        certs: certs.clone(),
+        observer: Observer::new(Arc::clone(&metrics)),
+    };
+    let count = options.workers.map_or_else(processors, usize::from);
+    let mut workers = Workers::start(count, &shared).context("cannot start workers")?;
+
+    // What fills their stores.
+    let (wanted, to_capture) = watch::channel(None::<capture::Wanted>);
+    let (view_writer, view) = watch::channel(View::default());
+    let ends = Ends { wanted, status, mesh: mesh_writer, view: view_writer };
+    let pods = Pods::new(source, machine, ends)
+        .map_err(|error| AgentError::Settings(format!("--state: {error}")))?;
+
+    // Who watches.
+    let socket = options.places.socket(&options.node);
+    let listener = admin::listen(&socket)
+        .with_context(|| format!("admin socket {}", socket.display()))?;
+    let sources = sources(&options.node, &window, &view, &mesh, &certs, level, metrics);
+
+    tracing::info!(node = options.node, workers = count, admin = %socket.display(), "started");
+    let background = async {
+        tokio::select! {
+            end = room.run(to_capture) => end.map_err(AgentError::from),
+            () = pods.run() => Ok(()),
+            () = certs.clone().rotate() => Ok(()),
+            () = authorizer.watch() => Ok(()),
+            () = kernel::events(reports.events) => Ok(()),
+            () = kernel::log(reports.log) => Ok(()),
+            () = admin::serve(listener, sources) => Ok(()),
+        }
+    };
+    tokio::pin!(background);
+    let mut held: HashMap<Arc<str>, Identity> = HashMap::new();
+    loop {
+        tokio::select! {
+            event = pod_events.recv() => match event {
+                Some(event) => {
+                    hold(&certs, &mut held, &event);
+                    workers.apply(event);
+                }
+                None => break,
+            },
+            end = &mut background => {
+                end?;
+                return Err(anyhow::anyhow!("a room has ended by itself").into());
+            }
+            name = signals.next() => {
+                tracing::info!(signal = name, drain = ?options.drain, "draining; pods stay captured");
+                break;
+            }
+        }
+    }
+    tokio::select! {
+        () = workers.stop(options.drain) => {}
+        end = &mut background => end?,
+        name = signals.next() => tracing::warn!(signal = name, "ending at once"),
+    }
+    let _ = fs::remove_file(socket);
+    tracing::info!("ended");
+    Ok(())
+}
+
+/// Holds the certificate of a pod for as long as it is served.
+fn hold(certs: &Certs, held: &mut HashMap<Arc<str>, Identity>, event: &PodEvent) {
+    match event {
+        PodEvent::Up(pod, _) => {
+            certs.hold(&pod.identity);
+            if let Some(before) = held.insert(pod.uid.clone(), pod.identity.clone()) {
+                certs.forget(&before);
+            }
+        }
+        PodEvent::Down(uid, _) => {
+            if let Some(identity) = held.remove(uid) {
+                certs.forget(&identity);
+            }
+        }
+        PodEvent::Drain(..) | PodEvent::Revive(_) => {}
+    }
+}
+
+fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
+    let machine = |error: std::io::Error| AgentError::Machine(error.to_string());
+    let root = cgroup::root().map_err(machine)?;
+    let pods = options.cgroup.as_deref().unwrap_or(&root);
+    let pods = config::folder("--cgroup", pods).map_err(AgentError::Settings)?;
+    let own = fs::read_to_string("/proc/self/cgroup").map_err(machine)?;
+    // Outside of what is shown to us is outside of what is captured.
+    let own = cgroup::of_process(&root, &own).and_then(|own| cgroup::id(&root, &own).ok());
+    let bpffs = &options.places.bpffs;
+    bpffs::ensure(bpffs).map_err(|error| {
+        AgentError::Machine(format!("no BPF file system at {}: {error}", bpffs.display()))
+    })?;
+    Ok(room::Config {
+        cgroup: pods,
+        agent_cgroup: own.map_or(0, |own| own.id),
+        bpffs: bpffs.clone(),
+        run: options.places.of_node(&options.node),
+        node: options.node.clone(),
+        drain: options.drain,
+    })
+}
+
+fn source(options: &RunOptions) -> Result<Source, AgentError> {
+    let wrong = |error: String| AgentError::Settings(error);
+    if let Some(file) = &options.local_xds_path {
+        let read = local::read(file, &options.node);
+        return read.map(Source::Local).map_err(|error| wrong(error.to_string()));
+    }
+    let Some(folder) = &options.manifests else {
+        return Err(wrong("--manifests or LOCAL_XDS_PATH is wanted".into()));
+    };
+    let dir = config::folder("--manifests", folder).map_err(wrong)?;
+    let records = enrolled::Records::open(&options.state, &options.node)
+        .map_err(|error| wrong(format!("--state: {}: {error}", options.state.display())))?;
+    Ok(Source::Manifests {
+        watch: Watch::new(&dir),
+        folder: Folder::open(&dir).map_err(|error| wrong(error.to_string()))?,
+        records_watch: Watch::new(records.folder()),
+        records,
+        mesh: MeshConfig {
+            cluster_id: options.cluster_id.clone(),
+            cluster_domain: options.cluster_domain.clone(),
+            trust_domain: options.trust_domain.clone(),
+            ..MeshConfig::of_node(&options.node)
+        },
+    })
+}
+
+fn sources(
+    node: &str,
+    window: &room::Window,
+    view: &watch::Receiver<View>,
+    mesh: &MeshReader,
+    certs: &Certs,
+    level: Level,
+    metrics: Arc<Metrics>,
+) -> Sources {
+    let (node, counted, shown) = (node.to_owned(), window.clone(), view.clone());
+    let status = Arc::new(move || report(&node, &shown.borrow(), counted.counters()));
+    let (for_dump, mesh, certs) = (Arc::clone(&status), mesh.clone(), certs.clone());
+    let (programs, seen) = (window.clone(), view.clone());
+    Sources {
+        config_dump: Arc::new(move || dump::dump(&mesh.current(), &certs, &for_dump())),
+        status,
+        ready: Arc::new(move || {
+            let view = seen.borrow();
+            let pending = view.pods.iter().any(|pod| pod.state == State::Waiting && pod.netns.is_some());
+            match (view.looked, pending) {
+                (false, _) => Err("pods".into()),
+                (true, true) => Err("enrolment".into()),
+                (true, false) => Ok(()),
+            }
+        }),
+        kernel_log: Arc::new(move |on| programs.set_log(on).map_err(|error| error.to_string())),
+        level,
+        metrics,
+    }
+}
+
+fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> StatusReport {
+    let pod = |pod: &crate::control::pods::PodView| PodStatus {
+        namespace: pod.namespace.to_string(),
+        name: pod.name.to_string(),
+        uid: pod.uid.to_string(),
+        state: pod.state.word().to_owned(),
+        reason: pod.reason.clone(),
+        addresses: pod.addresses.iter().map(ToString::to_string).collect(),
+        netns: pod.netns,
+        cgroup: pod.cgroup.as_ref().map(|cgroup| cgroup.display().to_string()),
+        outside: pod.outside,
+    };
+    StatusReport {
+        node: node.to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pods: view.pods.iter().map(pod).collect(),
+        problems: view.problems.clone(),
+        counters: counters.into_iter().map(|(word, count)| (word.to_owned(), count)).collect(),
+    }
+}
+
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, AgentError> {
+        let of = |kind| signal(kind).context("cannot wait for signals");
+        Ok(Self {
+            terminate: of(SignalKind::terminate())?,
+            interrupt: of(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}

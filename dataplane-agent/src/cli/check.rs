@@ -1,0 +1,198 @@
+//! `dataplane check`: what this machine has and lacks, a line each.
+//!
+//! The daemon asks the same before it starts, so that it refuses rather than half-work.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use super::CheckOptions;
+use crate::capture::Listeners;
+use crate::capture::pins::Pins;
+use crate::capture::programs::{self, Loader};
+use crate::sys::netns::Netns;
+use crate::sys::{bpffs, caps, cgroup, socket};
+
+/// Kernels from this on have all that is used; 6.1 is the oldest that is tested.
+const FLOOR: (u32, u32) = (5, 17);
+/// The oldest that is tested.
+const TESTED: (u32, u32) = (6, 1);
+
+/// How a line stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// As it should be.
+    Good,
+    /// Worth knowing; the daemon starts.
+    Note,
+    /// The daemon would refuse to start.
+    Lacks,
+}
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    /// How it stands.
+    pub verdict: Verdict,
+    /// Of what.
+    pub what: &'static str,
+    /// What was found, and what would help.
+    pub detail: String,
+}
+
+impl fmt::Display for Line {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = match self.verdict {
+            Verdict::Good => "ok",
+            Verdict::Note => "note",
+            Verdict::Lacks => "lacks",
+        };
+        write!(f, "{verdict:<6} {:<14} {}", self.what, self.detail)
+    }
+}
+
+fn line(verdict: Verdict, what: &'static str, detail: impl Into<String>) -> Line {
+    Line {
+        verdict,
+        what,
+        detail: detail.into(),
+    }
+}
+
+/// Prints all lines; whether the daemon would start.
+pub fn run(options: &CheckOptions) -> bool {
+    let lines = lines(options);
+    for line in &lines {
+        println!("{line}");
+    }
+    lines.iter().all(|line| line.verdict != Verdict::Lacks)
+}
+
+fn lines(options: &CheckOptions) -> Vec<Line> {
+    let mut lines = vec![kernel()];
+    lines.extend(capabilities());
+    let root = cgroup::root();
+    lines.push(match (&root, &options.cgroup) {
+        (Err(error), _) => line(Verdict::Lacks, "cgroup v2", error.to_string()),
+        (Ok(root), None) => line(Verdict::Good, "cgroup v2", root.display().to_string()),
+        (Ok(root), Some(pods)) => match fs::canonicalize(pods).and_then(|pods| cgroup::id(root, &pods)) {
+            Ok(_) => line(Verdict::Good, "cgroup v2", pods.display().to_string()),
+            Err(error) => line(Verdict::Lacks, "cgroup v2", format!("{}: {error}", pods.display())),
+        },
+    });
+    let folder = &options.places.bpffs;
+    lines.push(match bpffs::is_mounted(folder) {
+        Ok(true) => line(Verdict::Good, "bpffs", folder.display().to_string()),
+        Ok(false) => line(Verdict::Note, "bpffs", format!("{} is none; `run` mounts one", folder.display())),
+        Err(error) => line(Verdict::Lacks, "bpffs", format!("{}: {error}", folder.display())),
+    });
+    if lines.iter().all(|line| line.verdict != Verdict::Lacks) {
+        lines.extend(trial(folder));
+    }
+    if let Ok(root) = root {
+        lines.extend(others(options.cgroup.as_deref().unwrap_or(&root)));
+    }
+    lines
+}
+
+fn kernel() -> Line {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = release.trim();
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse().ok());
+    let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < FLOOR {
+        line(Verdict::Lacks, "kernel", format!("{release}; {}.{} or newer is needed", FLOOR.0, FLOOR.1))
+    } else if version < TESTED {
+        line(Verdict::Note, "kernel", format!("{release}; tested from {}.{} on", TESTED.0, TESTED.1))
+    } else {
+        line(Verdict::Good, "kernel", release)
+    }
+}
+
+fn capabilities() -> Vec<Line> {
+    let missing = caps::missing();
+    if missing.is_empty() {
+        let names: Vec<String> = caps::NEEDED.iter().map(|(name, _)| name.to_string()).collect();
+        return vec![line(Verdict::Good, "capabilities", names.join(" "))];
+    }
+    missing
+        .into_iter()
+        .map(|(capability, why)| {
+            line(Verdict::Lacks, "capabilities", format!("{capability}: needed to {why}"))
+        })
+        .collect()
+}
+
+/// Does once what the daemon will do for each pod, in a namespace of its own.
+pub fn trial(folder: &Path) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let netns = match Netns::new() {
+        Ok(netns) => netns,
+        Err(error) => {
+            return vec![line(Verdict::Lacks, "namespaces", format!("cannot make or enter one: {error}"))];
+        }
+    };
+    let listeners = netns.enter(|| {
+        Ok::<_, std::io::Error>(Listeners {
+            outbound: socket::listener(15001, dataplane_ebpf::mark::CAPTURE)?,
+            inbound: socket::listener(15006, dataplane_ebpf::mark::AGENT)?,
+            hbone: socket::listener(15008, dataplane_ebpf::mark::AGENT)?,
+        })
+    });
+    let listeners = match listeners.and_then(|listeners| listeners) {
+        Ok(listeners) => {
+            lines.push(line(Verdict::Good, "sockets", "transparent and marked, in a pod's namespace"));
+            listeners
+        }
+        Err(error) => {
+            lines.push(line(Verdict::Lacks, "sockets", format!("transparent and marked: {error}")));
+            return lines;
+        }
+    };
+    let pins = Pins::new(folder, &format!("check-{}", std::process::id()));
+    let loaded = pins.make().and_then(|()| {
+        let mut loader = Loader::new(&pins);
+        let _node = loader.node()?;
+        let mut pod = loader.pod(&["192.0.2.1".parse().unwrap_or([0, 0, 0, 0].into())], &listeners)?;
+        let cookie = netns.cookie().map_err(|error| crate::capture::CaptureError::Namespace {
+            what: "read the cookie",
+            why: error.to_string(),
+        })?;
+        pod.attach(&netns, &pins.pod(cookie))
+    });
+    let removed = pins.remove_all();
+    lines.push(match loaded.and(removed) {
+        Ok(()) => line(
+            Verdict::Good,
+            "programs",
+            format!("{} and {} load", programs::OF_NODE.join(", "), programs::OF_POD),
+        ),
+        Err(error) => {
+            // The verifier's log is for `dataplane load`.
+            let text = error.to_string();
+            let first = text.lines().next().unwrap_or_default().to_owned();
+            line(Verdict::Lacks, "programs", first)
+        }
+    });
+    lines
+}
+
+/// Other programs on the same hooks: they run as well, and what one of them rewrites we see rewritten.
+fn others(pods: &Path) -> Vec<Line> {
+    let mut lines = Vec::new();
+    for (name, count) in crate::sys::hooks::attached(pods) {
+        match count {
+            Ok(0) => {}
+            Ok(count) => lines.push(line(
+                Verdict::Note,
+                "hooks",
+                format!("{count} programs on {name} of {} or above it", pods.display()),
+            )),
+            Err(error) => lines.push(line(Verdict::Note, "hooks", format!("{name}: {error}"))),
+        }
+    }
+    if lines.is_empty() {
+        lines.push(line(Verdict::Good, "hooks", format!("no programs on those of {}", pods.display())));
+    }
+    lines
+}

@@ -1,0 +1,142 @@
+//! `dataplane status`: asks a running daemon over its admin socket.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::StatusOptions;
+use crate::observe::status::StatusReport;
+
+/// A daemon that does not answer within this hangs.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// No daemon runs for the node.
+#[derive(Debug, thiserror::Error)]
+#[error("no dataplane agent runs for {0} (start one with `dataplane run`)")]
+pub struct NotRunning(String);
+
+/// Prints the state of a node.
+///
+/// # Errors
+/// No daemon runs; it does not answer.
+pub fn run(options: &StatusOptions) -> Result<()> {
+    let socket = match &options.node {
+        Some(node) => options.places.socket(node),
+        None => only_socket(&options.places.run_dir)?,
+    };
+    let body = get(&socket, "/status")?;
+    if options.json {
+        println!("{body}");
+        return Ok(());
+    }
+    let report: StatusReport =
+        serde_json::from_str(&body).context("the daemon is of another version")?;
+    print!("{}", table(&report));
+    Ok(())
+}
+
+/// The socket of the one daemon that runs here.
+fn only_socket(run: &Path) -> Result<PathBuf> {
+    let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
+    let mut sockets = entries.map(|entry| entry.path().join("admin.sock")).filter(|path| path.exists());
+    match (sockets.next(), sockets.next()) {
+        (Some(socket), None) => Ok(socket),
+        (None, _) => Err(NotRunning(format!("any node (nothing in {})", run.display())).into()),
+        (Some(_), Some(_)) => bail!("more than one daemon runs here: say which with --node"),
+    }
+}
+
+/// What the daemon answers at a path.
+///
+/// # Errors
+/// Nobody listens; the answer is no answer, or an error.
+pub fn get(socket: &Path, path: &str) -> Result<String> {
+    let mut stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            anyhow::Error::from(NotRunning(format!("this node ({})", socket.display())))
+        }
+        _ => anyhow::Error::new(error).context(socket.display().to_string()),
+    })?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nhost: dataplane\r\n\r\n")?;
+    let mut answer = String::new();
+    stream
+        .read_to_string(&mut answer)
+        .with_context(|| format!("{}: the daemon does not answer", socket.display()))?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+    let status = head.lines().next().unwrap_or_default();
+    ensure!(status.contains(" 200 "), "{path}: {status}: {}", body.trim());
+    Ok(body.to_owned())
+}
+
+fn table(report: &StatusReport) -> String {
+    use std::fmt::Write as _;
+    let mut text = format!("node {} (dataplane {})\n\n", report.node, report.version);
+    let mut rows = vec![["NAMESPACE", "POD", "STATE", "ADDRESSES", "WHY"].map(str::to_owned)];
+    for pod in &report.pods {
+        let mut why = pod.reason.clone().unwrap_or_default();
+        if pod.outside > 0 {
+            let _ = write!(why, "{} processes outside of its cgroup", pod.outside);
+        }
+        rows.push([
+            pod.namespace.clone(),
+            pod.name.clone(),
+            pod.state.clone(),
+            pod.addresses.join(","),
+            why,
+        ]);
+    }
+    let mut widths = [0; 5];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.chars().count());
+        }
+    }
+    for row in &rows {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
+        let line = cells.collect::<Vec<_>>().join("  ");
+        let _ = writeln!(text, "{}", line.trim_end());
+    }
+    for problem in &report.problems {
+        let _ = writeln!(text, "\nproblem: {problem}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::status::PodStatus;
+
+    #[test]
+    fn a_pod_that_waits_says_why() {
+        let report = StatusReport {
+            node: "one".into(),
+            version: "1".into(),
+            pods: vec![PodStatus {
+                namespace: "ns".into(),
+                name: "pod".into(),
+                state: "waiting".into(),
+                reason: Some("it has no address yet".into()),
+                ..PodStatus::default()
+            }],
+            problems: vec!["a.yaml:3: spec: wrong".into()],
+            counters: Vec::new(),
+        };
+        let text = table(&report);
+        assert!(text.contains("ns         pod  waiting             it has no address yet"), "{text}");
+        assert!(text.contains("problem: a.yaml:3: spec: wrong"), "{text}");
+    }
+
+    #[test]
+    fn without_a_daemon_that_is_said() {
+        let run = tempfile::tempdir().expect("a folder");
+        let error = only_socket(run.path()).expect_err("nobody").to_string();
+        assert!(error.contains("no dataplane agent runs"), "{error}");
+        let error = get(&run.path().join("admin.sock"), "/status").expect_err("nobody");
+        assert!(error.to_string().contains("no dataplane agent runs"), "{error}");
+    }
+}

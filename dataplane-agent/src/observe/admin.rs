@@ -1,0 +1,116 @@
+//! The admin socket: HTTP over a socket that only root can open.
+
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Json, Response};
+use axum::routing::{get, post};
+use serde::Deserialize;
+use tokio::net::UnixListener;
+
+use super::log::Level;
+use super::metrics::Metrics;
+use super::status::StatusReport;
+
+/// What the socket tells, and what it can change.
+#[derive(Clone)]
+pub struct Sources {
+    /// The state of the node.
+    pub status: Arc<dyn Fn() -> StatusReport + Send + Sync>,
+    /// Everything the agent goes by.
+    pub config_dump: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
+    /// Whether the daemon serves; an error names what it waits for.
+    pub ready: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
+    /// Turns the kernel programs' log on or off.
+    pub kernel_log: Arc<dyn Fn(bool) -> Result<(), String> + Send + Sync>,
+    /// The log's level.
+    pub level: Level,
+    /// The metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Opens the socket, in place of one that a predecessor left.
+///
+/// # Errors
+/// It cannot be made.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Answers. Runs until it is dropped.
+pub async fn serve(listener: UnixListener, sources: Sources) {
+    let router = Router::new()
+        .route("/status", get(status))
+        .route("/config_dump", get(config_dump))
+        .route("/metrics", get(metrics))
+        .route("/stats/prometheus", get(metrics))
+        .route("/healthz/ready", get(ready))
+        .route("/logging", post(logging))
+        .with_state(sources);
+    if let Err(error) = axum::serve(listener, router).await {
+        tracing::error!(%error, "the admin socket is closed");
+    }
+    std::future::pending().await
+}
+
+async fn status(State(sources): State<Sources>) -> Json<StatusReport> {
+    Json((sources.status)())
+}
+
+async fn config_dump(State(sources): State<Sources>) -> Response {
+    let text = serde_json::to_string_pretty(&(sources.config_dump)()).unwrap_or_default();
+    ([("content-type", "application/json")], text).into_response()
+}
+
+async fn metrics(State(sources): State<Sources>) -> Response {
+    ([("content-type", "text/plain; charset=utf-8")], sources.metrics.text()).into_response()
+}
+
+async fn ready(State(sources): State<Sources>) -> Response {
+    match (sources.ready)() {
+        Ok(()) => "ready\n".into_response(),
+        Err(pending) => {
+            let text = format!("not ready, pending: {pending}\n");
+            (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Logging {
+    level: Option<String>,
+    kernel: Option<String>,
+}
+
+async fn logging(State(sources): State<Sources>, Query(asked): Query<Logging>) -> Response {
+    let set = || {
+        if let Some(level) = asked.level.as_deref().filter(|level| !level.is_empty()) {
+            sources
+                .level
+                .set(level)
+                .map_err(|error| format!("Invalid level provided: {error}"))?;
+        }
+        match asked.kernel.as_deref() {
+            None => Ok(()),
+            Some("on") => (sources.kernel_log)(true),
+            Some("off") => (sources.kernel_log)(false),
+            Some(other) => Err(format!("kernel is on or off, not `{other}`")),
+        }
+    };
+    match set() {
+        Ok(()) => format!("current log level is {}\n", sources.level.now()).into_response(),
+        Err(error) => (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),
+    }
+}

@@ -1,0 +1,301 @@
+//! One connection's record: it ends in exactly one access-log line and one count, however the
+//! connection ends.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::metrics::{Labels, Metrics};
+use super::{Failure, Flag};
+use crate::identity::Identity;
+use crate::resolve::service::Service;
+use crate::resolve::workload::Workload;
+
+#[cfg(test)]
+mod tests;
+
+/// Which end of a connection tells of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reporter {
+    /// The client's node.
+    Source,
+    /// The server's node.
+    Destination,
+}
+
+impl Reporter {
+    /// Its word in metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+    /// Its word in the log.
+    pub fn direction(self) -> &'static str {
+        match self {
+            Self::Source => "outbound",
+            Self::Destination => "inbound",
+        }
+    }
+}
+
+/// What is known of a connection once it is decided where it goes.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Which end we are.
+    pub reporter: Reporter,
+    /// The client.
+    pub src_addr: SocketAddr,
+    /// The client's workload.
+    pub source: Option<Arc<Workload>>,
+    /// Who the client is by its certificate, or ours when we are the client.
+    pub source_identity: Option<Identity>,
+    /// The next hop; inbound, what was connected to.
+    pub dst_addr: SocketAddr,
+    /// What a tunnel was asked for.
+    pub hbone_addr: Option<SocketAddr>,
+    /// The service that was asked for.
+    pub service: Option<Arc<Service>>,
+    /// The server's workload.
+    pub target: Option<Arc<Workload>>,
+    /// Whether it is carried by mutual TLS.
+    pub mutual_tls: bool,
+}
+
+/// Opens records. Clones are the same one.
+#[derive(Clone, Debug)]
+pub struct Observer {
+    metrics: Arc<Metrics>,
+}
+
+/// What went each way, as seen by the client. Written by the data path, read by whoever asks.
+#[derive(Debug, Default)]
+pub struct Bytes {
+    up: AtomicU64,
+    down: AtomicU64,
+}
+
+impl Bytes {
+    /// Bytes have gone from the client to the server.
+    pub fn add_up(&self, bytes: u64) {
+        self.up.fetch_add(bytes, Ordering::Relaxed);
+    }
+    /// Bytes have gone from the server to the client.
+    pub fn add_down(&self, bytes: u64) {
+        self.down.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// A connection's record. One that is dropped was cut, and says so.
+#[derive(Debug)]
+pub struct Record {
+    facts: Facts,
+    labels: Labels,
+    metrics: Arc<Metrics>,
+    bytes: Arc<Bytes>,
+    opened: Instant,
+    closed: bool,
+}
+
+/// The words of a record that nobody closed.
+struct Drained;
+
+impl fmt::Display for Drained {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("connection closed due to connection drain")
+    }
+}
+
+impl Failure for Drained {
+    fn flag(&self) -> Flag {
+        Flag::Connect
+    }
+}
+
+impl Observer {
+    /// Counts in these metrics.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        Self { metrics }
+    }
+
+    /// Of a connection that is about to go somewhere.
+    pub fn open(&self, facts: Facts) -> Record {
+        let labels = Labels::of(&facts);
+        self.metrics.opened(&labels);
+        let record = Record {
+            facts,
+            labels,
+            metrics: Arc::clone(&self.metrics),
+            bytes: Arc::default(),
+            opened: Instant::now(),
+            closed: false,
+        };
+        record.tell_opened();
+        record
+    }
+
+    /// Of a connection that ends before it is known who it is of or where it goes.
+    pub fn refused(
+        &self,
+        src: SocketAddr,
+        dst: SocketAddr,
+        reporter: Reporter,
+        failure: &dyn Failure,
+    ) {
+        self.metrics.refused(reporter, failure.flag());
+        tracing::event!(
+            target: "access",
+            tracing::Level::WARN,
+            src.addr = %src,
+            dst.addr = %dst,
+            direction = reporter.direction(),
+            error = %Quoted(&failure.to_string()),
+            "connection failed"
+        );
+    }
+}
+
+impl Record {
+    /// Where to count its bytes.
+    pub fn bytes(&self) -> Arc<Bytes> {
+        Arc::clone(&self.bytes)
+    }
+
+    /// It came to its end.
+    pub fn close(mut self, end: Result<(), &dyn Failure>) {
+        self.end(end);
+    }
+
+    fn end(&mut self, end: Result<(), &dyn Failure>) {
+        if std::mem::replace(&mut self.closed, true) {
+            return;
+        }
+        let (up, down) = (
+            self.bytes.up.load(Ordering::Relaxed),
+            self.bytes.down.load(Ordering::Relaxed),
+        );
+        let flag = end.as_ref().err().map(|failure| failure.flag());
+        self.metrics.closed(&self.labels, flag, up, down);
+        self.tell_complete(end.err().map(|failure| failure.to_string()).as_deref(), up, down);
+    }
+
+    fn tell_opened(&self) {
+        if !tracing::enabled!(target: "access", tracing::Level::DEBUG) {
+            return;
+        }
+        let line = Line::of(&self.facts);
+        tracing::event!(
+            target: "access",
+            tracing::Level::DEBUG,
+            src.addr = %line.src_addr,
+            src.workload = line.src_workload,
+            src.namespace = line.src_namespace,
+            src.identity = line.src_identity.as_deref(),
+            dst.addr = %line.dst_addr,
+            dst.hbone_addr = line.hbone_addr.map(tracing::field::display),
+            dst.service = line.service,
+            dst.workload = line.dst_workload,
+            dst.namespace = line.dst_namespace,
+            dst.identity = line.dst_identity.as_deref(),
+            direction = line.direction,
+            "connection opened"
+        );
+    }
+
+    fn tell_complete(&self, error: Option<&str>, up: u64, down: u64) {
+        let line = Line::of(&self.facts);
+        // What this agent sent to, and received from, the far end of its leg.
+        let (sent, received) = match self.facts.reporter {
+            Reporter::Source => (up, down),
+            Reporter::Destination => (down, up),
+        };
+        let duration = format!("{}ms", self.opened.elapsed().as_millis());
+        macro_rules! tell {
+            ($level:expr) => {
+                tracing::event!(
+                    target: "access",
+                    $level,
+                    src.addr = %line.src_addr,
+                    src.workload = line.src_workload,
+                    src.namespace = line.src_namespace,
+                    src.identity = line.src_identity.as_deref(),
+                    dst.addr = %line.dst_addr,
+                    dst.hbone_addr = line.hbone_addr.map(tracing::field::display),
+                    dst.service = line.service,
+                    dst.workload = line.dst_workload,
+                    dst.namespace = line.dst_namespace,
+                    dst.identity = line.dst_identity.as_deref(),
+                    direction = line.direction,
+                    bytes_sent = sent,
+                    bytes_recv = received,
+                    duration = duration.as_str(),
+                    error = error,
+                    "connection complete"
+                )
+            };
+        }
+        match error {
+            None => tell!(tracing::Level::INFO),
+            Some(_) => tell!(tracing::Level::ERROR),
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        self.end(Err(&Drained));
+    }
+}
+
+/// The fields of a line, in the order in which they are written.
+struct Line<'a> {
+    src_addr: SocketAddr,
+    src_workload: Option<&'a str>,
+    src_namespace: Option<&'a str>,
+    src_identity: Option<String>,
+    dst_addr: SocketAddr,
+    hbone_addr: Option<SocketAddr>,
+    service: Option<&'a str>,
+    dst_workload: Option<&'a str>,
+    dst_namespace: Option<&'a str>,
+    dst_identity: Option<String>,
+    direction: &'static str,
+}
+
+impl<'a> Line<'a> {
+    fn of(facts: &'a Facts) -> Self {
+        let name = |workload: &'a Arc<Workload>| {
+            let name = if workload.name.is_empty() { &workload.canonical_name } else { &workload.name };
+            &**name
+        };
+        let identity = |identity: Option<&Identity>| {
+            identity.filter(|_| facts.mutual_tls).map(ToString::to_string)
+        };
+        let target = facts.target.as_ref().map(|target| target.identity());
+        Self {
+            src_addr: facts.src_addr,
+            src_workload: facts.source.as_ref().map(name),
+            src_namespace: facts.source.as_ref().map(|source| &*source.namespace),
+            src_identity: identity(facts.source_identity.as_ref()),
+            dst_addr: facts.dst_addr,
+            hbone_addr: facts.hbone_addr,
+            service: facts.service.as_ref().map(|service| &*service.hostname),
+            dst_workload: facts.target.as_ref().map(name),
+            dst_namespace: facts.target.as_ref().map(|target| &*target.namespace),
+            dst_identity: identity(target.as_ref()),
+            direction: facts.reporter.direction(),
+        }
+    }
+}
+
+/// A text as `Debug` writes it.
+struct Quoted<'a>(&'a str);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.0, f)
+    }
+}

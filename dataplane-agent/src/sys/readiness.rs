@@ -1,0 +1,26 @@
+//! Descriptors that a runtime watches.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::AsRawFd;
+
+use aya::maps::{MapData, RingBuf};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// What keeps one descriptor open, the same one, as long as it lives.
+pub trait Owner: AsRawFd {}
+
+impl Owner for TcpListener {}
+impl Owner for RingBuf<MapData> {}
+
+/// Watches a descriptor for something to read, on this thread's runtime.
+///
+/// # Errors
+/// The runtime cannot watch more.
+pub fn readable<T: Owner>(of: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: an `Owner` keeps its one descriptor open until it is dropped, and `AsyncFd` drops it
+    // after it has stopped watching.
+    let watched = unsafe { AsyncFd::register_with_interest(of, Interest::READABLE) };
+    watched.map_err(|error| io::Error::other(error.to_string()))
+}

@@ -1,0 +1,52 @@
+//! The real means: sockets of the pods' network namespaces, and their certificates.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use futures_util::future::LocalBoxFuture;
+use tokio::net::{TcpSocket, TcpStream};
+
+use super::Means;
+use crate::authorize::LocalPod;
+use crate::identity::{Certs, Identity};
+
+/// Of this node.
+#[derive(Clone, Debug)]
+pub struct OfNode {
+    /// The pods' certificates.
+    pub certs: Certs,
+}
+
+impl Means for OfNode {
+    fn connect<'a>(
+        &'a self,
+        pod: &'a LocalPod,
+        to: SocketAddr,
+    ) -> LocalBoxFuture<'a, io::Result<TcpStream>> {
+        Box::pin(async move { TcpSocket::from_std_stream(pod.socket(to)?).connect(to).await })
+    }
+
+    fn connect_as<'a>(
+        &'a self,
+        pod: &'a LocalPod,
+        from: IpAddr,
+        to: SocketAddr,
+    ) -> LocalBoxFuture<'a, io::Result<TcpStream>> {
+        Box::pin(async move {
+            TcpSocket::from_std_stream(pod.socket_as(from, to)?).connect(to).await
+        })
+    }
+
+    fn client<'a>(
+        &'a self,
+        pod: &'a LocalPod,
+        expected: &'a [Identity],
+    ) -> LocalBoxFuture<'a, Result<Arc<rustls::ClientConfig>, String>> {
+        Box::pin(async move {
+            let certificate = self.certs.current(&pod.identity).await;
+            let client = certificate.and_then(|certificate| certificate.client(expected));
+            client.map_err(|error| error.to_string())
+        })
+    }
+}
