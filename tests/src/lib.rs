@@ -1,1 +1,55 @@
-//! Harness for the tests on the real kernel.
+//! Harness: nodes and pods as network namespaces and cgroups of this machine, the real agent on the
+//! real kernel, and captures of what is on the wires. Everything is taken away by guards.
+//!
+//! Nothing skips: what a test cannot have, it fails for, and says so.
+
+pub mod agent;
+pub mod cgroup;
+pub mod manifests;
+pub mod netns;
+pub mod process;
+pub mod wire;
+pub mod world;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+pub use agent::Agent;
+pub use process::Process;
+pub use wire::Wire;
+pub use world::{Node, Pod, World};
+
+/// Panics where tests on the kernel cannot run, and says what is missing.
+pub fn require_root() {
+    let root = nix::unistd::geteuid().is_root();
+    assert!(root, "these tests need root: network namespaces, cgroups, bpf(2)");
+}
+
+/// A program that `cargo xtask` names in the environment.
+pub fn program(variable: &str) -> PathBuf {
+    let Some(path) = std::env::var_os(variable) else {
+        panic!("{variable} is not set: run this through `cargo xtask test` or `cargo xtask demo`");
+    };
+    PathBuf::from(path)
+}
+
+/// A deadline for this machine: longer where `DATAPLANE_TEST_SCALE` says that it is slow.
+pub fn scaled(time: Duration) -> Duration {
+    let scale = std::env::var("DATAPLANE_TEST_SCALE").ok();
+    let scale = scale.map_or(1.0, |scale| {
+        scale.parse().expect("DATAPLANE_TEST_SCALE is a number, as 1 or 2.5")
+    });
+    time.mul_f64(scale)
+}
+
+/// Waits until it holds.
+///
+/// # Panics
+/// It does not within `seconds`, scaled.
+pub fn eventually(what: &str, seconds: u64, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + scaled(Duration::from_secs(seconds));
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

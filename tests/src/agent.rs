@@ -1,0 +1,253 @@
+//! The real daemon, with the privileges that it is shipped with and no others.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::process::{Place, output, place};
+use crate::{eventually, program, scaled};
+
+/// What the daemon may do: the list of `deploy/capabilities.md`, with the kernel's numbers.
+pub const CAPABILITIES: [(&str, u8); 6] = [
+    ("CAP_BPF", 39),
+    ("CAP_NET_ADMIN", 12),
+    ("CAP_PERFMON", 38),
+    ("CAP_SYS_ADMIN", 21),
+    ("CAP_SYS_PTRACE", 19),
+    ("CAP_DAC_OVERRIDE", 1),
+];
+
+/// How and where it runs.
+#[derive(Debug)]
+pub struct Setup {
+    /// The node's name.
+    pub node: String,
+    /// The arguments of `run` besides node and folders.
+    pub arguments: Vec<String>,
+    /// Environment variables.
+    pub variables: Vec<(String, String)>,
+    /// Its folder for what runs.
+    pub run_dir: PathBuf,
+    /// The state that nodes share.
+    pub state: PathBuf,
+    /// Where kernel programs are pinned.
+    pub bpffs: PathBuf,
+    /// Where it logs to.
+    pub log: PathBuf,
+    /// Namespace, cgroup and privileges.
+    pub place: Place,
+}
+
+/// A daemon; ended, and what it left removed, when dropped.
+#[derive(Debug)]
+pub struct Agent {
+    setup: Setup,
+    child: Option<std::process::Child>,
+}
+
+impl Agent {
+    /// Starts it.
+    pub fn start(setup: Setup) -> Self {
+        let mut agent = Self { setup, child: None };
+        agent.restart();
+        agent
+    }
+
+    /// Starts it again; the old one must have ended.
+    pub fn restart(&mut self) {
+        assert!(self.child.is_none(), "it still runs");
+        let log = fs::OpenOptions::new().create(true).append(true).open(&self.setup.log);
+        let mut command = self.command();
+        command.stderr(log.expect("a log file")).stdout(Stdio::null());
+        self.child = Some(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")));
+    }
+
+    /// The command that starts another one like it.
+    pub fn command(&self) -> Command {
+        let setup = &self.setup;
+        let mut command = Command::new(program("DATAPLANE_BIN"));
+        command
+            .arg("run")
+            .args(["--node", &setup.node])
+            .arg("--run-dir")
+            .arg(&setup.run_dir)
+            .arg("--bpffs")
+            .arg(&setup.bpffs)
+            .arg("--state")
+            .arg(&setup.state)
+            .args(&setup.arguments)
+            .envs(setup.variables.iter().cloned())
+            .stdin(Stdio::null());
+        place(&mut command, &setup.place);
+        command
+    }
+
+    /// How, and what may be changed before it is started again.
+    pub fn setup(&mut self) -> &mut Setup {
+        &mut self.setup
+    }
+
+    /// Its process's number.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
+    /// Kills it: it gets no chance to do anything.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        child.kill().expect("a child");
+        child.wait().expect("a child");
+    }
+
+    /// Asks it to end, and waits until it has.
+    pub fn terminate(&mut self) -> std::process::ExitStatus {
+        let mut child = self.child.take().expect("it runs");
+        signal(&child, nix::sys::signal::Signal::SIGTERM);
+        child.wait().expect("a child")
+    }
+
+    /// Asks it to end, and does not wait.
+    pub fn ask_to_end(&self) {
+        signal(self.child.as_ref().expect("it runs"), nix::sys::signal::Signal::SIGTERM);
+    }
+
+    /// Whether it runs.
+    pub fn runs(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> std::process::ExitStatus {
+        self.child.take().expect("it runs").wait().expect("a child")
+    }
+
+    /// All that it has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.setup.log).unwrap_or_default()
+    }
+
+    /// Waits for a line that has all of these in it.
+    pub fn logs(&self, parts: &[&str]) -> String {
+        let mut found = None;
+        eventually(&format!("a line with {parts:?} in {}", self.setup.log.display()), 20, || {
+            let log = self.log();
+            found = log
+                .lines()
+                .find(|line| parts.iter().all(|part| line.contains(part)))
+                .map(str::to_owned);
+            found.is_some()
+        });
+        found.expect("it was found")
+    }
+
+    /// What a subcommand says of it.
+    pub fn ask(&self, arguments: &[&str]) -> (std::process::ExitStatus, String, String) {
+        let mut command = Command::new(program("DATAPLANE_BIN"));
+        command
+            .args(arguments)
+            .args(["--node", &self.setup.node])
+            .arg("--run-dir")
+            .arg(&self.setup.run_dir);
+        output(&mut command)
+    }
+
+    /// `dataplane status`, if it answers.
+    pub fn status(&self) -> Option<Value> {
+        let (status, text, _) = self.ask(&["status", "--json"]);
+        status.success().then(|| serde_json::from_str(&text).expect("JSON"))
+    }
+
+    /// A pod's state and the reason for it.
+    pub fn pod(&self, name: &str) -> (String, String) {
+        let status = self.status().unwrap_or_default();
+        let pods = status["pods"].as_array().cloned().unwrap_or_default();
+        let pod = pods.iter().find(|pod| pod["name"] == name).cloned().unwrap_or_default();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        (text(&pod["state"]), text(&pod["reason"]))
+    }
+
+    /// Waits until these pods are served.
+    pub fn up(&self, names: &[&str]) {
+        let what = format!("pods {names:?} up; log:\n{}", self.setup.log.display());
+        eventually(&what, 20, || names.iter().all(|name| self.pod(name).0 == "up"));
+    }
+
+    /// Waits until a pod is in a state.
+    pub fn is(&self, name: &str, state: &str) {
+        eventually(&format!("pod {name} {state}"), 20, || self.pod(name).0 == state);
+    }
+
+    /// What a kernel counter says.
+    pub fn counter(&self, word: &str) -> u64 {
+        let status = self.status().unwrap_or_default();
+        let counters = status["counters"].as_array().cloned().unwrap_or_default();
+        let of = counters.iter().find(|counter| counter[0] == word);
+        of.and_then(|counter| counter[1].as_u64()).unwrap_or(0)
+    }
+
+    /// Posts to the admin socket.
+    pub fn post(&self, path: &str) -> String {
+        http(&self.socket(), "POST", path)
+    }
+
+    /// Gets from the admin socket.
+    pub fn get(&self, path: &str) -> String {
+        http(&self.socket(), "GET", path)
+    }
+
+    /// Its admin socket.
+    pub fn socket(&self) -> PathBuf {
+        self.setup.run_dir.join(&self.setup.node).join("admin.sock")
+    }
+
+    /// Removes what it left. It must not run.
+    pub fn uninstall(&self) -> (std::process::ExitStatus, String, String) {
+        let state = self.setup.state.display().to_string();
+        let bpffs = self.setup.bpffs.display().to_string();
+        self.ask(&["uninstall", "--state", &state, "--bpffs", &bpffs])
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            signal(&child, nix::sys::signal::Signal::SIGTERM);
+            let deadline = std::time::Instant::now() + scaled(Duration::from_secs(10));
+            while matches!(child.try_wait(), Ok(None)) {
+                if std::time::Instant::now() > deadline {
+                    let _ = child.kill();
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        let (status, _, error) = self.uninstall();
+        if !status.success() {
+            eprintln!("uninstall {}: {error}", self.setup.node);
+        }
+        if std::thread::panicking() {
+            eprintln!("--- log of {}:\n{}", self.setup.node, tail(&self.log(), 40));
+        }
+    }
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+fn signal(child: &std::process::Child, signal: nix::sys::signal::Signal) {
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().expect("a pid"));
+    let _ = nix::sys::signal::kill(pid, signal);
+}
+
+fn http(socket: &Path, method: &str, path: &str) -> String {
+    use std::io::{Read, Write};
+    let mut stream = std::os::unix::net::UnixStream::connect(socket).expect("the admin socket");
+    write!(stream, "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-length: 0\r\n\r\n").expect("it reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers");
+    answer
+}

@@ -1,0 +1,357 @@
+//! What runs in pods: servers that say who their client is, and clients that end in every way.
+
+#![allow(missing_docs, reason = "a program of the tests")]
+
+use std::env;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
+
+const USAGE: &str = "usage: dataplane-test-app COMMAND
+  pause                        does nothing
+  serve PORT                   answers each line with the client's address, a space, and the line
+  end-server PORT HOW          takes a line, and ends the connection: close, reset, half, unread
+  sink PORT                    reads to the end; answers with how much it was, and a checksum
+  ask ADDRESS LINE [OPTION...] sends a line, prints the answer
+  talk ADDRESS                 sends each line of its input, prints each answer
+  end ADDRESS HOW              connects and ends it: now, sent, half, reset, unread, vanish
+  flood ADDRESS BYTES          sends as much, prints what the sink answers
+  rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
+options: mapped (IPv4 in an IPv6 socket) mptcp fastopen device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS";
+
+fn main() {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words.as_slice() {
+        ["pause"] => pause(),
+        ["serve", port] => serve(port),
+        ["end-server", port, how] => end_server(port, how),
+        ["sink", port] => sink(port),
+        ["ask", to, line, options @ ..] => ask(to, line, options),
+        ["talk", to] => talk(to),
+        ["end", to, how] => end(to, how),
+        ["flood", to, bytes] => flood(to, bytes),
+        ["rate", to, seconds, each] => rate(to, seconds, each),
+        _ => {
+            eprintln!("{USAGE}");
+            std::process::exit(2);
+        }
+    };
+    if let Err(error) = done {
+        eprintln!("{}", word(&error));
+        std::process::exit(1);
+    }
+}
+
+/// One word for what went wrong.
+fn word(error: &io::Error) -> String {
+    use io::ErrorKind as Kind;
+    match error.kind() {
+        Kind::ConnectionRefused => "refused".into(),
+        Kind::ConnectionReset | Kind::ConnectionAborted | Kind::BrokenPipe => "reset".into(),
+        Kind::TimedOut | Kind::WouldBlock => "timeout".into(),
+        Kind::UnexpectedEof => "eof".into(),
+        Kind::PermissionDenied => "denied".into(),
+        _ => error.to_string(),
+    }
+}
+
+fn pause() -> io::Result<()> {
+    println!("ready");
+    // Ends with the harness: its input closes then.
+    io::stdin().read_to_end(&mut Vec::new()).map(|_| ())
+}
+
+fn listen(port: &str) -> io::Result<TcpListener> {
+    let port = port.parse().map_err(io::Error::other)?;
+    let listener = TcpListener::bind(("::", port))?;
+    println!("ready");
+    Ok(listener)
+}
+
+/// Serves each connection on a thread of its own, until the input closes.
+fn each(port: &str, serve: fn(TcpStream) -> io::Result<()>) -> io::Result<()> {
+    let listener = listen(port)?;
+    std::thread::spawn(move || {
+        for connection in listener.incoming().flatten() {
+            std::thread::spawn(move || serve(connection));
+        }
+    });
+    io::stdin().read_to_end(&mut Vec::new()).map(|_| ())
+}
+
+fn serve(port: &str) -> io::Result<()> {
+    each(port, |connection| {
+        let client = connection.peer_addr()?.ip().to_canonical();
+        let mut lines = BufReader::new(&connection);
+        loop {
+            let mut line = String::new();
+            if lines.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            (&connection).write_all(format!("{client} {line}").as_bytes())?;
+        }
+    })
+}
+
+fn end_server(port: &str, how: &str) -> io::Result<()> {
+    match how {
+        "close" => each(port, |connection| BufReader::new(&connection).read_line(&mut String::new()).map(|_| ())),
+        "reset" => each(port, |connection| {
+            BufReader::new(&connection).read_line(&mut String::new())?;
+            SockRef::from(&connection).set_linger(Some(Duration::ZERO))
+        }),
+        "half" => each(port, |connection| {
+            connection.shutdown(std::net::Shutdown::Write)?;
+            (&connection).read_to_end(&mut Vec::new()).map(|_| ())
+        }),
+        // Closed with something unread: a reset.
+        "unread" => each(port, |connection| {
+            let mut one = [0];
+            (&connection).read_exact(&mut one)
+        }),
+        _ => Err(io::Error::other(USAGE)),
+    }
+}
+
+fn sink(port: &str) -> io::Result<()> {
+    each(port, |connection| {
+        let mut sum = 0_u64;
+        let mut bytes = 0_u64;
+        let mut buffer = vec![0_u8; 1 << 16];
+        loop {
+            match (&connection).read(&mut buffer)? {
+                0 => break,
+                read => {
+                    bytes += read as u64;
+                    sum = buffer[..read].iter().fold(sum, |sum, byte| {
+                        sum.wrapping_mul(31).wrapping_add(u64::from(*byte))
+                    });
+                }
+            }
+        }
+        (&connection).write_all(format!("{bytes} {sum}\n").as_bytes())
+    })
+}
+
+const PATIENCE: Duration = Duration::from_secs(8);
+
+fn patient(stream: TcpStream) -> io::Result<TcpStream> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+fn parse(to: &str) -> io::Result<SocketAddr> {
+    to.parse().map_err(io::Error::other)
+}
+
+fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
+    let mut to = parse(to)?;
+    let option = |name: &str| {
+        options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='))
+    };
+    let number = |text: &str| text.parse::<u32>().map_err(io::Error::other);
+    if options.contains(&"mapped")
+        && let SocketAddr::V4(v4) = to
+    {
+        to = SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port());
+    }
+    let protocol = if options.contains(&"mptcp") { Protocol::MPTCP } else { Protocol::TCP };
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
+    if let Some(device) = option("device") {
+        socket.bind_device(Some(device.as_bytes()))?;
+    }
+    if let Some(mark) = option("mark") {
+        socket.set_mark(number(mark)?)?;
+    }
+    let request = format!("{line}\n");
+    let mut sent = false;
+    if let Some(other) = option("twice") {
+        // Connected elsewhere before: a UDP-like second connect by AF_UNSPEC.
+        let other = parse(other)?;
+        let _ = socket.connect_timeout(&other.into(), PATIENCE);
+        disconnect(&socket)?;
+    }
+    if options.contains(&"fastopen") {
+        // With a cookie the data goes in the SYN; the first time it goes after it.
+        let flags = libc::MSG_FASTOPEN;
+        let address: SockAddr = to.into();
+        socket.send_to_with_flags(request.as_bytes(), &address, flags)?;
+        sent = true;
+    } else {
+        socket.connect_timeout(&to.into(), PATIENCE)?;
+    }
+    if let Some(mark) = option("late-mark") {
+        socket.set_mark(number(mark)?)?;
+    }
+    if let Some(device) = option("late-device") {
+        socket.bind_device(Some(device.as_bytes()))?;
+    }
+    let stream = patient(socket.into())?;
+    if !sent {
+        (&stream).write_all(request.as_bytes())?;
+    }
+    let mut answer = String::new();
+    if BufReader::new(&stream).read_line(&mut answer)? == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    print!("{answer}");
+    Ok(())
+}
+
+fn disconnect(socket: &Socket) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let nowhere = libc::sockaddr {
+        sa_family: libc::AF_UNSPEC as u16,
+        sa_data: [0; 14],
+    };
+    // SAFETY: the descriptor is open, and the address is whole.
+    let done = unsafe {
+        libc::connect(
+            socket.as_raw_fd(),
+            &raw const nowhere,
+            size_of::<libc::sockaddr>() as libc::socklen_t,
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn talk(to: &str) -> io::Result<()> {
+    let stream = TcpStream::connect_timeout(&parse(to)?, PATIENCE)?;
+    println!("connected");
+    let mut answers = BufReader::new(stream.try_clone()?);
+    std::thread::spawn(move || {
+        loop {
+            let mut answer = String::new();
+            match answers.read_line(&mut answer) {
+                Ok(0) => println!("closed: eof"),
+                Ok(_) => {
+                    print!("{answer}");
+                    continue;
+                }
+                Err(error) => println!("closed: {}", word(&error)),
+            }
+            std::process::exit(0);
+        }
+    });
+    for line in io::stdin().lines() {
+        // What breaks is told by the thread that reads.
+        let _ = (&stream).write_all(format!("{}\n", line?).as_bytes());
+    }
+    Ok(())
+}
+
+fn end(to: &str, how: &str) -> io::Result<()> {
+    let stream = patient(TcpStream::connect_timeout(&parse(to)?, PATIENCE)?)?;
+    match how {
+        "now" => {}
+        "sent" => (&stream).write_all(b"hello\n")?,
+        "half" => {
+            (&stream).write_all(b"hello\n")?;
+            stream.shutdown(std::net::Shutdown::Write)?;
+            let _ = (&stream).read_to_end(&mut Vec::new());
+        }
+        "reset" => {
+            (&stream).write_all(b"hello\n")?;
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+        }
+        "unread" => {
+            (&stream).write_all(b"hello\n")?;
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        // The process is gone with everything open.
+        "vanish" => {
+            (&stream).write_all(b"hello\n")?;
+            // SAFETY: takes no pointers; this process ends by it.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+        }
+        // Whatever the other side does.
+        "wait" => {
+            (&stream).write_all(b"hello\nmore\n")?;
+            let _ = (&stream).read_to_end(&mut Vec::new());
+        }
+        _ => return Err(io::Error::other(USAGE)),
+    }
+    Ok(())
+}
+
+fn flood(to: &str, bytes: &str) -> io::Result<()> {
+    let mut left: usize = bytes.parse().map_err(io::Error::other)?;
+    let stream = TcpStream::connect_timeout(&parse(to)?, PATIENCE)?;
+    let mut seed = 1_u32;
+    let mut buffer = vec![0_u8; 1 << 16];
+    let (mut sum, mut sent) = (0_u64, 0_u64);
+    while left > 0 {
+        for byte in &mut buffer {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            *byte = (seed >> 24) as u8;
+        }
+        let piece = &buffer[..left.min(buffer.len())];
+        (&stream).write_all(piece)?;
+        sum = piece.iter().fold(sum, |sum, byte| sum.wrapping_mul(31).wrapping_add(u64::from(*byte)));
+        sent += piece.len() as u64;
+        left -= piece.len();
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut answer = String::new();
+    (&stream).read_to_string(&mut answer)?;
+    if answer.trim() != format!("{sent} {sum}") {
+        return Err(io::Error::other(format!("sent {sent} {sum}, arrived {}", answer.trim())));
+    }
+    println!("{sent} arrived");
+    Ok(())
+}
+
+/// Opens connections at an even rate, asks on each, and counts how they end.
+fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex};
+    let (to, seconds): (SocketAddr, u64) = (parse(to)?, seconds.parse().map_err(io::Error::other)?);
+    let each: u64 = each.parse().map_err(io::Error::other)?;
+    let good = Arc::new(AtomicUsize::new(0));
+    let bad = Arc::new(Mutex::new(Vec::new()));
+    let started = std::time::Instant::now();
+    let once = move || {
+        let stream = patient(TcpStream::connect_timeout(&to, PATIENCE)?)?;
+        (&stream).write_all(b"hello\n")?;
+        let mut answer = String::new();
+        match BufReader::new(&stream).read_line(&mut answer)? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Ok(()),
+        }
+    };
+    let mut threads = Vec::new();
+    let workers = 16;
+    for worker in 0..workers {
+        let (good, bad) = (Arc::clone(&good), Arc::clone(&bad));
+        threads.push(std::thread::spawn(move || {
+            for number in 0.. {
+                let due = Duration::from_micros((number * workers + worker) * 1_000_000 / each);
+                if due >= Duration::from_secs(seconds) {
+                    return;
+                }
+                std::thread::sleep(due.saturating_sub(started.elapsed()));
+                match once() {
+                    Ok(()) => _ = good.fetch_add(1, Ordering::Relaxed),
+                    Err(error) => bad.lock().unwrap_or_else(|bad| bad.into_inner()).push(format!(
+                        "{} at {:.2}s",
+                        word(&error),
+                        started.elapsed().as_secs_f32()
+                    )),
+                }
+            }
+        }));
+    }
+    for thread in threads {
+        let _ = thread.join();
+    }
+    let bad = bad.lock().unwrap_or_else(|bad| bad.into_inner());
+    println!("{} good, {} bad", good.load(Ordering::Relaxed), bad.len());
+    for line in bad.iter().take(10) {
+        println!("{line}");
+    }
+    Ok(())
+}

@@ -1,0 +1,52 @@
+//! Cgroups of version 2, removed with what runs in them by their guards.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where version 2 is mounted.
+pub fn root() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc is mounted");
+    let mut folders = mounts.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split(' ').collect();
+        (words.get(2) == Some(&"cgroup2")).then(|| PathBuf::from(words[1]))
+    });
+    folders.next().expect("a cgroup v2 hierarchy is mounted")
+}
+
+/// A cgroup.
+#[derive(Debug)]
+pub struct Cgroup {
+    /// Its folder.
+    pub folder: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes it.
+    pub fn new(folder: &Path) -> Self {
+        fs::create_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+        Self {
+            folder: folder.to_owned(),
+        }
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        for _ in 0..200 {
+            let processes = fs::read_to_string(self.folder.join("cgroup.procs"));
+            for pid in processes.unwrap_or_default().lines() {
+                if let Ok(pid) = pid.parse() {
+                    let pid = nix::unistd::Pid::from_raw(pid);
+                    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+                }
+            }
+            match fs::remove_dir(&self.folder) {
+                Ok(()) => return,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+        eprintln!("{} is left behind", self.folder.display());
+    }
+}

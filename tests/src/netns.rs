@@ -1,0 +1,107 @@
+//! Named network namespaces, removed by their guards, and what is put into them.
+
+use std::fs::File;
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use nix::sched::{CloneFlags, setns};
+
+/// A named network namespace.
+#[derive(Debug)]
+pub struct Netns {
+    /// Its name, below `/run/netns`.
+    pub name: String,
+}
+
+impl Netns {
+    /// Makes it, with `lo` up.
+    pub fn new(name: &str) -> Self {
+        batch(None, &format!("netns add {name}\n"));
+        batch(Some(name), "link set lo up\n");
+        Self {
+            name: name.to_owned(),
+        }
+    }
+
+    /// Its descriptor.
+    pub fn file(&self) -> File {
+        let path = format!("/run/netns/{}", self.name);
+        File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// Does these `ip` commands in it, a line each.
+    pub fn ip(&self, commands: &str) {
+        batch(Some(&self.name), commands);
+    }
+
+    /// What an `ip` command says of it.
+    pub fn show(&self, command: &str) -> String {
+        let output = Command::new("ip")
+            .args(["-n", &self.name])
+            .args(command.split(' '))
+            .output()
+            .expect("ip is installed");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Runs `work` in it, on a thread of its own.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let file = self.file();
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                setns(&file, CloneFlags::CLONE_NEWNET).expect("enter a namespace");
+                work()
+            });
+            match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    /// A setting below `/proc/sys`, as it is there.
+    pub fn sysctl(&self, name: &str) -> String {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        let text = self.run(|| std::fs::read_to_string(&path));
+        text.unwrap_or_else(|error| panic!("{name}: {error}")).trim().to_owned()
+    }
+
+    /// Changes a setting below `/proc/sys`.
+    pub fn set_sysctl(&self, name: &str, value: &str) {
+        let path = format!("/proc/sys/{}", name.replace('.', "/"));
+        self.run(|| std::fs::write(&path, value))
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .stderr(Stdio::null())
+            .status();
+    }
+}
+
+fn batch(netns: Option<&str>, commands: &str) {
+    let mut ip = Command::new("ip");
+    if let Some(name) = netns {
+        ip.args(["-n", name]);
+    }
+    let mut ip = ip
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("ip is installed");
+    let mut stdin = ip.stdin.take().expect("it was asked for");
+    stdin.write_all(commands.as_bytes()).expect("ip reads");
+    drop(stdin);
+    let output = ip.wait_with_output().expect("ip ends");
+    assert!(
+        output.status.success(),
+        "ip {netns:?}: {}\n{commands}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}

@@ -1,0 +1,176 @@
+//! Processes in a namespace and a cgroup from their first instruction on.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::scaled;
+
+/// Where a process is put.
+#[derive(Debug)]
+pub struct Place {
+    /// Its network namespace.
+    pub netns: File,
+    /// Its cgroup's folder.
+    pub cgroup: PathBuf,
+    /// What it sees as `/etc/hosts`.
+    pub hosts: Option<PathBuf>,
+    /// The capabilities that it may have, by their numbers; all if none are said.
+    pub capabilities: Option<Vec<u8>>,
+}
+
+/// A process whose output is read line by line; killed when dropped.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+}
+
+/// Puts what a command will start in its place.
+pub fn place(command: &mut Command, place: &Place) {
+    let procs = place.cgroup.join("cgroup.procs");
+    let cgroup = OpenOptions::new()
+        .write(true)
+        .open(&procs)
+        .unwrap_or_else(|error| panic!("{}: {error}", procs.display()));
+    let netns = place.netns.try_clone().expect("a descriptor");
+    let hosts = place.hosts.clone();
+    let capabilities = place.capabilities.clone();
+    let prepare = move || {
+        (&cgroup).write_all(b"0")?;
+        setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
+        if let Some(hosts) = &hosts {
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            mount(None::<&Path>, "/", None::<&Path>, private, None::<&Path>)?;
+            let bind = MsFlags::MS_BIND;
+            mount(Some(hosts.as_path()), "/etc/hosts", None::<&Path>, bind, None::<&Path>)?;
+        }
+        if let Some(keep) = &capabilities {
+            for capability in (0..64).filter(|capability| !keep.contains(capability)) {
+                // SAFETY: takes no pointers. One that this kernel does not have is an error to pass.
+                unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) };
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec only system calls are made, on descriptors and paths that were
+    // prepared before; nothing takes a lock or memory but the paths' short buffers on the stack.
+    unsafe { command.pre_exec(prepare) };
+}
+
+impl Process {
+    /// Starts a command whose output is wanted.
+    pub fn start(command: &mut Command) -> Self {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let output = child.stdout.take().expect("it was asked for");
+        let (send, lines) = channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(output).lines() {
+                let Ok(line) = line else { return };
+                if send.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        Self {
+            stdin: child.stdin.take(),
+            child,
+            lines,
+        }
+    }
+
+    /// The process's number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The next line that it prints.
+    ///
+    /// # Panics
+    /// There is none within 20 seconds, scaled.
+    pub fn line(&self) -> String {
+        let patience = scaled(Duration::from_secs(20));
+        match self.lines.recv_timeout(patience) {
+            Ok(line) => line,
+            Err(error) => panic!("no line from process {}: {error}", self.child.id()),
+        }
+    }
+
+    /// The next line, if it prints one within this time.
+    pub fn line_within(&self, time: Duration) -> Option<String> {
+        self.lines.recv_timeout(scaled(time)).ok()
+    }
+
+    /// Writes a line to it.
+    pub fn say(&mut self, line: &str) {
+        let stdin = self.stdin.as_mut().expect("it still reads");
+        writeln!(stdin, "{line}").and_then(|()| stdin.flush()).expect("it still reads");
+    }
+
+    /// Closes what it reads.
+    pub fn close(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Waits for its end; all that it has printed and nobody has read.
+    pub fn end(mut self) -> (ExitStatus, Vec<String>) {
+        self.stdin = None;
+        let mut rest = Vec::new();
+        while let Ok(line) = self.lines.recv_timeout(scaled(Duration::from_secs(60))) {
+            rest.push(line);
+        }
+        (self.child.wait().expect("a child"), rest)
+    }
+
+    /// Whether it still runs.
+    pub fn runs(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().try_into().expect("a pid"));
+        let _ = nix::sys::signal::kill(pid, signal);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a command that ends by itself prints on standard output and error, and how it ends.
+pub fn output(command: &mut Command) -> (ExitStatus, String, String) {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let mut err = child.stderr.take().expect("it was asked for");
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = err.read_to_string(&mut text);
+        text
+    });
+    let mut out = String::new();
+    let _ = child.stdout.take().expect("it was asked for").read_to_string(&mut out);
+    let status = child.wait().expect("a child");
+    (status, out, reader.join().unwrap_or_default())
+}

@@ -1,0 +1,353 @@
+//! A mesh on this machine: nodes with a wire between them, and pods on the nodes.
+//!
+//! A node is a network namespace that forwards, and a cgroup that holds its pods. A pod is a
+//! network namespace with a veth to its node, and a cgroup below the node's. Pods of node `k` have
+//! the addresses `10.k.0.i` and `fd00:k::i`, and are routed, not bridged.
+
+use std::cell::Cell;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::Command;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::agent::{Agent, CAPABILITIES, Setup};
+use crate::cgroup::{self, Cgroup};
+use crate::manifests::{Manifests, PodObject};
+use crate::netns::Netns;
+use crate::process::{Place, Process, output, place};
+use crate::{program, require_root};
+
+/// A mesh.
+#[derive(Debug)]
+pub struct World {
+    /// What its namespaces and cgroups begin with.
+    pub id: String,
+    /// Its manifests.
+    pub manifests: Manifests,
+    /// The state that its nodes share.
+    pub state: PathBuf,
+    /// What its pods see as `/etc/hosts`.
+    pub hosts: PathBuf,
+    /// A BPF file system of its own: node names are in the pins' paths.
+    bpffs: Mounted,
+    folder: tempfile::TempDir,
+    /// Dropped in this order: what is inside first.
+    agents: Cgroup,
+    top: Rc<Cgroup>,
+    nodes: Cell<u8>,
+}
+
+/// A node.
+#[derive(Debug)]
+pub struct Node {
+    /// Its name in manifests.
+    pub name: String,
+    /// Its namespace.
+    pub netns: Netns,
+    /// What holds its pods.
+    pub cgroup: Cgroup,
+    number: u8,
+    pods: Cell<u16>,
+    hosts: PathBuf,
+    _top: Rc<Cgroup>,
+}
+
+/// A pod, with a process that does nothing in it.
+#[derive(Debug)]
+pub struct Pod {
+    /// Its namespace in the mesh.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its IPv4 address.
+    pub v4: IpAddr,
+    /// Its IPv6 address.
+    pub v6: IpAddr,
+    /// The veth's end in the node's namespace.
+    pub veth: String,
+    _pause: Process,
+    /// Its cgroup.
+    pub cgroup: Cgroup,
+    /// Its network namespace.
+    pub netns: Netns,
+    hosts: PathBuf,
+}
+
+impl World {
+    /// One without nodes, whose namespace `demo` is in the mesh.
+    pub fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let world = Self::named(&format!("t{:x}n{number}", std::process::id()));
+        world.manifests.namespace("demo", true);
+        world
+    }
+
+    /// One without nodes and without manifests.
+    pub fn named(id: &str) -> Self {
+        require_root();
+        let folder = tempfile::tempdir().expect("a folder");
+        let root = cgroup::root();
+        let top = Rc::new(Cgroup::new(&root.join(format!("dp-{id}"))));
+        let hosts = folder.path().join("hosts");
+        let bpffs = Mounted::new(folder.path().join("bpf"));
+        fs::write(&hosts, "127.0.0.1 localhost\n").expect("a file");
+        Self {
+            id: id.to_owned(),
+            manifests: Manifests::new(&folder.path().join("manifests")),
+            state: folder.path().join("state"),
+            hosts,
+            bpffs,
+            agents: Cgroup::new(&top.folder.join("agents")),
+            top,
+            folder,
+            nodes: Cell::new(0),
+        }
+    }
+
+    /// Where its logs are.
+    pub fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
+    /// A new node; the first two have a wire between them, the interface `wire`.
+    pub fn node(&self, name: &str) -> Node {
+        let number = self.nodes.get() + 1;
+        self.nodes.set(number);
+        let netns = Netns::new(&format!("dp-{}-{name}", self.id));
+        for setting in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
+            netns.set_sysctl(setting, "1");
+        }
+        Node {
+            name: name.to_owned(),
+            cgroup: Cgroup::new(&self.top.folder.join(name)),
+            netns,
+            number,
+            pods: Cell::new(1),
+            hosts: self.hosts.clone(),
+            _top: Rc::clone(&self.top),
+        }
+    }
+
+    /// Two nodes, and a wire between them.
+    pub fn two_nodes(&self) -> (Node, Node) {
+        let (one, two) = (self.node("one"), self.node("two"));
+        one.netns.ip(&format!("link add wire type veth peer name wire netns {}\n", two.netns.name));
+        for (node, other) in [(&one, &two), (&two, &one)] {
+            let (own, there) = (node.number, other.number);
+            node.netns.ip(&format!(
+                "addr add 10.255.0.{own}/24 dev wire\n\
+                 addr add fd00:255::{own}/64 dev wire nodad\n\
+                 link set wire up\n\
+                 route add 10.{there}.0.0/16 via 10.255.0.{there}\n\
+                 route add fd00:{there}::/64 via fd00:255::{there}\n"
+            ));
+        }
+        (one, two)
+    }
+
+    /// How an agent of the node is started.
+    pub fn setup(&self, node: &Node) -> Setup {
+        Setup {
+            node: node.name.clone(),
+            arguments: vec![
+                "--manifests".into(),
+                self.manifests.folder.display().to_string(),
+                "--cgroup".into(),
+                node.cgroup.folder.display().to_string(),
+                "--drain".into(),
+                "5s".into(),
+            ],
+            variables: vec![("RUST_LOG".into(), "info,access=debug".into())],
+            run_dir: self.folder.path().join("run"),
+            state: self.state.clone(),
+            bpffs: self.bpffs.0.clone(),
+            log: self.folder.path().join(format!("{}.log", node.name)),
+            place: Place {
+                netns: node.netns.file(),
+                cgroup: self.agents.folder.clone(),
+                hosts: None,
+                capabilities: Some(CAPABILITIES.iter().map(|(_, number)| *number).collect()),
+            },
+        }
+    }
+
+    /// Starts the node's agent.
+    pub fn agent(&self, node: &Node) -> Agent {
+        Agent::start(self.setup(node))
+    }
+
+    /// Where kernel programs of its nodes are pinned.
+    pub fn bpffs(&self) -> &std::path::Path {
+        &self.bpffs.0
+    }
+}
+
+/// A mounted BPF file system.
+#[derive(Debug)]
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(folder: PathBuf) -> Self {
+        fs::create_dir(&folder).expect("a folder");
+        let none = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("bpf"), &folder, Some("bpf"), none, None::<&str>)
+            .expect("mount a BPF file system");
+        Self(folder)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Node {
+    /// A new pod of the namespace `demo`, with its object: label `app: <name>`, service account
+    /// `<name>`.
+    pub fn pod(&self, world: &World, name: &str) -> Pod {
+        let pod = self.bare(world, "demo", name);
+        world.manifests.pod(&self.object(&pod));
+        pod
+    }
+
+    /// The object of a pod of this node.
+    pub fn object<'a>(&'a self, pod: &'a Pod) -> PodObject<'a> {
+        PodObject {
+            namespace: &pod.namespace,
+            name: &pod.name,
+            node: &self.name,
+            account: &pod.name,
+            labels: vec![("app".into(), pod.name.clone())],
+            annotations: Vec::new(),
+            addresses: vec![pod.v4.to_string(), pod.v6.to_string()],
+            owner: None,
+        }
+    }
+
+    /// A new pod without an object.
+    pub fn bare(&self, world: &World, namespace: &str, name: &str) -> Pod {
+        let number = self.pods.get() + 1;
+        self.pods.set(number);
+        let (id, node) = (&world.id, self.number);
+        let netns = Netns::new(&format!("dp-{id}-{namespace}-{name}"));
+        let veth = format!("veth{number}");
+        let (v4, v6) = (format!("10.{node}.0.{number}"), format!("fd00:{node}::{number:x}"));
+        self.netns.ip(&format!(
+            "link add {veth} type veth peer name eth0 netns {}\n\
+             addr add 169.254.1.1/32 dev {veth}\n\
+             addr add fe80::1/64 dev {veth} nodad\n\
+             link set {veth} up\n\
+             route add {v4}/32 dev {veth}\n\
+             route add {v6}/128 dev {veth}\n",
+            netns.name
+        ));
+        netns.ip(&format!(
+            "addr add {v4}/32 dev eth0\n\
+             addr add {v6}/128 dev eth0 nodad\n\
+             link set eth0 up\n\
+             route add 169.254.1.1 dev eth0\n\
+             route add default via 169.254.1.1 dev eth0 onlink\n\
+             route add default via fe80::1 dev eth0\n"
+        ));
+        let cgroup = Cgroup::new(&self.cgroup.folder.join(format!("{namespace}-{name}")));
+        let mut pause = Command::new(program("DATAPLANE_TEST_APP"));
+        pause.arg("pause");
+        place(&mut pause, &Place {
+            netns: netns.file(),
+            cgroup: cgroup.folder.clone(),
+            hosts: None,
+            capabilities: None,
+        });
+        let pause = Process::start(&mut pause);
+        assert_eq!(pause.line(), "ready");
+        Pod {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            v4: v4.parse().expect("an address"),
+            v6: v6.parse().expect("an address"),
+            veth,
+            _pause: pause,
+            cgroup,
+            netns,
+            hosts: self.hosts.clone(),
+        }
+    }
+}
+
+impl Pod {
+    /// Its IPv4 address with a port.
+    pub fn at(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.v4, port)
+    }
+
+    /// Its IPv6 address with a port.
+    pub fn at6(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.v6, port)
+    }
+
+    /// Where its processes are put.
+    pub fn place(&self) -> Place {
+        Place {
+            netns: self.netns.file(),
+            cgroup: self.cgroup.folder.clone(),
+            hosts: Some(self.hosts.clone()),
+            capabilities: None,
+        }
+    }
+
+    /// A command that runs in it.
+    pub fn command(&self, name: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new(name);
+        command.env("HOSTNAME", &self.name);
+        place(&mut command, &self.place());
+        command
+    }
+
+    /// Starts the tests' app in it.
+    pub fn app(&self, arguments: &[&str]) -> Process {
+        Process::start(self.command(program("DATAPLANE_TEST_APP")).args(arguments))
+    }
+
+    /// Serves lines on a port: each is answered with the client's address, a space, and the line.
+    pub fn serve(&self, port: u16) -> Process {
+        let server = self.app(&["serve", &port.to_string()]);
+        assert_eq!(server.line(), "ready");
+        server
+    }
+
+    /// Sends a line to a server, from this pod; its answer, or the word for what went wrong.
+    pub fn ask(&self, to: SocketAddr, line: &str) -> Result<String, String> {
+        self.ask_with(to, line, &[])
+    }
+
+    /// As [`Pod::ask`], with options of the app's `ask`.
+    pub fn ask_with(&self, to: SocketAddr, line: &str, options: &[&str]) -> Result<String, String> {
+        let mut command = self.command(program("DATAPLANE_TEST_APP"));
+        command.args(["ask", &to.to_string(), line]).args(options);
+        let (status, out, err) = output(&mut command);
+        if status.success() { Ok(out.trim().to_owned()) } else { Err(err.trim().to_owned()) }
+    }
+
+    /// A connection that stays open: say a line, read its answer; `closed: …` at its end.
+    pub fn talk(&self, to: SocketAddr) -> Process {
+        let talk = self.app(&["talk", &to.to_string()]);
+        assert_eq!(talk.line(), "connected");
+        talk
+    }
+
+    /// Runs curl in it: exit code and what it prints.
+    pub fn curl(&self, arguments: &[&str]) -> (i32, String) {
+        let (status, out, _) = output(self.command("curl").args(arguments));
+        (status.code().unwrap_or(-1), out)
+    }
+}
