@@ -2,7 +2,8 @@
 //!
 //! A node is a network namespace that forwards, and a cgroup that holds its pods. A pod is a
 //! network namespace with a veth to its node, and a cgroup below the node's. Pods of node `k` have
-//! the addresses `10.k.0.i` and `fd00:k::i`, and are routed, not bridged.
+//! the addresses `10.k.0.i` and `fd00:k::i`, and are routed, not bridged. No two nodes of a process
+//! share a `k`: an agent takes two namespaces with one address for what they are, a doubt.
 
 use std::cell::Cell;
 use std::fs;
@@ -18,6 +19,9 @@ use crate::manifests::{Manifests, PodObject};
 use crate::netns::Netns;
 use crate::process::{Place, Process, output, place};
 use crate::{program, require_root};
+
+/// How many worlds this process has made.
+static WORLDS: AtomicU32 = AtomicU32::new(0);
 
 /// A mesh.
 #[derive(Debug)]
@@ -88,6 +92,7 @@ impl World {
     /// One without nodes and without manifests.
     pub fn named(id: &str) -> Self {
         require_root();
+        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
         let folder = tempfile::tempdir().expect("a folder");
         let root = cgroup::root();
         let top = Rc::new(Cgroup::new(&root.join(format!("dp-{id}"))));
@@ -103,7 +108,7 @@ impl World {
             agents: Cgroup::new(&top.folder.join("agents")),
             top,
             folder,
-            nodes: Cell::new(0),
+            nodes: Cell::new(u8::try_from(number % 120).expect("small") * 2),
         }
     }
 
