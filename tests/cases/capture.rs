@@ -1,1 +1,420 @@
-//! x
+//! Capture, as it is seen from outside: what leaves a pod, what reaches it, and what is left when it
+//! is over. The invariants C1 to C10 of the design; each test names its own.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use dataplane_tests::process::{Place, Process, output, place};
+use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually, program};
+
+const PORT: u16 = 7000;
+
+/// Two pods of two nodes, in one mesh: what one says to the other is in a tunnel, so a segment of
+/// the app's own port on a pod's veth is one that has leaked.
+struct Pair {
+    client: Pod,
+    server: Pod,
+    one: Agent,
+    two: Agent,
+    nodes: (Node, Node),
+    world: World,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let world = World::new();
+        let nodes = world.two_nodes();
+        let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
+        let (one, two) = (world.agent(&nodes.0), world.agent(&nodes.1));
+        one.up(&["client"]);
+        two.up(&["server"]);
+        eventually("the server is dialled by HBONE", 10, || {
+            one.get("/config_dump").matches("\"protocol\": \"HBONE\"").count() >= 2
+        });
+        Self { client, server, one, two, nodes, world }
+    }
+
+    /// Taps on both pods' veths, and on the wire.
+    fn taps(&self) -> [(&'static str, Wire); 3] {
+        let (one, two) = (&self.nodes.0.netns, &self.nodes.1.netns);
+        [
+            ("the client's veth", Wire::tap(one.file(), &self.client.veth)),
+            ("the server's veth", Wire::tap(two.file(), &self.server.veth)),
+            ("the wire", Wire::tap(one.file(), "wire")),
+        ]
+    }
+}
+
+/// Fails if a segment from or to one of these ports was seen; and if nothing was seen at all.
+fn nothing_leaked(taps: [(&'static str, Wire); 3], ports: std::ops::Range<u16>) {
+    for (name, tap) in taps {
+        let segments = tap.end();
+        assert!(!segments.is_empty(), "the tap on {name} sees the tunnel");
+        let leaked: Vec<_> = segments
+            .iter()
+            .filter(|segment| ports.contains(&segment.from.1) || ports.contains(&segment.to.1))
+            .map(|segment| (segment.from, segment.to, segment.flags, segment.payload.len()))
+            .collect();
+        assert!(leaked.is_empty(), "{} on {name}: {:?}", leaked.len(), &leaked[..leaked.len().min(8)]);
+    }
+}
+
+#[test]
+fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
+    let mut pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let servers: Vec<Process> = ["close", "reset", "half", "unread"]
+        .iter()
+        .zip(PORT + 1..)
+        .map(|(how, port)| {
+            let server = pair.server.app(&["end-server", &port.to_string(), how]);
+            assert_eq!(server.line(), "ready");
+            server
+        })
+        .collect();
+    let taps = pair.taps();
+    let mut endings: Vec<(u16, &str)> =
+        ["now", "sent", "half", "reset", "unread", "vanish"].map(|how| (PORT, how)).to_vec();
+    // The server's four ways, and a port where nobody listens.
+    endings.extend((PORT + 1..=PORT + 5).map(|port| (port, "wait")));
+    for _ in 0..6 {
+        for (port, how) in &endings {
+            for to in [pair.server.at(*port), pair.server.at6(*port)] {
+                let mut command = pair.client.command(program("DATAPLANE_TEST_APP"));
+                // How the client fares is not the question.
+                let _ = output(command.args(["end", &to.to_string(), how]));
+            }
+        }
+    }
+    // Policy cuts it, and the server is gone under it.
+    let talk = |to| {
+        let mut talk = pair.client.talk(to);
+        talk.say("hello");
+        talk.line();
+        talk
+    };
+    let cut = (talk(pair.server.at(PORT)), talk(pair.server.at6(PORT)));
+    pair.world.manifests.policy("demo", "nobody", "ALLOW", "server", "cluster.local/ns/x/sa/y");
+    assert_eq!(cut.0.line(), "closed: reset");
+    assert_eq!(cut.1.line(), "closed: reset");
+    pair.world.manifests.remove("policy-demo-nobody.yaml");
+    eventually("let in again", 5, || pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    // Either agent is killed, and the apps go on for a while.
+    let mut left = (talk(pair.server.at(PORT)), talk(pair.server.at6(PORT)));
+    pair.one.kill();
+    left.0.say("after the client's agent");
+    left.1.say("after the client's agent");
+    std::thread::sleep(Duration::from_millis(500));
+    pair.one.restart();
+    pair.one.up(&["client"]);
+    eventually("served again", 10, || pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    let mut left = {
+        let talk = |to| {
+            let mut talk = pair.client.talk(to);
+            talk.say("hello");
+            talk.line();
+            talk
+        };
+        (talk(pair.server.at(PORT)), talk(pair.server.at6(PORT)))
+    };
+    pair.two.kill();
+    left.0.say("after the server's agent");
+    left.1.say("after the server's agent");
+    std::thread::sleep(Duration::from_millis(500));
+    drop((left, servers));
+    std::thread::sleep(Duration::from_millis(300));
+    nothing_leaked(taps, PORT..PORT + 6);
+    pair.two.restart();
+    pair.two.up(&["server"]);
+}
+
+#[test]
+fn c1_without_an_agent_nobody_reaches_a_pod_and_nothing_of_it_leaves() {
+    let mut pair = Pair::new();
+    let app = pair.server.serve(PORT);
+    let _other = pair.client.serve(PORT);
+    let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
+    let _theirs = outsider.serve(PORT);
+    assert!(outsider.ask(pair.server.at(PORT), "with an agent").is_ok());
+    pair.two.kill();
+    let taps = Wire::tap(pair.nodes.1.netns.file(), &pair.server.veth);
+    for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
+        assert!(outsider.ask(to, "without").is_err(), "{to}");
+        assert!(pair.client.ask(to, "without").is_err(), "{to}");
+    }
+    for to in [outsider.at(PORT), outsider.at6(PORT), pair.client.at6(PORT)] {
+        assert!(pair.server.ask(to, "without").is_err(), "{to}");
+    }
+    for segment in taps.end() {
+        let out = segment.from.0 == pair.server.v4 || segment.from.0 == pair.server.v6;
+        assert!(segment.payload.is_empty(), "{segment:?}");
+        // It may say that nobody is there; it may not ask.
+        assert!(!out || segment.flags & 4 != 0, "{segment:?}");
+    }
+    drop(app);
+    pair.two.restart();
+    pair.two.up(&["server"]);
+    let _app = pair.server.serve(PORT);
+    eventually("the next agent serves it", 10, || outsider.ask(pair.server.at(PORT), "x").is_ok());
+    assert!(pair.server.ask(outsider.at(PORT), "out").is_ok());
+}
+
+#[test]
+fn c2_the_apps_own_marks_stay_and_a_socket_that_is_connected_anew_is_decided_anew() {
+    let pair = Pair::new();
+    let (_app, _own) = (pair.server.serve(PORT), pair.client.serve(PORT));
+    let taps = pair.taps();
+    let to = pair.server.at(PORT);
+    // Bits above ours, and all of ours: they are replaced.
+    for mark in ["mark=65536", "mark=1297", "mark=273", "mark=1337"] {
+        assert!(pair.client.ask_with(to, "marked", &[mark]).is_ok(), "{mark}");
+    }
+    let first = format!("twice={to}");
+    let own = pair.client.at(PORT);
+    assert!(pair.client.ask_with(own, "to itself", &[&first]).is_ok(), "captured, then local");
+    let local = format!("twice={own}");
+    assert!(pair.client.ask_with(to, "out", &[&local]).is_ok(), "local, then captured");
+    nothing_leaked(taps, PORT..PORT + 1);
+}
+
+#[test]
+fn c5_every_kind_of_tcp_connection_is_captured() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    pair.client.netns.set_sysctl("net.ipv4.tcp_fastopen", "3");
+    pair.server.netns.set_sysctl("net.ipv4.tcp_fastopen", "3");
+    let taps = pair.taps();
+    let before = pair.one.counter("captured");
+    let to = pair.server.at(PORT);
+    for option in ["mapped", "mptcp", "fastopen", "fastopen"] {
+        let answer = pair.client.ask_with(to, option, &[option]);
+        assert_eq!(answer, Ok(format!("{} {option}", pair.client.v4)), "{option}");
+    }
+    let answer = pair.client.ask_with(pair.server.at6(PORT), "mptcp", &["mptcp"]);
+    assert_eq!(answer, Ok(format!("{} mptcp", pair.client.v6)));
+    assert!(pair.one.counter("captured") >= before + 5);
+    nothing_leaked(taps, PORT..PORT + 1);
+}
+
+#[test]
+fn c6_a_process_of_one_pods_cgroup_in_another_pods_namespace_is_refused() {
+    let pair = Pair::new();
+    let other = pair.nodes.0.pod(&pair.world, "other");
+    pair.one.up(&["other"]);
+    let _app = pair.server.serve(PORT);
+    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
+    command.args(["ask", &pair.server.at(PORT).to_string(), "borrowed"]);
+    place(&mut command, &Place {
+        netns: pair.client.netns.file(),
+        cgroup: other.cgroup.folder.clone(),
+        hosts: None,
+        capabilities: None,
+    });
+    let (status, _, error) = output(&mut command);
+    assert!(!status.success() && error.contains("denied"), "{error}");
+    pair.one.logs(&["foreign_cgroup"]);
+    assert!(pair.one.counter("refused") > 0);
+}
+
+/// What an enrolment leaves in a pod's namespace.
+fn traces(pod: &Pod) -> Vec<String> {
+    let mut traces = Vec::new();
+    for family in ["-4", "-6"] {
+        let rules = pod.netns.show(&format!("{family} rule show"));
+        traces.extend(rules.lines().filter(|line| line.contains("fwmark")).map(str::to_owned));
+        for table in ["15001", "15006"] {
+            let routes = pod.netns.show(&format!("{family} route show table {table}"));
+            traces.extend(routes.lines().map(|route| format!("{table}: {route}")));
+        }
+    }
+    for name in ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"] {
+        if pod.netns.sysctl(name) != "0" {
+            traces.push(format!("{name} is not 0"));
+        }
+    }
+    let (_, listeners, _) = output(pod.command("ss").args(["-Hltn"]));
+    let ours = |line: &&str| [":15001", ":15006", ":15008"].iter().any(|port| line.contains(port));
+    traces.extend(listeners.lines().filter(ours).map(str::to_owned));
+    traces
+}
+
+fn pins(world: &World) -> Vec<String> {
+    fn walk(folder: &Path, found: &mut Vec<String>) {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+            let path = entry.path();
+            // The kernel's own two files have a dot in their names.
+            if path.is_dir() {
+                walk(&path, found);
+                found.push(path.display().to_string());
+            } else if path.extension().is_none() {
+                found.push(path.display().to_string());
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(world.bpffs(), &mut found);
+    found
+}
+
+#[test]
+fn c7_a_pod_that_leaves_has_nothing_left_of_it() {
+    let mut pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    assert!(traces(&pair.client).len() >= 12, "{:?}", traces(&pair.client));
+    let mut object = pair.nodes.0.object(&pair.client);
+    object.labels.push(("istio.io/dataplane-mode".into(), "none".into()));
+    pair.world.manifests.pod(&object);
+    pair.one.is("client", "ignored");
+    eventually("nothing is left in the pod", 15, || traces(&pair.client).is_empty());
+    let left = |names: &[String]| names.iter().filter(|name| name.contains("/one/") && name.contains("/pods/")).count();
+    assert_eq!(left(&pins(&pair.world)), 0, "{:?}", pins(&pair.world));
+    let answer = pair.client.ask(pair.server.at(PORT), "in clear now");
+    assert_eq!(answer, Ok(format!("{} in clear now", pair.client.v4)));
+    // And the other node, all at once.
+    pair.two.terminate();
+    assert!(!traces(&pair.server).is_empty(), "still captured");
+    let (status, out, error) = pair.two.uninstall();
+    assert!(status.success(), "{error}");
+    assert!(out.contains("1 pods let go"), "{out}");
+    assert_eq!(traces(&pair.server), Vec::<String>::new());
+    assert!(!pins(&pair.world).iter().any(|name| name.contains("/two")), "{:?}", pins(&pair.world));
+    let attached = |cgroup: &Path| {
+        let (_, text, _) = output(Command::new("bpftool").args(["cgroup", "show"]).arg(cgroup));
+        text.lines().count()
+    };
+    assert!(attached(&pair.nodes.0.cgroup.folder) > attached(&pair.nodes.1.cgroup.folder));
+    let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
+    assert!(outsider.ask(pair.server.at(PORT), "x").is_ok(), "reached without the agent");
+}
+
+#[test]
+fn c7_a_connection_that_is_older_than_the_enrolment_goes_on() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.bare(&world, "demo", "client"), two.bare(&world, "demo", "server"));
+    let _app = server.serve(PORT);
+    let mut old = client.talk(server.at(PORT));
+    old.say("before");
+    old.line();
+    world.manifests.pod(&one.object(&client));
+    world.manifests.pod(&two.object(&server));
+    let agents = (world.agent(&one), world.agent(&two));
+    agents.0.up(&["client"]);
+    agents.1.up(&["server"]);
+    old.say("after");
+    assert_eq!(old.line(), format!("{} after", client.v4));
+}
+
+#[test]
+fn c8_processes_outside_of_the_pods_cgroup_are_counted_and_told() {
+    let pair = Pair::new();
+    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
+    command.arg("pause");
+    place(&mut command, &Place {
+        netns: pair.client.netns.file(),
+        cgroup: pair.world.outside().to_owned(),
+        hosts: None,
+        capabilities: None,
+    });
+    let stray = Process::start(&mut command);
+    assert_eq!(stray.line(), "ready");
+    pair.one.logs(&["processes in the pod's network namespace are outside of its cgroup"]);
+    let status = pair.one.status().expect("it answers");
+    assert_eq!(status["pods"][0]["outside"], 1, "{status}");
+}
+
+#[test]
+fn c8_a_second_agent_of_a_node_does_not_start() {
+    let pair = Pair::new();
+    let (status, _, error) = output(&mut pair.one.command());
+    assert_eq!(status.code(), Some(4), "{error}");
+    assert!(error.contains("another dataplane agent already runs for this node"), "{error}");
+    assert!(pair.client.ask(pair.server.at(PORT), "x") == Err("reset".into()), "the first one serves on");
+}
+
+#[test]
+fn c9_what_was_captured_does_not_leave_by_another_way() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let taps = pair.taps();
+    for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
+        // Bound to an interface before it connects: captured as any other.
+        assert!(pair.client.ask_with(to, "bound", &["device=eth0"]).is_ok(), "{to}");
+        // After that: it hangs, which is its own doing.
+        for option in ["late-mark=0", "late-mark=1337", "late-device=eth0"] {
+            let _ = pair.client.ask_with(to, "runs away", &[option]);
+        }
+    }
+    assert!(pair.one.counter("kept_inside") > 0, "the egress program has seen them");
+    nothing_leaked(taps, PORT..PORT + 1);
+}
+
+#[test]
+fn c1_an_app_that_has_the_agents_port_gets_nothing_of_its_traffic() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.bare(&world, "demo", "client"), two.bare(&world, "demo", "server"));
+    let _greedy = server.serve(15008);
+    let _app = server.serve(PORT);
+    world.manifests.pod(&one.object(&client));
+    world.manifests.pod(&two.object(&server));
+    let agents = (world.agent(&one), world.agent(&two));
+    agents.0.up(&["client"]);
+    agents.1.up(&["server"]);
+    eventually("the server is dialled by HBONE", 10, || {
+        agents.0.get("/config_dump").matches("\"protocol\": \"HBONE\"").count() >= 2
+    });
+    assert!(client.ask(server.at(PORT), "x").is_ok(), "the tunnel goes to the agent");
+    agents.1.logs(&["direction=\"inbound\"", ":15008"]);
+    let outsider = one.bare(&world, "outside", "outsider");
+    // What comes back is TLS's alert, if anything.
+    let answer = outsider.ask(server.at(15008), "for the app").unwrap_or_default();
+    assert!(!answer.contains("for the app"), "nobody reaches the app there: {answer}");
+}
+
+#[test]
+fn the_programs_log_when_they_are_told_to_and_not_before() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    assert!(pair.client.ask(pair.server.at(PORT), "quiet").is_ok());
+    assert!(!pair.one.log().contains("captured=1"));
+    let answer = pair.one.post("/logging?kernel=on");
+    assert!(answer.contains("200 OK"), "{answer}");
+    assert!(pair.client.ask(pair.server.at(PORT), "told").is_ok());
+    pair.one.logs(&["connect netns=", "port=7000 captured=1"]);
+    pair.one.post("/logging?kernel=off");
+    std::thread::sleep(Duration::from_millis(300));
+    let before = pair.one.log().matches("captured=1").count();
+    assert!(pair.client.ask(pair.server.at(PORT), "quiet again").is_ok());
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(pair.one.log().matches("captured=1").count(), before);
+}
+
+#[test]
+fn a_pod_with_a_sidecar_or_that_says_no_is_left_alone_and_one_without_a_process_waits() {
+    let world = World::new();
+    let node = world.node("one");
+    let (sidecar, says_no) = (node.bare(&world, "demo", "sidecar"), node.bare(&world, "demo", "says-no"));
+    let mut object = node.object(&sidecar);
+    object.annotations.push(("sidecar.istio.io/status".into(), "{}".into()));
+    world.manifests.pod(&object);
+    let mut object = node.object(&says_no);
+    object.labels.push(("istio.io/dataplane-mode".into(), "none".into()));
+    world.manifests.pod(&object);
+    let mut object = node.object(&says_no);
+    object.name = "nowhere";
+    object.addresses = vec!["10.254.254.254".into()];
+    world.manifests.pod(&object);
+    let agent = world.agent(&node);
+    agent.is("sidecar", "ignored");
+    assert_eq!(agent.pod("sidecar").1, "it has a sidecar");
+    assert_eq!(agent.pod("says-no").0, "ignored");
+    assert_eq!(agent.pod("nowhere").0, "waiting");
+    assert_eq!(agent.pod("nowhere").1, "no network namespace of this machine has 10.254.254.254");
+    assert_eq!(traces(&sidecar), Vec::<String>::new());
+    assert_eq!(traces(&says_no), Vec::<String>::new());
+}

@@ -1,1 +1,377 @@
-//! x
+//! Bad input and faults: each is refused with the documented status or close, told, and never
+//! dialled; nothing of it takes what works away.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::fs;
+use std::net::SocketAddr;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use dataplane_tests::agent::CAPABILITIES;
+use dataplane_tests::process::output;
+use dataplane_tests::{Agent, Node, Pod, World, eventually};
+use http::{Method, Request};
+use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+
+const PORT: u16 = 7000;
+
+struct One {
+    server: Pod,
+    outsider: Pod,
+    agent: Agent,
+    node: Node,
+    world: World,
+}
+
+impl One {
+    fn new() -> Self {
+        let world = World::new();
+        let node = world.node("one");
+        let server = node.pod(&world, "server");
+        let outsider = node.bare(&world, "outside", "outsider");
+        let agent = world.agent(&node);
+        agent.up(&["server"]);
+        Self { server, outsider, agent, node, world }
+    }
+
+    /// A peer under the mesh's own CA.
+    fn peer(&self, identity: &str) -> Peer {
+        let read = |file: &str| fs::read_to_string(self.world.state.join("ca").join(file)).expect("the CA");
+        Peer::signed(&read("root.pem"), &read("key.pem"), identity)
+    }
+}
+
+/// A peer that speaks HBONE by other libraries' plain means.
+struct Peer {
+    chain: Vec<CertificateDer<'static>>,
+    key: Vec<u8>,
+}
+
+impl Peer {
+    fn signed(root: &str, key: &str, identity: &str) -> Self {
+        let root = CertificateDer::from_pem_slice(root.as_bytes()).expect("PEM");
+        let signer = Issuer::from_ca_cert_der(&root, KeyPair::from_pem(key).expect("a key")).expect("a CA");
+        let own = KeyPair::generate().expect("a key");
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::URI(identity.try_into().expect("a URI"))];
+        let leaf = params.signed_by(&own, &signer).expect("a certificate");
+        Self { chain: vec![leaf.der().clone()], key: own.serialize_der() }
+    }
+
+    /// Under a CA that nobody knows.
+    fn stranger() -> Self {
+        let key = KeyPair::generate().expect("a key");
+        let mut root = CertificateParams::default();
+        root.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let root = root.self_signed(&key).expect("a certificate");
+        Self::signed(&root.pem(), &key.serialize_pem(), "spiffe://cluster.local/ns/demo/sa/peer")
+    }
+
+    /// Asks, in a tunnel to a pod; the status, or what went wrong before there was one.
+    fn request(&self, from: &Pod, to: SocketAddr, method: &Method, authority: &str) -> Result<u16, String> {
+        let tcp = from.netns.run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_secs(5)));
+        let tcp = tcp.map_err(|error| error.to_string())?;
+        tcp.set_nonblocking(true).expect("a socket");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let asked = self.ask(tcp, method, authority);
+        let asked = async { tokio::time::timeout(Duration::from_secs(20), asked).await };
+        runtime.block_on(asked).map_err(|_| "no answer".to_owned())?
+    }
+
+    async fn ask(&self, tcp: std::net::TcpStream, method: &Method, authority: &str) -> Result<u16, String> {
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let tcp = tokio::net::TcpStream::from_std(tcp).map_err(|error| text(&error))?;
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(self.key.clone()));
+        let mut config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("TLS 1.3")
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anybody))
+            .with_client_auth_cert(self.chain.clone(), key)
+            .expect("a certificate");
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let name = ServerName::try_from("0.0.0.0").expect("a name");
+        let tls = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await;
+        let (mut send, connection) = h2::client::Builder::new().handshake::<_, Bytes>(tls.map_err(|error| text(&error))?)
+            .await
+            .map_err(|error| text(&error))?;
+        let uri = match *method {
+            Method::CONNECT => http::Uri::builder().authority(authority).build(),
+            _ => http::Uri::builder().scheme("http").authority(authority).path_and_query("/").build(),
+        };
+        let request = Request::builder().method(method).uri(uri.map_err(|error| text(&error))?);
+        let (response, _body) = send
+            .send_request(request.body(()).expect("a request"), false)
+            .map_err(|error| text(&error))?;
+        tokio::select! {
+            end = connection => Err(format!("closed: {end:?}")),
+            response = response => response.map(|response| response.status().as_u16()).map_err(|error| text(&error)),
+        }
+    }
+}
+
+/// Takes any server: the test is the client that the agent has to judge.
+#[derive(Debug)]
+struct Anybody;
+
+impl rustls::client::danger::ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: rustls_pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.3 alone".into()))
+    }
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[test]
+fn a_peer_is_let_in_by_its_certificate_and_to_the_pod_alone() {
+    let one = One::new();
+    let _app = one.server.serve(PORT);
+    let _theirs = one.outsider.serve(PORT);
+    let peer = one.peer("spiffe://cluster.local/ns/demo/sa/peer");
+    let tunnel = one.server.at(15008);
+    let connect = |authority: &str| peer.request(&one.outsider, tunnel, &Method::CONNECT, authority);
+    let (own, own6) = (one.server.at(PORT).to_string(), one.server.at6(PORT).to_string());
+    assert_eq!(connect(&own), Ok(200));
+    assert_eq!(connect(&own6), Ok(200), "its other address is its own as well");
+    for (authority, status) in [
+        (one.outsider.at(PORT).to_string(), 400),
+        ("127.0.0.1:7000".into(), 400),
+        ("[::1]:7000".into(), 400),
+        ("0.0.0.0:7000".into(), 400),
+        (format!("{}:15008", one.server.v4), 503),
+        (format!("{}:15001", one.server.v4), 503),
+        (format!("{}:15006", one.server.v4), 503),
+        (format!("{}:0", one.server.v4), 400),
+        ("server.demo.svc.cluster.local:80".into(), 400),
+        (format!("{}:7999", one.server.v4), 503),
+    ] {
+        assert_eq!(connect(&authority), Ok(status), "{authority}");
+    }
+    for method in [Method::GET, Method::POST, Method::OPTIONS] {
+        let status = peer.request(&one.outsider, tunnel, &method, &own);
+        assert_eq!(status, Ok(400), "{method}");
+    }
+    one.agent.logs(&["expected method CONNECT, got GET", "connection failed"]);
+    one.agent.logs(&[&format!("ip mismatch: {} != {}", one.server.v4, one.outsider.v4)]);
+    one.agent.logs(&["attempted recursive call to ourselves"]);
+    one.agent.logs(&["invalid CONNECT address server.demo.svc.cluster.local:80"]);
+    assert_eq!(connect(&own), Ok(200), "and what works goes on");
+}
+
+#[test]
+fn a_peer_of_another_mesh_or_without_a_certificate_is_not_let_in() {
+    let one = One::new();
+    let _app = one.server.serve(PORT);
+    let own = one.server.at(PORT).to_string();
+    let connect = |peer: &Peer| peer.request(&one.outsider, one.server.at(15008), &Method::CONNECT, &own);
+    for identity in [
+        "spiffe://other.mesh/ns/demo/sa/peer",
+        "spiffe://cluster.local/ns/demo",
+        "https://cluster.local/ns/demo/sa/peer",
+    ] {
+        let refused = connect(&one.peer(identity));
+        assert!(refused.is_err(), "{identity}: {refused:?}");
+    }
+    assert!(connect(&Peer::stranger()).is_err());
+    one.agent.logs(&["connection failed", "tls handshake error", "peer did not present the expected trustdomain (cluster.local), got spiffe://other.mesh/ns/demo/sa/peer"]);
+    one.agent.logs(&["tls handshake error", "UnknownIssuer"]);
+    let none = Peer { chain: Vec::new(), key: KeyPair::generate().expect("a key").serialize_der() };
+    let refused = std::panic::catch_unwind(|| connect(&none));
+    assert!(!matches!(refused, Ok(Ok(_))), "{refused:?}");
+    assert!(!one.agent.log().contains("connection complete"), "none of it was dialled");
+}
+
+#[test]
+fn bytes_that_are_not_tls_are_closed_and_told() {
+    let one = One::new();
+    for line in ["GET / HTTP/1.1", "\u{16}\u{3}\u{1}", "x"] {
+        let answer = one.outsider.ask(one.server.at(15008), line).unwrap_or_default();
+        assert!(!answer.contains(line), "{answer}");
+    }
+    one.agent.logs(&["connection failed", "tls error: tls handshake error"]);
+    let _app = one.server.serve(PORT);
+    assert!(one.outsider.ask(one.server.at(PORT), "x").is_ok(), "and what works goes on");
+}
+
+#[test]
+fn what_is_meant_for_the_agents_own_ports_in_clear_is_refused() {
+    let one = One::new();
+    for port in [15001, 15006] {
+        assert_eq!(one.outsider.ask(one.server.at(port), "x"), Err("reset".into()), "{port}");
+    }
+    one.agent.logs(&["attempted recursive call to ourselves"]);
+}
+
+fn start(world: &World, node: &Node, change: impl FnOnce(&mut Vec<String>, &mut Vec<(String, String)>)) -> (Option<i32>, String) {
+    let mut setup = world.setup(node);
+    change(&mut setup.arguments, &mut setup.variables);
+    let mut agent = Agent::start(setup);
+    eventually("it ends by itself", 10, || !agent.runs());
+    let status = agent.wait();
+    (status.code(), agent.log())
+}
+
+#[test]
+fn a_wrong_setting_stops_the_start_and_is_named() {
+    let world = World::new();
+    let node = world.node("one");
+    for (wrong, name) in [
+        (&["--drain", "soon"][..], "--drain"),
+        (&["--workers", "none"], "--workers"),
+        (&["--no-such-thing"], "--no-such-thing"),
+        (&["--log", "loud"], "--log"),
+    ] {
+        let (code, log) = start(&world, &node, |arguments, _| {
+            if wrong[0] == "--drain" {
+                arguments.retain(|argument| argument != "--drain" && argument != "5s");
+            }
+            arguments.extend(wrong.iter().map(|word| (*word).to_owned()));
+        });
+        assert_eq!(code, Some(2), "{name}: {log}");
+        assert!(log.contains(name), "{name}: {log}");
+        fs::remove_file(world.folder().join("one.log")).expect("a log");
+    }
+    let (code, log) = start(&world, &node, |_, variables| {
+        variables.push(("DATAPLANE_DRAN".into(), "1s".into()));
+    });
+    assert_eq!(code, Some(2));
+    assert!(log.contains("DATAPLANE_DRAN is no setting"), "{log}");
+    let (code, log) = start(&world, &node, |arguments, _| {
+        let at = arguments.iter().position(|word| word == "--cgroup").expect("it is there");
+        arguments[at + 1] = "/no/such/group".into();
+    });
+    assert_eq!(code, Some(2));
+    assert!(log.contains("--cgroup: /no/such/group"), "{log}");
+}
+
+#[test]
+fn a_bad_file_stops_the_start_and_is_named_with_line_and_field() {
+    let world = World::new();
+    let node = world.node("one");
+    world.manifests.write("bad.yaml", "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: bad\n  namespace: demo\nspec:\n  action: MAYBE\n");
+    let (code, log) = start(&world, &node, |_, _| {});
+    assert_eq!(code, Some(2), "{log}");
+    assert!(log.contains("bad.yaml:7: spec.action"), "{log}");
+}
+
+#[test]
+fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
+    let one = One::new();
+    let _app = one.server.serve(PORT);
+    let to = one.server.at(PORT);
+    assert!(one.outsider.ask(to, "x").is_ok());
+    one.world.manifests.policy("demo", "nobody", "ALLOW", "server", "cluster.local/ns/x/sa/y");
+    eventually("denied", 5, || one.outsider.ask(to, "x").is_err());
+    let path = one.world.manifests.folder.join("policy-demo-nobody.yaml");
+    let whole = fs::read_to_string(&path).expect("a file");
+    for bad in [&whole[..whole.len() / 2], "", "kind: [", "\u{0}\u{1}"] {
+        // As an editor may: in place, and not by rename.
+        fs::write(&path, bad).expect("a file");
+        std::thread::sleep(Duration::from_millis(900));
+        assert!(one.outsider.ask(to, "x").is_err(), "still denied: {bad:?}");
+    }
+    one.agent.logs(&["policy-demo-nobody.yaml", "what it said before holds"]);
+    let status = one.agent.status().expect("it answers");
+    assert!(status["problems"].to_string().contains("policy-demo-nobody.yaml"), "{status}");
+    fs::write(&path, whole.replace("x/sa/y", "x/sa/z")).expect("a file");
+    eventually("good again", 5, || {
+        let status = one.agent.status().expect("it answers");
+        status["problems"].as_array().is_some_and(Vec::is_empty)
+    });
+    assert!(one.outsider.ask(to, "x").is_err(), "and still denied");
+}
+
+#[test]
+fn without_any_one_of_its_privileges_it_says_which_and_does_not_start() {
+    let world = World::new();
+    let node = world.node("one");
+    for (name, number) in CAPABILITIES {
+        let mut setup = world.setup(&node);
+        if let Some(keep) = &mut setup.place.capabilities {
+            keep.retain(|kept| *kept != number);
+        }
+        let mut agent = Agent::start(setup);
+        eventually("it ends by itself", 10, || !agent.runs());
+        assert_eq!(agent.wait().code(), Some(3), "{name}: {}", agent.log());
+        assert!(agent.log().contains(&format!("{name} is missing: needed to")), "{name}: {}", agent.log());
+    }
+}
+
+#[test]
+fn a_killed_agents_successor_takes_over_and_letting_go_is_complete() {
+    let mut one = One::new();
+    let _app = one.server.serve(PORT);
+    for _ in 0..3 {
+        one.agent.kill();
+        one.agent.restart();
+        one.agent.up(&["server"]);
+        eventually("served again", 10, || one.outsider.ask(one.server.at(PORT), "x").is_ok());
+    }
+    one.agent.kill();
+    // The pod's object goes while nobody looks.
+    one.world.manifests.remove_pod("demo", "server");
+    one.agent.restart();
+    eventually("the successor lets it go", 10, || {
+        one.server.netns.show("rule show").lines().count() == 3
+    });
+    assert!(one.outsider.ask(one.server.at(PORT), "x").is_ok());
+    let (_, text, _) = output(&mut Command::new("true"));
+    assert!(text.is_empty());
+    drop(one.node);
+}
+
+#[test]
+fn check_says_what_is_there_and_status_that_nobody_runs() {
+    let world = World::new();
+    let node = world.node("one");
+    let bin = dataplane_tests::program("DATAPLANE_BIN");
+    let mut check = Command::new(&bin);
+    check.arg("check").arg("--bpffs").arg(world.bpffs()).arg("--cgroup").arg(&node.cgroup.folder);
+    let (status, out, _) = output(&mut check);
+    assert!(status.success(), "{out}");
+    for what in ["kernel", "capabilities", "cgroup v2", "bpffs", "sockets", "programs", "hooks"] {
+        assert!(out.lines().any(|line| line.starts_with("ok") && line.contains(what)), "{what}: {out}");
+    }
+    let mut check = Command::new(&bin);
+    check.arg("check").args(["--cgroup", "/no/such/group"]).arg("--bpffs").arg(world.bpffs());
+    let (status, out, _) = output(&mut check);
+    assert_eq!(status.code(), Some(3), "{out}");
+    assert!(out.contains("lacks  cgroup v2"), "{out}");
+    let mut ask = Command::new(&bin);
+    ask.args(["status", "--node", "nobody"]).arg("--run-dir").arg(world.folder());
+    let (status, _, error) = output(&mut ask);
+    assert_eq!(status.code(), Some(5));
+    assert!(error.contains("no dataplane agent runs"), "{error}");
+}

@@ -112,6 +112,11 @@ impl World {
         }
     }
 
+    /// A cgroup that holds no pods.
+    pub fn outside(&self) -> &std::path::Path {
+        &self.agents.folder
+    }
+
     /// Where its logs are.
     pub fn folder(&self) -> &std::path::Path {
         self.folder.path()

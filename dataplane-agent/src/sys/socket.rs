@@ -20,10 +20,11 @@ const BACKLOG: i32 = 4096;
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
 /// A listener on all addresses of both families, which takes connections to any address at all;
-/// of IPv4 alone where there is no IPv6. Non-blocking.
+/// of IPv4 alone where there is no IPv6. Non-blocking. Where an app has the port already it gets
+/// another one: connections are steered to the socket, whatever its port is.
 ///
 /// # Errors
-/// The port is taken; CAP_NET_ADMIN is missing.
+/// CAP_NET_ADMIN is missing.
 pub fn listener(port: u16, mark: u32) -> io::Result<std::net::TcpListener> {
     let (socket, any) = match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
         Ok(socket) => {
@@ -44,7 +45,12 @@ pub fn listener(port: u16, mark: u32) -> io::Result<std::net::TcpListener> {
     // Accepted sockets inherit both.
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(&keepalive())?;
-    socket.bind(&SocketAddr::new(any, port).into())?;
+    match socket.bind(&SocketAddr::new(any, port).into()) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            socket.bind(&SocketAddr::new(any, 0).into())?;
+        }
+        bound => bound?,
+    }
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
