@@ -13,10 +13,10 @@ use crate::capture::{self, CaptureError, PodEvent, Room, room};
 use crate::config::{self, RunOptions};
 use crate::control::ca::EmbeddedCa;
 use crate::control::enrolled;
+use crate::control::local;
 use crate::control::machine::Machine;
 use crate::control::manifests::{Folder, MeshConfig, Watch};
 use crate::control::pods::{Ends, Pods, Source, State, View};
-use crate::control::local;
 use crate::exit::Exit;
 use crate::identity::{Certs, Identity};
 use crate::observe::admin::{self, Sources};
@@ -82,13 +82,15 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let mut signals = Signals::new()?;
     let config = room_config(&options)?;
     // What is configured first: a wrong file stops the start before anything is touched.
-    fs::create_dir_all(&options.state)
-        .map_err(|error| AgentError::Settings(format!("--state: {}: {error}", options.state.display())))?;
+    fs::create_dir_all(&options.state).map_err(|error| {
+        AgentError::Settings(format!("--state: {}: {error}", options.state.display()))
+    })?;
     let source = source(&options)?;
     let ca = EmbeddedCa::open(&options.state, &options.trust_domain, options.secret_ttl)
         .map_err(|error| AgentError::Settings(error.to_string()))?;
-    let machine = Machine::new(&config.cgroup)
-        .map_err(|error| AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display())))?;
+    let machine = Machine::new(&config.cgroup).map_err(|error| {
+        AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
+    })?;
 
     // The rooms, from the kernel on.
     let (events, mut pod_events) = mpsc::channel(64);
@@ -110,14 +112,19 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     // What fills their stores.
     let (wanted, to_capture) = watch::channel(None::<capture::Wanted>);
     let (view_writer, view) = watch::channel(View::default());
-    let ends = Ends { wanted, status, mesh: mesh_writer, view: view_writer };
+    let ends = Ends {
+        wanted,
+        status,
+        mesh: mesh_writer,
+        view: view_writer,
+    };
     let pods = Pods::new(source, machine, ends)
         .map_err(|error| AgentError::Settings(format!("--state: {error}")))?;
 
     // Who watches.
     let socket = options.places.socket(&options.node);
-    let listener = admin::listen(&socket)
-        .with_context(|| format!("admin socket {}", socket.display()))?;
+    let listener =
+        admin::listen(&socket).with_context(|| format!("admin socket {}", socket.display()))?;
     let sources = sources(&options.node, &window, &view, &mesh, &certs, level, metrics);
 
     tracing::info!(node = options.node, workers = count, admin = %socket.display(), "started");
@@ -191,7 +198,10 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
     let own = cgroup::of_process(&root, &own).and_then(|own| cgroup::id(&root, &own).ok());
     let bpffs = &options.places.bpffs;
     bpffs::ensure(bpffs).map_err(|error| {
-        AgentError::Machine(format!("no BPF file system at {}: {error}", bpffs.display()))
+        AgentError::Machine(format!(
+            "no BPF file system at {}: {error}",
+            bpffs.display()
+        ))
     })?;
     Ok(room::Config {
         cgroup: pods,
@@ -207,7 +217,9 @@ fn source(options: &RunOptions) -> Result<Source, AgentError> {
     let wrong = |error: String| AgentError::Settings(error);
     if let Some(file) = &options.local_xds_path {
         let read = local::read(file, &options.node);
-        return read.map(Source::Local).map_err(|error| wrong(error.to_string()));
+        return read
+            .map(Source::Local)
+            .map_err(|error| wrong(error.to_string()));
     }
     let Some(folder) = &options.manifests else {
         return Err(wrong("--manifests or LOCAL_XDS_PATH is wanted".into()));
@@ -247,7 +259,10 @@ fn sources(
         status,
         ready: Arc::new(move || {
             let view = seen.borrow();
-            let pending = view.pods.iter().any(|pod| pod.state == State::Waiting && pod.netns.is_some());
+            let pending = view
+                .pods
+                .iter()
+                .any(|pod| pod.state == State::Waiting && pod.netns.is_some());
             match (view.looked, pending) {
                 (false, _) => Err("pods".into()),
                 (true, true) => Err("enrolment".into()),
@@ -269,7 +284,10 @@ fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> Status
         reason: pod.reason.clone(),
         addresses: pod.addresses.iter().map(ToString::to_string).collect(),
         netns: pod.netns,
-        cgroup: pod.cgroup.as_ref().map(|cgroup| cgroup.display().to_string()),
+        cgroup: pod
+            .cgroup
+            .as_ref()
+            .map(|cgroup| cgroup.display().to_string()),
         outside: pod.outside,
     };
     StatusReport {
@@ -277,7 +295,10 @@ fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> Status
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pods: view.pods.iter().map(pod).collect(),
         problems: view.problems.clone(),
-        counters: counters.into_iter().map(|(word, count)| (word.to_owned(), count)).collect(),
+        counters: counters
+            .into_iter()
+            .map(|(word, count)| (word.to_owned(), count))
+            .collect(),
     }
 }
 

@@ -14,7 +14,13 @@ use crate::observe::log::Format;
 pub struct RunOptions {
     /// Folder of Kubernetes manifests that describes the mesh: Namespaces, Pods, Services,
     /// ServiceAccounts, AuthorizationPolicies, PeerAuthentications. It is watched.
-    #[arg(long, env = "DATAPLANE_MANIFESTS", value_name = "DIR", required_unless_present = "local_xds_path", conflicts_with = "local_xds_path")]
+    #[arg(
+        long,
+        env = "DATAPLANE_MANIFESTS",
+        value_name = "DIR",
+        required_unless_present = "local_xds_path",
+        conflicts_with = "local_xds_path"
+    )]
     pub manifests: Option<PathBuf>,
     /// ztunnel's LOCAL_XDS file, in place of manifests; read once.
     #[arg(long, env = "LOCAL_XDS_PATH", value_name = "FILE")]
@@ -23,7 +29,12 @@ pub struct RunOptions {
     #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name)]
     pub node: String,
     /// Folder that the nodes of a mesh share: the embedded CA, and the records of enrolled pods.
-    #[arg(long, env = "DATAPLANE_STATE", value_name = "DIR", default_value = "/var/lib/dataplane")]
+    #[arg(
+        long,
+        env = "DATAPLANE_STATE",
+        value_name = "DIR",
+        default_value = "/var/lib/dataplane"
+    )]
     pub state: PathBuf,
     /// Cgroup (v2) that holds the pods; the root of the hierarchy if not set.
     #[arg(long, env = "DATAPLANE_CGROUP", value_name = "PATH")]
@@ -41,7 +52,12 @@ pub struct RunOptions {
     #[arg(long, env = "CLUSTER_DOMAIN", value_name = "NAME", default_value = "cluster.local", value_parser = domain)]
     pub cluster_domain: String,
     /// Name of the cluster.
-    #[arg(long, env = "CLUSTER_ID", value_name = "NAME", default_value = "Kubernetes")]
+    #[arg(
+        long,
+        env = "CLUSTER_ID",
+        value_name = "NAME",
+        default_value = "Kubernetes"
+    )]
     pub cluster_id: String,
     /// How long a workload's certificate lives; it is renewed at half of that.
     #[arg(long, env = "SECRET_TTL", value_name = "TIME", default_value = "24h", value_parser = duration)]
@@ -51,7 +67,13 @@ pub struct RunOptions {
     #[arg(long, env = "RUST_LOG", value_name = "LEVELS", default_value = "info", value_parser = levels)]
     pub log: String,
     /// How it is logged.
-    #[arg(long, env = "LOG_FORMAT", value_name = "FORMAT", value_enum, default_value_t)]
+    #[arg(
+        long,
+        env = "LOG_FORMAT",
+        value_name = "FORMAT",
+        value_enum,
+        default_value_t
+    )]
     pub log_format: Format,
     /// Where the agent keeps what it needs while it runs.
     #[command(flatten)]
@@ -62,10 +84,20 @@ pub struct RunOptions {
 #[derive(Args, Clone, Debug)]
 pub struct Places {
     /// Folder for what is running: the admin socket, and how to undo what was changed.
-    #[arg(long, env = "DATAPLANE_RUN_DIR", value_name = "DIR", default_value = "/run/dataplane")]
+    #[arg(
+        long,
+        env = "DATAPLANE_RUN_DIR",
+        value_name = "DIR",
+        default_value = "/run/dataplane"
+    )]
     pub run_dir: PathBuf,
     /// A BPF file system, where kernel programs are pinned; mounted if it is not.
-    #[arg(long, env = "DATAPLANE_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf")]
+    #[arg(
+        long,
+        env = "DATAPLANE_BPFFS",
+        value_name = "DIR",
+        default_value = "/sys/fs/bpf"
+    )]
     pub bpffs: PathBuf,
 }
 
@@ -110,7 +142,9 @@ pub fn unknown_variable(names: impl IntoIterator<Item = String>) -> Option<Strin
 /// # Errors
 /// It is none, or zero.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let number: u64 = number
         .parse()
@@ -197,7 +231,10 @@ mod tests {
     fn the_least_is_a_source_and_a_node() {
         let options = parse(&["--manifests", "m", "--node", "one"]).expect("enough");
         assert_eq!(options.secret_ttl, Duration::from_secs(86400));
-        assert_eq!(options.places.socket("one"), Path::new("/run/dataplane/one/admin.sock"));
+        assert_eq!(
+            options.places.socket("one"),
+            Path::new("/run/dataplane/one/admin.sock")
+        );
     }
 
     #[test]
@@ -220,12 +257,21 @@ mod tests {
         }
         let error = parse(&["--manifests", "m", "--node", "../x"]).expect_err("a bad name");
         assert!(error.contains("--node"), "{error}");
-        assert!(parse(&["--node", "one"]).expect_err("no source").contains("--manifests"));
+        assert!(
+            parse(&["--node", "one"])
+                .expect_err("no source")
+                .contains("--manifests")
+        );
     }
 
     #[test]
     fn a_misspelt_variable_is_found() {
-        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let names = |names: &[&str]| {
+            names
+                .iter()
+                .map(|name| (*name).to_owned())
+                .collect::<Vec<_>>()
+        };
         assert_eq!(unknown_variable(names(&["PATH", "DATAPLANE_STATE"])), None);
         let wrong = unknown_variable(names(&["DATAPLANE_STAT"]));
         assert_eq!(wrong.as_deref(), Some("DATAPLANE_STAT"));
@@ -236,7 +282,15 @@ mod tests {
         assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(duration("2d"), Ok(Duration::from_secs(172_800)));
-        for wrong in ["", "s", "-1s", "1.5h", "1 h", "99999999999999999999s", "9999999d"] {
+        for wrong in [
+            "",
+            "s",
+            "-1s",
+            "1.5h",
+            "1 h",
+            "99999999999999999999s",
+            "9999999d",
+        ] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }
     }

@@ -111,7 +111,9 @@ mod tests {
     use super::*;
 
     fn on_a_worker(test: impl Future<Output = ()>) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
         tokio::task::LocalSet::new().block_on(&runtime.expect("a runtime"), test);
     }
 

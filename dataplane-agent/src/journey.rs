@@ -69,7 +69,9 @@ pub async fn walk(
     tcp: TcpStream,
 ) {
     // A connection that is gone already has no addresses; nobody is left to tell.
-    let (Ok(peer), Ok(local)) = (tcp.peer_addr(), tcp.local_addr()) else { return };
+    let (Ok(peer), Ok(local)) = (tcp.peer_addr(), tcp.local_addr()) else {
+        return;
+    };
     let (peer, local) = (canonical(peer), canonical(local));
     let direction = match entrance {
         Entrance::Hbone => return tunnel(corridor, scope, pod, tcp, peer, local).await,
@@ -96,7 +98,9 @@ async fn tunnel(
     local: SocketAddr,
 ) {
     let refused = |error: &AcceptError| {
-        corridor.observer.refused(peer, local, Reporter::Destination, error);
+        corridor
+            .observer
+            .refused(peer, local, Reporter::Destination, error);
     };
     let Ok(place) = corridor.handshakes.try_acquire() else {
         Io::Tcp(tcp).refuse(StatusCode::SERVICE_UNAVAILABLE);
@@ -135,7 +139,9 @@ async fn pass(corridor: &Corridor, scope: &Scope, accepted: Accepted<Io>, local:
     let resolved = match resolve::resolve(&corridor.mesh, accepted) {
         Ok(resolved) => resolved,
         Err((accepted, error)) => {
-            corridor.observer.refused(accepted.peer, accepted.destination, reporter, &error);
+            corridor
+                .observer
+                .refused(accepted.peer, accepted.destination, reporter, &error);
             return accepted.io.refuse(status_of(&error));
         }
     };

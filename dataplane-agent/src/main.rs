@@ -15,7 +15,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let variables = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
     if let Some(name) = unknown_variable(variables) {
-        return fail(Exit::Settings, &format!("{name} is no setting (see `dataplane run --help`)"));
+        return fail(
+            Exit::Settings,
+            &format!("{name} is no setting (see `dataplane run --help`)"),
+        );
     }
     match cli.command {
         Command::Run(options) => run(*options),
@@ -44,7 +47,9 @@ fn run(options: RunOptions) -> ExitCode {
         Err(error) => return fail(Exit::Settings, &format!("--log: {error}")),
     };
     let ended = agent::privileges().and_then(|()| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
         let runtime = runtime.map_err(anyhow::Error::from)?;
         runtime.block_on(agent::run(options, level))
     });
@@ -73,10 +78,16 @@ fn uninstall(options: &UninstallOptions) -> ExitCode {
     };
     if options.state.is_dir()
         && let Err(error) = Records::open(&options.state, &options.node).and_then(|records| {
-            records.own()?.iter().try_for_each(|pod| records.remove(pod))
+            records
+                .own()?
+                .iter()
+                .try_for_each(|pod| records.remove(pod))
         })
     {
-        return fail(Exit::Failed, &format!("{}: {error}", options.state.display()));
+        return fail(
+            Exit::Failed,
+            &format!("{}: {error}", options.state.display()),
+        );
     }
     println!("node {}: {pods} pods let go, nothing is left", options.node);
     Exit::Good.into()

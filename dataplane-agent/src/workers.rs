@@ -113,7 +113,13 @@ impl Workers {
         let (doors, inboxes): (Vec<Door>, Vec<_>) = (0..count.max(1))
             .map(|_| {
                 let (orders, inbox) = mpsc::unbounded_channel();
-                (Door { orders, load: Load::default() }, inbox)
+                (
+                    Door {
+                        orders,
+                        load: Load::default(),
+                    },
+                    inbox,
+                )
             })
             .unzip();
         let mut threads = Vec::new();
@@ -126,7 +132,11 @@ impl Workers {
                 LocalSet::new().block_on(&runtime, work);
             })?);
         }
-        Ok(Self { doors, threads, homes: HashMap::new() })
+        Ok(Self {
+            doors,
+            threads,
+            homes: HashMap::new(),
+        })
     }
 
     /// Does what capture says of a pod.
@@ -137,7 +147,11 @@ impl Workers {
                 self.homes.insert(pod.uid.clone(), home);
                 let mut listeners = Some(listeners);
                 for (number, door) in self.doors.iter().enumerate() {
-                    let listeners = if number == home { listeners.take() } else { None };
+                    let listeners = if number == home {
+                        listeners.take()
+                    } else {
+                        None
+                    };
                     door.order(Order::Up(Arc::clone(&pod), listeners));
                 }
             }
@@ -189,12 +203,7 @@ impl Workers {
     }
 
     /// Orders it from all workers; `told` hears when all have done it.
-    fn all(
-        &self,
-        uid: &Arc<str>,
-        told: oneshot::Sender<()>,
-        order: fn(Arc<str>, Answer) -> Order,
-    ) {
+    fn all(&self, uid: &Arc<str>, told: oneshot::Sender<()>, order: fn(Arc<str>, Answer) -> Order) {
         let answer = OnDrop::answer(told);
         for door in &self.doors {
             door.order(order(Arc::clone(uid), Arc::clone(&answer)));
@@ -223,7 +232,9 @@ struct Here {
 
 impl Worker {
     fn new(number: usize, doors: Vec<Door>, shared: Shared) -> Self {
-        let means = Rc::new(OfNode { certs: shared.certs.clone() });
+        let means = Rc::new(OfNode {
+            certs: shared.certs.clone(),
+        });
         let pool = Pool::new(means.clone(), IDLE);
         Self {
             number,
@@ -242,7 +253,8 @@ impl Worker {
     }
 
     async fn work(mut self, mut inbox: mpsc::UnboundedReceiver<Order>) {
-        self.chores.spawn(Rc::clone(&self.corridor.carrier.pool).release_idle());
+        self.chores
+            .spawn(Rc::clone(&self.corridor.carrier.pool).release_idle());
         while let Some(order) = inbox.recv().await {
             match order {
                 Order::Up(pod, listeners) => self.up(pod, listeners),
@@ -301,7 +313,9 @@ impl Worker {
     }
 
     fn drain(&self, uid: &str, answer: Answer) {
-        let Some(here) = self.pods.get(uid) else { return };
+        let Some(here) = self.pods.get(uid) else {
+            return;
+        };
         here.scope.close(true);
         self.corridor.carrier.pool.forget(uid);
         let scope = here.scope.clone();
@@ -312,7 +326,9 @@ impl Worker {
     }
 
     fn down(&mut self, uid: &str, answer: Answer) {
-        let Some(here) = self.pods.remove(uid) else { return };
+        let Some(here) = self.pods.remove(uid) else {
+            return;
+        };
         self.corridor.carrier.pool.forget(uid);
         self.chores.spawn(async move {
             here.entrances.cut().await;

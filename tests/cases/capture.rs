@@ -32,17 +32,33 @@ impl Pair {
         one.up(&["client"]);
         two.up(&["server"]);
         eventually("the server is dialled by HBONE", 10, || {
-            one.get("/config_dump").matches("\"protocol\": \"HBONE\"").count() >= 2
+            one.get("/config_dump")
+                .matches("\"protocol\": \"HBONE\"")
+                .count()
+                >= 2
         });
-        Self { client, server, one, two, nodes, world }
+        Self {
+            client,
+            server,
+            one,
+            two,
+            nodes,
+            world,
+        }
     }
 
     /// Taps on both pods' veths, and on the wire.
     fn taps(&self) -> [(&'static str, Wire); 3] {
         let (one, two) = (&self.nodes.0.netns, &self.nodes.1.netns);
         [
-            ("the client's veth", Wire::tap(one.file(), &self.client.veth)),
-            ("the server's veth", Wire::tap(two.file(), &self.server.veth)),
+            (
+                "the client's veth",
+                Wire::tap(one.file(), &self.client.veth),
+            ),
+            (
+                "the server's veth",
+                Wire::tap(two.file(), &self.server.veth),
+            ),
             ("the wire", Wire::tap(one.file(), "wire")),
         ]
     }
@@ -56,9 +72,21 @@ fn nothing_leaked(taps: [(&'static str, Wire); 3], ports: std::ops::Range<u16>) 
         let leaked: Vec<_> = segments
             .iter()
             .filter(|segment| ports.contains(&segment.from.1) || ports.contains(&segment.to.1))
-            .map(|segment| (segment.from, segment.to, segment.flags, segment.payload.len()))
+            .map(|segment| {
+                (
+                    segment.from,
+                    segment.to,
+                    segment.flags,
+                    segment.payload.len(),
+                )
+            })
             .collect();
-        assert!(leaked.is_empty(), "{} on {name}: {:?}", leaked.len(), &leaked[..leaked.len().min(8)]);
+        assert!(
+            leaked.is_empty(),
+            "{} on {name}: {:?}",
+            leaked.len(),
+            &leaked[..leaked.len().min(8)]
+        );
     }
 }
 
@@ -76,8 +104,9 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
         })
         .collect();
     let taps = pair.taps();
-    let mut endings: Vec<(u16, &str)> =
-        ["now", "sent", "half", "reset", "unread", "vanish"].map(|how| (PORT, how)).to_vec();
+    let mut endings: Vec<(u16, &str)> = ["now", "sent", "half", "reset", "unread", "vanish"]
+        .map(|how| (PORT, how))
+        .to_vec();
     // The server's four ways, and a port where nobody listens.
     endings.extend((PORT + 1..=PORT + 5).map(|port| (port, "wait")));
     for _ in 0..6 {
@@ -97,11 +126,19 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
         talk
     };
     let cut = (talk(pair.server.at(PORT)), talk(pair.server.at6(PORT)));
-    pair.world.manifests.policy("demo", "nobody", "ALLOW", "server", "cluster.local/ns/x/sa/y");
+    pair.world.manifests.policy(
+        "demo",
+        "nobody",
+        "ALLOW",
+        "server",
+        "cluster.local/ns/x/sa/y",
+    );
     assert_eq!(cut.0.line(), "closed: reset");
     assert_eq!(cut.1.line(), "closed: reset");
     pair.world.manifests.remove("policy-demo-nobody.yaml");
-    eventually("let in again", 5, || pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    eventually("let in again", 5, || {
+        pair.client.ask(pair.server.at(PORT), "x").is_ok()
+    });
     // Either agent is killed, and the apps go on for a while.
     let mut left = (talk(pair.server.at(PORT)), talk(pair.server.at6(PORT)));
     pair.one.kill();
@@ -110,7 +147,9 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
     std::thread::sleep(Duration::from_millis(500));
     pair.one.restart();
     pair.one.up(&["client"]);
-    eventually("served again", 10, || pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    eventually("served again", 10, || {
+        pair.client.ask(pair.server.at(PORT), "x").is_ok()
+    });
     let mut left = {
         let talk = |to| {
             let mut talk = pair.client.talk(to);
@@ -158,7 +197,9 @@ fn c1_without_an_agent_nobody_reaches_a_pod_and_nothing_of_it_leaves() {
     pair.two.restart();
     pair.two.up(&["server"]);
     let _app = pair.server.serve(PORT);
-    eventually("the next agent serves it", 10, || outsider.ask(pair.server.at(PORT), "x").is_ok());
+    eventually("the next agent serves it", 10, || {
+        outsider.ask(pair.server.at(PORT), "x").is_ok()
+    });
     assert!(pair.server.ask(outsider.at(PORT), "out").is_ok());
 }
 
@@ -170,13 +211,22 @@ fn c2_the_apps_own_marks_stay_and_a_socket_that_is_connected_anew_is_decided_ane
     let to = pair.server.at(PORT);
     // Bits above ours, and all of ours: they are replaced.
     for mark in ["mark=65536", "mark=1297", "mark=273", "mark=1337"] {
-        assert!(pair.client.ask_with(to, "marked", &[mark]).is_ok(), "{mark}");
+        assert!(
+            pair.client.ask_with(to, "marked", &[mark]).is_ok(),
+            "{mark}"
+        );
     }
     let first = format!("twice={to}");
     let own = pair.client.at(PORT);
-    assert!(pair.client.ask_with(own, "to itself", &[&first]).is_ok(), "captured, then local");
+    assert!(
+        pair.client.ask_with(own, "to itself", &[&first]).is_ok(),
+        "captured, then local"
+    );
     let local = format!("twice={own}");
-    assert!(pair.client.ask_with(to, "out", &[&local]).is_ok(), "local, then captured");
+    assert!(
+        pair.client.ask_with(to, "out", &[&local]).is_ok(),
+        "local, then captured"
+    );
     nothing_leaked(taps, PORT..PORT + 1);
 }
 
@@ -191,9 +241,15 @@ fn c5_every_kind_of_tcp_connection_is_captured() {
     let to = pair.server.at(PORT);
     for option in ["mapped", "mptcp", "fastopen", "fastopen"] {
         let answer = pair.client.ask_with(to, option, &[option]);
-        assert_eq!(answer, Ok(format!("{} {option}", pair.client.v4)), "{option}");
+        assert_eq!(
+            answer,
+            Ok(format!("{} {option}", pair.client.v4)),
+            "{option}"
+        );
     }
-    let answer = pair.client.ask_with(pair.server.at6(PORT), "mptcp", &["mptcp"]);
+    let answer = pair
+        .client
+        .ask_with(pair.server.at6(PORT), "mptcp", &["mptcp"]);
     assert_eq!(answer, Ok(format!("{} mptcp", pair.client.v6)));
     assert!(pair.one.counter("captured") >= before + 5);
     nothing_leaked(taps, PORT..PORT + 1);
@@ -207,12 +263,15 @@ fn c6_a_process_of_one_pods_cgroup_in_another_pods_namespace_is_refused() {
     let _app = pair.server.serve(PORT);
     let mut command = Command::new(program("DATAPLANE_TEST_APP"));
     command.args(["ask", &pair.server.at(PORT).to_string(), "borrowed"]);
-    place(&mut command, &Place {
-        netns: pair.client.netns.file(),
-        cgroup: other.cgroup.folder.clone(),
-        hosts: None,
-        capabilities: None,
-    });
+    place(
+        &mut command,
+        &Place {
+            netns: pair.client.netns.file(),
+            cgroup: other.cgroup.folder.clone(),
+            hosts: None,
+            capabilities: None,
+        },
+    );
     let (status, _, error) = output(&mut command);
     assert!(!status.success() && error.contains("denied"), "{error}");
     pair.one.logs(&["foreign_cgroup"]);
@@ -224,19 +283,34 @@ fn traces(pod: &Pod) -> Vec<String> {
     let mut traces = Vec::new();
     for family in ["-4", "-6"] {
         let rules = pod.netns.show(&format!("{family} rule show"));
-        traces.extend(rules.lines().filter(|line| line.contains("fwmark")).map(str::to_owned));
+        traces.extend(
+            rules
+                .lines()
+                .filter(|line| line.contains("fwmark"))
+                .map(str::to_owned),
+        );
         for table in ["15001", "15006"] {
-            let routes = pod.netns.show(&format!("{family} route show table {table}"));
+            let routes = pod
+                .netns
+                .show(&format!("{family} route show table {table}"));
             traces.extend(routes.lines().map(|route| format!("{table}: {route}")));
         }
     }
-    for name in ["net.ipv4.tcp_fwmark_accept", "net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"] {
+    for name in [
+        "net.ipv4.tcp_fwmark_accept",
+        "net.ipv4.fwmark_reflect",
+        "net.ipv6.fwmark_reflect",
+    ] {
         if pod.netns.sysctl(name) != "0" {
             traces.push(format!("{name} is not 0"));
         }
     }
     let (_, listeners, _) = output(pod.command("ss").args(["-Hltn"]));
-    let ours = |line: &&str| [":15001", ":15006", ":15008"].iter().any(|port| line.contains(port));
+    let ours = |line: &&str| {
+        [":15001", ":15006", ":15008"]
+            .iter()
+            .any(|port| line.contains(port))
+    };
     traces.extend(listeners.lines().filter(ours).map(str::to_owned));
     traces
 }
@@ -264,13 +338,26 @@ fn c7_a_pod_that_leaves_has_nothing_left_of_it() {
     let mut pair = Pair::new();
     let _app = pair.server.serve(PORT);
     assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
-    assert!(traces(&pair.client).len() >= 12, "{:?}", traces(&pair.client));
+    assert!(
+        traces(&pair.client).len() >= 12,
+        "{:?}",
+        traces(&pair.client)
+    );
     let mut object = pair.nodes.0.object(&pair.client);
-    object.labels.push(("istio.io/dataplane-mode".into(), "none".into()));
+    object
+        .labels
+        .push(("istio.io/dataplane-mode".into(), "none".into()));
     pair.world.manifests.pod(&object);
     pair.one.is("client", "ignored");
-    eventually("nothing is left in the pod", 15, || traces(&pair.client).is_empty());
-    let left = |names: &[String]| names.iter().filter(|name| name.contains("/one/") && name.contains("/pods/")).count();
+    eventually("nothing is left in the pod", 15, || {
+        traces(&pair.client).is_empty()
+    });
+    let left = |names: &[String]| {
+        names
+            .iter()
+            .filter(|name| name.contains("/one/") && name.contains("/pods/"))
+            .count()
+    };
     assert_eq!(left(&pins(&pair.world)), 0, "{:?}", pins(&pair.world));
     let answer = pair.client.ask(pair.server.at(PORT), "in clear now");
     assert_eq!(answer, Ok(format!("{} in clear now", pair.client.v4)));
@@ -281,21 +368,31 @@ fn c7_a_pod_that_leaves_has_nothing_left_of_it() {
     assert!(status.success(), "{error}");
     assert!(out.contains("1 pods let go"), "{out}");
     assert_eq!(traces(&pair.server), Vec::<String>::new());
-    assert!(!pins(&pair.world).iter().any(|name| name.contains("/two")), "{:?}", pins(&pair.world));
+    assert!(
+        !pins(&pair.world).iter().any(|name| name.contains("/two")),
+        "{:?}",
+        pins(&pair.world)
+    );
     let attached = |cgroup: &Path| {
         let (_, text, _) = output(Command::new("bpftool").args(["cgroup", "show"]).arg(cgroup));
         text.lines().count()
     };
     assert!(attached(&pair.nodes.0.cgroup.folder) > attached(&pair.nodes.1.cgroup.folder));
     let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
-    assert!(outsider.ask(pair.server.at(PORT), "x").is_ok(), "reached without the agent");
+    assert!(
+        outsider.ask(pair.server.at(PORT), "x").is_ok(),
+        "reached without the agent"
+    );
 }
 
 #[test]
 fn c7_a_connection_that_is_older_than_the_enrolment_goes_on() {
     let world = World::new();
     let (one, two) = world.two_nodes();
-    let (client, server) = (one.bare(&world, "demo", "client"), two.bare(&world, "demo", "server"));
+    let (client, server) = (
+        one.bare(&world, "demo", "client"),
+        two.bare(&world, "demo", "server"),
+    );
     let _app = server.serve(PORT);
     let mut old = client.talk(server.at(PORT));
     old.say("before");
@@ -314,15 +411,19 @@ fn c8_processes_outside_of_the_pods_cgroup_are_counted_and_told() {
     let pair = Pair::new();
     let mut command = Command::new(program("DATAPLANE_TEST_APP"));
     command.arg("pause");
-    place(&mut command, &Place {
-        netns: pair.client.netns.file(),
-        cgroup: pair.world.outside().to_owned(),
-        hosts: None,
-        capabilities: None,
-    });
+    place(
+        &mut command,
+        &Place {
+            netns: pair.client.netns.file(),
+            cgroup: pair.world.outside().to_owned(),
+            hosts: None,
+            capabilities: None,
+        },
+    );
     let stray = Process::start(&mut command);
     assert_eq!(stray.line(), "ready");
-    pair.one.logs(&["processes in the pod's network namespace are outside of its cgroup"]);
+    pair.one
+        .logs(&["processes in the pod's network namespace are outside of its cgroup"]);
     let status = pair.one.status().expect("it answers");
     assert_eq!(status["pods"][0]["outside"], 1, "{status}");
 }
@@ -332,8 +433,14 @@ fn c8_a_second_agent_of_a_node_does_not_start() {
     let pair = Pair::new();
     let (status, _, error) = output(&mut pair.one.command());
     assert_eq!(status.code(), Some(4), "{error}");
-    assert!(error.contains("another dataplane agent already runs for this node"), "{error}");
-    assert!(pair.client.ask(pair.server.at(PORT), "x") == Err("reset".into()), "the first one serves on");
+    assert!(
+        error.contains("another dataplane agent already runs for this node"),
+        "{error}"
+    );
+    assert!(
+        pair.client.ask(pair.server.at(PORT), "x") == Err("reset".into()),
+        "the first one serves on"
+    );
 }
 
 #[test]
@@ -343,13 +450,19 @@ fn c9_what_was_captured_does_not_leave_by_another_way() {
     let taps = pair.taps();
     for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
         // Bound to an interface before it connects: captured as any other.
-        assert!(pair.client.ask_with(to, "bound", &["device=eth0"]).is_ok(), "{to}");
+        assert!(
+            pair.client.ask_with(to, "bound", &["device=eth0"]).is_ok(),
+            "{to}"
+        );
         // After that: it hangs, which is its own doing.
         for option in ["late-mark=0", "late-mark=1337", "late-device=eth0"] {
             let _ = pair.client.ask_with(to, "runs away", &[option]);
         }
     }
-    assert!(pair.one.counter("kept_inside") > 0, "the egress program has seen them");
+    assert!(
+        pair.one.counter("kept_inside") > 0,
+        "the egress program has seen them"
+    );
     nothing_leaked(taps, PORT..PORT + 1);
 }
 
@@ -357,7 +470,10 @@ fn c9_what_was_captured_does_not_leave_by_another_way() {
 fn c1_an_app_that_has_the_agents_port_gets_nothing_of_its_traffic() {
     let world = World::new();
     let (one, two) = world.two_nodes();
-    let (client, server) = (one.bare(&world, "demo", "client"), two.bare(&world, "demo", "server"));
+    let (client, server) = (
+        one.bare(&world, "demo", "client"),
+        two.bare(&world, "demo", "server"),
+    );
     let _greedy = server.serve(15008);
     let _app = server.serve(PORT);
     world.manifests.pod(&one.object(&client));
@@ -366,14 +482,27 @@ fn c1_an_app_that_has_the_agents_port_gets_nothing_of_its_traffic() {
     agents.0.up(&["client"]);
     agents.1.up(&["server"]);
     eventually("the server is dialled by HBONE", 10, || {
-        agents.0.get("/config_dump").matches("\"protocol\": \"HBONE\"").count() >= 2
+        agents
+            .0
+            .get("/config_dump")
+            .matches("\"protocol\": \"HBONE\"")
+            .count()
+            >= 2
     });
-    assert!(client.ask(server.at(PORT), "x").is_ok(), "the tunnel goes to the agent");
+    assert!(
+        client.ask(server.at(PORT), "x").is_ok(),
+        "the tunnel goes to the agent"
+    );
     agents.1.logs(&["direction=\"inbound\"", ":15008"]);
     let outsider = one.bare(&world, "outside", "outsider");
     // What comes back is TLS's alert, if anything.
-    let answer = outsider.ask(server.at(15008), "for the app").unwrap_or_default();
-    assert!(!answer.contains("for the app"), "nobody reaches the app there: {answer}");
+    let answer = outsider
+        .ask(server.at(15008), "for the app")
+        .unwrap_or_default();
+    assert!(
+        !answer.contains("for the app"),
+        "nobody reaches the app there: {answer}"
+    );
 }
 
 #[test]
@@ -398,12 +527,19 @@ fn the_programs_log_when_they_are_told_to_and_not_before() {
 fn a_pod_with_a_sidecar_or_that_says_no_is_left_alone_and_one_without_a_process_waits() {
     let world = World::new();
     let node = world.node("one");
-    let (sidecar, says_no) = (node.bare(&world, "demo", "sidecar"), node.bare(&world, "demo", "says-no"));
+    let (sidecar, says_no) = (
+        node.bare(&world, "demo", "sidecar"),
+        node.bare(&world, "demo", "says-no"),
+    );
     let mut object = node.object(&sidecar);
-    object.annotations.push(("sidecar.istio.io/status".into(), "{}".into()));
+    object
+        .annotations
+        .push(("sidecar.istio.io/status".into(), "{}".into()));
     world.manifests.pod(&object);
     let mut object = node.object(&says_no);
-    object.labels.push(("istio.io/dataplane-mode".into(), "none".into()));
+    object
+        .labels
+        .push(("istio.io/dataplane-mode".into(), "none".into()));
     world.manifests.pod(&object);
     let mut object = node.object(&says_no);
     object.name = "nowhere";
@@ -414,7 +550,10 @@ fn a_pod_with_a_sidecar_or_that_says_no_is_left_alone_and_one_without_a_process_
     assert_eq!(agent.pod("sidecar").1, "it has a sidecar");
     assert_eq!(agent.pod("says-no").0, "ignored");
     assert_eq!(agent.pod("nowhere").0, "waiting");
-    assert_eq!(agent.pod("nowhere").1, "no network namespace of this machine has 10.254.254.254");
+    assert_eq!(
+        agent.pod("nowhere").1,
+        "no network namespace of this machine has 10.254.254.254"
+    );
     assert_eq!(traces(&sidecar), Vec::<String>::new());
     assert_eq!(traces(&says_no), Vec::<String>::new());
 }

@@ -36,12 +36,20 @@ impl One {
         let outsider = node.bare(&world, "outside", "outsider");
         let agent = world.agent(&node);
         agent.up(&["server"]);
-        Self { server, outsider, agent, node, world }
+        Self {
+            server,
+            outsider,
+            agent,
+            node,
+            world,
+        }
     }
 
     /// A peer under the mesh's own CA.
     fn peer(&self, identity: &str) -> Peer {
-        let read = |file: &str| fs::read_to_string(self.world.state.join("ca").join(file)).expect("the CA");
+        let read = |file: &str| {
+            fs::read_to_string(self.world.state.join("ca").join(file)).expect("the CA")
+        };
         Peer::signed(&read("root.pem"), &read("key.pem"), identity)
     }
 }
@@ -55,13 +63,17 @@ struct Peer {
 impl Peer {
     fn signed(root: &str, key: &str, identity: &str) -> Self {
         let root = CertificateDer::from_pem_slice(root.as_bytes()).expect("PEM");
-        let signer = Issuer::from_ca_cert_der(&root, KeyPair::from_pem(key).expect("a key")).expect("a CA");
+        let signer =
+            Issuer::from_ca_cert_der(&root, KeyPair::from_pem(key).expect("a key")).expect("a CA");
         let own = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(identity.try_into().expect("a URI"))];
         let leaf = params.signed_by(&own, &signer).expect("a certificate");
-        Self { chain: vec![leaf.der().clone()], key: own.serialize_der() }
+        Self {
+            chain: vec![leaf.der().clone()],
+            key: own.serialize_der(),
+        }
     }
 
     /// Under a CA that nobody knows.
@@ -70,21 +82,43 @@ impl Peer {
         let mut root = CertificateParams::default();
         root.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         let root = root.self_signed(&key).expect("a certificate");
-        Self::signed(&root.pem(), &key.serialize_pem(), "spiffe://cluster.local/ns/demo/sa/peer")
+        Self::signed(
+            &root.pem(),
+            &key.serialize_pem(),
+            "spiffe://cluster.local/ns/demo/sa/peer",
+        )
     }
 
     /// Asks, in a tunnel to a pod; the status, or what went wrong before there was one.
-    fn request(&self, from: &Pod, to: SocketAddr, method: &Method, authority: &str) -> Result<u16, String> {
-        let tcp = from.netns.run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_secs(5)));
+    fn request(
+        &self,
+        from: &Pod,
+        to: SocketAddr,
+        method: &Method,
+        authority: &str,
+    ) -> Result<u16, String> {
+        let tcp = from
+            .netns
+            .run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_secs(5)));
         let tcp = tcp.map_err(|error| error.to_string())?;
         tcp.set_nonblocking(true).expect("a socket");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime");
         let asked = self.ask(tcp, method, authority);
         let asked = async { tokio::time::timeout(Duration::from_secs(20), asked).await };
-        runtime.block_on(asked).map_err(|_| "no answer".to_owned())?
+        runtime
+            .block_on(asked)
+            .map_err(|_| "no answer".to_owned())?
     }
 
-    async fn ask(&self, tcp: std::net::TcpStream, method: &Method, authority: &str) -> Result<u16, String> {
+    async fn ask(
+        &self,
+        tcp: std::net::TcpStream,
+        method: &Method,
+        authority: &str,
+    ) -> Result<u16, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let tcp = tokio::net::TcpStream::from_std(tcp).map_err(|error| text(&error))?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -98,15 +132,24 @@ impl Peer {
             .expect("a certificate");
         config.alpn_protocols = vec![b"h2".to_vec()];
         let name = ServerName::try_from("0.0.0.0").expect("a name");
-        let tls = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, tcp).await;
-        let (mut send, connection) = h2::client::Builder::new().handshake::<_, Bytes>(tls.map_err(|error| text(&error))?)
+        let tls = tokio_rustls::TlsConnector::from(Arc::new(config))
+            .connect(name, tcp)
+            .await;
+        let (mut send, connection) = h2::client::Builder::new()
+            .handshake::<_, Bytes>(tls.map_err(|error| text(&error))?)
             .await
             .map_err(|error| text(&error))?;
         let uri = match *method {
             Method::CONNECT => http::Uri::builder().authority(authority).build(),
-            _ => http::Uri::builder().scheme("http").authority(authority).path_and_query("/").build(),
+            _ => http::Uri::builder()
+                .scheme("http")
+                .authority(authority)
+                .path_and_query("/")
+                .build(),
         };
-        let request = Request::builder().method(method).uri(uri.map_err(|error| text(&error))?);
+        let request = Request::builder()
+            .method(method)
+            .uri(uri.map_err(|error| text(&error))?);
         let (response, _body) = send
             .send_request(request.body(()).expect("a request"), false)
             .map_err(|error| text(&error))?;
@@ -150,7 +193,9 @@ impl rustls::client::danger::ServerCertVerifier for Anybody {
     }
     fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
-        provider.signature_verification_algorithms.supported_schemes()
+        provider
+            .signature_verification_algorithms
+            .supported_schemes()
     }
 }
 
@@ -161,10 +206,18 @@ fn a_peer_is_let_in_by_its_certificate_and_to_the_pod_alone() {
     let _theirs = one.outsider.serve(PORT);
     let peer = one.peer("spiffe://cluster.local/ns/demo/sa/peer");
     let tunnel = one.server.at(15008);
-    let connect = |authority: &str| peer.request(&one.outsider, tunnel, &Method::CONNECT, authority);
-    let (own, own6) = (one.server.at(PORT).to_string(), one.server.at6(PORT).to_string());
+    let connect =
+        |authority: &str| peer.request(&one.outsider, tunnel, &Method::CONNECT, authority);
+    let (own, own6) = (
+        one.server.at(PORT).to_string(),
+        one.server.at6(PORT).to_string(),
+    );
     assert_eq!(connect(&own), Ok(200));
-    assert_eq!(connect(&own6), Ok(200), "its other address is its own as well");
+    assert_eq!(
+        connect(&own6),
+        Ok(200),
+        "its other address is its own as well"
+    );
     for (authority, status) in [
         (one.outsider.at(PORT).to_string(), 400),
         ("127.0.0.1:7000".into(), 400),
@@ -183,10 +236,15 @@ fn a_peer_is_let_in_by_its_certificate_and_to_the_pod_alone() {
         let status = peer.request(&one.outsider, tunnel, &method, &own);
         assert_eq!(status, Ok(400), "{method}");
     }
-    one.agent.logs(&["expected method CONNECT, got GET", "connection failed"]);
-    one.agent.logs(&[&format!("ip mismatch: {} != {}", one.server.v4, one.outsider.v4)]);
+    one.agent
+        .logs(&["expected method CONNECT, got GET", "connection failed"]);
+    one.agent.logs(&[&format!(
+        "ip mismatch: {} != {}",
+        one.server.v4, one.outsider.v4
+    )]);
     one.agent.logs(&["attempted recursive call to ourselves"]);
-    one.agent.logs(&["invalid CONNECT address server.demo.svc.cluster.local:80"]);
+    one.agent
+        .logs(&["invalid CONNECT address server.demo.svc.cluster.local:80"]);
     assert_eq!(connect(&own), Ok(200), "and what works goes on");
 }
 
@@ -195,7 +253,8 @@ fn a_peer_of_another_mesh_or_without_a_certificate_is_not_let_in() {
     let one = One::new();
     let _app = one.server.serve(PORT);
     let own = one.server.at(PORT).to_string();
-    let connect = |peer: &Peer| peer.request(&one.outsider, one.server.at(15008), &Method::CONNECT, &own);
+    let connect =
+        |peer: &Peer| peer.request(&one.outsider, one.server.at(15008), &Method::CONNECT, &own);
     for identity in [
         "spiffe://other.mesh/ns/demo/sa/peer",
         "spiffe://cluster.local/ns/demo",
@@ -207,34 +266,55 @@ fn a_peer_of_another_mesh_or_without_a_certificate_is_not_let_in() {
     assert!(connect(&Peer::stranger()).is_err());
     one.agent.logs(&["connection failed", "tls handshake error", "peer did not present the expected trustdomain (cluster.local), got spiffe://other.mesh/ns/demo/sa/peer"]);
     one.agent.logs(&["tls handshake error", "UnknownIssuer"]);
-    let none = Peer { chain: Vec::new(), key: KeyPair::generate().expect("a key").serialize_der() };
+    let none = Peer {
+        chain: Vec::new(),
+        key: KeyPair::generate().expect("a key").serialize_der(),
+    };
     let refused = std::panic::catch_unwind(|| connect(&none));
     assert!(!matches!(refused, Ok(Ok(_))), "{refused:?}");
-    assert!(!one.agent.log().contains("connection complete"), "none of it was dialled");
+    assert!(
+        !one.agent.log().contains("connection complete"),
+        "none of it was dialled"
+    );
 }
 
 #[test]
 fn bytes_that_are_not_tls_are_closed_and_told() {
     let one = One::new();
     for line in ["GET / HTTP/1.1", "\u{16}\u{3}\u{1}", "x"] {
-        let answer = one.outsider.ask(one.server.at(15008), line).unwrap_or_default();
+        let answer = one
+            .outsider
+            .ask(one.server.at(15008), line)
+            .unwrap_or_default();
         assert!(!answer.contains(line), "{answer}");
     }
-    one.agent.logs(&["connection failed", "tls error: tls handshake error"]);
+    one.agent
+        .logs(&["connection failed", "tls error: tls handshake error"]);
     let _app = one.server.serve(PORT);
-    assert!(one.outsider.ask(one.server.at(PORT), "x").is_ok(), "and what works goes on");
+    assert!(
+        one.outsider.ask(one.server.at(PORT), "x").is_ok(),
+        "and what works goes on"
+    );
 }
 
 #[test]
 fn what_is_meant_for_the_agents_own_ports_in_clear_is_refused() {
     let one = One::new();
     for port in [15001, 15006] {
-        assert_eq!(one.outsider.ask(one.server.at(port), "x"), Err("reset".into()), "{port}");
+        assert_eq!(
+            one.outsider.ask(one.server.at(port), "x"),
+            Err("reset".into()),
+            "{port}"
+        );
     }
     one.agent.logs(&["attempted recursive call to ourselves"]);
 }
 
-fn start(world: &World, node: &Node, change: impl FnOnce(&mut Vec<String>, &mut Vec<(String, String)>)) -> (Option<i32>, String) {
+fn start(
+    world: &World,
+    node: &Node,
+    change: impl FnOnce(&mut Vec<String>, &mut Vec<(String, String)>),
+) -> (Option<i32>, String) {
     let mut setup = world.setup(node);
     change(&mut setup.arguments, &mut setup.variables);
     let mut agent = Agent::start(setup);
@@ -269,7 +349,10 @@ fn a_wrong_setting_stops_the_start_and_is_named() {
     assert_eq!(code, Some(2));
     assert!(log.contains("DATAPLANE_DRAN is no setting"), "{log}");
     let (code, log) = start(&world, &node, |arguments, _| {
-        let at = arguments.iter().position(|word| word == "--cgroup").expect("it is there");
+        let at = arguments
+            .iter()
+            .position(|word| word == "--cgroup")
+            .expect("it is there");
         arguments[at + 1] = "/no/such/group".into();
     });
     assert_eq!(code, Some(2));
@@ -292,7 +375,13 @@ fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
     let _app = one.server.serve(PORT);
     let to = one.server.at(PORT);
     assert!(one.outsider.ask(to, "x").is_ok());
-    one.world.manifests.policy("demo", "nobody", "ALLOW", "server", "cluster.local/ns/x/sa/y");
+    one.world.manifests.policy(
+        "demo",
+        "nobody",
+        "ALLOW",
+        "server",
+        "cluster.local/ns/x/sa/y",
+    );
     eventually("denied", 5, || one.outsider.ask(to, "x").is_err());
     let path = one.world.manifests.folder.join("policy-demo-nobody.yaml");
     let whole = fs::read_to_string(&path).expect("a file");
@@ -302,9 +391,15 @@ fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
         std::thread::sleep(Duration::from_millis(900));
         assert!(one.outsider.ask(to, "x").is_err(), "still denied: {bad:?}");
     }
-    one.agent.logs(&["policy-demo-nobody.yaml", "what it said before holds"]);
+    one.agent
+        .logs(&["policy-demo-nobody.yaml", "what it said before holds"]);
     let status = one.agent.status().expect("it answers");
-    assert!(status["problems"].to_string().contains("policy-demo-nobody.yaml"), "{status}");
+    assert!(
+        status["problems"]
+            .to_string()
+            .contains("policy-demo-nobody.yaml"),
+        "{status}"
+    );
     fs::write(&path, whole.replace("x/sa/y", "x/sa/z")).expect("a file");
     eventually("good again", 5, || {
         let status = one.agent.status().expect("it answers");
@@ -325,7 +420,13 @@ fn without_any_one_of_its_privileges_it_says_which_and_does_not_start() {
         let mut agent = Agent::start(setup);
         eventually("it ends by itself", 10, || !agent.runs());
         assert_eq!(agent.wait().code(), Some(3), "{name}: {}", agent.log());
-        assert!(agent.log().contains(&format!("{name} is missing: needed to")), "{name}: {}", agent.log());
+        assert!(
+            agent
+                .log()
+                .contains(&format!("{name} is missing: needed to")),
+            "{name}: {}",
+            agent.log()
+        );
     }
 }
 
@@ -337,7 +438,9 @@ fn a_killed_agents_successor_takes_over_and_letting_go_is_complete() {
         one.agent.kill();
         one.agent.restart();
         one.agent.up(&["server"]);
-        eventually("served again", 10, || one.outsider.ask(one.server.at(PORT), "x").is_ok());
+        eventually("served again", 10, || {
+            one.outsider.ask(one.server.at(PORT), "x").is_ok()
+        });
     }
     one.agent.kill();
     // The pod's object goes while nobody looks.
@@ -358,19 +461,42 @@ fn check_says_what_is_there_and_status_that_nobody_runs() {
     let node = world.node("one");
     let bin = dataplane_tests::program("DATAPLANE_BIN");
     let mut check = Command::new(&bin);
-    check.arg("check").arg("--bpffs").arg(world.bpffs()).arg("--cgroup").arg(&node.cgroup.folder);
+    check
+        .arg("check")
+        .arg("--bpffs")
+        .arg(world.bpffs())
+        .arg("--cgroup")
+        .arg(&node.cgroup.folder);
     let (status, out, _) = output(&mut check);
     assert!(status.success(), "{out}");
-    for what in ["kernel", "capabilities", "cgroup v2", "bpffs", "sockets", "programs", "hooks"] {
-        assert!(out.lines().any(|line| line.starts_with("ok") && line.contains(what)), "{what}: {out}");
+    for what in [
+        "kernel",
+        "capabilities",
+        "cgroup v2",
+        "bpffs",
+        "sockets",
+        "programs",
+        "hooks",
+    ] {
+        assert!(
+            out.lines()
+                .any(|line| line.starts_with("ok") && line.contains(what)),
+            "{what}: {out}"
+        );
     }
     let mut check = Command::new(&bin);
-    check.arg("check").args(["--cgroup", "/no/such/group"]).arg("--bpffs").arg(world.bpffs());
+    check
+        .arg("check")
+        .args(["--cgroup", "/no/such/group"])
+        .arg("--bpffs")
+        .arg(world.bpffs());
     let (status, out, _) = output(&mut check);
     assert_eq!(status.code(), Some(3), "{out}");
     assert!(out.contains("lacks  cgroup v2"), "{out}");
     let mut ask = Command::new(&bin);
-    ask.args(["status", "--node", "nobody"]).arg("--run-dir").arg(world.folder());
+    ask.args(["status", "--node", "nobody"])
+        .arg("--run-dir")
+        .arg(world.folder());
     let (status, _, error) = output(&mut ask);
     assert_eq!(status.code(), Some(5));
     assert!(error.contains("no dataplane agent runs"), "{error}");

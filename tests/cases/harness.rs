@@ -10,7 +10,11 @@ fn pods_of_two_nodes_reach_each_other_by_both_families_and_the_wire_shows_it() {
     let (one, two) = world.two_nodes();
     let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
     let _app = server.serve(7000);
-    let wire = Wire::watch(one.netns.file(), "wire", &["marker-of-v4", "marker-of-v6", "never-sent"]);
+    let wire = Wire::watch(
+        one.netns.file(),
+        "wire",
+        &["marker-of-v4", "marker-of-v6", "never-sent"],
+    );
     let answer = client.ask(server.at(7000), "marker-of-v4");
     assert_eq!(answer, Ok(format!("{} marker-of-v4", client.v4)));
     let answer = client.ask(server.at6(7000), "marker-of-v6");
@@ -25,8 +29,15 @@ fn a_process_of_a_pod_is_in_its_cgroup_and_namespace() {
     let world = World::new();
     let node = world.node("one");
     let pod = node.pod(&world, "pod");
-    let (_, cgroup, _) = dataplane_tests::process::output(pod.command("cat").arg("/proc/self/cgroup"));
-    let folder = pod.cgroup.folder.file_name().expect("a name").to_string_lossy().into_owned();
+    let (_, cgroup, _) =
+        dataplane_tests::process::output(pod.command("cat").arg("/proc/self/cgroup"));
+    let folder = pod
+        .cgroup
+        .folder
+        .file_name()
+        .expect("a name")
+        .to_string_lossy()
+        .into_owned();
     assert!(cgroup.contains(&folder), "{cgroup}");
     let (_, addresses, _) =
         dataplane_tests::process::output(pod.command("ip").args(["-o", "addr", "show", "eth0"]));
@@ -41,11 +52,18 @@ fn nothing_is_left_of_a_world() {
         let _pod = node.pod(&world, "pod");
         world.id.clone()
     };
-    let names = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    let names = std::fs::read_dir("/run/netns")
+        .into_iter()
+        .flatten()
+        .flatten();
     let left: Vec<_> = names
         .map(|name| name.file_name().to_string_lossy().into_owned())
         .filter(|name| name.contains(&format!("dp-{id}-")))
         .collect();
     assert!(left.is_empty(), "{left:?}");
-    assert!(!dataplane_tests::cgroup::root().join(format!("dp-{id}")).exists());
+    assert!(
+        !dataplane_tests::cgroup::root()
+            .join(format!("dp-{id}"))
+            .exists()
+    );
 }

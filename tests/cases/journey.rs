@@ -26,21 +26,34 @@ impl Pair {
         let (one, two) = (world.agent(&nodes.0), world.agent(&nodes.1));
         one.up(&["client"]);
         two.up(&["server"]);
-        let pair = Self { client, server, one, two, nodes, world };
+        let pair = Self {
+            client,
+            server,
+            one,
+            two,
+            nodes,
+            world,
+        };
         pair.know_each_other();
         pair
     }
 
     /// Waits until the client's agent has this in its configuration.
     fn knows(&self, what: &str) {
-        eventually(&format!("{what} is known"), 5, || self.one.get("/config_dump").contains(what));
+        eventually(&format!("{what} is known"), 5, || {
+            self.one.get("/config_dump").contains(what)
+        });
     }
 
     /// Waits until each node's agent dials the other's pods by HBONE.
     fn know_each_other(&self) {
         for agent in [&self.one, &self.two] {
             eventually("both pods are in the mesh of both nodes", 10, || {
-                agent.get("/config_dump").matches("\"protocol\": \"HBONE\"").count() >= 2
+                agent
+                    .get("/config_dump")
+                    .matches("\"protocol\": \"HBONE\"")
+                    .count()
+                    >= 2
             });
         }
     }
@@ -54,20 +67,41 @@ fn pods_of_two_nodes_talk_in_hbone_and_the_server_sees_its_client() {
     let wire = Wire::watch(pair.nodes.0.netns.file(), "wire", &[marker]);
     let veth = Wire::watch(pair.nodes.0.netns.file(), &pair.client.veth, &[marker]);
     for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
-        let client = if to.is_ipv4() { pair.client.v4 } else { pair.client.v6 };
-        assert_eq!(pair.client.ask(to, marker), Ok(format!("{client} {marker}")));
+        let client = if to.is_ipv4() {
+            pair.client.v4
+        } else {
+            pair.client.v6
+        };
+        assert_eq!(
+            pair.client.ask(to, marker),
+            Ok(format!("{client} {marker}"))
+        );
     }
     for (wire, name) in [(wire, "wire"), (veth, "veth")] {
         let (markers, packets) = wire.count();
         assert_eq!(markers[0].1, 0, "in clear on the {name}");
-        assert!(packets > 20, "the tunnel's packets cross the {name}: {packets}");
+        assert!(
+            packets > 20,
+            "the tunnel's packets cross the {name}: {packets}"
+        );
     }
-    let line = pair.one.logs(&["connection complete", "direction=\"outbound\"", &format!("dst.hbone_addr={}:7000", pair.server.v4)]);
-    assert!(line.contains("src.identity=\"spiffe://cluster.local/ns/demo/sa/client\""), "{line}");
-    assert!(line.contains("dst.identity=\"spiffe://cluster.local/ns/demo/sa/server\""), "{line}");
+    let line = pair.one.logs(&[
+        "connection complete",
+        "direction=\"outbound\"",
+        &format!("dst.hbone_addr={}:7000", pair.server.v4),
+    ]);
+    assert!(
+        line.contains("src.identity=\"spiffe://cluster.local/ns/demo/sa/client\""),
+        "{line}"
+    );
+    assert!(
+        line.contains("dst.identity=\"spiffe://cluster.local/ns/demo/sa/server\""),
+        "{line}"
+    );
     let tunnel = format!("dst.addr={}:15008", pair.server.v4);
     assert!(line.contains(&tunnel), "{line}");
-    pair.two.logs(&["connection complete", "direction=\"inbound\"", &tunnel]);
+    pair.two
+        .logs(&["connection complete", "direction=\"inbound\"", &tunnel]);
 }
 
 #[test]
@@ -80,10 +114,18 @@ fn a_pod_outside_of_the_mesh_is_let_in_in_clear_until_strict_refuses_it() {
     assert_eq!(answer, Ok(format!("{} marker-in-clear", outsider.v4)));
     assert!(wire.count().0[0].1 > 0, "the capture sees what is in clear");
     pair.world.manifests.mtls("demo", "STRICT");
-    eventually("STRICT refuses it", 5, || outsider.ask(pair.server.at(PORT), "x").is_err());
+    eventually("STRICT refuses it", 5, || {
+        outsider.ask(pair.server.at(PORT), "x").is_err()
+    });
     assert_eq!(outsider.ask(pair.server.at(PORT), "x"), Err("reset".into()));
-    pair.two.logs(&["direction=\"inbound\"", "explicitly denied by: istio-system/istio_converted_static_strict"]);
-    assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok(), "a peer with an identity is let in");
+    pair.two.logs(&[
+        "direction=\"inbound\"",
+        "explicitly denied by: istio-system/istio_converted_static_strict",
+    ]);
+    assert!(
+        pair.client.ask(pair.server.at(PORT), "x").is_ok(),
+        "a peer with an identity is let in"
+    );
 }
 
 #[test]
@@ -93,7 +135,10 @@ fn an_enrolled_pod_reaches_what_is_outside_of_the_mesh_in_clear() {
     let _app = outsider.serve(PORT);
     let answer = pair.client.ask(outsider.at(PORT), "hello");
     assert_eq!(answer, Ok(format!("{} hello", pair.client.v4)));
-    assert_eq!(pair.client.ask(outsider.at(PORT + 1), "hello"), Err("reset".into()));
+    assert_eq!(
+        pair.client.ask(outsider.at(PORT + 1), "hello"),
+        Err("reset".into())
+    );
 }
 
 #[test]
@@ -108,18 +153,35 @@ fn policy_decides_by_identity_and_a_change_cuts_the_connection_that_it_denies() 
     talk.say("before");
     assert_eq!(talk.line(), format!("{} before", pair.client.v4));
     let friend_of = "cluster.local/ns/demo/sa/friend";
-    pair.world.manifests.policy("demo", "only-friend", "ALLOW", "server", friend_of);
-    let closed = talk.line_within(Duration::from_secs(3)).expect("cut when the policy comes");
+    pair.world
+        .manifests
+        .policy("demo", "only-friend", "ALLOW", "server", friend_of);
+    let closed = talk
+        .line_within(Duration::from_secs(3))
+        .expect("cut when the policy comes");
     assert_eq!(closed, "closed: reset");
     assert_eq!(pair.client.ask(to, "x"), Err("reset".into()));
     friends.say("still");
     assert_eq!(friends.line(), format!("{} still", friend.v4));
-    pair.two.logs(&["direction=\"inbound\"", "connection closed due to policy change"]);
+    pair.two.logs(&[
+        "direction=\"inbound\"",
+        "connection closed due to policy change",
+    ]);
     pair.two.logs(&["allow policies exist, but none allowed"]);
-    pair.one.logs(&["direction=\"outbound\"", "http status: 401 Unauthorized", "bytes_sent=0"]);
+    pair.one.logs(&[
+        "direction=\"outbound\"",
+        "http status: 401 Unauthorized",
+        "bytes_sent=0",
+    ]);
     pair.world.manifests.remove("policy-demo-only-friend.yaml");
     eventually("let in again", 5, || pair.client.ask(to, "x").is_ok());
-    pair.world.manifests.policy("demo", "not-client", "DENY", "server", "cluster.local/ns/demo/sa/client");
+    pair.world.manifests.policy(
+        "demo",
+        "not-client",
+        "DENY",
+        "server",
+        "cluster.local/ns/demo/sa/client",
+    );
     eventually("denied", 5, || pair.client.ask(to, "x").is_err());
     assert!(friend.ask(to, "x").is_ok());
     pair.two.logs(&["explicitly denied by: demo/not-client"]);
@@ -139,7 +201,9 @@ fn a_service_is_reached_by_its_address_and_spreads_over_its_pods() {
         server
     };
     let (_first, _second) = (app(&pair.server, "server"), app(&second, "second"));
-    pair.world.manifests.service("demo", "server", "10.96.0.1", 80, PORT);
+    pair.world
+        .manifests
+        .service("demo", "server", "10.96.0.1", 80, PORT);
     let vip = "10.96.0.1:80".parse().expect("an address");
     pair.knows("/10.96.0.1");
     for _ in 0..24 {
@@ -147,11 +211,20 @@ fn a_service_is_reached_by_its_address_and_spreads_over_its_pods() {
     }
     let inbound = |agent: &Agent| {
         let log = agent.log();
-        log.lines().filter(|line| line.contains("direction=\"inbound\"") && line.contains("complete")).count()
+        log.lines()
+            .filter(|line| line.contains("direction=\"inbound\"") && line.contains("complete"))
+            .count()
     };
-    assert!(inbound(&pair.one) > 2, "the pod of the client's own node takes its part");
-    assert!(inbound(&pair.two) > 2, "the pod of the other node takes its part");
-    pair.one.logs(&["dst.service=\"server.demo.svc.cluster.local\""]);
+    assert!(
+        inbound(&pair.one) > 2,
+        "the pod of the client's own node takes its part"
+    );
+    assert!(
+        inbound(&pair.two) > 2,
+        "the pod of the other node takes its part"
+    );
+    pair.one
+        .logs(&["dst.service=\"server.demo.svc.cluster.local\""]);
     let wrong = "10.96.0.1:81".parse().expect("an address");
     assert_eq!(pair.client.ask(wrong, "x"), Err("reset".into()));
     pair.one.logs(&["no healthy upstream: 10.96.0.1:81"]);
@@ -160,7 +233,10 @@ fn a_service_is_reached_by_its_address_and_spreads_over_its_pods() {
 #[test]
 fn an_app_that_does_not_listen_resets_its_client() {
     let pair = Pair::new();
-    assert_eq!(pair.client.ask(pair.server.at(PORT), "x"), Err("reset".into()));
+    assert_eq!(
+        pair.client.ask(pair.server.at(PORT), "x"),
+        Err("reset".into())
+    );
     pair.one.logs(&["http status: 503 Service Unavailable"]);
     pair.two.logs(&["connection failed: Connection refused"]);
     let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
@@ -188,7 +264,9 @@ fn a_pod_reaches_itself_by_its_address_and_by_its_service() {
     let _app = pair.client.serve(PORT);
     let answer = pair.client.ask(pair.client.at(PORT), "self");
     assert_eq!(answer, Ok(format!("{} self", pair.client.v4)));
-    pair.world.manifests.service("demo", "client", "10.96.0.2", 80, PORT);
+    pair.world
+        .manifests
+        .service("demo", "client", "10.96.0.2", 80, PORT);
     let vip = "10.96.0.2:80".parse().expect("an address");
     pair.knows("/10.96.0.2");
     let answer = pair.client.ask(vip, "service");
@@ -228,11 +306,20 @@ fn a_terminated_agent_drains_and_leaves_its_pods_captured() {
     live.say("while it drains");
     assert_eq!(live.line(), format!("{} while it drains", pair.client.v4));
     drop(live);
-    assert!(pair.one.wait().success(), "ends as it should once nothing runs");
+    assert!(
+        pair.one.wait().success(),
+        "ends as it should once nothing runs"
+    );
     let wire = Wire::watch(pair.nodes.0.netns.file(), "wire", &["marker-without-agent"]);
-    assert!(pair.client.ask(pair.server.at6(PORT), "marker-without-agent").is_err());
+    assert!(
+        pair.client
+            .ask(pair.server.at6(PORT), "marker-without-agent")
+            .is_err()
+    );
     assert_eq!(wire.count().0[0].1, 0, "nothing passes in clear");
     pair.one.restart();
     pair.one.up(&["client"]);
-    eventually("served again", 10, || pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    eventually("served again", 10, || {
+        pair.client.ask(pair.server.at(PORT), "x").is_ok()
+    });
 }

@@ -59,10 +59,19 @@ impl Agent {
     /// Starts it again; the old one must have ended.
     pub fn restart(&mut self) {
         assert!(self.child.is_none(), "it still runs");
-        let log = fs::OpenOptions::new().create(true).append(true).open(&self.setup.log);
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.setup.log);
         let mut command = self.command();
-        command.stderr(log.expect("a log file")).stdout(Stdio::null());
-        self.child = Some(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")));
+        command
+            .stderr(log.expect("a log file"))
+            .stdout(Stdio::null());
+        self.child = Some(
+            command
+                .spawn()
+                .unwrap_or_else(|error| panic!("{command:?}: {error}")),
+        );
     }
 
     /// The command that starts another one like it.
@@ -111,12 +120,17 @@ impl Agent {
 
     /// Asks it to end, and does not wait.
     pub fn ask_to_end(&self) {
-        signal(self.child.as_ref().expect("it runs"), nix::sys::signal::Signal::SIGTERM);
+        signal(
+            self.child.as_ref().expect("it runs"),
+            nix::sys::signal::Signal::SIGTERM,
+        );
     }
 
     /// Whether it runs.
     pub fn runs(&mut self) -> bool {
-        self.child.as_mut().is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+        self.child
+            .as_mut()
+            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
     /// Waits for its end.
@@ -132,14 +146,18 @@ impl Agent {
     /// Waits for a line that has all of these in it.
     pub fn logs(&self, parts: &[&str]) -> String {
         let mut found = None;
-        eventually(&format!("a line with {parts:?} in {}", self.setup.log.display()), 20, || {
-            let log = self.log();
-            found = log
-                .lines()
-                .find(|line| parts.iter().all(|part| line.contains(part)))
-                .map(str::to_owned);
-            found.is_some()
-        });
+        eventually(
+            &format!("a line with {parts:?} in {}", self.setup.log.display()),
+            20,
+            || {
+                let log = self.log();
+                found = log
+                    .lines()
+                    .find(|line| parts.iter().all(|part| line.contains(part)))
+                    .map(str::to_owned);
+                found.is_some()
+            },
+        );
         found.expect("it was found")
     }
 
@@ -157,14 +175,20 @@ impl Agent {
     /// `dataplane status`, if it answers.
     pub fn status(&self) -> Option<Value> {
         let (status, text, _) = self.ask(&["status", "--json"]);
-        status.success().then(|| serde_json::from_str(&text).expect("JSON"))
+        status
+            .success()
+            .then(|| serde_json::from_str(&text).expect("JSON"))
     }
 
     /// A pod's state and the reason for it.
     pub fn pod(&self, name: &str) -> (String, String) {
         let status = self.status().unwrap_or_default();
         let pods = status["pods"].as_array().cloned().unwrap_or_default();
-        let pod = pods.iter().find(|pod| pod["name"] == name).cloned().unwrap_or_default();
+        let pod = pods
+            .iter()
+            .find(|pod| pod["name"] == name)
+            .cloned()
+            .unwrap_or_default();
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         (text(&pod["state"]), text(&pod["reason"]))
     }
@@ -172,12 +196,16 @@ impl Agent {
     /// Waits until these pods are served.
     pub fn up(&self, names: &[&str]) {
         let what = format!("pods {names:?} up; log:\n{}", self.setup.log.display());
-        eventually(&what, 20, || names.iter().all(|name| self.pod(name).0 == "up"));
+        eventually(&what, 20, || {
+            names.iter().all(|name| self.pod(name).0 == "up")
+        });
     }
 
     /// Waits until a pod is in a state.
     pub fn is(&self, name: &str, state: &str) {
-        eventually(&format!("pod {name} {state}"), 20, || self.pod(name).0 == state);
+        eventually(&format!("pod {name} {state}"), 20, || {
+            self.pod(name).0 == state
+        });
     }
 
     /// What a kernel counter says.
@@ -246,7 +274,11 @@ fn signal(child: &std::process::Child, signal: nix::sys::signal::Signal) {
 fn http(socket: &Path, method: &str, path: &str) -> String {
     use std::io::{Read, Write};
     let mut stream = std::os::unix::net::UnixStream::connect(socket).expect("the admin socket");
-    write!(stream, "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-length: 0\r\n\r\n").expect("it reads");
+    write!(
+        stream,
+        "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+    )
+    .expect("it reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("it answers");
     answer

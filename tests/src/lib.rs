@@ -22,7 +22,10 @@ pub use world::{Node, Pod, World};
 /// Panics where tests on the kernel cannot run, and says what is missing.
 pub fn require_root() {
     let root = nix::unistd::geteuid().is_root();
-    assert!(root, "these tests need root: network namespaces, cgroups, bpf(2)");
+    assert!(
+        root,
+        "these tests need root: network namespaces, cgroups, bpf(2)"
+    );
 }
 
 /// A program that `cargo xtask` names in the environment.
@@ -37,7 +40,9 @@ pub fn program(variable: &str) -> PathBuf {
 pub fn scaled(time: Duration) -> Duration {
     let scale = std::env::var("DATAPLANE_TEST_SCALE").ok();
     let scale = scale.map_or(1.0, |scale| {
-        scale.parse().expect("DATAPLANE_TEST_SCALE is a number, as 1 or 2.5")
+        scale
+            .parse()
+            .expect("DATAPLANE_TEST_SCALE is a number, as 1 or 2.5")
     });
     time.mul_f64(scale)
 }
@@ -46,10 +51,18 @@ pub fn scaled(time: Duration) -> Duration {
 ///
 /// # Panics
 /// It does not within `seconds`, scaled.
-pub fn eventually(what: &str, seconds: u64, mut holds: impl FnMut() -> bool) {
+pub fn eventually(what: &str, seconds: u64, holds: impl FnMut() -> bool) {
+    assert!(within(seconds, holds), "not within {seconds} s: {what}");
+}
+
+/// Whether it holds before so many seconds, scaled, are over.
+pub fn within(seconds: u64, mut holds: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + scaled(Duration::from_secs(seconds));
     while !holds() {
-        assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
+        if Instant::now() >= deadline {
+            return false;
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
+    true
 }

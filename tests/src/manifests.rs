@@ -56,7 +56,11 @@ impl Manifests {
 
     /// A Namespace, in the mesh or not.
     pub fn namespace(&self, name: &str, ambient: bool) {
-        let label = if ambient { "{istio.io/dataplane-mode: ambient}" } else { "{}" };
+        let label = if ambient {
+            "{istio.io/dataplane-mode: ambient}"
+        } else {
+            "{}"
+        };
         let text = format!(
             "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels: {label}\n"
         );

@@ -63,7 +63,9 @@ impl Netns {
     pub fn sysctl(&self, name: &str) -> String {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
         let text = self.run(|| std::fs::read_to_string(&path));
-        text.unwrap_or_else(|error| panic!("{name}: {error}")).trim().to_owned()
+        text.unwrap_or_else(|error| panic!("{name}: {error}"))
+            .trim()
+            .to_owned()
     }
 
     /// Changes a setting below `/proc/sys`.

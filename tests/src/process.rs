@@ -53,12 +53,26 @@ pub fn place(command: &mut Command, place: &Place) {
             let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
             mount(None::<&Path>, "/", None::<&Path>, private, None::<&Path>)?;
             let bind = MsFlags::MS_BIND;
-            mount(Some(hosts.as_path()), "/etc/hosts", None::<&Path>, bind, None::<&Path>)?;
+            mount(
+                Some(hosts.as_path()),
+                "/etc/hosts",
+                None::<&Path>,
+                bind,
+                None::<&Path>,
+            )?;
         }
         if let Some(keep) = &capabilities {
             for capability in (0..64).filter(|capability| !keep.contains(capability)) {
                 // SAFETY: takes no pointers. One that this kernel does not have is an error to pass.
-                unsafe { libc::prctl(libc::PR_CAPBSET_DROP, libc::c_ulong::from(capability), 0, 0, 0) };
+                unsafe {
+                    libc::prctl(
+                        libc::PR_CAPBSET_DROP,
+                        libc::c_ulong::from(capability),
+                        0,
+                        0,
+                        0,
+                    )
+                };
             }
         }
         Ok(())
@@ -118,7 +132,9 @@ impl Process {
     /// Writes a line to it.
     pub fn say(&mut self, line: &str) {
         let stdin = self.stdin.as_mut().expect("it still reads");
-        writeln!(stdin, "{line}").and_then(|()| stdin.flush()).expect("it still reads");
+        writeln!(stdin, "{line}")
+            .and_then(|()| stdin.flush())
+            .expect("it still reads");
     }
 
     /// Closes what it reads.
@@ -170,7 +186,11 @@ pub fn output(command: &mut Command) -> (ExitStatus, String, String) {
         text
     });
     let mut out = String::new();
-    let _ = child.stdout.take().expect("it was asked for").read_to_string(&mut out);
+    let _ = child
+        .stdout
+        .take()
+        .expect("it was asked for")
+        .read_to_string(&mut out);
     let status = child.wait().expect("a child");
     (status, out, reader.join().unwrap_or_default())
 }

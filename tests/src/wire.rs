@@ -55,7 +55,10 @@ impl Wire {
 
     fn start(netns: File, interface: &str, markers: &[&str], keep: bool) -> Self {
         let seen = Arc::new(Mutex::new(Seen {
-            markers: markers.iter().map(|marker| ((*marker).to_owned(), 0)).collect(),
+            markers: markers
+                .iter()
+                .map(|marker| ((*marker).to_owned(), 0))
+                .collect(),
             keep,
             ..Seen::default()
         }));
@@ -136,7 +139,9 @@ fn open(interface: &str) -> Socket {
     let index = nix::net::if_::if_nametoindex(interface)
         .unwrap_or_else(|error| panic!("interface {interface}: {error}"));
     socket.set_recv_buffer_size(16 << 20).expect("a size");
-    socket.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
+    socket
+        .set_read_timeout(Some(Duration::from_millis(200)))
+        .expect("a timeout");
     // SAFETY: all zeros are an address of this kind.
     let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
     let address = libc::sockaddr_ll {
@@ -149,7 +154,11 @@ fn open(interface: &str) -> Socket {
         sll_addr: [0; 8],
     };
     // SAFETY: the storage is larger than any address, and aligned for all of them.
-    unsafe { (&raw mut storage).cast::<libc::sockaddr_ll>().write(address) };
+    unsafe {
+        (&raw mut storage)
+            .cast::<libc::sockaddr_ll>()
+            .write(address)
+    };
     // SAFETY: its beginning is a whole address of the length that is given, and aya's storage type
     // is this one's.
     let address = unsafe {
@@ -174,7 +183,11 @@ fn parse(frame: &[u8]) -> Option<Segment> {
             }
             let from: [u8; 4] = packet.get(12..16)?.try_into().ok()?;
             let to: [u8; 4] = packet.get(16..20)?.try_into().ok()?;
-            (from.into(), to.into(), packet.get(header..total.min(packet.len()).max(header))?)
+            (
+                from.into(),
+                to.into(),
+                packet.get(header..total.min(packet.len()).max(header))?,
+            )
         }
         0x86dd => {
             if packet.get(6)? != &6 {

@@ -144,7 +144,10 @@ impl World {
     /// Two nodes, and a wire between them.
     pub fn two_nodes(&self) -> (Node, Node) {
         let (one, two) = (self.node("one"), self.node("two"));
-        one.netns.ip(&format!("link add wire type veth peer name wire netns {}\n", two.netns.name));
+        one.netns.ip(&format!(
+            "link add wire type veth peer name wire netns {}\n",
+            two.netns.name
+        ));
         for (node, other) in [(&one, &two), (&two, &one)] {
             let (own, there) = (node.number, other.number);
             node.netns.ip(&format!(
@@ -251,7 +254,10 @@ impl Node {
         let (id, node) = (&world.id, self.number);
         let netns = Netns::new(&format!("dp-{id}-{namespace}-{name}"));
         let veth = format!("veth{number}");
-        let (v4, v6) = (format!("10.{node}.0.{number}"), format!("fd00:{node}::{number:x}"));
+        let (v4, v6) = (
+            format!("10.{node}.0.{number}"),
+            format!("fd00:{node}::{number:x}"),
+        );
         self.netns.ip(&format!(
             "link add {veth} type veth peer name eth0 netns {}\n\
              addr add 169.254.1.1/32 dev {veth}\n\
@@ -272,12 +278,15 @@ impl Node {
         let cgroup = Cgroup::new(&self.cgroup.folder.join(format!("{namespace}-{name}")));
         let mut pause = Command::new(program("DATAPLANE_TEST_APP"));
         pause.arg("pause");
-        place(&mut pause, &Place {
-            netns: netns.file(),
-            cgroup: cgroup.folder.clone(),
-            hosts: None,
-            capabilities: None,
-        });
+        place(
+            &mut pause,
+            &Place {
+                netns: netns.file(),
+                cgroup: cgroup.folder.clone(),
+                hosts: None,
+                capabilities: None,
+            },
+        );
         let pause = Process::start(&mut pause);
         assert_eq!(pause.line(), "ready");
         Pod {
@@ -345,7 +354,11 @@ impl Pod {
         let mut command = self.command(program("DATAPLANE_TEST_APP"));
         command.args(["ask", &to.to_string(), line]).args(options);
         let (status, out, err) = output(&mut command);
-        if status.success() { Ok(out.trim().to_owned()) } else { Err(err.trim().to_owned()) }
+        if status.success() {
+            Ok(out.trim().to_owned())
+        } else {
+            Err(err.trim().to_owned())
+        }
     }
 
     /// A connection that stays open: say a line, read its answer; `closed: …` at its end.

@@ -83,7 +83,9 @@ pub type Request1 = (Request<RecvStream>, SendResponse<Bytes>);
 
 impl std::fmt::Debug for Tunnel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tunnel").field("identity", &self.identity).finish_non_exhaustive()
+        f.debug_struct("Tunnel")
+            .field("identity", &self.identity)
+            .finish_non_exhaustive()
     }
 }
 
@@ -109,16 +111,28 @@ pub async fn handshake(
             return Err(AcceptError::Tls(error));
         }
         let identity = tls::peer_identity(session.peer_certificates().unwrap_or_default())?;
-        let connection = hbone::server().handshake(tls).await.map_err(AcceptError::Handshake)?;
-        Ok(Tunnel { connection, identity })
+        let connection = hbone::server()
+            .handshake(tls)
+            .await
+            .map_err(AcceptError::Handshake)?;
+        Ok(Tunnel {
+            connection,
+            identity,
+        })
     };
-    timeout(hbone::TIMEOUT, steps).await.unwrap_or(Err(AcceptError::Slow))
+    timeout(hbone::TIMEOUT, steps)
+        .await
+        .unwrap_or(Err(AcceptError::Slow))
 }
 
 impl Tunnel {
     /// Hands each request to `take` until the peer leaves. When `closing` completes the peer is told
     /// to open no more (GOAWAY), and what runs goes on.
-    pub async fn serve(mut self, closing: impl Future<Output = ()>, mut take: impl FnMut(Request1)) {
+    pub async fn serve(
+        mut self,
+        closing: impl Future<Output = ()>,
+        mut take: impl FnMut(Request1),
+    ) {
         let lost = keepalive::lost(self.connection.ping_pong());
         tokio::pin!(lost, closing);
         let mut told = false;
@@ -161,7 +175,10 @@ pub fn accept(
     if parts.method != Method::CONNECT {
         return Err((io, AcceptError::Method(parts.method)));
     }
-    let authority = parts.uri.authority().map_or("", |authority| authority.as_str());
+    let authority = parts
+        .uri
+        .authority()
+        .map_or("", |authority| authority.as_str());
     let Some(destination) = headers::authority(authority) else {
         return Err((io, AcceptError::Authority(authority.to_owned())));
     };

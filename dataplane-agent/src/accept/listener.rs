@@ -28,10 +28,12 @@ impl Listener {
     pub async fn accept(&self) -> TcpStream {
         loop {
             let accepted = match self.0.readable().await {
-                Ok(mut ready) => match ready.try_io(|listener| socket::accept(listener.get_ref())) {
-                    Ok(accepted) => accepted,
-                    Err(_) => continue, // somebody was quicker
-                },
+                Ok(mut ready) => {
+                    match ready.try_io(|listener| socket::accept(listener.get_ref())) {
+                        Ok(accepted) => accepted,
+                        Err(_) => continue, // somebody was quicker
+                    }
+                }
                 Err(error) => Err(error),
             };
             match accepted {

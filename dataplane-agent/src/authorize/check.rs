@@ -60,11 +60,17 @@ fn matches(policy: &Policy, question: &Question<'_>) -> bool {
 }
 
 fn rule_matches(rule: &Rule, question: &Question<'_>) -> bool {
-    rule.clauses.iter().all(|clause| clause_matches(clause, question))
+    rule.clauses
+        .iter()
+        .all(|clause| clause_matches(clause, question))
 }
 
 fn clause_matches(clause: &Clause, question: &Question<'_>) -> bool {
-    clause.matches.is_empty() || clause.matches.iter().any(|one| match_matches(one, question))
+    clause.matches.is_empty()
+        || clause
+            .matches
+            .iter()
+            .any(|one| match_matches(one, question))
 }
 
 fn match_matches(one: &Match, question: &Question<'_>) -> bool {
@@ -74,12 +80,16 @@ fn match_matches(one: &Match, question: &Question<'_>) -> bool {
     let identity = question.source;
     let principal = identity.map(|identity| {
         let uri = identity.to_string();
-        uri.strip_prefix("spiffe://").map(str::to_owned).unwrap_or(uri)
+        uri.strip_prefix("spiffe://")
+            .map(str::to_owned)
+            .unwrap_or(uri)
     });
     let namespace = identity.map_or("", |identity| identity.namespace());
     let is_namespace = |string: &StringMatch| string_matches(string, namespace);
     let is_principal = |string: &StringMatch| {
-        principal.as_deref().is_some_and(|principal| string_matches(string, principal))
+        principal
+            .as_deref()
+            .is_some_and(|principal| string_matches(string, principal))
     };
     let is_account = |account: &ServiceAccountMatch| {
         identity.is_some_and(|identity| {
@@ -90,7 +100,9 @@ fn match_matches(one: &Match, question: &Question<'_>) -> bool {
     field(&one.namespaces, &one.not_namespaces, is_namespace)
         && field(&one.principals, &one.not_principals, is_principal)
         && field(&one.service_accounts, &one.not_service_accounts, is_account)
-        && field(&one.source_ips, &one.not_source_ips, |net| net.contains(&question.source_ip))
+        && field(&one.source_ips, &one.not_source_ips, |net| {
+            net.contains(&question.source_ip)
+        })
         && field(&one.destination_ips, &one.not_destination_ips, |net| {
             net.contains(&question.destination_ip)
         })

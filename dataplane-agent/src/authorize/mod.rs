@@ -9,12 +9,12 @@ pub mod watch;
 
 use std::sync::Arc;
 
+use crate::observe::{Failure, Flag};
+pub use crate::resolve::policy;
 pub use crate::resolve::{
     Accepted, Direction, Hop, Io, LocalPod, Mesh, MeshReader, Resolved, service::Service,
     workload::Workload,
 };
-use crate::observe::{Failure, Flag};
-pub use crate::resolve::policy;
 use policy::Question;
 pub use watch::{Authorizer, Revoked};
 

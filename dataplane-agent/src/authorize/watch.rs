@@ -167,8 +167,8 @@ fn lock(live: &Mutex<Live>) -> std::sync::MutexGuard<'_, Live> {
 mod tests {
     use super::super::policy::{Action, Policy, PolicyScope};
     use super::*;
-    use crate::resolve::workload::tests::workload;
     use crate::resolve::mesh::{MeshWriter, store};
+    use crate::resolve::workload::tests::workload;
 
     fn deny_all() -> Policy {
         Policy {
@@ -201,7 +201,10 @@ mod tests {
         let authorizer = Authorizer::new(reader.clone());
         let revoked = authorizer.hold(&workload(&[]).uid, &ask());
         let is_revoked = |revoked: &Revoked| {
-            revoked.0.as_ref().is_some_and(|lease| *lease.revoked.borrow())
+            revoked
+                .0
+                .as_ref()
+                .is_some_and(|lease| *lease.revoked.borrow())
         };
         authorizer.check_all(&reader.current());
         assert!(!is_revoked(&revoked));
@@ -220,6 +223,11 @@ mod tests {
         let authorizer = Authorizer::new(reader.clone());
         let revoked = authorizer.hold(&"another".into(), &ask());
         authorizer.check_all(&reader.current());
-        assert!(revoked.0.as_ref().is_some_and(|lease| *lease.revoked.borrow()));
+        assert!(
+            revoked
+                .0
+                .as_ref()
+                .is_some_and(|lease| *lease.revoked.borrow())
+        );
     }
 }

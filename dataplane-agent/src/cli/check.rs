@@ -75,16 +75,30 @@ fn lines(options: &CheckOptions) -> Vec<Line> {
     lines.push(match (&root, &options.cgroup) {
         (Err(error), _) => line(Verdict::Lacks, "cgroup v2", error.to_string()),
         (Ok(root), None) => line(Verdict::Good, "cgroup v2", root.display().to_string()),
-        (Ok(root), Some(pods)) => match fs::canonicalize(pods).and_then(|pods| cgroup::id(root, &pods)) {
-            Ok(_) => line(Verdict::Good, "cgroup v2", pods.display().to_string()),
-            Err(error) => line(Verdict::Lacks, "cgroup v2", format!("{}: {error}", pods.display())),
-        },
+        (Ok(root), Some(pods)) => {
+            match fs::canonicalize(pods).and_then(|pods| cgroup::id(root, &pods)) {
+                Ok(_) => line(Verdict::Good, "cgroup v2", pods.display().to_string()),
+                Err(error) => line(
+                    Verdict::Lacks,
+                    "cgroup v2",
+                    format!("{}: {error}", pods.display()),
+                ),
+            }
+        }
     });
     let folder = &options.places.bpffs;
     lines.push(match bpffs::is_mounted(folder) {
         Ok(true) => line(Verdict::Good, "bpffs", folder.display().to_string()),
-        Ok(false) => line(Verdict::Note, "bpffs", format!("{} is none; `run` mounts one", folder.display())),
-        Err(error) => line(Verdict::Lacks, "bpffs", format!("{}: {error}", folder.display())),
+        Ok(false) => line(
+            Verdict::Note,
+            "bpffs",
+            format!("{} is none; `run` mounts one", folder.display()),
+        ),
+        Err(error) => line(
+            Verdict::Lacks,
+            "bpffs",
+            format!("{}: {error}", folder.display()),
+        ),
     });
     if lines.iter().all(|line| line.verdict != Verdict::Lacks) {
         lines.extend(trial(folder));
@@ -98,12 +112,22 @@ fn lines(options: &CheckOptions) -> Vec<Line> {
 fn kernel() -> Line {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let release = release.trim();
-    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse().ok());
+    let mut numbers = release
+        .split(['.', '-'])
+        .map_while(|part| part.parse().ok());
     let version: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < FLOOR {
-        line(Verdict::Lacks, "kernel", format!("{release}; {}.{} or newer is needed", FLOOR.0, FLOOR.1))
+        line(
+            Verdict::Lacks,
+            "kernel",
+            format!("{release}; {}.{} or newer is needed", FLOOR.0, FLOOR.1),
+        )
     } else if version < TESTED {
-        line(Verdict::Note, "kernel", format!("{release}; tested from {}.{} on", TESTED.0, TESTED.1))
+        line(
+            Verdict::Note,
+            "kernel",
+            format!("{release}; tested from {}.{} on", TESTED.0, TESTED.1),
+        )
     } else {
         line(Verdict::Good, "kernel", release)
     }
@@ -112,13 +136,20 @@ fn kernel() -> Line {
 fn capabilities() -> Vec<Line> {
     let missing = caps::missing();
     if missing.is_empty() {
-        let names: Vec<String> = caps::NEEDED.iter().map(|(name, _)| name.to_string()).collect();
+        let names: Vec<String> = caps::NEEDED
+            .iter()
+            .map(|(name, _)| name.to_string())
+            .collect();
         return vec![line(Verdict::Good, "capabilities", names.join(" "))];
     }
     missing
         .into_iter()
         .map(|(capability, why)| {
-            line(Verdict::Lacks, "capabilities", format!("{capability}: needed to {why}"))
+            line(
+                Verdict::Lacks,
+                "capabilities",
+                format!("{capability}: needed to {why}"),
+            )
         })
         .collect()
 }
@@ -129,7 +160,11 @@ pub fn trial(folder: &Path) -> Vec<Line> {
     let netns = match Netns::new() {
         Ok(netns) => netns,
         Err(error) => {
-            return vec![line(Verdict::Lacks, "namespaces", format!("cannot make or enter one: {error}"))];
+            return vec![line(
+                Verdict::Lacks,
+                "namespaces",
+                format!("cannot make or enter one: {error}"),
+            )];
         }
     };
     let listeners = netns.enter(|| {
@@ -141,11 +176,19 @@ pub fn trial(folder: &Path) -> Vec<Line> {
     });
     let listeners = match listeners.and_then(|listeners| listeners) {
         Ok(listeners) => {
-            lines.push(line(Verdict::Good, "sockets", "transparent and marked, in a pod's namespace"));
+            lines.push(line(
+                Verdict::Good,
+                "sockets",
+                "transparent and marked, in a pod's namespace",
+            ));
             listeners
         }
         Err(error) => {
-            lines.push(line(Verdict::Lacks, "sockets", format!("transparent and marked: {error}")));
+            lines.push(line(
+                Verdict::Lacks,
+                "sockets",
+                format!("transparent and marked: {error}"),
+            ));
             return lines;
         }
     };
@@ -153,11 +196,16 @@ pub fn trial(folder: &Path) -> Vec<Line> {
     let loaded = pins.make().and_then(|()| {
         let mut loader = Loader::new(&pins);
         let _node = loader.node()?;
-        let mut pod = loader.pod(&["192.0.2.1".parse().unwrap_or([0, 0, 0, 0].into())], &listeners)?;
-        let cookie = netns.cookie().map_err(|error| crate::capture::CaptureError::Namespace {
-            what: "read the cookie",
-            why: error.to_string(),
-        })?;
+        let mut pod = loader.pod(
+            &["192.0.2.1".parse().unwrap_or([0, 0, 0, 0].into())],
+            &listeners,
+        )?;
+        let cookie = netns
+            .cookie()
+            .map_err(|error| crate::capture::CaptureError::Namespace {
+                what: "read the cookie",
+                why: error.to_string(),
+            })?;
         pod.attach(&netns, &pins.pod(cookie))
     });
     let removed = pins.remove_all();
@@ -165,7 +213,11 @@ pub fn trial(folder: &Path) -> Vec<Line> {
         Ok(()) => line(
             Verdict::Good,
             "programs",
-            format!("{} and {} load", programs::OF_NODE.join(", "), programs::OF_POD),
+            format!(
+                "{} and {} load",
+                programs::OF_NODE.join(", "),
+                programs::OF_POD
+            ),
         ),
         Err(error) => {
             // The verifier's log is for `dataplane load`.
@@ -186,13 +238,20 @@ fn others(pods: &Path) -> Vec<Line> {
             Ok(count) => lines.push(line(
                 Verdict::Note,
                 "hooks",
-                format!("{count} programs on {name} of {} or above it", pods.display()),
+                format!(
+                    "{count} programs on {name} of {} or above it",
+                    pods.display()
+                ),
             )),
             Err(error) => lines.push(line(Verdict::Note, "hooks", format!("{name}: {error}"))),
         }
     }
     if lines.is_empty() {
-        lines.push(line(Verdict::Good, "hooks", format!("no programs on those of {}", pods.display())));
+        lines.push(line(
+            Verdict::Good,
+            "hooks",
+            format!("no programs on those of {}", pods.display()),
+        ));
     }
     lines
 }

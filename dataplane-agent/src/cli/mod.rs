@@ -83,7 +83,12 @@ pub struct StatusOptions {
 #[derive(Args, Debug)]
 pub struct LoadOptions {
     /// A BPF file system; mounted if it is not.
-    #[arg(long, env = "DATAPLANE_BPFFS", value_name = "DIR", default_value = "/sys/fs/bpf")]
+    #[arg(
+        long,
+        env = "DATAPLANE_BPFFS",
+        value_name = "DIR",
+        default_value = "/sys/fs/bpf"
+    )]
     pub bpffs: PathBuf,
 }
 
@@ -94,7 +99,12 @@ pub struct UninstallOptions {
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
     pub node: String,
     /// The state folder that was given to `run`: records that name this node are removed from it.
-    #[arg(long, env = "DATAPLANE_STATE", value_name = "DIR", default_value = "/var/lib/dataplane")]
+    #[arg(
+        long,
+        env = "DATAPLANE_STATE",
+        value_name = "DIR",
+        default_value = "/var/lib/dataplane"
+    )]
     pub state: PathBuf,
     /// Where an agent keeps its things.
     #[command(flatten)]

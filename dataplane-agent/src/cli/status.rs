@@ -41,7 +41,9 @@ pub fn run(options: &StatusOptions) -> Result<()> {
 /// The socket of the one daemon that runs here.
 fn only_socket(run: &Path) -> Result<PathBuf> {
     let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
-    let mut sockets = entries.map(|entry| entry.path().join("admin.sock")).filter(|path| path.exists());
+    let mut sockets = entries
+        .map(|entry| entry.path().join("admin.sock"))
+        .filter(|path| path.exists());
     match (sockets.next(), sockets.next()) {
         (Some(socket), None) => Ok(socket),
         (None, _) => Err(NotRunning(format!("any node (nothing in {})", run.display())).into()),
@@ -66,9 +68,15 @@ pub fn get(socket: &Path, path: &str) -> Result<String> {
     stream
         .read_to_string(&mut answer)
         .with_context(|| format!("{}: the daemon does not answer", socket.display()))?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .context("not an HTTP answer")?;
     let status = head.lines().next().unwrap_or_default();
-    ensure!(status.contains(" 200 "), "{path}: {status}: {}", body.trim());
+    ensure!(
+        status.contains(" 200 "),
+        "{path}: {status}: {}",
+        body.trim()
+    );
     Ok(body.to_owned())
 }
 
@@ -96,7 +104,10 @@ fn table(report: &StatusReport) -> String {
         }
     }
     for row in &rows {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
+        let cells = row
+            .iter()
+            .zip(widths)
+            .map(|(cell, width)| format!("{cell:<width$}"));
         let line = cells.collect::<Vec<_>>().join("  ");
         let _ = writeln!(text, "{}", line.trim_end());
     }
@@ -127,7 +138,10 @@ mod tests {
             counters: Vec::new(),
         };
         let text = table(&report);
-        assert!(text.contains("ns         pod  waiting             it has no address yet"), "{text}");
+        assert!(
+            text.contains("ns         pod  waiting             it has no address yet"),
+            "{text}"
+        );
         assert!(text.contains("problem: a.yaml:3: spec: wrong"), "{text}");
     }
 
@@ -137,6 +151,9 @@ mod tests {
         let error = only_socket(run.path()).expect_err("nobody").to_string();
         assert!(error.contains("no dataplane agent runs"), "{error}");
         let error = get(&run.path().join("admin.sock"), "/status").expect_err("nobody");
-        assert!(error.to_string().contains("no dataplane agent runs"), "{error}");
+        assert!(
+            error.to_string().contains("no dataplane agent runs"),
+            "{error}"
+        );
     }
 }

@@ -46,7 +46,9 @@ pub enum CaError {
         mode: u32,
     },
     /// One of the two files is there and the other is not.
-    #[error("{missing} is missing, and {there} is there: bring it back, or remove both (pods trust the new root only after a restart of their agents)")]
+    #[error(
+        "{missing} is missing, and {there} is there: bring it back, or remove both (pods trust the new root only after a restart of their agents)"
+    )]
     Half {
         /// What is not there.
         missing: PathBuf,
@@ -82,7 +84,9 @@ pub struct EmbeddedCa {
 
 impl std::fmt::Debug for EmbeddedCa {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EmbeddedCa").field("ttl", &self.ttl).finish_non_exhaustive()
+        f.debug_struct("EmbeddedCa")
+            .field("ttl", &self.ttl)
+            .finish_non_exhaustive()
     }
 }
 
@@ -106,18 +110,33 @@ impl EmbeddedCa {
         match (root_path.exists(), key_path.exists()) {
             (true, true) => {}
             (false, false) => make(&root_path, &key_path, trust_domain)?,
-            (true, false) => return Err(CaError::Half { missing: key_path, there: root_path }),
+            (true, false) => {
+                return Err(CaError::Half {
+                    missing: key_path,
+                    there: root_path,
+                });
+            }
             // The root is written last: the key alone is what an interrupted start leaves.
             (false, true) => make(&root_path, &key_path, trust_domain)?,
         }
-        let mode = fs::metadata(&key_path).map_err(file(&key_path))?.permissions().mode() & 0o777;
+        let mode = fs::metadata(&key_path)
+            .map_err(file(&key_path))?
+            .permissions()
+            .mode()
+            & 0o777;
         if mode & 0o077 != 0 {
-            return Err(CaError::Open { path: key_path, mode });
+            return Err(CaError::Open {
+                path: key_path,
+                mode,
+            });
         }
         let root_pem = fs::read_to_string(&root_path).map_err(file(&root_path))?;
         let key_pem = Zeroizing::new(fs::read_to_string(&key_path).map_err(file(&key_path))?);
         drop(locked);
-        let wrong = |path: &Path, why: String| CaError::Wrong { path: path.to_owned(), why };
+        let wrong = |path: &Path, why: String| CaError::Wrong {
+            path: path.to_owned(),
+            why,
+        };
         let root = CertificateDer::from_pem_slice(root_pem.as_bytes())
             .map_err(|error| wrong(&root_path, error.to_string()))?;
         let found = organisation(&root).map_err(|why| wrong(&root_path, why))?;
@@ -128,9 +147,13 @@ impl EmbeddedCa {
                 wanted: trust_domain.to_owned(),
             });
         }
-        let key = KeyPair::from_pem(&key_pem).map_err(|error| wrong(&key_path, error.to_string()))?;
+        let key =
+            KeyPair::from_pem(&key_pem).map_err(|error| wrong(&key_path, error.to_string()))?;
         if !is_key_of(&root, &key) {
-            return Err(wrong(&key_path, format!("is not the key of {}", root_path.display())));
+            return Err(wrong(
+                &key_path,
+                format!("is not the key of {}", root_path.display()),
+            ));
         }
         let signer = Signer::from_ca_cert_der(&root, key)
             .map_err(|error| wrong(&root_path, error.to_string()))?;
@@ -147,8 +170,10 @@ impl EmbeddedCa {
         // Critical, since there is no subject besides (RFC 5280, 4.2.1.6); rcgen sees to it.
         leaf.subject_alt_names = vec![SanType::URI(identity.to_string().try_into()?)];
         leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        leaf.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        leaf.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
         leaf.is_ca = IsCa::ExplicitNoCa;
         let leaf = leaf.signed_by(&key, &self.signer)?;
         Ok(Issued {
@@ -178,7 +203,8 @@ fn make(root_path: &Path, key_path: &Path, trust_domain: &str) -> Result<(), CaE
     root.not_before = now - SKEW;
     root.not_after = now + ROOT_LIFE;
     root.distinguished_name = rcgen::DistinguishedName::new();
-    root.distinguished_name.push(DnType::OrganizationName, trust_domain);
+    root.distinguished_name
+        .push(DnType::OrganizationName, trust_domain);
     root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let root = root.self_signed(&key).map_err(wrong)?;
@@ -194,14 +220,22 @@ fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
     let write = || {
         let new = path.with_extension("new");
         let mut options = OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(mode).open(&new)?;
+        let mut file = options
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(mode)
+            .open(&new)?;
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
         File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
     };
-    write().map_err(|error| CaError::File { path: path.to_owned(), error })
+    write().map_err(|error| CaError::File {
+        path: path.to_owned(),
+        error,
+    })
 }
 
 fn organisation(root: &CertificateDer<'_>) -> Result<String, String> {
@@ -211,7 +245,9 @@ fn organisation(root: &CertificateDer<'_>) -> Result<String, String> {
         return Err("is not a CA's certificate".into());
     }
     let organisation = root.subject().iter_organization().next();
-    let name = organisation.and_then(|name| name.as_str().ok()).map(str::to_owned);
+    let name = organisation
+        .and_then(|name| name.as_str().ok())
+        .map(str::to_owned);
     name.ok_or_else(|| "does not say its trust domain (its subject has no organisation)".into())
 }
 

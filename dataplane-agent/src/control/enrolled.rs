@@ -110,7 +110,10 @@ impl Records {
                 Ok(record) => all.push(record),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    return Err(io::Error::new(error.kind(), format!("{}: {error}", path.display())));
+                    return Err(io::Error::new(
+                        error.kind(),
+                        format!("{}: {error}", path.display()),
+                    ));
                 }
             }
         }
@@ -164,7 +167,10 @@ mod tests {
     #[test]
     fn each_node_sees_all_and_removes_its_own() -> io::Result<()> {
         let state = tempfile::tempdir()?;
-        let (one, two) = (Records::open(state.path(), "one")?, Records::open(state.path(), "two")?);
+        let (one, two) = (
+            Records::open(state.path(), "one")?,
+            Records::open(state.path(), "two")?,
+        );
         one.write(&pod("a", "1"))?;
         two.write(&pod("b", ""))?;
         assert_eq!(one.read()?, [key_of("a", "1"), key_of("b", "")].into());

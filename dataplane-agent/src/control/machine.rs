@@ -102,9 +102,7 @@ impl Machine {
                 look.gone.insert(found.cookie);
             }
             let same = wanted.iter().any(|pod| {
-                pod.uid == uid
-                    && pod.addresses == found.addresses
-                    && pod.netns_path == found.path
+                pod.uid == uid && pod.addresses == found.addresses && pod.netns_path == found.path
             });
             if there && same {
                 self.found.insert(uid, found);
@@ -121,9 +119,15 @@ impl Machine {
                 && let Some(seen) = self.seen.get(&found.netns.inode())
             {
                 let inside = |folder: &Option<PathBuf>| {
-                    folder.as_ref().is_some_and(|folder| folder.starts_with(&found.folder))
+                    folder
+                        .as_ref()
+                        .is_some_and(|folder| folder.starts_with(&found.folder))
                 };
-                let outside = seen.processes.iter().filter(|folder| !inside(folder)).count();
+                let outside = seen
+                    .processes
+                    .iter()
+                    .filter(|folder| !inside(folder))
+                    .count();
                 look.outside.insert(pod.uid.clone(), outside);
             }
         }
@@ -138,7 +142,9 @@ impl Machine {
             let process = entry.path();
             let path = process.join("ns/net");
             // It may have ended since, or be none.
-            let Ok(of) = fs::metadata(&path) else { continue };
+            let Ok(of) = fs::metadata(&path) else {
+                continue;
+            };
             if self.hosts.contains(&of.ino()) {
                 continue;
             }
@@ -204,12 +210,18 @@ impl Machine {
     fn named(&self, path: &Path, addresses: &[IpAddr]) -> Result<Netns, String> {
         let netns = Netns::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
         if self.hosts.contains(&netns.inode()) {
-            return Err(format!("{} is the host's network namespace", path.display()));
+            return Err(format!(
+                "{} is the host's network namespace",
+                path.display()
+            ));
         }
         let interfaces = netns
             .interfaces()
             .map_err(|error| format!("{}: {error}", path.display()))?;
-        match addresses.iter().find(|address| !interfaces.addresses.contains(address)) {
+        match addresses
+            .iter()
+            .find(|address| !interfaces.addresses.contains(address))
+        {
             Some(address) => Err(format!("{} does not have {address}", path.display())),
             None => Ok(netns),
         }
@@ -251,7 +263,10 @@ impl Machine {
         match common {
             Some(folder) if folder != self.root => Ok(folder),
             Some(_) => Err("its processes have no cgroup of their own".into()),
-            None => Err(format!("none of its processes is below {}", self.pods.display())),
+            None => Err(format!(
+                "none of its processes is below {}",
+                self.pods.display()
+            )),
         }
     }
 }

@@ -208,10 +208,17 @@ impl Pods {
     /// Translates what is configured, and publishes it if it says something new.
     fn publish(&mut self) {
         let translation = match &self.source {
-            Source::Manifests { folder, records, mesh, .. } => {
+            Source::Manifests {
+                folder,
+                records,
+                mesh,
+                ..
+            } => {
                 match records.read() {
                     Ok(enrolled) => self.enrolled = enrolled,
-                    Err(error) => tracing::warn!(%error, "records of enrolled pods: the last good ones hold"),
+                    Err(error) => {
+                        tracing::warn!(%error, "records of enrolled pods: the last good ones hold")
+                    }
                 }
                 translate(folder.objects(), &self.enrolled, mesh)
             }
@@ -239,7 +246,8 @@ impl Pods {
     fn wanted(&mut self, here: &[&LocalPodSpec], look: &Look) -> capture::Wanted {
         let now = Instant::now();
         self.gone.retain(|_, since| now < *since + FORGET);
-        self.gone.extend(look.gone.iter().map(|cookie| (*cookie, now)));
+        self.gone
+            .extend(look.gone.iter().map(|cookie| (*cookie, now)));
         let mut wanted = capture::Wanted {
             pods: here.iter().filter_map(|pod| desired(pod, look)).collect(),
             waiting: look.waiting.keys().cloned().collect(),
@@ -257,13 +265,17 @@ impl Pods {
         self.leaving.retain(|_, (pod, when)| {
             *when > now && !again.contains(&pod.cookie) && !wanted.gone.contains(&pod.cookie)
         });
-        wanted.pods.extend(self.leaving.values().map(|(pod, _)| pod.clone()));
+        wanted
+            .pods
+            .extend(self.leaving.values().map(|(pod, _)| pod.clone()));
         wanted
     }
 
     /// Writes records of pods that are served, and removes those of all others.
     fn record(&self, here: &[&LocalPodSpec], status: &Status, look: &Look) {
-        let Source::Manifests { records, .. } = &self.source else { return };
+        let Source::Manifests { records, .. } = &self.source else {
+            return;
+        };
         let own = match records.own() {
             Ok(own) => own,
             Err(error) => return tracing::warn!(%error, "records of enrolled pods"),
@@ -283,7 +295,9 @@ impl Pods {
             if served && !own.contains(&key) {
                 match records.write(pod) {
                     Ok(()) => _ = keep.insert(key),
-                    Err(error) => tracing::error!(pod = %pod.uid, %error, "cannot tell other nodes of the pod"),
+                    Err(error) => {
+                        tracing::error!(pod = %pod.uid, %error, "cannot tell other nodes of the pod")
+                    }
                 }
             } else if served || (own.contains(&key) && !status.contains_key(&pod.uid)) {
                 // Served; or a predecessor's, captured and on its way to be served again.
@@ -311,7 +325,10 @@ impl Pods {
                 }
                 (manifests::Wanted::Yes, _) => {
                     let why = look.waiting.get(&pod.uid).cloned();
-                    (State::Waiting, Some(why.unwrap_or_else(|| "it is being enrolled".into())))
+                    (
+                        State::Waiting,
+                        Some(why.unwrap_or_else(|| "it is being enrolled".into())),
+                    )
                 }
             };
             PodView {
@@ -367,14 +384,24 @@ fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
 
 fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
     let names = |wanted: &capture::Wanted| -> BTreeSet<(u64, Arc<str>)> {
-        wanted.pods.iter().map(|pod| (pod.cookie, pod.uid.clone())).collect()
+        wanted
+            .pods
+            .iter()
+            .map(|pod| (pod.cookie, pod.uid.clone()))
+            .collect()
     };
     names(one) == names(other) && one.waiting == other.waiting && one.gone == other.gone
 }
 
 /// Waits until there is something new to read, and reads it.
 async fn changed(source: &mut Source, problems: &mut Vec<String>) {
-    let Source::Manifests { folder, watch, records_watch, .. } = source else {
+    let Source::Manifests {
+        folder,
+        watch,
+        records_watch,
+        ..
+    } = source
+    else {
         return std::future::pending().await;
     };
     tokio::select! {

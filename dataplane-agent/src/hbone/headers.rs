@@ -26,7 +26,9 @@ pub fn forwarded_host(text: &str) -> Option<&str> {
             return None;
         }
         let value = value.trim();
-        let value = value.strip_prefix('"').map_or(Some(value), |rest| rest.strip_suffix('"'))?;
+        let value = value
+            .strip_prefix('"')
+            .map_or(Some(value), |rest| rest.strip_suffix('"'))?;
         (!value.is_empty() && !value.contains('"')).then_some(value)
     })
 }
@@ -74,7 +76,12 @@ pub fn baggage(workload: &Workload) -> String {
 pub fn traceparent() -> String {
     let mut text = String::with_capacity(55);
     // Writing to a String cannot fail.
-    let _ = write!(text, "00-{:032x}-{:016x}-00", rand::random::<u128>(), rand::random::<u64>());
+    let _ = write!(
+        text,
+        "00-{:032x}-{:016x}-00",
+        rand::random::<u128>(),
+        rand::random::<u64>()
+    );
     text
 }
 
@@ -90,9 +97,20 @@ mod tests {
             assert_eq!(authority(good).expect(good).to_string(), good);
         }
         for bad in [
-            "", "10.0.0.1", "10.0.0.1:", "10.0.0.1:0", "10.0.0.1:080", "10.0.0.1:65536", "host:80",
-            "2001:db8::1:80", "[2001:db8::1]", "[fe80::1%1]:80", "me@10.0.0.1:80", "10.0.0.1:80 ",
-            "10.0.0.01:80", "010.0.0.1:80",
+            "",
+            "10.0.0.1",
+            "10.0.0.1:",
+            "10.0.0.1:0",
+            "10.0.0.1:080",
+            "10.0.0.1:65536",
+            "host:80",
+            "2001:db8::1:80",
+            "[2001:db8::1]",
+            "[fe80::1%1]:80",
+            "me@10.0.0.1:80",
+            "10.0.0.1:80 ",
+            "10.0.0.01:80",
+            "010.0.0.1:80",
         ] {
             assert_eq!(authority(bad), None, "{bad}");
         }
@@ -106,7 +124,10 @@ mod tests {
             assert_eq!(forwarded_host(none), None, "{none}");
         }
         let client = "[2001:db8::1]:4".parse().expect("an address");
-        assert_eq!(forwarded(client, Some("s")), "for=\"[2001:db8::1]:4\";host=s");
+        assert_eq!(
+            forwarded(client, Some("s")),
+            "for=\"[2001:db8::1]:4\";host=s"
+        );
     }
 
     #[test]

@@ -27,7 +27,12 @@ pub struct ReadAhead {
 impl ReadAhead {
     /// Around a socket.
     pub fn new(tcp: TcpStream) -> Self {
-        Self { tcp, buffer: Vec::new(), taken: 0, size: SMALL }
+        Self {
+            tcp,
+            buffer: Vec::new(),
+            taken: 0,
+            size: SMALL,
+        }
     }
 
     /// Fills the empty buffer; `false` at the end of file.
@@ -37,7 +42,10 @@ impl ReadAhead {
             self.buffer.clear();
             self.taken = 0;
             self.buffer.reserve_exact(self.size);
-            match self.tcp.try_read_buf(&mut bytes::BufMut::limit(&mut self.buffer, self.size)) {
+            match self
+                .tcp
+                .try_read_buf(&mut bytes::BufMut::limit(&mut self.buffer, self.size))
+            {
                 Ok(0) => return Poll::Ready(Ok(false)),
                 Ok(read) if read == self.size => self.size = LARGE.min(self.size * 4),
                 Ok(_) => self.size = SMALL.max(self.size / 2),

@@ -210,7 +210,12 @@ impl Certs {
     pub fn hold(&self, identity: &Identity) {
         let mut held = lock(&self.held);
         let entry = held.entry(identity.clone());
-        entry.or_insert_with(|| Held { pods: 0, slot: Arc::default() }).pods += 1;
+        entry
+            .or_insert_with(|| Held {
+                pods: 0,
+                slot: Arc::default(),
+            })
+            .pods += 1;
         self.changed.notify_one();
     }
 
@@ -336,17 +341,25 @@ impl Certs {
     fn until_next(&self) -> Duration {
         let now = SystemTime::now();
         let held = lock(&self.held);
-        let next = held.values().filter_map(|held| lock(&held.slot.now).again).min();
+        let next = held
+            .values()
+            .filter_map(|held| lock(&held.slot.now).again)
+            .min();
         let hour = Duration::from_secs(3600);
         // The clock may be set meanwhile: look now and then.
-        next.map_or(hour, |next| next.duration_since(now).unwrap_or_default()).min(hour)
+        next.map_or(hour, |next| next.duration_since(now).unwrap_or_default())
+            .min(hour)
     }
 }
 
 impl Slot {
     fn valid(&self) -> Option<Arc<WorkloadCertificate>> {
         let state = lock(&self.now);
-        state.certificate.as_ref().filter(|certificate| certificate.is_valid()).cloned()
+        state
+            .certificate
+            .as_ref()
+            .filter(|certificate| certificate.is_valid())
+            .cloned()
     }
 }
 

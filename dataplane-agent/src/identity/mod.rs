@@ -103,14 +103,21 @@ impl FromStr for Identity {
             .ok_or_else(|| wrong("does not begin with spiffe://"))?;
         let parts: Vec<&str> = rest.split('/').collect();
         let [trust_domain, "ns", namespace, "sa", account] = parts.as_slice() else {
-            return Err(wrong("is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<account>"));
+            return Err(wrong(
+                "is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<account>",
+            ));
         };
         let is_part = |part: &str| {
             let fit = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
             !part.is_empty() && part.bytes().all(fit) && part != "." && part != ".."
         };
-        if ![trust_domain, namespace, account].into_iter().all(|part| is_part(part)) {
-            return Err(wrong("has a part that is empty or has a character that none may have"));
+        if ![trust_domain, namespace, account]
+            .into_iter()
+            .all(|part| is_part(part))
+        {
+            return Err(wrong(
+                "has a part that is empty or has a character that none may have",
+            ));
         }
         Ok(Self::new(trust_domain, namespace, account))
     }

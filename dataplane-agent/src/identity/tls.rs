@@ -75,9 +75,12 @@ pub(super) fn client(
 ) -> Result<ClientConfig, IdentityError> {
     let provider = provider();
     let verifier = OfIdentity {
-        inner: WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider))
-            .build()
-            .map_err(|error| IdentityError::Unusable(error.to_string().into()))?,
+        inner: WebPkiServerVerifier::builder_with_provider(
+            Arc::clone(&roots),
+            Arc::clone(&provider),
+        )
+        .build()
+        .map_err(|error| IdentityError::Unusable(error.to_string().into()))?,
         roots,
         provider: Arc::clone(&provider),
         expected: expected.to_vec(),
@@ -105,18 +108,26 @@ fn unusable(error: rustls::Error) -> IdentityError {
 /// There is no certificate; it has no such URI, or more than one.
 pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Result<Identity, IdentityError> {
     let peer = |why: String| IdentityError::Peer(why.into());
-    let leaf = chain.first().ok_or_else(|| peer("peer presented no certificate".into()))?;
+    let leaf = chain
+        .first()
+        .ok_or_else(|| peer("peer presented no certificate".into()))?;
     let (_, leaf) = X509Certificate::from_der(leaf).map_err(|error| peer(error.to_string()))?;
     let names = leaf
         .subject_alternative_name()
         .map_err(|error| peer(error.to_string()))?
         .ok_or_else(|| peer("peer certificate has no SAN".into()))?;
-    let mut uris = names.value.general_names.iter().filter_map(|name| match name {
-        GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    });
+    let mut uris = names
+        .value
+        .general_names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
     match (uris.next(), uris.next()) {
-        (Some(uri), None) => uri.parse().map_err(|error: super::NotAnIdentity| peer(error.to_string())),
+        (Some(uri), None) => uri
+            .parse()
+            .map_err(|error: super::NotAnIdentity| peer(error.to_string())),
         (None, _) => Err(peer("peer certificate has no URI SAN".into())),
         (Some(_), Some(_)) => Err(peer("peer certificate has more than one URI SAN".into())),
     }
@@ -153,7 +164,11 @@ impl ServerCertVerifier for OfIdentity {
         }
         let want: Vec<String> = self.expected.iter().map(ToString::to_string).collect();
         Err(refuse(IdentityError::Peer(
-            format!("peer did not present the expected SAN ({}), got {got}", want.join(",")).into(),
+            format!(
+                "peer did not present the expected SAN ({}), got {got}",
+                want.join(",")
+            )
+            .into(),
         )))
     }
 
@@ -198,7 +213,9 @@ impl ClientCertVerifier for OfTrustDomain {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self.inner.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self
+            .inner
+            .verify_client_cert(end_entity, intermediates, now)?;
         let got = peer_identity(std::slice::from_ref(end_entity)).map_err(refuse)?;
         if got.trust_domain() == &*self.trust_domain {
             return Ok(verified);

@@ -75,7 +75,11 @@ async fn config_dump(State(sources): State<Sources>) -> Response {
 }
 
 async fn metrics(State(sources): State<Sources>) -> Response {
-    ([("content-type", "text/plain; charset=utf-8")], sources.metrics.text()).into_response()
+    (
+        [("content-type", "text/plain; charset=utf-8")],
+        sources.metrics.text(),
+    )
+        .into_response()
 }
 
 async fn ready(State(sources): State<Sources>) -> Response {

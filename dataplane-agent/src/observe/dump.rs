@@ -28,11 +28,16 @@ pub fn dump(mesh: &Mesh, certs: &Certs, status: &StatusReport) -> Value {
         .pods
         .iter()
         .filter(|pod| pod.state != "ignored")
-        .map(|pod| (pod.uid.clone(), json!({
-            "state": if pod.state == "up" { "Up" } else { "Pending" },
-            "reason": pod.reason,
-            "info": { "name": pod.name, "namespace": pod.namespace },
-        })))
+        .map(|pod| {
+            (
+                pod.uid.clone(),
+                json!({
+                    "state": if pod.state == "up" { "Up" } else { "Pending" },
+                    "reason": pod.reason,
+                    "info": { "name": pod.name, "namespace": pod.namespace },
+                }),
+            )
+        })
         .collect();
     json!({
         "workloads": workloads.into_iter().map(|of| workload(of)).collect::<Vec<_>>(),
@@ -84,11 +89,16 @@ fn service(mesh: &Mesh, of: &Service) -> Value {
     let endpoints: Map<String, Value> = mesh
         .endpoints(of)
         .iter()
-        .map(|endpoint| (endpoint.uid.to_string(), json!({
-            "workloadUid": endpoint.uid,
-            "port": endpoint.services.get(of.key().as_str()),
-            "status": if endpoint.healthy { "Healthy" } else { "Unhealthy" },
-        })))
+        .map(|endpoint| {
+            (
+                endpoint.uid.to_string(),
+                json!({
+                    "workloadUid": endpoint.uid,
+                    "port": endpoint.services.get(of.key().as_str()),
+                    "status": if endpoint.healthy { "Healthy" } else { "Unhealthy" },
+                }),
+            )
+        })
         .collect();
     json!({
         "name": of.name,
@@ -140,7 +150,9 @@ fn matches(of: &Match) -> Value {
         ("destinationPorts", json!(of.destination_ports)),
         ("notDestinationPorts", json!(of.not_destination_ports)),
     ];
-    let set = fields.into_iter().filter(|(_, value)| value.as_array().is_some_and(|all| !all.is_empty()));
+    let set = fields
+        .into_iter()
+        .filter(|(_, value)| value.as_array().is_some_and(|all| !all.is_empty()));
     Value::Object(set.map(|(name, value)| (name.to_owned(), value)).collect())
 }
 
@@ -162,7 +174,12 @@ fn certificate(of: &Listed) -> Value {
 
 fn one(der: &CertificateDer<'_>) -> Option<Value> {
     let (_, parsed) = X509Certificate::from_der(der).ok()?;
-    let at = |seconds| OffsetDateTime::from_unix_timestamp(seconds).ok()?.format(&Rfc3339).ok();
+    let at = |seconds| {
+        OffsetDateTime::from_unix_timestamp(seconds)
+            .ok()?
+            .format(&Rfc3339)
+            .ok()
+    };
     Some(json!({
         "serialNumber": parsed.serial.to_string(),
         "validFrom": at(parsed.validity().not_before.timestamp()),

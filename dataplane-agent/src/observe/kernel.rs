@@ -23,7 +23,9 @@ pub async fn events(ring: RingBuf<MapData>) {
         }
     };
     loop {
-        let Ok(mut ready) = ring.readable_mut().await else { return };
+        let Ok(mut ready) = ring.readable_mut().await else {
+            return;
+        };
         let ring = ready.get_inner_mut();
         while let Some(item) = ring.next() {
             tell(&item);
@@ -45,7 +47,9 @@ pub async fn log(logger: Option<EbpfLogger<&'static dyn ::log::Log>>) {
 }
 
 fn tell(bytes: &[u8]) {
-    let Some(event) = Event::from_bytes(bytes) else { return };
+    let Some(event) = Event::from_bytes(bytes) else {
+        return;
+    };
     let reason = Reason::from_number(event.reason).map_or("unknown", Reason::word);
     tracing::warn!(
         target: "kernel",

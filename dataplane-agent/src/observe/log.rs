@@ -40,13 +40,21 @@ impl Level {
     /// They are not directives.
     pub fn set(&self, directives: &str) -> Result<(), String> {
         (self.set)(directives)?;
-        directives.clone_into(&mut self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        directives.clone_into(
+            &mut self
+                .now
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        );
         Ok(())
     }
 
     /// The directives that hold.
     pub fn now(&self) -> String {
-        self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        self.now
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -86,9 +94,8 @@ fn parse(directives: &str) -> Result<EnvFilter, String> {
 #[derive(Debug)]
 pub struct Lines(pub Format);
 
-const TIME: &[BorrowedFormatItem<'_>] = format_description!(
-    "[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z"
-);
+const TIME: &[BorrowedFormatItem<'_>] =
+    format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
 
 impl<S, N> FormatEvent<S, N> for Lines
 where
@@ -101,14 +108,20 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
-        let time = OffsetDateTime::now_utc().format(TIME).map_err(|_| fmt::Error)?;
+        let time = OffsetDateTime::now_utc()
+            .format(TIME)
+            .map_err(|_| fmt::Error)?;
         let level = event.metadata().level().as_str().to_ascii_lowercase();
         match self.0 {
             Format::Plain => {
                 let mut fields = Plain::default();
                 event.record(&mut fields);
                 let target = target_of(event, &fields.target);
-                writeln!(writer, "{time}\t{level}\t{target}\t{}{}", fields.message, fields.rest)
+                writeln!(
+                    writer,
+                    "{time}\t{level}\t{target}\t{}{}",
+                    fields.message, fields.rest
+                )
             }
             Format::Json => {
                 let mut fields = Json::default();
@@ -128,7 +141,11 @@ where
 
 /// Events that come from the `log` crate have their target in a field.
 fn target_of(event: &Event<'_>, logged: &str) -> String {
-    let target = if logged.is_empty() { event.metadata().target() } else { logged };
+    let target = if logged.is_empty() {
+        event.metadata().target()
+    } else {
+        logged
+    };
     let target = target.strip_prefix("dataplane_agent::").unwrap_or(target);
     target.to_owned()
 }
@@ -179,7 +196,9 @@ struct Json {
 impl Json {
     fn put(&mut self, field: &Field, value: Value) {
         if field.name() == "message" {
-            self.message = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            self.message = value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned);
         } else if !is_logs_own(field) {
             self.rest.insert(field.name().to_owned(), value);
         }

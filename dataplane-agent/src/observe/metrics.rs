@@ -14,8 +14,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::record::{Facts, Reporter};
 use super::Flag;
+use super::record::{Facts, Reporter};
 use crate::resolve::workload::Workload;
 
 /// What stands where nothing is known.
@@ -76,7 +76,9 @@ impl Labels {
         let unknown = || Arc::<str>::from(UNKNOWN);
         let source_principal = facts.source_identity.as_ref().filter(|_| facts.mutual_tls);
         let target = facts.target.as_ref();
-        let target_identity = target.filter(|_| facts.mutual_tls).map(|target| target.identity());
+        let target_identity = target
+            .filter(|_| facts.mutual_tls)
+            .map(|target| target.identity());
         let service = facts.service.as_ref();
         let service = [
             service.map_or_else(unknown, |service| service.hostname.clone()),
@@ -118,7 +120,13 @@ impl Party {
 
 impl Labels {
     fn put(&self, encoder: &mut LabelSetEncoder<'_>, flag: &str) -> fmt::Result {
-        let Values { reporter, source, service, destination, mutual_tls } = &*self.0;
+        let Values {
+            reporter,
+            source,
+            service,
+            destination,
+            mutual_tls,
+        } = &*self.0;
         let security = if *mutual_tls { "mutual_tls" } else { UNKNOWN };
         let pairs: [(&str, &str); 23] = [
             ("reporter", reporter),
@@ -219,16 +227,42 @@ impl Metrics {
         let (received, sent) = (Family::default(), Family::default());
         let refused = Family::default();
         let istio = registry.sub_registry_with_prefix("istio");
-        istio.register("build", "Build of the node dataplane", Info::new(vec![
-            ("component", "dataplane"),
-            ("tag", env!("CARGO_PKG_VERSION")),
-        ]));
-        istio.register("tcp_connections_opened", "Connections opened", opened.clone());
-        istio.register("tcp_connections_closed", "Connections closed", closed.clone());
-        istio.register("tcp_connections_failed", "Connections that failed", failed.clone());
+        istio.register(
+            "build",
+            "Build of the node dataplane",
+            Info::new(vec![
+                ("component", "dataplane"),
+                ("tag", env!("CARGO_PKG_VERSION")),
+            ]),
+        );
+        istio.register(
+            "tcp_connections_opened",
+            "Connections opened",
+            opened.clone(),
+        );
+        istio.register(
+            "tcp_connections_closed",
+            "Connections closed",
+            closed.clone(),
+        );
+        istio.register(
+            "tcp_connections_failed",
+            "Connections that failed",
+            failed.clone(),
+        );
         let bytes = || Unit::Bytes;
-        istio.register_with_unit("tcp_received", "Bytes from client to server", bytes(), received.clone());
-        istio.register_with_unit("tcp_sent", "Bytes from server to client", bytes(), sent.clone());
+        istio.register_with_unit(
+            "tcp_received",
+            "Bytes from client to server",
+            bytes(),
+            received.clone(),
+        );
+        istio.register_with_unit(
+            "tcp_sent",
+            "Bytes from server to client",
+            bytes(),
+            sent.clone(),
+        );
         registry.register(
             "dataplane_connections_refused",
             "Connections that ended before it was known who they were of or where they went",
@@ -236,15 +270,31 @@ impl Metrics {
         );
         registry.register_collector(Box::new(FromKernel(Box::new(kernel))));
         registry.register_collector(Box::new(Descriptors));
-        Self { registry, opened, closed, failed, received, sent, refused }
+        Self {
+            registry,
+            opened,
+            closed,
+            failed,
+            received,
+            sent,
+            refused,
+        }
     }
 
     pub(super) fn opened(&self, labels: &Labels) {
-        self.opened.get_or_create(&Flagged { labels: labels.clone(), flag: "-" }).inc();
+        self.opened
+            .get_or_create(&Flagged {
+                labels: labels.clone(),
+                flag: "-",
+            })
+            .inc();
     }
 
     pub(super) fn closed(&self, labels: &Labels, flag: Option<Flag>, up: u64, down: u64) {
-        let flagged = Flagged { labels: labels.clone(), flag: flag.map_or("-", Flag::word) };
+        let flagged = Flagged {
+            labels: labels.clone(),
+            flag: flag.map_or("-", Flag::word),
+        };
         if flag.is_some() {
             self.failed.get_or_create(&flagged).inc();
         }
@@ -254,7 +304,10 @@ impl Metrics {
     }
 
     pub(super) fn refused(&self, reporter: Reporter, flag: Flag) {
-        let labels = Refused { reporter: reporter.word(), response_flags: flag.word() };
+        let labels = Refused {
+            reporter: reporter.word(),
+            response_flags: flag.word(),
+        };
         self.refused.get_or_create(&labels).inc();
     }
 
@@ -281,17 +334,23 @@ mod tests {
             .filter_map(|line| line.strip_prefix("# TYPE "))
             .collect();
         names.sort_unstable();
-        assert_eq!(names, [
-            "dataplane_connections_refused counter",
-            "dataplane_kernel_decisions counter",
-            "istio_build info",
-            "istio_tcp_connections_closed counter",
-            "istio_tcp_connections_failed counter",
-            "istio_tcp_connections_opened counter",
-            "istio_tcp_received_bytes counter",
-            "istio_tcp_sent_bytes counter",
-            "process_open_fds gauge",
-        ]);
-        assert!(text.contains("dataplane_kernel_decisions_total{decision=\"captured\"} 3"), "{text}");
+        assert_eq!(
+            names,
+            [
+                "dataplane_connections_refused counter",
+                "dataplane_kernel_decisions counter",
+                "istio_build info",
+                "istio_tcp_connections_closed counter",
+                "istio_tcp_connections_failed counter",
+                "istio_tcp_connections_opened counter",
+                "istio_tcp_received_bytes counter",
+                "istio_tcp_sent_bytes counter",
+                "process_open_fds gauge",
+            ]
+        );
+        assert!(
+            text.contains("dataplane_kernel_decisions_total{decision=\"captured\"} 3"),
+            "{text}"
+        );
     }
 }

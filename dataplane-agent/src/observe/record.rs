@@ -179,7 +179,11 @@ impl Record {
         );
         let flag = end.as_ref().err().map(|failure| failure.flag());
         self.metrics.closed(&self.labels, flag, up, down);
-        self.tell_complete(end.err().map(|failure| failure.to_string()).as_deref(), up, down);
+        self.tell_complete(
+            end.err().map(|failure| failure.to_string()).as_deref(),
+            up,
+            down,
+        );
     }
 
     fn tell_opened(&self) {
@@ -268,11 +272,17 @@ struct Line<'a> {
 impl<'a> Line<'a> {
     fn of(facts: &'a Facts) -> Self {
         let name = |workload: &'a Arc<Workload>| {
-            let name = if workload.name.is_empty() { &workload.canonical_name } else { &workload.name };
+            let name = if workload.name.is_empty() {
+                &workload.canonical_name
+            } else {
+                &workload.name
+            };
             &**name
         };
         let identity = |identity: Option<&Identity>| {
-            identity.filter(|_| facts.mutual_tls).map(ToString::to_string)
+            identity
+                .filter(|_| facts.mutual_tls)
+                .map(ToString::to_string)
         };
         let target = facts.target.as_ref().map(|target| target.identity());
         Self {

@@ -125,7 +125,11 @@ impl Mesh {
     pub fn policies_of<'a>(&'a self, workload: &'a Workload) -> Applicable<'a> {
         let of_namespace = self.by_namespace.get(&workload.namespace);
         let mut applicable = Applicable {
-            policies: self.global.iter().chain(of_namespace.into_iter().flatten()).collect(),
+            policies: self
+                .global
+                .iter()
+                .chain(of_namespace.into_iter().flatten())
+                .collect(),
             unknown: Vec::new(),
         };
         for key in &workload.policies {

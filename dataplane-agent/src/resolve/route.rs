@@ -32,7 +32,12 @@ pub fn resolve<I>(
         Direction::InboundPlain | Direction::InboundHbone { .. } => inbound(&mesh, &accepted),
     };
     match found {
-        Ok(Found { source, target, service, hop }) => Ok(Resolved {
+        Ok(Found {
+            source,
+            target,
+            service,
+            hop,
+        }) => Ok(Resolved {
             accepted,
             mesh,
             source,
@@ -55,14 +60,20 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
     let to = accepted.destination;
     if !accepted.pod.owns(to.ip()) {
         let pod = accepted.pod.addresses.first().copied().unwrap_or(to.ip());
-        return Err(ResolveError::IpMismatch { pod, asked: to.ip() });
+        return Err(ResolveError::IpMismatch {
+            pod,
+            asked: to.ip(),
+        });
     }
     if OWN.contains(&to.port()) {
         return Err(ResolveError::SelfCall);
     }
     let target = local(mesh, accepted)?;
     let service = match &accepted.direction {
-        Direction::InboundHbone { service: Some(asked), .. } => target
+        Direction::InboundHbone {
+            service: Some(asked),
+            ..
+        } => target
             .services
             .keys()
             .filter_map(|key| mesh.service(key))
@@ -119,7 +130,9 @@ fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveErro
 /// The pod as the mesh knows it. By its uid: an address may have been another pod's before.
 fn local<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Arc<Workload>, ResolveError> {
     let pod = &accepted.pod;
-    let found = mesh.workload(&pod.uid).filter(|found| found.identity() == pod.identity);
+    let found = mesh
+        .workload(&pod.uid)
+        .filter(|found| found.identity() == pod.identity);
     found
         .cloned()
         .ok_or_else(|| ResolveError::UnknownLocal(pod.uid.clone()))
@@ -148,7 +161,11 @@ fn next(
         Protocol::Hbone => {
             let mut expected = vec![target.identity()];
             // One that is not an identity could not be presented either.
-            expected.extend(names.iter().filter_map(|name| name.parse::<Identity>().ok()));
+            expected.extend(
+                names
+                    .iter()
+                    .filter_map(|name| name.parse::<Identity>().ok()),
+            );
             Ok(Hop::Hbone {
                 to: SocketAddr::new(address, hbone::PORT),
                 authority,
@@ -167,7 +184,10 @@ fn choose(
     to: SocketAddr,
 ) -> Option<(Arc<Workload>, u16)> {
     let candidates = candidates(mesh, service, source, to.port());
-    let total: u64 = candidates.iter().map(|(workload, _)| u64::from(workload.capacity)).sum();
+    let total: u64 = candidates
+        .iter()
+        .map(|(workload, _)| u64::from(workload.capacity))
+        .sum();
     if total == 0 {
         return None;
     }

@@ -52,9 +52,7 @@ fn count(folder: &File, kind: u32) -> io::Result<u32> {
     };
     // SAFETY: the kernel reads and writes within the structure, whose size is given; no list of
     // programs is asked for, only their number.
-    let done = unsafe {
-        libc::syscall(libc::SYS_bpf, QUERY, &raw mut query, size_of::<Query>())
-    };
+    let done = unsafe { libc::syscall(libc::SYS_bpf, QUERY, &raw mut query, size_of::<Query>()) };
     match done {
         0 => Ok(query.program_count),
         _ => Err(io::Error::last_os_error()),

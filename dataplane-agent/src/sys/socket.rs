@@ -96,7 +96,12 @@ pub fn accept(listener: &std::net::TcpListener) -> io::Result<std::net::TcpStrea
     let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: the descriptor is open; no address is asked for.
     let accepted = unsafe {
-        libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags)
+        libc::accept4(
+            listener.as_raw_fd(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            flags,
+        )
     };
     if accepted < 0 {
         return Err(io::Error::last_os_error());

@@ -52,7 +52,11 @@ pub async fn carry(
     scope: &Scope,
     bytes: &observe::Bytes,
 ) -> Result<(), TransportError> {
-    let Permit { resolved, mut revoked, .. } = permit;
+    let Permit {
+        resolved,
+        mut revoked,
+        ..
+    } = permit;
     let accepted = resolved.accepted;
     let pod = Arc::clone(&accepted.pod);
     let upstream = async {
@@ -66,7 +70,12 @@ pub async fn carry(
                 let tcp = plain::to_peer(&*carrier.means, &pod, *to).await?;
                 Ok((End::Tcp(tcp), None))
             }
-            Hop::Hbone { to, authority, target, expected } => {
+            Hop::Hbone {
+                to,
+                authority,
+                target,
+                expected,
+            } => {
                 let key = Key {
                     source: pod.uid.clone(),
                     target: target.uid.clone(),
@@ -76,7 +85,10 @@ pub async fn carry(
                 let connect = Connect {
                     authority: *authority,
                     client: accepted.peer,
-                    host: resolved.service.as_ref().map(|service| service.hostname.clone()),
+                    host: resolved
+                        .service
+                        .as_ref()
+                        .map(|service| service.hostname.clone()),
                     baggage: resolved.source.as_deref().map(headers::baggage),
                 };
                 let (send, receive, lease) =
@@ -136,5 +148,7 @@ fn answer(
     if let Some(baggage) = baggage.and_then(|baggage| baggage.parse().ok()) {
         response.headers_mut().insert("baggage", baggage);
     }
-    respond.send_response(response, false).map_err(|error| TransportError::H2(error.into()))
+    respond
+        .send_response(response, false)
+        .map_err(|error| TransportError::H2(error.into()))
 }

@@ -64,19 +64,25 @@ pub async fn dial(
     scope: &Scope,
 ) -> Result<std::rc::Rc<Tunnel>, TransportError> {
     let tls = means.client(pod, expected);
-    let tls = tls.await.map_err(|error| TransportError::Identity(error.into()))?;
-    let tcp = super::plain::to_peer(means, pod, to).await.map_err(|error| match error {
-        TransportError::Connect(error) if error.kind() == io::ErrorKind::TimedOut => {
-            TransportError::Blocked(error)
-        }
-        error => error,
-    })?;
+    let tls = tls
+        .await
+        .map_err(|error| TransportError::Identity(error.into()))?;
+    let tcp = super::plain::to_peer(means, pod, to)
+        .await
+        .map_err(|error| match error {
+            TransportError::Connect(error) if error.kind() == io::ErrorKind::TimedOut => {
+                TransportError::Blocked(error)
+            }
+            error => error,
+        })?;
     // Nobody looks at it: SNI is off, and peers are known by their identity.
     let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
     let handshake = async {
         let io = ReadAhead::new(tcp);
         let tls = tokio_rustls::TlsConnector::from(tls)
-            .connect_with(nobody, io, |session| session.set_buffer_limit(Some(hbone::TLS_BUFFER)))
+            .connect_with(nobody, io, |session| {
+                session.set_buffer_limit(Some(hbone::TLS_BUFFER))
+            })
             .await
             .map_err(|error| TransportError::Tls(error.into()))?;
         if tls.get_ref().1.alpn_protocol() != Some(hbone::ALPN) {
@@ -84,7 +90,9 @@ pub async fn dial(
             return Err(TransportError::Tls(error.into()));
         }
         let handshake = hbone::client().handshake::<_, Bytes>(tls);
-        handshake.await.map_err(|error| TransportError::Handshake(error.to_string().into()))
+        handshake
+            .await
+            .map_err(|error| TransportError::Handshake(error.to_string().into()))
     };
     let (send, mut connection) = timeout(hbone::TIMEOUT, handshake).await.map_err(|_| {
         TransportError::Handshake("the peer did not finish the handshake in time".into())
@@ -174,14 +182,17 @@ impl Lease {
     fn failed(&self, error: h2::Error) -> Failed {
         let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
         // Only streams above the last one that the peer has taken end by its GOAWAY.
-        let left = error.is_go_away()
-            && error.is_remote()
-            && error.reason() == Some(h2::Reason::NO_ERROR);
+        let left =
+            error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
         if left || !error.is_reset() {
             self.0.closed.set(true);
         }
         let failure = TransportError::H2(error.into());
-        if refused || left { Failed::Unprocessed(failure) } else { Failed::Final(failure) }
+        if refused || left {
+            Failed::Unprocessed(failure)
+        } else {
+            Failed::Final(failure)
+        }
     }
 }
 
@@ -190,7 +201,11 @@ fn request(connect: &Connect) -> Result<Request<()>, TransportError> {
         let host = connect.host.as_deref();
         let mut request = Request::builder()
             .method(Method::CONNECT)
-            .uri(Uri::builder().authority(connect.authority.to_string()).build()?)
+            .uri(
+                Uri::builder()
+                    .authority(connect.authority.to_string())
+                    .build()?,
+            )
             .header(header::FORWARDED, headers::forwarded(connect.client, host))
             .header("traceparent", headers::traceparent());
         // What the mesh says of a workload need not be fit for a header; then it is not told.

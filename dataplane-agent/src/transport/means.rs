@@ -24,7 +24,11 @@ impl Means for OfNode {
         pod: &'a LocalPod,
         to: SocketAddr,
     ) -> LocalBoxFuture<'a, io::Result<TcpStream>> {
-        Box::pin(async move { TcpSocket::from_std_stream(pod.socket(to)?).connect(to).await })
+        Box::pin(async move {
+            TcpSocket::from_std_stream(pod.socket(to)?)
+                .connect(to)
+                .await
+        })
     }
 
     fn connect_as<'a>(
@@ -34,7 +38,9 @@ impl Means for OfNode {
         to: SocketAddr,
     ) -> LocalBoxFuture<'a, io::Result<TcpStream>> {
         Box::pin(async move {
-            TcpSocket::from_std_stream(pod.socket_as(from, to)?).connect(to).await
+            TcpSocket::from_std_stream(pod.socket_as(from, to)?)
+                .connect(to)
+                .await
         })
     }
 

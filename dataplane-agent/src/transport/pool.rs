@@ -61,7 +61,11 @@ pub type Stream = (SendStream<Bytes>, RecvStream, Lease);
 impl Pool {
     /// Without tunnels; one that carries nothing for `idle` is closed.
     pub fn new(means: Rc<dyn Means>, idle: Duration) -> Rc<Self> {
-        Rc::new(Self { means, ways: RefCell::default(), idle })
+        Rc::new(Self {
+            means,
+            ways: RefCell::default(),
+            idle,
+        })
     }
 
     /// Opens a stream, in a tunnel that is there or in a new one that lives in the pod's `scope`.
@@ -92,7 +96,8 @@ impl Pool {
             tokio::time::sleep(self.idle / 4).await;
             self.ways.borrow_mut().retain(|_, way| {
                 way.tunnels.retain(|tunnel| {
-                    let idle = tunnel.streams() == 0 && tunnel.idle_since.get().elapsed() >= self.idle;
+                    let idle =
+                        tunnel.streams() == 0 && tunnel.idle_since.get().elapsed() >= self.idle;
                     !tunnel.closed.get() && !idle
                 });
                 !way.tunnels.is_empty() || !way.dials.is_empty()
@@ -107,7 +112,11 @@ impl Pool {
 
     /// How many tunnels there are.
     pub fn tunnels(&self) -> usize {
-        self.ways.borrow().values().map(|way| way.tunnels.len()).sum()
+        self.ways
+            .borrow()
+            .values()
+            .map(|way| way.tunnels.len())
+            .sum()
     }
 
     async fn lease(
@@ -122,7 +131,11 @@ impl Pool {
                 Found::Dial(dial) => dial.outcome.subscribe(),
                 Found::Nothing => self.start(key, pod, scope).outcome.subscribe(),
             };
-            match outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone()) {
+            match outcome
+                .wait_for(Option::is_some)
+                .await
+                .map(|outcome| outcome.clone())
+            {
                 Ok(Some(Ok(tunnel))) if tunnel.has_room() => return Ok(tunnel.lease()),
                 Ok(Some(Err(error))) => return Err(error),
                 // Others were quicker, or the tunnel has closed already: look again.
@@ -146,7 +159,11 @@ impl Pool {
         if let Some(tunnel) = least.min_by_key(|tunnel| tunnel.streams()) {
             return Found::Lease(Rc::clone(tunnel).lease());
         }
-        match way.dials.iter().find(|dial| dial.waiting.get() < CLIENT_STREAMS) {
+        match way
+            .dials
+            .iter()
+            .find(|dial| dial.waiting.get() < CLIENT_STREAMS)
+        {
             Some(dial) => {
                 dial.waiting.set(dial.waiting.get() + 1);
                 Found::Dial(Rc::clone(dial))
@@ -157,9 +174,21 @@ impl Pool {
 
     /// Dials in a task of its own: the one that asked first may go away while others wait.
     fn start(self: &Rc<Self>, key: &Key, pod: &Arc<LocalPod>, scope: &Scope) -> Rc<Dial> {
-        let entry = Rc::new(Dial { waiting: Cell::new(1), outcome: watch::Sender::new(None) });
-        self.ways.borrow_mut().entry(key.clone()).or_default().dials.push(Rc::clone(&entry));
-        let guard = Dialling { pool: Rc::clone(self), key: key.clone(), entry: Rc::clone(&entry) };
+        let entry = Rc::new(Dial {
+            waiting: Cell::new(1),
+            outcome: watch::Sender::new(None),
+        });
+        self.ways
+            .borrow_mut()
+            .entry(key.clone())
+            .or_default()
+            .dials
+            .push(Rc::clone(&entry));
+        let guard = Dialling {
+            pool: Rc::clone(self),
+            key: key.clone(),
+            entry: Rc::clone(&entry),
+        };
         let (pod, in_scope) = (Arc::clone(pod), scope.clone());
         scope.spawn(async move {
             let Key { to, expected, .. } = &guard.key;

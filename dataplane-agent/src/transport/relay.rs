@@ -80,7 +80,10 @@ impl Broken {
                 (None, _) => return false,
             },
         };
-        matches!(kind, NotConnected | UnexpectedEof | ConnectionReset | BrokenPipe)
+        matches!(
+            kind,
+            NotConnected | UnexpectedEof | ConnectionReset | BrokenPipe
+        )
     }
 }
 
@@ -113,7 +116,10 @@ pub async fn relay(client: End, upstream: End, meter: &impl Meter) -> Result<(),
 
 /// Resets a connection of which nothing is to be relayed.
 pub fn reset(tcp: TcpStream) {
-    drop(Socket { tcp, done: false.into() });
+    drop(Socket {
+        tcp,
+        done: false.into(),
+    });
 }
 
 async fn copy(mut from: Source, to: &mut Sink, count: impl Fn(u64)) -> Result<(), Broken> {
@@ -182,9 +188,16 @@ impl Half {
     fn of(end: End) -> (Source, Sink) {
         match end {
             End::Tcp(tcp) => {
-                let socket = Rc::new(Socket { tcp, done: false.into() });
+                let socket = Rc::new(Socket {
+                    tcp,
+                    done: false.into(),
+                });
                 let buffer = BytesMut::new();
-                let source = Source::Tcp { socket: Rc::clone(&socket), buffer, size: SMALL };
+                let source = Source::Tcp {
+                    socket: Rc::clone(&socket),
+                    buffer,
+                    size: SMALL,
+                };
                 (source, Sink::Tcp(socket))
             }
             End::Stream(send, receive) => (Source::Stream(receive), Sink::Stream(send, false)),
@@ -193,7 +206,11 @@ impl Half {
 }
 
 enum Source {
-    Tcp { socket: Rc<Socket>, buffer: BytesMut, size: usize },
+    Tcp {
+        socket: Rc<Socket>,
+        buffer: BytesMut,
+        size: usize,
+    },
     Stream(RecvStream),
 }
 
@@ -201,7 +218,11 @@ impl Source {
     /// Fills the empty batch; `false` at the end. Loses nothing when it is dropped while waiting.
     async fn read(&mut self, batch: &mut Batch) -> Result<bool, Broken> {
         match self {
-            Self::Tcp { socket, buffer, size } => loop {
+            Self::Tcp {
+                socket,
+                buffer,
+                size,
+            } => loop {
                 socket.tcp.readable().await?;
                 buffer.reserve(*size);
                 match socket.tcp.try_read_buf(&mut buffer.limit(*size)) {

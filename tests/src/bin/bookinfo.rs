@@ -27,7 +27,8 @@ fn main() -> io::Result<()> {
             std::process::exit(2);
         }
     };
-    let listener = TcpListener::bind(("::", PORT)).or_else(|_| TcpListener::bind(("0.0.0.0", PORT)))?;
+    let listener =
+        TcpListener::bind(("::", PORT)).or_else(|_| TcpListener::bind(("0.0.0.0", PORT)))?;
     println!("{role} listens on {PORT}");
     for connection in listener.incoming() {
         let connection = connection?;
@@ -57,7 +58,11 @@ fn serve(connection: &TcpStream, answer: fn(&str) -> Answer) -> io::Result<()> {
         let path = request.split(' ').nth(1).unwrap_or("/");
         let (status, kind, content) = match path {
             // Whom the server sees: the client itself, or somebody in between.
-            "/client" => (200, "text/plain", format!("{}\n", client.ip().to_canonical())),
+            "/client" => (
+                200,
+                "text/plain",
+                format!("{}\n", client.ip().to_canonical()),
+            ),
             path => answer(path),
         };
         let head = format!(
@@ -105,7 +110,9 @@ fn reviews(path: &str, version: &str, stars: Option<&str>) -> Answer {
         None => String::new(),
         Some(color) => match get("ratings.backend", "/ratings/0") {
             Ok(ratings) => format!(r#","rating":{{"color":"{color}","stars":{ratings}}}"#),
-            Err(_) => r#","rating":{"error":"Ratings service is currently unavailable"}"#.to_owned(),
+            Err(_) => {
+                r#","rating":{"error":"Ratings service is currently unavailable"}"#.to_owned()
+            }
         },
     };
     let pod = hostname();
@@ -144,7 +151,10 @@ fn get(service: &str, path: &str) -> io::Result<String> {
             }
         };
         connection.set_read_timeout(Some(PATIENCE))?;
-        write!(connection, "GET {path} HTTP/1.1\r\nhost: {service}:{PORT}\r\n\r\n")?;
+        write!(
+            connection,
+            "GET {path} HTTP/1.1\r\nhost: {service}:{PORT}\r\n\r\n"
+        )?;
         return content(BufReader::new(connection));
     }
     Err(last)

@@ -98,7 +98,11 @@ fn serve(port: &str) -> io::Result<()> {
 
 fn end_server(port: &str, how: &str) -> io::Result<()> {
     match how {
-        "close" => each(port, |connection| BufReader::new(&connection).read_line(&mut String::new()).map(|_| ())),
+        "close" => each(port, |connection| {
+            BufReader::new(&connection)
+                .read_line(&mut String::new())
+                .map(|_| ())
+        }),
         "reset" => each(port, |connection| {
             BufReader::new(&connection).read_line(&mut String::new())?;
             SockRef::from(&connection).set_linger(Some(Duration::ZERO))
@@ -151,7 +155,9 @@ fn parse(to: &str) -> io::Result<SocketAddr> {
 fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
     let mut to = parse(to)?;
     let option = |name: &str| {
-        options.iter().find_map(|option| option.strip_prefix(name)?.strip_prefix('='))
+        options
+            .iter()
+            .find_map(|option| option.strip_prefix(name)?.strip_prefix('='))
     };
     let number = |text: &str| text.parse::<u32>().map_err(io::Error::other);
     if options.contains(&"mapped")
@@ -159,7 +165,11 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
     {
         to = SocketAddr::new(v4.ip().to_ipv6_mapped().into(), v4.port());
     }
-    let protocol = if options.contains(&"mptcp") { Protocol::MPTCP } else { Protocol::TCP };
+    let protocol = if options.contains(&"mptcp") {
+        Protocol::MPTCP
+    } else {
+        Protocol::TCP
+    };
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
     if let Some(device) = option("device") {
         socket.bind_device(Some(device.as_bytes()))?;
@@ -216,7 +226,11 @@ fn disconnect(socket: &Socket) -> io::Result<()> {
             size_of::<libc::sockaddr>() as libc::socklen_t,
         )
     };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 fn talk(to: &str) -> io::Result<()> {
@@ -291,7 +305,9 @@ fn flood(to: &str, bytes: &str) -> io::Result<()> {
         }
         let piece = &buffer[..left.min(buffer.len())];
         (&stream).write_all(piece)?;
-        sum = piece.iter().fold(sum, |sum, byte| sum.wrapping_mul(31).wrapping_add(u64::from(*byte)));
+        sum = piece.iter().fold(sum, |sum, byte| {
+            sum.wrapping_mul(31).wrapping_add(u64::from(*byte))
+        });
         sent += piece.len() as u64;
         left -= piece.len();
     }
@@ -299,7 +315,10 @@ fn flood(to: &str, bytes: &str) -> io::Result<()> {
     let mut answer = String::new();
     (&stream).read_to_string(&mut answer)?;
     if answer.trim() != format!("{sent} {sum}") {
-        return Err(io::Error::other(format!("sent {sent} {sum}, arrived {}", answer.trim())));
+        return Err(io::Error::other(format!(
+            "sent {sent} {sum}, arrived {}",
+            answer.trim()
+        )));
     }
     println!("{sent} arrived");
     Ok(())
@@ -336,11 +355,14 @@ fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
                 std::thread::sleep(due.saturating_sub(started.elapsed()));
                 match once() {
                     Ok(()) => _ = good.fetch_add(1, Ordering::Relaxed),
-                    Err(error) => bad.lock().unwrap_or_else(|bad| bad.into_inner()).push(format!(
-                        "{} at {:.2}s",
-                        word(&error),
-                        started.elapsed().as_secs_f32()
-                    )),
+                    Err(error) => bad
+                        .lock()
+                        .unwrap_or_else(|bad| bad.into_inner())
+                        .push(format!(
+                            "{} at {:.2}s",
+                            word(&error),
+                            started.elapsed().as_secs_f32()
+                        )),
                 }
             }
         }));

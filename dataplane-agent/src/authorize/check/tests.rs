@@ -6,8 +6,8 @@ use ipnet::IpNet;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::*;
 use super::super::policy::PolicyScope;
+use super::*;
 use crate::identity::Identity;
 use crate::resolve::mesh::Mesh;
 use crate::resolve::workload::tests::workload;
@@ -48,20 +48,22 @@ fn one() -> impl Strategy<Value = Match> {
         (vec(net(), few.clone()), vec(net(), few.clone())),
         (vec(80..82_u16, few.clone()), vec(80..82_u16, few)),
     )
-        .prop_map(|(namespaces, principals, accounts, sources, destinations, ports)| Match {
-            namespaces: namespaces.0,
-            not_namespaces: namespaces.1,
-            principals: principals.0,
-            not_principals: principals.1,
-            service_accounts: accounts.0,
-            not_service_accounts: accounts.1,
-            source_ips: sources.0,
-            not_source_ips: sources.1,
-            destination_ips: destinations.0,
-            not_destination_ips: destinations.1,
-            destination_ports: ports.0,
-            not_destination_ports: ports.1,
-        })
+        .prop_map(
+            |(namespaces, principals, accounts, sources, destinations, ports)| Match {
+                namespaces: namespaces.0,
+                not_namespaces: namespaces.1,
+                principals: principals.0,
+                not_principals: principals.1,
+                service_accounts: accounts.0,
+                not_service_accounts: accounts.1,
+                source_ips: sources.0,
+                not_source_ips: sources.1,
+                destination_ips: destinations.0,
+                not_destination_ips: destinations.1,
+                destination_ports: ports.0,
+                not_destination_ports: ports.1,
+            },
+        )
 }
 
 fn policy() -> impl Strategy<Value = Policy> {
@@ -73,16 +75,24 @@ fn policy() -> impl Strategy<Value = Policy> {
         Just(PolicyScope::WorkloadSelector)
     ];
     let action = prop_oneof![Just(Action::Allow), Just(Action::Deny)];
-    (0..4_u8, "ns|other", scope, action, vec(rule, 0..3), prop::bool::weighted(0.1)).prop_map(
-        |(number, namespace, scope, action, rules, dry_run)| Policy {
-            name: format!("p{number}").into(),
-            namespace: namespace.into(),
-            scope,
-            action,
-            rules,
-            dry_run,
-        },
+    (
+        0..4_u8,
+        "ns|other",
+        scope,
+        action,
+        vec(rule, 0..3),
+        prop::bool::weighted(0.1),
     )
+        .prop_map(
+            |(number, namespace, scope, action, rules, dry_run)| Policy {
+                name: format!("p{number}").into(),
+                namespace: namespace.into(),
+                scope,
+                action,
+                rules,
+                dry_run,
+            },
+        )
 }
 
 fn address() -> impl Strategy<Value = IpAddr> {
@@ -168,14 +178,20 @@ mod reference {
                 })
                 .collect::<Vec<bool>>()
         };
-        constrain(strings(&one.namespaces, &namespace), strings(&one.not_namespaces, &namespace));
+        constrain(
+            strings(&one.namespaces, &namespace),
+            strings(&one.not_namespaces, &namespace),
+        );
         let principals = |all: &[StringMatch]| match question.source {
-            Some(identity) => strings(all, &format!(
-                "{}/ns/{}/sa/{}",
-                identity.trust_domain(),
-                identity.namespace(),
-                identity.service_account()
-            )),
+            Some(identity) => strings(
+                all,
+                &format!(
+                    "{}/ns/{}/sa/{}",
+                    identity.trust_domain(),
+                    identity.namespace(),
+                    identity.service_account()
+                ),
+            ),
             None => vec![false; all.len()],
         };
         constrain(principals(&one.principals), principals(&one.not_principals));
@@ -190,9 +206,14 @@ mod reference {
                 })
                 .collect::<Vec<bool>>()
         };
-        constrain(accounts(&one.service_accounts), accounts(&one.not_service_accounts));
+        constrain(
+            accounts(&one.service_accounts),
+            accounts(&one.not_service_accounts),
+        );
         let nets = |all: &[IpNet], ip: IpAddr| {
-            all.iter().map(|net| net.contains(&ip)).collect::<Vec<bool>>()
+            all.iter()
+                .map(|net| net.contains(&ip))
+                .collect::<Vec<bool>>()
         };
         constrain(
             nets(&one.source_ips, question.source_ip),
@@ -203,9 +224,14 @@ mod reference {
             nets(&one.not_destination_ips, question.destination_ip),
         );
         let ports = |all: &[u16]| {
-            all.iter().map(|&port| port == question.destination_port).collect::<Vec<bool>>()
+            all.iter()
+                .map(|&port| port == question.destination_port)
+                .collect::<Vec<bool>>()
         };
-        constrain(ports(&one.destination_ports), ports(&one.not_destination_ports));
+        constrain(
+            ports(&one.destination_ports),
+            ports(&one.not_destination_ports),
+        );
         constraints > 0 && holds
     }
 }

@@ -40,7 +40,9 @@ async fn shake(client: rustls::ClientConfig, server: rustls::ServerConfig) -> Re
     let (near, far) = tokio::io::duplex(64 << 10);
     let name = rustls_pki_types::ServerName::try_from("0.0.0.0").expect("a name");
     let connect = async {
-        let mut tls = TlsConnector::from(Arc::new(client)).connect(name, near).await?;
+        let mut tls = TlsConnector::from(Arc::new(client))
+            .connect(name, near)
+            .await?;
         tls.write_all(b"?").await?;
         let mut answer = [0];
         tls.read_exact(&mut answer).await
@@ -63,9 +65,16 @@ async fn both(
     server: (&Certs, &Identity),
 ) -> Result<(), String> {
     let (certs, who, expected) = client;
-    let ours = certs.current(who).await.map_err(|error| error.to_string())?;
+    let ours = certs
+        .current(who)
+        .await
+        .map_err(|error| error.to_string())?;
     let ours = ours.client(expected).map_err(|error| error.to_string())?;
-    let theirs = server.0.current(server.1).await.map_err(|error| error.to_string())?;
+    let theirs = server
+        .0
+        .current(server.1)
+        .await
+        .map_err(|error| error.to_string())?;
     shake((*ours).clone(), (*theirs.server).clone()).await
 }
 
@@ -74,7 +83,9 @@ async fn peers_of_one_mesh_that_expect_each_other_connect() {
     let state = tempfile::tempdir().expect("a folder");
     let (alice, bob) = (alice(), bob());
     let certs = certs(ca(state.path()), &[alice.clone(), bob.clone()]);
-    both((&certs, &alice, std::slice::from_ref(&bob)), (&certs, &bob)).await.expect("a connection");
+    both((&certs, &alice, std::slice::from_ref(&bob)), (&certs, &bob))
+        .await
+        .expect("a connection");
 }
 
 #[tokio::test]
@@ -88,13 +99,22 @@ async fn a_server_that_is_somebody_else_is_refused() {
     }
     let one = (&certs, &alice, std::slice::from_ref(&alice));
     let (near, far) = tokio::io::duplex(64 << 10);
-    let config = certs.current(one.1).await.expect("a certificate").client(one.2).expect("settings");
-    let server = certs.current(&bob).await.expect("a certificate").server.clone();
+    let config = certs
+        .current(one.1)
+        .await
+        .expect("a certificate")
+        .client(one.2)
+        .expect("settings");
+    let server = certs
+        .current(&bob)
+        .await
+        .expect("a certificate")
+        .server
+        .clone();
     let name = rustls_pki_types::ServerName::try_from("0.0.0.0").expect("a name");
     let acceptor = TlsAcceptor::from(server);
     let connector = TlsConnector::from(config);
-    let (_, connected) =
-        tokio::join!(acceptor.accept(far), connector.connect(name, near));
+    let (_, connected) = tokio::join!(acceptor.accept(far), connector.connect(name, near));
     let words = format!("{:?}", connected.expect_err("another peer"));
     assert!(words.contains("peer did not present the expected SAN (spiffe://td/ns/a/sa/alice), got spiffe://td/ns/b/sa/bob"), "{words}");
 }
@@ -111,11 +131,22 @@ async fn a_client_of_another_trust_domain_is_refused_even_under_the_same_root() 
 
 #[tokio::test]
 async fn another_root_is_refused_on_both_sides() {
-    let (one, two) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    let (one, two) = (
+        tempfile::tempdir().expect("a folder"),
+        tempfile::tempdir().expect("a folder"),
+    );
     let ours = certs(ca(one.path()), &[alice(), bob()]);
     let theirs = certs(ca(two.path()), &[alice(), bob()]);
-    assert!(both((&ours, &alice(), &[bob()]), (&theirs, &bob())).await.is_err());
-    assert!(both((&theirs, &alice(), &[bob()]), (&ours, &bob())).await.is_err());
+    assert!(
+        both((&ours, &alice(), &[bob()]), (&theirs, &bob()))
+            .await
+            .is_err()
+    );
+    assert!(
+        both((&theirs, &alice(), &[bob()]), (&ours, &bob()))
+            .await
+            .is_err()
+    );
 }
 
 #[tokio::test]
@@ -124,7 +155,10 @@ async fn an_expired_certificate_is_neither_used_nor_taken() {
     ca(state.path());
     let old = EmbeddedCa::open(state.path(), "td", Duration::ZERO).expect("a CA");
     let old = certs(old, &[alice()]);
-    assert!(matches!(old.current(&alice()).await, Err(IdentityError::Expired(_))));
+    assert!(matches!(
+        old.current(&alice()).await,
+        Err(IdentityError::Expired(_))
+    ));
 }
 
 #[tokio::test]
@@ -141,7 +175,10 @@ async fn a_client_without_a_certificate_or_with_an_old_protocol_is_refused() {
             .expect("a version")
             .with_root_certificates(roots.clone())
             .with_no_client_auth();
-        assert!(shake(client, (*bob.server).clone()).await.is_err(), "{version:?}");
+        assert!(
+            shake(client, (*bob.server).clone()).await.is_err(),
+            "{version:?}"
+        );
     }
 }
 
@@ -149,12 +186,18 @@ async fn a_client_without_a_certificate_or_with_an_old_protocol_is_refused() {
 async fn only_identities_of_this_node_have_certificates() {
     let state = tempfile::tempdir().expect("a folder");
     let certs = certs(ca(state.path()), &[alice()]);
-    assert!(matches!(certs.current(&bob()).await, Err(IdentityError::Unknown(_))));
+    assert!(matches!(
+        certs.current(&bob()).await,
+        Err(IdentityError::Unknown(_))
+    ));
     certs.hold(&alice());
     certs.forget(&alice());
     assert!(certs.current(&alice()).await.is_ok());
     certs.forget(&alice());
-    assert!(matches!(certs.current(&alice()).await, Err(IdentityError::Unknown(_))));
+    assert!(matches!(
+        certs.current(&alice()).await,
+        Err(IdentityError::Unknown(_))
+    ));
 }
 
 #[tokio::test]
@@ -185,7 +228,10 @@ fn nodes_that_start_together_have_one_root() {
     let open = || ca(state.path()).root;
     let roots: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
-        threads.into_iter().map(|thread| thread.join().expect("a root")).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("a root"))
+            .collect()
     });
     assert!(roots.iter().all(|root| *root == roots[0]));
 }
@@ -197,7 +243,10 @@ fn files_that_are_not_right_are_refused_by_name() {
     let refused = |trust_domain: &str| open(trust_domain).expect_err("not right").to_string();
     open("td").expect("a new CA");
     assert!(refused("other").contains("root.pem"));
-    let (root, key) = (state.path().join("ca/root.pem"), state.path().join("ca/key.pem"));
+    let (root, key) = (
+        state.path().join("ca/root.pem"),
+        state.path().join("ca/key.pem"),
+    );
     fs::set_permissions(&key, Permissions::from_mode(0o644)).expect("a mode");
     assert!(refused("td").contains("key.pem"));
     fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("a mode");

@@ -16,7 +16,10 @@ struct Kept(Arc<Mutex<Vec<u8>>>);
 
 impl Write for Kept {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().expect("not poisoned").extend_from_slice(bytes);
+        self.0
+            .lock()
+            .expect("not poisoned")
+            .extend_from_slice(bytes);
         Ok(bytes.len())
     }
     fn flush(&mut self) -> std::io::Result<()> {
@@ -42,11 +45,20 @@ fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
     let observer = Observer::new(Arc::new(Metrics::new(Vec::new)));
     tracing::subscriber::with_default(subscriber, || work(&observer));
     let text = String::from_utf8(kept.0.lock().expect("not poisoned").clone()).expect("text");
-    text.lines().map(|line| line.split_once('\t').map_or(line, |(_, rest)| rest).to_owned()).collect()
+    text.lines()
+        .map(|line| {
+            line.split_once('\t')
+                .map_or(line, |(_, rest)| rest)
+                .to_owned()
+        })
+        .collect()
 }
 
 fn facts() -> Facts {
-    let target = Workload { name: "server".into(), ..workload(&[]) };
+    let target = Workload {
+        name: "server".into(),
+        ..workload(&[])
+    };
     Facts {
         reporter: Reporter::Source,
         src_addr: "10.0.0.1:4000".parse().expect("an address"),
@@ -88,7 +100,10 @@ fn a_connection_that_fails_is_one_line_of_this_form() {
         record.bytes().add_down(22);
         record.close(Err(&Refusal));
     });
-    let complete: Vec<_> = lines.iter().filter(|line| line.contains("connection complete")).collect();
+    let complete: Vec<_> = lines
+        .iter()
+        .filter(|line| line.contains("connection complete"))
+        .collect();
     assert_eq!(complete.len(), 1);
     assert_eq!(
         without_duration(complete[0]),
@@ -103,41 +118,71 @@ fn a_connection_that_fails_is_one_line_of_this_form() {
 #[test]
 fn inbound_counts_from_the_other_side_and_in_clear_nobody_is_named() {
     let lines = logged(Format::Plain, |observer| {
-        let clear = Facts { reporter: Reporter::Destination, mutual_tls: false, ..facts() };
+        let clear = Facts {
+            reporter: Reporter::Destination,
+            mutual_tls: false,
+            ..facts()
+        };
         let record = observer.open(clear);
         record.bytes().add_up(11);
         record.bytes().add_down(22);
         record.close(Ok(()));
     });
-    let line = lines.iter().find(|line| line.contains("connection complete")).expect("a line");
+    let line = lines
+        .iter()
+        .find(|line| line.contains("connection complete"))
+        .expect("a line");
     assert!(line.starts_with("info\taccess\t"), "{line}");
-    assert!(line.contains("direction=\"inbound\" bytes_sent=22 bytes_recv=11"), "{line}");
-    assert!(!line.contains("identity") && !line.contains("error"), "{line}");
+    assert!(
+        line.contains("direction=\"inbound\" bytes_sent=22 bytes_recv=11"),
+        "{line}"
+    );
+    assert!(
+        !line.contains("identity") && !line.contains("error"),
+        "{line}"
+    );
 }
 
 #[test]
 fn a_record_that_nobody_closes_still_tells() {
     let lines = logged(Format::Plain, |observer| drop(observer.open(facts())));
-    let lines: Vec<_> = lines.iter().filter(|line| line.contains("complete")).collect();
+    let lines: Vec<_> = lines
+        .iter()
+        .filter(|line| line.contains("complete"))
+        .collect();
     assert_eq!(lines.len(), 1);
-    assert!(lines[0].contains("error=\"connection closed due to connection drain\""), "{}", lines[0]);
+    assert!(
+        lines[0].contains("error=\"connection closed due to connection drain\""),
+        "{}",
+        lines[0]
+    );
 }
 
 #[test]
 fn an_early_refusal_is_one_line() {
     let lines = logged(Format::Plain, |observer| {
         let at = |text: &str| text.parse().expect("an address");
-        observer.refused(at("[fd00::1]:4"), at("10.0.0.2:80"), Reporter::Destination, &Refusal);
+        observer.refused(
+            at("[fd00::1]:4"),
+            at("10.0.0.2:80"),
+            Reporter::Destination,
+            &Refusal,
+        );
     });
-    assert_eq!(lines, [
-        "warn\taccess\tconnection failed\tsrc.addr=[fd00::1]:4 dst.addr=10.0.0.2:80 \
+    assert_eq!(
+        lines,
+        [
+            "warn\taccess\tconnection failed\tsrc.addr=[fd00::1]:4 dst.addr=10.0.0.2:80 \
          direction=\"inbound\" error=\"http status: 401 Unauthorized\""
-    ]);
+        ]
+    );
 }
 
 #[test]
 fn json_lines_are_objects() {
-    let lines = logged(Format::Json, |observer| observer.open(facts()).close(Ok(())));
+    let lines = logged(Format::Json, |observer| {
+        observer.open(facts()).close(Ok(()))
+    });
     for line in lines {
         let object: serde_json::Value = serde_json::from_str(&line).expect("an object");
         assert_eq!(object["scope"], "access");

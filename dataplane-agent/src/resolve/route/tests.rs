@@ -73,18 +73,28 @@ fn go(
     let (writer, reader) = store();
     writer.publish(Mesh::build(1, workloads, services, Vec::new()));
     let resolved = resolve(&reader, accepted(direction, to));
-    resolved.map(|resolved| resolved.hop).map_err(|(_, error)| error)
+    resolved
+        .map(|resolved| resolved.hop)
+        .map_err(|(_, error)| error)
 }
 
 #[test]
 fn outbound_goes_to_a_workload_by_the_way_it_speaks() {
-    let plain = Workload { protocol: Protocol::Tcp, ..endpoint("plain", "10.0.0.3") };
+    let plain = Workload {
+        protocol: Protocol::Tcp,
+        ..endpoint("plain", "10.0.0.3")
+    };
     let all = || vec![workload(&[]), endpoint("one", "10.0.0.2"), plain.clone()];
     let out = |to| go(all(), vec![service()], Direction::Outbound, to);
     assert_eq!(out("10.0.0.3:99"), Ok(Hop::Plain(at("10.0.0.3:99"))));
     assert_eq!(out("192.0.2.1:443"), Ok(Hop::Plain(at("192.0.2.1:443"))));
     match out("10.0.0.2:99") {
-        Ok(Hop::Hbone { to, authority, expected, .. }) => {
+        Ok(Hop::Hbone {
+            to,
+            authority,
+            expected,
+            ..
+        }) => {
             assert_eq!((to, authority), (at("10.0.0.2:15008"), at("10.0.0.2:99")));
             assert_eq!(expected, [Identity::new("td", "ns", "sa")]);
         }
@@ -96,22 +106,44 @@ fn outbound_goes_to_a_workload_by_the_way_it_speaks() {
 fn a_service_without_anybody_or_without_that_port_is_an_error_and_not_a_way_through() {
     let out = |workloads, to| go(workloads, vec![service()], Direction::Outbound, to);
     let none = |to| Err(ResolveError::NoHealthyUpstream(at(to)));
-    assert_eq!(out(vec![workload(&[])], "10.96.0.1:80"), none("10.96.0.1:80"));
-    let ill = Workload { healthy: false, ..endpoint("ill", "10.0.0.2") };
-    assert_eq!(out(vec![workload(&[]), ill], "10.96.0.1:80"), none("10.96.0.1:80"));
+    assert_eq!(
+        out(vec![workload(&[])], "10.96.0.1:80"),
+        none("10.96.0.1:80")
+    );
+    let ill = Workload {
+        healthy: false,
+        ..endpoint("ill", "10.0.0.2")
+    };
+    assert_eq!(
+        out(vec![workload(&[]), ill], "10.96.0.1:80"),
+        none("10.96.0.1:80")
+    );
     let well = endpoint("well", "10.0.0.2");
-    assert_eq!(out(vec![workload(&[]), well], "10.96.0.1:81"), none("10.96.0.1:81"));
+    assert_eq!(
+        out(vec![workload(&[]), well], "10.96.0.1:81"),
+        none("10.96.0.1:81")
+    );
 }
 
 #[test]
 fn what_has_a_waypoint_is_not_reached_past_it() {
     let waypoint: Option<Arc<str>> = Some("ns/waypoint".into());
-    let behind = Workload { waypoint: waypoint.clone(), ..endpoint("one", "10.0.0.2") };
-    let service = Service { waypoint, ..service() };
+    let behind = Workload {
+        waypoint: waypoint.clone(),
+        ..endpoint("one", "10.0.0.2")
+    };
+    let service = Service {
+        waypoint,
+        ..service()
+    };
     for to in ["10.0.0.2:80", "10.96.0.1:80"] {
         let all = vec![workload(&[]), behind.clone()];
         let error = go(all, vec![service.clone()], Direction::Outbound, to);
-        assert_eq!(error, Err(ResolveError::UnknownWaypoint("ns/waypoint".into())), "{to}");
+        assert_eq!(
+            error,
+            Err(ResolveError::UnknownWaypoint("ns/waypoint".into())),
+            "{to}"
+        );
     }
 }
 
@@ -124,7 +156,13 @@ fn inbound_goes_to_the_pod_itself_and_nowhere_else() {
     for direction in [Direction::InboundPlain, hbone()] {
         let to = |to| go(vec![workload(&[])], Vec::new(), direction.clone(), to);
         assert_eq!(to("10.0.0.1:80"), Ok(Hop::App(at("10.0.0.1:80"))));
-        for other in ["10.0.0.2:80", "127.0.0.1:80", "[::1]:80", "0.0.0.0:80", "10.96.0.1:80"] {
+        for other in [
+            "10.0.0.2:80",
+            "127.0.0.1:80",
+            "[::1]:80",
+            "0.0.0.0:80",
+            "10.96.0.1:80",
+        ] {
             let refused = matches!(to(other), Err(ResolveError::IpMismatch { .. }));
             assert!(refused, "{other}");
         }
@@ -136,10 +174,16 @@ fn inbound_goes_to_the_pod_itself_and_nowhere_else() {
 
 #[test]
 fn a_pod_that_is_not_in_the_mesh_or_is_somebody_else_there_goes_nowhere() {
-    let other = Workload { service_account: "other".into(), ..workload(&[]) };
+    let other = Workload {
+        service_account: "other".into(),
+        ..workload(&[])
+    };
     for mesh in [Vec::new(), vec![other]] {
         let error = go(mesh, Vec::new(), Direction::Outbound, "192.0.2.1:80");
-        assert_eq!(error, Err(ResolveError::UnknownLocal("c//Pod/ns/pod".into())));
+        assert_eq!(
+            error,
+            Err(ResolveError::UnknownLocal("c//Pod/ns/pod".into()))
+        );
     }
 }
 

@@ -1,0 +1,206 @@
+//! The mesh of the demo: two nodes, Bookinfo in two namespaces, and who is outside.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::time::Instant;
+
+use dataplane_tests::{Agent, Node, Pod, Wire, World, within};
+
+use crate::kubelet::{self, Object, Running};
+
+/// What the demo begins with.
+const MANIFESTS: [(&str, &str); 5] = [
+    (
+        "namespaces",
+        include_str!("../../../../deploy/demo/namespaces.yaml"),
+    ),
+    (
+        "frontend",
+        include_str!("../../../../deploy/demo/frontend.yaml"),
+    ),
+    (
+        "backend",
+        include_str!("../../../../deploy/demo/backend.yaml"),
+    ),
+    (
+        "ingress",
+        include_str!("../../../../deploy/demo/ingress.yaml"),
+    ),
+    (
+        "outside",
+        include_str!("../../../../deploy/demo/outside.yaml"),
+    ),
+];
+
+/// In every request of one enrolled pod to another.
+pub(crate) const ENROLLED: &str = "payload-of-an-enrolled-pair";
+/// In the requests between two pods that are in no mesh.
+pub(crate) const UNMESHED: &str = "payload-of-the-unmeshed-pair";
+
+/// How many pods are in the mesh.
+pub(crate) const UP: usize = 9;
+
+/// Everything that runs. Fields are dropped in this order.
+pub(crate) struct Mesh {
+    pub(crate) one: Agent,
+    pub(crate) two: Agent,
+    pub(crate) pods: Vec<Running>,
+    pub(crate) nodes: BTreeMap<&'static str, Node>,
+    pub(crate) deployments: Vec<Object>,
+    pub(crate) world: World,
+}
+
+impl Mesh {
+    /// Makes nodes and pods, and starts both agents.
+    pub(crate) fn start() -> Self {
+        let started = Instant::now();
+        println!("two nodes, with a wire between them");
+        let world = World::named("demo");
+        let (one, two) = world.two_nodes();
+        let nodes = BTreeMap::from([("one", one), ("two", two)]);
+        let (mut deployments, mut hosts) = (Vec::new(), String::from("127.0.0.1 localhost\n"));
+        for (file, text) in MANIFESTS {
+            let mut kept = Vec::new();
+            for object in Object::all(text) {
+                match object.kind() {
+                    "Deployment" | "Pod" => deployments.push(object),
+                    _ => {
+                        host_names(&object, &mut hosts);
+                        kept.push(object.text);
+                    }
+                }
+            }
+            if !kept.is_empty() {
+                world
+                    .manifests
+                    .write(&format!("{file}.yaml"), &kept.join("\n---\n"));
+            }
+        }
+        std::fs::write(&world.hosts, hosts).expect("a file");
+        println!("{} pods", deployments.len());
+        let pods = deployments
+            .iter()
+            .map(|object| kubelet::run(&world, &nodes, object, "x2x4q"));
+        let pods: Vec<Running> = pods.collect();
+        println!("an agent on each node");
+        let agents = (world.agent(&nodes["one"]), world.agent(&nodes["two"]));
+        let mesh = Self {
+            one: agents.0,
+            two: agents.1,
+            pods,
+            nodes,
+            deployments,
+            world,
+        };
+        let enrolled = within(20, || mesh.states("up") == UP && mesh.knows_all());
+        println!(
+            "{} pods up, {} ignored, in {:.1} s{}\n",
+            mesh.states("up"),
+            mesh.states("ignored"),
+            started.elapsed().as_secs_f32(),
+            if enrolled { "" } else { ": NOT ALL OF THEM" }
+        );
+        mesh
+    }
+
+    /// How many pods of both nodes are in a state.
+    pub(crate) fn states(&self, state: &str) -> usize {
+        let of = |agent: &Agent| {
+            let status = agent.status().unwrap_or_default();
+            let pods = status["pods"].as_array().cloned().unwrap_or_default();
+            pods.iter().filter(|pod| pod["state"] == state).count()
+        };
+        of(&self.one) + of(&self.two)
+    }
+
+    /// Whether each node dials all pods by HBONE that shall be.
+    fn knows_all(&self) -> bool {
+        let tunnelled = |agent: &Agent| {
+            agent
+                .get("/config_dump")
+                .matches("\"protocol\": \"HBONE\"")
+                .count()
+        };
+        tunnelled(&self.one) == UP && tunnelled(&self.two) == UP
+    }
+
+    /// A pod, by its namespace and its app.
+    pub(crate) fn pod(&self, namespace: &str, app: &str) -> &Pod {
+        let found = self
+            .pods
+            .iter()
+            .find(|running| running.pod.namespace == namespace && running.app == app);
+        &found
+            .unwrap_or_else(|| panic!("no pod {namespace}/{app}"))
+            .pod
+    }
+
+    /// Puts a policy of the demo in the folder.
+    pub(crate) fn apply(&self, file: &str, text: &str) {
+        self.world.manifests.write(file, text);
+    }
+
+    /// Captures: the wire, and the veths of pods whose connections the tunnel carries.
+    pub(crate) fn watch(&self) -> Vec<(String, Wire)> {
+        let markers = [ENROLLED, UNMESHED];
+        let mut wires = vec![(
+            "wire".to_owned(),
+            Wire::watch(self.nodes["one"].netns.file(), "wire", &markers),
+        )];
+        for running in &self.pods {
+            let pod = &running.pod;
+            if pod.namespace == "outside" || ["legacy", "optout"].contains(&running.app.as_str()) {
+                continue;
+            }
+            for node in self.nodes.values() {
+                if node.cgroup.folder == pod.cgroup.folder.parent().unwrap_or(&pod.cgroup.folder) {
+                    let wire = Wire::watch(node.netns.file(), &pod.veth, &markers);
+                    wires.push((format!("veth of {}", pod.name), wire));
+                }
+            }
+        }
+        wires
+    }
+
+    /// How to look around.
+    pub(crate) fn explain(&self) {
+        let folder = self.world.folder().display();
+        let bin = dataplane_tests::program("DATAPLANE_BIN");
+        let bin = bin.display();
+        let gateway = self.pod("istio-ingress", "gateway");
+        println!(
+            "\nIt stays until Ctrl-C. To look around, in another shell:
+
+  {bin} status --run-dir {folder}/run --node one
+  curl --unix-socket {folder}/run/one/admin.sock http://x/config_dump
+  curl --unix-socket {folder}/run/one/admin.sock http://x/metrics
+  tail -f {folder}/one.log {folder}/two.log
+  ls {folder}/manifests        edit or add files: they take effect within a second
+  ip netns                     the nodes and pods
+
+A request as the ingress gateway (its cgroup and namespace make it that pod):
+
+  sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} curl -s http://10.96.0.10:9080/productpage'",
+            gateway.cgroup.folder.display(),
+            gateway.netns.name,
+        );
+    }
+}
+
+/// The names of a service: DNS is not captured yet.
+fn host_names(object: &Object, hosts: &mut String) {
+    if object.kind() != "Service" {
+        return;
+    }
+    let (name, namespace) = (object.name(), object.namespace());
+    let addresses = object.value["spec"]["clusterIPs"]
+        .as_array()
+        .cloned()
+        .unwrap_or_default();
+    for address in addresses.iter().filter_map(|address| address.as_str()) {
+        let _ = writeln!(
+            hosts,
+            "{address} {name} {name}.{namespace} {name}.{namespace}.svc {name}.{namespace}.svc.cluster.local"
+        );
+    }
+}

@@ -1,0 +1,57 @@
+//! The demo: two nodes of the dataplane on this machine, Bookinfo's pods on them, and the steps of a
+//! migration to ambient mesh, each with what should happen and what did.
+
+#![allow(missing_docs, reason = "a program")]
+
+mod bookinfo;
+mod kubelet;
+mod steps;
+mod table;
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::signal::{SigSet, Signal};
+
+/// Ctrl-C was pressed: no further step, everything is taken away.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+fn main() -> ExitCode {
+    let keep = match std::env::args().nth(1).as_deref() {
+        None => false,
+        Some("--keep") => true,
+        Some(_) => {
+            eprintln!("usage: demo [--keep]");
+            return ExitCode::from(2);
+        }
+    };
+    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    signals.thread_block().expect("signals can be blocked");
+    std::thread::spawn(move || {
+        while signals.wait().is_ok() {
+            INTERRUPTED.store(true, Ordering::Relaxed);
+        }
+    });
+    let mut table = table::Table::default();
+    let mesh = bookinfo::Mesh::start();
+    steps::walk(&mesh, &mut table);
+    table.print();
+    if keep && !interrupted() {
+        mesh.explain();
+        while !interrupted() {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+    }
+    println!("\ntaking everything away");
+    drop(mesh);
+    if table.all_good() && !interrupted() || keep && table.all_good() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// Whether to stop.
+fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
