@@ -257,7 +257,7 @@ impl Worker {
             .spawn(Rc::clone(&self.corridor.carrier.pool).release_idle());
         while let Some(order) = inbox.recv().await {
             match order {
-                Order::Up(pod, listeners) => self.up(pod, listeners),
+                Order::Up(pod, listeners) => self.up(&pod, listeners),
                 Order::Take(pod, entrance, tcp) => match self.pods.get(&pod.uid) {
                     Some(here) => take(&self.corridor, &here.scope, &pod, entrance, tcp),
                     // It went down meanwhile.
@@ -276,9 +276,9 @@ impl Worker {
         self.chores.cut().await;
     }
 
-    fn up(&mut self, pod: Arc<LocalPod>, listeners: Option<Listeners>) {
+    fn up(&mut self, pod: &Arc<LocalPod>, listeners: Option<Listeners>) {
         let here = Here {
-            pod: Arc::clone(&pod),
+            pod: Arc::clone(pod),
             scope: Scope::new(self.doors[self.number].load.clone()),
             entrances: Scope::new(Load::default()),
         };

@@ -24,7 +24,7 @@ struct One {
     server: Pod,
     outsider: Pod,
     agent: Agent,
-    node: Node,
+    _node: Node,
     world: World,
 }
 
@@ -40,7 +40,7 @@ impl One {
             server,
             outsider,
             agent,
-            node,
+            _node: node,
             world,
         }
     }

@@ -50,7 +50,7 @@ fn nothing_is_left_of_a_world() {
         let world = World::new();
         let node = world.node("one");
         let _pod = node.pod(&world, "pod");
-        world.id.clone()
+        world.id
     };
     let names = std::fs::read_dir("/run/netns")
         .into_iter()

@@ -157,7 +157,7 @@ fn open(interface: &str) -> Socket {
     unsafe {
         (&raw mut storage)
             .cast::<libc::sockaddr_ll>()
-            .write(address)
+            .write(address);
     };
     // SAFETY: its beginning is a whole address of the length that is given, and aya's storage type
     // is this one's.

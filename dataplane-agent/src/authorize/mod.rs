@@ -20,6 +20,10 @@ pub use watch::{Authorizer, Revoked};
 
 /// A connection that policy allows.
 #[derive(Debug)]
+#[expect(
+    clippy::manual_non_exhaustive,
+    reason = "the rest of this crate must not make one either"
+)]
 pub struct Permit<I> {
     /// The connection.
     pub resolved: Resolved<I>,

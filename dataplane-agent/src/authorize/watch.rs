@@ -149,7 +149,7 @@ impl Revoked {
             return;
         }
         // Nobody can revoke it.
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

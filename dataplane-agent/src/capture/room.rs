@@ -509,7 +509,7 @@ impl Room {
                 self.pods.remove(&cookie);
             }
             Err(error) => {
-                tracing::warn!(pod = %pod.uid, %error, "pod's namespace is not as it was")
+                tracing::warn!(pod = %pod.uid, %error, "pod's namespace is not as it was");
             }
         }
     }

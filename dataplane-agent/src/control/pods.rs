@@ -31,6 +31,7 @@ const NOTICE: Duration = Duration::from_secs(1);
 const FORGET: Duration = Duration::from_secs(60);
 
 /// Where the configuration is.
+#[expect(clippy::large_enum_variant, reason = "there is one")]
 pub enum Source {
     /// A folder of manifests, and the records of enrolled pods beside it.
     Manifests {
@@ -217,7 +218,7 @@ impl Pods {
                 match records.read() {
                     Ok(enrolled) => self.enrolled = enrolled,
                     Err(error) => {
-                        tracing::warn!(%error, "records of enrolled pods: the last good ones hold")
+                        tracing::warn!(%error, "records of enrolled pods: the last good ones hold");
                     }
                 }
                 translate(folder.objects(), &self.enrolled, mesh)
@@ -296,7 +297,7 @@ impl Pods {
                 match records.write(pod) {
                     Ok(()) => _ = keep.insert(key),
                     Err(error) => {
-                        tracing::error!(pod = %pod.uid, %error, "cannot tell other nodes of the pod")
+                        tracing::error!(pod = %pod.uid, %error, "cannot tell other nodes of the pod");
                     }
                 }
             } else if served || (own.contains(&key) && !status.contains_key(&pod.uid)) {

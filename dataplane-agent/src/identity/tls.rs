@@ -98,6 +98,7 @@ pub(super) fn client(
     Ok(config)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for `map_err`")]
 fn unusable(error: rustls::Error) -> IdentityError {
     IdentityError::Unusable(error.to_string().into())
 }

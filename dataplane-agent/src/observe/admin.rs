@@ -62,7 +62,7 @@ pub async fn serve(listener: UnixListener, sources: Sources) {
     if let Err(error) = axum::serve(listener, router).await {
         tracing::error!(%error, "the admin socket is closed");
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 async fn status(State(sources): State<Sources>) -> Json<StatusReport> {

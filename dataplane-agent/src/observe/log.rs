@@ -29,9 +29,12 @@ pub enum Format {
 /// What changes the level while the daemon runs.
 #[derive(Clone)]
 pub struct Level {
-    set: std::sync::Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>,
+    set: std::sync::Arc<Set>,
     now: std::sync::Arc<std::sync::Mutex<String>>,
 }
+
+/// Sets directives, or says why not.
+type Set = dyn Fn(&str) -> Result<(), String> + Send + Sync;
 
 impl Level {
     /// Sets the directives: a level, or `target=level`, separated by commas.

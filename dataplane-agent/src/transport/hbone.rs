@@ -81,7 +81,7 @@ pub async fn dial(
         let io = ReadAhead::new(tcp);
         let tls = tokio_rustls::TlsConnector::from(tls)
             .connect_with(nobody, io, |session| {
-                session.set_buffer_limit(Some(hbone::TLS_BUFFER))
+                session.set_buffer_limit(Some(hbone::TLS_BUFFER));
             })
             .await
             .map_err(|error| TransportError::Tls(error.into()))?;

@@ -1,4 +1,4 @@
-//! Room 5: moves bytes. [`carry`] accepts nothing without a `Permit`.
+//! Room 5: moves bytes. [`carry()`] accepts nothing without a `Permit`.
 
 pub mod carry;
 pub mod hbone;

@@ -4,7 +4,7 @@
 //! dropped, because it was revoked or its worker stops, resets both: a cut connection must never
 //! look like one that came to its end.
 //!
-//! What is in memory for one direction is one read (at most [`LARGE`]), besides what the stream's
+//! What is in memory for one direction is one read (at most `LARGE`), besides what the stream's
 //! send buffer and window bound. An idle relay holds no buffer.
 
 use std::collections::VecDeque;

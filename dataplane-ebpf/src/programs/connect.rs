@@ -55,7 +55,7 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
         return ALLOW;
     }
     // SAFETY: the agent replaces entries whole; a reader sees the old one or the new one.
-    let Some(pod) = (unsafe { PODS.get(&netns) }) else {
+    let Some(pod) = (unsafe { PODS.get(netns) }) else {
         // Not enrolled, or not any more: a mark that an earlier connect left must not steer.
         return if set_mark(ctx, false) { ALLOW } else { DENY };
     };
@@ -107,10 +107,10 @@ fn is_foreign(pod: &Pod, netns: u64) -> bool {
     }
     for level in 1..=DEPTH {
         // SAFETY: only compared; no reference outlives the call.
-        if let Some(owner) = unsafe { CGROUPS.get(&ancestor(level)) } {
-            if *owner != netns {
-                return true;
-            }
+        if let Some(owner) = unsafe { CGROUPS.get(ancestor(level)) }
+            && *owner != netns
+        {
+            return true;
         }
     }
     false

@@ -2,6 +2,10 @@
 
 #![no_std]
 #![no_main]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "aya passes a program its context so"
+)]
 
 mod connect;
 mod context;

@@ -3,6 +3,10 @@
 
 #![no_std]
 #![no_main]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "aya passes a program its context so"
+)]
 
 mod context;
 mod maps;

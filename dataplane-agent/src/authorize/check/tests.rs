@@ -174,7 +174,7 @@ mod reference {
                     StringMatch::Suffix(suffix) => {
                         text.len() >= suffix.len() && text[text.len() - suffix.len()..] == **suffix
                     }
-                    StringMatch::Presence => text != "",
+                    StringMatch::Presence => !text.is_empty(),
                 })
                 .collect::<Vec<bool>>()
         };

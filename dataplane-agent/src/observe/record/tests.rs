@@ -181,7 +181,7 @@ fn an_early_refusal_is_one_line() {
 #[test]
 fn json_lines_are_objects() {
     let lines = logged(Format::Json, |observer| {
-        observer.open(facts()).close(Ok(()))
+        observer.open(facts()).close(Ok(()));
     });
     for line in lines {
         let object: serde_json::Value = serde_json::from_str(&line).expect("an object");

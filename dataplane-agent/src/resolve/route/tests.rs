@@ -55,7 +55,7 @@ fn accepted(direction: Direction, to: &str) -> Accepted<()> {
             namespace: pod.namespace.clone(),
             name: pod.name.clone(),
             identity: pod.identity(),
-            addresses: pod.addresses.clone(),
+            addresses: pod.addresses,
             netns: Netns::own().expect("/proc is there"),
         }),
         peer: at("10.0.0.9:4000"),
