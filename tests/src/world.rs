@@ -1,9 +1,10 @@
 //! A mesh on this machine: nodes with a wire between them, and pods on the nodes.
 //!
 //! A node is a network namespace that forwards, and a cgroup that holds its pods. A pod is a
-//! network namespace with a veth to its node, and a cgroup below the node's. Pods of node `k` have
-//! the addresses `10.k.0.i` and `fd00:k::i`, and are routed, not bridged. No two nodes of a process
-//! share a `k`: an agent takes two namespaces with one address for what they are, a doubt.
+//! network namespace with a veth to its node, and a cgroup below the node's. Pods of a node have the
+//! addresses `10.p.k.i` and `fd00:p:k::i`, and are routed, not bridged. No two nodes share `p` and
+//! `k`, which come from the process and from a count: an agent takes two namespaces with one address
+//! for what they are, a doubt.
 
 use std::cell::Cell;
 use std::fs;
@@ -19,6 +20,11 @@ use crate::manifests::{Manifests, PodObject};
 use crate::netns::Netns;
 use crate::process::{Place, Process, output, place};
 use crate::{program, require_root};
+
+/// Addresses from 10.96 on are those of services, of the wire, and nobody's.
+fn process() -> u32 {
+    std::process::id() % 95 + 1
+}
 
 /// How many worlds this process has made.
 static WORLDS: AtomicU32 = AtomicU32::new(0);
@@ -108,7 +114,7 @@ impl World {
             agents: Cgroup::new(&top.folder.join("agents")),
             top,
             folder,
-            nodes: Cell::new(u8::try_from(number % 120).expect("small") * 2),
+            nodes: Cell::new(u8::try_from(number % 100).expect("small") * 2),
         }
     }
 
@@ -154,8 +160,9 @@ impl World {
                 "addr add 10.255.0.{own}/24 dev wire\n\
                  addr add fd00:255::{own}/64 dev wire nodad\n\
                  link set wire up\n\
-                 route add 10.{there}.0.0/16 via 10.255.0.{there}\n\
-                 route add fd00:{there}::/64 via fd00:255::{there}\n"
+                 route add 10.{p}.{there}.0/24 via 10.255.0.{there}\n\
+                 route add fd00:{p:x}:{there:x}::/64 via fd00:255::{there}\n",
+                p = process(),
             ));
         }
         (one, two)
@@ -255,8 +262,8 @@ impl Node {
         let netns = Netns::new(&format!("dp-{id}-{namespace}-{name}"));
         let veth = format!("veth{number}");
         let (v4, v6) = (
-            format!("10.{node}.0.{number}"),
-            format!("fd00:{node}::{number:x}"),
+            format!("10.{}.{node}.{number}", process()),
+            format!("fd00:{:x}:{node:x}::{number:x}", process()),
         );
         self.netns.ip(&format!(
             "link add {veth} type veth peer name eth0 netns {}\n\
