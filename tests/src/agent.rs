@@ -11,13 +11,10 @@ use crate::process::{Place, output, place};
 use crate::{eventually, program, scaled};
 
 /// What the daemon may do: the list of `deploy/capabilities.md`, with the kernel's numbers.
-pub const CAPABILITIES: [(&str, u8); 6] = [
-    ("CAP_BPF", 39),
-    ("CAP_NET_ADMIN", 12),
-    ("CAP_PERFMON", 38),
+pub const CAPABILITIES: [(&str, u8); 3] = [
     ("CAP_SYS_ADMIN", 21),
+    ("CAP_NET_ADMIN", 12),
     ("CAP_SYS_PTRACE", 19),
-    ("CAP_DAC_OVERRIDE", 1),
 ];
 
 /// How and where it runs.

@@ -6,25 +6,16 @@ use caps::{CapSet, Capability, CapsHashSet};
 /// A capability, and what the daemon cannot do without it.
 pub const NEEDED: &[(Capability, &str)] = &[
     (
-        Capability::CAP_BPF,
-        "load the kernel programs and make their maps",
+        Capability::CAP_SYS_ADMIN,
+        "enter pods' network namespaces, load kernel programs, mount a BPF file system",
     ),
     (
         Capability::CAP_NET_ADMIN,
         "attach programs to cgroups and namespaces, set marks, routes and rules in pods",
     ),
     (
-        Capability::CAP_PERFMON,
-        "read a socket's fields in programs, and loop over addresses",
-    ),
-    (Capability::CAP_SYS_ADMIN, "enter a pod's network namespace"),
-    (
         Capability::CAP_SYS_PTRACE,
-        "see the network namespaces of other users' processes",
-    ),
-    (
-        Capability::CAP_DAC_OVERRIDE,
-        "read pods' processes, and write state that another user owns",
+        "see in which network namespace each process is",
     ),
 ];
 

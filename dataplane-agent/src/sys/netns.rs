@@ -101,8 +101,9 @@ impl Netns {
                 }
             }
         }
-        let back = Back(Self::own()?);
+        let own = Self::own()?;
         setns(&self.file, CloneFlags::CLONE_NEWNET)?;
+        let back = Back(own);
         let result = work();
         drop(back);
         Ok(result)
