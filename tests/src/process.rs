@@ -129,12 +129,11 @@ impl Process {
         self.lines.recv_timeout(scaled(time)).ok()
     }
 
-    /// Writes a line to it.
+    /// Writes a line to it; one that has ended does not hear it.
     pub fn say(&mut self, line: &str) {
-        let stdin = self.stdin.as_mut().expect("it still reads");
-        writeln!(stdin, "{line}")
-            .and_then(|()| stdin.flush())
-            .expect("it still reads");
+        if let Some(stdin) = &mut self.stdin {
+            let _ = writeln!(stdin, "{line}").and_then(|()| stdin.flush());
+        }
     }
 
     /// Closes what it reads.
