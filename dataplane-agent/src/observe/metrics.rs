@@ -328,6 +328,11 @@ mod tests {
     #[test]
     fn the_names_are_these() {
         let metrics = Metrics::new(|| vec![("captured", 3)]);
+        // A name is told once there is something to tell.
+        let labels = Labels::of(&crate::observe::record::tests::facts());
+        metrics.opened(&labels);
+        metrics.closed(&labels, Some(Flag::Deny), 1, 2);
+        metrics.refused(Reporter::Destination, Flag::Connect);
         let text = metrics.text();
         let mut names: Vec<&str> = text
             .lines()

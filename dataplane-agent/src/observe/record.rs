@@ -14,7 +14,7 @@ use crate::resolve::service::Service;
 use crate::resolve::workload::Workload;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 /// Which end of a connection tells of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -54,7 +54,7 @@ fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
         .collect()
 }
 
-fn facts() -> Facts {
+pub(crate) fn facts() -> Facts {
     let target = Workload {
         name: "server".into(),
         ..workload(&[])
