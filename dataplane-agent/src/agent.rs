@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::authorize::Authorizer;
 use crate::capture::{self, CaptureError, PodEvent, Room, room};
+use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::ca::EmbeddedCa;
 use crate::control::enrolled;
@@ -91,6 +92,17 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let machine = Machine::new(&config.cgroup).map_err(|error| {
         AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
     })?;
+
+    // A kernel that lacks something is told of now, and not at the first pod.
+    let lacks = check::trial(&options.places.bpffs);
+    let lacks: Vec<String> = lacks
+        .iter()
+        .filter(|line| line.verdict == check::Verdict::Lacks)
+        .map(|line| format!("{}: {}", line.what, line.detail))
+        .collect();
+    if !lacks.is_empty() {
+        return Err(AgentError::Machine(lacks.join("\n")));
+    }
 
     // The rooms, from the kernel on.
     let (events, mut pod_events) = mpsc::channel(64);

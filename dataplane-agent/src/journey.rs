@@ -78,6 +78,10 @@ pub async fn walk(
         Entrance::Outbound => Direction::Outbound,
         Entrance::Inbound => Direction::InboundPlain,
     };
+    let _connected = match entrance {
+        Entrance::Inbound => pod.connected(peer),
+        Entrance::Outbound | Entrance::Hbone => None,
+    };
     let accepted = Accepted {
         io: Io::Tcp(tcp),
         pod,

@@ -323,3 +323,57 @@ fn a_terminated_agent_drains_and_leaves_its_pods_captured() {
         pair.client.ask(pair.server.at(PORT), "x").is_ok()
     });
 }
+
+#[test]
+fn ztunnels_local_file_is_a_source_like_any_other() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (
+        one.bare(&world, "demo", "client"),
+        two.bare(&world, "demo", "server"),
+    );
+    let _app = server.serve(PORT);
+    let workload = |pod: &Pod, node: &Node| {
+        format!(
+            "- uid: cluster1//v1/Pod/demo/{name}\n  name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  workloadIps: [{v4}]\n  protocol: HBONE\n  node: {node}\n  services:\n    demo/svc.demo.svc.cluster.local:\n      80: {PORT}\n",
+            name = pod.name,
+            v4 = pod.v4,
+            node = node.name,
+        )
+    };
+    let file = world.folder().join("local.yaml");
+    let text = format!(
+        "workloads:\n{}{}services:\n- name: svc\n  namespace: demo\n  hostname: svc.demo.svc.cluster.local\n  vips: [/10.96.0.9]\n  ports:\n    80: {PORT}\n",
+        workload(&client, &one).replace("svc.demo.svc", "none.demo.svc"),
+        workload(&server, &two),
+    );
+    std::fs::write(&file, text).expect("a file");
+    let agent = |node: &Node| {
+        let mut setup = world.setup(node);
+        let manifests = setup
+            .arguments
+            .iter()
+            .position(|word| word == "--manifests");
+        let at = manifests.expect("it is there");
+        setup.arguments.drain(at..at + 2);
+        setup
+            .variables
+            .push(("LOCAL_XDS_PATH".into(), file.display().to_string()));
+        Agent::start(setup)
+    };
+    let agents = (agent(&one), agent(&two));
+    agents.0.up(&["client"]);
+    agents.1.up(&["server"]);
+    let wire = Wire::watch(one.netns.file(), "wire", &["marker-local"]);
+    for to in [server.at(PORT), "10.96.0.9:80".parse().expect("an address")] {
+        assert_eq!(
+            client.ask(to, "marker-local"),
+            Ok(format!("{} marker-local", client.v4))
+        );
+    }
+    assert_eq!(wire.count().0[0].1, 0);
+    agents.1.logs(&[
+        "direction=\"inbound\"",
+        "src.identity=\"spiffe://cluster.local/ns/demo/sa/client\"",
+    ]);
+}

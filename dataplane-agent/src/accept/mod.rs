@@ -15,6 +15,7 @@ use http::{Response, StatusCode};
 use tokio::net::TcpStream;
 
 pub use crate::capture::LocalPod;
+pub use crate::capture::pods::Clients;
 use crate::identity::Identity;
 
 /// One connection of one enrolled pod, or one CONNECT stream to it: TLS finished, peer verified.

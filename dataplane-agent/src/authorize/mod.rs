@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::observe::{Failure, Flag};
 pub use crate::resolve::policy;
 pub use crate::resolve::{
-    Accepted, Direction, Hop, Io, LocalPod, Mesh, MeshReader, Resolved, service::Service,
+    Accepted, Clients, Direction, Hop, Io, LocalPod, Mesh, MeshReader, Resolved, service::Service,
     workload::Workload,
 };
 use policy::Question;

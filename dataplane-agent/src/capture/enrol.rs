@@ -10,6 +10,7 @@ use std::sync::Arc;
 use dataplane_ebpf::mark;
 
 use super::pins::{self, Pins};
+use super::pods::Clients;
 use super::programs::{Loader, PodProgram};
 use super::room::Desired;
 use super::undo::{Record, Records};
@@ -67,6 +68,7 @@ pub async fn enter(
         identity: desired.identity.clone(),
         addresses,
         netns: netns.clone(),
+        clients: Clients::default(),
     };
     Ok((Arc::new(pod), listeners, program))
 }

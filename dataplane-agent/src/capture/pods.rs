@@ -1,8 +1,9 @@
 //! Enrolled pods: what the corridor is told of them.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::oneshot;
 
@@ -25,6 +26,40 @@ pub struct LocalPod {
     pub addresses: Vec<IpAddr>,
     /// Its network namespace; every connection made for it is made there.
     pub netns: Netns,
+    /// Clients that are connected in clear from a port that the agent might take in their name.
+    pub clients: Clients,
+}
+
+/// Clients of a pod, each with how many connections it has from this port.
+///
+/// An established socket is found before any program runs: of a client and of the agent in its name
+/// on one port, the later one would hang.
+#[derive(Debug, Default)]
+pub struct Clients(Mutex<HashMap<SocketAddr, usize>>);
+
+/// A client that is connected; no longer when this is dropped.
+#[derive(Debug)]
+pub struct Connected(Arc<LocalPod>, SocketAddr);
+
+impl Clients {
+    fn has(&self, client: SocketAddr) -> bool {
+        self.lock().contains_key(&client)
+    }
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SocketAddr, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        let mut clients = self.0.clients.lock();
+        if let Some(count) = clients.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                clients.remove(&self.1);
+            }
+        }
+    }
 }
 
 /// The listeners in a pod's network namespace; non-blocking, listening. Where there is IPv6 they
@@ -59,6 +94,15 @@ impl LocalPod {
         self.addresses.contains(&address)
     }
 
+    /// Remembers a client that is connected in clear, as long as the answer lives. Nothing is to be
+    /// remembered where its port is none that the agent would take.
+    pub fn connected(self: &Arc<Self>, client: SocketAddr) -> Option<Connected> {
+        socket::SPOOFED_PORTS.contains(&client.port()).then(|| {
+            *self.clients.lock().entry(client).or_default() += 1;
+            Connected(Arc::clone(self), client)
+        })
+    }
+
     /// A new stream socket in the pod's namespace: non-blocking, Nagle off, keepalive on, mark AGENT.
     /// Connect it with `tokio::net::TcpSocket::from_std_stream`.
     ///
@@ -85,8 +129,38 @@ impl LocalPod {
             if plain {
                 socket::client(to)
             } else {
-                socket::client_as(from)
+                socket::client_as(from, |port| self.clients.has(SocketAddr::new(from, port)))
             }
         })?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn c10_a_port_that_a_client_has_is_not_taken_in_its_name() {
+        let pod = Arc::new(LocalPod {
+            uid: "uid".into(),
+            namespace: "ns".into(),
+            name: "pod".into(),
+            identity: Identity::new("td", "ns", "sa"),
+            addresses: Vec::new(),
+            netns: Netns::own().expect("/proc is there"),
+            clients: Clients::default(),
+        });
+        let client: SocketAddr = "192.0.2.1:10001".parse().expect("an address");
+        let (first, second) = (pod.connected(client), pod.connected(client));
+        assert!(pod.clients.has(client));
+        drop(first);
+        assert!(
+            pod.clients.has(client),
+            "another connection to another port has it still"
+        );
+        drop(second);
+        assert!(!pod.clients.has(client));
+        let usual: SocketAddr = "192.0.2.1:40000".parse().expect("an address");
+        assert!(pod.connected(usual).is_none(), "the agent never takes it");
     }
 }

@@ -64,13 +64,17 @@ pub fn client(to: SocketAddr) -> io::Result<std::net::TcpStream> {
 }
 
 /// A socket that connects in the name of `from` to an app of this namespace: bound to that address
-/// and to `lo`, mark RETURN. Non-blocking, not connected.
+/// and to `lo`, mark RETURN, on none of the ports that are `taken`. Non-blocking, not connected.
 ///
 /// # Errors
 /// As [`client`]; no port is free for `from`.
-pub fn client_as(from: IpAddr) -> io::Result<std::net::TcpStream> {
+pub fn client_as(from: IpAddr, taken: impl Fn(u16) -> bool) -> io::Result<std::net::TcpStream> {
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
     for _ in 0..PORT_TRIES {
+        let port = rand::rng().random_range(SPOOFED_PORTS);
+        if taken(port) {
+            continue;
+        }
         let socket = stream(from, mark::RETURN)?;
         match from {
             IpAddr::V4(_) => transparent_v4(&socket)?,
@@ -78,7 +82,6 @@ pub fn client_as(from: IpAddr) -> io::Result<std::net::TcpStream> {
         }
         socket.set_reuse_address(true)?;
         socket.bind_device(Some(b"lo"))?;
-        let port = rand::rng().random_range(SPOOFED_PORTS);
         match socket.bind(&SocketAddr::new(from, port).into()) {
             Ok(()) => return Ok(socket.into()),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,

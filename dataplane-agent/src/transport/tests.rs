@@ -281,6 +281,7 @@ fn pod() -> Arc<LocalPod> {
         identity: who("client"),
         addresses: Vec::new(),
         netns: Netns::own().expect("/proc is there"),
+        clients: crate::authorize::Clients::default(),
     })
 }
 

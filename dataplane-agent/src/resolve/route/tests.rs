@@ -57,6 +57,7 @@ fn accepted(direction: Direction, to: &str) -> Accepted<()> {
             identity: pod.identity(),
             addresses: pod.addresses,
             netns: Netns::own().expect("/proc is there"),
+            clients: crate::accept::Clients::default(),
         }),
         peer: at("10.0.0.9:4000"),
         destination: at(to),
