@@ -5,8 +5,11 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+
+use crate::sys::socket::read;
 
 /// The size of a read while little comes.
 const SMALL: usize = 16 << 10;
@@ -17,7 +20,7 @@ const LARGE: usize = 256 << 10;
 #[derive(Debug)]
 pub struct ReadAhead {
     tcp: TcpStream,
-    buffer: Vec<u8>,
+    buffer: BytesMut,
     /// What of `buffer` is taken.
     taken: usize,
     /// How much the next read asks for.
@@ -29,7 +32,7 @@ impl ReadAhead {
     pub fn new(tcp: TcpStream) -> Self {
         Self {
             tcp,
-            buffer: Vec::new(),
+            buffer: BytesMut::new(),
             taken: 0,
             size: SMALL,
         }
@@ -41,13 +44,9 @@ impl ReadAhead {
             ready!(self.tcp.poll_read_ready(context))?;
             self.buffer.clear();
             self.taken = 0;
-            self.buffer.reserve_exact(self.size);
-            match self
-                .tcp
-                .try_read_buf(&mut bytes::BufMut::limit(&mut self.buffer, self.size))
-            {
+            match read(&self.tcp, &mut self.buffer, self.size) {
                 Ok(0) => return Poll::Ready(Ok(false)),
-                Ok(read) if read == self.size => self.size = LARGE.min(self.size * 4),
+                Ok(length) if length == self.size => self.size = LARGE.min(self.size * 4),
                 Ok(_) => self.size = SMALL.max(self.size / 2),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return Poll::Ready(Err(error)),
@@ -69,7 +68,7 @@ impl AsyncRead for ReadAhead {
                 Poll::Ready(Ok(true)) => {}
                 Poll::Ready(end) => return Poll::Ready(end.map(|_| ())),
                 Poll::Pending => {
-                    this.buffer = Vec::new();
+                    this.buffer = BytesMut::new();
                     this.taken = 0;
                     return Poll::Pending;
                 }

@@ -4,10 +4,13 @@ use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 
+use bytes::{BufMut, BytesMut};
 use rand::Rng;
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use dataplane_ebpf::mark;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
 
 /// Ports that the agent takes when it connects in a client's name: none that clients take
 /// themselves, since an established socket is found before any program runs.
@@ -111,6 +114,32 @@ pub fn accept(listener: &std::net::TcpListener) -> io::Result<std::net::TcpStrea
     }
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { std::net::TcpStream::from_raw_fd(accepted) })
+}
+
+/// Reads what there is, at most `size` bytes, to the end of `buffer`. A read that comes back short has
+/// emptied the socket, and is taken as such: the next one waits, where it would only hear that there
+/// is nothing.
+///
+/// # Errors
+/// There is nothing yet (`WouldBlock`); the connection is broken.
+pub fn read(tcp: &TcpStream, buffer: &mut BytesMut, size: usize) -> io::Result<usize> {
+    buffer.reserve(size);
+    let mut read = 0;
+    let done = tcp.try_io(Interest::READABLE, || {
+        read = SockRef::from(tcp).recv(&mut buffer.spare_capacity_mut()[..size])?;
+        if (1..size).contains(&read) {
+            // Told to tokio inside of its call, which knows by which event the socket was readable.
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(())
+    });
+    match done {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock || read == 0 => return Err(error),
+        _ => {}
+    }
+    // SAFETY: the kernel has written that many bytes, from the end of the buffer on.
+    unsafe { buffer.advance_mut(read) };
+    Ok(read)
 }
 
 /// What the kernel programs call the network namespace of a socket.

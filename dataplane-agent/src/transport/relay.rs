@@ -15,10 +15,12 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
 use tokio::net::TcpStream;
+
+use crate::sys::socket::read;
 
 /// The size of a read while little comes.
 const SMALL: usize = 16 << 10;
@@ -224,16 +226,15 @@ impl Source {
                 size,
             } => loop {
                 socket.tcp.readable().await?;
-                buffer.reserve(*size);
-                match socket.tcp.try_read_buf(&mut buffer.limit(*size)) {
+                match read(&socket.tcp, buffer, *size) {
                     Ok(0) => return Ok(false),
-                    Ok(read) => {
+                    Ok(length) => {
                         batch.push(buffer.split().freeze());
-                        if read == *size {
+                        if length == *size {
                             *size = LARGE.min(*size * 4);
                         } else {
                             *size = SMALL.max(*size / 2);
-                            if read < SMALL {
+                            if length < SMALL {
                                 *buffer = BytesMut::new();
                             }
                         }
