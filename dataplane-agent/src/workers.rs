@@ -128,6 +128,7 @@ impl Workers {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let thread = std::thread::Builder::new().name(format!("worker-{number}"));
             threads.push(thread.spawn(move || {
+                let _whole = AllOrNothing;
                 let work = Worker::new(number, doors, shared).work(inbox);
                 LocalSet::new().block_on(&runtime, work);
             })?);
@@ -207,6 +208,19 @@ impl Workers {
         let answer = OnDrop::answer(told);
         for door in &self.doors {
             door.order(order(Arc::clone(uid), Arc::clone(&answer)));
+        }
+    }
+}
+
+/// A connection that panics ends alone. A worker that does takes the process with it: pods stay
+/// captured and the next agent serves them, which one with a worker less would not.
+struct AllOrNothing;
+
+impl Drop for AllOrNothing {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a worker panicked");
+            std::process::abort();
         }
     }
 }

@@ -46,6 +46,8 @@ pub fn place(command: &mut Command, place: &Place) {
     let hosts = place.hosts.clone();
     let capabilities = place.capabilities.clone();
     let prepare = move || {
+        // Whoever waits for signals by blocking them does so for itself.
+        nix::sys::signal::SigSet::all().thread_unblock()?;
         (&cgroup).write_all(b"0")?;
         setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
         if let Some(hosts) = &hosts {
