@@ -91,8 +91,14 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
 }
 
 fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError> {
-    let source = local(mesh, accepted)?;
     let to = accepted.destination;
+    // The kernel takes neither loopback nor the pod's own addresses. Somebody in the pod connected
+    // to the listener itself, on whichever port it is, and would come back to it for ever.
+    let ip = to.ip().to_canonical();
+    if ip.is_loopback() || accepted.pod.owns(ip) {
+        return Err(ResolveError::SelfCall);
+    }
+    let source = local(mesh, accepted)?;
     if let Some(service) = mesh.service_at(to.ip()) {
         if let Some(waypoint) = &service.waypoint {
             return Err(ResolveError::UnknownWaypoint(waypoint.clone()));

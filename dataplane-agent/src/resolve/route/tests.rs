@@ -188,6 +188,30 @@ fn a_pod_that_is_not_in_the_mesh_or_is_somebody_else_there_goes_nowhere() {
     }
 }
 
+#[test]
+fn what_a_pod_says_to_the_agents_own_listener_goes_nowhere() {
+    // The kernel takes neither loopback nor the pod's own address: what arrives with either as its
+    // destination was meant for the listener, and would come back to it for ever. The listener has
+    // another port where an app has 15001.
+    for protocol in [Protocol::Hbone, Protocol::Tcp] {
+        let pod = Workload {
+            protocol,
+            ..workload(&[])
+        };
+        for to in [
+            "127.0.0.1:15001",
+            "127.0.0.2:40000",
+            "[::1]:15001",
+            "[::ffff:127.0.0.1]:15001",
+            "10.0.0.1:15001",
+            "10.0.0.1:40000",
+        ] {
+            let error = go(vec![pod.clone()], Vec::new(), Direction::Outbound, to);
+            assert_eq!(error, Err(ResolveError::SelfCall), "{to}");
+        }
+    }
+}
+
 fn scopes() -> impl Strategy<Value = Vec<Scope>> {
     let scope = prop_oneof![
         Just(Scope::Region),
