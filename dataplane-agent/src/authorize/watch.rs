@@ -102,8 +102,13 @@ impl Authorizer {
                 destination_ip: held.destination_ip,
                 destination_port: held.destination_port,
             };
-            let target = mesh.workload(&held.workload).map(Arc::as_ref);
-            if let Err(denied) = check_workload(mesh, target, &asked)
+            let check = |mesh: &Mesh| {
+                let target = mesh.workload(&held.workload).map(Arc::as_ref);
+                check_workload(mesh, target, &asked)
+            };
+            // A permit that is newer than this mesh must not fall with it: the newest decides.
+            if check(mesh).is_err()
+                && let Err(denied) = check(&self.mesh.current())
                 && !held.revoke.send_replace(true)
             {
                 tracing::info!(
@@ -165,7 +170,12 @@ fn lock(live: &Mutex<Live>) -> std::sync::MutexGuard<'_, Live> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::policy::{Action, Policy, PolicyScope};
+    use std::net::SocketAddr;
+
+    use futures_util::FutureExt;
+
+    use super::super::policy::{Action, Clause, Match, Policy, PolicyScope, StringMatch};
+    use super::super::{Accepted, Clients, LocalPod};
     use super::*;
     use crate::resolve::mesh::{MeshWriter, store};
     use crate::resolve::workload::tests::workload;
@@ -229,5 +239,150 @@ mod tests {
                 .as_ref()
                 .is_some_and(|lease| *lease.revoked.borrow())
         );
+    }
+
+    /// A permit-to-be of the pod at 10.0.0.1, which is reached in clear or connects itself.
+    fn resolved(reader: &MeshReader, direction: Direction) -> Resolved<()> {
+        let pod = workload(&[]);
+        let accepted = Accepted {
+            io: (),
+            pod: Arc::new(LocalPod {
+                uid: pod.uid.clone(),
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                identity: pod.identity(),
+                addresses: pod.addresses,
+                netns: crate::sys::netns::Netns::own().expect("/proc is there"),
+                clients: Clients::default(),
+            }),
+            peer: SocketAddr::from(([10, 0, 0, 9], 4000)),
+            destination: match direction {
+                Direction::Outbound => SocketAddr::from(([192, 0, 2, 1], 80)),
+                Direction::InboundPlain | Direction::InboundHbone { .. } => {
+                    SocketAddr::from(([10, 0, 0, 1], 80))
+                }
+            },
+            direction,
+        };
+        crate::resolve::resolve(reader, accepted).expect("it goes somewhere")
+    }
+
+    fn hbone() -> Direction {
+        Direction::InboundHbone {
+            identity: Identity::new("td", "a", "s"),
+            service: None,
+        }
+    }
+
+    /// What STRICT is made of: whoever has no identity is refused.
+    fn strict() -> Policy {
+        let only = Match {
+            not_principals: vec![StringMatch::Presence],
+            ..Match::default()
+        };
+        Policy {
+            scope: PolicyScope::WorkloadSelector,
+            rules: vec![super::super::policy::Rule {
+                clauses: vec![Clause {
+                    matches: vec![only],
+                }],
+            }],
+            ..deny_all()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_workload_that_turns_strict_revokes_what_is_in_clear_and_nothing_else() {
+        let (writer, reader) = store();
+        publish(&writer, vec![strict()]);
+        let authorizer = Authorizer::new(reader.clone());
+        let permit = |direction| {
+            let permit = authorizer.authorize(resolved(&reader, direction));
+            permit.expect("nobody names the policy")
+        };
+        let mut plain = permit(Direction::InboundPlain);
+        let mut tunnelled = permit(hbone());
+        let mut outbound = permit(Direction::Outbound);
+        assert_eq!(outbound.rule, Rule::Destination);
+        // The policy was there before; it is the workload that changes.
+        let named = vec![workload(&["ns/deny-all"])];
+        writer.publish(Mesh::build(2, named, Vec::new(), vec![strict()]));
+        tokio::select! {
+            () = authorizer.clone().watch() => unreachable!("it watches for ever"),
+            () = plain.revoked.wait() => {}
+        }
+        plain.revoked.wait().await; // and again, at once
+        assert!(tunnelled.revoked.wait().now_or_never().is_none());
+        assert!(outbound.revoked.wait().now_or_never().is_none());
+        let (_, denied) = authorizer
+            .authorize(resolved(&reader, Direction::InboundPlain))
+            .expect_err("it is STRICT now");
+        assert_eq!(denied, Denied::Denied("ns/deny-all".into()));
+        drop((plain, tunnelled, outbound));
+        assert!(lock(&authorizer.live).permits.is_empty());
+    }
+
+    #[test]
+    fn a_mesh_that_is_old_already_revokes_nothing() {
+        let (writer, reader) = store();
+        publish(&writer, vec![deny_all()]);
+        let old = reader.current();
+        publish(&writer, Vec::new());
+        let authorizer = Authorizer::new(reader.clone());
+        let permit = authorizer.authorize(resolved(&reader, Direction::InboundPlain));
+        let mut permit = permit.expect("no policy is left");
+        authorizer.check_all(&old);
+        assert!(permit.revoked.wait().now_or_never().is_none());
+    }
+
+    /// However a permit and a change meet: what the last mesh denies does not stay.
+    #[test]
+    fn no_permit_survives_a_change_that_it_was_made_beside() {
+        for _ in 0..200 {
+            let (writer, reader) = store();
+            publish(&writer, Vec::new());
+            let authorizer = Authorizer::new(reader.clone());
+            let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+            let start = std::sync::Barrier::new(5);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let watching = Box::pin(authorizer.clone().watch());
+                    start.wait();
+                    block_on(futures_util::future::select(watching, stopped));
+                });
+                let authorize = || {
+                    let ready: Vec<_> = (0..20)
+                        .map(|_| resolved(&reader, Direction::InboundPlain))
+                        .collect();
+                    start.wait();
+                    let all = ready.into_iter();
+                    all.filter_map(|one| authorizer.authorize(one).ok())
+                        .collect::<Vec<_>>()
+                };
+                let workers = [(); 3].map(|()| scope.spawn(authorize));
+                start.wait();
+                publish(&writer, vec![deny_all()]);
+                for mut permit in workers
+                    .map(|worker| worker.join().expect("no panic"))
+                    .into_iter()
+                    .flatten()
+                {
+                    let revoked = permit.revoked.wait();
+                    block_on(async { tokio::time::timeout(SOON, revoked).await })
+                        .expect("somebody revokes it");
+                }
+                drop(stop);
+            });
+            assert!(lock(&authorizer.live).permits.is_empty());
+        }
+    }
+
+    const SOON: std::time::Duration = std::time::Duration::from_secs(5);
+
+    fn block_on<F: Future>(future: F) -> F::Output {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build();
+        runtime.expect("a runtime").block_on(future)
     }
 }

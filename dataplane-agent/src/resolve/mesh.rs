@@ -47,7 +47,12 @@ impl Mesh {
             generation,
             ..Self::default()
         };
-        let mut workloads: Vec<Arc<Workload>> = workloads.into_iter().map(Arc::new).collect();
+        for workload in workloads {
+            let uid = Arc::clone(&workload.uid);
+            mesh.workloads.insert(uid, Arc::new(workload));
+        }
+        // The indices are made of what holds, in an order that no source of configuration sways.
+        let mut workloads: Vec<Arc<Workload>> = mesh.workloads.values().cloned().collect();
         workloads.sort_by(|one, other| one.uid.cmp(&other.uid));
         for workload in workloads {
             if !workload.host_network {
@@ -65,16 +70,20 @@ impl Mesh {
                 let endpoints = mesh.endpoints.entry(Arc::clone(service)).or_default();
                 endpoints.push(Arc::clone(&workload));
             }
-            mesh.workloads.insert(workload.uid.clone(), workload);
         }
         for service in services {
-            let service = Arc::new(service);
+            mesh.services
+                .insert(service.key().into(), Arc::new(service));
+        }
+        let mut keys: Vec<&Arc<str>> = mesh.services.keys().collect();
+        keys.sort();
+        for key in keys {
+            let service = &mesh.services[key];
             for vip in &service.vips {
                 mesh.by_vip
                     .entry(vip.to_canonical())
-                    .or_insert_with(|| Arc::clone(&service));
+                    .or_insert_with(|| Arc::clone(service));
             }
-            mesh.services.insert(service.key().into(), service);
         }
         for policy in policies {
             let policy = Arc::new(policy);
@@ -134,9 +143,13 @@ impl Mesh {
         };
         for key in &workload.policies {
             match self.policies.get(key) {
-                // One that is for all is there already.
-                Some(policy) if policy.scope != PolicyScope::WorkloadSelector => {}
-                Some(policy) => applicable.policies.push(policy),
+                // Whatever its scope says: one that is passed over would let everything pass.
+                Some(policy) => {
+                    let there = |other: &&Arc<Policy>| Arc::ptr_eq(other, policy);
+                    if !applicable.policies.iter().any(there) {
+                        applicable.policies.push(policy);
+                    }
+                }
                 None => applicable.unknown.push(key),
             }
         }
@@ -196,5 +209,39 @@ impl MeshReader {
             std::future::pending::<()>().await;
         }
         Arc::clone(&self.0.borrow_and_update())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::workload::tests::workload;
+    use super::*;
+
+    #[test]
+    fn of_two_with_one_key_the_later_one_holds_in_every_index() {
+        let at = |last| Workload {
+            addresses: vec![IpAddr::from([10, 0, 0, last])],
+            ..workload(&[])
+        };
+        let mesh = Mesh::build(1, vec![at(1), at(2)], Vec::new(), Vec::new());
+        assert_eq!(mesh.workloads().count(), 1);
+        assert!(mesh.workload_at(IpAddr::from([10, 0, 0, 1])).is_none());
+        assert!(mesh.workload_at(IpAddr::from([10, 0, 0, 2])).is_some());
+    }
+
+    #[test]
+    fn an_address_is_found_as_ipv4_and_mapped_and_not_on_the_nodes_network() {
+        let mesh = |host_network| {
+            let one = Workload {
+                host_network,
+                ..workload(&[])
+            };
+            Mesh::build(1, vec![one], Vec::new(), Vec::new())
+        };
+        for address in ["10.0.0.1", "::ffff:10.0.0.1"] {
+            let address = address.parse().expect("an address");
+            assert!(mesh(false).workload_at(address).is_some());
+            assert!(mesh(true).workload_at(address).is_none());
+        }
     }
 }

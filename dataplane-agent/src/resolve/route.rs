@@ -91,8 +91,14 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
 }
 
 fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError> {
-    let source = local(mesh, accepted)?;
     let to = accepted.destination;
+    // The kernel takes neither loopback nor the pod's own addresses. Somebody in the pod connected
+    // to the listener itself, on whichever port it is, and would come back to it for ever.
+    let ip = to.ip().to_canonical();
+    if ip.is_loopback() || accepted.pod.owns(ip) {
+        return Err(ResolveError::SelfCall);
+    }
+    let source = local(mesh, accepted)?;
     if let Some(service) = mesh.service_at(to.ip()) {
         if let Some(waypoint) = &service.waypoint {
             return Err(ResolveError::UnknownWaypoint(waypoint.clone()));
@@ -115,7 +121,9 @@ fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveErro
             hop: Hop::Plain(to),
         });
     };
-    if let Some(waypoint) = &target.waypoint {
+    if let Some(waypoint) = &target.waypoint
+        && !is_waypoint(mesh, waypoint, &source, accepted.peer.ip())
+    {
         return Err(ResolveError::UnknownWaypoint(waypoint.clone()));
     }
     let hop = next(&target, to.port(), to.ip(), &[])?;
@@ -133,9 +141,36 @@ fn local<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Arc<Workload>, Resolv
     let found = mesh
         .workload(&pod.uid)
         .filter(|found| found.identity() == pod.identity);
-    found
-        .cloned()
-        .ok_or_else(|| ResolveError::UnknownLocal(pod.uid.clone()))
+    found.cloned().ok_or_else(|| {
+        let account = pod.identity.service_account();
+        let who = format!("{account}.{} ({})", pod.namespace, pod.name);
+        ResolveError::UnknownLocal(who.into())
+    })
+}
+
+/// Whether `source`, which connects from `address`, is that waypoint: what it has let through goes
+/// on to the workload. By identity and by address, as others may have the same service account.
+fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    let is_source = |pod: &Arc<Workload>| {
+        let own = pod
+            .addresses
+            .iter()
+            .any(|own| own.to_canonical() == address);
+        own && pod.identity() == source.identity()
+    };
+    let serves = |service: &Arc<Service>| mesh.endpoints(service).iter().any(is_source);
+    match waypoint.split_once('/') {
+        Some((network, name)) => match name.parse::<IpAddr>() {
+            Ok(_) if *network != *source.network => false,
+            Ok(at) => match mesh.service_at(at) {
+                Some(service) => serves(service),
+                None => mesh.workload_at(at).is_some_and(is_source),
+            },
+            Err(_) => mesh.service(waypoint).is_some_and(serves),
+        },
+        None => false,
+    }
 }
 
 /// The hop to a workload's port; at an address of the family that was asked for, if it has one.
@@ -222,7 +257,18 @@ fn candidates<'a>(
     let preferences = &service.load_balancing.preferences;
     let ranked: Vec<(usize, &Arc<Workload>, u16)> = able
         .map(|(workload, port)| (common(preferences, source, workload), workload, port))
-        .filter(|(rank, ..)| !service.load_balancing.strict || *rank == preferences.len())
+        .filter(|(common, ..)| !service.load_balancing.strict || *common == preferences.len())
+        .map(|(common, workload, port)| {
+            // One on the own network is nearer than any other, whatever else they share.
+            let own = preferences.first() == Some(&Scope::Network)
+                && Scope::Network.shared(source, workload);
+            let rank = if own {
+                common + preferences.len() - 1
+            } else {
+                common
+            };
+            (rank, workload, port)
+        })
         .collect();
     let best = ranked.iter().map(|(rank, ..)| *rank).max().unwrap_or(0);
     ranked
@@ -232,17 +278,15 @@ fn candidates<'a>(
         .collect()
 }
 
-/// How many scopes two workloads share, from the widest on.
+/// How many scopes two workloads share, from the widest on. Only a network that comes first and is
+/// another one does not end the count: of what is far, the nearest is preferred still.
 fn common(scopes: &[Scope], one: &Workload, other: &Workload) -> usize {
-    let shared = |scope: &&Scope| match scope {
-        Scope::Region => one.locality.region == other.locality.region,
-        Scope::Zone => one.locality.zone == other.locality.zone,
-        Scope::Subzone => one.locality.subzone == other.locality.subzone,
-        Scope::Node => one.node == other.node,
-        Scope::Cluster => one.cluster_id == other.cluster_id,
-        Scope::Network => one.network == other.network,
+    let counted = match scopes {
+        [Scope::Network, rest @ ..] if !Scope::Network.shared(one, other) => rest,
+        all => all,
     };
-    scopes.iter().take_while(shared).count()
+    let shared = |scope: &&Scope| scope.shared(one, other);
+    counted.iter().take_while(shared).count()
 }
 
 /// A service of the workload that has this port as a target; for logs.

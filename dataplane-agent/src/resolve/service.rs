@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::workload::Workload;
+
 /// What the mesh knows of one service. Field meanings are those of `istio.workload.Service`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
@@ -51,6 +53,20 @@ pub enum Scope {
     Cluster,
     /// The same network.
     Network,
+}
+
+impl Scope {
+    /// Whether two workloads have this in common.
+    pub fn shared(self, one: &Workload, other: &Workload) -> bool {
+        match self {
+            Self::Region => one.locality.region == other.locality.region,
+            Self::Zone => one.locality.zone == other.locality.zone,
+            Self::Subzone => one.locality.subzone == other.locality.subzone,
+            Self::Node => one.node == other.node,
+            Self::Cluster => one.cluster_id == other.cluster_id,
+            Self::Network => one.network == other.network,
+        }
+    }
 }
 
 impl Service {

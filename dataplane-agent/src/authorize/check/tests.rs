@@ -108,10 +108,11 @@ mod reference {
     use super::*;
 
     pub(super) fn allowed(policies: &[Policy], names: &[&str], question: &Question<'_>) -> bool {
-        let applies = |policy: &&Policy| match policy.scope {
-            PolicyScope::Global => true,
-            PolicyScope::Namespace => *policy.namespace == *"ns",
-            PolicyScope::WorkloadSelector => names.contains(&policy.key().as_str()),
+        let applies = |policy: &&Policy| {
+            let named = names.contains(&policy.key().as_str());
+            let of_all = policy.scope == PolicyScope::Global;
+            let of_namespace = policy.scope == PolicyScope::Namespace && *policy.namespace == *"ns";
+            named || of_all || of_namespace
         };
         for name in names {
             if !policies.iter().any(|policy| policy.key() == *name) {
@@ -278,4 +279,138 @@ fn a_policy_that_is_named_and_not_there_refuses() {
     };
     let denied = check(&mesh.policies_of(&workload), &question).expect_err("nobody knows");
     assert_eq!(denied, Denied::UnknownPolicy("ns/not-yet".into()));
+}
+
+fn named(key: &str, scope: PolicyScope, action: Action, rules: Vec<Rule>) -> Policy {
+    let (namespace, name) = key.split_once('/').expect("a key");
+    Policy {
+        name: name.into(),
+        namespace: namespace.into(),
+        scope,
+        action,
+        rules,
+        dry_run: false,
+    }
+}
+
+/// A rule of one clause of these matches.
+fn rule(matches: Vec<Match>) -> Rule {
+    Rule {
+        clauses: vec![Clause { matches }],
+    }
+}
+
+fn decide(
+    names: &[&str],
+    policies: Vec<Policy>,
+    source: Option<&Identity>,
+) -> Result<Allowed, Denied> {
+    let workload = workload(names);
+    let mesh = Mesh::build(1, vec![workload.clone()], Vec::new(), policies);
+    let question = Question {
+        source,
+        source_ip: IpAddr::from([10, 0, 0, 2]),
+        destination_ip: IpAddr::from([10, 0, 0, 1]),
+        destination_port: 80,
+    };
+    check(&mesh.policies_of(&workload), &question)
+}
+
+#[test]
+fn a_policy_that_is_named_applies_whatever_its_scope_says() {
+    for scope in [
+        PolicyScope::Global,
+        PolicyScope::Namespace,
+        PolicyScope::WorkloadSelector,
+    ] {
+        let deny = |key| named(key, scope, Action::Deny, vec![Rule::default()]);
+        for key in ["ns/deny", "other/deny"] {
+            let denied = decide(&[key], vec![deny(key)], None);
+            assert_eq!(denied, Err(Denied::Denied(key.into())), "{scope:?}");
+        }
+    }
+}
+
+#[test]
+fn what_is_empty_matches_all_or_nothing() {
+    let empty_rule = || vec![Rule::default()];
+    let empty_clause = || vec![rule(Vec::new())];
+    let empty_match = || vec![rule(vec![Match::default()])];
+    let all = |action, rules| {
+        let key = "ns/p";
+        decide(
+            &[],
+            vec![named(key, PolicyScope::Namespace, action, rules)],
+            None,
+        )
+    };
+    let (denied, allowed) = (
+        Err(Denied::Denied("ns/p".into())),
+        Ok(Allowed::Allowed("ns/p".into())),
+    );
+    // No rules: ALLOW allows nothing, DENY does nothing.
+    assert_eq!(all(Action::Allow, Vec::new()), Err(Denied::NotAllowed));
+    assert_eq!(all(Action::Deny, Vec::new()), Ok(Allowed::NoPolicy));
+    // A rule without clauses, and a clause without matches, match everything.
+    assert_eq!(all(Action::Allow, empty_rule()), allowed);
+    assert_eq!(all(Action::Deny, empty_rule()), denied);
+    assert_eq!(all(Action::Allow, empty_clause()), allowed);
+    assert_eq!(all(Action::Deny, empty_clause()), denied);
+    // A match without fields matches nothing.
+    assert_eq!(all(Action::Allow, empty_match()), Err(Denied::NotAllowed));
+    assert_eq!(all(Action::Deny, empty_match()), Ok(Allowed::NoPolicy));
+}
+
+#[test]
+fn strict_refuses_who_has_no_identity_and_nobody_else() {
+    let strict = "istio-system/istio_converted_static_strict";
+    let policy = named(
+        strict,
+        PolicyScope::WorkloadSelector,
+        Action::Deny,
+        vec![rule(vec![Match {
+            not_principals: vec![StringMatch::Presence],
+            ..Match::default()
+        }])],
+    );
+    let peer = Identity::new("td", "a", "s");
+    let of = |source| decide(&[strict], vec![policy.clone()], source);
+    assert_eq!(of(None), Err(Denied::Denied(strict.into())));
+    assert_eq!(of(Some(&peer)), Ok(Allowed::NoPolicy));
+}
+
+#[test]
+fn deny_comes_before_allow_and_a_dry_run_decides_nothing() {
+    let every = || vec![Rule::default()];
+    let allow = named("ns/allow", PolicyScope::Namespace, Action::Allow, every());
+    let deny = named("ns/deny", PolicyScope::Global, Action::Deny, every());
+    let dry = |policy: &Policy| Policy {
+        dry_run: true,
+        ..policy.clone()
+    };
+    assert_eq!(
+        decide(&[], vec![allow.clone(), deny.clone()], None),
+        Err(Denied::Denied("ns/deny".into()))
+    );
+    assert_eq!(
+        decide(&[], vec![allow.clone(), dry(&deny)], None),
+        Ok(Allowed::Allowed("ns/allow".into()))
+    );
+    assert_eq!(
+        decide(&[], vec![dry(&allow)], None),
+        Ok(Allowed::NoPolicy),
+        "as if it were not there"
+    );
+}
+
+#[test]
+fn refusals_are_told_in_ztunnels_words() {
+    let rejection = "connection closed due to policy rejection";
+    for (denied, words) in [
+        (Denied::Denied("ns/p".into()), "explicitly denied by: ns/p"),
+        (Denied::NotAllowed, "allow policies exist, but none allowed"),
+        (Denied::NoWorkload, "workload not found"),
+    ] {
+        assert_eq!(denied.to_string(), format!("{rejection}: {words}"));
+    }
 }

@@ -181,11 +181,191 @@ fn a_pod_that_is_not_in_the_mesh_or_is_somebody_else_there_goes_nowhere() {
     };
     for mesh in [Vec::new(), vec![other]] {
         let error = go(mesh, Vec::new(), Direction::Outbound, "192.0.2.1:80");
+        assert_eq!(error, Err(ResolveError::UnknownLocal("sa.ns (pod)".into())));
+    }
+}
+
+#[test]
+fn what_a_pod_says_to_the_agents_own_listener_goes_nowhere() {
+    // The kernel takes neither loopback nor the pod's own address: what arrives with either as its
+    // destination was meant for the listener, and would come back to it for ever. The listener has
+    // another port where an app has 15001.
+    for protocol in [Protocol::Hbone, Protocol::Tcp] {
+        let pod = Workload {
+            protocol,
+            ..workload(&[])
+        };
+        for to in [
+            "127.0.0.1:15001",
+            "127.0.0.2:40000",
+            "[::1]:15001",
+            "[::ffff:127.0.0.1]:15001",
+            "10.0.0.1:15001",
+            "10.0.0.1:40000",
+        ] {
+            let error = go(vec![pod.clone()], Vec::new(), Direction::Outbound, to);
+            assert_eq!(error, Err(ResolveError::SelfCall), "{to}");
+        }
+    }
+}
+
+#[test]
+fn a_waypoint_reaches_the_workload_behind_it_and_nobody_else_does() {
+    let behind = |waypoint: &str| Workload {
+        waypoint: Some(waypoint.into()),
+        ..endpoint("behind", "10.0.0.2")
+    };
+    // The pod that connects is 10.0.0.1, the endpoint of a service, from whichever address.
+    let pod = || Workload {
+        services: BTreeMap::from([(KEY.into(), BTreeMap::from([(80, 8080)]))]),
+        ..workload(&[])
+    };
+    let out = |waypoint, peer| {
+        let (writer, reader) = store();
+        let all = vec![pod(), behind(waypoint)];
+        writer.publish(Mesh::build(1, all, vec![service()], Vec::new()));
+        let accepted = Accepted {
+            peer: at(peer),
+            ..accepted(Direction::Outbound, "10.0.0.2:80")
+        };
+        resolve(&reader, accepted).map_err(|(_, error)| error)
+    };
+    for waypoint in ["/10.0.0.1", KEY, "/10.96.0.1"] {
+        assert!(out(waypoint, "10.0.0.1:4000").is_ok(), "{waypoint}");
+        let unknown = Err(ResolveError::UnknownWaypoint(waypoint.into()));
         assert_eq!(
-            error,
-            Err(ResolveError::UnknownLocal("c//Pod/ns/pod".into()))
+            out(waypoint, "10.0.0.9:4000").map(|found| found.hop),
+            unknown,
+            "{waypoint}: not from its address"
         );
     }
+    for waypoint in ["/10.0.0.3", "ns/other", "n/10.0.0.1", "", "10.0.0.1"] {
+        let unknown = Err(ResolveError::UnknownWaypoint(waypoint.into()));
+        let found = out(waypoint, "10.0.0.1:4000").map(|found| found.hop);
+        assert_eq!(found, unknown, "{waypoint}");
+    }
+}
+
+#[test]
+fn errors_are_told_in_ztunnels_words() {
+    let words = |error: ResolveError| error.to_string();
+    let error = go(Vec::new(), Vec::new(), Direction::Outbound, "192.0.2.1:80");
+    assert_eq!(
+        words(error.expect_err("nobody knows the pod")),
+        "failed to fetch information about local workload: sa.ns (pod)"
+    );
+    let to = at("10.96.0.1:80");
+    assert_eq!(
+        words(ResolveError::NoHealthyUpstream(to)),
+        "no healthy upstream: 10.96.0.1:80"
+    );
+    assert_eq!(
+        words(ResolveError::UnknownWaypoint("ns/w".into())),
+        "unknown waypoint: ns/w"
+    );
+    let (pod, asked) = (ip("10.0.0.1"), ip("10.0.0.2"));
+    assert_eq!(
+        words(ResolveError::IpMismatch { pod, asked }),
+        "ip mismatch: 10.0.0.1 != 10.0.0.2"
+    );
+    assert_eq!(
+        words(ResolveError::SelfCall),
+        "attempted recursive call to ourselves"
+    );
+}
+
+#[test]
+fn an_endpoint_is_taken_at_an_address_of_the_family_that_was_asked_for() {
+    let both = Workload {
+        addresses: vec![ip("10.0.0.2"), ip("fd00::2")],
+        ..endpoint("both", "10.0.0.2")
+    };
+    let service = Service {
+        vips: vec![ip("10.96.0.1"), ip("fd00:96::1")],
+        ..service()
+    };
+    let authority = |all: &[Workload], to| {
+        let all = all.iter().cloned().chain([workload(&[])]).collect();
+        match go(all, vec![service.clone()], Direction::Outbound, to) {
+            Ok(Hop::Hbone { to, authority, .. }) => (to, authority),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(
+        authority(std::slice::from_ref(&both), "10.96.0.1:80"),
+        (at("10.0.0.2:15008"), at("10.0.0.2:8080"))
+    );
+    assert_eq!(
+        authority(&[both], "[fd00:96::1]:80"),
+        (at("[fd00::2]:15008"), at("[fd00::2]:8080"))
+    );
+    let four = endpoint("four", "10.0.0.2");
+    assert_eq!(
+        authority(&[four], "[fd00:96::1]:80"),
+        (at("10.0.0.2:15008"), at("10.0.0.2:8080")),
+        "it has no other"
+    );
+}
+
+#[test]
+fn load_is_spread_by_capacity() {
+    let weighs = |name: &str, address, capacity| Workload {
+        capacity,
+        ..endpoint(name, address)
+    };
+    let all = vec![
+        workload(&[]),
+        weighs("none", "10.0.0.2", 0),
+        weighs("one", "10.0.0.3", 1),
+        weighs("three", "10.0.0.4", 3),
+    ];
+    let mesh = Mesh::build(1, all.clone(), vec![service()], Vec::new());
+    let mut taken: BTreeMap<Arc<str>, u32> = BTreeMap::new();
+    for _ in 0..4000 {
+        let (target, port) =
+            choose(&mesh, &service(), &all[0], at("10.96.0.1:80")).expect("an endpoint");
+        assert_eq!(port, 8080);
+        *taken.entry(target.name.clone()).or_default() += 1;
+    }
+    assert_eq!(taken.get("none"), None);
+    // Nine standard deviations from 3000.
+    assert!((2750..3250).contains(&taken["three"]), "{taken:?}");
+    let nobody = Mesh::build(
+        1,
+        vec![weighs("none", "10.0.0.2", 0)],
+        vec![service()],
+        Vec::new(),
+    );
+    assert!(choose(&nobody, &service(), &all[0], at("10.96.0.1:80")).is_none());
+}
+
+#[test]
+fn another_network_is_the_last_choice_but_nearness_counts_there_too() {
+    let here = put(workload(&[]), &["a", "a", "a", "a"].map(str::to_owned));
+    let far = |name: &str, address, place: [&str; 4]| {
+        put(endpoint(name, address), &place.map(str::to_owned))
+    };
+    let service = Service {
+        load_balancing: LoadBalancing {
+            preferences: vec![Scope::Network, Scope::Region, Scope::Zone],
+            strict: false,
+        },
+        ..service()
+    };
+    let names = |all: Vec<Workload>| {
+        let mesh = Mesh::build(1, all, vec![service.clone()], Vec::new());
+        let found = candidates(&mesh, &service, &here, 80);
+        found
+            .iter()
+            .map(|(workload, _)| workload.name.to_string())
+            .collect::<Vec<_>>()
+    };
+    let near = far("near", "10.0.0.2", ["a", "b", "b", "b"]);
+    let away = far("away", "10.0.0.3", ["b", "b", "b", "b"]);
+    let own = far("own", "10.0.0.4", ["b", "b", "b", "a"]);
+    assert_eq!(names(vec![near.clone(), away.clone()]), ["near"]);
+    assert_eq!(names(vec![near, away, own.clone()]), ["own"]);
+    assert_eq!(names(vec![own]), ["own"]);
 }
 
 fn scopes() -> impl Strategy<Value = Vec<Scope>> {
@@ -243,19 +423,25 @@ proptest! {
             .collect();
         let shares = |other: &Workload| {
             let mut count = 0;
-            for scope in &preferences {
+            for (place, scope) in preferences.iter().enumerate() {
                 let same = match scope {
                     Scope::Region => source.locality.region == other.locality.region,
                     Scope::Zone => source.locality.zone == other.locality.zone,
                     Scope::Node => source.node == other.node,
                     _ => source.network == other.network,
                 };
-                if !same {
+                if same {
+                    count += 1;
+                } else if place > 0 || *scope != Scope::Network {
                     break;
                 }
-                count += 1;
             }
             count
+        };
+        let rank = |other: &Workload| {
+            let first = preferences.first() == Some(&Scope::Network);
+            let bonus = if first && source.network == other.network { 10 } else { 0 };
+            shares(other) + bonus
         };
         let able: Vec<&Workload> = all[1..]
             .iter()
@@ -263,10 +449,10 @@ proptest! {
             .filter(|other| other.healthy || publish_not_ready)
             .filter(|other| !strict || shares(other) == preferences.len())
             .collect();
-        let best = able.iter().map(|other| shares(other)).max();
+        let best = able.iter().map(|other| rank(other)).max();
         let expected: Vec<Arc<str>> = able
             .iter()
-            .filter(|other| Some(shares(other)) == best)
+            .filter(|other| Some(rank(other)) == best)
             .map(|other| other.uid.clone())
             .collect();
         prop_assert_eq!(found, expected);
