@@ -65,9 +65,10 @@ impl Steer {
 ///
 /// What is not the pod's own and neither came by `lo` nor from the pod is an address that the pod
 /// got after its enrolment: the agent takes it as plaintext from outside, never as the pod's wish.
+/// From such an address to itself goes past the agent, which would dial it in vain for ever.
 #[inline(always)]
 pub fn steer(pod: &Addresses, from: &Ip, to: &Ip, to_port: u16, by_lo: bool) -> Steer {
-    if to.is_loopback() {
+    if to.is_loopback() || from == to {
         Steer::App
     } else if pod.owns(to) {
         if by_lo || pod.owns(from) {
@@ -172,6 +173,7 @@ mod tests {
             ("10.1.0.5", "1.2.3.4", 80, false, Steer::Outbound),
             ("9.9.9.9", "192.168.7.5", 80, false, Steer::Inbound),
             ("9.9.9.9", "192.168.7.6", 80, false, Steer::Inbound),
+            ("192.168.7.6", "192.168.7.6", 15001, true, Steer::App),
             ("fd00::9", "fd00::5", 80, false, Steer::Inbound),
         ];
         for (from, to, port, by_lo, expected) in cases {
@@ -208,7 +210,7 @@ mod tests {
                 *place = IpAddr::from(*octets).into();
             }
             let (from, to) = (Ip::from(IpAddr::from(from)), Ip::from(IpAddr::from(to)));
-            if !pod.owns(&from) && !to.is_loopback() {
+            if !pod.owns(&from) && !to.is_loopback() && from != to {
                 prop_assert!(matches!(steer(&pod, &from, &to, port, false), Steer::Inbound | Steer::Hbone));
             }
         }

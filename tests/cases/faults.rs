@@ -4,7 +4,7 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -308,6 +308,35 @@ fn what_is_meant_for_the_agents_own_ports_in_clear_is_refused() {
         );
     }
     one.agent.logs(&["attempted recursive call to ourselves"]);
+}
+
+#[test]
+fn a_pod_that_calls_the_agents_own_ports_is_refused_once() {
+    let one = One::new();
+    // An address that came after the enrolment is the pod's own, and not known to be.
+    one.server.netns.ip("addr add 10.254.0.1/32 dev lo\n");
+    let late = IpAddr::from([10, 254, 0, 1]);
+    for address in [[127, 0, 0, 1].into(), one.server.v4, one.server.v6, late] {
+        for port in [15001, 15006] {
+            let to = SocketAddr::new(address, port);
+            let answer = one.server.ask(to, "x");
+            assert!(answer.is_err(), "{to}: {answer:?}");
+        }
+    }
+    let own = one.server.serve(PORT);
+    let answer = one.server.ask(SocketAddr::new(late, PORT), "x");
+    assert_eq!(answer, Ok(format!("{late} x")), "what is its own it reaches");
+    drop(own);
+    let told = one.agent.log().matches("dst.addr=10.254.0.1").count();
+    assert!(
+        told <= 2,
+        "each call is one connection, not one that calls itself: {told}"
+    );
+    let _app = one.server.serve(PORT);
+    assert!(
+        one.outsider.ask(one.server.at(PORT), "x").is_ok(),
+        "and what works goes on"
+    );
 }
 
 fn start(

@@ -95,7 +95,8 @@ fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveErro
     // The kernel takes neither loopback nor the pod's own addresses. Somebody in the pod connected
     // to the listener itself, on whichever port it is, and would come back to it for ever.
     let ip = to.ip().to_canonical();
-    if ip.is_loopback() || accepted.pod.owns(ip) {
+    let itself = accepted.peer.ip().to_canonical() == ip;
+    if ip.is_loopback() || accepted.pod.owns(ip) || itself {
         return Err(ResolveError::SelfCall);
     }
     let source = local(mesh, accepted)?;
