@@ -325,7 +325,11 @@ fn a_pod_that_calls_the_agents_own_ports_is_refused_once() {
     }
     let own = one.server.serve(PORT);
     let answer = one.server.ask(SocketAddr::new(late, PORT), "x");
-    assert_eq!(answer, Ok(format!("{late} x")), "what is its own it reaches");
+    assert_eq!(
+        answer,
+        Ok(format!("{late} x")),
+        "what is its own it reaches"
+    );
     drop(own);
     let told = one.agent.log().matches("dst.addr=10.254.0.1").count();
     assert!(

@@ -11,6 +11,7 @@ mod load;
 mod progress;
 mod setup;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ enum Xtask {
     Test(test::Options),
     Demo(demo::Options),
     Check(check::Options),
+    Vm(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         Xtask::Test(options) => test::run(&options),
         Xtask::Demo(options) => demo::run(&options),
         Xtask::Check(options) => check::run(&options),
+        Xtask::Vm(options) => vm::run(&options),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use crate::command::{find_program, is_root};
 use crate::compiler::{self, Compiler};
 use crate::linker;
-use crate::progress::{Steps, run_quietly};
+use crate::progress::{Steps, run_quietly, say};
 
 /// Finds or installs what building and testing needs.
 ///
@@ -32,6 +32,13 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("sysctl", "procps"), // tests: the namespace's settings
 ];
 
+/// Programs that the test machines need beyond those, and the packages that bring them.
+const PROGRAMS_OF_VM: &[(&str, &str)] = &[
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("cpio", "cpio"),   // initramfs
+    ("xz", "xz-utils"), // modules
+];
+
 /// A compiler and a linker for the kernel programs.
 pub(crate) struct Toolchain {
     pub(crate) compiler: Compiler,
@@ -47,7 +54,7 @@ pub(crate) fn ensure() -> Result<Toolchain> {
     let mut steps = Steps::new(3);
 
     steps.begin("what is here");
-    let mut missing = missing_programs();
+    let mut missing = missing_programs(PROGRAMS);
     let found = find();
     if found.is_none() {
         let debian = Compiler::debian();
@@ -104,8 +111,18 @@ fn build_linker() -> Result<Toolchain> {
     Ok(Toolchain { compiler, linker })
 }
 
-fn missing_programs() -> Vec<&'static str> {
-    let mut missing: Vec<&str> = PROGRAMS
+/// Finds or installs what the test machines need.
+pub(crate) fn ensure_vm() -> Result<()> {
+    let missing = missing_programs(PROGRAMS_OF_VM);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    say(&format!("packages: {}", missing.join(" ")));
+    install(&missing)
+}
+
+fn missing_programs(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
+    let mut missing: Vec<&str> = programs
         .iter()
         .filter(|(program, _)| find_program(program).is_none())
         .map(|(_, package)| *package)
@@ -141,7 +158,8 @@ fn install(packages: &[&str]) -> Result<()> {
     )
 }
 
-fn apt() -> Command {
+/// `apt-get`, which waits for whoever has its lock.
+pub(crate) fn apt() -> Command {
     let mut apt = Command::new("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive")
         // Another one may hold the lock, such as a machine's own upgrade at boot.

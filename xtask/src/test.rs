@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::command::{require_root, shown};
+use crate::command::{output, require_root, shown};
 use crate::progress::say;
 use crate::{build, setup};
 
@@ -43,12 +43,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let built = Built::new(options.release)?;
     let (tests, filter) = built.chosen(options.filter.as_deref());
 
-    let mut rows = Vec::new();
-    for (index, test) in tests.iter().enumerate() {
-        say(&format!("[{}/{}] {}", index + 1, tests.len(), test.name));
-        let outcome = test.run(&built, filter, &options.libtest)?;
-        rows.push((test.name.as_str(), outcome));
-    }
+    let rows = run_all(&built, &tests, filter, &options.libtest)?;
     if !report(&rows) {
         // Without another word: the count is the last line.
         std::process::exit(1);
@@ -56,37 +51,56 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Runs these executables here, one after another.
+pub(crate) fn run_all<'a>(
+    built: &Built,
+    tests: &[&'a Executable],
+    filter: Option<&str>,
+    libtest: &[String],
+) -> Result<Vec<(&'a str, Outcome)>> {
+    let mut rows = Vec::new();
+    for (index, test) in tests.iter().enumerate() {
+        say(&format!("[{}/{}] {}", index + 1, tests.len(), test.name));
+        rows.push((test.name.as_str(), test.run(built, filter, libtest)?));
+    }
+    Ok(rows)
+}
+
 /// What the tests' build made.
-struct Built {
-    agent: PathBuf,
-    /// What plays the pods' applications.
-    app: Option<PathBuf>,
+pub(crate) struct Built {
+    programs: Vec<(String, PathBuf)>,
     tests: Vec<Executable>,
 }
 
 /// One test executable.
-struct Executable {
+pub(crate) struct Executable {
     /// Its package and file, for people.
-    name: String,
+    pub(crate) name: String,
     /// Its file in tests/cases, if it is of one.
     case: Option<String>,
-    path: PathBuf,
+    /// Where it is.
+    pub(crate) path: PathBuf,
     /// The folder of its package, where it runs.
     folder: PathBuf,
 }
 
-/// What a test executable said at its end.
-#[derive(Clone, Copy, Default)]
-struct Outcome {
-    passed: u64,
-    failed: u64,
-    seconds: f32,
+/// What a test executable said.
+#[derive(Clone, Default)]
+pub(crate) struct Outcome {
+    /// The names of the tests that passed.
+    pub(crate) names: Vec<String>,
+    /// How many did.
+    pub(crate) passed: u64,
+    /// How many did not.
+    pub(crate) failed: u64,
+    /// How long it took.
+    pub(crate) seconds: f32,
 }
 
 impl Built {
     /// One build for all: asked for package by package, cargo would choose the features of shared
     /// dependencies anew, and build those twice.
-    fn new(release: bool) -> Result<Self> {
+    pub(crate) fn new(release: bool) -> Result<Self> {
         let mut cargo = build::host("build", release);
         cargo
             .args(["--workspace", "--lib", "--bins", "--tests"])
@@ -126,17 +140,25 @@ impl Built {
         let status = child.wait()?;
         ensure!(status.success(), "`{}`: {status}", shown(&cargo));
 
-        let program = |name: &str| {
-            let found = programs.iter().find(|(target, _)| target == name);
-            found.map(|(_, path)| path.clone())
-        };
         // Unit tests first: they are quick, and what they find explains the rest.
         tests.sort_by(|a, b| (&a.case, &a.name).cmp(&(&b.case, &b.name)));
-        Ok(Self {
-            agent: program("dataplane").context("the build made no `dataplane`")?,
-            app: program("dataplane-test-app"),
-            tests,
-        })
+        Ok(Self { programs, tests })
+    }
+
+    /// A program that was built.
+    pub(crate) fn program(&self, name: &str) -> Result<&Path> {
+        let mut programs = self.programs.iter();
+        let found = programs.find(|(target, _)| target == name);
+        let (_, path) = found.with_context(|| format!("the build made no `{name}`"))?;
+        Ok(path)
+    }
+
+    /// Those of tests/cases, which need the kernel.
+    pub(crate) fn cases(&self) -> Vec<&Executable> {
+        self.tests
+            .iter()
+            .filter(|test| test.case.is_some())
+            .collect()
     }
 
     /// The executables that a filter is for, and what of it is left for them.
@@ -167,6 +189,15 @@ impl Executable {
         }
     }
 
+    /// The names of its tests.
+    pub(crate) fn list(&self) -> Result<Vec<String>> {
+        let listed = output(Command::new(&self.path).args(["--list", "--format", "terse"]))?;
+        let names = listed
+            .lines()
+            .filter_map(|line| line.strip_suffix(": test"));
+        Ok(names.map(str::to_owned).collect())
+    }
+
     fn run(&self, built: &Built, filter: Option<&str>, libtest: &[String]) -> Result<Outcome> {
         let started = Instant::now();
         let mut command = Command::new(&self.path);
@@ -175,56 +206,59 @@ impl Executable {
             .args(libtest)
             .current_dir(&self.folder)
             .env("CARGO_MANIFEST_DIR", &self.folder)
-            .env("DATAPLANE_BIN", &built.agent)
+            .env("DATAPLANE_BIN", built.program("dataplane")?)
+            .env("DATAPLANE_TEST_APP", built.program("dataplane-test-app")?)
             .stdout(Stdio::piped());
-        if let Some(app) = &built.app {
-            command.env("DATAPLANE_TEST_APP", app);
-        }
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot start `{}`", shown(&command)))?;
         let lines = BufReader::new(child.stdout.take().context("no output of the test")?);
-        let mut said = None;
+        let mut outcome = Outcome::default();
         for line in lines.split(b'\n') {
-            let line = line?;
-            let line = String::from_utf8_lossy(&line);
-            if let Some(outcome) = Outcome::of(&line) {
-                said = Some(outcome);
-            } else if !line.is_empty() && !line.starts_with("running ") {
-                say(&line);
-            }
+            outcome.hear(&String::from_utf8_lossy(&line?));
         }
         let status = child.wait()?;
-        let mut outcome = said.unwrap_or_default();
-        if !status.success() && outcome.failed == 0 {
-            // It died before it could count: that is a failure too.
-            say(&format!("{}: {status}", self.name));
-            outcome.failed = 1;
-        }
+        outcome.end(&self.name, status.success(), &status.to_string());
         outcome.seconds = started.elapsed().as_secs_f32();
         Ok(outcome)
     }
 }
 
 impl Outcome {
-    /// Reads `test result: ok. 3 passed; 0 failed; …`.
-    fn of(line: &str) -> Option<Self> {
-        let counts = line.strip_prefix("test result: ")?;
-        let count = |word: &str| {
-            counts
-                .split(['.', ';'])
-                .find_map(|part| part.trim().strip_suffix(word)?.trim().parse().ok())
-        };
-        Some(Self {
-            passed: count("passed")?,
-            failed: count("failed")?,
-            seconds: 0.0,
-        })
+    /// Takes what libtest says in a line, and says on what is for people.
+    pub(crate) fn hear(&mut self, line: &str) {
+        if let Some(counts) = line.strip_prefix("test result: ") {
+            // `test result: ok. 3 passed; 0 failed; …`
+            let count = |word: &str| {
+                let mut parts = counts.split(['.', ';']);
+                parts.find_map(|part| part.trim().strip_suffix(word)?.trim().parse().ok())
+            };
+            self.passed = count("passed").unwrap_or(0);
+            self.failed = count("failed").unwrap_or(0);
+            return;
+        }
+        if let Some(name) = line
+            .strip_prefix("test ")
+            .and_then(|line| line.strip_suffix(" ... ok"))
+        {
+            self.names.push(name.to_owned());
+        }
+        if !line.is_empty() && !line.starts_with("running ") {
+            say(line);
+        }
+    }
+
+    /// Counts an executable that died before it could count as a failure.
+    pub(crate) fn end(&mut self, name: &str, good: bool, how: &str) {
+        if !good && self.failed == 0 {
+            say(&format!("{name}: {how}"));
+            self.failed = 1;
+        }
     }
 }
 
 /// Prints the table and the closing line; tells whether tests ran, and none failed.
-fn report(rows: &[(&str, Outcome)]) -> bool {
+pub(crate) fn report(rows: &[(&str, Outcome)]) -> bool {
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     say("");
     say(&format!("{:width$}  passed  failed  seconds", ""));
@@ -256,8 +290,11 @@ mod tests {
     fn counts_are_read_from_libtests_last_line() {
         let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 2 filtered \
                     out; finished in 0.01s";
-        let outcome = Outcome::of(line).unwrap();
+        let mut outcome = Outcome::default();
+        outcome.hear(line);
         assert_eq!((outcome.passed, outcome.failed), (12, 3));
-        assert!(Outcome::of("test decide::tests::steers ... ok").is_none());
+        outcome.hear("test decide::tests::steers ... ok");
+        outcome.hear("test decide::tests::fails ... FAILED");
+        assert_eq!(outcome.names, ["decide::tests::steers"]);
     }
 }

@@ -1,0 +1,94 @@
+//! PID 1 of the test machine: makes of a bare kernel what the tests expect of a node, does what its
+//! plan says, and turns the machine off.
+//!
+//! `/etc/modules` names the modules, a path a line, in the order in which they are loaded;
+//! `/etc/plan` what is run, a command a line, its words separated by tabs. All that is said goes to
+//! the second serial line, each command's between the lines `>>> N` and `<<< N: how it ended`; the
+//! first is the kernel's. What the kernel's command line sets for init is set for the commands too.
+
+#![allow(missing_docs, reason = "a program of the tests")]
+
+use std::error::Error;
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+
+/// What is mounted: of what kind, where.
+const MOUNTS: &[(&str, &str)] = &[
+    ("proc", "/proc"),
+    ("sysfs", "/sys"),
+    ("devtmpfs", "/dev"),
+    ("tmpfs", "/run"),
+    ("tmpfs", "/tmp"),
+    ("cgroup2", "/sys/fs/cgroup"),
+    ("bpf", "/sys/fs/bpf"),
+];
+/// The line that the outside listens to.
+const LINE: &str = "/dev/ttyS1";
+
+fn main() {
+    if let Err(error) = run() {
+        println!("init: {error}");
+    }
+    nix::unistd::sync();
+    let error = reboot(RebootMode::RB_POWER_OFF);
+    println!("init: cannot turn the machine off: {error:?}");
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    for (kind, folder) in MOUNTS {
+        fs::create_dir_all(folder)?;
+        let flags = MsFlags::empty();
+        mount(Some(*kind), *folder, Some(*kind), flags, None::<&str>)
+            .map_err(|error| format!("mount {kind} on {folder}: {error}"))?;
+    }
+    let line = OpenOptions::new().read(true).write(true).open(LINE)?;
+    for own in 0..=2 {
+        // SAFETY: takes no pointers; both are descriptors, the standard ones or one that is open.
+        nix::errno::Errno::result(unsafe { libc::dup2(line.as_raw_fd(), own) })?;
+    }
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    println!("Linux {}", release.trim());
+    for module in read("/etc/modules")?.lines() {
+        load(Path::new(module)).map_err(|error| format!("{module}: {error}"))?;
+    }
+    let started = Command::new("ip")
+        .args(["link", "set", "lo", "up"])
+        .status();
+    started.map_err(|error| format!("ip: {error}"))?;
+    for (number, words) in read("/etc/plan")?.lines().enumerate() {
+        let mut words = words.split('\t');
+        let program = words.next().unwrap_or_default();
+        println!(">>> {number}");
+        let status = Command::new(program).args(words).status();
+        let end = status.map_or_else(|error| format!("{program}: {error}"), how);
+        println!("<<< {number}: {end}");
+    }
+    Ok(())
+}
+
+fn read(path: &str) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))
+}
+
+fn load(module: &Path) -> Result<(), Box<dyn Error>> {
+    let file = File::open(module)?;
+    Ok(nix::kmod::finit_module(
+        &file,
+        c"",
+        nix::kmod::ModuleInitFlags::empty(),
+    )?)
+}
+
+/// `0` is the only end that is good.
+fn how(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => code.to_string(),
+        (None, signal) => format!("signal {}", signal.unwrap_or_default()),
+    }
+}

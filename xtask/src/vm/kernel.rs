@@ -1,0 +1,239 @@
+//! Kernels to boot: Debian's for the cloud, fetched once, or one that is here.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::command::{output, target};
+use crate::progress::{run_quietly, say};
+use crate::setup;
+
+/// The kernels that the agent supports, oldest first.
+pub(crate) const VERSIONS: &[&str] = &["6.1", "6.12"];
+/// What the tests need and a kernel may have as a module. Nothing else is loaded: neither the tests
+/// nor the agent may depend on it.
+const MODULES: &[&str] = &["veth"];
+
+/// A kernel that can be booted.
+pub(crate) struct Kernel {
+    /// What it was asked for by.
+    pub(crate) name: String,
+    /// What it calls itself.
+    pub(crate) release: String,
+    /// Its image.
+    pub(crate) image: PathBuf,
+    /// Its modules, unless all is built in.
+    modules: Option<PathBuf>,
+}
+
+impl Kernel {
+    /// Finds or fetches one, by version or by path.
+    pub(crate) fn find(name: &str) -> Result<Self> {
+        let path = Path::new(name);
+        if VERSIONS.contains(&name) {
+            return Self::unpacked(name, &fetch(name)?);
+        }
+        ensure!(
+            path.exists(),
+            "--kernel {name}: neither a path nor one of {}",
+            VERSIONS.join(", ")
+        );
+        if path.is_dir() {
+            return Self::unpacked(name, path);
+        }
+        if path.extension().is_some_and(|end| end == "deb") {
+            let file = path.file_stem().context("a package without a name")?;
+            return Self::unpacked(name, &unpack(path, &folder().join(file))?);
+        }
+        Ok(Self {
+            name: name.to_owned(),
+            release: "of this image".into(),
+            image: path.to_owned(),
+            modules: None,
+        })
+    }
+
+    /// One whose package is unpacked there.
+    fn unpacked(name: &str, folder: &Path) -> Result<Self> {
+        let boot = folder.join("boot");
+        let entries = fs::read_dir(&boot).with_context(|| boot.display().to_string())?;
+        for entry in entries {
+            let file = entry?.file_name();
+            let Some(release) = file.to_str().and_then(|file| file.strip_prefix("vmlinuz-")) else {
+                continue;
+            };
+            let modules =
+                ["lib/modules", "usr/lib/modules"].map(|lib| folder.join(lib).join(release));
+            return Ok(Self {
+                name: name.to_owned(),
+                release: release.to_owned(),
+                image: boot.join(&file),
+                modules: modules.into_iter().find(|modules| modules.exists()),
+            });
+        }
+        bail!("{}: no vmlinuz-… in it", boot.display())
+    }
+
+    /// The modules that the tests need, each after those that it needs.
+    pub(crate) fn modules(&self) -> Result<Vec<PathBuf>> {
+        let mut ordered = Vec::new();
+        if let Some(folder) = &self.modules {
+            for name in MODULES {
+                order(folder, name, &mut ordered)?;
+            }
+        }
+        Ok(ordered)
+    }
+}
+
+/// Puts a module behind those that it depends on, unless it is built in.
+fn order(folder: &Path, name: &str, ordered: &mut Vec<PathBuf>) -> Result<()> {
+    let file = format!("{name}.ko");
+    let built_in = fs::read_to_string(folder.join("modules.builtin"))?;
+    if built_in
+        .lines()
+        .any(|line| line.ends_with(&format!("/{file}")))
+    {
+        return Ok(());
+    }
+    let Some(module) = search(&folder.join("kernel"), &file)? else {
+        bail!("{}: no module {name}", folder.display());
+    };
+    let module = plain(module)?;
+    // `.modinfo` is a list of `name=value`, each ended by a zero.
+    let bytes = fs::read(&module)?;
+    let depends = bytes
+        .split(|byte| *byte == 0)
+        .find_map(|entry| entry.strip_prefix(b"depends="))
+        .unwrap_or_default();
+    let depends = String::from_utf8_lossy(depends).into_owned();
+    for other in depends.split(',').filter(|other| !other.is_empty()) {
+        order(folder, other, ordered)?;
+    }
+    if !ordered.contains(&module) {
+        ordered.push(module);
+    }
+    Ok(())
+}
+
+/// A file of that name, or of that name with `.xz` behind it.
+fn search(folder: &Path, file: &str) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+        let path = entry?.path();
+        if path.is_dir() {
+            if let Some(found) = search(&path, file)? {
+                return Ok(Some(found));
+            }
+        } else if let Some(name) = path.file_name().and_then(|name| name.to_str())
+            && name
+                .strip_prefix(file)
+                .is_some_and(|rest| ["", ".xz"].contains(&rest))
+        {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
+/// The module without compression, which not every kernel undoes.
+fn plain(module: PathBuf) -> Result<PathBuf> {
+    if module.extension().is_none_or(|end| end != "xz") {
+        return Ok(module);
+    }
+    let plain = module.with_extension("");
+    if !plain.exists() {
+        crate::command::run(
+            Command::new("xz")
+                .args(["--decompress", "--keep"])
+                .arg(&module),
+        )?;
+    }
+    Ok(plain)
+}
+
+/// Debian's newest cloud kernel of a version, unpacked.
+fn fetch(version: &str) -> Result<PathBuf> {
+    let fetched = |again: bool| -> Result<PathBuf> {
+        let package = newest(version)?;
+        let unpacked = folder().join(&package);
+        if unpacked.exists() {
+            return Ok(unpacked);
+        }
+        fs::create_dir_all(folder())?;
+        say(&format!("kernel {version}: {package}"));
+        let log = format!("apt-get-download-{version}");
+        let mut download = setup::apt();
+        // As root it would change to a user that may not write here.
+        download.args(["-o", "APT::Sandbox::User=root", "download", &package]);
+        let done = run_quietly(&log, download.current_dir(folder()));
+        if !again {
+            done?;
+        } else if done.is_err() {
+            bail!("the package lists are old");
+        }
+        let file = packages(&package)?.context("the downloaded package is not there")?;
+        let unpacked = unpack(&file, &unpacked)?;
+        fs::remove_file(file)?;
+        Ok(unpacked)
+    };
+    fetched(true).or_else(|_| {
+        // A fresh machine has no lists, or ones that name what is gone.
+        run_quietly("apt-get-update", setup::apt().arg("update"))?;
+        fetched(false)
+    })
+}
+
+/// The package that Debian's package without a number stands for.
+fn newest(version: &str) -> Result<String> {
+    let meta = match version {
+        "6.1" => "linux-image-cloud-amd64".to_owned(), // Debian 12's own
+        _ => format!("linux-image-{version}-cloud-amd64"),
+    };
+    let said = output(Command::new("apt-cache").args(["depends", "--important", &meta]))?;
+    let depends = said
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Depends: "));
+    let package = depends.with_context(|| format!("Debian has no package {meta}"))?;
+    ensure!(
+        package.starts_with(&format!("linux-image-{version}.")),
+        "{meta} is {package}, and not {version}: this is not Debian 12"
+    );
+    Ok(package.to_owned())
+}
+
+fn packages(package: &str) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir(folder())? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(&format!("{package}_")) && name.ends_with(".deb") {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
+/// Unpacks a package to a folder, which is there whole or not at all.
+fn unpack(package: &Path, to: &Path) -> Result<PathBuf> {
+    if !to.exists() {
+        let half = to.with_extension("half");
+        if half.exists() {
+            fs::remove_dir_all(&half)?;
+        }
+        fs::create_dir_all(&half)?;
+        crate::command::run(
+            Command::new("dpkg-deb")
+                .arg("--extract")
+                .arg(package)
+                .arg(&half),
+        )?;
+        fs::rename(&half, to)?;
+    }
+    Ok(to.to_owned())
+}
+
+/// Where kernels and memory images are kept.
+pub(crate) fn folder() -> PathBuf {
+    target().join("vm")
+}
