@@ -16,8 +16,10 @@ use super::pins::Pins;
 use super::{CaptureError, Listeners};
 use crate::sys::netns::Netns;
 
-static NODE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/node"));
-static POD: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pod"));
+/// The object of the node's programs.
+pub static NODE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/node"));
+/// The object of a pod's program.
+pub static POD: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pod"));
 
 /// Programs that are attached once per node, to the cgroup that holds the pods.
 pub const OF_NODE: [&str; 4] = ["connect4", "connect6", "egress", "sock_ops"];

@@ -1,6 +1,8 @@
 //! `dataplane load`: whether this kernel takes the programs.
 
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -12,7 +14,7 @@ use crate::capture::pins::Pins;
 use crate::capture::programs::{self, Loader};
 use crate::capture::{Listeners, maps};
 use crate::sys::netns::Netns;
-use crate::sys::{cgroup, socket};
+use crate::sys::{cgroup, socket, verifier};
 
 /// Loads the programs, attaches them to a cgroup and a network namespace made for this, lists them,
 /// and takes everything off again.
@@ -41,11 +43,11 @@ pub fn run(bpffs: &Path) -> Result<()> {
     let mut pod = loader.pod(&["192.0.2.1".parse()?, "2001:db8::1".parse()?], &listeners)?;
     pod.attach(&netns, &trial.pins.pod(netns.cookie()?))?;
     println!(
-        "{:<10} {:<18} {:>6} {:>12}  maps",
-        "program", "kind", "insns", "verified"
+        "{:<10} {:<18} {:>6} {:>9} {:>6}  maps",
+        "program", "kind", "insns", "verified", "stack"
     );
-    list(&node.ebpf)?;
-    list(pod.ebpf())?;
+    list(&node.ebpf, programs::NODE)?;
+    list(pod.ebpf(), programs::POD)?;
     println!(
         "\nloaded, attached and taken off again: {} programs, {} pinned maps",
         programs::OF_NODE.len() + 1,
@@ -71,27 +73,40 @@ impl Drop for Trial {
     }
 }
 
-fn list(ebpf: &Ebpf) -> Result<()> {
+/// A line for each program: instructions loaded, instructions that the verifier walked through, and
+/// bytes of stack.
+fn list(ebpf: &Ebpf, object: &[u8]) -> Result<()> {
+    let mut programs = Vec::new();
+    let mut maps = HashMap::new();
     for (name, program) in ebpf.programs() {
         let info = program.info().with_context(|| name.to_owned())?;
+        let own = maps_of(&info);
+        let names = own.keys().map(String::as_str).collect::<Vec<_>>().join(" ");
+        programs.push((name, program.prog_type(), info, names));
+        maps.extend(own);
+    }
+    programs.sort_unstable_by_key(|(name, ..)| *name);
+    for (name, kind, info, names) in programs {
+        let verified = verifier::verify(object, name, &maps)
+            .map_err(|why| anyhow::anyhow!("kernel program {name}: {why}"))?;
         println!(
-            "{name:<10} {:<18} {:>6} {:>12}  {}",
-            format!("{:?}", program.prog_type()),
+            "{name:<10} {:<18} {:>6} {:>9} {:>6}  {names}",
+            format!("{kind:?}"),
             info.size_translated().map_or(0, |bytes| bytes / 8),
-            info.verified_instruction_count().unwrap_or_default(),
-            maps_of(&info),
+            verified.instructions,
+            verified.stack,
         );
     }
     Ok(())
 }
 
-fn maps_of(info: &ProgramInfo) -> String {
+fn maps_of(info: &ProgramInfo) -> BTreeMap<String, OwnedFd> {
     let ids = info.map_ids().ok().flatten().unwrap_or_default();
-    let mut names: Vec<String> = ids
-        .into_iter()
-        .filter_map(|id| Some(MapInfo::from_id(id).ok()?.name_as_str()?.to_owned()))
-        .collect();
-    names.sort_unstable();
-    names.dedup();
-    names.join(" ")
+    ids.into_iter()
+        .filter_map(|id| {
+            let map = MapInfo::from_id(id).ok()?;
+            let descriptor = map.fd().ok()?.as_fd().try_clone_to_owned().ok()?;
+            Some((map.name_as_str()?.to_owned(), descriptor))
+        })
+        .collect()
 }

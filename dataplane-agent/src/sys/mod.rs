@@ -8,3 +8,4 @@ pub mod hooks;
 pub mod netns;
 pub mod readiness;
 pub mod socket;
+pub mod verifier;

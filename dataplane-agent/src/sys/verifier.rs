@@ -1,0 +1,138 @@
+//! What the kernel's verifier says of a program that it takes: aya asks it only about one that it
+//! refuses.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_type};
+use aya_obj::programs::{CgroupSkbAttachType, CgroupSockAddrAttachType};
+use aya_obj::{Object, ProgramSection};
+
+/// `BPF_LOG_STATS` of the kernel: the totals alone.
+const STATISTICS: u32 = 4;
+
+/// The verifier's totals.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Verified {
+    /// Instructions that it walked through, over all paths.
+    pub instructions: u32,
+    /// Bytes of stack, of the program and of the functions that it calls.
+    pub stack: u32,
+}
+
+/// Has a program of an object verified once more, with maps that are there by their names.
+///
+/// # Errors
+/// The object has no such program, or the kernel refuses it, and why.
+pub fn verify(
+    object: &[u8],
+    name: &str,
+    maps: &HashMap<String, OwnedFd>,
+) -> Result<Verified, String> {
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let mut object = Object::parse(object).map_err(|error| text(&error))?;
+    let sections: HashSet<usize> = object
+        .functions
+        .keys()
+        .map(|(section, _)| *section)
+        .collect();
+    let defined = std::mem::take(&mut object.maps);
+    let known = defined.iter().filter_map(|(name, map)| {
+        let descriptor = maps.get(name)?.as_raw_fd();
+        Some((name.as_str(), descriptor, map))
+    });
+    object
+        .relocate_maps(known, &sections)
+        .map_err(|error| text(&error))?;
+    object
+        .relocate_calls(&sections)
+        .map_err(|error| text(&error))?;
+    let program = object.programs.get(name).ok_or("is not in the object")?;
+    let function = object
+        .functions
+        .get(&program.function_key())
+        .ok_or("has no code")?;
+    let (kind, attach) = kind(&program.section).ok_or("is of a kind that is not ours")?;
+
+    let mut log = vec![0_u8; 64 * 1024];
+    // SAFETY: a union of plain numbers, for which zero is what is not set.
+    let mut attr: bpf_attr = unsafe { std::mem::zeroed() };
+    attr.__bindgen_anon_3.prog_type = kind as u32;
+    attr.__bindgen_anon_3.expected_attach_type = attach as u32;
+    attr.__bindgen_anon_3.insns = function.instructions.as_ptr() as u64;
+    attr.__bindgen_anon_3.insn_cnt =
+        u32::try_from(function.instructions.len()).map_err(|error| text(&error))?;
+    attr.__bindgen_anon_3.license = program.license.as_ptr() as u64;
+    attr.__bindgen_anon_3.log_level = STATISTICS;
+    attr.__bindgen_anon_3.log_buf = log.as_mut_ptr() as u64;
+    attr.__bindgen_anon_3.log_size = 64 * 1024;
+    let command = bpf_cmd::BPF_PROG_LOAD as libc::c_long;
+    // SAFETY: what the structure points to, instructions, licence and log, outlives the call, and
+    // the lengths beside the pointers are theirs.
+    let loaded =
+        unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attr, size_of::<bpf_attr>()) };
+    let error = io::Error::last_os_error();
+    let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
+    let log = String::from_utf8_lossy(&log[..end]);
+    if loaded < 0 {
+        return Err(format!("{error}: {log}"));
+    }
+    let descriptor = i32::try_from(loaded).map_err(|error| text(&error))?;
+    // SAFETY: the kernel has just made it for this caller alone.
+    drop(unsafe { OwnedFd::from_raw_fd(descriptor) });
+    read(&log).ok_or_else(|| format!("the verifier's log is not as expected: {log}"))
+}
+
+/// `stack depth 120+8` and `processed 1024 insns (limit 1000000) …`, each on a line.
+fn read(log: &str) -> Option<Verified> {
+    let after = |words: &str| log.lines().find_map(|line| line.strip_prefix(words));
+    let stack = after("stack depth ")?.trim().split('+');
+    let stack: Option<u32> = stack.map(|bytes| bytes.parse::<u32>().ok()).sum();
+    let instructions = after("processed ")?.split(' ').next()?.parse().ok()?;
+    Some(Verified {
+        instructions,
+        stack: stack?,
+    })
+}
+
+fn kind(section: &ProgramSection) -> Option<(bpf_prog_type, bpf_attach_type)> {
+    use bpf_attach_type as attach;
+    use bpf_prog_type as kind;
+    Some(match section {
+        ProgramSection::CgroupSockAddr { attach_type } => (
+            kind::BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
+            match attach_type {
+                CgroupSockAddrAttachType::Connect4 => attach::BPF_CGROUP_INET4_CONNECT,
+                CgroupSockAddrAttachType::Connect6 => attach::BPF_CGROUP_INET6_CONNECT,
+                _ => return None,
+            },
+        ),
+        ProgramSection::CgroupSkb {
+            attach_type: Some(CgroupSkbAttachType::Egress),
+        } => (
+            kind::BPF_PROG_TYPE_CGROUP_SKB,
+            attach::BPF_CGROUP_INET_EGRESS,
+        ),
+        ProgramSection::SockOps => (kind::BPF_PROG_TYPE_SOCK_OPS, attach::BPF_CGROUP_SOCK_OPS),
+        ProgramSection::SkLookup => (kind::BPF_PROG_TYPE_SK_LOOKUP, attach::BPF_SK_LOOKUP),
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Verified, read};
+
+    #[test]
+    fn totals_are_read_from_the_log() {
+        let log = "verification time 93 usec\nstack depth 120+8\nprocessed 1024 insns (limit \
+                   1000000) max_states_per_insn 4 total_states 71 peak_states 71 mark_read 12\n";
+        let expected = Verified {
+            instructions: 1024,
+            stack: 128,
+        };
+        assert_eq!(read(log), Some(expected));
+        assert_eq!(read("processed many insns"), None);
+    }
+}
