@@ -26,7 +26,7 @@ use crate::observe::status::{PodStatus, StatusReport};
 use crate::observe::{Metrics, Observer, dump, kernel};
 use crate::resolve::MeshReader;
 use crate::resolve::mesh;
-use crate::sys::{bpffs, caps, cgroup};
+use crate::sys::{bpffs, caps, cgroup, limits};
 use crate::workers::{Shared, Workers};
 
 /// Why the daemon ends before it is told to.
@@ -80,6 +80,9 @@ pub fn privileges() -> Result<(), AgentError> {
 /// # Errors
 /// It cannot start; a room failed.
 pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
+    if let Err(error) = limits::raise_files() {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
     let mut signals = Signals::new()?;
     let config = room_config(&options)?;
     // What is configured first: a wrong file stops the start before anything is touched.
@@ -140,18 +143,22 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let sources = sources(&options.node, &window, &view, &mesh, &certs, level, metrics);
 
     tracing::info!(node = options.node, workers = count, admin = %socket.display(), "started");
-    let background = async {
+    let tending = async {
         tokio::select! {
             end = room.run(to_capture) => end.map_err(AgentError::from),
             () = pods.run() => Ok(()),
-            () = certs.clone().rotate() => Ok(()),
-            () = authorizer.watch() => Ok(()),
-            () = kernel::events(reports.events) => Ok(()),
-            () = kernel::log(reports.log) => Ok(()),
-            () = admin::serve(listener, sources) => Ok(()),
         }
     };
-    tokio::pin!(background);
+    let background = async {
+        tokio::select! {
+            () = certs.clone().rotate() => {}
+            () = authorizer.watch() => {}
+            () = kernel::events(reports.events) => {}
+            () = kernel::log(reports.log) => {}
+            () = admin::serve(listener, sources) => {}
+        }
+    };
+    tokio::pin!(tending, background);
     let mut held: HashMap<Arc<str>, Identity> = HashMap::new();
     loop {
         tokio::select! {
@@ -162,8 +169,11 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
                 }
                 None => break,
             },
-            end = &mut background => {
+            end = &mut tending => {
                 end?;
+                return Err(anyhow::anyhow!("capture has ended by itself").into());
+            }
+            () = &mut background => {
                 return Err(anyhow::anyhow!("a room has ended by itself").into());
             }
             name = signals.next() => {
@@ -172,9 +182,10 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
             }
         }
     }
+    // Pods stay as they are: none is enrolled or let go any more.
     tokio::select! {
         () = workers.stop(options.drain) => {}
-        end = &mut background => end?,
+        () = &mut background => {}
         name = signals.next() => tracing::warn!(signal = name, "ending at once"),
     }
     let _ = fs::remove_file(socket);

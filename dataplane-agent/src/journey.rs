@@ -2,12 +2,10 @@
 //! only file that knows the order.
 
 use std::net::SocketAddr;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use http::StatusCode;
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
 
 use crate::accept::hbone::{self as tunnels, AcceptError};
 use crate::accept::{Accepted, Direction, Io};
@@ -19,9 +17,6 @@ use crate::observe::{Facts, Observer, Reporter};
 use crate::resolve::{self, Hop, MeshReader, ResolveError, Resolved};
 use crate::sys::socket::canonical;
 use crate::transport::{Carrier, carry};
-
-/// How many handshakes of tunnels one worker does at once; a further one is refused.
-pub const HANDSHAKES: usize = 1024;
 
 /// The rooms, as one worker walks through them.
 #[derive(Clone, Debug)]
@@ -36,8 +31,6 @@ pub struct Corridor {
     pub certs: Certs,
     /// Who watches.
     pub observer: Observer,
-    /// Places for handshakes.
-    pub handshakes: Rc<Semaphore>,
 }
 
 /// By which of a pod's listeners a connection came.
@@ -73,6 +66,13 @@ pub async fn walk(
         return;
     };
     let (peer, local) = (canonical(peer), canonical(local));
+    let place = Arc::clone(&pod);
+    let Ok(_place) = place.connections.try_acquire() else {
+        Io::Tcp(tcp).refuse(StatusCode::SERVICE_UNAVAILABLE);
+        let reporter = entrance.reporter();
+        let error = AcceptError::TooMany;
+        return corridor.observer.refused(peer, local, reporter, &error);
+    };
     let direction = match entrance {
         Entrance::Hbone => return tunnel(corridor, scope, pod, tcp, peer, local).await,
         Entrance::Outbound => Direction::Outbound,
@@ -106,7 +106,7 @@ async fn tunnel(
             .observer
             .refused(peer, local, Reporter::Destination, error);
     };
-    let Ok(place) = corridor.handshakes.try_acquire() else {
+    let Ok(place) = pod.handshakes.try_acquire() else {
         Io::Tcp(tcp).refuse(StatusCode::SERVICE_UNAVAILABLE);
         return refused(&AcceptError::TooMany);
     };
@@ -120,7 +120,7 @@ async fn tunnel(
     let closing = scope.closing();
     tunnel
         .serve(closing, |request| {
-            match tunnels::accept(request, &pod, peer, &identity) {
+            match tunnels::accept(request, &pod, (peer, local), &identity) {
                 Ok(accepted) => {
                     let (corridor, in_scope) = (corridor.clone(), scope.clone());
                     scope.spawn(async move { pass(&corridor, &in_scope, accepted, local).await });

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::runtime::Builder;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
 
 use crate::accept::listener::Listener;
@@ -20,7 +20,7 @@ use crate::authorize::Authorizer;
 use crate::capture::{Listeners, LocalPod, PodEvent};
 use crate::drain::{Load, Scope};
 use crate::identity::Certs;
-use crate::journey::{Corridor, Entrance, HANDSHAKES, walk};
+use crate::journey::{Corridor, Entrance, walk};
 use crate::observe::Observer;
 use crate::resolve::MeshReader;
 use crate::transport::means::OfNode;
@@ -146,15 +146,13 @@ impl Workers {
             PodEvent::Up(pod, listeners) => {
                 let home = self.home();
                 self.homes.insert(pod.uid.clone(), home);
-                let mut listeners = Some(listeners);
+                // Who accepts comes last: it hands connections to the others.
                 for (number, door) in self.doors.iter().enumerate() {
-                    let listeners = if number == home {
-                        listeners.take()
-                    } else {
-                        None
-                    };
-                    door.order(Order::Up(Arc::clone(&pod), listeners));
+                    if number != home {
+                        door.order(Order::Up(Arc::clone(&pod), None));
+                    }
                 }
+                self.doors[home].order(Order::Up(pod, Some(listeners)));
             }
             PodEvent::Drain(uid, told) => self.all(&uid, told, Order::Drain),
             PodEvent::Revive(uid) => {
@@ -259,7 +257,6 @@ impl Worker {
                 carrier: Carrier { means, pool },
                 certs: shared.certs,
                 observer: shared.observer,
-                handshakes: Rc::new(Semaphore::new(HANDSHAKES)),
             },
             pods: HashMap::new(),
             chores: Scope::new(Load::default()),

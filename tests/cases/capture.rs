@@ -374,8 +374,11 @@ fn c7_a_pod_that_leaves_has_nothing_left_of_it() {
         pins(&pair.world)
     );
     let attached = |cgroup: &Path| {
-        let (_, text, _) = output(Command::new("bpftool").args(["cgroup", "show"]).arg(cgroup));
-        text.lines().count()
+        let mut check = Command::new(program("DATAPLANE_BIN"));
+        let (_, text, _) = output(check.arg("check").arg("--cgroup").arg(cgroup));
+        text.lines()
+            .filter(|line| line.contains(" programs on "))
+            .count()
     };
     assert!(attached(&pair.nodes.0.cgroup.folder) > attached(&pair.nodes.1.cgroup.folder));
     let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
@@ -556,4 +559,37 @@ fn a_pod_with_a_sidecar_or_that_says_no_is_left_alone_and_one_without_a_process_
     );
     assert_eq!(traces(&sidecar), Vec::<String>::new());
     assert_eq!(traces(&says_no), Vec::<String>::new());
+}
+
+#[test]
+fn c7_a_pod_that_comes_back_under_its_name_is_captured_at_once() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let first = pair.nodes.0.pod(&pair.world, "again");
+    pair.one.up(&["client", "again"]);
+    // Between two looks of the agent, as a restart is.
+    drop(first);
+    let second = pair.nodes.0.pod(&pair.world, "again");
+    eventually("the new one is captured", 10, || {
+        !traces(&second).is_empty()
+    });
+    pair.one.up(&["client", "again"]);
+    let answer = second.ask(pair.server.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", second.v4)));
+    pair.two
+        .logs(&[&format!("src.addr={}:", second.v4), "src.identity="]);
+}
+
+#[test]
+fn c6_a_pod_of_which_another_identity_is_said_is_served_as_that_one() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let mut object = pair.nodes.0.object(&pair.client);
+    object.account = "other";
+    pair.world.manifests.pod(&object);
+    eventually("it has the other identity", 10, || {
+        let _ = pair.client.ask(pair.server.at(PORT), "x");
+        pair.two.log().contains("ns/demo/sa/other")
+    });
+    assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
 }

@@ -213,13 +213,17 @@ fn a_peer_is_let_in_by_its_certificate_and_to_the_pod_alone() {
         one.server.at6(PORT).to_string(),
     );
     assert_eq!(connect(&own), Ok(200));
-    assert_eq!(
-        connect(&own6),
-        Ok(200),
-        "its other address is its own as well"
+    let own6_by_6 = peer.request(
+        &one.outsider,
+        one.server.at6(15008),
+        &Method::CONNECT,
+        &own6,
     );
+    assert_eq!(own6_by_6, Ok(200));
     for (authority, status) in [
         (one.outsider.at(PORT).to_string(), 400),
+        // Its own, and not the one that the tunnel is for: the app would see itself as its client.
+        (own6, 400),
         ("127.0.0.1:7000".into(), 400),
         ("[::1]:7000".into(), 400),
         ("0.0.0.0:7000".into(), 400),
@@ -339,6 +343,51 @@ fn a_pod_that_calls_the_agents_own_ports_is_refused_once() {
     let _app = one.server.serve(PORT);
     assert!(
         one.outsider.ask(one.server.at(PORT), "x").is_ok(),
+        "and what works goes on"
+    );
+}
+
+#[test]
+fn a_listener_that_had_to_take_another_port_is_not_dialled_there() {
+    let world = World::new();
+    let node = world.node("one");
+    let server = node.bare(&world, "demo", "server");
+    let outsider = node.bare(&world, "outside", "outsider");
+    let _greedy: Vec<_> = [15001, 15006, 15008].map(|port| server.serve(port)).into();
+    let _app = server.serve(PORT);
+    world.manifests.pod(&node.object(&server));
+    let agent = world.agent(&node);
+    agent.up(&["server"]);
+    let (_, listeners, _) = output(server.command("ss").args(["-Hltn"]));
+    let ports: Vec<u16> = listeners
+        .lines()
+        .filter_map(|line| {
+            line.split_whitespace()
+                .nth(3)?
+                .rsplit(':')
+                .next()?
+                .parse()
+                .ok()
+        })
+        .filter(|port| ![PORT, 15001, 15006, 15008].contains(port))
+        .collect();
+    assert_eq!(ports.len(), 3, "{listeners}");
+    for port in ports {
+        for pod in [&server, &outsider] {
+            let answer = pod.ask(server.at(port), "x");
+            assert!(answer.is_err(), "{port}: {answer:?}");
+        }
+        let told = agent
+            .log()
+            .matches(&format!("{}:{port} ", server.v4))
+            .count();
+        assert!(
+            told <= 4,
+            "each call is one connection, not one that calls itself: {told}"
+        );
+    }
+    assert!(
+        outsider.ask(server.at(PORT), "x").is_ok(),
         "and what works goes on"
     );
 }

@@ -167,7 +167,7 @@ impl Tunnel {
 pub fn accept(
     (request, respond): Request1,
     pod: &Arc<LocalPod>,
-    peer: SocketAddr,
+    (peer, at): (SocketAddr, SocketAddr),
     identity: &Identity,
 ) -> Result<Accepted<Io>, (Io, AcceptError)> {
     let (parts, body) = request.into_parts();
@@ -192,6 +192,7 @@ pub fn accept(
         peer,
         destination,
         direction: Direction::InboundHbone {
+            at: at.ip(),
             identity: identity.clone(),
             service,
         },

@@ -6,7 +6,7 @@
 pub mod hbone;
 pub mod listener;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ::h2::server::SendResponse;
@@ -42,6 +42,8 @@ pub enum Direction {
     InboundPlain,
     /// To the pod, in HBONE, from a peer of verified identity.
     InboundHbone {
+        /// The address that the tunnel came to.
+        at: IpAddr,
         /// The peer's identity, from its certificate.
         identity: Identity,
         /// `host=` of the request's `forwarded` header: the service that the peer asked for.
@@ -59,6 +61,18 @@ pub enum Io {
 }
 
 impl Io {
+    /// Completes when the peer resets a stream that was not answered yet. A TCP connection that is
+    /// gone is met when its bytes are.
+    pub async fn reset(&mut self) -> h2::Error {
+        match self {
+            Self::Tcp(_) => std::future::pending().await,
+            Self::Stream(respond, _) => {
+                let reset = std::future::poll_fn(|context| respond.poll_reset(context)).await;
+                reset.map_or_else(|error| error, h2::Error::from)
+            }
+        }
+    }
+
     /// Ends it without having carried anything: a stream is told why, a TCP connection is reset. A
     /// reset, and not an end of file: the client must not take it for an answer.
     pub fn refuse(self, status: StatusCode) {

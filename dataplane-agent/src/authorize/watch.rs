@@ -247,6 +247,9 @@ mod tests {
         let accepted = Accepted {
             io: (),
             pod: Arc::new(LocalPod {
+                ports: [15001, 15006, 15008],
+                handshakes: tokio::sync::Semaphore::new(1),
+                connections: tokio::sync::Semaphore::new(1),
                 uid: pod.uid.clone(),
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
@@ -269,6 +272,7 @@ mod tests {
 
     fn hbone() -> Direction {
         Direction::InboundHbone {
+            at: [10, 0, 0, 1].into(),
             identity: Identity::new("td", "a", "s"),
             service: None,
         }

@@ -3,9 +3,11 @@
 //! In: record, settings, routes, listeners, program, and last the entry by which the pod's
 //! connections are marked. Out: the same, backwards.
 
+use super::pods::{CONNECTIONS, HANDSHAKES};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 
 use dataplane_ebpf::mark;
 
@@ -61,7 +63,12 @@ pub async fn enter(
     let listeners = listen(netns)?;
     let mut program = loader.pod(&addresses, &listeners)?;
     program.attach(netns, &pins.pod(desired.cookie))?;
+    let ports = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
+        .map(|listener| listener.local_addr().map_or(0, |address| address.port()));
     let pod = LocalPod {
+        ports,
+        handshakes: Semaphore::new(HANDSHAKES),
+        connections: Semaphore::new(CONNECTIONS),
         uid: desired.uid.clone(),
         namespace: desired.namespace.clone(),
         name: desired.name.clone(),

@@ -4,12 +4,18 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::Semaphore;
 
 use tokio::sync::oneshot;
 
 use crate::identity::Identity;
 use crate::sys::netns::Netns;
 use crate::sys::socket;
+
+/// How many handshakes of tunnels to one pod are done at once; a further one is refused.
+pub const HANDSHAKES: usize = 256;
+/// How many connections and tunnels one pod has at once; a further one is refused.
+pub const CONNECTIONS: usize = 16_384;
 
 /// A pod of this node that is enrolled. Shared by all that serves it.
 #[derive(Debug)]
@@ -26,6 +32,12 @@ pub struct LocalPod {
     pub addresses: Vec<IpAddr>,
     /// Its network namespace; every connection made for it is made there.
     pub netns: Netns,
+    /// The ports of its listeners: the usual three, unless an app had one of them first.
+    pub ports: [u16; 3],
+    /// Places for handshakes of tunnels to it: one that is attacked does not take another's.
+    pub handshakes: Semaphore,
+    /// Places for connections and tunnels, in and out.
+    pub connections: Semaphore,
     /// Clients that are connected in clear from a port that the agent might take in their name.
     pub clients: Clients,
 }
@@ -142,6 +154,9 @@ mod tests {
     #[test]
     fn c10_a_port_that_a_client_has_is_not_taken_in_its_name() {
         let pod = Arc::new(LocalPod {
+            ports: [15001, 15006, 15008],
+            handshakes: tokio::sync::Semaphore::new(1),
+            connections: tokio::sync::Semaphore::new(1),
             uid: "uid".into(),
             namespace: "ns".into(),
             name: "pod".into(),

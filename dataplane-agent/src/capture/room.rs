@@ -47,6 +47,13 @@ pub struct Desired {
     pub cgroup: CgroupId,
 }
 
+impl Desired {
+    /// Whether the other says the same of the pod as it is served.
+    pub fn says(&self, other: &Self) -> bool {
+        self.identity == other.identity && self.addresses == other.addresses
+    }
+}
+
 /// What control wants.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
@@ -124,6 +131,8 @@ pub struct Room {
     window: Window,
     pods: BTreeMap<u64, Pod>,
     failed: BTreeMap<u64, Failure>,
+    /// When what could not be undone is tried again.
+    again: Option<Instant>,
     events: mpsc::Sender<PodEvent>,
     status: watch::Sender<Status>,
     /// Programs and lock of the node, which go with the room. What is pinned stays.
@@ -235,6 +244,7 @@ impl Room {
             window: window.clone(),
             pods,
             failed: BTreeMap::new(),
+            again: None,
             events,
             status,
             _held: (node.ebpf, lock),
@@ -254,7 +264,7 @@ impl Room {
             // Nothing is done before control has said its first word.
             let want = wanted.borrow_and_update().clone();
             if let Some(want) = &want {
-                self.reconcile(want).await?;
+                while self.reconcile(want).await? {}
             }
             self.tell();
             let next = self.next();
@@ -267,8 +277,11 @@ impl Room {
         }
     }
 
-    async fn reconcile(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
+    /// Takes each pod one step further; whether that made room for another step.
+    async fn reconcile(&mut self, wanted: &Wanted) -> Result<bool, CaptureError> {
         let now = Instant::now();
+        self.again = None;
+        self.renew(wanted).await?;
         self.failed
             .retain(|cookie, _| wanted.pods.iter().any(|pod| pod.cookie == *cookie));
         let want = Want {
@@ -285,6 +298,7 @@ impl Room {
             .iter()
             .map(|(cookie, pod)| (*cookie, (pod.uid.clone(), pod.phase.phase())))
             .collect();
+        let mut removed = false;
         for step in diff(&want, &have) {
             match step {
                 Step::Enrol(cookie) => {
@@ -304,12 +318,37 @@ impl Room {
                 Step::Cut(cookie) => {
                     self.release(cookie);
                     self.end(cookie).await?;
+                    removed |= !self.pods.contains_key(&cookie);
                 }
                 Step::Undo(cookie) => {
                     self.release(cookie);
                     self.undo(cookie).await;
+                    removed |= !self.pods.contains_key(&cookie);
                 }
             }
+        }
+        Ok(removed)
+    }
+
+    /// Takes back from the workers pods of which control now says something else, such as another
+    /// identity. They stay captured, as a predecessor's do, and are enrolled anew.
+    async fn renew(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
+        for want in &wanted.pods {
+            let Some(pod) = self.pods.get_mut(&want.cookie) else {
+                continue;
+            };
+            let InPhase::Serving { desired, .. } = &pod.phase else {
+                continue;
+            };
+            if desired.uid != want.uid || desired.says(want) {
+                continue;
+            }
+            tracing::info!(pod = %pod.uid, "pod is another than it was; its connections are cut");
+            let (told, done) = oneshot::channel();
+            pod.phase = InPhase::Adopted;
+            let down = PodEvent::Down(pod.uid.clone(), told);
+            self.send(down).await?;
+            let _ = done.await;
         }
         Ok(())
     }
@@ -373,7 +412,10 @@ impl Room {
         maps.enrol(desired.cookie, &pod.addresses, desired.cgroup)?;
         self.records
             .of(desired.cookie)?
-            .ok_or(CaptureError::Stopping)
+            .ok_or_else(|| CaptureError::Namespace {
+                what: "find the record of what was changed",
+                why: "it is gone from the run folder".into(),
+            })
     }
 
     /// The first step out.
@@ -509,7 +551,8 @@ impl Room {
                 self.pods.remove(&cookie);
             }
             Err(error) => {
-                tracing::warn!(pod = %pod.uid, %error, "pod's namespace is not as it was");
+                tracing::warn!(pod = %pod.uid, %error, "pod's namespace is not as it was; it is tried again");
+                self.again = Some(Instant::now() + RETRY);
             }
         }
     }
@@ -549,7 +592,7 @@ impl Room {
             InPhase::Adopted | InPhase::Serving { .. } => None,
         });
         let failed = self.failed.values().map(|failed| failed.again);
-        leaving.chain(failed).min()
+        leaving.chain(failed).chain(self.again).min()
     }
 }
 

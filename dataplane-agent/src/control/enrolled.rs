@@ -55,14 +55,15 @@ impl Records {
         Ok(self.all()?.iter().map(key).collect())
     }
 
-    /// Those that this node wrote.
+    /// Those that this node wrote. What cannot be read is not one of them: other nodes' files do
+    /// not keep this one from saying which pods it has.
     ///
     /// # Errors
-    /// As [`Records::read`].
+    /// The folder cannot be read.
     pub fn own(&self) -> io::Result<Enrolled> {
-        let all = self.all()?;
-        let own = all.iter().filter(|record| record.node == self.node);
-        Ok(own.map(key).collect())
+        let readable = self.each()?.into_iter().filter_map(Result::ok);
+        let own = readable.filter(|record| record.node == self.node);
+        Ok(own.map(|record| key(&record)).collect())
     }
 
     /// Says that a pod can be dialled.
@@ -100,6 +101,10 @@ impl Records {
     }
 
     fn all(&self) -> io::Result<Vec<Record>> {
+        self.each()?.into_iter().collect()
+    }
+
+    fn each(&self) -> io::Result<Vec<io::Result<Record>>> {
         let mut all = Vec::new();
         for entry in fs::read_dir(&self.folder)? {
             let path = entry?.path();
@@ -107,13 +112,11 @@ impl Records {
                 continue; // one that is being written
             }
             match read(&path) {
-                Ok(record) => all.push(record),
+                Ok(record) => all.push(Ok(record)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
-                    return Err(io::Error::new(
-                        error.kind(),
-                        format!("{}: {error}", path.display()),
-                    ));
+                    let text = format!("{}: {error}", path.display());
+                    all.push(Err(io::Error::new(error.kind(), text)));
                 }
             }
         }

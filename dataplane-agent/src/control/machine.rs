@@ -40,6 +40,8 @@ pub struct Machine {
     root: PathBuf,
     /// What holds all pods.
     pods: PathBuf,
+    /// What the agent is in.
+    agent: PathBuf,
     /// Namespaces that are nobody's pod: the agent's, and that of process 1.
     hosts: BTreeSet<u64>,
     found: BTreeMap<Arc<str>, Found>,
@@ -83,6 +85,10 @@ impl Machine {
         let own = Netns::own()?.inode();
         let first = fs::metadata("/proc/1/ns/net").map(|of| of.ino());
         Ok(Self {
+            agent: fs::read_to_string("/proc/self/cgroup")
+                .ok()
+                .and_then(|text| cgroup::of_process(&root, &text))
+                .unwrap_or_else(|| root.clone()),
             root,
             pods,
             hosts: std::iter::once(own).chain(first).collect(),
@@ -259,10 +265,26 @@ impl Machine {
             .iter()
             .flatten()
             .filter(|folder| folder.starts_with(&self.pods));
+        let all: BTreeSet<&PathBuf> = below.clone().collect();
         let common = below.cloned().reduce(|one, other| common(&one, &other));
         match common {
-            Some(folder) if folder != self.root => Ok(folder),
-            Some(_) => Err("its processes have no cgroup of their own".into()),
+            // What is in the agent's own cgroup is not captured: it would be the agent itself.
+            Some(folder) if self.agent.starts_with(&folder) && folder != self.pods => Err(format!(
+                "its cgroup {} has the agent in it: start its processes in one of their own",
+                folder.display()
+            )),
+            Some(folder) if folder != self.pods => Ok(folder),
+            Some(_) => {
+                let some: Vec<String> = all
+                    .iter()
+                    .take(4)
+                    .map(|at| at.display().to_string())
+                    .collect();
+                Err(format!(
+                    "its processes have no cgroup of their own: they are in {}",
+                    some.join(", ")
+                ))
+            }
             None => Err(format!(
                 "none of its processes is below {}",
                 self.pods.display()
@@ -288,4 +310,47 @@ fn common(one: &Path, other: &Path) -> PathBuf {
 fn list(addresses: &[IpAddr]) -> String {
     let texts: Vec<String> = addresses.iter().map(ToString::to_string).collect();
     texts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pods_cgroup_is_its_own_and_not_the_agents() {
+        let machine = Machine {
+            root: "/c".into(),
+            pods: "/c/pods".into(),
+            agent: "/c/pods/session".into(),
+            hosts: BTreeSet::new(),
+            found: BTreeMap::new(),
+            seen: BTreeMap::new(),
+        };
+        let folder = |processes: &[&str]| {
+            let all: Vec<_> = processes.iter().map(|folder| Some(folder.into())).collect();
+            machine
+                .folder(&all)
+                .map_err(|why| why.split(':').next().unwrap_or("").to_owned())
+        };
+        assert_eq!(
+            folder(&["/c/pods/a/x", "/c/pods/a/y"]),
+            Ok("/c/pods/a".into())
+        );
+        assert_eq!(folder(&["/c/pods/a", "/c/else"]), Ok("/c/pods/a".into()));
+        for (processes, why) in [
+            (
+                &["/c/pods/session"][..],
+                "its cgroup /c/pods/session has the agent in it",
+            ),
+            (
+                &["/c/pods/a", "/c/pods/b"],
+                "its processes have no cgroup of their own",
+            ),
+            (&["/c/pods"], "its processes have no cgroup of their own"),
+            (&["/c/else"], "none of its processes is below /c/pods"),
+            (&[], "no process is in its network namespace yet"),
+        ] {
+            assert_eq!(folder(processes), Err(why.into()), "{processes:?}");
+        }
+    }
 }

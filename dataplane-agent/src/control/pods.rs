@@ -225,6 +225,21 @@ impl Pods {
             }
             Source::Local(translation) => translation.clone(),
         };
+        let mut translation = translation;
+        // A pod whose object is gone is known for as long as it is served: it drains.
+        let status = self.status.borrow();
+        for workload in &self.translation.workloads {
+            let known = translation
+                .workloads
+                .iter()
+                .any(|other| other.uid == workload.uid);
+            if !known && status.contains_key(&workload.uid) {
+                let mut last = workload.clone();
+                last.services.clear();
+                translation.workloads.push(last);
+            }
+        }
+        drop(status);
         if self.generation > 0 && translation == self.translation {
             return;
         }
@@ -384,14 +399,18 @@ fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
 }
 
 fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
-    let names = |wanted: &capture::Wanted| -> BTreeSet<(u64, Arc<str>)> {
+    let has = |wanted: &capture::Wanted, pod: &Desired| {
+        let same = |own: &&Desired| own.cookie == pod.cookie && own.uid == pod.uid;
         wanted
             .pods
             .iter()
-            .map(|pod| (pod.cookie, pod.uid.clone()))
-            .collect()
+            .find(same)
+            .is_some_and(|own| own.says(pod))
     };
-    names(one) == names(other) && one.waiting == other.waiting && one.gone == other.gone
+    one.pods.len() == other.pods.len()
+        && one.pods.iter().all(|pod| has(other, pod))
+        && one.waiting == other.waiting
+        && one.gone == other.gone
 }
 
 /// Waits until there is something new to read, and reads it.

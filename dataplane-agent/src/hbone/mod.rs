@@ -42,8 +42,10 @@ pub const RESET_STREAMS: usize = 64;
 pub const PENDING_RESETS: usize = 32;
 /// Streams that we had to reset for the peer's errors; more end the tunnel.
 pub const LOCAL_ERROR_RESETS: usize = 256;
-/// TCP connect, TLS with HTTP/2, and the answer to CONNECT take no longer, each.
+/// TCP connect, and TLS with HTTP/2, take no longer, each.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// The answer to CONNECT takes no longer: the peer has [`TIMEOUT`] to reach its app, and says so.
+pub const ANSWER: Duration = Duration::from_secs(15);
 
 /// The server side's settings.
 pub fn server() -> h2::server::Builder {

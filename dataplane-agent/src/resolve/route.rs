@@ -58,14 +58,20 @@ struct Found {
 
 fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError> {
     let to = accepted.destination;
-    if !accepted.pod.owns(to.ip()) {
-        let pod = accepted.pod.addresses.first().copied().unwrap_or(to.ip());
+    // A tunnel is for the address that it came to: of another family the app would see itself as
+    // its client.
+    let pod = match &accepted.direction {
+        Direction::InboundHbone { at, .. } => *at,
+        _ => accepted.pod.addresses.first().copied().unwrap_or(to.ip()),
+    };
+    let tunnelled = matches!(accepted.direction, Direction::InboundHbone { .. });
+    if !accepted.pod.owns(to.ip()) || tunnelled && pod != to.ip() {
         return Err(ResolveError::IpMismatch {
             pod,
             asked: to.ip(),
         });
     }
-    if OWN.contains(&to.port()) {
+    if OWN.contains(&to.port()) || accepted.pod.ports.contains(&to.port()) {
         return Err(ResolveError::SelfCall);
     }
     let target = local(mesh, accepted)?;

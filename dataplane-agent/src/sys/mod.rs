@@ -5,6 +5,7 @@ pub mod bpffs;
 pub mod caps;
 pub mod cgroup;
 pub mod hooks;
+pub mod limits;
 pub mod netns;
 pub mod readiness;
 pub mod socket;

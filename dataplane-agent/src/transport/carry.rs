@@ -57,12 +57,13 @@ pub async fn carry(
         mut revoked,
         ..
     } = permit;
-    let accepted = resolved.accepted;
+    let mut accepted = resolved.accepted;
+    let peer = accepted.peer;
     let pod = Arc::clone(&accepted.pod);
     let upstream = async {
         match &resolved.hop {
             Hop::App(to) => {
-                let from = accepted.peer.ip();
+                let from = peer.ip();
                 let tcp = plain::to_app(&*carrier.means, &pod, from, *to).await?;
                 Ok((End::Tcp(tcp), None))
             }
@@ -84,7 +85,7 @@ pub async fn carry(
                 };
                 let connect = Connect {
                     authority: *authority,
-                    client: accepted.peer,
+                    client: peer,
                     host: resolved
                         .service
                         .as_ref()
@@ -100,6 +101,8 @@ pub async fn carry(
     let upstream = tokio::select! {
         biased;
         () = revoked.wait() => Err(TransportError::Revoked),
+        // Nobody waits for it any more.
+        gone = accepted.io.reset() => Err(TransportError::H2(gone.into())),
         upstream = upstream => upstream,
     };
     let (upstream, _lease) = match upstream {

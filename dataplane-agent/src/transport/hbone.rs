@@ -169,7 +169,7 @@ impl Lease {
             let response = response.await.map_err(|error| self.failed(error))?;
             Ok((response, send))
         };
-        let (response, send) = timeout(hbone::TIMEOUT, answer).await.map_err(|_| {
+        let (response, send) = timeout(hbone::ANSWER, answer).await.map_err(|_| {
             let error = io::Error::new(io::ErrorKind::TimedOut, "no answer to CONNECT");
             Failed::Final(TransportError::Connect(error.into()))
         })??;

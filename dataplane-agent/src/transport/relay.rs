@@ -7,6 +7,7 @@
 //! What is in memory for one direction is one read (at most `LARGE`), besides what the stream's
 //! send buffer and window bound. An idle relay holds no buffer.
 
+use futures_util::future::{Either, select};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -96,16 +97,23 @@ impl Broken {
 pub async fn relay(client: End, upstream: End, meter: &impl Meter) -> Result<(), RelayError> {
     let (client, upstream) = (Half::of(client), Half::of(upstream));
     let ((from_client, mut to_client), (from_upstream, mut to_upstream)) = (client, upstream);
-    let up = async {
-        let end = copy(from_client, &mut to_upstream, |bytes| meter.upward(bytes)).await;
-        end.map_err(RelayError::Send)
+    let end = {
+        let up = async {
+            let end = copy(from_client, &mut to_upstream, |bytes| meter.upward(bytes)).await;
+            end.map_err(|cut| cut.map(RelayError::Send))
+        };
+        let down = async {
+            let end = copy(from_upstream, &mut to_client, |bytes| meter.downward(bytes)).await;
+            end.map_err(|cut| cut.map(RelayError::Receive))
+        };
+        tokio::pin!(up, down);
+        match select(up, down).await {
+            Either::Left((first, other)) => both(first, other).await,
+            Either::Right((first, other)) => both(first, other).await,
+        }
     };
-    let down = async {
-        let end = copy(from_upstream, &mut to_client, |bytes| meter.downward(bytes)).await;
-        end.map_err(RelayError::Receive)
-    };
-    match futures_util::future::try_join(up, down).await {
-        Ok(_) => {
+    match end {
+        Ok(()) => {
             to_client.done();
             to_upstream.done();
             Ok(())
@@ -124,20 +132,58 @@ pub fn reset(tcp: TcpStream) {
     });
 }
 
-async fn copy(mut from: Source, to: &mut Sink, count: impl Fn(u64)) -> Result<(), Broken> {
+/// A direction that was cut, at one of its ends.
+enum Cut<E> {
+    /// Where it reads.
+    Source(E),
+    /// Where it writes.
+    Sink(E),
+}
+
+impl<E> Cut<E> {
+    fn map<T>(self, to: impl FnOnce(E) -> T) -> Cut<T> {
+        match self {
+            Self::Source(error) => Cut::Source(to(error)),
+            Self::Sink(error) => Cut::Sink(to(error)),
+        }
+    }
+    fn error(self) -> E {
+        match self {
+            Self::Source(error) | Self::Sink(error) => error,
+        }
+    }
+}
+
+/// The end of both directions, of which one has ended first. Who takes no more may have answered
+/// before that, as a server that refuses an upload does: what it has sent is still passed on.
+async fn both<E>(
+    first: Result<(), Cut<E>>,
+    other: impl Future<Output = Result<(), Cut<E>>>,
+) -> Result<(), E> {
+    match first {
+        Err(Cut::Source(error)) => Err(error),
+        Err(Cut::Sink(error)) => {
+            let _ = other.await;
+            Err(error)
+        }
+        Ok(()) => other.await.map_err(Cut::error),
+    }
+}
+
+async fn copy(mut from: Source, to: &mut Sink, count: impl Fn(u64)) -> Result<(), Cut<Broken>> {
     let mut batch = Batch::default();
     loop {
         tokio::select! {
             biased;
             // Otherwise a stream that was reset would be noticed only at the next write to it.
-            broken = to.broken() => return Err(broken),
-            more = from.read(&mut batch) => if !more? {
-                return to.finish();
+            broken = to.broken() => return Err(Cut::Sink(broken)),
+            more = from.read(&mut batch) => if !more.map_err(Cut::Source)? {
+                return to.finish().map_err(Cut::Sink);
             },
         }
         let bytes = batch.bytes;
-        to.write(&mut batch).await?;
-        from.delivered(bytes)?;
+        to.write(&mut batch).await.map_err(Cut::Sink)?;
+        from.delivered(bytes).map_err(Cut::Source)?;
         count(bytes as u64);
         // A fast pair would keep the worker to itself: its reads and writes seldom have to wait.
         tokio::task::coop::consume_budget().await;
@@ -254,6 +300,13 @@ impl Source {
                             Poll::Ready(Some(Ok(slice))) => batch.push(slice),
                             // An end or error that follows data is met again by the next call.
                             _ if batch.bytes > 0 => break,
+                            // The end was said, and then that no more is read (RFC 9113, 8.1).
+                            Poll::Ready(Some(Err(error)))
+                                if error.is_remote()
+                                    && error.reason() == Some(Reason::NO_ERROR) =>
+                            {
+                                return Poll::Ready(Ok(false));
+                            }
                             Poll::Ready(Some(Err(error))) => {
                                 return Poll::Ready(Err(error.into()));
                             }

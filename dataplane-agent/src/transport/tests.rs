@@ -115,6 +115,50 @@ fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
     proptest::collection::vec(piece, 0..6)
 }
 
+/// A server that refuses an upload answers, and closes with what it has not read: a reset. Its
+/// answer reaches the client all the same, with a tunnel between them and without.
+#[test]
+fn an_answer_that_was_given_before_a_reset_is_passed_on() {
+    for _ in 0..20 {
+        run(async {
+            let (mut client, one) = pair().await;
+            let (two, mut server) = pair().await;
+            let (near, far, drive) = stream().await;
+            let (first, second) = (Counted::default(), Counted::default());
+            let refuse = async move {
+                let mut some = [0; 1000];
+                server.read_exact(&mut some).await.expect("the beginning");
+                server.write_all(b"413").await.expect("answered");
+            };
+            let upload = async move {
+                let (mut read, mut write) = client.split();
+                let writing = async {
+                    let piece = [7; 10_000];
+                    while write.write_all(&piece).await.is_ok() {}
+                };
+                let mut answer = [0; 3];
+                let reading = read.read_exact(&mut answer);
+                let (read, ()) = tokio::join!(reading, writing);
+                read.expect("the answer");
+                answer
+            };
+            let all = async {
+                let relays = async {
+                    let _ = tokio::join!(
+                        relay(End::Tcp(one), near, &first),
+                        relay(far, End::Tcp(two), &second),
+                    );
+                };
+                tokio::join!(upload, refuse, relays).0
+            };
+            tokio::select! {
+                answer = all => assert_eq!(&answer, b"413"),
+                () = drive => panic!("the tunnel ended"),
+            }
+        });
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
@@ -275,6 +319,9 @@ fn who(account: &str) -> Identity {
 
 fn pod() -> Arc<LocalPod> {
     Arc::new(LocalPod {
+        ports: [15001, 15006, 15008],
+        handshakes: tokio::sync::Semaphore::new(1),
+        connections: tokio::sync::Semaphore::new(1),
         uid: "c//Pod/ns/client".into(),
         namespace: "ns".into(),
         name: "client".into(),

@@ -51,6 +51,9 @@ fn accepted(direction: Direction, to: &str) -> Accepted<()> {
     Accepted {
         io: (),
         pod: Arc::new(LocalPod {
+            ports: [15001, 15006, 15008],
+            handshakes: tokio::sync::Semaphore::new(1),
+            connections: tokio::sync::Semaphore::new(1),
             uid: pod.uid.clone(),
             namespace: pod.namespace.clone(),
             name: pod.name.clone(),
@@ -151,6 +154,7 @@ fn what_has_a_waypoint_is_not_reached_past_it() {
 #[test]
 fn inbound_goes_to_the_pod_itself_and_nowhere_else() {
     let hbone = || Direction::InboundHbone {
+        at: [10, 0, 0, 1].into(),
         identity: Identity::new("td", "ns", "other"),
         service: None,
     };
