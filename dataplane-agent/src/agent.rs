@@ -96,8 +96,21 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
     })?;
 
+    let bpffs = &options.places.bpffs;
+    bpffs::ensure(bpffs).map_err(|error| {
+        AgentError::Machine(format!(
+            "no BPF file system at {}: {error}",
+            bpffs.display()
+        ))
+    })?;
     // A kernel that lacks something is told of now, and not at the first pod.
     let lacks = check::trial(&options.places.bpffs);
+    for line in lacks
+        .iter()
+        .filter(|line| line.verdict == check::Verdict::Note)
+    {
+        tracing::warn!("{}: {}", line.what, line.detail);
+    }
     let lacks: Vec<String> = lacks
         .iter()
         .filter(|line| line.verdict == check::Verdict::Lacks)
@@ -219,17 +232,10 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
     let own = fs::read_to_string("/proc/self/cgroup").map_err(machine)?;
     // Outside of what is shown to us is outside of what is captured.
     let own = cgroup::of_process(&root, &own).and_then(|own| cgroup::id(&root, &own).ok());
-    let bpffs = &options.places.bpffs;
-    bpffs::ensure(bpffs).map_err(|error| {
-        AgentError::Machine(format!(
-            "no BPF file system at {}: {error}",
-            bpffs.display()
-        ))
-    })?;
     Ok(room::Config {
         cgroup: pods,
         agent_cgroup: own.map_or(0, |own| own.id),
-        bpffs: bpffs.clone(),
+        bpffs: options.places.bpffs.clone(),
         run: options.places.of_node(&options.node),
         node: options.node.clone(),
         drain: options.drain,

@@ -33,10 +33,15 @@ fn main() -> ExitCode {
             }
             Err(error) => fail(Exit::Failed, &format!("{error:#}")),
         },
-        Command::Load(options) => match load::run(&options.bpffs) {
-            Ok(()) => Exit::Good.into(),
-            Err(error) => fail(Exit::Failed, &format!("{error:#}")),
-        },
+        Command::Load(options) => {
+            // With all that the verifier says of a program that it refuses.
+            let level = log::start("warn,capture::programs=debug", log::Format::default());
+            match level.map(|_| load::run(&options.bpffs)) {
+                Ok(Ok(())) => Exit::Good.into(),
+                Ok(Err(error)) => fail(Exit::Failed, &format!("{error:#}")),
+                Err(error) => fail(Exit::Failed, &error),
+            }
+        }
         Command::Uninstall(options) => uninstall(&options),
     }
 }

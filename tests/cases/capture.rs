@@ -3,12 +3,14 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use dataplane_tests::process::{Place, Process, output, place};
-use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually, program};
+use dataplane_tests::world::Mounted;
+use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually, program, require_root};
 
 const PORT: u16 = 7000;
 
@@ -592,4 +594,47 @@ fn c6_a_pod_of_which_another_identity_is_said_is_served_as_that_one() {
         pair.two.log().contains("ns/demo/sa/other")
     });
     assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+}
+
+#[test]
+fn the_programs_stay_within_the_verifiers_budget() {
+    require_root();
+    let folder = tempfile::tempdir().expect("a folder");
+    let bpffs = Mounted::new(folder.path().join("bpf"));
+    let mut load = Command::new(program("DATAPLANE_BIN"));
+    let (status, out, error) = output(load.arg("load").arg("--bpffs").arg(bpffs.path()));
+    assert!(status.success(), "{error}");
+    // program, kind, instructions, instructions verified, stack, maps
+    let mut found: BTreeMap<&str, (u32, u32)> = BTreeMap::new();
+    for line in out.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let [name, _, _, verified, stack, ..] = words.as_slice()
+            && let (Ok(verified), Ok(stack)) = (verified.parse(), stack.parse())
+        {
+            found.insert(name, (verified, stack));
+        }
+    }
+    let budget = include_str!("../golden/verifier.txt");
+    let lines = budget.lines().filter(|line| !line.starts_with('#'));
+    for line in lines {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [name, verified, stack] = words.as_slice() else {
+            panic!("tests/golden/verifier.txt: {line}");
+        };
+        let most: (u32, u32) = (
+            verified.parse().expect("a number"),
+            stack.parse().expect("a number"),
+        );
+        let is = found
+            .remove(name)
+            .unwrap_or_else(|| panic!("{name} was not loaded: {out}"));
+        assert!(
+            is.0 <= most.0 && is.1 <= most.1,
+            "{name}: {is:?} instructions and bytes of stack, of {most:?} in tests/golden/verifier.txt"
+        );
+    }
+    assert!(
+        found.is_empty(),
+        "without a budget in tests/golden/verifier.txt: {found:?}"
+    );
 }

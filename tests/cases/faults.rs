@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dataplane_tests::agent::CAPABILITIES;
+use dataplane_tests::lacks::Lacks;
 use dataplane_tests::process::output;
-use dataplane_tests::{Agent, Node, Pod, World, eventually};
+use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually};
 use http::{Method, Request};
 use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
 use rustls_pki_types::pem::PemObject;
@@ -580,4 +581,75 @@ fn check_says_what_is_there_and_status_that_nobody_runs() {
     let (status, _, error) = output(&mut ask);
     assert_eq!(status.code(), Some(5));
     assert!(error.contains("no dataplane agent runs"), "{error}");
+}
+
+#[test]
+fn a_kernel_without_a_kind_of_programs_is_named_in_a_line_and_nothing_is_begun() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    // The numbers are those of `enum bpf_prog_type`.
+    for (kind, name) in [
+        (8, "egress"),
+        (13, "sock_ops"),
+        (18, "connect4"),
+        (30, "steer"),
+    ] {
+        let mut setup = world.setup(&node);
+        setup.lacks = Some(Lacks::Programs(kind));
+        let mut agent = Agent::start(setup);
+        eventually("it ends by itself", 20, || !agent.runs());
+        let status = agent.wait();
+        let log = agent.log();
+        assert_eq!(status.code(), Some(3), "{name}: {log}");
+        let last = log.lines().last().unwrap_or_default();
+        let named =
+            format!("kernel program `{name}`: this kernel does not have programs of its kind");
+        assert!(last.contains(&named), "{last}");
+        assert!(!log.contains("pod enrolled"), "{log}");
+        let entries = fs::read_dir(world.bpffs()).expect("a folder").flatten();
+        // The kernel has two files of its own there.
+        let left: Vec<_> = entries.filter(|entry| entry.path().is_dir()).collect();
+        assert!(left.is_empty(), "{name}: pins are left: {left:?}");
+        drop(agent);
+    }
+    // What refused there works here.
+    let agent = world.agent(&node);
+    agent.up(&["client"]);
+    drop(client);
+}
+
+#[test]
+fn a_kernel_without_ipv6_captures_ipv4_and_refuses_the_rest() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let _app = server.serve(PORT);
+    let agents = [&one, &two].map(|node| {
+        let mut setup = world.setup(node);
+        setup.lacks = Some(Lacks::Ipv6);
+        Agent::start(setup)
+    });
+    agents[0].up(&["client"]);
+    agents[1].up(&["server"]);
+    agents[0].logs(&["IPv6", "IPv4 alone"]);
+    eventually("the server is dialled by HBONE", 10, || {
+        agents[0]
+            .get("/config_dump")
+            .matches("\"protocol\": \"HBONE\"")
+            .count()
+            >= 2
+    });
+    let wire = Wire::tap(one.netns.file(), "wire");
+    assert_eq!(
+        client.ask(server.at(PORT), "four"),
+        Ok(format!("{} four", client.v4))
+    );
+    let answer = client.ask(server.at6(PORT), "six");
+    assert!(answer.is_err(), "{answer:?}");
+    let segments = wire.end();
+    assert!(
+        !segments.iter().any(|segment| segment.to.1 == PORT),
+        "in clear on the wire: {segments:?}"
+    );
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::lacks::{Lacks, lacks};
 use crate::process::{Place, output, place};
 use crate::{eventually, program, scaled};
 
@@ -36,6 +37,8 @@ pub struct Setup {
     pub log: PathBuf,
     /// Namespace, cgroup and privileges.
     pub place: Place,
+    /// What its kernel lacks.
+    pub lacks: Option<Lacks>,
 }
 
 /// A daemon; ended, and what it left removed, when dropped.
@@ -73,7 +76,14 @@ impl Agent {
 
     /// The command that starts another one like it.
     pub fn command(&self) -> Command {
-        let setup = &self.setup;
+        self.setup.command()
+    }
+}
+
+impl Setup {
+    /// The command that starts it.
+    pub fn command(&self) -> Command {
+        let setup = self;
         let mut command = Command::new(program("DATAPLANE_BIN"));
         command
             .arg("run")
@@ -88,9 +98,14 @@ impl Agent {
             .envs(setup.variables.iter().cloned())
             .stdin(Stdio::null());
         place(&mut command, &setup.place);
+        if let Some(what) = setup.lacks {
+            lacks(&mut command, what);
+        }
         command
     }
+}
 
+impl Agent {
     /// How, and what may be changed before it is started again.
     pub fn setup(&mut self) -> &mut Setup {
         &mut self.setup

@@ -33,20 +33,30 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        for _ in 0..200 {
-            let processes = fs::read_to_string(self.folder.join("cgroup.procs"));
-            for pid in processes.unwrap_or_default().lines() {
-                if let Ok(pid) = pid.parse() {
-                    let pid = nix::unistd::Pid::from_raw(pid);
-                    let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-                }
-            }
-            match fs::remove_dir(&self.folder) {
-                Ok(()) => return,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
-                Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        remove(&self.folder);
+    }
+}
+
+/// Removes a cgroup with those below it, and with what runs in them.
+pub fn remove(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove(&entry.path());
+        }
+    }
+    for _ in 0..200 {
+        let processes = fs::read_to_string(folder.join("cgroup.procs"));
+        for pid in processes.unwrap_or_default().lines() {
+            if let Ok(pid) = pid.parse() {
+                let pid = nix::unistd::Pid::from_raw(pid);
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             }
         }
-        eprintln!("{} is left behind", self.folder.display());
+        match fs::remove_dir(folder) {
+            Ok(()) => return,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
     }
+    eprintln!("{} is left behind", folder.display());
 }

@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod cgroup;
+pub mod lacks;
 pub mod manifests;
 pub mod netns;
 pub mod process;

@@ -48,6 +48,8 @@ pub fn place(command: &mut Command, place: &Place) {
     let prepare = move || {
         // Whoever waits for signals by blocking them does so for itself.
         nix::sys::signal::SigSet::all().thread_unblock()?;
+        // A terminal's Ctrl-C is for whoever started it, who ends it in its turn.
+        nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), nix::unistd::Pid::from_raw(0))?;
         (&cgroup).write_all(b"0")?;
         setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
         if let Some(hosts) = &hosts {

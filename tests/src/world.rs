@@ -99,7 +99,11 @@ impl World {
     pub fn named(id: &str) -> Self {
         require_root();
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
-        let folder = tempfile::tempdir().expect("a folder");
+        let prefix = folder_prefix(id);
+        let folder = tempfile::Builder::new()
+            .prefix(&prefix)
+            .tempdir()
+            .expect("a folder");
         let root = cgroup::root();
         let top = Rc::new(Cgroup::new(&root.join(format!("dp-{id}"))));
         let hosts = folder.path().join("hosts");
@@ -191,6 +195,7 @@ impl World {
                 hosts: None,
                 capabilities: Some(CAPABILITIES.iter().map(|(_, number)| *number).collect()),
             },
+            lacks: None,
         }
     }
 
@@ -205,17 +210,66 @@ impl World {
     }
 }
 
+fn folder_prefix(id: &str) -> String {
+    format!("dataplane-{id}-")
+}
+
+/// Takes away what is left of a world whose process was killed; whether there was something.
+pub fn clear(id: &str) -> bool {
+    let mut found = false;
+    let top = cgroup::root().join(format!("dp-{id}"));
+    if top.exists() {
+        found = true;
+        cgroup::remove(&top);
+    }
+    for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_string_lossy().starts_with(&format!("dp-{id}-")) {
+            found = true;
+            let _ = Command::new("ip")
+                .args(["netns", "del"])
+                .arg(&name)
+                .status();
+        }
+    }
+    for entry in fs::read_dir(std::env::temp_dir())
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        if entry
+            .file_name()
+            .to_string_lossy()
+            .starts_with(&folder_prefix(id))
+        {
+            found = true;
+            let _ =
+                nix::mount::umount2(&entry.path().join("bpf"), nix::mount::MntFlags::MNT_DETACH);
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    found
+}
+
 /// A mounted BPF file system.
 #[derive(Debug)]
-struct Mounted(PathBuf);
+pub struct Mounted(PathBuf);
 
 impl Mounted {
-    fn new(folder: PathBuf) -> Self {
+    /// Mounts it on a folder that it makes.
+    pub fn new(folder: PathBuf) -> Self {
         fs::create_dir(&folder).expect("a folder");
         let none = nix::mount::MsFlags::empty();
         nix::mount::mount(Some("bpf"), &folder, Some("bpf"), none, None::<&str>)
             .expect("mount a BPF file system");
         Self(folder)
+    }
+}
+
+impl Mounted {
+    /// Where it is.
+    pub fn path(&self) -> &std::path::Path {
+        &self.0
     }
 }
 

@@ -1,10 +1,11 @@
 //! The main job, shown on this machine.
 
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use crate::command::{require_root, run as run_command};
+use crate::command::{require_root, run as run_command, shown};
 use crate::progress::say;
 use crate::{build, setup};
 
@@ -37,10 +38,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     ]))?;
     say("demo");
     let binary = |name| build::binary(name, options.release);
-    run_command(
-        Command::new(binary("demo"))
-            .args(options.keep.then_some("--keep"))
-            .env("DATAPLANE_BIN", binary("dataplane"))
-            .env("DATAPLANE_TEST_APP", binary("dataplane-test-app")),
-    )
+    let mut demo = Command::new(binary("demo"));
+    demo.args(options.keep.then_some("--keep"))
+        .env("DATAPLANE_BIN", binary("dataplane"))
+        .env("DATAPLANE_TEST_APP", binary("dataplane-test-app"));
+    // In place of this process: whoever ends the chore ends the demo, which then clears up.
+    let error = demo.exec();
+    Err(error).with_context(|| format!("cannot start `{}`", shown(&demo)))
 }

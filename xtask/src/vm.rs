@@ -104,7 +104,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         table.write()?;
     }
     let mut good = true;
+    for column in &columns {
+        good &= column.accepted();
+    }
     if options.what == What::Check {
+        ensure!(good, "a kernel is refused");
         return Ok(());
     }
     // Each test that there is, on each kernel.

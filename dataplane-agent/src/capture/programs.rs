@@ -185,6 +185,23 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program
 fn refused(program: &'static str) -> impl FnOnce(ProgramError) -> CaptureError {
     move |error| {
         let why = match &error {
+            ProgramError::LoadError {
+                io_error,
+                verifier_log,
+            } => {
+                let log = verifier_log.to_string();
+                match verdict(&log) {
+                    Some(verdict) => {
+                        // All of it is long, and for who changes the program.
+                        tracing::debug!("the verifier on {program}:\n{log}");
+                        format!("{io_error}: {verdict}")
+                    }
+                    None if io_error.raw_os_error() == Some(libc::EINVAL) => {
+                        "this kernel does not have programs of its kind".into()
+                    }
+                    None => io_error.to_string(),
+                }
+            }
             ProgramError::SyscallError(call)
                 if call.io_error.kind() == io::ErrorKind::PermissionDenied =>
             {
@@ -194,6 +211,15 @@ fn refused(program: &'static str) -> impl FnOnce(ProgramError) -> CaptureError {
         };
         CaptureError::Program { program, why }
     }
+}
+
+/// What the verifier's log comes to: its last line, before the totals.
+fn verdict(log: &str) -> Option<&str> {
+    let totals = ["processed ", "verification time ", "stack depth "];
+    log.lines()
+        .rev()
+        .map(str::trim)
+        .find(|line| !line.is_empty() && !totals.iter().any(|total| line.starts_with(total)))
 }
 
 fn not_its_kind(program: &'static str) -> CaptureError {

@@ -192,6 +192,7 @@ pub fn trial(folder: &Path) -> Vec<Line> {
             return lines;
         }
     };
+    lines.push(ipv6());
     let pins = Pins::new(folder, &format!("check-{}", std::process::id()));
     let loaded = pins.make().and_then(|()| {
         let mut loader = Loader::new(&pins);
@@ -227,6 +228,19 @@ pub fn trial(folder: &Path) -> Vec<Line> {
         }
     });
     lines
+}
+
+/// Without it there is no listener for it either: what pods send by it is refused, not passed.
+fn ipv6() -> Line {
+    if socket::has_ipv6() {
+        line(Verdict::Good, "IPv6", "pods are captured by both families")
+    } else {
+        line(
+            Verdict::Note,
+            "IPv6",
+            "this kernel has none: pods are captured by IPv4 alone, and refused by IPv6",
+        )
+    }
 }
 
 /// Other programs on the same hooks: they run as well, and what one of them rewrites we see rewritten.

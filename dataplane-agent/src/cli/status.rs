@@ -41,13 +41,18 @@ pub fn run(options: &StatusOptions) -> Result<()> {
 /// The socket of the one daemon that runs here.
 fn only_socket(run: &Path) -> Result<PathBuf> {
     let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
-    let mut sockets = entries
-        .map(|entry| entry.path().join("admin.sock"))
-        .filter(|path| path.exists());
-    match (sockets.next(), sockets.next()) {
-        (Some(socket), None) => Ok(socket),
-        (None, _) => Err(NotRunning(format!("any node (nothing in {})", run.display())).into()),
-        (Some(_), Some(_)) => bail!("more than one daemon runs here: say which with --node"),
+    // One that nobody listens on was left by a daemon that was killed.
+    let nodes: Vec<String> = entries
+        .filter(|entry| UnixStream::connect(entry.path().join("admin.sock")).is_ok())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    match nodes.as_slice() {
+        [node] => Ok(run.join(node).join("admin.sock")),
+        [] => Err(NotRunning(format!("any node (nothing in {})", run.display())).into()),
+        nodes => bail!(
+            "more than one daemon runs here: say which with --node ({})",
+            nodes.join(", ")
+        ),
     }
 }
 

@@ -330,6 +330,8 @@ impl Pods {
     fn tell(&self, translation: &Translation, look: &Look, status: &Status) {
         let pods = translation.local.iter().map(|pod| {
             let found = look.found.get(&pod.uid);
+            let open =
+                |why: String| format!("{why}; until then it is not captured, and no policy holds");
             let (state, reason) = match (&pod.wanted, status.get(&pod.uid)) {
                 (manifests::Wanted::No(_), Some(PodState::Up { .. } | PodState::Draining)) => {
                     (State::Draining, None)
@@ -337,13 +339,13 @@ impl Pods {
                 (manifests::Wanted::No(why), _) => (State::Ignored, Some(why.to_string())),
                 (manifests::Wanted::Yes, Some(PodState::Up { .. })) => (State::Up, None),
                 (manifests::Wanted::Yes, Some(PodState::Failed(why))) => {
-                    (State::Waiting, Some(why.clone()))
+                    (State::Waiting, Some(open(why.clone())))
                 }
                 (manifests::Wanted::Yes, _) => {
                     let why = look.waiting.get(&pod.uid).cloned();
                     (
                         State::Waiting,
-                        Some(why.unwrap_or_else(|| "it is being enrolled".into())),
+                        Some(why.map_or_else(|| "it is being enrolled".into(), open)),
                     )
                 }
             };

@@ -20,9 +20,13 @@ pub fn is_mounted(folder: &Path) -> io::Result<bool> {
 /// Mounts one there, unless it is: systemd does so at boot, other machines may not.
 ///
 /// # Errors
-/// The folder is not there; CAP_SYS_ADMIN is missing.
+/// The folder is not there, or has something in it that would be hidden; CAP_SYS_ADMIN is missing.
 pub fn ensure(folder: &Path) -> io::Result<()> {
     if !is_mounted(folder)? {
+        if std::fs::read_dir(folder)?.next().is_some() {
+            let kind = io::ErrorKind::DirectoryNotEmpty;
+            return Err(io::Error::new(kind, "it is none, and is not empty"));
+        }
         let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
         mount(Some("bpf"), folder, Some("bpf"), flags, Some("mode=700"))?;
         tracing::info!(folder = %folder.display(), "mounted a BPF file system");

@@ -58,6 +58,12 @@ pub fn listener(port: u16, mark: u32) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
+/// Whether this kernel has IPv6.
+pub fn has_ipv6() -> bool {
+    let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP));
+    !socket.is_err_and(|error| error.raw_os_error() == Some(libc::EAFNOSUPPORT))
+}
+
 /// A socket for a connection of the agent's own to `to`: mark AGENT. Non-blocking, not connected.
 ///
 /// # Errors

@@ -26,6 +26,8 @@ pub(crate) struct Column {
     /// What `dataplane load` said.
     load: String,
     tests: Vec<(String, Outcome)>,
+    /// What of the agent did not end well, and how.
+    refused: Vec<String>,
 }
 
 /// Rows by name, a cell for each column.
@@ -80,6 +82,7 @@ impl Column {
         let mut release = kernel.release.clone();
         let mut said = vec![String::new(); 2];
         let mut outcomes = vec![Outcome::default(); cases.len()];
+        let mut refused = Vec::new();
         let (mut current, mut ended, mut started) = (None, 0, Instant::now());
         let append =
             format!("DATAPLANE_BIN={agent} DATAPLANE_TEST_APP={app} RUST_BACKTRACE=0 {append}");
@@ -102,7 +105,7 @@ impl Column {
                     outcome.end(&cases[place].name, how == "0", how);
                     outcome.seconds = started.elapsed().as_secs_f32();
                 } else if how != "0" {
-                    say(&format!("`{}`: {how}", plan[number].join(" ")));
+                    refused.push(format!("`dataplane {}` ended with {how}", plan[number][1]));
                 }
                 current = None;
             } else {
@@ -138,7 +141,19 @@ impl Column {
             check: said.next().unwrap_or_default(),
             load: said.next().unwrap_or_default(),
             tests: names.zip(outcomes).collect(),
+            refused,
         })
+    }
+
+    /// Says what the agent refuses on this kernel; whether that is nothing.
+    pub(crate) fn accepted(&self) -> bool {
+        for refusal in &self.refused {
+            say(&format!("{}: {refusal}", self.kernel));
+            for line in self.check.lines().filter(|line| line.starts_with("lacks")) {
+                say(&format!("{}: {line}", self.kernel));
+            }
+        }
+        self.refused.is_empty()
     }
 
     /// Those of these tests that did not pass.
@@ -267,7 +282,12 @@ impl Table {
              This table is written by `cargo xtask vm all --write`, which runs the whole suite of\n\
              `tests/cases` on each of these kernels: its column of `this machine` is where that was\n\
              done last. `instructions` are those that the verifier walked through, of the million\n\
-             that it allows; the stack is of 512 bytes. What is off is what the agent does without.\n\n{}",
+             that it allows; the stack is of 512 bytes. What is off is what the agent does without,\n\
+             and why. Of modules only veth is loaded, for the tests: the agent needs none, `tcp_diag`\n\
+             among them.\n\n\
+             `tests/golden/verifier.txt` is what a program may grow to. The suite also runs the agent\n\
+             on kernels that lack a kind of programs (it refuses, and names it) or IPv6 (it captures\n\
+             IPv4 alone, and refuses the rest), by a seccomp filter.\n\n{}",
             self.text()
         );
         fs::create_dir_all(workspace().join("docs"))?;

@@ -32,6 +32,9 @@ const MANIFESTS: [(&str, &str); 5] = [
     ),
 ];
 
+/// What the demo's namespaces and cgroups are named after.
+pub(crate) const WORLD: &str = "demo";
+
 /// In every request of one enrolled pod to another.
 pub(crate) const ENROLLED: &str = "payload-of-an-enrolled-pair";
 /// In the requests between two pods that are in no mesh.
@@ -55,7 +58,7 @@ impl Mesh {
     pub(crate) fn start() -> Self {
         let started = Instant::now();
         println!("two nodes, with a wire between them");
-        let world = World::named("demo");
+        let world = World::named(WORLD);
         let (one, two) = world.two_nodes();
         let nodes = BTreeMap::from([("one", one), ("two", two)]);
         let (mut deployments, mut hosts) = (Vec::new(), String::from("127.0.0.1 localhost\n"));
@@ -168,6 +171,7 @@ impl Mesh {
         let bin = dataplane_tests::program("DATAPLANE_BIN");
         let bin = bin.display();
         let gateway = self.pod("istio-ingress", "gateway");
+        let sleep = self.pod("frontend", "sleep");
         println!(
             "\nIt stays until Ctrl-C. To look around, in another shell:
 
@@ -178,11 +182,18 @@ impl Mesh {
   ls {folder}/manifests        edit or add files: they take effect within a second
   ip netns                     the nodes and pods
 
-A request as the ingress gateway (its cgroup and namespace make it that pod):
+A pod is a cgroup and a network namespace: a process that has only the latter (`ip netns exec`) is
+not the pod's, and not captured. Two of them, the ingress gateway and frontend's sleep:
 
-  sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} curl -s http://10.96.0.10:9080/productpage'",
+  gateway() {{ sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} \"$@\"' - \"$@\"; }}
+  sleeper() {{ sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} \"$@\"' - \"$@\"; }}
+  gateway curl -s http://10.96.0.10:9080/productpage     # names are in {folder}/hosts
+  sleeper curl -s http://10.96.0.10:9080/productpage     # the same, and as policy has it
+  grep -h error= {folder}/one.log {folder}/two.log | tail",
             gateway.cgroup.folder.display(),
             gateway.netns.name,
+            sleep.cgroup.folder.display(),
+            sleep.netns.name,
         );
     }
 }

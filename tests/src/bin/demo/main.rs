@@ -5,6 +5,7 @@
 
 mod bookinfo;
 mod kubelet;
+mod only;
 mod steps;
 mod table;
 
@@ -32,9 +33,21 @@ fn main() -> ExitCode {
             INTERRUPTED.store(true, Ordering::Relaxed);
         }
     });
+    let _only = match only::only() {
+        Ok(lock) => lock,
+        Err(why) => {
+            eprintln!("error: {why}");
+            return ExitCode::FAILURE;
+        }
+    };
     let mut table = table::Table::default();
     let mesh = bookinfo::Mesh::start();
     steps::walk(&mesh, &mut table);
+    if interrupted() {
+        println!("\ninterrupted, taking everything away");
+        drop(mesh);
+        return ExitCode::FAILURE;
+    }
     table.print();
     if keep && !interrupted() {
         mesh.explain();
@@ -44,7 +57,7 @@ fn main() -> ExitCode {
     }
     println!("\ntaking everything away");
     drop(mesh);
-    if table.all_good() && !interrupted() || keep && table.all_good() {
+    if table.all_good() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
