@@ -49,6 +49,7 @@ impl Column {
             release: release.trim().to_owned(),
             check,
             load,
+            refused: Vec::new(),
             tests: tests
                 .into_iter()
                 .map(|(name, outcome)| (name.to_owned(), outcome))
