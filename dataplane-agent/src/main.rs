@@ -35,7 +35,10 @@ fn main() -> ExitCode {
         },
         Command::Load(options) => {
             // With all that the verifier says of a program that it refuses.
-            let level = log::start("warn,capture::programs=debug", log::Format::default());
+            let level = log::start(
+                "warn,dataplane_agent::capture::programs=debug",
+                log::Format::default(),
+            );
             match level.map(|_| load::run(&options.bpffs)) {
                 Ok(Ok(())) => Exit::Good.into(),
                 Ok(Err(error)) => fail(Exit::Failed, &format!("{error:#}")),

@@ -1,6 +1,7 @@
 //! QEMU: whether it may use the processor's own virtualisation, and a boot from start to end.
 
 use std::fmt;
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -91,6 +92,7 @@ pub(crate) fn boot(
     std::fs::create_dir_all(&logs)?;
     let name = kernel.name.replace('/', "-");
     let log = logs.join(format!("vm-{name}.log"));
+    let complaints = logs.join(format!("vm-{name}-qemu.log"));
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args([
         "-accel",
@@ -150,7 +152,8 @@ pub(crate) fn boot(
     }
     let status = child.0.wait()?;
     if !status.success() {
-        bail!("`{}`: {status}", shown(&qemu));
+        let said = std::fs::read_to_string(&complaints).unwrap_or_default();
+        bail!("`{}`: {status}: {}", shown(&qemu), said.trim());
     }
     Ok(())
 }
