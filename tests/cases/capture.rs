@@ -10,62 +10,25 @@ use std::time::Duration;
 
 use dataplane_tests::process::{Place, Process, output, place};
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually, program, require_root};
+use dataplane_tests::{Pair, Pod, Wire, World, eventually, program, require_root};
 
 const PORT: u16 = 7000;
 
-/// Two pods of two nodes, in one mesh: what one says to the other is in a tunnel, so a segment of
-/// the app's own port on a pod's veth is one that has leaked.
-struct Pair {
-    client: Pod,
-    server: Pod,
-    one: Agent,
-    two: Agent,
-    nodes: (Node, Node),
-    world: World,
+/// Taps on both pods' veths, and on the wire.
+fn taps(pair: &Pair) -> [(&'static str, Wire); 3] {
+    let (one, two) = (&pair.nodes.0.netns, &pair.nodes.1.netns);
+    [
+        (
+            "the client's veth",
+            Wire::tap(one.file(), &pair.client.veth),
+        ),
+        (
+            "the server's veth",
+            Wire::tap(two.file(), &pair.server.veth),
+        ),
+        ("the wire", Wire::tap(one.file(), "wire")),
+    ]
 }
-
-impl Pair {
-    fn new() -> Self {
-        let world = World::new();
-        let nodes = world.two_nodes();
-        let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
-        let (one, two) = (world.agent(&nodes.0), world.agent(&nodes.1));
-        one.up(&["client"]);
-        two.up(&["server"]);
-        eventually("the server is dialled by HBONE", 10, || {
-            one.get("/config_dump")
-                .matches("\"protocol\": \"HBONE\"")
-                .count()
-                >= 2
-        });
-        Self {
-            client,
-            server,
-            one,
-            two,
-            nodes,
-            world,
-        }
-    }
-
-    /// Taps on both pods' veths, and on the wire.
-    fn taps(&self) -> [(&'static str, Wire); 3] {
-        let (one, two) = (&self.nodes.0.netns, &self.nodes.1.netns);
-        [
-            (
-                "the client's veth",
-                Wire::tap(one.file(), &self.client.veth),
-            ),
-            (
-                "the server's veth",
-                Wire::tap(two.file(), &self.server.veth),
-            ),
-            ("the wire", Wire::tap(one.file(), "wire")),
-        ]
-    }
-}
-
 /// Fails if a segment from or to one of these ports was seen; and if nothing was seen at all.
 fn nothing_leaked(taps: [(&'static str, Wire); 3], ports: std::ops::Range<u16>) {
     for (name, tap) in taps {
@@ -105,7 +68,7 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
             server
         })
         .collect();
-    let taps = pair.taps();
+    let taps = taps(&pair);
     let mut endings: Vec<(u16, &str)> = ["now", "sent", "half", "reset", "unread", "vanish"]
         .map(|how| (PORT, how))
         .to_vec();
@@ -209,7 +172,7 @@ fn c1_without_an_agent_nobody_reaches_a_pod_and_nothing_of_it_leaves() {
 fn c2_the_apps_own_marks_stay_and_a_socket_that_is_connected_anew_is_decided_anew() {
     let pair = Pair::new();
     let (_app, _own) = (pair.server.serve(PORT), pair.client.serve(PORT));
-    let taps = pair.taps();
+    let taps = taps(&pair);
     let to = pair.server.at(PORT);
     // Bits above ours, and all of ours: they are replaced.
     for mark in ["mark=65536", "mark=1297", "mark=273", "mark=1337"] {
@@ -238,7 +201,7 @@ fn c5_every_kind_of_tcp_connection_is_captured() {
     let _app = pair.server.serve(PORT);
     pair.client.netns.set_sysctl("net.ipv4.tcp_fastopen", "3");
     pair.server.netns.set_sysctl("net.ipv4.tcp_fastopen", "3");
-    let taps = pair.taps();
+    let taps = taps(&pair);
     let before = pair.one.counter("captured");
     let to = pair.server.at(PORT);
     for option in ["mapped", "mptcp", "fastopen", "fastopen"] {
@@ -452,7 +415,7 @@ fn c8_a_second_agent_of_a_node_does_not_start() {
 fn c9_what_was_captured_does_not_leave_by_another_way() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    let taps = pair.taps();
+    let taps = taps(&pair);
     for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
         // Bound to an interface before it connects: captured as any other.
         assert!(

@@ -4,60 +4,9 @@
 
 use std::time::Duration;
 
-use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually};
+use dataplane_tests::{Agent, Node, Pair, Pod, Wire, World, eventually};
 
 const PORT: u16 = 7000;
-
-/// A client on one node and a server on another, both served.
-struct Pair {
-    client: Pod,
-    server: Pod,
-    one: Agent,
-    two: Agent,
-    nodes: (Node, Node),
-    world: World,
-}
-
-impl Pair {
-    fn new() -> Self {
-        let world = World::new();
-        let nodes = world.two_nodes();
-        let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
-        let (one, two) = (world.agent(&nodes.0), world.agent(&nodes.1));
-        one.up(&["client"]);
-        two.up(&["server"]);
-        let pair = Self {
-            client,
-            server,
-            one,
-            two,
-            nodes,
-            world,
-        };
-        pair.know_each_other();
-        pair
-    }
-
-    /// Waits until the client's agent has this in its configuration.
-    fn knows(&self, what: &str) {
-        eventually(&format!("{what} is known"), 5, || {
-            self.one.get("/config_dump").contains(what)
-        });
-    }
-
-    /// Waits until each node's agent dials the other's pods by HBONE.
-    fn know_each_other(&self) {
-        for agent in [&self.one, &self.two] {
-            eventually("both pods are in the mesh of both nodes", 10, || {
-                agent
-                    .get("/config_dump")
-                    .matches("\"protocol\": \"HBONE\"")
-                    .count()
-                    >= 2
-            });
-        }
-    }
-}
 
 #[test]
 fn pods_of_two_nodes_talk_in_hbone_and_the_server_sees_its_client() {

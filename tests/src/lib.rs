@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub use agent::Agent;
 pub use process::Process;
 pub use wire::Wire;
-pub use world::{Node, Pod, World};
+pub use world::{Node, Pair, Pod, World};
 
 /// Panics where tests on the kernel cannot run, and says what is missing.
 pub fn require_root() {

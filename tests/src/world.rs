@@ -19,7 +19,7 @@ use crate::cgroup::{self, Cgroup};
 use crate::manifests::{Manifests, PodObject};
 use crate::netns::Netns;
 use crate::process::{Place, Process, output, place};
-use crate::{program, require_root};
+use crate::{eventually, program, require_root};
 
 /// Addresses from 10.96 on are those of services, of the wire, and nobody's.
 fn process() -> u32 {
@@ -83,6 +83,72 @@ pub struct Pod {
     /// Its network namespace.
     pub netns: Netns,
     hosts: PathBuf,
+}
+
+/// Two pods of two nodes, in one mesh: what one says to the other is in a tunnel, so a segment of
+/// the app's own port on a pod's veth is one that has leaked.
+#[derive(Debug)]
+pub struct Pair {
+    /// The pod `client` of the first node.
+    pub client: Pod,
+    /// The pod `server` of the second.
+    pub server: Pod,
+    /// The first node's agent.
+    pub one: Agent,
+    /// The second's.
+    pub two: Agent,
+    /// The nodes.
+    pub nodes: (Node, Node),
+    /// Where they are.
+    pub world: World,
+}
+
+impl Pair {
+    /// Up, and dialled by HBONE.
+    pub fn new() -> Self {
+        let world = World::new();
+        let nodes = world.two_nodes();
+        let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
+        let (one, two) = (world.agent(&nodes.0), world.agent(&nodes.1));
+        one.up(&["client"]);
+        two.up(&["server"]);
+        let pair = Self {
+            client,
+            server,
+            one,
+            two,
+            nodes,
+            world,
+        };
+        pair.know_each_other();
+        pair
+    }
+
+    /// Waits until the client's agent has this in its configuration.
+    pub fn knows(&self, what: &str) {
+        eventually(&format!("{what} is known"), 5, || {
+            self.one.get("/config_dump").contains(what)
+        });
+    }
+
+    /// Waits until each node's agent dials the other's pods by HBONE.
+    pub fn know_each_other(&self) {
+        for agent in [&self.one, &self.two] {
+            eventually("both pods are in the mesh of both nodes", 10, || {
+                agent
+                    .get("/config_dump")
+                    .matches("\"protocol\": \"HBONE\"")
+                    .count()
+                    >= 2
+            });
+        }
+    }
+}
+
+impl Default for Pair {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl World {

@@ -78,6 +78,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let built = Built::new(false)?;
     let kernels: Vec<Kernel> = names.into_iter().map(Kernel::find).collect::<Result<_>>()?;
     let accelerator = Accelerator::find(&kernels[0])?;
+    let mut all: Vec<String> = Vec::new();
+    for case in built.cases() {
+        all.extend(case.list()?);
+    }
 
     let mut columns = Vec::new();
     if options.what == What::All {
@@ -112,10 +116,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     // Each test that there is, on each kernel.
-    let mut all: Vec<String> = Vec::new();
-    for case in built.cases() {
-        all.extend(case.list()?);
-    }
     for column in &columns {
         for name in column.missing(&all) {
             say(&format!("{}: {name} did not pass", column.kernel));

@@ -175,7 +175,7 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::super::policy::{Action, Clause, Match, Policy, PolicyScope, StringMatch};
-    use super::super::{Accepted, Clients, LocalPod};
+    use super::super::{Accepted, LocalPod};
     use super::*;
     use crate::resolve::mesh::{MeshWriter, store};
     use crate::resolve::workload::tests::workload;
@@ -246,18 +246,7 @@ mod tests {
         let pod = workload(&[]);
         let accepted = Accepted {
             io: (),
-            pod: Arc::new(LocalPod {
-                ports: [15001, 15006, 15008],
-                handshakes: tokio::sync::Semaphore::new(1),
-                connections: tokio::sync::Semaphore::new(1),
-                uid: pod.uid.clone(),
-                namespace: pod.namespace.clone(),
-                name: pod.name.clone(),
-                identity: pod.identity(),
-                addresses: pod.addresses,
-                netns: crate::sys::netns::Netns::own().expect("/proc is there"),
-                clients: Clients::default(),
-            }),
+            pod: LocalPod::example(&pod.uid, pod.identity(), pod.addresses.clone()),
             peer: SocketAddr::from(([10, 0, 0, 9], 4000)),
             destination: match direction {
                 Direction::Outbound => SocketAddr::from(([192, 0, 2, 1], 80)),

@@ -80,7 +80,11 @@ pub async fn enter(
     Ok((Arc::new(pod), listeners, program))
 }
 
-fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
+/// Listens in a namespace, for a pod.
+///
+/// # Errors
+/// The namespace cannot be entered; no port is free; capabilities are missing.
+pub fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
     let listen = || {
         let [outbound, inbound, hbone] = PORTS;
         Ok(Listeners {

@@ -101,6 +101,23 @@ pub enum PodEvent {
 }
 
 impl LocalPod {
+    /// One whose namespace is that of the tests.
+    #[cfg(test)]
+    pub fn example(uid: &str, identity: Identity, addresses: Vec<IpAddr>) -> Arc<Self> {
+        Arc::new(Self {
+            ports: [15001, 15006, 15008],
+            handshakes: Semaphore::new(1),
+            connections: Semaphore::new(1),
+            uid: uid.into(),
+            namespace: identity.namespace().into(),
+            name: "pod".into(),
+            identity,
+            addresses,
+            netns: Netns::own().expect("/proc is there"),
+            clients: Clients::default(),
+        })
+    }
+
     /// Whether the address is one of the pod's own.
     pub fn owns(&self, address: IpAddr) -> bool {
         self.addresses.contains(&address)
@@ -153,18 +170,8 @@ mod tests {
 
     #[test]
     fn c10_a_port_that_a_client_has_is_not_taken_in_its_name() {
-        let pod = Arc::new(LocalPod {
-            ports: [15001, 15006, 15008],
-            handshakes: tokio::sync::Semaphore::new(1),
-            connections: tokio::sync::Semaphore::new(1),
-            uid: "uid".into(),
-            namespace: "ns".into(),
-            name: "pod".into(),
-            identity: Identity::new("td", "ns", "sa"),
-            addresses: Vec::new(),
-            netns: Netns::own().expect("/proc is there"),
-            clients: Clients::default(),
-        });
+        let identity = Identity::new("td", "ns", "sa");
+        let pod = LocalPod::example("uid", identity, Vec::new());
         let client: SocketAddr = "192.0.2.1:10001".parse().expect("an address");
         let (first, second) = (pod.connected(client), pod.connected(client));
         assert!(pod.clients.has(client));

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use super::CheckOptions;
-use crate::capture::Listeners;
+use crate::capture::enrol;
 use crate::capture::pins::Pins;
 use crate::capture::programs::{self, Loader};
 use crate::sys::netns::Netns;
@@ -167,14 +167,7 @@ pub fn trial(folder: &Path) -> Vec<Line> {
             )];
         }
     };
-    let listeners = netns.enter(|| {
-        Ok::<_, std::io::Error>(Listeners {
-            outbound: socket::listener(15001, dataplane_ebpf::mark::CAPTURE)?,
-            inbound: socket::listener(15006, dataplane_ebpf::mark::AGENT)?,
-            hbone: socket::listener(15008, dataplane_ebpf::mark::AGENT)?,
-        })
-    });
-    let listeners = match listeners.and_then(|listeners| listeners) {
+    let listeners = match enrol::listen(&netns) {
         Ok(listeners) => {
             lines.push(line(
                 Verdict::Good,
@@ -184,11 +177,7 @@ pub fn trial(folder: &Path) -> Vec<Line> {
             listeners
         }
         Err(error) => {
-            lines.push(line(
-                Verdict::Lacks,
-                "sockets",
-                format!("transparent and marked: {error}"),
-            ));
+            lines.push(line(Verdict::Lacks, "sockets", error.to_string()));
             return lines;
         }
     };

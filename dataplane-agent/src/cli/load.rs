@@ -12,9 +12,9 @@ use aya::programs::ProgramInfo;
 
 use crate::capture::pins::Pins;
 use crate::capture::programs::{self, Loader};
-use crate::capture::{Listeners, maps};
+use crate::capture::{enrol, maps};
 use crate::sys::netns::Netns;
-use crate::sys::{cgroup, socket, verifier};
+use crate::sys::{cgroup, verifier};
 
 /// Loads the programs, attaches them to a cgroup and a network namespace made for this, lists them,
 /// and takes everything off again.
@@ -33,13 +33,7 @@ pub fn run(bpffs: &Path) -> Result<()> {
     let mut node = loader.node()?;
     programs::attach(&mut node.ebpf, &trial.cgroup, &trial.pins)?;
     let netns = Netns::new().context("cannot make a network namespace")?;
-    let listeners = netns.enter(|| -> std::io::Result<_> {
-        Ok(Listeners {
-            outbound: socket::listener(15001, dataplane_ebpf::mark::CAPTURE)?,
-            inbound: socket::listener(15006, dataplane_ebpf::mark::AGENT)?,
-            hbone: socket::listener(15008, dataplane_ebpf::mark::AGENT)?,
-        })
-    })??;
+    let listeners = enrol::listen(&netns)?;
     let mut pod = loader.pod(&["192.0.2.1".parse()?, "2001:db8::1".parse()?], &listeners)?;
     pod.attach(&netns, &trial.pins.pod(netns.cookie()?))?;
     println!(

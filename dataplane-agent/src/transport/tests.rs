@@ -305,18 +305,7 @@ fn who(account: &str) -> Identity {
 }
 
 fn pod() -> Arc<LocalPod> {
-    Arc::new(LocalPod {
-        ports: [15001, 15006, 15008],
-        handshakes: tokio::sync::Semaphore::new(1),
-        connections: tokio::sync::Semaphore::new(1),
-        uid: "c//Pod/ns/client".into(),
-        namespace: "ns".into(),
-        name: "client".into(),
-        identity: who("client"),
-        addresses: Vec::new(),
-        netns: Netns::own().expect("/proc is there"),
-        clients: crate::authorize::Clients::default(),
-    })
+    LocalPod::example("c//Pod/ns/client", who("client"), Vec::new())
 }
 
 fn key(expected: &str) -> Key {

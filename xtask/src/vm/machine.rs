@@ -123,7 +123,8 @@ pub(crate) fn boot(
         accelerator.scale()
     ))
     .stdin(Stdio::null())
-    .stdout(Stdio::piped());
+    .stdout(Stdio::piped())
+    .stderr(File::create(&complaints)?);
     let child = qemu
         .spawn()
         .with_context(|| format!("cannot start `{}`", shown(&qemu)))?;

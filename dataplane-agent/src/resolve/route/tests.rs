@@ -10,7 +10,6 @@ use crate::accept::LocalPod;
 use crate::resolve::mesh::store;
 use crate::resolve::service::LoadBalancing;
 use crate::resolve::workload::tests::workload;
-use crate::sys::netns::Netns;
 
 const KEY: &str = "ns/svc.ns.svc.cluster.local";
 
@@ -50,18 +49,7 @@ fn accepted(direction: Direction, to: &str) -> Accepted<()> {
     let pod = workload(&[]);
     Accepted {
         io: (),
-        pod: Arc::new(LocalPod {
-            ports: [15001, 15006, 15008],
-            handshakes: tokio::sync::Semaphore::new(1),
-            connections: tokio::sync::Semaphore::new(1),
-            uid: pod.uid.clone(),
-            namespace: pod.namespace.clone(),
-            name: pod.name.clone(),
-            identity: pod.identity(),
-            addresses: pod.addresses,
-            netns: Netns::own().expect("/proc is there"),
-            clients: crate::accept::Clients::default(),
-        }),
+        pod: LocalPod::example(&pod.uid, pod.identity(), pod.addresses.clone()),
         peer: at("10.0.0.9:4000"),
         destination: at(to),
         direction,
