@@ -23,7 +23,6 @@ use crate::authorize::LocalPod;
 use crate::drain::{Load, Scope};
 use crate::hbone::readahead::ReadAhead;
 use crate::identity::{Certs, Identity, IdentityError, Issued, Issuer};
-use crate::sys::netns::Netns;
 
 #[derive(Default)]
 struct Counted {
