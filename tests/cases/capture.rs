@@ -520,7 +520,7 @@ fn a_pod_with_a_sidecar_or_that_says_no_is_left_alone_and_one_without_a_process_
     assert_eq!(agent.pod("nowhere").0, "waiting");
     assert_eq!(
         agent.pod("nowhere").1,
-        "no network namespace of this machine has 10.254.254.254"
+        "no network namespace of this machine has 10.254.254.254; until then it is not captured, and no policy holds"
     );
     assert_eq!(traces(&sidecar), Vec::<String>::new());
     assert_eq!(traces(&says_no), Vec::<String>::new());

@@ -21,7 +21,7 @@ pub struct Authorizer {
 #[derive(Debug, Default)]
 struct Live {
     next: u64,
-    permits: HashMap<u64, Held>,
+    permits: HashMap<u64, Arc<Held>>,
 }
 
 /// What is asked about a permit, again and again.
@@ -95,7 +95,10 @@ impl Authorizer {
     }
 
     fn check_all(&self, mesh: &Mesh) {
-        for held in lock(&self.live).permits.values() {
+        // Asked without the lock, for which connections would wait: one that comes meanwhile is
+        // decided by this mesh or a newer one.
+        let permits: Vec<Arc<Held>> = lock(&self.live).permits.values().cloned().collect();
+        for held in permits {
             let asked = Question {
                 source: held.source.as_ref(),
                 source_ip: held.source_ip,
@@ -124,14 +127,14 @@ impl Authorizer {
 
     fn hold(&self, workload: &Arc<str>, asked: &Question<'_>) -> Revoked {
         let (revoke, revoked) = watch::channel(false);
-        let held = Held {
+        let held = Arc::new(Held {
             workload: Arc::clone(workload),
             source: asked.source.cloned(),
             source_ip: asked.source_ip,
             destination_ip: asked.destination_ip,
             destination_port: asked.destination_port,
             revoke,
-        };
+        });
         let mut live = lock(&self.live);
         let number = live.next;
         live.next += 1;

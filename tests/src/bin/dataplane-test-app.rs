@@ -140,11 +140,13 @@ fn sink(port: &str) -> io::Result<()> {
     })
 }
 
-const PATIENCE: Duration = Duration::from_secs(8);
+fn patience() -> Duration {
+    dataplane_tests::scaled(Duration::from_secs(8)).min(Duration::from_secs(24))
+}
 
 fn patient(stream: TcpStream) -> io::Result<TcpStream> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patience()))?;
+    stream.set_write_timeout(Some(patience()))?;
     Ok(stream)
 }
 
@@ -182,7 +184,7 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
     if let Some(other) = option("twice") {
         // Connected elsewhere before: a UDP-like second connect by AF_UNSPEC.
         let other = parse(other)?;
-        let _ = socket.connect_timeout(&other.into(), PATIENCE);
+        let _ = socket.connect_timeout(&other.into(), patience());
         disconnect(&socket)?;
     }
     if options.contains(&"fastopen") {
@@ -192,7 +194,7 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
         socket.send_to_with_flags(request.as_bytes(), &address, flags)?;
         sent = true;
     } else {
-        socket.connect_timeout(&to.into(), PATIENCE)?;
+        socket.connect_timeout(&to.into(), patience())?;
     }
     if let Some(mark) = option("late-mark") {
         socket.set_mark(number(mark)?)?;
@@ -234,7 +236,7 @@ fn disconnect(socket: &Socket) -> io::Result<()> {
 }
 
 fn talk(to: &str) -> io::Result<()> {
-    let stream = TcpStream::connect_timeout(&parse(to)?, PATIENCE)?;
+    let stream = TcpStream::connect_timeout(&parse(to)?, patience())?;
     println!("connected");
     let mut answers = BufReader::new(stream.try_clone()?);
     std::thread::spawn(move || {
@@ -259,7 +261,7 @@ fn talk(to: &str) -> io::Result<()> {
 }
 
 fn end(to: &str, how: &str) -> io::Result<()> {
-    let stream = patient(TcpStream::connect_timeout(&parse(to)?, PATIENCE)?)?;
+    let stream = patient(TcpStream::connect_timeout(&parse(to)?, patience())?)?;
     match how {
         "now" => {}
         "sent" => (&stream).write_all(b"hello\n")?,
@@ -294,7 +296,7 @@ fn end(to: &str, how: &str) -> io::Result<()> {
 
 fn flood(to: &str, bytes: &str) -> io::Result<()> {
     let mut left: usize = bytes.parse().map_err(io::Error::other)?;
-    let stream = TcpStream::connect_timeout(&parse(to)?, PATIENCE)?;
+    let stream = TcpStream::connect_timeout(&parse(to)?, patience())?;
     let mut seed = 1_u32;
     let mut buffer = vec![0_u8; 1 << 16];
     let (mut sum, mut sent) = (0_u64, 0_u64);
@@ -334,7 +336,7 @@ fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
     let bad = Arc::new(Mutex::new(Vec::new()));
     let started = std::time::Instant::now();
     let once = move || {
-        let stream = patient(TcpStream::connect_timeout(&to, PATIENCE)?)?;
+        let stream = patient(TcpStream::connect_timeout(&to, patience())?)?;
         (&stream).write_all(b"hello\n")?;
         let mut answer = String::new();
         match BufReader::new(&stream).read_line(&mut answer)? {

@@ -368,6 +368,18 @@ impl<'a> Translator<'a> {
         let no_object = |endpoint: &&Endpoint| endpoint.pod.is_none() && !endpoint.other_object;
         for endpoint in slice.body.endpoints.iter().filter(no_object) {
             for address in &endpoint.addresses {
+                // Written by hand for a pod: it is that pod that is dialled, with its identity.
+                let of_pod = |other: &&mut Workload| {
+                    !other.host_network && other.addresses.contains(address)
+                };
+                if let Some(pod) = workloads.iter_mut().find(of_pod) {
+                    for (service, ports) in &services {
+                        pod.services
+                            .entry(service.clone())
+                            .or_insert_with(|| ports.clone());
+                    }
+                    continue;
+                }
                 workloads.push(self.bare(slice, endpoint, *address, services.clone()));
             }
         }
