@@ -280,12 +280,11 @@ impl Table {
         let text = format!(
             "# Kernels\n\n\
              Linux 6.1 is the oldest that is tested, 5.17 the oldest that `dataplane check` lets pass.\n\
-             This table is written by `cargo xtask vm all --write`, which runs the whole suite of\n\
-             `tests/cases` on each of these kernels: its column of `this machine` is where that was\n\
-             done last. `instructions` are those that the verifier walked through, of the million\n\
-             that it allows; the stack is of 512 bytes. What is off is what the agent does without,\n\
-             and why. Of modules only veth is loaded, for the tests: the agent needs none, `tcp_diag`\n\
-             among them.\n\n\
+             This table is written by `cargo xtask vm … --write`, which runs the whole suite of\n\
+             `tests/cases` on each of these kernels. `instructions` are those that the verifier walked\n\
+             through, of the million that it allows; the stack is of 512 bytes. What is off is what the\n\
+             agent does without, and why. Of modules only veth is loaded, for the tests: the agent\n\
+             needs none, `tcp_diag` among them.\n\n\
              `tests/golden/verifier.txt` is what a program may grow to. The suite also runs the agent\n\
              on kernels that lack a kind of programs (it refuses, and names it) or IPv6 (it captures\n\
              IPv4 alone, and refuses the rest), by a seccomp filter.\n\n{}",
