@@ -14,6 +14,8 @@ pub struct Manifests {
 /// A Pod object.
 #[derive(Clone, Debug)]
 pub struct PodObject<'a> {
+    /// Whether services may send to it.
+    pub ready: bool,
     /// Its namespace.
     pub namespace: &'a str,
     /// Its name.
@@ -99,6 +101,9 @@ impl Manifests {
             for address in &pod.addresses {
                 let _ = writeln!(text, "  - ip: {address:?}");
             }
+        }
+        if !pod.ready {
+            text.push_str("  conditions:\n  - type: Ready\n    status: \"False\"\n");
         }
         self.write(&format!("pod-{}-{}.yaml", pod.namespace, pod.name), &text);
     }

@@ -363,6 +363,7 @@ impl Node {
     /// The object of a pod of this node.
     pub fn object<'a>(&'a self, pod: &'a Pod) -> PodObject<'a> {
         PodObject {
+            ready: true,
             namespace: &pod.namespace,
             name: &pod.name,
             node: &self.name,

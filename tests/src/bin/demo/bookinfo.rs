@@ -83,7 +83,7 @@ impl Mesh {
         println!("{} pods", deployments.len());
         let pods = deployments
             .iter()
-            .map(|object| kubelet::run(&world, &nodes, object, "x2x4q"));
+            .map(|object| kubelet::run(&world, &nodes, object, "x2x4q", || ()));
         let pods: Vec<Running> = pods.collect();
         println!("an agent on each node");
         let agents = (world.agent(&nodes["one"]), world.agent(&nodes["two"]));

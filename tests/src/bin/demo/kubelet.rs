@@ -58,11 +58,13 @@ fn pairs(value: &Value) -> Vec<(String, String)> {
 }
 
 /// Runs one pod of a Deployment, or a Pod. `suffix` tells a Deployment's pods apart.
+/// `enrolled` waits until the mesh has it, as a CNI plugin does: services send to it only then.
 pub(crate) fn run(
     world: &World,
     nodes: &BTreeMap<&str, Node>,
     object: &Object,
     suffix: &str,
+    enrolled: impl FnOnce(),
 ) -> Running {
     let is_pod = object.kind() == "Pod";
     let template = if is_pod {
@@ -87,7 +89,8 @@ pub(crate) fn run(
         .filter_map(|container| start(&pod, &container["command"]))
         .collect();
     let owner = (!is_pod).then(|| object.name());
-    world.manifests.pod(&PodObject {
+    let mut status = PodObject {
+        ready: false,
         namespace: object.namespace(),
         name: &name,
         node: &node.name,
@@ -96,7 +99,11 @@ pub(crate) fn run(
         annotations: pairs(&template["metadata"]["annotations"]),
         addresses: vec![pod.v4.to_string(), pod.v6.to_string()],
         owner,
-    });
+    };
+    world.manifests.pod(&status);
+    enrolled();
+    status.ready = true;
+    world.manifests.pod(&status);
     Running {
         app: app.unwrap_or_else(|| name.clone()),
         pod,

@@ -322,13 +322,14 @@ fn scaled(mesh: &Mesh, table: &mut Table) {
         .deployments
         .iter()
         .find(|object| object.name() == "productpage-v1");
+    let mut is_up = false;
     let second = kubelet::run(
         &mesh.world,
         &mesh.nodes,
         deployment.expect("it is in the manifests"),
         "9k8mv",
+        || is_up = within(10, || mesh.states("up") == UP + 1),
     );
-    let is_up = within(10, || mesh.states("up") == UP + 1);
     let first = &mesh.pod("frontend", "productpage").name;
     let mut served = (0, 0);
     within(10, || {
