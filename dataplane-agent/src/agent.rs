@@ -229,9 +229,9 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
     let root = cgroup::root().map_err(machine)?;
     let pods = options.cgroup.as_deref().unwrap_or(&root);
     let pods = config::folder("--cgroup", pods).map_err(AgentError::Settings)?;
-    let own = fs::read_to_string("/proc/self/cgroup").map_err(machine)?;
     // Outside of what is shown to us is outside of what is captured.
-    let own = cgroup::of_process(&root, &own).and_then(|own| cgroup::id(&root, &own).ok());
+    let own = cgroup::own(&root).map_err(machine)?;
+    let own = own.and_then(|own| cgroup::id(&root, &own).ok());
     Ok(room::Config {
         cgroup: pods,
         agent_cgroup: own.map_or(0, |own| own.id),

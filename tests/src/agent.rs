@@ -233,6 +233,13 @@ impl Agent {
         http(&self.socket(), "POST", path)
     }
 
+    /// How many workloads it dials by HBONE.
+    pub fn tunnelled(&self) -> usize {
+        self.get("/config_dump")
+            .matches("\"protocol\": \"HBONE\"")
+            .count()
+    }
+
     /// Gets from the admin socket.
     pub fn get(&self, path: &str) -> String {
         http(&self.socket(), "GET", path)

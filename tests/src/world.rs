@@ -135,11 +135,7 @@ impl Pair {
     pub fn know_each_other(&self) {
         for agent in [&self.one, &self.two] {
             eventually("both pods are in the mesh of both nodes", 10, || {
-                agent
-                    .get("/config_dump")
-                    .matches("\"protocol\": \"HBONE\"")
-                    .count()
-                    >= 2
+                agent.tunnelled() >= 2
             });
         }
     }

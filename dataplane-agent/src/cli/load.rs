@@ -82,7 +82,7 @@ fn list(ebpf: &Ebpf, object: &[u8]) -> Result<()> {
     programs.sort_unstable_by_key(|(name, ..)| *name);
     for (name, kind, info, names) in programs {
         let verified = verifier::verify(object, name, &maps)
-            .map_err(|why| anyhow::anyhow!("kernel program {name}: {why}"))?;
+            .with_context(|| format!("kernel program {name}"))?;
         println!(
             "{name:<10} {:<18} {:>6} {:>9} {:>6}  {names}",
             format!("{kind:?}"),

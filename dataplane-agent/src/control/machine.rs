@@ -85,10 +85,7 @@ impl Machine {
         let own = Netns::own()?.inode();
         let first = fs::metadata("/proc/1/ns/net").map(|of| of.ino());
         Ok(Self {
-            agent: fs::read_to_string("/proc/self/cgroup")
-                .ok()
-                .and_then(|text| cgroup::of_process(&root, &text))
-                .unwrap_or_else(|| root.clone()),
+            agent: cgroup::own(&root)?.unwrap_or_else(|| root.clone()),
             root,
             pods,
             hosts: std::iter::once(own).chain(first).collect(),

@@ -60,12 +60,14 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
     let to = accepted.destination;
     // A tunnel is for the address that it came to: of another family the app would see itself as
     // its client.
-    let pod = match &accepted.direction {
-        Direction::InboundHbone { at, .. } => *at,
-        _ => accepted.pod.addresses.first().copied().unwrap_or(to.ip()),
+    let (pod, meant) = match &accepted.direction {
+        Direction::InboundHbone { at, .. } => (*at, *at == to.ip()),
+        _ => {
+            let first = accepted.pod.addresses.first();
+            (first.copied().unwrap_or(to.ip()), true)
+        }
     };
-    let tunnelled = matches!(accepted.direction, Direction::InboundHbone { .. });
-    if !accepted.pod.owns(to.ip()) || tunnelled && pod != to.ip() {
+    if !meant || !accepted.pod.owns(to.ip()) {
         return Err(ResolveError::IpMismatch {
             pod,
             asked: to.ip(),

@@ -51,6 +51,15 @@ pub fn id(root: &Path, folder: &Path) -> io::Result<CgroupId> {
     })
 }
 
+/// The folder of this process's group; none if that is outside of what our cgroup namespace shows.
+///
+/// # Errors
+/// `/proc` is not there.
+pub fn own(root: &Path) -> io::Result<Option<PathBuf>> {
+    let text = fs::read_to_string("/proc/self/cgroup")?;
+    Ok(of_process(root, &text))
+}
+
 /// The folder of a process's group, from the text of its `/proc/<pid>/cgroup`; none if that group
 /// is outside of what our cgroup namespace shows.
 pub fn of_process(root: &Path, text: &str) -> Option<PathBuf> {

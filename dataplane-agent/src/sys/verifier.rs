@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use anyhow::{Context, Result, bail};
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_type};
 use aya_obj::programs::{CgroupSkbAttachType, CgroupSockAddrAttachType};
 use aya_obj::{Object, ProgramSection};
@@ -25,13 +26,8 @@ pub struct Verified {
 ///
 /// # Errors
 /// The object has no such program, or the kernel refuses it, and why.
-pub fn verify(
-    object: &[u8],
-    name: &str,
-    maps: &HashMap<String, OwnedFd>,
-) -> Result<Verified, String> {
-    let text = |error: &dyn std::fmt::Display| error.to_string();
-    let mut object = Object::parse(object).map_err(|error| text(&error))?;
+pub fn verify(object: &[u8], name: &str, maps: &HashMap<String, OwnedFd>) -> Result<Verified> {
+    let mut object = Object::parse(object)?;
     let sections: HashSet<usize> = object
         .functions
         .keys()
@@ -42,18 +38,14 @@ pub fn verify(
         let descriptor = maps.get(name)?.as_raw_fd();
         Some((name.as_str(), descriptor, map))
     });
-    object
-        .relocate_maps(known, &sections)
-        .map_err(|error| text(&error))?;
-    object
-        .relocate_calls(&sections)
-        .map_err(|error| text(&error))?;
-    let program = object.programs.get(name).ok_or("is not in the object")?;
+    object.relocate_maps(known, &sections)?;
+    object.relocate_calls(&sections)?;
+    let program = object.programs.get(name).context("is not in the object")?;
     let function = object
         .functions
         .get(&program.function_key())
-        .ok_or("has no code")?;
-    let (kind, attach) = kind(&program.section).ok_or("is of a kind that is not ours")?;
+        .context("has no code")?;
+    let (kind, attach) = kind(&program.section).context("is of a kind that is not ours")?;
 
     let mut log = vec![0_u8; 64 * 1024];
     // SAFETY: a union of plain numbers, for which zero is what is not set.
@@ -61,8 +53,7 @@ pub fn verify(
     attr.__bindgen_anon_3.prog_type = kind as u32;
     attr.__bindgen_anon_3.expected_attach_type = attach as u32;
     attr.__bindgen_anon_3.insns = function.instructions.as_ptr() as u64;
-    attr.__bindgen_anon_3.insn_cnt =
-        u32::try_from(function.instructions.len()).map_err(|error| text(&error))?;
+    attr.__bindgen_anon_3.insn_cnt = u32::try_from(function.instructions.len())?;
     attr.__bindgen_anon_3.license = program.license.as_ptr() as u64;
     attr.__bindgen_anon_3.log_level = STATISTICS;
     attr.__bindgen_anon_3.log_buf = log.as_mut_ptr() as u64;
@@ -76,12 +67,12 @@ pub fn verify(
     let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
     let log = String::from_utf8_lossy(&log[..end]);
     if loaded < 0 {
-        return Err(format!("{error}: {log}"));
+        bail!("{error}: {log}");
     }
-    let descriptor = i32::try_from(loaded).map_err(|error| text(&error))?;
+    let descriptor = i32::try_from(loaded)?;
     // SAFETY: the kernel has just made it for this caller alone.
     drop(unsafe { OwnedFd::from_raw_fd(descriptor) });
-    read(&log).ok_or_else(|| format!("the verifier's log is not as expected: {log}"))
+    read(&log).with_context(|| format!("the verifier's log is not as expected: {log}"))
 }
 
 /// `stack depth 120+8` and `processed 1024 insns (limit 1000000) …`, each on a line.

@@ -7,7 +7,6 @@
 //! What is in memory for one direction is one read (at most `LARGE`), besides what the stream's
 //! send buffer and window bound. An idle relay holds no buffer.
 
-use futures_util::future::{Either, select};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -17,6 +16,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
+use futures_util::future::{Either, select};
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
 use tokio::net::TcpStream;

@@ -118,13 +118,7 @@ impl Mesh {
 
     /// Whether each node dials all pods by HBONE that shall be.
     fn knows_all(&self) -> bool {
-        let tunnelled = |agent: &Agent| {
-            agent
-                .get("/config_dump")
-                .matches("\"protocol\": \"HBONE\"")
-                .count()
-        };
-        tunnelled(&self.one) == UP && tunnelled(&self.two) == UP
+        self.one.tunnelled() == UP && self.two.tunnelled() == UP
     }
 
     /// A pod, by its namespace and its app.
