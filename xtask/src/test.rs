@@ -215,7 +215,11 @@ impl Executable {
         let lines = BufReader::new(child.stdout.take().context("no output of the test")?);
         let mut outcome = Outcome::default();
         for line in lines.split(b'\n') {
-            outcome.hear(&String::from_utf8_lossy(&line?));
+            let line = line?;
+            let line = String::from_utf8_lossy(&line);
+            if outcome.hear(&line) {
+                say(&line);
+            }
         }
         let status = child.wait()?;
         outcome.end(&self.name, status.success(), &status.to_string());
@@ -225,8 +229,8 @@ impl Executable {
 }
 
 impl Outcome {
-    /// Takes what libtest says in a line, and says on what is for people.
-    pub(crate) fn hear(&mut self, line: &str) {
+    /// Takes what libtest says in a line; whether it is one for people.
+    pub(crate) fn hear(&mut self, line: &str) -> bool {
         if let Some(counts) = line.strip_prefix("test result: ") {
             // `test result: ok. 3 passed; 0 failed; …`
             let count = |word: &str| {
@@ -235,7 +239,7 @@ impl Outcome {
             };
             self.passed = count("passed").unwrap_or(0);
             self.failed = count("failed").unwrap_or(0);
-            return;
+            return false;
         }
         if let Some(name) = line
             .strip_prefix("test ")
@@ -243,9 +247,7 @@ impl Outcome {
         {
             self.names.push(name.to_owned());
         }
-        if !line.is_empty() && !line.starts_with("running ") {
-            say(line);
-        }
+        !line.is_empty() && !line.starts_with("running ")
     }
 
     /// Counts an executable that died before it could count as a failure.
@@ -291,10 +293,10 @@ mod tests {
         let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 2 filtered \
                     out; finished in 0.01s";
         let mut outcome = Outcome::default();
-        outcome.hear(line);
+        assert!(!outcome.hear(line));
         assert_eq!((outcome.passed, outcome.failed), (12, 3));
-        outcome.hear("test decide::tests::steers ... ok");
-        outcome.hear("test decide::tests::fails ... FAILED");
+        assert!(outcome.hear("test decide::tests::steers ... ok"));
+        assert!(outcome.hear("test decide::tests::fails ... FAILED"));
         assert_eq!(outcome.names, ["decide::tests::steers"]);
     }
 }

@@ -116,7 +116,11 @@ impl Column {
                         said[number].push_str(line);
                         said[number].push('\n');
                     }
-                    Some(number) => outcomes[number - 2].hear(line),
+                    Some(number) => {
+                        if outcomes[number - 2].hear(line) {
+                            say(line);
+                        }
+                    }
                     None => {
                         say(line);
                         if let Some(own) = line.strip_prefix("Linux ") {
