@@ -18,6 +18,17 @@ pub enum Connect {
     Refuse(Reason),
 }
 
+/// Decides a connect to `to` in a namespace that is no pod's. `of_pod`: the process is in an enrolled
+/// pod's cgroup. Its pod's routes are in another namespace, and it would leave in clear.
+#[inline(always)]
+pub fn connect_elsewhere(to: &Ip, of_pod: bool) -> Connect {
+    if of_pod && !to.is_loopback() && !to.is_unspecified() {
+        Connect::Refuse(Reason::ForeignCgroup)
+    } else {
+        Connect::Local
+    }
+}
+
 /// Decides a pod's connect to `to`. `foreign`: the process is in another enrolled pod's cgroup.
 #[inline(always)]
 pub fn connect(pod: &Addresses, to: &Ip, foreign: bool) -> Connect {
@@ -156,6 +167,19 @@ mod tests {
             connect(&pod(&["10.1.0.5"]), &ip("127.0.0.1"), true),
             Connect::Refuse(Reason::ForeignCgroup)
         );
+    }
+
+    #[test]
+    fn a_pods_process_in_another_namespace_reaches_only_that_namespace() {
+        for (to, of_pod, expected) in [
+            ("1.2.3.4", false, Connect::Local),
+            ("127.0.0.1", true, Connect::Local),
+            ("::", true, Connect::Local),
+            ("1.2.3.4", true, Connect::Refuse(Reason::ForeignCgroup)),
+            ("fd00::1", true, Connect::Refuse(Reason::ForeignCgroup)),
+        ] {
+            assert_eq!(connect_elsewhere(&ip(to), of_pod), expected, "{to}");
+        }
     }
 
     #[test]

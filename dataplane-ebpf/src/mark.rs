@@ -22,7 +22,7 @@ pub const fn after_connect(old: u32, captured: bool) -> u32 {
     }
 }
 
-/// Whether a socket of this mark may send by `lo` only.
+/// Whether a pod's socket that has this mark as its connection begins may send by `lo` only.
 #[inline(always)]
 pub const fn stays_inside(mark: u32) -> bool {
     matches!(mark & MASK, CAPTURE | RETURN)

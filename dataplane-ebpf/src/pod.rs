@@ -40,8 +40,8 @@ impl Addresses {
     }
 }
 
-/// An enrolled pod; the key is the cookie of its network namespace. Written by the agent alone:
-/// last at enrolment, removed first.
+/// An enrolled pod; the key is the cookie of its network namespace. Written by the agent alone: the
+/// last step of enrolment; said to leave in the first of leaving, and removed in the last.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Pod {
@@ -51,8 +51,8 @@ pub struct Pod {
     pub cgroup: u64,
     /// How deep that cgroup is; the root is 0.
     pub cgroup_level: u32,
-    /// Always 0.
-    pub reserved: u32,
+    /// Not 0: nothing new of it is captured any more, and what was stays inside.
+    pub leaving: u32,
 }
 
 /// What holds for all pods of the node. Written by the agent.

@@ -75,7 +75,7 @@ impl NodeMaps {
             addresses: pack(addresses)?,
             cgroup: cgroup.id,
             cgroup_level: cgroup.level,
-            reserved: 0,
+            leaving: 0,
         };
         self.cgroups
             .insert(cgroup.id, cookie, 0)
@@ -83,12 +83,19 @@ impl NodeMaps {
         self.pods.insert(cookie, pod, 0).map_err(failed("PODS"))
     }
 
-    /// From now on its connections are not captured any more.
+    /// From now on its new connections are not captured any more; what runs stays inside.
     ///
     /// # Errors
     /// The kernel refuses.
     pub fn release(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        absent(self.pods.remove(&cookie)).map_err(failed("PODS"))?;
+        match self.pods.get(&cookie, 0) {
+            Ok(pod) => {
+                let pod = Pod { leaving: 1, ..pod };
+                self.pods.insert(cookie, pod, 0).map_err(failed("PODS"))?;
+            }
+            Err(MapError::KeyNotFound) => {}
+            Err(error) => return Err(failed("PODS")(error)),
+        }
         let owned: Vec<u64> = self
             .cgroups
             .iter()
@@ -101,7 +108,15 @@ impl NodeMaps {
         Ok(())
     }
 
-    /// The cookies of all pods that are captured.
+    /// The last step out: nothing of it runs any more.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn forget(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        absent(self.pods.remove(&cookie)).map_err(failed("PODS"))
+    }
+
+    /// The cookies of all pods that the kernel knows.
     pub fn enrolled(&self) -> Vec<u64> {
         self.pods.keys().filter_map(Result::ok).collect()
     }

@@ -227,6 +227,7 @@ impl Room {
         for cookie in node.maps.enrolled() {
             if !pods.contains_key(&cookie) {
                 node.maps.release(cookie)?;
+                node.maps.forget(cookie)?;
             }
         }
         for cookie in pins.pod_cookies() {
@@ -397,7 +398,7 @@ impl Room {
                 let adopted = self.pods.contains_key(&cookie);
                 if !adopted && let Ok(Some(record)) = self.records.of(cookie) {
                     self.release(cookie);
-                    if let Err(error) = enrol::undo(&record, &self.records, &self.pins).await {
+                    if let Err(error) = self.put_back(&record).await {
                         tracing::warn!(%error, "what was begun cannot be undone");
                     }
                 }
@@ -545,16 +546,24 @@ impl Room {
             return;
         };
         pod.phase = InPhase::Adopted; // its listeners and program are gone
-        match enrol::undo(&pod.record, &self.records, &self.pins).await {
+        let (uid, record) = (pod.uid.clone(), pod.record.clone());
+        match self.put_back(&record).await {
             Ok(()) => {
-                tracing::info!(pod = %pod.uid, "pod left the mesh");
+                tracing::info!(pod = %uid, "pod left the mesh");
                 self.pods.remove(&cookie);
             }
             Err(error) => {
-                tracing::warn!(pod = %pod.uid, %error, "pod's namespace is not as it was; it is tried again");
+                tracing::warn!(pod = %uid, %error, "pod's namespace is not as it was; it is tried again");
                 self.again = Some(Instant::now() + RETRY);
             }
         }
+    }
+
+    /// The last step out. The kernel forgets the pod when all else is as it was: until then it keeps
+    /// inside what is the pod's.
+    async fn put_back(&self, record: &Record) -> Result<(), CaptureError> {
+        enrol::undo(record, &self.records, &self.pins).await?;
+        self.window.maps().forget(record.cookie)
     }
 
     async fn send(&self, event: PodEvent) -> Result<(), CaptureError> {

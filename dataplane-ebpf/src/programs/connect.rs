@@ -12,7 +12,6 @@ use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::decide::{self, Connect};
 use dataplane_ebpf::event::{Event, Reason};
 use dataplane_ebpf::mark;
-use dataplane_ebpf::pod::Pod;
 
 use crate::context;
 use crate::maps::{count, node, report};
@@ -55,11 +54,13 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
         return ALLOW;
     }
     // SAFETY: the agent replaces entries whole; a reader sees the old one or the new one.
-    let Some(pod) = (unsafe { PODS.get(netns) }) else {
-        // Not enrolled, or not any more: a mark that an earlier connect left must not steer.
-        return if set_mark(ctx, false) { ALLOW } else { DENY };
+    let pod = unsafe { PODS.get(netns) }.filter(|pod| pod.leaving == 0);
+    let is_own = pod.is_some_and(|pod| ancestor(pod.cgroup_level as i32) == pod.cgroup);
+    let foreign = !is_own && is_of_other(netns);
+    let decision = match pod {
+        Some(pod) => decide::connect(&pod.addresses, to, foreign),
+        None => decide::connect_elsewhere(to, foreign),
     };
-    let decision = decide::connect(&pod.addresses, to, is_foreign(pod, netns));
     if node.log != 0 {
         info!(
             ctx,
@@ -71,8 +72,10 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     }
     let failed = match decision {
         Connect::Local => {
-            count(Counter::Local);
-            (!set_mark(ctx, false)).then_some(Reason::MarkFailed)
+            if pod.is_some() {
+                count(Counter::Local);
+            }
+            (!let_go(ctx)).then_some(Reason::MarkFailed)
         }
         Connect::Capture if !keep_inside(ctx) => Some(Reason::StorageFailed),
         Connect::Capture => {
@@ -89,31 +92,35 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
         netns,
         cgroup,
         to: *to,
-        pod: pod.addresses.all[0],
+        pod: pod.map_or(Ip::NONE, |pod| pod.addresses.all[0]),
         reason: reason as u32,
         port: u32::from(port),
     });
     DENY
 }
 
-/// Whether the process is in the cgroup of another enrolled pod than the one whose namespace it is
-/// in. A process that is in no pod's cgroup counts as the namespace's own.
-#[inline(always)]
-fn is_foreign(pod: &Pod, netns: u64) -> bool {
-    // SAFETY: a helper that reads the current task.
-    let ancestor = |level: i32| unsafe { bpf_get_current_ancestor_cgroup_id(level) };
-    if ancestor(pod.cgroup_level as i32) == pod.cgroup {
-        return false;
-    }
+/// Whether the process is in the cgroup of an enrolled pod whose namespace is not this one. A process
+/// that is in no pod's cgroup counts as the namespace's own.
+#[inline(never)]
+fn is_of_other(netns: u64) -> bool {
     for level in 1..=DEPTH {
+        let cgroup = ancestor(level);
+        if cgroup == 0 {
+            return false;
+        }
         // SAFETY: only compared; no reference outlives the call.
-        if let Some(owner) = unsafe { CGROUPS.get(ancestor(level)) }
-            && *owner != netns
-        {
-            return true;
+        if let Some(owner) = unsafe { CGROUPS.get(cgroup) } {
+            return *owner != netns;
         }
     }
     false
+}
+
+/// The cgroup above the process's own at a level; 0 where it is not so deep.
+#[inline(always)]
+fn ancestor(level: i32) -> u64 {
+    // SAFETY: a helper that reads the current task.
+    unsafe { bpf_get_current_ancestor_cgroup_id(level) }
 }
 
 /// Sets our mark on the socket, or clears it; the application's bits stay.
@@ -128,9 +135,6 @@ fn set_mark(ctx: &SockAddrContext, captured: bool) -> bool {
     // SAFETY: not null, and the verifier allows this field.
     let old = unsafe { (*sk).mark };
     let mut new = mark::after_connect(old, captured);
-    if !captured {
-        release(ctx);
-    }
     // SAFETY: the value lives on this stack, and its length is given.
     new == old
         || unsafe {
@@ -158,13 +162,17 @@ fn keep_inside(ctx: &SockAddrContext) -> bool {
     true
 }
 
-/// A socket that was captured and is connected elsewhere now is free again.
+/// Frees a socket that was captured and is connected elsewhere now; what another one is marked with is
+/// not ours.
 #[inline(always)]
-fn release(ctx: &SockAddrContext) {
+fn let_go(ctx: &SockAddrContext) -> bool {
     // SAFETY: the context's socket is locked by the connect.
     let stored = unsafe { INSIDE.get_ptr_mut(ctx) };
-    if !stored.is_null() {
-        // SAFETY: not null, and as above.
-        unsafe { *stored = 0 };
+    // SAFETY: not null, and as above.
+    if stored.is_null() || unsafe { *stored } == 0 {
+        return true;
     }
+    // SAFETY: as above.
+    unsafe { *stored = 0 };
+    set_mark(ctx, false)
 }

@@ -7,7 +7,6 @@ use aya_ebpf::helpers::generated::{bpf_sk_fullsock, bpf_sk_storage_get};
 use aya_ebpf::macros::cgroup_skb;
 use aya_ebpf::programs::SkBuffContext;
 use dataplane_ebpf::counter::Counter;
-use dataplane_ebpf::mark;
 
 use crate::context::LO;
 use crate::maps::count;
@@ -34,7 +33,7 @@ pub(crate) fn egress(ctx: SkBuffContext) -> i32 {
     let inside = unsafe {
         let stored =
             bpf_sk_storage_get(inside(), sk.cast(), core::ptr::null_mut(), 0).cast::<u32>();
-        mark::stays_inside((*sk).mark) || (!stored.is_null() && *stored != 0)
+        !stored.is_null() && *stored != 0
     };
     if inside {
         count(Counter::KeptInside);

@@ -6,7 +6,7 @@ use aya_ebpf::maps::HashMap;
 use dataplane_ebpf::pod::Pod;
 
 /// Enrolled pods by the cookie of their network namespace. Written by the agent: the last step of
-/// enrolment, the first of leaving. When it is full, enrolment fails.
+/// enrolment, the first and the last of leaving. When it is full, enrolment fails.
 #[map]
 pub(crate) static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(1024, 0);
 
@@ -15,6 +15,7 @@ pub(crate) static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(1024, 0);
 pub(crate) static CGROUPS: HashMap<u64, u64> = HashMap::with_max_entries(1024, 0);
 
 /// On sockets that may send by `lo` only: 1. Written and read by the programs; gone with the socket.
+/// A mark alone says nothing: it may be somebody else's.
 #[btf_map]
 pub(crate) static INSIDE: SkStorage<u32> = SkStorage::new();
 

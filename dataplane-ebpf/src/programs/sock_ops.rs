@@ -1,16 +1,16 @@
 //! Hook: a connection of the pods' cgroup begins. The app's end of an agent's connection, and each
 //! subflow of a captured MPTCP one, is remembered as one that sends by `lo` only: the connect hook
-//! sees neither.
+//! sees neither. Only in a pod's namespace: elsewhere such a mark is somebody else's.
 
 use aya_ebpf::bindings::{
     BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
 };
-use aya_ebpf::helpers::generated::bpf_sk_storage_get;
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get};
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
 use dataplane_ebpf::mark;
 
-use crate::node_maps::inside;
+use crate::node_maps::{PODS, inside};
 
 /// Runs at each event of a TCP socket; cares for the two at which a connection begins.
 #[sock_ops]
@@ -27,7 +27,12 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
         return 0;
     }
     // SAFETY: not null.
-    if mark::stays_inside(unsafe { (*sk).mark }) {
+    if !mark::stays_inside(unsafe { (*sk).mark }) {
+        return 0;
+    }
+    // SAFETY: a helper that reads the context; the entry is not read.
+    let of_pod = unsafe { PODS.get(bpf_get_netns_cookie(ctx.ops.cast())) }.is_some();
+    if of_pod {
         let mut yes = 1_u32;
         // SAFETY: not null; the initial value lives on this stack.
         unsafe {

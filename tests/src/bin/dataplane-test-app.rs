@@ -11,22 +11,24 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
 const USAGE: &str = "usage: dataplane-test-app COMMAND
   pause                        does nothing
-  serve PORT                   answers each line with the client's address, a space, and the line
+  serve PORT [OPTION...]       answers each line with the client's address, a space, and the line
   end-server PORT HOW          takes a line, and ends the connection: close, reset, half, unread
   sink PORT                    reads to the end; answers with how much it was, and a checksum
   ask ADDRESS LINE [OPTION...] sends a line, prints the answer
-  talk ADDRESS                 sends each line of its input, prints each answer
+  talk ADDRESS                 sends each line of its input, prints each answer; a line `late-mark=N`
+                               or `late-device=NAME` does that to its socket
   end ADDRESS HOW              connects and ends it: now, sent, half, reset, unread, vanish
   flood ADDRESS BYTES          sends as much, prints what the sink answers
   rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
-options: mapped (IPv4 in an IPv6 socket) mptcp fastopen device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS";
+options of serve: late-mark=N late-device=NAME, on what it accepts
+options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS";
 
 fn main() {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
         ["pause"] => pause(),
-        ["serve", port] => serve(port),
+        ["serve", port, options @ ..] => serve(port, options),
         ["end-server", port, how] => end_server(port, how),
         ["sink", port] => sink(port),
         ["ask", to, line, options @ ..] => ask(to, line, options),
@@ -66,24 +68,35 @@ fn pause() -> io::Result<()> {
 
 fn listen(port: &str) -> io::Result<TcpListener> {
     let port = port.parse().map_err(io::Error::other)?;
-    let listener = TcpListener::bind(("::", port))?;
+    // Both families, or the one that this kernel has.
+    let listener =
+        TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))?;
     println!("ready");
     Ok(listener)
 }
 
 /// Serves each connection on a thread of its own, until the input closes.
-fn each(port: &str, serve: fn(TcpStream) -> io::Result<()>) -> io::Result<()> {
+fn each(
+    port: &str,
+    serve: impl Fn(TcpStream) -> io::Result<()> + Send + Sync + 'static,
+) -> io::Result<()> {
     let listener = listen(port)?;
+    let serve = std::sync::Arc::new(serve);
     std::thread::spawn(move || {
         for connection in listener.incoming().flatten() {
+            let serve = serve.clone();
             std::thread::spawn(move || serve(connection));
         }
     });
     io::stdin().read_to_end(&mut Vec::new()).map(|_| ())
 }
 
-fn serve(port: &str) -> io::Result<()> {
-    each(port, |connection| {
+fn serve(port: &str, options: &[&str]) -> io::Result<()> {
+    let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
+    each(port, move |connection| {
+        for option in &options {
+            late(&connection, option)?;
+        }
         let client = connection.peer_addr()?.ip().to_canonical();
         let mut lines = BufReader::new(&connection);
         loop {
@@ -94,6 +107,19 @@ fn serve(port: &str) -> io::Result<()> {
             (&connection).write_all(format!("{client} {line}").as_bytes())?;
         }
     })
+}
+
+/// Marks or binds a socket that is connected; whether the word says so.
+fn late(connection: &TcpStream, option: &str) -> io::Result<bool> {
+    let socket = SockRef::from(connection);
+    if let Some(mark) = option.strip_prefix("late-mark=") {
+        socket.set_mark(mark.parse().map_err(io::Error::other)?)?;
+    } else if let Some(device) = option.strip_prefix("late-device=") {
+        socket.bind_device(Some(device.as_bytes()))?;
+    } else {
+        return Ok(false);
+    }
+    Ok(true)
 }
 
 fn end_server(port: &str, how: &str) -> io::Result<()> {
@@ -196,13 +222,10 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
     } else {
         socket.connect_timeout(&to.into(), patience())?;
     }
-    if let Some(mark) = option("late-mark") {
-        socket.set_mark(number(mark)?)?;
-    }
-    if let Some(device) = option("late-device") {
-        socket.bind_device(Some(device.as_bytes()))?;
-    }
     let stream = patient(socket.into())?;
+    for option in options {
+        late(&stream, option)?;
+    }
     if !sent {
         (&stream).write_all(request.as_bytes())?;
     }
@@ -254,8 +277,11 @@ fn talk(to: &str) -> io::Result<()> {
         }
     });
     for line in io::stdin().lines() {
-        // What breaks is told by the thread that reads.
-        let _ = (&stream).write_all(format!("{}\n", line?).as_bytes());
+        let line = line?;
+        if !late(&stream, &line)? {
+            // What breaks is told by the thread that reads.
+            let _ = (&stream).write_all(format!("{line}\n").as_bytes());
+        }
     }
     Ok(())
 }
