@@ -104,14 +104,14 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         ))
     })?;
     // A kernel that lacks something is told of now, and not at the first pod.
-    let lacks = check::trial(&options.places.bpffs);
-    for line in lacks
+    let found = check::kernel(&options.places.bpffs).await;
+    for line in found
         .iter()
         .filter(|line| line.verdict == check::Verdict::Note)
     {
         tracing::warn!("{}: {}", line.what, line.detail);
     }
-    let lacks: Vec<String> = lacks
+    let lacks: Vec<String> = found
         .iter()
         .filter(|line| line.verdict == check::Verdict::Lacks)
         .map(|line| format!("{}: {}", line.what, line.detail))

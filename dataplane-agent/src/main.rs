@@ -22,9 +22,10 @@ fn main() -> ExitCode {
     }
     match cli.command {
         Command::Run(options) => run(*options),
-        Command::Check(options) => match check::run(&options) {
-            true => Exit::Good.into(),
-            false => Exit::Machine.into(),
+        Command::Check(options) => match runtime().map(|all| all.block_on(check::run(&options))) {
+            Ok(true) => Exit::Good.into(),
+            Ok(false) => Exit::Machine.into(),
+            Err(error) => fail(Exit::Failed, &error.to_string()),
         },
         Command::Status(options) => match status::run(&options) {
             Ok(()) => Exit::Good.into(),
@@ -55,10 +56,7 @@ fn run(options: RunOptions) -> ExitCode {
         Err(error) => return fail(Exit::Settings, &format!("--log: {error}")),
     };
     let ended = agent::privileges().and_then(|()| {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build();
-        let runtime = runtime.map_err(anyhow::Error::from)?;
+        let runtime = runtime().map_err(anyhow::Error::from)?;
         runtime.block_on(agent::run(options, level))
     });
     match ended {
@@ -69,9 +67,7 @@ fn run(options: RunOptions) -> ExitCode {
 
 fn uninstall(options: &UninstallOptions) -> ExitCode {
     let run = options.places.of_node(&options.node);
-    let done = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
+    let done = runtime()
         .map_err(|error| error.to_string())
         .and_then(|runtime| {
             let removed = enrol::uninstall(&options.places.bpffs, &run, &options.node);
@@ -99,6 +95,12 @@ fn uninstall(options: &UninstallOptions) -> ExitCode {
     }
     println!("node {}: {pods} pods let go, nothing is left", options.node);
     Exit::Good.into()
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
 }
 
 fn fail(exit: Exit, error: &str) -> ExitCode {

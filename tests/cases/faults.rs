@@ -13,7 +13,7 @@ use bytes::Bytes;
 use dataplane_tests::agent::CAPABILITIES;
 use dataplane_tests::lacks::Lacks;
 use dataplane_tests::process::output;
-use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually};
+use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually, scaled};
 use http::{Method, Request};
 use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
 use rustls_pki_types::pem::PemObject;
@@ -100,7 +100,7 @@ impl Peer {
     ) -> Result<u16, String> {
         let tcp = from
             .netns
-            .run(|| std::net::TcpStream::connect_timeout(&to, Duration::from_secs(5)));
+            .run(|| std::net::TcpStream::connect_timeout(&to, scaled(Duration::from_secs(5))));
         let tcp = tcp.map_err(|error| error.to_string())?;
         tcp.set_nonblocking(true).expect("a socket");
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -108,7 +108,7 @@ impl Peer {
             .build()
             .expect("a runtime");
         let asked = self.ask(tcp, method, authority);
-        let asked = async { tokio::time::timeout(Duration::from_secs(20), asked).await };
+        let asked = async { tokio::time::timeout(scaled(Duration::from_secs(10)), asked).await };
         runtime
             .block_on(asked)
             .map_err(|_| "no answer".to_owned())?
@@ -470,13 +470,13 @@ fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
     let path = one.world.manifests.folder.join("policy-demo-nobody.yaml");
     let whole = fs::read_to_string(&path).expect("a file");
     for bad in [&whole[..whole.len() / 2], "", "kind: [", "\u{0}\u{1}"] {
+        let told = || one.agent.log().matches("what it said before holds").count();
+        let before = told();
         // As an editor may: in place, and not by rename.
         fs::write(&path, bad).expect("a file");
-        std::thread::sleep(Duration::from_millis(900));
+        eventually(&format!("it is told of {bad:?}"), 5, || told() > before);
         assert!(one.outsider.ask(to, "x").is_err(), "still denied: {bad:?}");
     }
-    one.agent
-        .logs(&["policy-demo-nobody.yaml", "what it said before holds"]);
     let status = one.agent.status().expect("it answers");
     assert!(
         status["problems"]

@@ -228,7 +228,7 @@ fn a_namespace_leaves_and_comes_back_while_clients_connect_and_none_fails() {
     let _app = pair.server.serve(PORT);
     let to = pair.server.at(PORT).to_string();
     let mut live = pair.client.talk(pair.server.at(PORT));
-    let rate = pair.client.app(&["rate", &to, "12", "200"]);
+    let mut rate = pair.client.app(&["rate", &to, "12", "200"]);
     std::thread::sleep(Duration::from_secs(2));
     pair.world.manifests.namespace("demo", false);
     pair.one.is("client", "draining");
@@ -239,6 +239,7 @@ fn a_namespace_leaves_and_comes_back_while_clients_connect_and_none_fails() {
     pair.world.manifests.namespace("demo", true);
     pair.one.up(&["client"]);
     pair.two.up(&["server"]);
+    assert!(rate.runs(), "clients connected all the while");
     let (status, lines) = rate.end();
     assert!(status.success());
     assert!(lines[0].ends_with(" 0 bad"), "{lines:?}");

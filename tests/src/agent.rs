@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::lacks::{Lacks, lacks};
 use crate::process::{Place, output, place};
-use crate::{eventually, program, scaled};
+use crate::{program, scaled, within};
 
 /// What the daemon may do: the list of `deploy/capabilities.md`, with the kernel's numbers.
 pub const CAPABILITIES: [(&str, u8); 3] = [
@@ -150,6 +150,36 @@ impl Agent {
         self.child.take().expect("it runs").wait().expect("a child")
     }
 
+    /// Whether it was started and has ended by itself.
+    fn has_ended(&self) -> bool {
+        use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+        let Some(child) = &self.child else {
+            return false;
+        };
+        let pid = nix::unistd::Pid::from_raw(child.id().try_into().expect("a pid"));
+        // Only asked: the end is left for `wait` to see.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        !matches!(waitid(Id::Pid(pid), flags), Ok(WaitStatus::StillAlive))
+    }
+
+    /// Waits until it holds, or the agent ends.
+    fn eventually(&self, what: &str, mut holds: impl FnMut() -> bool) {
+        let (mut ended, mut held) = (false, false);
+        within(20, || {
+            // In this order: what it said last is seen.
+            ended = self.has_ended();
+            held = holds();
+            held || ended
+        });
+        let log = self.setup.log.display();
+        let why = if ended {
+            "it has ended"
+        } else {
+            "not within 20 s"
+        };
+        assert!(held, "{why}: {what}; log: {log}");
+    }
+
     /// All that it has logged.
     pub fn log(&self) -> String {
         fs::read_to_string(&self.setup.log).unwrap_or_default()
@@ -158,18 +188,14 @@ impl Agent {
     /// Waits for a line that has all of these in it.
     pub fn logs(&self, parts: &[&str]) -> String {
         let mut found = None;
-        eventually(
-            &format!("a line with {parts:?} in {}", self.setup.log.display()),
-            20,
-            || {
-                let log = self.log();
-                found = log
-                    .lines()
-                    .find(|line| parts.iter().all(|part| line.contains(part)))
-                    .map(str::to_owned);
-                found.is_some()
-            },
-        );
+        self.eventually(&format!("a line with {parts:?}"), || {
+            let log = self.log();
+            found = log
+                .lines()
+                .find(|line| parts.iter().all(|part| line.contains(part)))
+                .map(str::to_owned);
+            found.is_some()
+        });
         found.expect("it was found")
     }
 
@@ -207,17 +233,14 @@ impl Agent {
 
     /// Waits until these pods are served.
     pub fn up(&self, names: &[&str]) {
-        let what = format!("pods {names:?} up; log:\n{}", self.setup.log.display());
-        eventually(&what, 20, || {
+        self.eventually(&format!("pods {names:?} up"), || {
             names.iter().all(|name| self.pod(name).0 == "up")
         });
     }
 
     /// Waits until a pod is in a state.
     pub fn is(&self, name: &str, state: &str) {
-        eventually(&format!("pod {name} {state}"), 20, || {
-            self.pod(name).0 == state
-        });
+        self.eventually(&format!("pod {name} {state}"), || self.pod(name).0 == state);
     }
 
     /// What a kernel counter says.

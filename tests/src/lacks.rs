@@ -98,7 +98,7 @@ fn taken(pid: i32, descriptor: i32) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(own) })
 }
 
-/// Refuses programs of a kind as a kernel does that does not know it, until nobody asks any more.
+/// Refuses programs of a kind as a kernel does that does not know it, for as long as somebody may ask.
 fn answer_loads(listener: &OwnedFd, kind: u32) {
     loop {
         // SAFETY: plain numbers, for which zero is a value.

@@ -2,9 +2,15 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, setns};
+
+/// Whether this kernel has IPv6.
+pub fn has_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6").exists()
+}
 
 /// A named network namespace.
 #[derive(Debug)]
@@ -32,6 +38,13 @@ impl Netns {
     /// Does these `ip` commands in it, a line each.
     pub fn ip(&self, commands: &str) {
         batch(Some(&self.name), commands);
+    }
+
+    /// Does what is for IPv6, unless this kernel has none.
+    pub fn ip6(&self, commands: &str) {
+        if has_ipv6() {
+            self.ip(commands);
+        }
     }
 
     /// What an `ip` command says of it.

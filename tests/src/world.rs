@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::agent::{Agent, CAPABILITIES, Setup};
 use crate::cgroup::{self, Cgroup};
 use crate::manifests::{Manifests, PodObject};
-use crate::netns::Netns;
+use crate::netns::{Netns, has_ipv6};
 use crate::process::{Place, Process, output, place};
 use crate::{eventually, program, require_root};
 
@@ -199,8 +199,9 @@ impl World {
         let number = self.nodes.get() + 1;
         self.nodes.set(number);
         let netns = Netns::new(&format!("dp-{}-{name}", self.id));
-        for setting in ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"] {
-            netns.set_sysctl(setting, "1");
+        netns.set_sysctl("net.ipv4.ip_forward", "1");
+        if has_ipv6() {
+            netns.set_sysctl("net.ipv6.conf.all.forwarding", "1");
         }
         Node {
             name: name.to_owned(),
@@ -222,13 +223,15 @@ impl World {
         ));
         for (node, other) in [(&one, &two), (&two, &one)] {
             let (own, there) = (node.number, other.number);
+            let p = process();
             node.netns.ip(&format!(
                 "addr add 10.255.0.{own}/24 dev wire\n\
-                 addr add fd00:255::{own}/64 dev wire nodad\n\
                  link set wire up\n\
-                 route add 10.{p}.{there}.0/24 via 10.255.0.{there}\n\
+                 route add 10.{p}.{there}.0/24 via 10.255.0.{there}\n",
+            ));
+            node.netns.ip6(&format!(
+                "addr add fd00:255::{own}/64 dev wire nodad\n\
                  route add fd00:{p:x}:{there:x}::/64 via fd00:255::{there}\n",
-                p = process(),
             ));
         }
         (one, two)
@@ -366,7 +369,10 @@ impl Node {
             account: &pod.name,
             labels: vec![("app".into(), pod.name.clone())],
             annotations: Vec::new(),
-            addresses: vec![pod.v4.to_string(), pod.v6.to_string()],
+            addresses: match has_ipv6() {
+                true => vec![pod.v4.to_string(), pod.v6.to_string()],
+                false => vec![pod.v4.to_string()],
+            },
             owner: None,
         }
     }
@@ -385,18 +391,22 @@ impl Node {
         self.netns.ip(&format!(
             "link add {veth} type veth peer name eth0 netns {}\n\
              addr add 169.254.1.1/32 dev {veth}\n\
-             addr add fe80::1/64 dev {veth} nodad\n\
              link set {veth} up\n\
-             route add {v4}/32 dev {veth}\n\
-             route add {v6}/128 dev {veth}\n",
+             route add {v4}/32 dev {veth}\n",
             netns.name
+        ));
+        self.netns.ip6(&format!(
+            "addr add fe80::1/64 dev {veth} nodad\n\
+             route add {v6}/128 dev {veth}\n"
         ));
         netns.ip(&format!(
             "addr add {v4}/32 dev eth0\n\
-             addr add {v6}/128 dev eth0 nodad\n\
              link set eth0 up\n\
              route add 169.254.1.1 dev eth0\n\
-             route add default via 169.254.1.1 dev eth0 onlink\n\
+             route add default via 169.254.1.1 dev eth0 onlink\n"
+        ));
+        netns.ip6(&format!(
+            "addr add {v6}/128 dev eth0 nodad\n\
              route add default via fe80::1 dev eth0\n"
         ));
         let cgroup = Cgroup::new(&self.cgroup.folder.join(format!("{namespace}-{name}")));

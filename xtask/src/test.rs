@@ -52,16 +52,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// Runs these executables here, one after another.
-pub(crate) fn run_all<'a>(
+pub(crate) fn run_all(
     built: &Built,
-    tests: &[&'a Executable],
+    tests: &[&Executable],
     filter: Option<&str>,
     libtest: &[String],
-) -> Result<Vec<(&'a str, Outcome)>> {
+) -> Result<Vec<(String, Outcome)>> {
     let mut rows = Vec::new();
     for (index, test) in tests.iter().enumerate() {
         say(&format!("[{}/{}] {}", index + 1, tests.len(), test.name));
-        rows.push((test.name.as_str(), test.run(built, filter, libtest)?));
+        rows.push((test.name.clone(), test.run(built, filter, libtest)?));
     }
     Ok(rows)
 }
@@ -93,6 +93,8 @@ pub(crate) struct Outcome {
     pub(crate) passed: u64,
     /// How many did not.
     pub(crate) failed: u64,
+    /// Whether it counted, which is the last that it does.
+    counted: bool,
     /// How long it took.
     pub(crate) seconds: f32,
 }
@@ -189,9 +191,10 @@ impl Executable {
         }
     }
 
-    /// The names of its tests.
-    pub(crate) fn list(&self) -> Result<Vec<String>> {
-        let listed = output(Command::new(&self.path).args(["--list", "--format", "terse"]))?;
+    /// The names of its tests, of those that a filter is for.
+    pub(crate) fn list(&self, filter: Option<&str>) -> Result<Vec<String>> {
+        let mut command = Command::new(&self.path);
+        let listed = output(command.args(filter).args(["--list", "--format", "terse"]))?;
         let names = listed
             .lines()
             .filter_map(|line| line.strip_suffix(": test"));
@@ -237,6 +240,7 @@ impl Outcome {
                 let mut parts = counts.split(['.', ';']);
                 parts.find_map(|part| part.trim().strip_suffix(word)?.trim().parse().ok())
             };
+            self.counted = true;
             self.passed = count("passed").unwrap_or(0);
             self.failed = count("failed").unwrap_or(0);
             return false;
@@ -250,17 +254,21 @@ impl Outcome {
         !line.is_empty() && !line.starts_with("running ")
     }
 
-    /// Counts an executable that died before it could count as a failure.
+    /// Counts an executable that ended before it could count as a failure, however it ended.
     pub(crate) fn end(&mut self, name: &str, good: bool, how: &str) {
-        if !good && self.failed == 0 {
+        if !self.counted {
+            say(&format!("{name}: no result: {how}"));
+        } else if !good && self.failed == 0 {
             say(&format!("{name}: {how}"));
-            self.failed = 1;
+        } else {
+            return;
         }
+        self.failed = self.failed.max(1);
     }
 }
 
 /// Prints the table and the closing line; tells whether tests ran, and none failed.
-pub(crate) fn report(rows: &[(&str, Outcome)]) -> bool {
+pub(crate) fn report(rows: &[(String, Outcome)]) -> bool {
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     say("");
     say(&format!("{:width$}  passed  failed  seconds", ""));
@@ -298,5 +306,13 @@ mod tests {
         assert!(outcome.hear("test decide::tests::steers ... ok"));
         assert!(outcome.hear("test decide::tests::fails ... FAILED"));
         assert_eq!(outcome.names, ["decide::tests::steers"]);
+    }
+
+    #[test]
+    fn an_end_without_a_result_is_a_failure() {
+        let mut outcome = Outcome::default();
+        outcome.hear("test decide::tests::steers ... ok");
+        outcome.end("capture", true, "0");
+        assert_eq!(outcome.failed, 1);
     }
 }

@@ -15,6 +15,7 @@ use super::maps::{self, NodeMaps, chain};
 use super::pins::Pins;
 use super::{CaptureError, Listeners};
 use crate::sys::netns::Netns;
+use crate::sys::verifier;
 
 /// The object of the node's programs.
 pub static NODE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/node"));
@@ -190,12 +191,13 @@ fn refused(program: &'static str) -> impl FnOnce(ProgramError) -> CaptureError {
                 verifier_log,
             } => {
                 let log = verifier_log.to_string();
-                match verdict(&log) {
+                match verifier::verdict(&log) {
                     Some(verdict) => {
                         // All of it is long, and for who changes the program.
                         tracing::debug!("the verifier on {program}:\n{log}");
                         format!("{io_error}: {verdict}")
                     }
+                    // Refused before the verifier looked at it.
                     None if io_error.raw_os_error() == Some(libc::EINVAL) => {
                         "this kernel does not have programs of its kind".into()
                     }
@@ -211,15 +213,6 @@ fn refused(program: &'static str) -> impl FnOnce(ProgramError) -> CaptureError {
         };
         CaptureError::Program { program, why }
     }
-}
-
-/// What the verifier's log comes to: its last line, before the totals.
-fn verdict(log: &str) -> Option<&str> {
-    let totals = ["processed ", "verification time ", "stack depth "];
-    log.lines()
-        .rev()
-        .map(str::trim)
-        .find(|line| !line.is_empty() && !totals.iter().any(|total| line.starts_with(total)))
 }
 
 fn not_its_kind(program: &'static str) -> CaptureError {

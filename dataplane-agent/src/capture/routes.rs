@@ -17,7 +17,7 @@ use dataplane_ebpf::mark;
 use futures_util::TryStreamExt;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteScope, RouteType};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
-use rtnetlink::{Handle, IpVersion, RouteMessageBuilder};
+use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
 use super::CaptureError;
 use crate::sys::netns::{Interfaces, Netns};
@@ -113,6 +113,28 @@ pub async fn add(
             rules(handle, IpVersion::V6).await?;
         }
         Ok(())
+    })
+    .await
+}
+
+/// Tries in an empty namespace what [`set_sysctls`] and [`add`] do in a pod's: a kernel may have a
+/// family, and not its policy routing.
+///
+/// # Errors
+/// The namespace cannot be entered; what the kernel refuses.
+pub async fn trial(netns: &Netns, version: IpVersion) -> Result<(), CaptureError> {
+    let names = sysctls(netns)?;
+    set_sysctls(netns, names.keys().map(|name| (name, "1")))?;
+    with(netns, "set routes", async |handle| {
+        let up = LinkUnspec::new_with_index(LO).up().build();
+        handle.link().set(up).execute().await?;
+        let (capture, back) = match version {
+            IpVersion::V4 => (capture_v4(Ipv4Addr::LOCALHOST, LO, 1), return_v4()),
+            IpVersion::V6 => (capture_v6(Ipv6Addr::LOCALHOST, LO, 1), return_v6()),
+        };
+        ensure(handle, capture).await?;
+        ensure(handle, back).await?;
+        rules(handle, version).await
     })
     .await
 }

@@ -1,15 +1,18 @@
 //! `dataplane check`: what this machine has and lacks, a line each.
 //!
-//! The daemon asks the same before it starts, so that it refuses rather than half-work.
+//! The daemon asks the same of the kernel before it starts, so that it refuses rather than half-work.
 
 use std::fmt;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
+use rtnetlink::IpVersion;
+
 use super::CheckOptions;
-use crate::capture::enrol;
 use crate::capture::pins::Pins;
 use crate::capture::programs::{self, Loader};
+use crate::capture::{CaptureError, enrol, routes};
 use crate::sys::netns::Netns;
 use crate::sys::{bpffs, caps, cgroup, socket};
 
@@ -60,16 +63,16 @@ fn line(verdict: Verdict, what: &'static str, detail: impl Into<String>) -> Line
 }
 
 /// Prints all lines; whether the daemon would start.
-pub fn run(options: &CheckOptions) -> bool {
-    let lines = lines(options);
+pub async fn run(options: &CheckOptions) -> bool {
+    let lines = lines(options).await;
     for line in &lines {
         println!("{line}");
     }
     lines.iter().all(|line| line.verdict != Verdict::Lacks)
 }
 
-fn lines(options: &CheckOptions) -> Vec<Line> {
-    let mut lines = vec![kernel()];
+async fn lines(options: &CheckOptions) -> Vec<Line> {
+    let mut lines = vec![version()];
     lines.extend(capabilities());
     let root = cgroup::root();
     lines.push(match (&root, &options.cgroup) {
@@ -101,7 +104,7 @@ fn lines(options: &CheckOptions) -> Vec<Line> {
         ),
     });
     if lines.iter().all(|line| line.verdict != Verdict::Lacks) {
-        lines.extend(trial(folder));
+        lines.extend(trial(folder).await);
     }
     if let Ok(root) = root {
         lines.extend(others(options.cgroup.as_deref().unwrap_or(&root)));
@@ -109,7 +112,14 @@ fn lines(options: &CheckOptions) -> Vec<Line> {
     lines
 }
 
-fn kernel() -> Line {
+/// What the kernel has and lacks.
+pub async fn kernel(bpffs: &Path) -> Vec<Line> {
+    let mut lines = vec![version()];
+    lines.extend(trial(bpffs).await);
+    lines
+}
+
+fn version() -> Line {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let release = release.trim();
     let mut numbers = release
@@ -155,7 +165,7 @@ fn capabilities() -> Vec<Line> {
 }
 
 /// Does once what the daemon will do for each pod, in a namespace of its own.
-pub fn trial(folder: &Path) -> Vec<Line> {
+async fn trial(folder: &Path) -> Vec<Line> {
     let mut lines = Vec::new();
     let netns = match Netns::new() {
         Ok(netns) => netns,
@@ -181,21 +191,20 @@ pub fn trial(folder: &Path) -> Vec<Line> {
             return lines;
         }
     };
-    lines.push(ipv6());
+    lines.push(match routes::trial(&netns, IpVersion::V4).await {
+        Ok(()) => line(Verdict::Good, "routes", "by mark, in a pod's namespace"),
+        Err(error) => line(Verdict::Lacks, "routes", error.to_string()),
+    });
+    lines.push(ipv6(&netns).await);
     let pins = Pins::new(folder, &format!("check-{}", std::process::id()));
     let loaded = pins.make().and_then(|()| {
         let mut loader = Loader::new(&pins);
         let _node = loader.node()?;
-        let mut pod = loader.pod(
-            &["192.0.2.1".parse().unwrap_or([0, 0, 0, 0].into())],
-            &listeners,
-        )?;
-        let cookie = netns
-            .cookie()
-            .map_err(|error| crate::capture::CaptureError::Namespace {
-                what: "read the cookie",
-                why: error.to_string(),
-            })?;
+        let mut pod = loader.pod(&[Ipv4Addr::LOCALHOST.into()], &listeners)?;
+        let cookie = netns.cookie().map_err(|error| CaptureError::Namespace {
+            what: "read the cookie",
+            why: error.to_string(),
+        })?;
         pod.attach(&netns, &pins.pod(cookie))
     });
     let removed = pins.remove_all();
@@ -220,15 +229,17 @@ pub fn trial(folder: &Path) -> Vec<Line> {
 }
 
 /// Without it there is no listener for it either: what pods send by it is refused, not passed.
-fn ipv6() -> Line {
-    if socket::has_ipv6() {
-        line(Verdict::Good, "IPv6", "pods are captured by both families")
-    } else {
-        line(
+async fn ipv6(netns: &Netns) -> Line {
+    if !socket::has_ipv6() {
+        return line(
             Verdict::Note,
             "IPv6",
             "this kernel has none: pods are captured by IPv4 alone, and refused by IPv6",
-        )
+        );
+    }
+    match routes::trial(netns, IpVersion::V6).await {
+        Ok(()) => line(Verdict::Good, "IPv6", "pods are captured by both families"),
+        Err(error) => line(Verdict::Lacks, "IPv6", error.to_string()),
     }
 }
 

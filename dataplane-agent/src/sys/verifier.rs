@@ -6,12 +6,65 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, bail};
+use aya_obj::generated::bpf_func_id::{self, *};
 use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_type};
 use aya_obj::programs::{CgroupSkbAttachType, CgroupSockAddrAttachType};
 use aya_obj::{Object, ProgramSection};
 
 /// `BPF_LOG_STATS` of the kernel: the totals alone.
 const STATISTICS: u32 = 4;
+
+/// Helpers that came after Linux 5.17, the last ones that there are: a kernel that is too old for one
+/// knows only its number.
+const LATE: [bpf_func_id; 26] = [
+    BPF_FUNC_get_retval,
+    BPF_FUNC_set_retval,
+    BPF_FUNC_xdp_get_buff_len,
+    BPF_FUNC_xdp_load_bytes,
+    BPF_FUNC_xdp_store_bytes,
+    BPF_FUNC_copy_from_user_task,
+    BPF_FUNC_skb_set_tstamp,
+    BPF_FUNC_ima_file_hash,
+    BPF_FUNC_kptr_xchg,
+    BPF_FUNC_map_lookup_percpu_elem,
+    BPF_FUNC_skc_to_mptcp_sock,
+    BPF_FUNC_dynptr_from_mem,
+    BPF_FUNC_ringbuf_reserve_dynptr,
+    BPF_FUNC_ringbuf_submit_dynptr,
+    BPF_FUNC_ringbuf_discard_dynptr,
+    BPF_FUNC_dynptr_read,
+    BPF_FUNC_dynptr_write,
+    BPF_FUNC_dynptr_data,
+    BPF_FUNC_tcp_raw_gen_syncookie_ipv4,
+    BPF_FUNC_tcp_raw_gen_syncookie_ipv6,
+    BPF_FUNC_tcp_raw_check_syncookie_ipv4,
+    BPF_FUNC_tcp_raw_check_syncookie_ipv6,
+    BPF_FUNC_ktime_get_tai_ns,
+    BPF_FUNC_user_ringbuf_drain,
+    BPF_FUNC_cgrp_storage_get,
+    BPF_FUNC_cgrp_storage_delete,
+];
+
+/// What the verifier's log comes to: its last line, before the totals. A helper of which this kernel
+/// knows only the number is named.
+pub fn verdict(log: &str) -> Option<String> {
+    let totals = ["processed ", "verification time ", "stack depth "];
+    let last = log
+        .lines()
+        .rev()
+        .map(str::trim)
+        .find(|line| !line.is_empty() && !totals.iter().any(|total| line.starts_with(total)))?;
+    let number = last.strip_prefix("invalid func unknown#");
+    let helper = number.and_then(|number| {
+        let number: u32 = number.parse().ok()?;
+        let found = LATE.iter().find(|helper| **helper as u32 == number)?;
+        Some(format!("{found:?}").replace("BPF_FUNC_", "bpf_"))
+    });
+    Some(match helper {
+        Some(helper) => format!("{last}: this kernel is older than the helper {helper}"),
+        None => last.to_owned(),
+    })
+}
 
 /// The verifier's totals.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -113,7 +166,18 @@ fn kind(section: &ProgramSection) -> Option<(bpf_prog_type, bpf_attach_type)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Verified, read};
+    use super::{Verified, read, verdict};
+
+    #[test]
+    fn the_verdict_is_the_last_line_and_names_a_helper_that_is_too_new() {
+        let log = "0: (85) call bpf_cgrp_storage_get#210\ninvalid func unknown#210\nprocessed 5 \
+                   insns (limit 1000000)\nverification time 3 usec\n";
+        let expected = "invalid func unknown#210: this kernel is older than the helper \
+                        bpf_cgrp_storage_get";
+        assert_eq!(verdict(log).as_deref(), Some(expected));
+        assert_eq!(verdict("R1 is bad\n\n").as_deref(), Some("R1 is bad"));
+        assert_eq!(verdict("processed 0 insns\n"), None);
+    }
 
     #[test]
     fn totals_are_read_from_the_log() {

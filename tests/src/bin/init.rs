@@ -2,8 +2,9 @@
 //! plan says, and turns the machine off.
 //!
 //! `/etc/modules` names the modules, a path a line, in the order in which they are loaded;
-//! `/etc/plan` what is run, a command a line, its words separated by tabs. All that is said goes to
-//! the second serial line, each command's between the lines `>>> N` and `<<< N: how it ended`; the
+//! `/etc/plan` what is run, a command a line, its words separated by tabs. Those with a `!` before
+//! them are run whatever happens, the others only while all of those ended well. All that is said goes
+//! to the second serial line, each command's between the lines `>>> N` and `<<< N: how it ended`; the
 //! first is the kernel's. What the kernel's command line sets for init is set for the commands too.
 
 #![allow(missing_docs, reason = "a program of the tests")]
@@ -57,17 +58,25 @@ fn run() -> Result<(), Box<dyn Error>> {
     for module in read("/etc/modules")?.lines() {
         load(Path::new(module)).map_err(|error| format!("{module}: {error}"))?;
     }
-    let started = Command::new("ip")
-        .args(["link", "set", "lo", "up"])
-        .status();
-    started.map_err(|error| format!("ip: {error}"))?;
-    for (number, words) in read("/etc/plan")?.lines().enumerate() {
-        let mut words = words.split('\t');
+    let ip = ["link", "set", "lo", "up"];
+    match Command::new("ip").args(ip).status() {
+        Ok(status) if status.success() => {}
+        Ok(status) => return Err(format!("ip {}: {status}", ip.join(" ")).into()),
+        Err(error) => return Err(format!("ip: {error}").into()),
+    }
+    let mut well = true;
+    for (number, line) in read("/etc/plan")?.lines().enumerate() {
+        let needed = line.starts_with('!');
+        if !(needed || well) {
+            continue;
+        }
+        let mut words = line.trim_start_matches('!').split('\t');
         let program = words.next().unwrap_or_default();
         println!(">>> {number}");
         let status = Command::new(program).args(words).status();
         let end = status.map_or_else(|error| format!("{program}: {error}"), how);
         println!("<<< {number}: {end}");
+        well &= !needed || end == "0";
     }
     Ok(())
 }

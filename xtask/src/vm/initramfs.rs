@@ -7,9 +7,10 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
-use crate::command::{find_program, output, run as run_command};
+use super::kernel::Module;
+use crate::command::{find_program, run as run_command};
 
 /// Programs of this machine that the tests call.
 const PROGRAMS: &[&str] = &["ip", "ss", "cat"];
@@ -50,7 +51,20 @@ impl Initramfs {
     pub(crate) fn program(&mut self, from: &Path, to: &str) -> Result<()> {
         self.file(from, to)?;
         // `libc.so.6 => /lib/…/libc.so.6 (0x…)`, and the loader without a name before it.
-        let said = output(Command::new("ldd").arg(from)).unwrap_or_default();
+        let said = Command::new("ldd").arg(from).output()?;
+        let (said, error) = (said.stdout, said.stderr);
+        let (said, error) = (
+            String::from_utf8_lossy(&said),
+            String::from_utf8_lossy(&error),
+        );
+        let is_static = [&said, &error]
+            .iter()
+            .any(|text| text.contains("not a dynamic executable"));
+        ensure!(
+            is_static || !said.contains("not found") && said.contains('/'),
+            "ldd {}: {said}{error}",
+            from.display()
+        );
         for word in said.split_whitespace().filter(|word| word.starts_with('/')) {
             if self.libraries.insert(word.into()) {
                 self.file(Path::new(word), word)?;
@@ -60,22 +74,19 @@ impl Initramfs {
     }
 
     /// Adds modules, which init loads in this order.
-    pub(crate) fn modules(&self, modules: &[PathBuf]) -> Result<()> {
+    pub(crate) fn modules(&self, modules: &[Module]) -> Result<()> {
         let mut list = String::new();
         for module in modules {
-            let name = module.file_name().unwrap_or_default().to_string_lossy();
-            let to = format!("/usr/lib/{name}");
-            self.file(module, &to)?;
-            list.push_str(&to);
-            list.push('\n');
+            let to = format!("usr/lib/{}", module.name);
+            fs::write(self.root.join(&to), &module.bytes)?;
+            list.push_str(&format!("/{to}\n"));
         }
         Ok(fs::write(self.root.join("etc/modules"), list)?)
     }
 
-    /// Packs it with this plan: what init runs, each a list of words.
-    pub(crate) fn pack(&self, plan: &[Vec<String>]) -> Result<PathBuf> {
-        let lines: Vec<String> = plan.iter().map(|words| words.join("\t")).collect();
-        fs::write(self.root.join("etc/plan"), lines.join("\n"))?;
+    /// Packs it with this plan: what init runs, a line each.
+    pub(crate) fn pack(&self, plan: &[String]) -> Result<PathBuf> {
+        fs::write(self.root.join("etc/plan"), plan.join("\n"))?;
         let packed = self.root.with_extension("cpio");
         run_command(
             Command::new("sh")

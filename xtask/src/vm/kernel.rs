@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -15,6 +16,14 @@ pub(crate) const VERSIONS: &[&str] = &["6.1", "6.12"];
 /// What the tests need and a kernel may have as a module. Nothing else is loaded: neither the tests
 /// nor the agent may depend on it.
 const MODULES: &[&str] = &["veth"];
+
+/// A kernel module, without compression, which not every kernel undoes.
+pub(crate) struct Module {
+    /// The file's name.
+    pub(crate) name: String,
+    /// The file.
+    pub(crate) bytes: Vec<u8>,
+}
 
 /// A kernel that can be booted.
 pub(crate) struct Kernel {
@@ -44,8 +53,7 @@ impl Kernel {
             return Self::unpacked(name, path);
         }
         if path.extension().is_some_and(|end| end == "deb") {
-            let file = path.file_stem().context("a package without a name")?;
-            return Self::unpacked(name, &unpack(path, &folder().join(file))?);
+            return Self::unpacked(name, &unpack(path, &folder().join(place(path)?))?);
         }
         Ok(Self {
             name: name.to_owned(),
@@ -77,7 +85,7 @@ impl Kernel {
     }
 
     /// The modules that the tests need, each after those that it needs.
-    pub(crate) fn modules(&self) -> Result<Vec<PathBuf>> {
+    pub(crate) fn modules(&self) -> Result<Vec<Module>> {
         let mut ordered = Vec::new();
         if let Some(folder) = &self.modules {
             for name in MODULES {
@@ -89,9 +97,13 @@ impl Kernel {
 }
 
 /// Puts a module behind those that it depends on, unless it is built in.
-fn order(folder: &Path, name: &str, ordered: &mut Vec<PathBuf>) -> Result<()> {
+fn order(folder: &Path, name: &str, ordered: &mut Vec<Module>) -> Result<()> {
     let file = format!("{name}.ko");
-    let built_in = fs::read_to_string(folder.join("modules.builtin"))?;
+    let list = folder.join("modules.builtin");
+    let built_in = fs::read_to_string(&list).with_context(|| list.display().to_string())?;
+    if ordered.iter().any(|module| module.name == file) {
+        return Ok(());
+    }
     if built_in
         .lines()
         .any(|line| line.ends_with(&format!("/{file}")))
@@ -101,20 +113,33 @@ fn order(folder: &Path, name: &str, ordered: &mut Vec<PathBuf>) -> Result<()> {
     let Some(module) = search(&folder.join("kernel"), &file)? else {
         bail!("{}: no module {name}", folder.display());
     };
-    let module = plain(module)?;
+    let bytes = if module.extension().is_some_and(|end| end == "xz") {
+        let mut xz = Command::new("xz");
+        let done = xz
+            .args(["--decompress", "--stdout"])
+            .arg(&module)
+            .output()?;
+        ensure!(
+            done.status.success(),
+            "{}: {}",
+            module.display(),
+            done.status
+        );
+        done.stdout
+    } else {
+        fs::read(&module).with_context(|| module.display().to_string())?
+    };
     // `.modinfo` is a list of `name=value`, each ended by a zero.
-    let bytes = fs::read(&module)?;
     let depends = bytes
         .split(|byte| *byte == 0)
         .find_map(|entry| entry.strip_prefix(b"depends="))
         .unwrap_or_default();
-    let depends = String::from_utf8_lossy(depends).into_owned();
-    for other in depends.split(',').filter(|other| !other.is_empty()) {
-        order(folder, other, ordered)?;
+    for other in String::from_utf8_lossy(depends).split(',') {
+        if !other.is_empty() {
+            order(folder, other, ordered)?;
+        }
     }
-    if !ordered.contains(&module) {
-        ordered.push(module);
-    }
+    ordered.push(Module { name: file, bytes });
     Ok(())
 }
 
@@ -137,52 +162,47 @@ fn search(folder: &Path, file: &str) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// The module without compression, which not every kernel undoes.
-fn plain(module: PathBuf) -> Result<PathBuf> {
-    if module.extension().is_none_or(|end| end != "xz") {
-        return Ok(module);
-    }
-    let plain = module.with_extension("");
-    if !plain.exists() {
-        crate::command::run(
-            Command::new("xz")
-                .args(["--decompress", "--keep"])
-                .arg(&module),
-        )?;
-    }
-    Ok(plain)
-}
-
 /// Debian's newest cloud kernel of a version, unpacked.
 fn fetch(version: &str) -> Result<PathBuf> {
-    let fetched = |again: bool| -> Result<PathBuf> {
-        let package = newest(version)?;
-        let unpacked = folder().join(&package);
-        if unpacked.exists() {
-            return Ok(unpacked);
+    fs::create_dir_all(folder())?;
+    let (package, unpacked) = match download(version) {
+        Ok(found) => found,
+        Err(error) => {
+            // A fresh machine has no lists, or ones that name what is gone.
+            say(&format!(
+                "kernel {version}: {error:#}; reading the package lists anew"
+            ));
+            run_quietly("apt-get-update", setup::apt().arg("update"))?;
+            download(version)?
         }
-        fs::create_dir_all(folder())?;
-        say(&format!("kernel {version}: {package}"));
-        let log = format!("apt-get-download-{version}");
-        let mut download = setup::apt();
-        // As root it would change to a user that may not write here.
-        download.args(["-o", "APT::Sandbox::User=root", "download", &package]);
-        let done = run_quietly(&log, download.current_dir(folder()));
-        if !again {
-            done?;
-        } else if done.is_err() {
-            bail!("the package lists are old");
-        }
-        let file = packages(&package)?.context("the downloaded package is not there")?;
-        let unpacked = unpack(&file, &unpacked)?;
-        fs::remove_file(file)?;
-        Ok(unpacked)
     };
-    fetched(true).or_else(|_| {
-        // A fresh machine has no lists, or ones that name what is gone.
-        run_quietly("apt-get-update", setup::apt().arg("update"))?;
-        fetched(false)
-    })
+    if let Some(package) = package {
+        unpack(&package, &unpacked)?;
+        fs::remove_file(package)?;
+    }
+    Ok(unpacked)
+}
+
+/// The package, if it is not unpacked yet, and the folder to which it is.
+fn download(version: &str) -> Result<(Option<PathBuf>, PathBuf)> {
+    let package = newest(version)?;
+    let unpacked = folder().join(&package);
+    if unpacked.exists() {
+        return Ok((None, unpacked));
+    }
+    say(&format!("kernel {version}: {package}"));
+    while let Some(old) = downloaded(&package)? {
+        fs::remove_file(old)?;
+    }
+    let mut apt = setup::apt();
+    // As root it would change to a user that may not write here.
+    apt.args(["-o", "APT::Sandbox::User=root", "download", &package]);
+    run_quietly(
+        &format!("apt-get-download-{version}"),
+        apt.current_dir(folder()),
+    )?;
+    let file = downloaded(&package)?.context("the downloaded package is not there")?;
+    Ok((Some(file), unpacked))
 }
 
 /// The package that Debian's package without a number stands for.
@@ -191,7 +211,10 @@ fn newest(version: &str) -> Result<String> {
         "6.1" => "linux-image-cloud-amd64".to_owned(), // Debian 12's own
         _ => format!("linux-image-{version}-cloud-amd64"),
     };
-    let said = output(Command::new("apt-cache").args(["depends", "--important", &meta]))?;
+    let mut ask = Command::new("apt-cache");
+    ask.env("LC_ALL", "C")
+        .args(["depends", "--important", &meta]);
+    let said = output(&mut ask)?;
     let depends = said
         .lines()
         .find_map(|line| line.trim().strip_prefix("Depends: "));
@@ -203,7 +226,8 @@ fn newest(version: &str) -> Result<String> {
     Ok(package.to_owned())
 }
 
-fn packages(package: &str) -> Result<Option<PathBuf>> {
+/// The file of a package, in our folder.
+fn downloaded(package: &str) -> Result<Option<PathBuf>> {
     for entry in fs::read_dir(folder())? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -212,6 +236,14 @@ fn packages(package: &str) -> Result<Option<PathBuf>> {
         }
     }
     Ok(None)
+}
+
+/// What the folder of somebody's package is called: another one for another package of that name.
+fn place(package: &Path) -> Result<String> {
+    let name = package.file_stem().context("a package without a name")?;
+    let meta = fs::metadata(package).with_context(|| package.display().to_string())?;
+    let made = meta.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
+    Ok(format!("{}-{}-{made}", name.display(), meta.len()))
 }
 
 /// Unpacks a package to a folder, which is there whole or not at all.

@@ -3,31 +3,32 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use super::kernel::Kernel;
+use super::kernel::{self, Kernel};
 use super::machine::{self, Accelerator};
-use crate::command::{output, workspace};
+use crate::command::workspace;
 use crate::progress::say;
-use crate::test::{self, Built, Outcome};
+use crate::test::{self, Built, Executable, Outcome};
 
 /// Longer than any suite takes on a slow machine.
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60 * 60);
+const PATIENCE: Duration = Duration::from_secs(30 * 60);
+/// What is asked of the agent before the tests, which are run only where it agrees.
+const QUESTIONS: [&str; 2] = ["check", "load"];
 
 /// One kernel.
 pub(crate) struct Column {
     /// What it was asked for by.
     pub(crate) kernel: String,
     release: String,
-    /// What `dataplane check` said.
-    check: String,
-    /// What `dataplane load` said.
-    load: String,
+    /// What the agent said to each of `QUESTIONS`.
+    said: [String; QUESTIONS.len()],
+    /// By executable.
     tests: Vec<(String, Outcome)>,
-    /// What of the agent did not end well, and how.
-    refused: Vec<String>,
+    /// What went wrong besides the tests.
+    wrong: Vec<String>,
 }
 
 /// Rows by name, a cell for each column.
@@ -36,149 +37,199 @@ pub(crate) struct Table {
 }
 
 impl Column {
-    /// This machine.
-    pub(crate) fn here(built: &Built) -> Result<Self> {
-        say("this machine");
-        let agent = built.program("dataplane")?;
-        let check = output(Command::new(agent).arg("check"))?;
-        let load = output(Command::new(agent).arg("load"))?;
-        let tests = test::run_all(built, &built.cases(), None, &[])?;
-        let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-        Ok(Self {
-            kernel: "this machine".into(),
-            release: release.trim().to_owned(),
-            check,
-            load,
-            refused: Vec::new(),
-            tests: tests
-                .into_iter()
-                .map(|(name, outcome)| (name.to_owned(), outcome))
-                .collect(),
-        })
+    fn new(kernel: &str, release: &str) -> Self {
+        Self {
+            kernel: kernel.to_owned(),
+            release: release.to_owned(),
+            said: Default::default(),
+            tests: Vec::new(),
+            wrong: Vec::new(),
+        }
     }
 
-    /// A machine with this kernel.
+    /// This machine.
+    pub(crate) fn here(built: &Built) -> Result<Self> {
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        let release = release.trim();
+        let version: Vec<&str> = release.split(['.', '-']).take(2).collect();
+        let mut column = Self::new(&version.join("."), release);
+        say(&format!("{}: this machine", column.kernel));
+        let agent = built.program("dataplane")?;
+        for (place, question) in QUESTIONS.iter().enumerate() {
+            let done = Command::new(agent).arg(question).output()?;
+            let said = [done.stdout, done.stderr].concat();
+            column.said[place] = String::from_utf8_lossy(&said).into_owned();
+            say(column.said[place].trim_end());
+            if !done.status.success() {
+                column.refuses(place, &done.status.to_string());
+            }
+        }
+        if column.wrong.is_empty() {
+            column.tests = test::run_all(built, &built.cases(), None, &[])?;
+        }
+        Ok(column)
+    }
+
+    /// A machine with this kernel, and these tests.
+    ///
+    /// # Errors
+    /// No machine can be made. What goes wrong with it is the column's.
     pub(crate) fn inside(
         kernel: &Kernel,
         built: &Built,
         accelerator: Accelerator,
         append: &str,
-        tests: bool,
+        cases: &[&Executable],
+        filter: Option<&str>,
     ) -> Result<Self> {
         let mut image = machine::image(built.program("init")?)?;
         image.modules(&kernel.modules()?)?;
         let (agent, app) = ("/dataplane", "/dataplane-test-app");
         image.program(built.program("dataplane")?, agent)?;
         image.program(built.program("dataplane-test-app")?, app)?;
-        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
-        let mut plan: Vec<Vec<String>> = vec![words(&[agent, "check"]), words(&[agent, "load"])];
-        let cases = if tests { built.cases() } else { Vec::new() };
+        let mut plan = Vec::new();
+        for question in QUESTIONS {
+            plan.push(format!("!{agent}\t{question}"));
+        }
         for (number, case) in cases.iter().enumerate() {
             let place = format!("/case-{number}");
             image.program(&case.path, &place)?;
-            plan.push(words(&[&place, "--color", "never"]));
+            let words = [place.as_str(), "--color", "never"]
+                .into_iter()
+                .chain(filter);
+            plan.push(words.collect::<Vec<_>>().join("\t"));
         }
         let image = image.pack(&plan)?;
-
-        let mut release = kernel.release.clone();
-        let mut said = vec![String::new(); 2];
-        let mut outcomes = vec![Outcome::default(); cases.len()];
-        let mut refused = Vec::new();
-        let (mut current, mut ended, mut started) = (None, 0, Instant::now());
         let append =
             format!("DATAPLANE_BIN={agent} DATAPLANE_TEST_APP={app} RUST_BACKTRACE=0 {append}");
-        machine::boot(kernel, accelerator, &image, &append, PATIENCE, |line| {
+
+        let mut column = Self::new(&kernel.name, &kernel.release);
+        let names = cases.iter().map(|case| case.name.clone());
+        column.tests = names.map(|name| (name, Outcome::default())).collect();
+        let (mut current, mut ended, mut started) = (None, 0, Instant::now());
+        let off = machine::boot(kernel, accelerator, &image, &append, PATIENCE, |line| {
             if let Some(number) = line.strip_prefix(">>> ") {
-                current = number.parse::<usize>().ok();
+                current = number.parse().ok();
                 started = Instant::now();
-                if let Some(case) = current.and_then(|number| cases.get(number.checked_sub(2)?)) {
-                    say(&format!("{}: {}", kernel.name, case.name));
-                }
+                column.begins(current);
             } else if let Some((number, how)) = line
                 .strip_prefix("<<< ")
                 .and_then(|end| end.split_once(": "))
             {
                 ended += 1;
-                let number: usize = number.parse().unwrap_or(0);
-                if let Some(place) = number.checked_sub(2)
-                    && let Some(outcome) = outcomes.get_mut(place)
-                {
-                    outcome.end(&cases[place].name, how == "0", how);
-                    outcome.seconds = started.elapsed().as_secs_f32();
-                } else if how != "0" {
-                    refused.push(format!("`dataplane {}` ended with {how}", plan[number][1]));
-                }
+                column.ends(number.parse().ok(), how, started.elapsed());
                 current = None;
             } else {
-                match current {
-                    Some(number) if number < 2 => {
-                        say(line);
-                        said[number].push_str(line);
-                        said[number].push('\n');
-                    }
-                    Some(number) => {
-                        if outcomes[number - 2].hear(line) {
-                            say(line);
-                        }
-                    }
-                    None => {
-                        say(line);
-                        if let Some(own) = line.strip_prefix("Linux ") {
-                            own.clone_into(&mut release);
-                        }
-                    }
+                column.hears(current, line);
+            }
+        });
+        match off {
+            Ok(complaints) => column.wrong.extend(complaints),
+            Err(error) => column.wrong.push(format!("{error:#}")),
+        }
+        let refused = !column.wrong.is_empty();
+        if !refused && ended != plan.len() {
+            column.wrong.push(format!(
+                "the machine went off after {ended} of {} commands; the kernel's own words are in {}",
+                plan.len(),
+                machine::log(&kernel.name).display()
+            ));
+        }
+        Ok(column)
+    }
+
+    /// A command of the plan: the questions come first, then the tests.
+    fn begins(&self, number: Option<usize>) {
+        let place = number.and_then(|number| number.checked_sub(QUESTIONS.len()));
+        if let Some((name, _)) = place.and_then(|place| self.tests.get(place)) {
+            say(&format!("{}: {name}", self.kernel));
+        }
+    }
+
+    fn hears(&mut self, number: Option<usize>, line: &str) {
+        let Some(number) = number else {
+            if let Some(release) = line.strip_prefix("Linux ") {
+                release.clone_into(&mut self.release);
+            }
+            return say(line);
+        };
+        if let Some(said) = self.said.get_mut(number) {
+            said.push_str(line);
+            said.push('\n');
+            say(line);
+        } else if let Some((_, outcome)) = self.tests.get_mut(number - QUESTIONS.len())
+            && outcome.hear(line)
+        {
+            say(line);
+        }
+    }
+
+    fn ends(&mut self, number: Option<usize>, how: &str, took: Duration) {
+        let Some(number) = number else { return };
+        if number < QUESTIONS.len() {
+            if how != "0" {
+                self.refuses(number, how);
+            }
+        } else if let Some((name, outcome)) = self.tests.get_mut(number - QUESTIONS.len()) {
+            outcome.end(name, how == "0", how);
+            outcome.seconds = took.as_secs_f32();
+        }
+    }
+
+    /// Keeps why the agent refuses: what it lacks, or its last words.
+    fn refuses(&mut self, place: usize, how: &str) {
+        let said = &self.said[place];
+        let lacks = said.lines().filter(|line| line.starts_with("lacks"));
+        let mut why: Vec<&str> = lacks.collect();
+        if why.is_empty() {
+            why.extend(said.lines().last());
+        }
+        let question = QUESTIONS[place];
+        self.wrong.push(format!(
+            "`dataplane {question}` ended with {how}: {}",
+            why.join("; ")
+        ));
+    }
+
+    /// Says what went wrong besides the tests; whether that is nothing.
+    pub(crate) fn is_good(&self) -> bool {
+        for what in &self.wrong {
+            say(&format!("{}: {what}", self.kernel));
+        }
+        self.wrong.is_empty()
+    }
+
+    /// Counts as failed what did not pass of the tests that there are, by executable.
+    pub(crate) fn demand(&mut self, all: &[(String, Vec<String>)]) {
+        for (case, names) in all {
+            let place = self.tests.iter().position(|(name, _)| name == case);
+            let place = place.unwrap_or_else(|| {
+                self.tests.push((case.clone(), Outcome::default()));
+                self.tests.len() - 1
+            });
+            let outcome = &mut self.tests[place].1;
+            let passed = |name: &&String| outcome.names.contains(name);
+            let missing: Vec<&str> = names
+                .iter()
+                .filter(|name| !passed(name))
+                .map(String::as_str)
+                .collect();
+            if missing.len() == names.len() && !names.is_empty() {
+                say(&format!("{}: {case}: none passed", self.kernel));
+            } else {
+                for name in &missing {
+                    say(&format!("{}: {case}: {name} did not pass", self.kernel));
                 }
             }
-        })?;
-        ensure!(
-            ended == plan.len(),
-            "{}: the machine went off after {ended} of {} commands",
-            kernel.name,
-            plan.len()
-        );
-        let names = cases
-            .iter()
-            .map(|case| format!("{}, {}", kernel.name, case.name));
-        let mut said = said.into_iter();
-        Ok(Self {
-            kernel: kernel.name.clone(),
-            release,
-            check: said.next().unwrap_or_default(),
-            load: said.next().unwrap_or_default(),
-            tests: names.zip(outcomes).collect(),
-            refused,
-        })
-    }
-
-    /// Says what the agent refuses on this kernel; whether that is nothing.
-    pub(crate) fn accepted(&self) -> bool {
-        for refusal in &self.refused {
-            say(&format!("{}: {refusal}", self.kernel));
-            for line in self.check.lines().filter(|line| line.starts_with("lacks")) {
-                say(&format!("{}: {line}", self.kernel));
-            }
+            outcome.failed = outcome.failed.max(missing.len() as u64);
         }
-        self.refused.is_empty()
     }
 
-    /// Those of these tests that did not pass.
-    pub(crate) fn missing<'a>(&self, all: &'a [String]) -> Vec<&'a str> {
-        let passed = |name: &&String| {
-            self.tests
-                .iter()
-                .any(|(_, outcome)| outcome.names.contains(name))
-        };
-        all.iter()
-            .filter(|name| !passed(name))
-            .map(String::as_str)
-            .collect()
-    }
-
-    /// Its tests, by executable.
-    pub(crate) fn rows(&self) -> impl Iterator<Item = (&str, Outcome)> {
+    /// Its tests, by kernel and executable.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = (String, Outcome)> {
         self.tests
             .iter()
-            .map(|(name, outcome)| (name.as_str(), outcome.clone()))
+            .map(|(name, outcome)| (format!("{}, {name}", self.kernel), outcome.clone()))
     }
 
     /// Its cells, by row.
@@ -186,7 +237,8 @@ impl Column {
         let mut cells = vec![("Linux".to_owned(), self.release.clone())];
         // `connect4   CgroupSockAddr   1049   8181   128  maps…`
         let mut loaded = BTreeMap::new();
-        for line in self.load.lines().skip(1) {
+        let [check, load] = &self.said;
+        for line in load.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
             if let [name, _, _, verified, stack, ..] = words.as_slice()
                 && verified.parse::<u32>().is_ok()
@@ -200,10 +252,11 @@ impl Column {
         cells.push(("programs loaded".into(), loaded.len().to_string()));
         cells.extend(loaded);
         // `ok     sockets        transparent and marked`
-        for line in self.check.lines() {
-            let mut words = line.splitn(2, ' ');
-            let verdict = words.next().unwrap_or_default();
-            let rest = words.next().unwrap_or_default().trim();
+        for line in check.lines() {
+            let Some((verdict, rest)) = line.split_once(' ') else {
+                continue;
+            };
+            let rest = rest.trim();
             let Some((what, detail)) = rest.split_once("  ").or_else(|| rest.split_once(' '))
             else {
                 continue;
@@ -214,7 +267,8 @@ impl Column {
             }
             let cell = match verdict {
                 "ok" => "on".to_owned(),
-                _ => format!("off: {}", detail.trim()),
+                "note" | "lacks" => format!("off: {}", detail.trim()),
+                _ => continue,
             };
             cells.push((what.to_owned(), cell));
         }
@@ -256,8 +310,8 @@ impl Table {
     pub(crate) fn text(&self) -> String {
         let width = |place: usize| {
             let cells = self.rows.iter().map(|(name, cells)| match place {
-                0 => name.len(),
-                _ => cells[place - 1].len(),
+                0 => name.chars().count(),
+                _ => cells[place - 1].chars().count(),
             });
             cells.max().unwrap_or(0)
         };
@@ -283,18 +337,19 @@ impl Table {
         let path = workspace().join("docs/kernels.md");
         let text = format!(
             "# Kernels\n\n\
-             Linux 6.1 is the oldest that is tested, 5.17 the oldest that `dataplane check` lets pass.\n\
-             This table is written by `cargo xtask vm … --write`, which runs the whole suite of\n\
-             `tests/cases` on each of these kernels. `instructions` are those that the verifier walked\n\
-             through, of the million that it allows; the stack is of 512 bytes. What is off is what the\n\
-             agent does without, and why. Of modules only veth is loaded, for the tests: the agent\n\
-             needs none, `tcp_diag` among them.\n\n\
-             `tests/golden/verifier.txt` is what a program may grow to. The suite also runs the agent\n\
-             on kernels that lack a kind of programs (it refuses, and names it) or IPv6 (it captures\n\
-             IPv4 alone, and refuses the rest), by a seccomp filter.\n\n{}",
-            self.text()
+             Linux {oldest} is the oldest that is tested. This table is written by `cargo xtask vm all\n\
+             --write`, which runs the whole suite of `tests/cases` on each of these kernels, and writes\n\
+             only what passed: in virtual machines, but for the newest. `instructions` are those that\n\
+             the verifier walked through, of the million that it allows; the stack is of 512 bytes.\n\
+             What is off is what the agent does without, and why. Of modules only veth is loaded, for\n\
+             the tests: the agent needs none, `tcp_diag` among them.\n\n\
+             `tests/golden/verifier.txt` is what a program may cost on each. The suite also runs the\n\
+             agent on kernels that lack a kind of programs (it refuses, and names it) or IPv6 (it\n\
+             captures IPv4 alone, and refuses the rest), by a seccomp filter; and CI boots one\n\
+             without IPv6.\n\n{table}",
+            oldest = kernel::VERSIONS[0],
+            table = self.text()
         );
-        fs::create_dir_all(workspace().join("docs"))?;
         fs::write(&path, text).with_context(|| path.display().to_string())
     }
 }
