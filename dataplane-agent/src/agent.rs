@@ -5,6 +5,7 @@ use std::fs;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use dataplane_ebpf::pod::Node;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -26,6 +27,7 @@ use crate::observe::status::{PodStatus, StatusReport};
 use crate::observe::{Metrics, Observer, dump, kernel};
 use crate::resolve::MeshReader;
 use crate::resolve::mesh;
+use crate::sys::netns::Netns;
 use crate::sys::{bpffs, caps, cgroup, limits};
 use crate::workers::{Shared, Workers};
 
@@ -234,7 +236,11 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
     let own = own.and_then(|own| cgroup::id(&root, &own).ok());
     Ok(room::Config {
         cgroup: pods,
-        agent_cgroup: own.map_or(0, |own| own.id),
+        own: Node {
+            agent_cgroup: own.map_or(0, |own| own.id),
+            hosts: Netns::host_cookies().map_err(machine)?,
+            ..Node::default()
+        },
         bpffs: options.places.bpffs.clone(),
         run: options.places.of_node(&options.node),
         node: options.node.clone(),

@@ -19,7 +19,8 @@ pub enum Connect {
 }
 
 /// Decides a connect to `to` in a namespace that is no pod's. `of_pod`: the process is in an enrolled
-/// pod's cgroup. Its pod's routes are in another namespace, and it would leave in clear.
+/// pod's cgroup, and the namespace is not the host's. Its pod's routes are in another namespace, and it
+/// would leave in clear.
 #[inline(always)]
 pub fn connect_elsewhere(to: &Ip, of_pod: bool) -> Connect {
     if of_pod && !to.is_loopback() && !to.is_unspecified() {

@@ -30,7 +30,7 @@ pub enum Reason {
     StorageFailed = 2,
     /// The pod has no address of that family to send from.
     NoAddress = 3,
-    /// The process is in an enrolled pod's cgroup, and not in that pod's network namespace.
+    /// The process is in an enrolled pod's cgroup, and neither in its network namespace nor the host's.
     ForeignCgroup = 4,
     /// The agent does not listen.
     NoListener = 5,

@@ -61,6 +61,8 @@ pub struct Pod {
 pub struct Node {
     /// The id of the agent's own cgroup, which is never captured.
     pub agent_cgroup: u64,
+    /// Cookies of the host's network namespaces, the agent's own among them; 0 is none.
+    pub hosts: [u64; 2],
     /// Whether the programs log: 0 is off.
     pub log: u32,
     /// Always 0.
@@ -79,7 +81,7 @@ pub mod listener {
     pub const COUNT: u32 = 3;
 }
 
-const _: () = assert!(size_of::<Pod>() == 144 && size_of::<Node>() == 16);
+const _: () = assert!(size_of::<Pod>() == 144 && size_of::<Node>() == 32);
 
 #[cfg(feature = "user")]
 mod user {

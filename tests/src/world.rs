@@ -7,11 +7,13 @@
 //! for what they are, a doubt.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
+use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::agent::{Agent, CAPABILITIES, Setup};
@@ -160,6 +162,8 @@ impl World {
     /// One without nodes and without manifests.
     pub fn named(id: &str) -> Self {
         require_root();
+        static SWEPT: Once = Once::new();
+        SWEPT.call_once(sweep);
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
         let prefix = folder_prefix(id);
         let folder = tempfile::Builder::new()
@@ -185,12 +189,12 @@ impl World {
     }
 
     /// A cgroup that holds no pods.
-    pub fn outside(&self) -> &std::path::Path {
+    pub fn outside(&self) -> &Path {
         &self.agents.folder
     }
 
     /// Where its logs are.
-    pub fn folder(&self) -> &std::path::Path {
+    pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
@@ -270,13 +274,34 @@ impl World {
     }
 
     /// Where kernel programs of its nodes are pinned.
-    pub fn bpffs(&self) -> &std::path::Path {
+    pub fn bpffs(&self) -> &Path {
         &self.bpffs.0
     }
 }
 
 fn folder_prefix(id: &str) -> String {
     format!("dataplane-{id}-")
+}
+
+/// Takes away what test processes left that were killed, as by Ctrl-C.
+fn sweep() {
+    let names = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten();
+    let left = names(cgroup::root()).chain(names("/run/netns".into()));
+    // `dp-t<process>n<number>`, and more where it is a namespace's.
+    let worlds: BTreeSet<String> = left
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let id = name.strip_prefix("dp-")?.split('-').next()?;
+            let (process, _) = id.strip_prefix('t')?.split_once('n')?;
+            let process = u32::from_str_radix(process, 16).ok()?;
+            let runs = Path::new(&format!("/proc/{process}")).exists();
+            (!runs).then(|| id.to_owned())
+        })
+        .collect();
+    for id in worlds {
+        eprintln!("clearing what a killed test left: {id}");
+        clear(&id);
+    }
 }
 
 /// Takes away what is left of a world whose process was killed; whether there was something.
@@ -333,7 +358,7 @@ impl Mounted {
 
 impl Mounted {
     /// Where it is.
-    pub fn path(&self) -> &std::path::Path {
+    pub fn path(&self) -> &Path {
         &self.0
     }
 }

@@ -39,16 +39,11 @@ impl NodeMaps {
         })
     }
 
-    /// Says which cgroup is the agent's own.
+    /// Says what is the agent's own and the host's.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn declare(&mut self, agent_cgroup: u64, log: bool) -> Result<(), CaptureError> {
-        let node = Node {
-            agent_cgroup,
-            log: log.into(),
-            reserved: 0,
-        };
+    pub fn declare(&mut self, node: Node) -> Result<(), CaptureError> {
         self.node.set(0, node, 0).map_err(failed("NODE"))
     }
 
@@ -58,7 +53,10 @@ impl NodeMaps {
     /// The kernel refuses.
     pub fn set_log(&mut self, on: bool) -> Result<(), CaptureError> {
         let node = self.node.get(&0, 0).map_err(failed("NODE"))?;
-        self.declare(node.agent_cgroup, on)
+        self.declare(Node {
+            log: on.into(),
+            ..node
+        })
     }
 
     /// From now on the pod's connections are captured.

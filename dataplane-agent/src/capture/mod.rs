@@ -81,6 +81,11 @@ pub enum CaptureError {
     Stopping,
 }
 
+/// A pod's name for people, `<namespace>/<name>`, by its uid.
+pub fn named(uid: &str) -> &str {
+    uid.split_once("//Pod/").map_or(uid, |(_, name)| name)
+}
+
 impl CaptureError {
     /// The stable word for it.
     pub fn reason(&self) -> &'static str {

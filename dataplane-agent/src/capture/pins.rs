@@ -69,12 +69,19 @@ impl Pins {
         self.pods().join(cookie.to_string())
     }
 
-    /// The cookies of the pods that have a link.
-    pub fn pod_cookies(&self) -> Vec<u64> {
-        let entries = fs::read_dir(self.pods()).into_iter().flatten();
-        entries
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-            .collect()
+    /// Removes the links of all pods but those of which this says so, and what a crash left half done.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn sweep(&self, keep: impl Fn(u64) -> bool) -> Result<(), CaptureError> {
+        for entry in fs::read_dir(self.pods()).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let cookie = name.to_str().and_then(|name| name.parse().ok());
+            if !cookie.is_some_and(&keep) {
+                remove(&entry.path())?;
+            }
+        }
+        Ok(())
     }
 
     /// Pins a link, in place of one that may be there: there is no moment without either.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use aya::Ebpf;
+use dataplane_ebpf::pod::Node;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
@@ -16,7 +17,7 @@ use super::pins::{self, Pins};
 use super::programs::{self, Loader, PodProgram};
 use super::reconcile::{Phase, Step, Want, diff};
 use super::undo::{Record, Records};
-use super::{CaptureError, LocalPod, PodEvent, enrol};
+use super::{CaptureError, LocalPod, PodEvent, enrol, named};
 use crate::identity::Identity;
 use crate::sys::cgroup::CgroupId;
 use crate::sys::netns::Netns;
@@ -87,8 +88,8 @@ pub type Status = BTreeMap<Arc<str>, PodState>;
 pub struct Config {
     /// The cgroup that holds the pods.
     pub cgroup: PathBuf,
-    /// The id of the agent's own cgroup.
-    pub agent_cgroup: u64,
+    /// What is the agent's own and the host's.
+    pub own: Node,
     /// A mounted bpffs.
     pub bpffs: PathBuf,
     /// The node's folder for what is running.
@@ -205,7 +206,7 @@ impl Room {
         let records = Records::open(&config.run)?;
         let mut loader = Loader::new(&pins);
         let mut node = loader.node()?;
-        node.maps.declare(config.agent_cgroup, false)?;
+        node.maps.declare(config.own)?;
         let reports = Reports {
             events: super::maps::events(&mut node.ebpf)?,
             log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
@@ -230,11 +231,7 @@ impl Room {
                 node.maps.forget(cookie)?;
             }
         }
-        for cookie in pins.pod_cookies() {
-            if !pods.contains_key(&cookie) {
-                pins::remove(&pins.pod(cookie))?;
-            }
-        }
+        pins.sweep(|cookie| pods.contains_key(&cookie))?;
         let window = Window(Arc::new(Mutex::new(node.maps)));
         let (status, told) = watch::channel(Status::new());
         let room = Self {
@@ -344,7 +341,10 @@ impl Room {
             if desired.uid != want.uid || desired.says(want) {
                 continue;
             }
-            tracing::info!(pod = %pod.uid, "pod is another than it was; its connections are cut");
+            tracing::info!(
+                pod = named(&pod.uid),
+                "pod is another than it was; its connections are cut"
+            );
             let (told, done) = oneshot::channel();
             pod.phase = InPhase::Adopted;
             let down = PodEvent::Down(pod.uid.clone(), told);
@@ -434,7 +434,7 @@ impl Room {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return;
         };
-        tracing::info!(pod = %pod.uid, "pod leaves the mesh");
+        tracing::info!(pod = named(&pod.uid), "pod leaves the mesh");
         let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
         pod.phase = match phase {
             InPhase::Serving { desired, program } => InPhase::Lingering {
@@ -482,9 +482,9 @@ impl Room {
             });
         pod.phase = InPhase::Serving { desired, program };
         match attached {
-            Ok(()) => tracing::info!(pod = %uid, "pod enrolled again"),
+            Ok(()) => tracing::info!(pod = named(&uid), "pod enrolled again"),
             Err(error) => {
-                tracing::warn!(pod = %uid, %error, "pod cannot be enrolled again");
+                tracing::warn!(pod = named(&uid), %error, "pod cannot be enrolled again");
                 self.leave(cookie);
                 return Ok(());
             }
@@ -549,11 +549,11 @@ impl Room {
         let (uid, record) = (pod.uid.clone(), pod.record.clone());
         match self.put_back(&record).await {
             Ok(()) => {
-                tracing::info!(pod = %uid, "pod left the mesh");
+                tracing::info!(pod = named(&uid), "pod left the mesh");
                 self.pods.remove(&cookie);
             }
             Err(error) => {
-                tracing::warn!(pod = %uid, %error, "pod's namespace is not as it was; it is tried again");
+                tracing::warn!(pod = named(&uid), %error, "pod's namespace is not as it was; it is tried again");
                 self.again = Some(Instant::now() + RETRY);
             }
         }

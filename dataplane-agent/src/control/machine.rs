@@ -82,13 +82,11 @@ impl Machine {
         let root = cgroup::root()?;
         let pods = fs::canonicalize(pods)?;
         cgroup::id(&root, &pods)?;
-        let own = Netns::own()?.inode();
-        let first = fs::metadata("/proc/1/ns/net").map(|of| of.ino());
         Ok(Self {
             agent: cgroup::own(&root)?.unwrap_or_else(|| root.clone()),
             root,
             pods,
-            hosts: std::iter::once(own).chain(first).collect(),
+            hosts: Netns::of_host()?.iter().map(Netns::inode).collect(),
             found: BTreeMap::new(),
             seen: BTreeMap::new(),
         })

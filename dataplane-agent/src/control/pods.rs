@@ -19,7 +19,7 @@ use super::machine::{Look, Machine};
 use super::manifests::{
     self, Enrolled, Folder, LocalPodSpec, MeshConfig, PodKey, Translation, Watch, translate,
 };
-use crate::capture::{self, Desired, PodState, Status};
+use crate::capture::{self, Desired, PodState, Status, named};
 use crate::identity::Identity;
 use crate::resolve::mesh::{Mesh, MeshWriter};
 
@@ -312,7 +312,7 @@ impl Pods {
                 match records.write(pod) {
                     Ok(()) => _ = keep.insert(key),
                     Err(error) => {
-                        tracing::error!(pod = %pod.uid, %error, "cannot tell other nodes of the pod");
+                        tracing::error!(pod = named(&pod.uid), %error, "cannot tell other nodes of the pod");
                     }
                 }
             } else if served || (own.contains(&key) && !status.contains_key(&pod.uid)) {

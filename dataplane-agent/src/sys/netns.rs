@@ -64,6 +64,28 @@ impl Netns {
         Ok(OWN.get_or_init(|| own).clone())
     }
 
+    /// The host's: the agent's own, and the first process' if it can be seen.
+    ///
+    /// # Errors
+    /// As [`Netns::own`].
+    pub fn of_host() -> io::Result<Vec<Self>> {
+        let own = Self::own()?;
+        let first = Self::open(Path::new("/proc/1/ns/net")).ok();
+        Ok(std::iter::once(own).chain(first).collect())
+    }
+
+    /// The cookies of [`Netns::of_host`]; 0 is none.
+    ///
+    /// # Errors
+    /// As [`Netns::cookie`].
+    pub fn host_cookies() -> io::Result<[u64; 2]> {
+        let mut cookies = [0; 2];
+        for (place, netns) in cookies.iter_mut().zip(Self::of_host()?) {
+            *place = netns.cookie()?;
+        }
+        Ok(cookies)
+    }
+
     /// A new one with nothing in it; gone when it is dropped.
     ///
     /// # Errors

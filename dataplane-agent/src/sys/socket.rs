@@ -172,14 +172,6 @@ pub fn netns_cookie(socket: &impl AsFd) -> io::Result<u64> {
     }
 }
 
-/// The mark of a socket.
-///
-/// # Errors
-/// CAP_NET_ADMIN is not needed to read it; the descriptor is not a socket.
-pub fn mark_of(socket: &impl AsFd) -> io::Result<u32> {
-    SockRef::from(socket).mark()
-}
-
 fn stream(family: IpAddr, mark: u32) -> io::Result<Socket> {
     let domain = Domain::for_address(SocketAddr::new(family, 0));
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;

@@ -55,7 +55,9 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     }
     // SAFETY: the agent replaces entries whole; a reader sees the old one or the new one.
     let pod = unsafe { PODS.get(netns) }.filter(|pod| pod.leaving == 0);
-    let is_own = pod.is_some_and(|pod| ancestor(pod.cgroup_level as i32) == pod.cgroup);
+    let is_own = node.hosts[0] == netns
+        || node.hosts[1] == netns
+        || pod.is_some_and(|pod| ancestor(pod.cgroup_level as i32) == pod.cgroup);
     let foreign = !is_own && is_of_other(netns);
     let decision = match pod {
         Some(pod) => decide::connect(&pod.addresses, to, foreign),
