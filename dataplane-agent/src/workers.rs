@@ -301,7 +301,7 @@ impl Worker {
             ] {
                 match Listener::new(listener) {
                     Ok(listener) => self.open(&here, entrance, listener),
-                    Err(error) => tracing::error!(pod = named(&pod.uid), %error, "cannot listen"),
+                    Err(error) => tracing::error!(pod = %named(&pod.uid), %error, "cannot listen"),
                 }
             }
         }
@@ -368,6 +368,6 @@ fn take(
             let (corridor, pod, in_scope) = (corridor.clone(), Arc::clone(pod), scope.clone());
             scope.spawn(async move { walk(corridor, in_scope, pod, entrance, tcp).await });
         }
-        Err(error) => tracing::warn!(pod = named(&pod.uid), %error, "cannot take a connection"),
+        Err(error) => tracing::warn!(pod = %named(&pod.uid), %error, "cannot take a connection"),
     }
 }

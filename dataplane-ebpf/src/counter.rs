@@ -20,13 +20,15 @@ pub enum Counter {
     NoListener,
     /// A packet of a captured socket would have left the pod.
     KeptInside,
+    /// A connection had begun that could not be remembered as one that sends by `lo` only.
+    NotKept,
     /// An event found no room in the ring buffer.
     EventLost,
 }
 
 impl Counter {
     /// All, in the order of their slots.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Captured,
         Self::Local,
         Self::SteeredOutbound,
@@ -35,6 +37,7 @@ impl Counter {
         Self::Refused,
         Self::NoListener,
         Self::KeptInside,
+        Self::NotKept,
         Self::EventLost,
     ];
 
@@ -49,6 +52,7 @@ impl Counter {
             Self::Refused => "refused",
             Self::NoListener => "no_listener",
             Self::KeptInside => "kept_inside",
+            Self::NotKept => "not_kept",
             Self::EventLost => "event_lost",
         }
     }

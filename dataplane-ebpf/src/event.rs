@@ -12,7 +12,8 @@ pub struct Event {
     pub cgroup: u64,
     /// Where the connection goes.
     pub to: Ip,
-    /// The pod's first address; tells the pod where `netns` is 0.
+    /// The first address of the pod, or of the one in whose cgroup the process is; [`Ip::NONE`] where the
+    /// program cannot know it.
     pub pod: Ip,
     /// A [`Reason`].
     pub reason: u32,

@@ -25,7 +25,7 @@ struct One {
     server: Pod,
     outsider: Pod,
     agent: Agent,
-    _node: Node,
+    node: Node,
     world: World,
 }
 
@@ -41,7 +41,7 @@ impl One {
             server,
             outsider,
             agent,
-            _node: node,
+            node,
             world,
         }
     }
@@ -98,6 +98,11 @@ impl Peer {
         method: &Method,
         authority: &str,
     ) -> Result<u16, String> {
+        self.tunnel(from, to)?.request(method, authority)
+    }
+
+    /// Opens a tunnel to a pod.
+    fn tunnel(&self, from: &Pod, to: SocketAddr) -> Result<Tunnel, String> {
         let tcp = from
             .netns
             .run(|| std::net::TcpStream::connect_timeout(&to, scaled(Duration::from_secs(5))));
@@ -107,19 +112,16 @@ impl Peer {
             .enable_all()
             .build()
             .expect("a runtime");
-        let asked = self.ask(tcp, method, authority);
-        let asked = async { tokio::time::timeout(scaled(Duration::from_secs(10)), asked).await };
-        runtime
-            .block_on(asked)
-            .map_err(|_| "no answer".to_owned())?
+        let (send, connection) = runtime.block_on(patient(self.handshake(tcp)))?;
+        Ok(Tunnel {
+            runtime,
+            send,
+            connection,
+            streams: Vec::new(),
+        })
     }
 
-    async fn ask(
-        &self,
-        tcp: std::net::TcpStream,
-        method: &Method,
-        authority: &str,
-    ) -> Result<u16, String> {
+    async fn handshake(&self, tcp: std::net::TcpStream) -> Result<(Sender, Connection), String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let tcp = tokio::net::TcpStream::from_std(tcp).map_err(|error| text(&error))?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -136,10 +138,28 @@ impl Peer {
         let tls = tokio_rustls::TlsConnector::from(Arc::new(config))
             .connect(name, tcp)
             .await;
-        let (mut send, connection) = h2::client::Builder::new()
-            .handshake::<_, Bytes>(tls.map_err(|error| text(&error))?)
+        h2::client::Builder::new()
+            .handshake(tls.map_err(|error| text(&error))?)
             .await
-            .map_err(|error| text(&error))?;
+            .map_err(|error| text(&error))
+    }
+}
+
+type Sender = h2::client::SendRequest<Bytes>;
+type Connection = h2::client::Connection<tokio_rustls::client::TlsStream<tokio::net::TcpStream>>;
+
+/// A peer's tunnel, which rests unless it is asked.
+struct Tunnel {
+    runtime: tokio::runtime::Runtime,
+    send: Sender,
+    connection: Connection,
+    /// Open until the tunnel ends.
+    streams: Vec<h2::SendStream<Bytes>>,
+}
+
+impl Tunnel {
+    fn request(&mut self, method: &Method, authority: &str) -> Result<u16, String> {
+        let text = |error: &dyn std::fmt::Display| error.to_string();
         let uri = match *method {
             Method::CONNECT => http::Uri::builder().authority(authority).build(),
             _ => http::Uri::builder()
@@ -151,14 +171,37 @@ impl Peer {
         let request = Request::builder()
             .method(method)
             .uri(uri.map_err(|error| text(&error))?);
-        let (response, _body) = send
+        let (response, body) = self
+            .send
             .send_request(request.body(()).expect("a request"), false)
             .map_err(|error| text(&error))?;
-        tokio::select! {
-            end = connection => Err(format!("closed: {end:?}")),
-            response = response => response.map(|response| response.status().as_u16()).map_err(|error| text(&error)),
-        }
+        self.streams.push(body);
+        let connection = &mut self.connection;
+        self.runtime.block_on(patient(async {
+            tokio::select! {
+                end = connection => Err(format!("closed: {end:?}")),
+                response = response => response.map(|response| response.status().as_u16()).map_err(|error| text(&error)),
+            }
+        }))
     }
+
+    /// Says something in the last stream that was asked for, and lets the tunnel work for a while.
+    fn say(&mut self, line: &'static str, time: Duration) {
+        let stream = self.streams.last_mut().expect("one was asked for");
+        stream
+            .send_data(Bytes::from_static(line.as_bytes()), false)
+            .expect("it is open");
+        let connection = &mut self.connection;
+        let _ = self
+            .runtime
+            .block_on(async { tokio::time::timeout(time, connection).await });
+    }
+}
+
+/// With an end.
+async fn patient<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let done = tokio::time::timeout(scaled(Duration::from_secs(10)), work).await;
+    done.unwrap_or_else(|_| Err("no answer".to_owned()))
 }
 
 /// Takes any server: the test is the client that the agent has to judge.
@@ -198,6 +241,44 @@ impl rustls::client::danger::ServerCertVerifier for Anybody {
             .signature_verification_algorithms
             .supported_schemes()
     }
+}
+
+#[test]
+fn c9_what_a_pod_accepts_while_it_leaves_stays_inside() {
+    let one = One::new();
+    let app = one.server.app(&["serve", "7000", "late-device=eth0"]);
+    assert_eq!(app.line(), "ready");
+    let peer = one.peer("spiffe://cluster.local/ns/demo/sa/peer");
+    let wire = Wire::tap(one.node.netns.file(), &one.server.veth);
+    let own = one.server.at(PORT).to_string();
+    // Tunnels take new streams for a second then, which a slow machine may miss.
+    let mut accepted = false;
+    for _ in 0..5 {
+        let tunnel = peer.tunnel(&one.outsider, one.server.at(15008));
+        let mut tunnel = tunnel.expect("a tunnel");
+        let leaves = || one.agent.log().matches("pod leaves the mesh").count();
+        let before = leaves();
+        one.world.manifests.namespace("demo", false);
+        eventually("it leaves", 10, || leaves() > before);
+        let before = one.agent.counter("kept_inside");
+        accepted = tunnel.request(&Method::CONNECT, &own) == Ok(200);
+        if accepted {
+            tunnel.say("hello\n", scaled(Duration::from_millis(200)));
+            eventually("the answer is kept inside", 5, || {
+                one.agent.counter("kept_inside") > before
+            });
+            break;
+        }
+        one.world.manifests.namespace("demo", true);
+        one.agent.up(&["server"]);
+    }
+    assert!(accepted, "no tunnel took a stream");
+    let leaked: Vec<_> = wire
+        .end()
+        .into_iter()
+        .filter(|segment| segment.from.1 == PORT && !segment.payload.is_empty())
+        .collect();
+    assert!(leaked.is_empty(), "in clear on the veth: {leaked:?}");
 }
 
 #[test]
@@ -490,6 +571,20 @@ fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
         status["problems"].as_array().is_some_and(Vec::is_empty)
     });
     assert!(one.outsider.ask(to, "x").is_err(), "and still denied");
+}
+
+#[test]
+fn pins_of_another_layout_stop_the_start_and_are_left_as_they_are() {
+    let world = World::new();
+    let node = world.node("one");
+    let pins = world.bpffs().join("dataplane/one");
+    fs::create_dir_all(pins.join("v0/maps")).expect("a folder");
+    let mut agent = world.agent(&node);
+    agent.logs(&["v0 was pinned by another version"]);
+    assert_eq!(agent.wait().code(), Some(1));
+    let entries = fs::read_dir(&pins).expect("a folder").flatten();
+    let names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
+    assert_eq!(names, ["v0"], "whoever pinned it can start again");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Typed handles on the kernel's maps; the only place that knows their names.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
@@ -59,7 +60,8 @@ impl NodeMaps {
         })
     }
 
-    /// From now on the pod's connections are captured.
+    /// From now on the pod's connections are captured. If its cgroup is its `alone`, who is in it and
+    /// neither in the pod's namespace nor in the host's is refused.
     ///
     /// # Errors
     /// The kernel refuses; the maps are full.
@@ -68,6 +70,7 @@ impl NodeMaps {
         cookie: u64,
         addresses: &[IpAddr],
         cgroup: CgroupId,
+        alone: bool,
     ) -> Result<(), CaptureError> {
         let pod = Pod {
             addresses: pack(addresses)?,
@@ -75,9 +78,11 @@ impl NodeMaps {
             cgroup_level: cgroup.level,
             leaving: 0,
         };
-        self.cgroups
-            .insert(cgroup.id, cookie, 0)
-            .map_err(failed("CGROUPS"))?;
+        if alone {
+            self.cgroups
+                .insert(cgroup.id, cookie, 0)
+                .map_err(failed("CGROUPS"))?;
+        }
         self.pods.insert(cookie, pod, 0).map_err(failed("PODS"))
     }
 
@@ -94,6 +99,10 @@ impl NodeMaps {
             Err(MapError::KeyNotFound) => {}
             Err(error) => return Err(failed("PODS")(error)),
         }
+        self.disown(cookie)
+    }
+
+    fn disown(&mut self, cookie: u64) -> Result<(), CaptureError> {
         let owned: Vec<u64> = self
             .cgroups
             .iter()
@@ -111,12 +120,15 @@ impl NodeMaps {
     /// # Errors
     /// The kernel refuses.
     pub fn forget(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        absent(self.pods.remove(&cookie)).map_err(failed("PODS"))
+        absent(self.pods.remove(&cookie)).map_err(failed("PODS"))?;
+        self.disown(cookie)
     }
 
     /// The cookies of all pods that the kernel knows.
-    pub fn enrolled(&self) -> Vec<u64> {
-        self.pods.keys().filter_map(Result::ok).collect()
+    pub fn enrolled(&self) -> BTreeSet<u64> {
+        let owners = self.cgroups.iter().filter_map(|entry| Some(entry.ok()?.1));
+        let pods = self.pods.keys().filter_map(Result::ok);
+        pods.chain(owners).collect()
     }
 
     /// What was counted, over all CPUs, since the programs were first loaded.

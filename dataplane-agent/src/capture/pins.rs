@@ -36,15 +36,16 @@ impl Pins {
     /// There is no bpffs; pins of another layout are there.
     pub fn make(&self) -> Result<(), CaptureError> {
         bpffs::ensure(&self.bpffs).map_err(CaptureError::file(&self.bpffs))?;
-        for folder in [self.maps(), self.links(), self.pods()] {
-            fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
-        }
-        let ours = self.layout();
+        fs::create_dir_all(&self.node).map_err(CaptureError::file(&self.node))?;
+        // Before anything is made: whoever pinned it may come back.
         for entry in fs::read_dir(&self.node).map_err(CaptureError::file(&self.node))? {
             let path = entry.map_err(CaptureError::file(&self.node))?.path();
-            if path != ours {
+            if path != self.layout() {
                 return Err(CaptureError::OtherLayout(path));
             }
+        }
+        for folder in [self.maps(), self.links(), self.pods()] {
+            fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
         }
         Ok(())
     }

@@ -46,6 +46,8 @@ pub struct Desired {
     pub cookie: u64,
     /// Its cgroup.
     pub cgroup: CgroupId,
+    /// Whether that is its alone.
+    pub alone: bool,
 }
 
 impl Desired {
@@ -227,7 +229,6 @@ impl Room {
         // What has no record was pinned by nobody who finished; nothing of it is in use.
         for cookie in node.maps.enrolled() {
             if !pods.contains_key(&cookie) {
-                node.maps.release(cookie)?;
                 node.maps.forget(cookie)?;
             }
         }
@@ -342,7 +343,7 @@ impl Room {
                 continue;
             }
             tracing::info!(
-                pod = named(&pod.uid),
+                pod = %named(&pod.uid),
                 "pod is another than it was; its connections are cut"
             );
             let (told, done) = oneshot::channel();
@@ -410,7 +411,12 @@ impl Room {
     /// The last step in: from here on the pod's own connections are captured.
     fn mark(&self, desired: &Desired, pod: &LocalPod) -> Result<Record, CaptureError> {
         let mut maps = self.window.maps();
-        maps.enrol(desired.cookie, &pod.addresses, desired.cgroup)?;
+        maps.enrol(
+            desired.cookie,
+            &pod.addresses,
+            desired.cgroup,
+            desired.alone,
+        )?;
         self.records
             .of(desired.cookie)?
             .ok_or_else(|| CaptureError::Namespace {
@@ -434,7 +440,7 @@ impl Room {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return;
         };
-        tracing::info!(pod = named(&pod.uid), "pod leaves the mesh");
+        tracing::info!(pod = %named(&pod.uid), "pod leaves the mesh");
         let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
         pod.phase = match phase {
             InPhase::Serving { desired, program } => InPhase::Lingering {
@@ -478,13 +484,15 @@ impl Room {
                         .into_iter()
                         .filter(|address| !desired.addresses.contains(address)),
                 );
-                self.window.maps().enrol(cookie, &all, desired.cgroup)
+                self.window
+                    .maps()
+                    .enrol(cookie, &all, desired.cgroup, desired.alone)
             });
         pod.phase = InPhase::Serving { desired, program };
         match attached {
-            Ok(()) => tracing::info!(pod = named(&uid), "pod enrolled again"),
+            Ok(()) => tracing::info!(pod = %named(&uid), "pod enrolled again"),
             Err(error) => {
-                tracing::warn!(pod = named(&uid), %error, "pod cannot be enrolled again");
+                tracing::warn!(pod = %named(&uid), %error, "pod cannot be enrolled again");
                 self.leave(cookie);
                 return Ok(());
             }
@@ -549,11 +557,11 @@ impl Room {
         let (uid, record) = (pod.uid.clone(), pod.record.clone());
         match self.put_back(&record).await {
             Ok(()) => {
-                tracing::info!(pod = named(&uid), "pod left the mesh");
+                tracing::info!(pod = %named(&uid), "pod left the mesh");
                 self.pods.remove(&cookie);
             }
             Err(error) => {
-                tracing::warn!(pod = named(&uid), %error, "pod's namespace is not as it was; it is tried again");
+                tracing::warn!(pod = %named(&uid), %error, "pod's namespace is not as it was; it is tried again");
                 self.again = Some(Instant::now() + RETRY);
             }
         }

@@ -125,6 +125,11 @@ pub async fn add(
 pub async fn trial(netns: &Netns, version: IpVersion) -> Result<(), CaptureError> {
     let names = sysctls(netns)?;
     set_sysctls(netns, names.keys().map(|name| (name, "1")))?;
+    if version == IpVersion::V6 {
+        // The machine's default may be that namespaces begin without it; what a pod has is the pod's.
+        let disabled = "net/ipv6/conf/all/disable_ipv6".to_owned();
+        set_sysctls(netns, [(&disabled, "0")])?;
+    }
     with(netns, "set routes", async |handle| {
         let up = LinkUnspec::new_with_index(LO).up().build();
         handle.link().set(up).execute().await?;

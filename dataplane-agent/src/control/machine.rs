@@ -27,6 +27,8 @@ pub struct Found {
     pub folder: PathBuf,
     /// Its cgroup.
     pub cgroup: CgroupId,
+    /// Whether that is its alone: a slice that its processes' groups happen to have above them is not.
+    pub alone: bool,
     /// Its addresses, as its manifest has them.
     addresses: Vec<IpAddr>,
     /// A name that its manifest gives; another one is another namespace.
@@ -185,6 +187,7 @@ impl Machine {
         let seen = self.seen.get(&netns.inode());
         let processes = seen.map_or(&[][..], |seen| &seen.processes);
         let folder = self.folder(processes)?;
+        let alone = is_its_alone(&folder, processes);
         for (uid, other) in &self.found {
             if other.netns.inode() == netns.inode() {
                 return Err(format!("its network namespace is that of {uid}"));
@@ -203,6 +206,7 @@ impl Machine {
             cookie,
             folder,
             cgroup,
+            alone,
             addresses: pod.addresses.clone(),
             path: pod.netns_path.clone(),
         })
@@ -288,6 +292,16 @@ impl Machine {
     }
 }
 
+/// Whether a cgroup is a pod's alone: one of its processes is in it itself, or it is named as container
+/// engines name what is above a pod's containers (`pod<uid>`, `…-pod<uid>.slice`, `…libpod_pod_…`).
+fn is_its_alone(folder: &Path, processes: &[Option<PathBuf>]) -> bool {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    processes.iter().flatten().any(|own| own == folder)
+        || name.starts_with("pod")
+        || name.contains("-pod")
+        || name.contains("_pod")
+}
+
 fn open(path: &Path) -> Option<(Netns, Vec<IpAddr>)> {
     let netns = Netns::open(path).ok()?;
     if !netns.is_the_hosts().unwrap_or(false) {
@@ -310,6 +324,32 @@ fn list(addresses: &[IpAddr]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_slice_above_two_containers_is_no_pods_alone() {
+        for (folder, processes, expected) in [
+            ("/c/web", &["/c/web"][..], true),
+            ("/c/web", &["/c/web", "/c/web/inner"], true),
+            (
+                "/c/machine.slice",
+                &["/c/machine.slice/a", "/c/machine.slice/b"],
+                false,
+            ),
+            (
+                "/c/kubepods/pod1f",
+                &["/c/kubepods/pod1f/a", "/c/kubepods/pod1f/b"],
+                true,
+            ),
+            (
+                "/c/kubepods-besteffort-pod1f.slice",
+                &["/c/kubepods-besteffort-pod1f.slice/a"],
+                true,
+            ),
+        ] {
+            let all: Vec<_> = processes.iter().map(|own| Some(own.into())).collect();
+            assert_eq!(is_its_alone(Path::new(folder), &all), expected, "{folder}");
+        }
+    }
 
     #[test]
     fn a_pods_cgroup_is_its_own_and_not_the_agents() {

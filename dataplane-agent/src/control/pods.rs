@@ -312,7 +312,7 @@ impl Pods {
                 match records.write(pod) {
                     Ok(()) => _ = keep.insert(key),
                     Err(error) => {
-                        tracing::error!(pod = named(&pod.uid), %error, "cannot tell other nodes of the pod");
+                        tracing::error!(pod = %named(&pod.uid), %error, "cannot tell other nodes of the pod");
                     }
                 }
             } else if served || (own.contains(&key) && !status.contains_key(&pod.uid)) {
@@ -397,6 +397,7 @@ fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
         netns: found.netns.clone(),
         cookie: found.cookie,
         cgroup: found.cgroup,
+        alone: found.alone,
     })
 }
 

@@ -58,7 +58,8 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     let is_own = node.hosts[0] == netns
         || node.hosts[1] == netns
         || pod.is_some_and(|pod| ancestor(pod.cgroup_level as i32) == pod.cgroup);
-    let foreign = !is_own && is_of_other(netns);
+    let owner = if is_own { 0 } else { owner() };
+    let foreign = owner != 0 && owner != netns;
     let decision = match pod {
         Some(pod) => decide::connect(&pod.addresses, to, foreign),
         None => decide::connect_elsewhere(to, foreign),
@@ -90,32 +91,34 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
         return ALLOW;
     };
     count(Counter::Refused);
+    // SAFETY: as above.
+    let whose = pod.or_else(|| unsafe { PODS.get(owner) });
     report(Event {
         netns,
         cgroup,
         to: *to,
-        pod: pod.map_or(Ip::NONE, |pod| pod.addresses.all[0]),
+        pod: whose.map_or(Ip::NONE, |pod| pod.addresses.all[0]),
         reason: reason as u32,
         port: u32::from(port),
     });
     DENY
 }
 
-/// Whether the process is in the cgroup of an enrolled pod whose namespace is not this one. A process
-/// that is in no pod's cgroup counts as the namespace's own.
+/// The cookie of the namespace of the enrolled pod in whose cgroup the process is; 0 if it is in none,
+/// and counts as its namespace's own.
 #[inline(never)]
-fn is_of_other(netns: u64) -> bool {
+fn owner() -> u64 {
     for level in 1..=DEPTH {
         let cgroup = ancestor(level);
         if cgroup == 0 {
-            return false;
+            return 0;
         }
-        // SAFETY: only compared; no reference outlives the call.
+        // SAFETY: only copied; no reference outlives the call.
         if let Some(owner) = unsafe { CGROUPS.get(cgroup) } {
-            return *owner != netns;
+            return *owner;
         }
     }
-    false
+    0
 }
 
 /// The cgroup above the process's own at a level; 0 where it is not so deep.

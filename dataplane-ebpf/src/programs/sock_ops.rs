@@ -8,8 +8,10 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get};
 use aya_ebpf::macros::sock_ops;
 use aya_ebpf::programs::SockOpsContext;
+use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::mark;
 
+use crate::maps::count;
 use crate::node_maps::{PODS, inside};
 
 /// Runs at each event of a TCP socket; cares for the two at which a connection begins.
@@ -35,13 +37,18 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
     if of_pod {
         let mut yes = 1_u32;
         // SAFETY: not null; the initial value lives on this stack.
-        unsafe {
+        let stored = unsafe {
             bpf_sk_storage_get(
                 inside(),
                 sk.cast(),
                 (&raw mut yes).cast(),
                 BPF_SK_STORAGE_GET_F_CREATE.into(),
-            );
+            )
+        };
+        if stored.is_null() {
+            // It has begun and cannot be refused any more; what it is marked with keeps it inside,
+            // as long as the app lets it.
+            count(Counter::NotKept);
         }
     }
     0

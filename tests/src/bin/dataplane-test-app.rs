@@ -20,7 +20,7 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
   end ADDRESS HOW              connects and ends it: now, sent, half, reset, unread, vanish
   flood ADDRESS BYTES          sends as much, prints what the sink answers
   rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
-options of serve: late-mark=N late-device=NAME, on what it accepts
+options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
 options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS";
 
 fn main() {
@@ -94,15 +94,16 @@ fn each(
 fn serve(port: &str, options: &[&str]) -> io::Result<()> {
     let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
     each(port, move |connection| {
-        for option in &options {
-            late(&connection, option)?;
-        }
         let client = connection.peer_addr()?.ip().to_canonical();
         let mut lines = BufReader::new(&connection);
         loop {
             let mut line = String::new();
             if lines.read_line(&mut line)? == 0 {
                 return Ok(());
+            }
+            // Bound elsewhere it hears no more of a client that comes by another interface.
+            for option in &options {
+                late(&connection, option)?;
             }
             (&connection).write_all(format!("{client} {line}").as_bytes())?;
         }

@@ -51,15 +51,16 @@ impl Initramfs {
     pub(crate) fn program(&mut self, from: &Path, to: &str) -> Result<()> {
         self.file(from, to)?;
         // `libc.so.6 => /lib/…/libc.so.6 (0x…)`, and the loader without a name before it.
-        let said = Command::new("ldd").arg(from).output()?;
+        let mut ldd = Command::new("ldd");
+        let said = ldd.env("LC_ALL", "C").arg(from).output()?;
         let (said, error) = (said.stdout, said.stderr);
         let (said, error) = (
             String::from_utf8_lossy(&said),
             String::from_utf8_lossy(&error),
         );
-        let is_static = [&said, &error]
-            .iter()
-            .any(|text| text.contains("not a dynamic executable"));
+        let is_static = [&said, &error].iter().any(|text| {
+            text.contains("not a dynamic executable") || text.contains("statically linked")
+        });
         ensure!(
             is_static || !said.contains("not found") && said.contains('/'),
             "ldd {}: {said}{error}",

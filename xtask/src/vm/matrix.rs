@@ -23,6 +23,7 @@ pub(crate) struct Column {
     /// What it was asked for by.
     pub(crate) kernel: String,
     release: String,
+    machine: &'static str,
     /// What the agent said to each of `QUESTIONS`.
     said: [String; QUESTIONS.len()],
     /// By executable.
@@ -37,10 +38,11 @@ pub(crate) struct Table {
 }
 
 impl Column {
-    fn new(kernel: &str, release: &str) -> Self {
+    fn new(kernel: &str, release: &str, machine: &'static str) -> Self {
         Self {
             kernel: kernel.to_owned(),
             release: release.to_owned(),
+            machine,
             said: Default::default(),
             tests: Vec::new(),
             wrong: Vec::new(),
@@ -52,7 +54,7 @@ impl Column {
         let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
         let release = release.trim();
         let version: Vec<&str> = release.split(['.', '-']).take(2).collect();
-        let mut column = Self::new(&version.join("."), release);
+        let mut column = Self::new(&version.join("."), release, "the tester's own");
         say(&format!("{}: this machine", column.kernel));
         let agent = built.program("dataplane")?;
         for (place, question) in QUESTIONS.iter().enumerate() {
@@ -103,7 +105,7 @@ impl Column {
         let append =
             format!("DATAPLANE_BIN={agent} DATAPLANE_TEST_APP={app} RUST_BACKTRACE=0 {append}");
 
-        let mut column = Self::new(&kernel.name, &kernel.release);
+        let mut column = Self::new(&kernel.name, &kernel.release, "virtual");
         let names = cases.iter().map(|case| case.name.clone());
         column.tests = names.map(|name| (name, Outcome::default())).collect();
         let (mut current, mut ended, mut started) = (None, 0, Instant::now());
@@ -234,7 +236,10 @@ impl Column {
 
     /// Its cells, by row.
     fn cells(&self) -> Vec<(String, String)> {
-        let mut cells = vec![("Linux".to_owned(), self.release.clone())];
+        let mut cells = vec![
+            ("Linux".to_owned(), self.release.clone()),
+            ("machine".to_owned(), self.machine.to_owned()),
+        ];
         // `connect4   CgroupSockAddr   1049   8181   128  maps…`
         let mut loaded = BTreeMap::new();
         let [check, load] = &self.said;
@@ -339,10 +344,10 @@ impl Table {
             "# Kernels\n\n\
              Linux {oldest} is the oldest that is tested. This table is written by `cargo xtask vm all\n\
              --write`, which runs the whole suite of `tests/cases` on each of these kernels, and writes\n\
-             only what passed: in virtual machines, but for the newest. `instructions` are those that\n\
-             the verifier walked through, of the million that it allows; the stack is of 512 bytes.\n\
-             What is off is what the agent does without, and why. Of modules only veth is loaded, for\n\
-             the tests: the agent needs none, `tcp_diag` among them.\n\n\
+             only what passed. `instructions` are those that the verifier walked through, of the million\n\
+             that it allows; the stack is of 512 bytes. What is off is what the agent does without, and\n\
+             why. Of modules only veth is loaded, for the tests: the agent needs none, `tcp_diag` among\n\
+             them.\n\n\
              `tests/golden/verifier.txt` is what a program may cost on each. The suite also runs the\n\
              agent on kernels that lack a kind of programs (it refuses, and names it) or IPv6 (it\n\
              captures IPv4 alone, and refuses the rest), by a seccomp filter; and CI boots one\n\
