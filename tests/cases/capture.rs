@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use dataplane_tests::cgroup::Cgroup;
 use dataplane_tests::netns::Netns;
-use dataplane_tests::process::{Place, Process, output, place};
+use dataplane_tests::process::{Place, Process, output, place, said};
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Node, Pair, Pod, Wire, World, eventually, program, require_root, scaled};
+use dataplane_tests::{Pair, Pod, Wire, World, eventually, program, require_root, scaled};
 
 const PORT: u16 = 7000;
 
@@ -31,6 +31,20 @@ fn taps(pair: &Pair) -> [(&'static str, Wire); 3] {
         ),
         ("the wire", Wire::tap(one.file(), "wire")),
     ]
+}
+
+/// The tests' app in a namespace and a cgroup that need not be one pod's.
+fn app(netns: &Netns, cgroup: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
+    command.args(arguments);
+    let of = Place {
+        netns: netns.file(),
+        cgroup: cgroup.to_owned(),
+        hosts: None,
+        capabilities: None,
+    };
+    place(&mut command, &of);
+    command
 }
 
 /// Fails if a segment from or to one of these ports was seen; and if nothing was seen at all.
@@ -113,7 +127,7 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
     pair.one.kill();
     left.0.say("after the client's agent");
     left.1.say("after the client's agent");
-    std::thread::sleep(scaled(Duration::from_millis(200)));
+    std::thread::sleep(scaled(Duration::from_millis(500)));
     pair.one.restart();
     pair.one.up(&["client"]);
     eventually("served again", 10, || {
@@ -131,9 +145,9 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
     pair.two.kill();
     left.0.say("after the server's agent");
     left.1.say("after the server's agent");
-    std::thread::sleep(scaled(Duration::from_millis(200)));
+    std::thread::sleep(scaled(Duration::from_millis(500)));
     drop((left, servers));
-    std::thread::sleep(scaled(Duration::from_millis(200)));
+    std::thread::sleep(scaled(Duration::from_millis(300)));
     nothing_leaked(taps, PORT..PORT + 6);
     pair.two.restart();
     pair.two.up(&["server"]);
@@ -230,19 +244,9 @@ fn c6_a_process_of_one_pods_cgroup_in_another_pods_namespace_is_refused() {
     let other = pair.nodes.0.pod(&pair.world, "other");
     pair.one.up(&["other"]);
     let _app = pair.server.serve(PORT);
-    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
-    command.args(["ask", &pair.server.at(PORT).to_string(), "borrowed"]);
-    place(
-        &mut command,
-        &Place {
-            netns: pair.client.netns.file(),
-            cgroup: other.cgroup.folder.clone(),
-            hosts: None,
-            capabilities: None,
-        },
-    );
-    let (status, _, error) = output(&mut command);
-    assert!(!status.success() && error.contains("denied"), "{error}");
+    let ask = ["ask", &pair.server.at(PORT).to_string(), "borrowed"];
+    let mut borrowed = app(&pair.client.netns, &other.cgroup.folder, &ask);
+    assert_eq!(said(&mut borrowed), Err("denied".into()));
     pair.one.logs(&["foreign_cgroup"]);
     assert!(pair.one.counter("refused") > 0);
 }
@@ -255,18 +259,8 @@ fn c6_a_pods_process_in_a_namespace_of_its_own_reaches_only_that_namespace() {
     // As a container inside of a pod has: its way out is not the pod's, and is not captured.
     let nested = pair.nodes.0.bare(&pair.world, "outside", "nested");
     let ask = |to: SocketAddr, netns: &Netns, cgroup: &Path| {
-        let mut command = Command::new(program("DATAPLANE_TEST_APP"));
-        command.args(["ask", &to.to_string(), "nested"]);
-        place(
-            &mut command,
-            &Place {
-                netns: netns.file(),
-                cgroup: cgroup.to_owned(),
-                hosts: None,
-                capabilities: None,
-            },
-        );
-        output(&mut command).2.trim().to_owned()
+        let asked = said(&mut app(netns, cgroup, &["ask", &to.to_string(), "nested"]));
+        asked.err().unwrap_or_default()
     };
     let (pods, own) = (&pair.client.cgroup.folder, &nested.cgroup.folder);
     let inner = Cgroup::new(&pods.join("inner"));
@@ -416,18 +410,8 @@ fn c7_a_connection_that_is_older_than_the_enrolment_goes_on() {
 #[test]
 fn c8_processes_outside_of_the_pods_cgroup_are_counted_and_told() {
     let pair = Pair::new();
-    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
-    command.arg("pause");
-    place(
-        &mut command,
-        &Place {
-            netns: pair.client.netns.file(),
-            cgroup: pair.world.outside().to_owned(),
-            hosts: None,
-            capabilities: None,
-        },
-    );
-    let stray = Process::start(&mut command);
+    let mut stray = app(&pair.client.netns, pair.world.outside(), &["pause"]);
+    let stray = Process::start(&mut stray);
     assert_eq!(stray.line(), "ready");
     pair.one
         .logs(&["processes in the pod's network namespace are outside of its cgroup"]);
@@ -465,13 +449,11 @@ fn c9_what_was_captured_does_not_leave_by_another_way() {
         let _ = pair.client.ask_with(to, "runs away", &["late-device=eth0"]);
         // Marked otherwise it hangs, which is its own doing.
         for option in ["late-mark=0", "late-mark=1337"] {
-            let before = pair.one.counter("kept_inside");
-            let ask = ["ask", &to.to_string(), "runs away", option];
-            let ask = pair.client.app(&ask);
-            eventually(&format!("{option} to {to} is kept inside"), 5, || {
-                pair.one.counter("kept_inside") > before
-            });
-            drop(ask);
+            pair.one
+                .counts("kept_inside", &format!("{option} to {to}"), || {
+                    let ask = ["ask", &to.to_string(), "runs away", option];
+                    pair.client.app(&ask)
+                });
         }
     }
     nothing_leaked(taps, PORT..PORT + 1);
@@ -486,14 +468,11 @@ fn c9_an_apps_end_does_not_leave_by_another_way() {
         let app = pair.server.app(&["serve", &port.to_string(), option]);
         assert_eq!(app.line(), "ready");
         for to in [pair.server.at(port), pair.server.at6(port)] {
-            let before = pair.two.counter("kept_inside");
-            let ask = pair
-                .client
-                .app(&["ask", &to.to_string(), "the answer runs away"]);
-            eventually(&format!("{option} to {to} is kept inside"), 5, || {
-                pair.two.counter("kept_inside") > before
-            });
-            drop(ask);
+            pair.two
+                .counts("kept_inside", &format!("{option} to {to}"), || {
+                    let ask = ["ask", &to.to_string(), "the answer runs away"];
+                    pair.client.app(&ask)
+                });
         }
         apps.push(app);
     }
@@ -514,35 +493,12 @@ fn c9_a_pod_that_leaves_keeps_inside_what_was_captured() {
     pair.world.manifests.namespace("demo", false);
     pair.one.is("client", "draining");
     for talk in &mut talks {
-        let before = pair.one.counter("kept_inside");
-        talk.say("late-mark=0");
-        talk.say("runs away");
-        eventually("it is kept inside", 5, || {
-            pair.one.counter("kept_inside") > before
+        pair.one.counts("kept_inside", "it runs away", || {
+            talk.say("late-mark=0");
+            talk.say("runs away");
         });
     }
     nothing_leaked(taps, PORT..PORT + 1);
-}
-
-/// A process of a node that is in no pod's cgroup.
-fn host_process(node: &Node, arguments: &[&str]) -> Result<String, String> {
-    let group = Cgroup::new(&node.cgroup.folder.join("host"));
-    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
-    command.args(arguments);
-    place(
-        &mut command,
-        &Place {
-            netns: node.netns.file(),
-            cgroup: group.folder.clone(),
-            hosts: None,
-            capabilities: None,
-        },
-    );
-    let (status, out, error) = output(&mut command);
-    match status.success() {
-        true => Ok(out.trim().to_owned()),
-        false => Err(error.trim().to_owned()),
-    }
 }
 
 #[test]
@@ -554,11 +510,15 @@ fn c9_others_may_use_our_marks_for_themselves() {
     let _app = server.serve(PORT);
     let agent = world.agent(&one);
     agent.logs(&["started"]);
-    let to = server.at(PORT).to_string();
+    let host = Cgroup::new(&one.cgroup.folder.join("host"));
+    let on_host = |option: &str| {
+        let ask = ["ask", &server.at(PORT).to_string(), "x", option];
+        said(&mut app(&one.netns, &host.folder, &ask))
+    };
     for option in ["mark=273", "late-mark=273", "mark=1297", "late-mark=1297"] {
         let answer = outsider.ask_with(server.at(PORT), "x", &[option]);
         assert!(answer.is_ok(), "a pod's {option}: {answer:?}");
-        let answer = host_process(&one, &["ask", &to, "x", option]);
+        let answer = on_host(option);
         assert!(answer.is_ok(), "the host's {option}: {answer:?}");
     }
     assert_eq!(agent.counter("kept_inside"), 0);
@@ -568,7 +528,7 @@ fn c9_others_may_use_our_marks_for_themselves() {
             .ip(&format!("rule add fwmark {mark}/0xfff prohibit\n"));
     }
     for option in ["mark=273", "mark=1297"] {
-        let answer = host_process(&one, &["ask", &to, "x", option]);
+        let answer = on_host(option);
         assert_eq!(answer, Err("denied".into()), "{option}");
     }
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::lacks::{Lacks, lacks};
 use crate::process::{Place, output, place};
-use crate::{program, scaled, within};
+use crate::{eventually, program, scaled, within};
 
 /// What the daemon may do: the list of `deploy/capabilities.md`, with the kernel's numbers.
 pub const CAPABILITIES: [(&str, u8); 3] = [
@@ -139,10 +139,8 @@ impl Agent {
     }
 
     /// Whether it runs.
-    pub fn runs(&mut self) -> bool {
-        self.child
-            .as_mut()
-            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+    pub fn runs(&self) -> bool {
+        self.child.is_some() && !self.has_ended()
     }
 
     /// Waits for its end.
@@ -249,6 +247,16 @@ impl Agent {
         let counters = status["counters"].as_array().cloned().unwrap_or_default();
         let of = counters.iter().find(|counter| counter[0] == word);
         of.and_then(|counter| counter[1].as_u64()).unwrap_or(0)
+    }
+
+    /// Does it, and waits until a kernel counter has risen by it.
+    pub fn counts<T>(&self, word: &str, what: &str, act: impl FnOnce() -> T) -> T {
+        let before = self.counter(word);
+        let done = act();
+        eventually(&format!("{word}: {what}"), 5, || {
+            self.counter(word) > before
+        });
+        done
     }
 
     /// Posts to the admin socket.

@@ -197,3 +197,12 @@ pub fn output(command: &mut Command) -> (ExitStatus, String, String) {
     let status = child.wait().expect("a child");
     (status, out, reader.join().unwrap_or_default())
 }
+
+/// What a command prints, or what it complains of if it fails.
+pub fn said(command: &mut Command) -> Result<String, String> {
+    let (status, out, error) = output(command);
+    match status.success() {
+        true => Ok(out.trim().to_owned()),
+        false => Err(error.trim().to_owned()),
+    }
+}

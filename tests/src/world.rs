@@ -20,7 +20,7 @@ use crate::agent::{Agent, CAPABILITIES, Setup};
 use crate::cgroup::{self, Cgroup};
 use crate::manifests::{Manifests, PodObject};
 use crate::netns::{Netns, has_ipv6};
-use crate::process::{Place, Process, output, place};
+use crate::process::{Place, Process, output, place, said};
 use crate::{eventually, program, require_root};
 
 /// Addresses from 10.96 on are those of services, of the wire, and nobody's.
@@ -512,12 +512,7 @@ impl Pod {
     pub fn ask_with(&self, to: SocketAddr, line: &str, options: &[&str]) -> Result<String, String> {
         let mut command = self.command(program("DATAPLANE_TEST_APP"));
         command.args(["ask", &to.to_string(), line]).args(options);
-        let (status, out, err) = output(&mut command);
-        if status.success() {
-            Ok(out.trim().to_owned())
-        } else {
-            Err(err.trim().to_owned())
-        }
+        said(&mut command)
     }
 
     /// A connection that stays open: say a line, read its answer; `closed: …` at its end.

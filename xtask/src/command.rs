@@ -2,7 +2,7 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -29,6 +29,16 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
         String::from_utf8_lossy(&done.stderr).trim()
     );
     Ok(String::from_utf8_lossy(&done.stdout).into_owned())
+}
+
+/// All that `command` prints, complaints too, and how it ended.
+pub(crate) fn all_output(command: &mut Command) -> Result<(ExitStatus, String)> {
+    let done = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start `{}`", shown(command)))?;
+    let all = [done.stdout, done.stderr].concat();
+    Ok((done.status, String::from_utf8_lossy(&all).into_owned()))
 }
 
 /// The command as one would type it: with what is set for it, without what is kept from it.

@@ -5,6 +5,7 @@ mod kernel;
 mod machine;
 mod matrix;
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
@@ -94,7 +95,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let mut columns = Vec::new();
     if options.what == What::All {
-        columns.push(Column::here(&built)?);
+        columns.push(Column::here(&built, &cases)?);
     }
     for kernel in &kernels {
         let started = Instant::now();
@@ -112,9 +113,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         columns.push(column);
     }
     // Each test that there is, on each kernel.
-    let mut all = Vec::new();
+    let mut all = BTreeMap::new();
     for case in &cases {
-        all.push((case.name.clone(), case.list(filter)?));
+        all.insert(case.name.clone(), case.list(filter)?);
     }
     for column in &mut columns {
         column.demand(&all);

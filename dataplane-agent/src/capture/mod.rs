@@ -81,11 +81,6 @@ pub enum CaptureError {
     Stopping,
 }
 
-/// A pod's name for people, `<namespace>/<name>`, by its uid.
-pub fn named(uid: &str) -> &str {
-    uid.split_once("//Pod/").map_or(uid, |(_, name)| name)
-}
-
 impl CaptureError {
     /// The stable word for it.
     pub fn reason(&self) -> &'static str {
@@ -106,4 +101,9 @@ impl CaptureError {
         let path = path.into();
         move |error| Self::File { path, error }
     }
+}
+
+/// A pod's name for people, `<namespace>/<name>`, by its uid.
+pub fn named(uid: &str) -> &str {
+    uid.split_once("//Pod/").map_or(uid, |(_, name)| name)
 }

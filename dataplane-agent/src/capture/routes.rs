@@ -117,31 +117,25 @@ pub async fn add(
     .await
 }
 
-/// Tries in an empty namespace what [`set_sysctls`] and [`add`] do in a pod's: a kernel may have a
-/// family, and not its policy routing.
+/// Does in an empty namespace what is done in a pod's, for a loopback address: a kernel may have its
+/// family, and not that one's policy routing.
 ///
 /// # Errors
 /// The namespace cannot be entered; what the kernel refuses.
-pub async fn trial(netns: &Netns, version: IpVersion) -> Result<(), CaptureError> {
+pub async fn trial(netns: &Netns, address: IpAddr) -> Result<(), CaptureError> {
     let names = sysctls(netns)?;
     set_sysctls(netns, names.keys().map(|name| (name, "1")))?;
-    if version == IpVersion::V6 {
+    if address.is_ipv6() {
         // The machine's default may be that namespaces begin without it; what a pod has is the pod's.
         let disabled = "net/ipv6/conf/all/disable_ipv6".to_owned();
         set_sysctls(netns, [(&disabled, "0")])?;
     }
-    with(netns, "set routes", async |handle| {
+    with(netns, "set lo up", async |handle| {
         let up = LinkUnspec::new_with_index(LO).up().build();
-        handle.link().set(up).execute().await?;
-        let (capture, back) = match version {
-            IpVersion::V4 => (capture_v4(Ipv4Addr::LOCALHOST, LO, 1), return_v4()),
-            IpVersion::V6 => (capture_v6(Ipv6Addr::LOCALHOST, LO, 1), return_v6()),
-        };
-        ensure(handle, capture).await?;
-        ensure(handle, back).await?;
-        rules(handle, version).await
+        handle.link().set(up).execute().await
     })
-    .await
+    .await?;
+    add(netns, &[address], &Interfaces::default()).await
 }
 
 /// Takes rules and routes away, however far [`add`] came.

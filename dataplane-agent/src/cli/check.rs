@@ -4,10 +4,8 @@
 
 use std::fmt;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
-
-use rtnetlink::IpVersion;
 
 use super::CheckOptions;
 use crate::capture::pins::Pins;
@@ -191,10 +189,12 @@ async fn trial(folder: &Path) -> Vec<Line> {
             return lines;
         }
     };
-    lines.push(match routes::trial(&netns, IpVersion::V4).await {
-        Ok(()) => line(Verdict::Good, "routes", "by mark, in a pod's namespace"),
-        Err(error) => line(Verdict::Lacks, "routes", error.to_string()),
-    });
+    lines.push(
+        match routes::trial(&netns, Ipv4Addr::LOCALHOST.into()).await {
+            Ok(()) => line(Verdict::Good, "routes", "by mark, in a pod's namespace"),
+            Err(error) => line(Verdict::Lacks, "routes", error.to_string()),
+        },
+    );
     lines.push(ipv6(&netns).await);
     let pins = Pins::new(folder, &format!("check-{}", std::process::id()));
     let loaded = pins.make().and_then(|()| {
@@ -237,7 +237,7 @@ async fn ipv6(netns: &Netns) -> Line {
             "this kernel has none: pods are captured by IPv4 alone, and refused by IPv6",
         );
     }
-    match routes::trial(netns, IpVersion::V6).await {
+    match routes::trial(netns, Ipv6Addr::LOCALHOST.into()).await {
         Ok(()) => line(Verdict::Good, "IPv6", "pods are captured by both families"),
         Err(error) => line(Verdict::Lacks, "IPv6", error.to_string()),
     }

@@ -10,7 +10,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use super::kernel::Module;
-use crate::command::{find_program, run as run_command};
+use crate::command::{all_output, find_program, run as run_command};
 
 /// Programs of this machine that the tests call.
 const PROGRAMS: &[&str] = &["ip", "ss", "cat"];
@@ -52,18 +52,13 @@ impl Initramfs {
         self.file(from, to)?;
         // `libc.so.6 => /lib/…/libc.so.6 (0x…)`, and the loader without a name before it.
         let mut ldd = Command::new("ldd");
-        let said = ldd.env("LC_ALL", "C").arg(from).output()?;
-        let (said, error) = (said.stdout, said.stderr);
-        let (said, error) = (
-            String::from_utf8_lossy(&said),
-            String::from_utf8_lossy(&error),
-        );
-        let is_static = [&said, &error].iter().any(|text| {
-            text.contains("not a dynamic executable") || text.contains("statically linked")
-        });
+        let (_, said) = all_output(ldd.env("LC_ALL", "C").arg(from))?;
+        let is_static = ["not a dynamic executable", "statically linked"]
+            .iter()
+            .any(|words| said.contains(words));
         ensure!(
             is_static || !said.contains("not found") && said.contains('/'),
-            "ldd {}: {said}{error}",
+            "ldd {}: {said}",
             from.display()
         );
         for word in said.split_whitespace().filter(|word| word.starts_with('/')) {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use super::kernel::{self, Kernel};
 use super::machine::{self, Accelerator};
-use crate::command::workspace;
+use crate::command::{all_output, workspace};
 use crate::progress::say;
 use crate::test::{self, Built, Executable, Outcome};
 
@@ -38,36 +38,38 @@ pub(crate) struct Table {
 }
 
 impl Column {
-    fn new(kernel: &str, release: &str, machine: &'static str) -> Self {
+    fn new(kernel: &str, release: &str, machine: &'static str, cases: &[&Executable]) -> Self {
+        let tests = cases
+            .iter()
+            .map(|case| (case.name.clone(), Outcome::default()));
         Self {
             kernel: kernel.to_owned(),
             release: release.to_owned(),
             machine,
             said: Default::default(),
-            tests: Vec::new(),
+            tests: tests.collect(),
             wrong: Vec::new(),
         }
     }
 
     /// This machine.
-    pub(crate) fn here(built: &Built) -> Result<Self> {
+    pub(crate) fn here(built: &Built, cases: &[&Executable]) -> Result<Self> {
         let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
         let release = release.trim();
         let version: Vec<&str> = release.split(['.', '-']).take(2).collect();
-        let mut column = Self::new(&version.join("."), release, "the tester's own");
+        let mut column = Self::new(&version.join("."), release, "the tester's own", cases);
         say(&format!("{}: this machine", column.kernel));
         let agent = built.program("dataplane")?;
         for (place, question) in QUESTIONS.iter().enumerate() {
-            let done = Command::new(agent).arg(question).output()?;
-            let said = [done.stdout, done.stderr].concat();
-            column.said[place] = String::from_utf8_lossy(&said).into_owned();
-            say(column.said[place].trim_end());
-            if !done.status.success() {
-                column.refuses(place, &done.status.to_string());
+            let (status, said) = all_output(Command::new(agent).arg(question))?;
+            say(said.trim_end());
+            column.said[place] = said;
+            if !status.success() {
+                column.refuses(place, &status.to_string());
             }
         }
         if column.wrong.is_empty() {
-            column.tests = test::run_all(built, &built.cases(), None, &[])?;
+            column.tests = test::run_all(built, cases, None, &[])?;
         }
         Ok(column)
     }
@@ -105,9 +107,7 @@ impl Column {
         let append =
             format!("DATAPLANE_BIN={agent} DATAPLANE_TEST_APP={app} RUST_BACKTRACE=0 {append}");
 
-        let mut column = Self::new(&kernel.name, &kernel.release, "virtual");
-        let names = cases.iter().map(|case| case.name.clone());
-        column.tests = names.map(|name| (name, Outcome::default())).collect();
+        let mut column = Self::new(&kernel.name, &kernel.release, "virtual", cases);
         let (mut current, mut ended, mut started) = (None, 0, Instant::now());
         let off = machine::boot(kernel, accelerator, &image, &append, PATIENCE, |line| {
             if let Some(number) = line.strip_prefix(">>> ") {
@@ -129,8 +129,7 @@ impl Column {
             Ok(complaints) => column.wrong.extend(complaints),
             Err(error) => column.wrong.push(format!("{error:#}")),
         }
-        let refused = !column.wrong.is_empty();
-        if !refused && ended != plan.len() {
+        if column.wrong.is_empty() && ended != plan.len() {
             column.wrong.push(format!(
                 "the machine went off after {ended} of {} commands; the kernel's own words are in {}",
                 plan.len(),
@@ -202,14 +201,9 @@ impl Column {
     }
 
     /// Counts as failed what did not pass of the tests that there are, by executable.
-    pub(crate) fn demand(&mut self, all: &[(String, Vec<String>)]) {
-        for (case, names) in all {
-            let place = self.tests.iter().position(|(name, _)| name == case);
-            let place = place.unwrap_or_else(|| {
-                self.tests.push((case.clone(), Outcome::default()));
-                self.tests.len() - 1
-            });
-            let outcome = &mut self.tests[place].1;
+    pub(crate) fn demand(&mut self, all: &BTreeMap<String, Vec<String>>) {
+        for (case, outcome) in &mut self.tests {
+            let names = &all[case.as_str()];
             let passed = |name: &&String| outcome.names.contains(name);
             let missing: Vec<&str> = names
                 .iter()
