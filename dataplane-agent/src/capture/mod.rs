@@ -18,12 +18,14 @@ pub mod reconcile;
 pub mod room;
 pub mod routes;
 pub mod undo;
+pub mod wanted;
 
 use std::io;
 use std::path::PathBuf;
 
 pub use pods::{Listeners, LocalPod, PodEvent};
-pub use room::{Desired, PodState, Room, Status, Wanted};
+pub use room::Room;
+pub use wanted::{Desired, PodState, Status, Wanted};
 
 /// Why traffic cannot be captured, or let go.
 #[derive(Debug, thiserror::Error)]

@@ -1,8 +1,9 @@
 //! The room itself: hears what control wants, takes the steps, and tells how far each pod is.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod leave;
+
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,73 +18,13 @@ use super::pins::{self, Pins};
 use super::programs::{self, Loader, PodProgram};
 use super::reconcile::{Phase, Step, Want, diff};
 use super::undo::{Record, Records};
+use super::wanted::{Desired, PodState, Status, Wanted};
 use super::{CaptureError, LocalPod, PodEvent, enrol, named};
-use crate::identity::Identity;
-use crate::sys::cgroup::CgroupId;
-use crate::sys::netns::Netns;
 
 /// How long listeners stay after their pod has left: handshakes that had begun end in them.
 const LINGER: Duration = Duration::from_secs(1);
 /// How long until a step that failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
-
-/// A pod that shall be captured.
-#[derive(Clone, Debug)]
-pub struct Desired {
-    /// The workload's uid.
-    pub uid: Arc<str>,
-    /// Its namespace.
-    pub namespace: Arc<str>,
-    /// Its name.
-    pub name: Arc<str>,
-    /// Who it is.
-    pub identity: Identity,
-    /// The addresses that the mesh knows it by.
-    pub addresses: Vec<IpAddr>,
-    /// Its network namespace.
-    pub netns: Netns,
-    /// That namespace's cookie.
-    pub cookie: u64,
-    /// Its cgroup.
-    pub cgroup: CgroupId,
-    /// Whether that is its alone.
-    pub alone: bool,
-}
-
-impl Desired {
-    /// Whether the other says the same of the pod as it is served.
-    pub fn says(&self, other: &Self) -> bool {
-        self.identity == other.identity && self.addresses == other.addresses
-    }
-}
-
-/// What control wants.
-#[derive(Clone, Debug, Default)]
-pub struct Wanted {
-    /// Pods that were found.
-    pub pods: Vec<Desired>,
-    /// The uids of those that are wanted and were not found.
-    pub waiting: BTreeSet<Arc<str>>,
-    /// Cookies of network namespaces that are gone.
-    pub gone: BTreeSet<u64>,
-}
-
-/// How far one pod is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PodState {
-    /// Captured and served.
-    Up {
-        /// The cookie of its network namespace.
-        cookie: u64,
-    },
-    /// No longer captured; what runs goes on.
-    Draining,
-    /// It cannot be captured, and why; it is tried again.
-    Failed(String),
-}
-
-/// How far each pod is, by uid.
-pub type Status = BTreeMap<Arc<str>, PodState>;
 
 /// Where the room works.
 #[derive(Clone, Debug)]
@@ -270,7 +211,7 @@ impl Room {
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return Ok(()) },
                 () = until(next) => {}
-                () = idle(&mut self.pods) => {}
+                () = leave::idle(&mut self.pods) => {}
             }
             self.go_on().await?;
         }
@@ -425,155 +366,6 @@ impl Room {
             })
     }
 
-    /// The first step out.
-    fn release(&self, cookie: u64) {
-        if let Err(error) = self.window.maps().release(cookie) {
-            tracing::error!(%error, netns = cookie, "pod stays captured");
-        }
-        if let Err(error) = pins::remove(&self.pins.pod(cookie)) {
-            tracing::error!(%error, netns = cookie, "pod stays captured");
-        }
-    }
-
-    fn leave(&mut self, cookie: u64) {
-        self.release(cookie);
-        let Some(pod) = self.pods.get_mut(&cookie) else {
-            return;
-        };
-        tracing::info!(pod = %named(&pod.uid), "pod leaves the mesh");
-        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
-        pod.phase = match phase {
-            InPhase::Serving { desired, program } => InPhase::Lingering {
-                desired,
-                program,
-                until: Instant::now() + LINGER,
-            },
-            other => other,
-        };
-    }
-
-    async fn revive(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        let Some(pod) = self.pods.get_mut(&cookie) else {
-            return Ok(());
-        };
-        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
-        let (desired, mut program, told) = match phase {
-            InPhase::Lingering {
-                desired, program, ..
-            } => (desired, program, false),
-            InPhase::Draining {
-                desired, program, ..
-            } => (desired, program, true),
-            other => {
-                pod.phase = other;
-                return Ok(());
-            }
-        };
-        let uid = desired.uid.clone();
-        let attached = program
-            .attach(&desired.netns, &self.pins.pod(cookie))
-            .and_then(|()| {
-                let addresses = desired
-                    .netns
-                    .interfaces()
-                    .map(|interfaces| interfaces.addresses)
-                    .unwrap_or_default();
-                let mut all = desired.addresses.clone();
-                all.extend(
-                    addresses
-                        .into_iter()
-                        .filter(|address| !desired.addresses.contains(address)),
-                );
-                self.window
-                    .maps()
-                    .enrol(cookie, &all, desired.cgroup, desired.alone)
-            });
-        pod.phase = InPhase::Serving { desired, program };
-        match attached {
-            Ok(()) => tracing::info!(pod = %named(&uid), "pod enrolled again"),
-            Err(error) => {
-                tracing::warn!(pod = %named(&uid), %error, "pod cannot be enrolled again");
-                self.leave(cookie);
-                return Ok(());
-            }
-        }
-        if told {
-            self.send(PodEvent::Revive(uid)).await
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Takes those that leave one step further.
-    async fn go_on(&mut self) -> Result<(), CaptureError> {
-        let now = Instant::now();
-        let cookies: Vec<u64> = self.pods.keys().copied().collect();
-        for cookie in cookies {
-            let Some(pod) = self.pods.get_mut(&cookie) else {
-                continue;
-            };
-            match &mut pod.phase {
-                InPhase::Lingering { until, .. } if *until <= now => {
-                    let (told, idle) = oneshot::channel();
-                    let uid = pod.uid.clone();
-                    if let InPhase::Lingering {
-                        desired, program, ..
-                    } = std::mem::replace(&mut pod.phase, InPhase::Adopted)
-                    {
-                        pod.phase = InPhase::Draining {
-                            desired,
-                            program,
-                            idle,
-                            until: now + self.config.drain,
-                        };
-                    }
-                    self.send(PodEvent::Drain(uid, told)).await?;
-                }
-                InPhase::Draining { until, .. } if *until <= now => self.end(cookie).await?,
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Cuts what still runs of a pod that is not captured any more, and puts back what was changed.
-    async fn end(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        if let Some(pod) = self.pods.get(&cookie)
-            && pod.phase.phase() != Phase::Adopted
-        {
-            let (told, done) = oneshot::channel();
-            self.send(PodEvent::Down(pod.uid.clone(), told)).await?;
-            let _ = done.await;
-        }
-        self.undo(cookie).await;
-        Ok(())
-    }
-
-    async fn undo(&mut self, cookie: u64) {
-        let Some(pod) = self.pods.get_mut(&cookie) else {
-            return;
-        };
-        pod.phase = InPhase::Adopted; // its listeners and program are gone
-        let (uid, record) = (pod.uid.clone(), pod.record.clone());
-        match self.put_back(&record).await {
-            Ok(()) => {
-                tracing::info!(pod = %named(&uid), "pod left the mesh");
-                self.pods.remove(&cookie);
-            }
-            Err(error) => {
-                tracing::warn!(pod = %named(&uid), %error, "pod's namespace is not as it was; it is tried again");
-                self.again = Some(Instant::now() + RETRY);
-            }
-        }
-    }
-
-    /// The last step out. The kernel forgets the pod when all else is as it was: until then it keeps
-    /// inside what is the pod's.
-    async fn put_back(&self, record: &Record) -> Result<(), CaptureError> {
-        enrol::undo(record, &self.records, &self.pins).await?;
-        self.window.maps().forget(record.cookie)
-    }
-
     async fn send(&self, event: PodEvent) -> Result<(), CaptureError> {
         self.events
             .send(event)
@@ -618,20 +410,4 @@ async fn until(when: Option<Instant>) {
         Some(when) => sleep_until(when).await,
         None => std::future::pending().await,
     }
-}
-
-/// Completes when a pod that drains has nothing that runs any more.
-async fn idle(pods: &mut BTreeMap<u64, Pod>) {
-    std::future::poll_fn(|context| {
-        for pod in pods.values_mut() {
-            if let InPhase::Draining { idle, until, .. } = &mut pod.phase
-                && std::future::Future::poll(std::pin::Pin::new(idle), context).is_ready()
-            {
-                *until = Instant::now();
-                return std::task::Poll::Ready(());
-            }
-        }
-        std::task::Poll::Pending
-    })
-    .await;
 }

@@ -1,0 +1,178 @@
+//! The way out: a pod is let go, its connections end, and what was changed is put back.
+
+use std::collections::BTreeMap;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::super::reconcile::Phase;
+use super::super::undo::Record;
+use super::super::{CaptureError, PodEvent, enrol, named, pins};
+use super::{InPhase, LINGER, Pod, RETRY, Room};
+
+impl Room {
+    /// The first step out.
+    pub(super) fn release(&self, cookie: u64) {
+        if let Err(error) = self.window.maps().release(cookie) {
+            tracing::error!(%error, netns = cookie, "pod stays captured");
+        }
+        if let Err(error) = pins::remove(&self.pins.pod(cookie)) {
+            tracing::error!(%error, netns = cookie, "pod stays captured");
+        }
+    }
+
+    pub(super) fn leave(&mut self, cookie: u64) {
+        self.release(cookie);
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return;
+        };
+        tracing::info!(pod = %named(&pod.uid), "pod leaves the mesh");
+        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
+        pod.phase = match phase {
+            InPhase::Serving { desired, program } => InPhase::Lingering {
+                desired,
+                program,
+                until: Instant::now() + LINGER,
+            },
+            other => other,
+        };
+    }
+
+    pub(super) async fn revive(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return Ok(());
+        };
+        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
+        let (desired, mut program, told) = match phase {
+            InPhase::Lingering {
+                desired, program, ..
+            } => (desired, program, false),
+            InPhase::Draining {
+                desired, program, ..
+            } => (desired, program, true),
+            other => {
+                pod.phase = other;
+                return Ok(());
+            }
+        };
+        let uid = desired.uid.clone();
+        let attached = program
+            .attach(&desired.netns, &self.pins.pod(cookie))
+            .and_then(|()| {
+                let addresses = desired
+                    .netns
+                    .interfaces()
+                    .map(|interfaces| interfaces.addresses)
+                    .unwrap_or_default();
+                let mut all = desired.addresses.clone();
+                all.extend(
+                    addresses
+                        .into_iter()
+                        .filter(|address| !desired.addresses.contains(address)),
+                );
+                self.window
+                    .maps()
+                    .enrol(cookie, &all, desired.cgroup, desired.alone)
+            });
+        pod.phase = InPhase::Serving { desired, program };
+        match attached {
+            Ok(()) => tracing::info!(pod = %named(&uid), "pod enrolled again"),
+            Err(error) => {
+                tracing::warn!(pod = %named(&uid), %error, "pod cannot be enrolled again");
+                self.leave(cookie);
+                return Ok(());
+            }
+        }
+        if told {
+            self.send(PodEvent::Revive(uid)).await
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Takes those that leave one step further.
+    pub(super) async fn go_on(&mut self) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        let cookies: Vec<u64> = self.pods.keys().copied().collect();
+        for cookie in cookies {
+            let Some(pod) = self.pods.get_mut(&cookie) else {
+                continue;
+            };
+            match &mut pod.phase {
+                InPhase::Lingering { until, .. } if *until <= now => {
+                    let (told, idle) = oneshot::channel();
+                    let uid = pod.uid.clone();
+                    if let InPhase::Lingering {
+                        desired, program, ..
+                    } = std::mem::replace(&mut pod.phase, InPhase::Adopted)
+                    {
+                        pod.phase = InPhase::Draining {
+                            desired,
+                            program,
+                            idle,
+                            until: now + self.config.drain,
+                        };
+                    }
+                    self.send(PodEvent::Drain(uid, told)).await?;
+                }
+                InPhase::Draining { until, .. } if *until <= now => self.end(cookie).await?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts what still runs of a pod that is not captured any more, and puts back what was changed.
+    pub(super) async fn end(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        if let Some(pod) = self.pods.get(&cookie)
+            && pod.phase.phase() != Phase::Adopted
+        {
+            let (told, done) = oneshot::channel();
+            self.send(PodEvent::Down(pod.uid.clone(), told)).await?;
+            let _ = done.await;
+        }
+        self.undo(cookie).await;
+        Ok(())
+    }
+
+    pub(super) async fn undo(&mut self, cookie: u64) {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return;
+        };
+        pod.phase = InPhase::Adopted; // its listeners and program are gone
+        let (uid, record) = (pod.uid.clone(), pod.record.clone());
+        match self.put_back(&record).await {
+            Ok(()) => {
+                tracing::info!(pod = %named(&uid), "pod left the mesh");
+                self.pods.remove(&cookie);
+            }
+            Err(error) => {
+                tracing::warn!(pod = %named(&uid), %error, "pod's namespace is not as it was; it is tried again");
+                self.again = Some(Instant::now() + RETRY);
+            }
+        }
+    }
+
+    /// The last step out. The kernel forgets the pod when all else is as it was: until then it keeps
+    /// inside what is the pod's.
+    pub(super) async fn put_back(&self, record: &Record) -> Result<(), CaptureError> {
+        enrol::undo(record, &self.records, &self.pins).await?;
+        self.window.maps().forget(record.cookie)
+    }
+}
+
+/// Completes when a pod that drains has nothing that runs any more.
+pub(super) async fn idle(pods: &mut BTreeMap<u64, Pod>) {
+    std::future::poll_fn(|context| {
+        for pod in pods.values_mut() {
+            if let InPhase::Draining { idle, until, .. } = &mut pod.phase
+                && std::future::Future::poll(std::pin::Pin::new(idle), context).is_ready()
+            {
+                *until = Instant::now();
+                return std::task::Poll::Ready(());
+            }
+        }
+        std::task::Poll::Pending
+    })
+    .await;
+}

@@ -1,0 +1,67 @@
+//! What control wants of capture, and what capture tells it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::identity::Identity;
+use crate::sys::cgroup::CgroupId;
+use crate::sys::netns::Netns;
+
+/// A pod that shall be captured.
+#[derive(Clone, Debug)]
+pub struct Desired {
+    /// The workload's uid.
+    pub uid: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Who it is.
+    pub identity: Identity,
+    /// The addresses that the mesh knows it by.
+    pub addresses: Vec<IpAddr>,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// That namespace's cookie.
+    pub cookie: u64,
+    /// Its cgroup.
+    pub cgroup: CgroupId,
+    /// Whether that is its alone.
+    pub alone: bool,
+}
+
+impl Desired {
+    /// Whether the other says the same of the pod as it is served.
+    pub fn says(&self, other: &Self) -> bool {
+        self.identity == other.identity && self.addresses == other.addresses
+    }
+}
+
+/// What control wants.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// Pods that were found.
+    pub pods: Vec<Desired>,
+    /// The uids of those that are wanted and were not found.
+    pub waiting: BTreeSet<Arc<str>>,
+    /// Cookies of network namespaces that are gone.
+    pub gone: BTreeSet<u64>,
+}
+
+/// How far one pod is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodState {
+    /// Captured and served.
+    Up {
+        /// The cookie of its network namespace.
+        cookie: u64,
+    },
+    /// No longer captured; what runs goes on.
+    Draining,
+    /// It cannot be captured, and why; it is tried again.
+    Failed(String),
+}
+
+/// How far each pod is, by uid.
+pub type Status = BTreeMap<Arc<str>, PodState>;
