@@ -10,7 +10,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::authorize::Authorizer;
-use crate::capture::{self, CaptureError, PodEvent, Room, room};
+use crate::capture::{self, CaptureError, Instance, PodEvent, Room, room};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::ca::EmbeddedCa;
@@ -174,7 +174,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         }
     };
     tokio::pin!(tending, background);
-    let mut held: HashMap<Arc<str>, Identity> = HashMap::new();
+    let mut held: HashMap<Instance, Identity> = HashMap::new();
     loop {
         tokio::select! {
             event = pod_events.recv() => match event {
@@ -209,16 +209,14 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
 }
 
 /// Holds the certificate of a pod for as long as it is served.
-fn hold(certs: &Certs, held: &mut HashMap<Arc<str>, Identity>, event: &PodEvent) {
+fn hold(certs: &Certs, held: &mut HashMap<Instance, Identity>, event: &PodEvent) {
     match event {
         PodEvent::Up(pod, _) => {
             certs.hold(&pod.identity);
-            if let Some(before) = held.insert(pod.uid.clone(), pod.identity.clone()) {
-                certs.forget(&before);
-            }
+            held.insert(pod.instance, pod.identity.clone());
         }
-        PodEvent::Down(uid, _) => {
-            if let Some(identity) = held.remove(uid) {
+        PodEvent::Down(instance, _) => {
+            if let Some(identity) = held.remove(instance) {
                 certs.forget(&identity);
             }
         }

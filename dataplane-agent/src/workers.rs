@@ -17,7 +17,7 @@ use tokio::task::LocalSet;
 
 use crate::accept::listener::Listener;
 use crate::authorize::Authorizer;
-use crate::capture::{Listeners, LocalPod, PodEvent, named};
+use crate::capture::{Instance, Listeners, LocalPod, PodEvent, named};
 use crate::drain::{Load, Scope};
 use crate::identity::Certs;
 use crate::journey::{Corridor, Entrance, walk};
@@ -49,7 +49,7 @@ pub struct Shared {
 pub struct Workers {
     doors: Vec<Door>,
     threads: Vec<JoinHandle<()>>,
-    homes: HashMap<Arc<str>, usize>,
+    homes: HashMap<Instance, usize>,
 }
 
 /// The way to a worker.
@@ -66,11 +66,11 @@ enum Order {
     /// A connection from another worker.
     Take(Arc<LocalPod>, Entrance, TcpStream),
     /// Nothing new; the answer goes when nothing of the pod runs any more.
-    Drain(Arc<str>, Answer),
+    Drain(Instance, Answer),
     /// It goes on after all.
-    Revive(Arc<str>),
+    Revive(Instance),
     /// The answer goes when nothing of the pod is left.
-    Down(Arc<str>, Answer),
+    Down(Instance, Answer),
     /// No more orders.
     Stop,
 }
@@ -145,7 +145,7 @@ impl Workers {
         match event {
             PodEvent::Up(pod, listeners) => {
                 let home = self.home();
-                self.homes.insert(pod.uid.clone(), home);
+                self.homes.insert(pod.instance, home);
                 // Who accepts comes last: it hands connections to the others.
                 for (number, door) in self.doors.iter().enumerate() {
                     if number != home {
@@ -154,34 +154,34 @@ impl Workers {
                 }
                 self.doors[home].order(Order::Up(pod, Some(listeners)));
             }
-            PodEvent::Drain(uid, told) => self.all(&uid, told, Order::Drain),
-            PodEvent::Revive(uid) => {
+            PodEvent::Drain(instance, told) => self.all(instance, told, Order::Drain),
+            PodEvent::Revive(instance) => {
                 for door in &self.doors {
-                    door.order(Order::Revive(uid.clone()));
+                    door.order(Order::Revive(instance));
                 }
             }
-            PodEvent::Down(uid, told) => {
-                self.homes.remove(&uid);
-                self.all(&uid, told, Order::Down);
+            PodEvent::Down(instance, told) => {
+                self.homes.remove(&instance);
+                self.all(instance, told, Order::Down);
             }
         }
     }
 
     /// Lets what runs go on until it ends, or for as long as `drain`; then cuts it and ends.
     pub async fn stop(mut self, drain: Duration) {
-        let uids: Vec<Arc<str>> = self.homes.keys().cloned().collect();
-        let idle = uids.iter().map(|uid| {
+        let instances: Vec<Instance> = self.homes.keys().copied().collect();
+        let idle = instances.iter().map(|instance| {
             let (told, idle) = oneshot::channel();
-            self.all(uid, told, Order::Drain);
+            self.all(*instance, told, Order::Drain);
             idle
         });
         let idle = futures_util::future::join_all(idle.collect::<Vec<_>>());
         if tokio::time::timeout(drain, idle).await.is_err() {
             tracing::warn!("connection failed to drain within the timeout");
         }
-        let down = uids.iter().map(|uid| {
+        let down = instances.iter().map(|instance| {
             let (told, down) = oneshot::channel();
-            self.all(uid, told, Order::Down);
+            self.all(*instance, told, Order::Down);
             down
         });
         futures_util::future::join_all(down.collect::<Vec<_>>()).await;
@@ -202,10 +202,10 @@ impl Workers {
     }
 
     /// Orders it from all workers; `told` hears when all have done it.
-    fn all(&self, uid: &Arc<str>, told: oneshot::Sender<()>, order: fn(Arc<str>, Answer) -> Order) {
+    fn all(&self, pod: Instance, told: oneshot::Sender<()>, order: fn(Instance, Answer) -> Order) {
         let answer = OnDrop::answer(told);
         for door in &self.doors {
-            door.order(order(Arc::clone(uid), Arc::clone(&answer)));
+            door.order(order(pod, Arc::clone(&answer)));
         }
     }
 }
@@ -228,7 +228,7 @@ struct Worker {
     number: usize,
     doors: Vec<Door>,
     corridor: Corridor,
-    pods: HashMap<Arc<str>, Here>,
+    pods: HashMap<Instance, Here>,
     /// What the worker itself does.
     chores: Scope,
 }
@@ -269,18 +269,18 @@ impl Worker {
         while let Some(order) = inbox.recv().await {
             match order {
                 Order::Up(pod, listeners) => self.up(&pod, listeners),
-                Order::Take(pod, entrance, tcp) => match self.pods.get(&pod.uid) {
+                Order::Take(pod, entrance, tcp) => match self.pods.get(&pod.instance) {
                     Some(here) => take(&self.corridor, &here.scope, &pod, entrance, tcp),
                     // It went down meanwhile.
                     None => _ = socket2::SockRef::from(&tcp).set_linger(Some(Duration::ZERO)),
                 },
-                Order::Drain(uid, answer) => self.drain(&uid, answer),
-                Order::Revive(uid) => {
-                    if let Some(here) = self.pods.get(&uid) {
+                Order::Drain(instance, answer) => self.drain(instance, answer),
+                Order::Revive(instance) => {
+                    if let Some(here) = self.pods.get(&instance) {
                         here.scope.close(false);
                     }
                 }
-                Order::Down(uid, answer) => self.down(&uid, answer),
+                Order::Down(instance, answer) => self.down(instance, answer),
                 Order::Stop => break,
             }
         }
@@ -305,7 +305,7 @@ impl Worker {
                 }
             }
         }
-        self.pods.insert(pod.uid.clone(), here);
+        self.pods.insert(pod.instance, here);
     }
 
     /// Accepts for a pod, and gives each connection to a worker.
@@ -323,12 +323,12 @@ impl Worker {
         });
     }
 
-    fn drain(&self, uid: &str, answer: Answer) {
-        let Some(here) = self.pods.get(uid) else {
+    fn drain(&self, instance: Instance, answer: Answer) {
+        let Some(here) = self.pods.get(&instance) else {
             return;
         };
         here.scope.close(true);
-        self.corridor.carrier.pool.forget(uid);
+        self.corridor.carrier.pool.forget(instance);
         let scope = here.scope.clone();
         self.chores.spawn(async move {
             scope.idle().await;
@@ -336,11 +336,11 @@ impl Worker {
         });
     }
 
-    fn down(&mut self, uid: &str, answer: Answer) {
-        let Some(here) = self.pods.remove(uid) else {
+    fn down(&mut self, instance: Instance, answer: Answer) {
+        let Some(here) = self.pods.remove(&instance) else {
             return;
         };
-        self.corridor.carrier.pool.forget(uid);
+        self.corridor.carrier.pool.forget(instance);
         self.chores.spawn(async move {
             here.entrances.cut().await;
             here.scope.cut().await;

@@ -14,8 +14,8 @@ use bytes::Bytes;
 use http::{Response, StatusCode};
 use tokio::net::TcpStream;
 
-pub use crate::capture::LocalPod;
 pub use crate::capture::pods::Clients;
+pub use crate::capture::{Instance, LocalPod};
 use crate::identity::Identity;
 
 /// One connection of one enrolled pod, or one CONNECT stream to it: TLS finished, peer verified.

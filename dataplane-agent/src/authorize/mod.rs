@@ -12,8 +12,8 @@ use std::sync::Arc;
 use crate::observe::{Failure, Flag};
 pub use crate::resolve::policy;
 pub use crate::resolve::{
-    Accepted, Clients, Direction, Hop, Io, LocalPod, Mesh, MeshReader, Resolved, service::Service,
-    workload::Workload,
+    Accepted, Clients, Direction, Hop, Instance, Io, LocalPod, Mesh, MeshReader, Resolved,
+    service::Service, workload::Workload,
 };
 use policy::Question;
 pub use watch::{Authorizer, Revoked};

@@ -16,7 +16,7 @@ use super::pods::Clients;
 use super::programs::{Loader, PodProgram};
 use super::undo::{Record, Records};
 use super::wanted::Desired;
-use super::{CaptureError, Listeners, LocalPod, routes};
+use super::{CaptureError, Instance, Listeners, LocalPod, routes};
 use crate::sys::netns::Netns;
 use crate::sys::socket;
 
@@ -66,6 +66,7 @@ pub async fn enter(
     let ports = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
         .map(|listener| listener.local_addr().map_or(0, |address| address.port()));
     let pod = LocalPod {
+        instance: Instance::next(),
         ports,
         handshakes: Semaphore::new(HANDSHAKES),
         connections: Semaphore::new(CONNECTIONS),

@@ -23,7 +23,7 @@ pub mod wanted;
 use std::io;
 use std::path::PathBuf;
 
-pub use pods::{Listeners, LocalPod, PodEvent};
+pub use pods::{Instance, Listeners, LocalPod, PodEvent};
 pub use room::Room;
 pub use wanted::{Desired, PodState, Status, Wanted};
 

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Semaphore;
 
@@ -17,9 +18,24 @@ pub const HANDSHAKES: usize = 256;
 /// How many connections and tunnels one pod has at once; a further one is refused.
 pub const CONNECTIONS: usize = 16_384;
 
+/// One enrolment of one pod. A pod that comes back under its name and uid is another one, and so is one
+/// that is enrolled anew in its namespace: what is kept of a pod is kept by this, never by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Instance(u64);
+
+impl Instance {
+    /// The next one; no other enrolment of this process has it.
+    pub fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
 /// A pod of this node that is enrolled. Shared by all that serves it.
 #[derive(Debug)]
 pub struct LocalPod {
+    /// This enrolment of it.
+    pub instance: Instance,
     /// The workload's uid in the mesh.
     pub uid: Arc<str>,
     /// Its namespace.
@@ -86,18 +102,19 @@ pub struct Listeners {
     pub hbone: TcpListener,
 }
 
-/// What happens to the set of enrolled pods, in order.
+/// What happens to the set of enrolled pods, in order. Two of one name may be among them: one drains,
+/// and its successor is up.
 #[derive(Debug)]
 pub enum PodEvent {
     /// Serve this pod from now on.
     Up(Arc<LocalPod>, Listeners),
     /// No longer in the mesh: take what is still in the accept queues, open no new tunnel streams
     /// (GOAWAY), let what runs go on. Answered when nothing runs any more.
-    Drain(Arc<str>, oneshot::Sender<()>),
+    Drain(Instance, oneshot::Sender<()>),
     /// It was draining and is enrolled again: the same listeners serve on.
-    Revive(Arc<str>),
+    Revive(Instance),
     /// Cut what still runs, and drop everything of the pod; answered when that is done.
-    Down(Arc<str>, oneshot::Sender<()>),
+    Down(Instance, oneshot::Sender<()>),
 }
 
 impl LocalPod {
@@ -105,6 +122,7 @@ impl LocalPod {
     #[cfg(test)]
     pub fn example(uid: &str, identity: Identity, addresses: Vec<IpAddr>) -> Arc<Self> {
         Arc::new(Self {
+            instance: Instance::next(),
             ports: [15001, 15006, 15008],
             handshakes: Semaphore::new(1),
             connections: Semaphore::new(1),

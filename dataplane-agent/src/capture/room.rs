@@ -19,7 +19,7 @@ use super::programs::{self, Loader, PodProgram};
 use super::reconcile::{Phase, Step, Want, diff};
 use super::undo::{Record, Records};
 use super::wanted::{Desired, PodState, Status, Wanted};
-use super::{CaptureError, LocalPod, PodEvent, enrol, named};
+use super::{CaptureError, Instance, LocalPod, PodEvent, enrol, named};
 
 /// How long listeners stay after their pod has left: handshakes that had begun end in them.
 const LINGER: Duration = Duration::from_secs(1);
@@ -97,30 +97,39 @@ struct Pod {
 
 enum InPhase {
     Adopted,
-    Serving {
-        desired: Desired,
-        program: PodProgram,
-    },
+    Serving(Served),
     /// Its listeners linger until then; then the corridor is told.
-    Lingering {
-        desired: Desired,
-        program: PodProgram,
-        until: Instant,
-    },
+    Lingering(Served, Instant),
     Draining {
-        desired: Desired,
-        program: PodProgram,
+        served: Served,
         idle: oneshot::Receiver<()>,
         until: Instant,
     },
 }
 
+/// What the corridor serves.
+struct Served {
+    instance: Instance,
+    desired: Desired,
+    program: PodProgram,
+}
+
 impl InPhase {
+    /// What the corridor has of it.
+    fn instance(&self) -> Option<Instance> {
+        match self {
+            Self::Adopted => None,
+            Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
+                Some(served.instance)
+            }
+        }
+    }
+
     fn phase(&self) -> Phase {
         match self {
             Self::Adopted => Phase::Adopted,
-            Self::Serving { .. } => Phase::Serving,
-            Self::Lingering { .. } | Self::Draining { .. } => Phase::Draining,
+            Self::Serving(_) => Phase::Serving,
+            Self::Lingering(..) | Self::Draining { .. } => Phase::Draining,
         }
     }
 }
@@ -277,10 +286,10 @@ impl Room {
             let Some(pod) = self.pods.get_mut(&want.cookie) else {
                 continue;
             };
-            let InPhase::Serving { desired, .. } = &pod.phase else {
+            let InPhase::Serving(served) = &pod.phase else {
                 continue;
             };
-            if desired.uid != want.uid || desired.says(want) {
+            if served.desired.uid != want.uid || served.desired.says(want) {
                 continue;
             }
             tracing::info!(
@@ -288,8 +297,8 @@ impl Room {
                 "pod is another than it was; its connections are cut"
             );
             let (told, done) = oneshot::channel();
+            let down = PodEvent::Down(served.instance, told);
             pod.phase = InPhase::Adopted;
-            let down = PodEvent::Down(pod.uid.clone(), told);
             self.send(down).await?;
             let _ = done.await;
         }
@@ -317,7 +326,11 @@ impl Room {
                 let pod_in_room = Pod {
                     record,
                     uid: desired.uid.clone(),
-                    phase: InPhase::Serving { desired, program },
+                    phase: InPhase::Serving(Served {
+                        instance: pod.instance,
+                        desired,
+                        program,
+                    }),
                 };
                 self.pods.insert(cookie, pod_in_room);
                 self.send(PodEvent::Up(pod, listeners)).await
@@ -397,8 +410,8 @@ impl Room {
     /// When there is something to do by itself.
     fn next(&self) -> Option<Instant> {
         let leaving = self.pods.values().filter_map(|pod| match &pod.phase {
-            InPhase::Lingering { until, .. } | InPhase::Draining { until, .. } => Some(*until),
-            InPhase::Adopted | InPhase::Serving { .. } => None,
+            InPhase::Lingering(_, until) | InPhase::Draining { until, .. } => Some(*until),
+            InPhase::Adopted | InPhase::Serving(_) => None,
         });
         let failed = self.failed.values().map(|failed| failed.again);
         leaving.chain(failed).chain(self.again).min()

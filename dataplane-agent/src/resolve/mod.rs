@@ -11,7 +11,7 @@ pub mod workload;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-pub use crate::accept::{Accepted, Clients, Direction, Io, LocalPod};
+pub use crate::accept::{Accepted, Clients, Direction, Instance, Io, LocalPod};
 use crate::identity::Identity;
 use crate::observe::{Failure, Flag};
 pub use mesh::{Mesh, MeshReader, MeshWriter};

@@ -78,7 +78,7 @@ pub async fn carry(
                 expected,
             } => {
                 let key = Key {
-                    source: pod.uid.clone(),
+                    source: pod.instance,
                     target: target.uid.clone(),
                     to: *to,
                     expected: expected.clone(),

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use super::hbone::{Connect, Failed, Lease, Tunnel, dial};
 use super::{Means, TransportError};
-use crate::authorize::LocalPod;
+use crate::authorize::{Instance, LocalPod};
 use crate::drain::Scope;
 use crate::hbone::CLIENT_STREAMS;
 use crate::identity::Identity;
@@ -25,7 +25,7 @@ use crate::identity::Identity;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     /// The source pod.
-    pub source: Arc<str>,
+    pub source: Instance,
     /// The destination workload.
     pub target: Arc<str>,
     /// Where the tunnel goes.
@@ -105,9 +105,9 @@ impl Pool {
         }
     }
 
-    /// Forgets a pod's tunnels, and those to it; the pod's scope ends the former.
-    pub fn forget(&self, uid: &str) {
-        self.ways.borrow_mut().retain(|key, _| *key.source != *uid);
+    /// Forgets a pod's tunnels; the pod's scope ends them.
+    pub fn forget(&self, source: Instance) {
+        self.ways.borrow_mut().retain(|key, _| key.source != source);
     }
 
     /// How many tunnels there are.

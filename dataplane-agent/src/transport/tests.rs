@@ -307,9 +307,9 @@ fn pod() -> Arc<LocalPod> {
     LocalPod::example("c//Pod/ns/client", who("client"), Vec::new())
 }
 
-fn key(expected: &str) -> Key {
+fn key(pod: &LocalPod, expected: &str) -> Key {
     Key {
-        source: "c//Pod/ns/client".into(),
+        source: pod.instance,
         target: "c//Pod/ns/server".into(),
         to: "192.0.2.1:15008".parse().expect("an address"),
         expected: vec![who(expected)],
@@ -386,7 +386,8 @@ async fn pool(
 fn connections_that_go_the_same_way_at_once_share_a_tunnel() {
     run(async {
         let (pool, means, scope, peer) = pool(200, usize::MAX).await;
-        let (pod, key, connect) = (pod(), key("server"), connect());
+        let (pod, connect) = (pod(), connect());
+        let key = key(&pod, "server");
         let all = (0..50).map(|_| pool.connect(&key, &pod, &scope, &connect));
         tokio::select! {
             all = futures_util::future::join_all(all) => {
@@ -402,7 +403,8 @@ fn connections_that_go_the_same_way_at_once_share_a_tunnel() {
 fn more_streams_than_a_tunnel_has_room_for_get_another_one() {
     run(async {
         let (pool, means, scope, peer) = pool(200, usize::MAX).await;
-        let (pod, key, connect) = (pod(), key("server"), connect());
+        let (pod, connect) = (pod(), connect());
+        let key = key(&pod, "server");
         let all = (0..crate::hbone::CLIENT_STREAMS + 10)
             .map(|_| pool.connect(&key, &pod, &scope, &connect));
         tokio::select! {
@@ -419,7 +421,8 @@ fn more_streams_than_a_tunnel_has_room_for_get_another_one() {
 fn a_tunnel_that_its_peer_closes_is_left_and_nobody_notices() {
     run(async {
         let (pool, means, scope, peer) = pool(200, 3).await;
-        let (pod, key, connect) = (pod(), key("server"), connect());
+        let (pod, connect) = (pod(), connect());
+        let key = key(&pod, "server");
         let one_after_the_other = async {
             for _ in 0..12 {
                 let stream = pool.connect(&key, &pod, &scope, &connect).await;
@@ -439,10 +442,14 @@ fn a_refusal_is_told_by_its_status_and_a_stranger_by_its_name() {
         let (pool, _means, scope, peer) = pool(401, usize::MAX).await;
         let (pod, connect) = (pod(), connect());
         let asked = async {
-            let refused = pool.connect(&key("server"), &pod, &scope, &connect).await;
+            let refused = pool
+                .connect(&key(&pod, "server"), &pod, &scope, &connect)
+                .await;
             let refused = refused.expect_err("401");
             assert_eq!(refused.to_string(), "http status: 401 Unauthorized");
-            let stranger = pool.connect(&key("another"), &pod, &scope, &connect).await;
+            let stranger = pool
+                .connect(&key(&pod, "another"), &pod, &scope, &connect)
+                .await;
             let stranger = stranger.expect_err("somebody else");
             assert!(matches!(stranger, TransportError::Tls(_)), "{stranger}");
             let words = "peer did not present the expected SAN (spiffe://td/ns/ns/sa/another), got spiffe://td/ns/ns/sa/server";
@@ -459,13 +466,14 @@ fn a_refusal_is_told_by_its_status_and_a_stranger_by_its_name() {
 fn a_scope_that_is_cut_takes_its_tunnels_with_it() {
     run(async {
         let (pool, _means, scope, peer) = pool(200, usize::MAX).await;
-        let (pod, key, connect) = (pod(), key("server"), connect());
+        let (pod, connect) = (pod(), connect());
+        let key = key(&pod, "server");
         let asked = async {
             let stream = pool
                 .connect(&key, &pod, &scope, &connect)
                 .await
                 .expect("connected");
-            pool.forget("c//Pod/ns/client");
+            pool.forget(pod.instance);
             assert_eq!(pool.tunnels(), 0);
             scope.cut().await;
             let (_send, mut receive, _lease) = stream;

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::super::reconcile::Phase;
 use super::super::undo::Record;
 use super::super::{CaptureError, PodEvent, enrol, named, pins};
 use super::{InPhase, LINGER, Pod, RETRY, Room};
@@ -29,11 +28,7 @@ impl Room {
         tracing::info!(pod = %named(&pod.uid), "pod leaves the mesh");
         let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
         pod.phase = match phase {
-            InPhase::Serving { desired, program } => InPhase::Lingering {
-                desired,
-                program,
-                until: Instant::now() + LINGER,
-            },
+            InPhase::Serving(served) => InPhase::Lingering(served, Instant::now() + LINGER),
             other => other,
         };
     }
@@ -43,20 +38,17 @@ impl Room {
             return Ok(());
         };
         let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
-        let (desired, mut program, told) = match phase {
-            InPhase::Lingering {
-                desired, program, ..
-            } => (desired, program, false),
-            InPhase::Draining {
-                desired, program, ..
-            } => (desired, program, true),
+        let (mut served, told) = match phase {
+            InPhase::Lingering(served, _) => (served, false),
+            InPhase::Draining { served, .. } => (served, true),
             other => {
                 pod.phase = other;
                 return Ok(());
             }
         };
-        let uid = desired.uid.clone();
-        let attached = program
+        let (uid, instance, desired) = (pod.uid.clone(), served.instance, &served.desired);
+        let attached = served
+            .program
             .attach(&desired.netns, &self.pins.pod(cookie))
             .and_then(|()| {
                 let addresses = desired
@@ -74,7 +66,7 @@ impl Room {
                     .maps()
                     .enrol(cookie, &all, desired.cgroup, desired.alone)
             });
-        pod.phase = InPhase::Serving { desired, program };
+        pod.phase = InPhase::Serving(served);
         match attached {
             Ok(()) => tracing::info!(pod = %named(&uid), "pod enrolled again"),
             Err(error) => {
@@ -84,7 +76,7 @@ impl Room {
             }
         }
         if told {
-            self.send(PodEvent::Revive(uid)).await
+            self.send(PodEvent::Revive(instance)).await
         } else {
             Ok(())
         }
@@ -99,21 +91,19 @@ impl Room {
                 continue;
             };
             match &mut pod.phase {
-                InPhase::Lingering { until, .. } if *until <= now => {
+                InPhase::Lingering(served, until) if *until <= now => {
                     let (told, idle) = oneshot::channel();
-                    let uid = pod.uid.clone();
-                    if let InPhase::Lingering {
-                        desired, program, ..
-                    } = std::mem::replace(&mut pod.phase, InPhase::Adopted)
+                    let instance = served.instance;
+                    if let InPhase::Lingering(served, _) =
+                        std::mem::replace(&mut pod.phase, InPhase::Adopted)
                     {
                         pod.phase = InPhase::Draining {
-                            desired,
-                            program,
+                            served,
                             idle,
                             until: now + self.config.drain,
                         };
                     }
-                    self.send(PodEvent::Drain(uid, told)).await?;
+                    self.send(PodEvent::Drain(instance, told)).await?;
                 }
                 InPhase::Draining { until, .. } if *until <= now => self.end(cookie).await?,
                 _ => {}
@@ -125,10 +115,10 @@ impl Room {
     /// Cuts what still runs of a pod that is not captured any more, and puts back what was changed.
     pub(super) async fn end(&mut self, cookie: u64) -> Result<(), CaptureError> {
         if let Some(pod) = self.pods.get(&cookie)
-            && pod.phase.phase() != Phase::Adopted
+            && let Some(instance) = pod.phase.instance()
         {
             let (told, done) = oneshot::channel();
-            self.send(PodEvent::Down(pod.uid.clone(), told)).await?;
+            self.send(PodEvent::Down(instance, told)).await?;
             let _ = done.await;
         }
         self.undo(cookie).await;
