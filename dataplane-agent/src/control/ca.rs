@@ -1,11 +1,13 @@
 //! The embedded CA: issues certificates to the pods of all nodes that share a state folder.
 //!
 //! `<state>/ca/root.pem` is the root that everybody trusts, `<state>/ca/key.pem` its key (0600).
-//! They are made once, by whoever comes first, and never replaced: others may trust them already.
+//! They are made once, by the node that comes first, and are never replaced: others may trust the
+//! root already. The folder appears whole, by one rename, so a half of it is never what an
+//! interrupted start has left: it is a loss, and the agent refuses to start.
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +19,8 @@ use rcgen::{
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
 use crate::identity::{Identity, IdentityError, Issued, Issuer};
@@ -25,11 +29,15 @@ use crate::identity::{Identity, IdentityError, Issued, Issuer};
 const ROOT_LIFE: time::Duration = time::Duration::days(3650);
 /// Clocks of nodes may differ by this much.
 const SKEW: time::Duration = time::Duration::minutes(2);
+/// A certificate that lives shorter is not renewed in time.
+const SHORTEST: Duration = Duration::from_secs(10);
+/// A root that ends sooner is told of at the start.
+const SOON: time::Duration = time::Duration::days(30);
 
 /// Why the CA cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum CaError {
-    /// A file or folder.
+    /// A file or folder cannot be read or written.
     #[error("{path}: {error}")]
     File {
         /// Which.
@@ -47,13 +55,25 @@ pub enum CaError {
     },
     /// One of the two files is there and the other is not.
     #[error(
-        "{missing} is missing, and {there} is there: bring it back, or remove both (pods trust the new root only after a restart of their agents)"
+        "{missing} is missing, and {there} is there: bring it back, or remove {folder} for a new CA (agents that run go on with the old root until they are restarted)"
     )]
     Half {
         /// What is not there.
         missing: PathBuf,
         /// What is.
         there: PathBuf,
+        /// What holds both.
+        folder: PathBuf,
+    },
+    /// The folder has something in it, and neither of the two files.
+    #[error(
+        "{folder}: has neither root.pem nor key.pem, and {other} is there: bring them back, or remove the folder for a new CA"
+    )]
+    Other {
+        /// The folder.
+        folder: PathBuf,
+        /// What is in it.
+        other: PathBuf,
     },
     /// The root is another mesh's.
     #[error("{path}: is the root of trust domain {found}, not {wanted}")]
@@ -65,6 +85,21 @@ pub enum CaError {
         /// What is configured.
         wanted: String,
     },
+    /// The root is not valid now.
+    #[error("{path}: is valid from {from} to {until}, and it is {now}")]
+    Expired {
+        /// The root.
+        path: PathBuf,
+        /// When its life begins.
+        from: String,
+        /// When its life ends.
+        until: String,
+        /// What this machine's clock says.
+        now: String,
+    },
+    /// Certificates could not be renewed before they end.
+    #[error("--secret-ttl: {0:?} is too short, {SHORTEST:?} is the least")]
+    Ttl(Duration),
     /// A file is not what it should be.
     #[error("{path}: {why}")]
     Wrong {
@@ -79,6 +114,7 @@ pub enum CaError {
 pub struct EmbeddedCa {
     signer: Signer<'static, KeyPair>,
     root: CertificateDer<'static>,
+    root_ends: OffsetDateTime,
     ttl: Duration,
 }
 
@@ -91,91 +127,102 @@ impl std::fmt::Debug for EmbeddedCa {
 }
 
 impl EmbeddedCa {
-    /// Opens the CA of a state folder, or makes it. Certificates live for `ttl`.
+    /// Opens the CA of a state folder, or makes it where there is none. Certificates live for `ttl`,
+    /// and no longer than the root.
     ///
     /// # Errors
     /// See [`CaError`].
     pub fn open(state: &Path, trust_domain: &str, ttl: Duration) -> Result<Self, CaError> {
+        if ttl < SHORTEST {
+            return Err(CaError::Ttl(ttl));
+        }
         let folder = state.join("ca");
-        let file = |path: &Path| {
-            let path = path.to_owned();
-            move |error| CaError::File { path, error }
-        };
-        fs::create_dir_all(&folder).map_err(file(&folder))?;
-        // Of nodes that start together one makes the CA, and the others find it.
-        let lock = folder.join("lock");
-        let locked = File::create(&lock).map_err(file(&lock))?;
-        locked.lock().map_err(file(&lock))?;
         let (root_path, key_path) = (folder.join("root.pem"), folder.join("key.pem"));
-        match (root_path.exists(), key_path.exists()) {
-            (true, true) => {}
-            (false, false) => make(&root_path, &key_path, trust_domain)?,
-            (true, false) => {
-                return Err(CaError::Half {
-                    missing: key_path,
-                    there: root_path,
-                });
+        let there = match read_both(&root_path, &key_path)? {
+            (Some(root), Some(key)) => (Some(root), Some(key)),
+            (None, None) => {
+                make(&folder, trust_domain)?;
+                read_both(&root_path, &key_path)?
             }
-            // The root is written last: the key alone is what an interrupted start leaves.
-            (false, true) => make(&root_path, &key_path, trust_domain)?,
-        }
-        let mode = fs::metadata(&key_path)
-            .map_err(file(&key_path))?
-            .permissions()
-            .mode()
-            & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(CaError::Open {
-                path: key_path,
-                mode,
-            });
-        }
-        let root_pem = fs::read_to_string(&root_path).map_err(file(&root_path))?;
-        let key_pem = Zeroizing::new(fs::read_to_string(&key_path).map_err(file(&key_path))?);
-        drop(locked);
+            // Another node may have made it between the two looks.
+            _ => read_both(&root_path, &key_path)?,
+        };
+        let half = |missing: &Path, there: &Path| CaError::Half {
+            missing: missing.to_owned(),
+            there: there.to_owned(),
+            folder: folder.clone(),
+        };
+        let (root_pem, key_pem) = match there {
+            (Some(root), Some(key)) => (root, key),
+            (Some(_), None) => return Err(half(&key_path, &root_path)),
+            (None, Some(_)) => return Err(half(&root_path, &key_path)),
+            (None, None) => return Err(of_file(&root_path)(io::ErrorKind::NotFound.into())),
+        };
         let wrong = |path: &Path, why: String| CaError::Wrong {
             path: path.to_owned(),
             why,
         };
         let root = CertificateDer::from_pem_slice(root_pem.as_bytes())
             .map_err(|error| wrong(&root_path, error.to_string()))?;
-        let found = organisation(&root).map_err(|why| wrong(&root_path, why))?;
-        if found != trust_domain {
+        let said = Said::read(&root).map_err(|why| wrong(&root_path, why))?;
+        if said.trust_domain != trust_domain {
             return Err(CaError::TrustDomain {
                 path: root_path,
-                found,
+                found: said.trust_domain,
                 wanted: trust_domain.to_owned(),
+            });
+        }
+        let now = OffsetDateTime::now_utc();
+        if now + SKEW < said.begins || said.ends <= now {
+            return Err(CaError::Expired {
+                path: root_path,
+                from: told(said.begins),
+                until: told(said.ends),
+                now: told(now),
             });
         }
         let key =
             KeyPair::from_pem(&key_pem).map_err(|error| wrong(&key_path, error.to_string()))?;
-        if !is_key_of(&root, &key) {
-            return Err(wrong(
-                &key_path,
-                format!("is not the key of {}", root_path.display()),
-            ));
+        if said.public_key != rcgen::PublicKeyData::der_bytes(&key) {
+            let why = format!("is not the key of {}", root_path.display());
+            return Err(wrong(&key_path, why));
+        }
+        if said.ends - now < SOON || said.ends - now < ttl {
+            let (root, ends) = (root_path.display(), told(said.ends));
+            tracing::warn!(%root, ends, "the root certificate ends soon, and all others with it");
         }
         let signer = Signer::from_ca_cert_der(&root, key)
             .map_err(|error| wrong(&root_path, error.to_string()))?;
-        Ok(Self { signer, root, ttl })
+        Ok(Self {
+            signer,
+            root,
+            root_ends: said.ends,
+            ttl,
+        })
     }
 
-    fn sign(&self, identity: &Identity) -> Result<Issued, rcgen::Error> {
-        let key = KeyPair::generate()?;
+    fn sign(&self, identity: &Identity) -> Result<Issued, IdentityError> {
+        let signing = |error: rcgen::Error| IdentityError::Signing(error.to_string().into());
         let now = OffsetDateTime::now_utc();
+        if self.root_ends <= now {
+            let why = format!("the root certificate has ended at {}", told(self.root_ends));
+            return Err(IdentityError::Signing(why.into()));
+        }
+        let key = KeyPair::generate().map_err(signing)?;
         let mut leaf = CertificateParams::default();
         leaf.distinguished_name = rcgen::DistinguishedName::new();
         leaf.not_before = now - SKEW;
-        leaf.not_after = now + self.ttl;
+        leaf.not_after = self.root_ends.min(now + self.ttl);
         // Critical, since there is no subject besides (RFC 5280, 4.2.1.6); rcgen sees to it.
-        leaf.subject_alt_names = vec![SanType::URI(identity.to_string().try_into()?)];
+        let uri = identity.to_string().try_into().map_err(signing)?;
+        leaf.subject_alt_names = vec![SanType::URI(uri)];
         leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         leaf.extended_key_usages = vec![
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
         leaf.is_ca = IsCa::ExplicitNoCa;
-        let leaf = leaf.signed_by(&key, &self.signer)?;
+        let leaf = leaf.signed_by(&key, &self.signer).map_err(signing)?;
         Ok(Issued {
             chain: vec![leaf.der().clone()],
             key: Zeroizing::new(key.serialize_der()),
@@ -186,15 +233,102 @@ impl EmbeddedCa {
 
 impl Issuer for EmbeddedCa {
     fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, IdentityError>> {
-        let issued = self.sign(identity);
-        let issued = issued.map_err(|error| IdentityError::Signing(error.to_string().into()));
-        Box::pin(std::future::ready(issued))
+        Box::pin(std::future::ready(self.sign(identity)))
     }
 }
 
-fn make(root_path: &Path, key_path: &Path, trust_domain: &str) -> Result<(), CaError> {
+/// The root and its key, each if it is there.
+type Both = (Option<String>, Option<Zeroizing<String>>);
+
+fn read_both(root: &Path, key: &Path) -> Result<Both, CaError> {
+    let root_pem = read(root, |_| Ok(()))?;
+    let key_pem = read(key, |mode| match mode & 0o077 {
+        0 => Ok(()),
+        _ => Err(CaError::Open {
+            path: key.to_owned(),
+            mode,
+        }),
+    })?;
+    Ok((root_pem, key_pem.map(Zeroizing::new)))
+}
+
+fn read(path: &Path, fits: impl Fn(u32) -> Result<(), CaError>) -> Result<Option<String>, CaError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(of_file(path)(error)),
+    };
+    let mode = file.metadata().map_err(of_file(path))?.permissions().mode();
+    fits(mode & 0o777)?;
+    let text = io::read_to_string(file).map_err(of_file(path))?;
+    Ok(Some(text))
+}
+
+fn of_file(path: &Path) -> impl Fn(io::Error) -> CaError + use<> {
+    let path = path.to_owned();
+    move |error| CaError::File {
+        path: path.clone(),
+        error,
+    }
+}
+
+/// Makes a CA in a folder that is empty or not there. Of nodes that do so at once one is first, and
+/// the others find its CA.
+fn make(folder: &Path, trust_domain: &str) -> Result<(), CaError> {
+    if let Some(other) = stranger(folder).map_err(of_file(folder))? {
+        return Err(CaError::Other {
+            folder: folder.to_owned(),
+            other,
+        });
+    }
+    let new = folder.with_file_name(format!(".ca-{:016x}", rand::random::<u64>()));
+    let mut builder = DirBuilder::new();
+    builder
+        .recursive(true)
+        .mode(0o755)
+        .create(&new)
+        .map_err(of_file(&new))?;
+    let made = fill(&new, trust_domain).and_then(|()| match fs::rename(&new, folder) {
+        Ok(()) => {
+            let parent = folder.parent().unwrap_or(Path::new("/"));
+            let synced = File::open(parent).and_then(|parent| parent.sync_all());
+            synced.map_err(of_file(parent))?;
+            tracing::info!(folder = %folder.display(), trust_domain, "made a new root certificate");
+            Ok(())
+        }
+        // A folder that has something in it is not renamed over: another node was first.
+        Err(error) if is_taken(&error) => Ok(()),
+        Err(error) => Err(of_file(folder)(error)),
+    });
+    let _ = fs::remove_dir_all(&new); // There only if it was not taken.
+    made
+}
+
+fn is_taken(error: &io::Error) -> bool {
+    use io::ErrorKind::{AlreadyExists, DirectoryNotEmpty};
+    [AlreadyExists, DirectoryNotEmpty].contains(&error.kind())
+}
+
+/// What is in a folder and is none of the CA's files.
+fn stranger(folder: &Path) -> io::Result<Option<PathBuf>> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    for entry in entries {
+        let name = entry?.file_name();
+        // Another node was first, after we looked.
+        if name != "root.pem" && name != "key.pem" {
+            return Ok(Some(folder.join(name)));
+        }
+    }
+    Ok(None)
+}
+
+fn fill(folder: &Path, trust_domain: &str) -> Result<(), CaError> {
+    let root_path = folder.join("root.pem");
     let wrong = |error: rcgen::Error| CaError::Wrong {
-        path: root_path.to_owned(),
+        path: root_path.clone(),
         why: error.to_string(),
     };
     let key = KeyPair::generate().map_err(wrong)?;
@@ -209,54 +343,53 @@ fn make(root_path: &Path, key_path: &Path, trust_domain: &str) -> Result<(), CaE
     root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let root = root.self_signed(&key).map_err(wrong)?;
     let key_pem = Zeroizing::new(key.serialize_pem());
-    write(key_path, key_pem.as_bytes(), 0o600)?;
-    write(root_path, root.pem().as_bytes(), 0o644)?;
-    tracing::info!(root = %root_path.display(), trust_domain, "made a new root certificate");
-    Ok(())
+    write(&folder.join("key.pem"), key_pem.as_bytes(), 0o600)?;
+    write(&root_path, root.pem().as_bytes(), 0o644)?;
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(of_file(folder))
 }
 
-/// Writes a file whole or not at all, to the disk.
+/// Writes a new file, to the disk.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
     let write = || {
-        let new = path.with_extension("new");
         let mut options = OpenOptions::new();
-        let mut file = options
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(mode)
-            .open(&new)?;
-        file.set_permissions(Permissions::from_mode(mode))?;
+        let mut file = options.write(true).create_new(true).mode(mode).open(path)?;
         file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&new, path)?;
-        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+        file.sync_all()
     };
-    write().map_err(|error| CaError::File {
-        path: path.to_owned(),
-        error,
-    })
+    write().map_err(of_file(path))
 }
 
-fn organisation(root: &CertificateDer<'_>) -> Result<String, String> {
-    use x509_parser::prelude::{FromDer, X509Certificate};
-    let (_, root) = X509Certificate::from_der(root).map_err(|error| error.to_string())?;
-    if !root.is_ca() {
-        return Err("is not a CA's certificate".into());
+/// What a root certificate says.
+struct Said {
+    trust_domain: String,
+    public_key: Vec<u8>,
+    begins: OffsetDateTime,
+    ends: OffsetDateTime,
+}
+
+impl Said {
+    fn read(root: &CertificateDer<'_>) -> Result<Self, String> {
+        let (_, root) = X509Certificate::from_der(root).map_err(|error| error.to_string())?;
+        if !root.is_ca() {
+            return Err("is not a CA's certificate".into());
+        }
+        let organisation = root.subject().iter_organization().next();
+        let trust_domain = organisation
+            .and_then(|name| name.as_str().ok())
+            .map(str::to_owned)
+            .ok_or("does not say its trust domain (its subject has no organisation)")?;
+        Ok(Self {
+            trust_domain,
+            public_key: root.public_key().subject_public_key.data.to_vec(),
+            begins: root.validity().not_before.to_datetime(),
+            ends: root.validity().not_after.to_datetime(),
+        })
     }
-    let organisation = root.subject().iter_organization().next();
-    let name = organisation
-        .and_then(|name| name.as_str().ok())
-        .map(str::to_owned);
-    name.ok_or_else(|| "does not say its trust domain (its subject has no organisation)".into())
 }
 
-fn is_key_of(root: &CertificateDer<'_>, key: &KeyPair) -> bool {
-    use x509_parser::prelude::{FromDer, X509Certificate};
-    let parsed = X509Certificate::from_der(root);
-    parsed.is_ok_and(|(_, root)| {
-        *root.public_key().subject_public_key.data == *rcgen::PublicKeyData::der_bytes(key)
-    })
+fn told(time: OffsetDateTime) -> String {
+    time.format(&Rfc3339).unwrap_or_else(|_| time.to_string())
 }
 
 #[cfg(test)]

@@ -152,8 +152,10 @@ async fn another_root_is_refused_on_both_sides() {
 #[tokio::test]
 async fn an_expired_certificate_is_neither_used_nor_taken() {
     let state = tempfile::tempdir().expect("a folder");
-    ca(state.path());
-    let old = EmbeddedCa::open(state.path(), "td", Duration::ZERO).expect("a CA");
+    let old = EmbeddedCa {
+        ttl: Duration::ZERO,
+        ..ca(state.path())
+    };
     let old = certs(old, &[alice()]);
     assert!(matches!(
         old.current(&alice()).await,
@@ -203,8 +205,10 @@ async fn only_identities_of_this_node_have_certificates() {
 #[tokio::test]
 async fn certificates_are_renewed_before_they_expire() {
     let state = tempfile::tempdir().expect("a folder");
-    ca(state.path());
-    let short = EmbeddedCa::open(state.path(), "td", Duration::from_secs(3)).expect("a CA");
+    let short = EmbeddedCa {
+        ttl: Duration::from_secs(3),
+        ..ca(state.path())
+    };
     let certs = certs(short, &[alice()]);
     let first = certs.current(&alice()).await.expect("a certificate");
     let rotated = async {
@@ -224,32 +228,50 @@ async fn certificates_are_renewed_before_they_expire() {
 
 #[test]
 fn nodes_that_start_together_have_one_root() {
-    let state = tempfile::tempdir().expect("a folder");
-    let open = || ca(state.path()).root;
-    let roots: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().expect("a root"))
-            .collect()
-    });
-    assert!(roots.iter().all(|root| *root == roots[0]));
+    for _ in 0..20 {
+        let state = tempfile::tempdir().expect("a folder");
+        let start = std::sync::Barrier::new(8);
+        let open = || {
+            start.wait();
+            ca(state.path()).root
+        };
+        let roots: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("a root"))
+                .collect()
+        });
+        assert!(roots.iter().all(|root| *root == roots[0]));
+        let left: Vec<_> = fs::read_dir(state.path())
+            .expect("a folder")
+            .map(|entry| entry.expect("an entry").file_name())
+            .collect();
+        assert_eq!(left, ["ca"], "nothing else is left");
+    }
+}
+
+fn refused(state: &Path, trust_domain: &str) -> String {
+    let opened = EmbeddedCa::open(state, trust_domain, DAY);
+    opened.expect_err("not right").to_string()
 }
 
 #[test]
 fn files_that_are_not_right_are_refused_by_name() {
     let state = tempfile::tempdir().expect("a folder");
-    let open = |trust_domain: &str| EmbeddedCa::open(state.path(), trust_domain, DAY);
-    let refused = |trust_domain: &str| open(trust_domain).expect_err("not right").to_string();
-    open("td").expect("a new CA");
+    let refused = |trust_domain: &str| refused(state.path(), trust_domain);
+    ca(state.path());
     assert!(refused("other").contains("root.pem"));
     let (root, key) = (
         state.path().join("ca/root.pem"),
         state.path().join("ca/key.pem"),
     );
-    fs::set_permissions(&key, Permissions::from_mode(0o644)).expect("a mode");
+    let mode = |mode| {
+        fs::set_permissions(&key, fs::Permissions::from_mode(mode)).expect("a mode");
+    };
+    mode(0o644);
     assert!(refused("td").contains("key.pem"));
-    fs::set_permissions(&key, Permissions::from_mode(0o600)).expect("a mode");
+    mode(0o600);
     let good = fs::read(&key).expect("a key");
     fs::write(&key, KeyPair::generate().expect("a key").serialize_pem()).expect("a file");
     assert!(refused("td").contains("is not the key of"));
@@ -258,6 +280,119 @@ fn files_that_are_not_right_are_refused_by_name() {
     fs::write(&key, good).expect("a file");
     fs::write(&root, "half").expect("a file");
     assert!(refused("td").contains("root.pem"));
-    fs::remove_file(&key).expect("it is there");
-    assert!(refused("td").contains("key.pem is missing"));
+}
+
+/// Everything below a folder, with what is in it.
+fn all_of(folder: &Path) -> Vec<(PathBuf, Option<Vec<u8>>)> {
+    let entries = fs::read_dir(folder).expect("a folder");
+    let mut all: Vec<_> = entries
+        .map(|entry| entry.expect("an entry").path())
+        .flat_map(|path| match path.is_dir() {
+            true => all_of(&path),
+            false => vec![(path.clone(), fs::read(path).ok())],
+        })
+        .collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn a_ca_of_which_a_part_is_lost_is_refused_and_nothing_is_overwritten() {
+    use std::os::unix::fs::symlink;
+    let (root, key, other) = ("ca/root.pem", "ca/key.pem", "ca/notes");
+    let lose = |file: &'static str| move |state: &Path| fs::remove_file(state.join(file));
+    type Lose = Box<dyn Fn(&Path) -> io::Result<()>>;
+    let ways: [(Lose, &str); 6] = [
+        (Box::new(lose(root)), "root.pem is missing"),
+        (Box::new(lose(key)), "key.pem is missing"),
+        (
+            Box::new(move |state| {
+                fs::write(state.join(other), "keep me")?;
+                lose(root)(state)?;
+                lose(key)(state)
+            }),
+            "ca/notes is there",
+        ),
+        (
+            Box::new(move |state| {
+                lose(root)(state)?;
+                symlink("/nowhere/root.pem", state.join(root))
+            }),
+            "root.pem is missing",
+        ),
+        (
+            Box::new(move |state| {
+                lose(root)(state)?;
+                lose(key)(state)?;
+                symlink("/nowhere/root.pem", state.join(root))
+            }),
+            "root.pem",
+        ),
+        (
+            Box::new(move |state| {
+                lose(root)(state)?;
+                fs::create_dir(state.join(root))
+            }),
+            "root.pem: ",
+        ),
+    ];
+    for (lose, word) in ways {
+        let state = tempfile::tempdir().expect("a folder");
+        ca(state.path());
+        lose(state.path()).expect("it can be lost");
+        let before = all_of(state.path());
+        let told = refused(state.path(), "td");
+        assert!(told.contains(word), "{word}: {told}");
+        assert_eq!(all_of(state.path()), before, "{word}");
+    }
+}
+
+#[test]
+fn an_empty_folder_gets_a_new_ca() {
+    let state = tempfile::tempdir().expect("a folder");
+    fs::create_dir(state.path().join("ca")).expect("a folder");
+    let made = ca(state.path());
+    assert_eq!(ca(state.path()).root, made.root);
+    let key = fs::metadata(state.path().join("ca/key.pem")).expect("a key");
+    assert_eq!(key.permissions().mode() & 0o777, 0o600);
+}
+
+/// Puts a root with this life in place of the CA's, of the same key.
+fn with_life(state: &Path, from: time::Duration, until: time::Duration) {
+    ca(state);
+    let key = fs::read_to_string(state.join("ca/key.pem")).expect("a key");
+    let key = KeyPair::from_pem(&key).expect("a key");
+    let mut root = CertificateParams::default();
+    root.not_before = OffsetDateTime::now_utc() + from;
+    root.not_after = OffsetDateTime::now_utc() + until;
+    root.distinguished_name = rcgen::DistinguishedName::new();
+    root.distinguished_name.push(DnType::OrganizationName, "td");
+    root.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let root = root.self_signed(&key).expect("a root").pem();
+    fs::write(state.join("ca/root.pem"), root).expect("a file");
+}
+
+#[test]
+fn a_root_that_is_not_valid_now_is_refused() {
+    let day = time::Duration::DAY;
+    for (from, until) in [(-2 * day, -day), (day, 2 * day)] {
+        let state = tempfile::tempdir().expect("a folder");
+        with_life(state.path(), from, until);
+        let told = refused(state.path(), "td");
+        assert!(told.contains("root.pem: is valid from"), "{told}");
+    }
+}
+
+#[test]
+fn a_certificate_lives_no_longer_than_the_root_and_a_life_too_short_is_refused() {
+    let state = tempfile::tempdir().expect("a folder");
+    with_life(state.path(), -time::Duration::DAY, time::Duration::HOUR);
+    let issued = ca(state.path()).sign(&alice()).expect("a certificate");
+    let (_, leaf) = X509Certificate::from_der(&issued.chain[0]).expect("a leaf");
+    let (_, root) = X509Certificate::from_der(&issued.roots[0]).expect("a root");
+    assert_eq!(leaf.validity().not_after, root.validity().not_after);
+    for ttl in [Duration::from_millis(1), Duration::from_secs(9)] {
+        let error = EmbeddedCa::open(state.path(), "td", ttl).expect_err("too short");
+        assert!(error.to_string().starts_with("--secret-ttl: "), "{error}");
+    }
 }
