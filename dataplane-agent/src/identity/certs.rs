@@ -1,17 +1,22 @@
 //! The current certificate of each pod's identity, renewed at half of its life.
 //!
-//! Only identities that a pod of this node holds have one. Keys are in memory alone, and overwritten
-//! when they go.
+//! Only identities that a pod of this node holds have one. [`Certs::rotate`] alone issues, one
+//! certificate of an identity at a time, and whoever needs one waits for it: who waits no longer
+//! stops nothing. Keys are in memory alone, and overwritten when they go.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use rand::Rng;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
+use tokio::time::timeout;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
@@ -23,6 +28,12 @@ const CLIENTS: usize = 256;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause.
 const LAST_PAUSE: Duration = Duration::from_secs(150);
+/// How many certificates are issued at once.
+const ISSUING: usize = 8;
+/// An issuer that takes longer has failed.
+const ISSUE: Duration = Duration::from_secs(30);
+/// How long a connection waits for the first certificate.
+const WAIT: Duration = Duration::from_secs(10);
 
 /// Where certificates come from.
 pub trait Issuer: Send + Sync + 'static {
@@ -130,10 +141,11 @@ impl WorkloadCertificate {
     fn is_valid(&self) -> bool {
         SystemTime::now() < self.not_after
     }
-    /// Half of the life that is left.
+    /// At half of the life that is left, more or less: not all pods of a node at one moment.
     fn renew_at(&self) -> SystemTime {
         let now = SystemTime::now();
-        now + self.not_after.duration_since(now).unwrap_or_default() / 2
+        let left = self.not_after.duration_since(now).unwrap_or_default();
+        now + jitter(left / 2).max(FIRST_PAUSE)
     }
 }
 
@@ -150,13 +162,20 @@ fn not_after(chain: &[CertificateDer<'_>]) -> Result<SystemTime, IdentityError> 
     Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into().unwrap_or_default()))
 }
 
+/// A time, and up to a fifth more or less.
+fn jitter(time: Duration) -> Duration {
+    time.mul_f64(rand::rng().random_range(0.8..1.2))
+}
+
 /// Certificates of this node. Clones are the same ones.
 #[derive(Clone)]
 pub struct Certs {
     issuer: Arc<dyn Issuer>,
     held: Arc<Mutex<HashMap<Identity, Held>>>,
-    /// Something was held or forgotten.
+    /// Something was held, or somebody waits.
     changed: Arc<Notify>,
+    /// How long one waits for a certificate.
+    wait: Duration,
 }
 
 struct Held {
@@ -164,19 +183,55 @@ struct Held {
     slot: Arc<Slot>,
 }
 
-/// One identity's certificate; who renews it has the slot's turn.
-#[derive(Default)]
-struct Slot {
-    now: Mutex<State>,
-    turn: tokio::sync::Mutex<()>,
-}
+/// What is known of one identity's certificate; who waits for it is told of each change.
+type Slot = watch::Sender<State>;
 
 #[derive(Default)]
 struct State {
     certificate: Option<Arc<WorkloadCertificate>>,
     failed: Option<IdentityError>,
+    /// Whether one is being issued.
+    issuing: bool,
     pause: Duration,
     again: Option<SystemTime>,
+}
+
+impl State {
+    fn valid(&self) -> Option<&Arc<WorkloadCertificate>> {
+        self.certificate
+            .as_ref()
+            .filter(|certificate| certificate.is_valid())
+    }
+
+    fn is_due(&self, now: SystemTime) -> bool {
+        // One that has expired is due whatever the clock said before it was set.
+        let expired = self.failed.is_none() && self.valid().is_none();
+        !self.issuing && (expired || self.again.is_none_or(|again| again <= now))
+    }
+
+    fn issued(&mut self, made: Result<WorkloadCertificate, IdentityError>, identity: &Identity) {
+        self.issuing = false;
+        match made {
+            Ok(certificate) => {
+                tracing::debug!(%identity, "certificate issued");
+                *self = Self {
+                    again: Some(certificate.renew_at()),
+                    certificate: Some(Arc::new(certificate)),
+                    ..Self::default()
+                };
+            }
+            Err(error) => {
+                if self.valid().is_some() {
+                    tracing::warn!(%identity, %error, "certificate not renewed, the old one holds until it ends; trying again");
+                } else {
+                    tracing::warn!(%identity, %error, "no certificate; trying again");
+                }
+                self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+                self.again = Some(SystemTime::now() + jitter(self.pause));
+                self.failed = Some(error);
+            }
+        }
+    }
 }
 
 /// What is told of an identity.
@@ -197,12 +252,13 @@ impl fmt::Debug for Certs {
 }
 
 impl Certs {
-    /// From an issuer.
+    /// From an issuer, which is asked once [`Certs::rotate`] runs.
     pub fn new(issuer: Arc<dyn Issuer>) -> Self {
         Self {
             issuer,
             held: Arc::default(),
             changed: Arc::default(),
+            wait: WAIT,
         }
     }
 
@@ -213,7 +269,7 @@ impl Certs {
         entry
             .or_insert_with(|| Held {
                 pods: 0,
-                slot: Arc::default(),
+                slot: Arc::new(watch::Sender::default()),
             })
             .pods += 1;
         self.changed.notify_one();
@@ -222,15 +278,22 @@ impl Certs {
     /// One pod less has it. When none does the certificate goes.
     pub fn forget(&self, identity: &Identity) {
         let mut held = lock(&self.held);
-        if let Some(entry) = held.get_mut(identity) {
-            entry.pods = entry.pods.saturating_sub(1);
-            if entry.pods == 0 {
-                held.remove(identity);
-            }
+        let Some(entry) = held.get_mut(identity) else {
+            return;
+        };
+        entry.pods = entry.pods.saturating_sub(1);
+        if entry.pods == 0
+            && let Some(entry) = held.remove(identity)
+        {
+            // Who waits for it is told.
+            entry.slot.send_replace(State {
+                failed: Some(IdentityError::Unknown(identity.clone())),
+                ..State::default()
+            });
         }
     }
 
-    /// The certificate of an identity; waits for the first one.
+    /// The certificate of an identity; waits for the first one, for some time.
     ///
     /// # Errors
     /// No pod of this node has the identity; there is none, and why.
@@ -238,45 +301,67 @@ impl Certs {
         &self,
         identity: &Identity,
     ) -> Result<Arc<WorkloadCertificate>, IdentityError> {
-        let slot = self.slot(identity)?;
-        if let Some(certificate) = slot.valid() {
-            return Ok(certificate);
+        let slot = {
+            let held = lock(&self.held);
+            let entry = held.get(identity);
+            let entry = entry.ok_or_else(|| IdentityError::Unknown(identity.clone()))?;
+            Arc::clone(&entry.slot)
+        };
+        if let Some(certificate) = slot.borrow().valid() {
+            return Ok(Arc::clone(certificate));
         }
-        let _turn = slot.turn.lock().await;
-        if let Some(certificate) = slot.valid() {
-            return Ok(certificate); // somebody else's turn has brought it
+        self.changed.notify_one();
+        let mut told = slot.subscribe();
+        let known = told.wait_for(|state| state.valid().is_some() || state.failed.is_some());
+        match timeout(self.wait, known).await {
+            Ok(Ok(state)) => match (state.valid(), &state.failed) {
+                (Some(certificate), _) => Ok(Arc::clone(certificate)),
+                (None, Some(error)) => Err(error.clone()),
+                (None, None) => Err(IdentityError::Expired(identity.clone())),
+            },
+            Ok(Err(_)) => Err(IdentityError::Unknown(identity.clone())),
+            Err(_) => Err(IdentityError::Slow(identity.clone())),
         }
-        {
-            let state = lock(&slot.now);
-            if let (Some(error), Some(again)) = (&state.failed, state.again)
-                && SystemTime::now() < again
-            {
-                return Err(error.clone());
-            }
-        }
-        self.renew(identity, &slot).await;
-        slot.valid().ok_or_else(|| {
-            let failed = lock(&slot.now).failed.clone();
-            failed.unwrap_or_else(|| IdentityError::Expired(identity.clone()))
-        })
     }
 
     /// Renews certificates when it is time, and makes those of pods that have come. Runs until it is
-    /// dropped.
+    /// dropped; without it there are none.
     pub async fn rotate(self) {
+        let mut issuing = FuturesUnordered::new();
         loop {
-            let due = self.due();
-            for identity in &due {
-                if let Ok(slot) = self.slot(identity) {
-                    let _turn = slot.turn.lock().await;
-                    self.renew(identity, &slot).await;
-                }
+            while issuing.len() < ISSUING
+                && let Some((identity, slot)) = self.next_due()
+            {
+                issuing.push(self.issue(identity, slot));
             }
-            let pause = self.until_next();
+            let full = issuing.len() == ISSUING;
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.changed.notified() => {}
+                Some(()) = issuing.next() => {}
+                () = tokio::time::sleep(self.until_next()), if !full => {}
+                () = self.changed.notified(), if !full => {}
             }
+        }
+    }
+
+    async fn issue(&self, identity: Identity, slot: Arc<Slot>) {
+        let issued = timeout(ISSUE, self.issuer.issue(&identity)).await;
+        let issued = issued.unwrap_or_else(|_| {
+            let why = format!("no answer in {ISSUE:?}");
+            Err(IdentityError::Signing(why.into()))
+        });
+        let made = issued
+            .and_then(|issued| WorkloadCertificate::new(&identity, issued))
+            .and_then(|made| match made.is_valid() {
+                true => Ok(made),
+                false => Err(IdentityError::Expired(identity.clone())),
+            });
+        // Under the lock, by which an identity that was forgotten meanwhile stays so.
+        let held = lock(&self.held);
+        if held
+            .get(&identity)
+            .is_some_and(|held| Arc::ptr_eq(&held.slot, &slot))
+        {
+            slot.send_modify(|state| state.issued(made, &identity));
         }
     }
 
@@ -286,7 +371,7 @@ impl Certs {
         let mut all: Vec<Listed> = held
             .iter()
             .map(|(identity, held)| {
-                let state = lock(&held.slot.now);
+                let state = held.slot.borrow();
                 Listed {
                     identity: identity.clone(),
                     certificate: state.certificate.clone(),
@@ -298,44 +383,22 @@ impl Certs {
         all
     }
 
-    fn slot(&self, identity: &Identity) -> Result<Arc<Slot>, IdentityError> {
-        let held = lock(&self.held);
-        let entry = held.get(identity);
-        entry
-            .map(|entry| Arc::clone(&entry.slot))
-            .ok_or_else(|| IdentityError::Unknown(identity.clone()))
-    }
-
-    async fn renew(&self, identity: &Identity, slot: &Slot) {
-        let issued = self.issuer.issue(identity).await;
-        let made = issued.and_then(|issued| WorkloadCertificate::new(identity, issued));
-        let mut state = lock(&slot.now);
-        match made {
-            Ok(certificate) => {
-                tracing::debug!(%identity, "certificate issued");
-                *state = State {
-                    again: Some(certificate.renew_at().max(SystemTime::now() + FIRST_PAUSE)),
-                    certificate: Some(Arc::new(certificate)),
-                    ..State::default()
-                };
-            }
-            Err(error) => {
-                tracing::warn!(%identity, %error, "no certificate; trying again");
-                state.pause = (state.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
-                state.again = Some(SystemTime::now() + state.pause);
-                state.failed = Some(error);
-            }
-        }
-    }
-
-    fn due(&self) -> Vec<Identity> {
+    /// What is to be issued next; from now on it is being issued. Those that have none are first.
+    fn next_due(&self) -> Option<(Identity, Arc<Slot>)> {
         let now = SystemTime::now();
         let held = lock(&self.held);
-        let is_due = |held: &Held| lock(&held.slot.now).again.is_none_or(|again| again <= now);
-        held.iter()
-            .filter(|(_, held)| is_due(held))
-            .map(|(identity, _)| identity.clone())
-            .collect()
+        let due = held
+            .iter()
+            .filter(|(_, held)| held.slot.borrow().is_due(now));
+        let (identity, held) = due.min_by_key(|(_, held)| {
+            let state = held.slot.borrow();
+            (state.valid().is_some(), state.again)
+        })?;
+        held.slot.send_if_modified(|state| {
+            state.issuing = true;
+            false // Nobody waits for that.
+        });
+        Some((identity.clone(), Arc::clone(&held.slot)))
     }
 
     fn until_next(&self) -> Duration {
@@ -343,7 +406,9 @@ impl Certs {
         let held = lock(&self.held);
         let next = held
             .values()
-            .filter_map(|held| lock(&held.slot.now).again)
+            .map(|held| held.slot.borrow())
+            .filter(|state| !state.issuing)
+            .filter_map(|state| state.again)
             .min();
         let hour = Duration::from_secs(3600);
         // The clock may be set meanwhile: look now and then.
@@ -352,17 +417,9 @@ impl Certs {
     }
 }
 
-impl Slot {
-    fn valid(&self) -> Option<Arc<WorkloadCertificate>> {
-        let state = lock(&self.now);
-        state
-            .certificate
-            .as_ref()
-            .filter(|certificate| certificate.is_valid())
-            .cloned()
-    }
-}
-
 fn lock<T>(of: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

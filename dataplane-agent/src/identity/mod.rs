@@ -65,6 +65,9 @@ pub enum IdentityError {
     /// The last one has expired, and no new one could be had.
     #[error("the certificate of {0} has expired")]
     Expired(Identity),
+    /// It is being issued for longer than one waits.
+    #[error("signing error: no certificate of {0} in time")]
+    Slow(Identity),
     /// What was issued cannot be used.
     #[error("unusable certificate: {0}")]
     Unusable(Arc<str>),
@@ -80,6 +83,7 @@ impl IdentityError {
             Self::Unknown(_) => "unknown",
             Self::Signing(_) => "signing",
             Self::Expired(_) => "expired",
+            Self::Slow(_) => "slow",
             Self::Unusable(_) => "unusable",
             Self::Peer(_) => "peer",
         }

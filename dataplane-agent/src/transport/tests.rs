@@ -328,6 +328,7 @@ fn connect() -> Connect {
 /// A peer that answers CONNECTs with `status`, as many per tunnel as `each`, then says GOAWAY.
 async fn peer(listener: TcpListener, certs: Certs, status: u16, each: usize) {
     let scope = Scope::new(Load::default());
+    scope.spawn(certs.clone().rotate());
     loop {
         let Ok((tcp, _)) = listener.accept().await else {
             return;

@@ -34,6 +34,17 @@ fn certs(ca: EmbeddedCa, identities: &[Identity]) -> Certs {
     certs
 }
 
+/// A certificate, with the task running that issues it.
+async fn current(
+    certs: &Certs,
+    identity: &Identity,
+) -> Result<Arc<crate::identity::WorkloadCertificate>, IdentityError> {
+    tokio::select! {
+        () = certs.clone().rotate() => unreachable!("it runs until it is dropped"),
+        current = certs.current(identity) => current,
+    }
+}
+
 /// Connects `client` to `server`, and carries a byte each way. An error is what the client, or else
 /// the server, says.
 async fn shake(client: rustls::ClientConfig, server: rustls::ServerConfig) -> Result<(), String> {
@@ -65,14 +76,11 @@ async fn both(
     server: (&Certs, &Identity),
 ) -> Result<(), String> {
     let (certs, who, expected) = client;
-    let ours = certs
-        .current(who)
+    let ours = current(certs, who)
         .await
         .map_err(|error| error.to_string())?;
     let ours = ours.client(expected).map_err(|error| error.to_string())?;
-    let theirs = server
-        .0
-        .current(server.1)
+    let theirs = current(server.0, server.1)
         .await
         .map_err(|error| error.to_string())?;
     shake((*ours).clone(), (*theirs.server).clone()).await
@@ -99,14 +107,12 @@ async fn a_server_that_is_somebody_else_is_refused() {
     }
     let one = (&certs, &alice, std::slice::from_ref(&alice));
     let (near, far) = tokio::io::duplex(64 << 10);
-    let config = certs
-        .current(one.1)
+    let config = current(&certs, one.1)
         .await
         .expect("a certificate")
         .client(one.2)
         .expect("settings");
-    let server = certs
-        .current(&bob)
+    let server = current(&certs, &bob)
         .await
         .expect("a certificate")
         .server
@@ -158,7 +164,7 @@ async fn an_expired_certificate_is_neither_used_nor_taken() {
     };
     let old = certs(old, &[alice()]);
     assert!(matches!(
-        old.current(&alice()).await,
+        current(&old, &alice()).await,
         Err(IdentityError::Expired(_))
     ));
 }
@@ -167,7 +173,7 @@ async fn an_expired_certificate_is_neither_used_nor_taken() {
 async fn a_client_without_a_certificate_or_with_an_old_protocol_is_refused() {
     let state = tempfile::tempdir().expect("a folder");
     let certs = certs(ca(state.path()), &[bob()]);
-    let bob = certs.current(&bob()).await.expect("a certificate");
+    let bob = current(&certs, &bob()).await.expect("a certificate");
     let mut roots = rustls::RootCertStore::empty();
     roots.add(bob.roots()[0].clone()).expect("a root");
     for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
@@ -189,15 +195,15 @@ async fn only_identities_of_this_node_have_certificates() {
     let state = tempfile::tempdir().expect("a folder");
     let certs = certs(ca(state.path()), &[alice()]);
     assert!(matches!(
-        certs.current(&bob()).await,
+        current(&certs, &bob()).await,
         Err(IdentityError::Unknown(_))
     ));
     certs.hold(&alice());
     certs.forget(&alice());
-    assert!(certs.current(&alice()).await.is_ok());
+    assert!(current(&certs, &alice()).await.is_ok());
     certs.forget(&alice());
     assert!(matches!(
-        certs.current(&alice()).await,
+        current(&certs, &alice()).await,
         Err(IdentityError::Unknown(_))
     ));
 }
@@ -210,10 +216,10 @@ async fn certificates_are_renewed_before_they_expire() {
         ..ca(state.path())
     };
     let certs = certs(short, &[alice()]);
-    let first = certs.current(&alice()).await.expect("a certificate");
+    let first = current(&certs, &alice()).await.expect("a certificate");
     let rotated = async {
         loop {
-            let now = certs.current(&alice()).await.expect("a certificate");
+            let now = current(&certs, &alice()).await.expect("a certificate");
             if now.chain() != first.chain() {
                 return;
             }
