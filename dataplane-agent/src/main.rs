@@ -10,6 +10,7 @@ use dataplane_agent::config::{RunOptions, unknown_variable};
 use dataplane_agent::control::enrolled::Records;
 use dataplane_agent::exit::Exit;
 use dataplane_agent::observe::log;
+use dataplane_agent::observe::writer::WAITING;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
             let level = log::start(
                 "warn,dataplane_agent::capture::programs=debug",
                 log::Format::default(),
+                usize::MAX,
             );
             match level.map(|_| load::run(&options.bpffs)) {
                 Ok(Ok(())) => Exit::Good.into(),
@@ -51,7 +53,7 @@ fn main() -> ExitCode {
 }
 
 fn run(options: RunOptions) -> ExitCode {
-    let level = match log::start(&options.log, options.log_format) {
+    let level = match log::start(&options.log, options.log_format, WAITING) {
         Ok(level) => level,
         Err(error) => return fail(Exit::Settings, &format!("--log: {error}")),
     };
@@ -59,6 +61,7 @@ fn run(options: RunOptions) -> ExitCode {
         let runtime = runtime().map_err(anyhow::Error::from)?;
         runtime.block_on(agent::run(options, level))
     });
+    log::flush();
     match ended {
         Ok(()) => Exit::Good.into(),
         Err(error) => fail(AgentError::exit(&error), &error.to_string()),
@@ -104,6 +107,6 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 }
 
 fn fail(exit: Exit, error: &str) -> ExitCode {
-    eprintln!("dataplane: {error}");
+    log::say(&format!("dataplane: {error}"));
     exit.into()
 }

@@ -2,14 +2,19 @@
 
 use std::io;
 use std::net::{TcpListener, TcpStream};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
 
+use crate::observe::seldom::Seldom;
 use crate::sys::{readiness, socket};
 
 /// After an error that lasts (no descriptors are left) the loop would spin without a pause.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// What is lacking lacks for the listeners of all pods.
+static LACKS: LazyLock<Seldom<io::ErrorKind>> = LazyLock::new(Seldom::default);
 
 /// A listener on one worker. What it accepts is bound to no worker yet.
 #[derive(Debug)]
@@ -27,6 +32,8 @@ impl Listener {
     /// The next connection. Loses none when it is dropped while waiting.
     pub async fn accept(&self) -> TcpStream {
         loop {
+            // Where clients come as fast as they are accepted, others on this worker have their turn.
+            tokio::task::coop::consume_budget().await;
             let accepted = match self.0.readable().await {
                 Ok(mut ready) => {
                     match ready.try_io(|listener| socket::accept(listener.get_ref())) {
@@ -41,7 +48,9 @@ impl Listener {
                 // The client is gone already.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept");
+                    if let Some(times) = LACKS.times(error.kind()) {
+                        tracing::warn!(%error, times, "cannot accept");
+                    }
                     tokio::time::sleep(PAUSE).await;
                 }
             }

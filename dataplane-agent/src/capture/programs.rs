@@ -194,7 +194,9 @@ fn refused(program: &'static str) -> impl FnOnce(ProgramError) -> CaptureError {
                 match verifier::verdict(&log) {
                     Some(verdict) => {
                         // All of it is long, and for who changes the program.
-                        tracing::debug!("the verifier on {program}:\n{log}");
+                        for line in log.lines() {
+                            tracing::debug!("the verifier on {program}: {line}");
+                        }
                         format!("{io_error}: {verdict}")
                     }
                     // Refused before the verifier looked at it.

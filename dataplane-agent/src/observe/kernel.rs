@@ -1,14 +1,14 @@
 //! What the kernel programs report: events of the ring buffer, and their log.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
 use dataplane_ebpf::event::{Event, Reason};
 
+use super::seldom::Seldom;
 use crate::sys::readiness;
 
 /// Between two looks at the programs' log; it is written in bursts.
@@ -16,10 +16,6 @@ const LOG_LOOK: Duration = Duration::from_millis(100);
 
 /// How many events are read before others on this thread have their turn.
 const AT_ONCE: usize = 64;
-/// How often one kind of event of one pod is told of.
-const OFTEN: Duration = Duration::from_secs(1);
-/// How many kinds are remembered.
-const KINDS: usize = 4096;
 
 /// Tells of events as they come, of each kind of each pod once a second. Runs until it is dropped.
 pub async fn events(ring: RingBuf<MapData>) {
@@ -30,7 +26,7 @@ pub async fn events(ring: RingBuf<MapData>) {
             return std::future::pending().await;
         }
     };
-    let mut told = Told::default();
+    let told = Seldom::default();
     loop {
         let Ok(mut ready) = ring.readable_mut().await else {
             return;
@@ -40,7 +36,7 @@ pub async fn events(ring: RingBuf<MapData>) {
         while left > 0
             && let Some(item) = ring.next()
         {
-            told.tell(&item);
+            tell(&told, &item);
             left -= 1;
         }
         if left > 0 {
@@ -64,28 +60,11 @@ pub async fn log(logger: Option<EbpfLogger<&'static dyn ::log::Log>>) {
     }
 }
 
-/// When each kind of event was told of last, and how many have come since.
-#[derive(Default)]
-struct Told(HashMap<(u32, u64), (Instant, u64)>);
-
-impl Told {
-    fn tell(&mut self, bytes: &[u8]) {
-        let Some(event) = Event::from_bytes(bytes) else {
-            return;
-        };
-        let now = Instant::now();
-        if self.0.len() >= KINDS {
-            self.0.clear();
-        }
-        let mut times = 1;
-        if let Some((last, since)) = self.0.get_mut(&(event.reason, event.netns)) {
-            *since += 1;
-            if now < *last + OFTEN {
-                return;
-            }
-            times = *since;
-        }
-        self.0.insert((event.reason, event.netns), (now, 0));
+/// Tells of an event, of one reason and pod once a second.
+fn tell(told: &Seldom<(u32, u64)>, bytes: &[u8]) {
+    if let Some(event) = Event::from_bytes(bytes)
+        && let Some(times) = told.times((event.reason, event.netns))
+    {
         say(&event, times);
     }
 }

@@ -1,6 +1,10 @@
 //! The log, in ztunnel's two forms: `<time>\t<level>\t<target>\t<message>\t<fields>`, or JSON.
+//!
+//! Peers choose some of what is in it. So an event is one line, whatever is in its fields, and a field
+//! has a most length.
 
 use std::fmt::{self, Write as _};
+use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
 use time::OffsetDateTime;
@@ -15,6 +19,16 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
+
+use super::writer;
+
+/// The most bytes of a field.
+const FIELD: usize = 1 << 10;
+/// The most bytes of a message.
+const MESSAGE: usize = 16 << 10;
+
+/// Where the process's one log goes, once it is started.
+static WRITER: OnceLock<writer::Writer> = OnceLock::new();
 
 /// The form of a line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -61,22 +75,34 @@ impl Level {
     }
 }
 
-/// Starts the log, on standard error.
+/// Starts the log, on standard error; at most so many bytes wait to be written. Also what panics say
+/// goes there: the standard library would write it itself, and wait for the reader.
 ///
 /// # Errors
 /// The directives are none; the log is started already.
-pub fn start(directives: &str, format: Format) -> Result<Level, String> {
+pub fn start(directives: &str, format: Format, waiting: usize) -> Result<Level, String> {
     let filter = parse(directives)?;
     let (filter, handle) = reload::Layer::new(filter);
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+    let writer = writer::Writer::to_stderr(waiting).map_err(|error| error.to_string())?;
+    let writer = WRITER.get_or_init(|| writer);
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(move || writer)
         .with_ansi(false)
         .event_format(Lines(format));
     tracing_subscriber::registry()
         .with(filter)
-        .with(lines)
+        .with(layer)
         .try_init()
         .map_err(|error| error.to_string())?;
+    std::panic::set_hook(Box::new(|panic| {
+        let what = panic.payload_as_str().unwrap_or("a panic");
+        let place = panic.location().map(tracing::field::display);
+        tracing::error!(
+            place,
+            thread = std::thread::current().name(),
+            "panic: {what}"
+        );
+    }));
     let set = move |directives: &str| {
         let filter = parse(directives)?;
         handle.reload(filter).map_err(|error| error.to_string())
@@ -85,6 +111,28 @@ pub fn start(directives: &str, format: Format) -> Result<Level, String> {
         set: std::sync::Arc::new(set),
         now: std::sync::Arc::new(std::sync::Mutex::new(directives.to_owned())),
     })
+}
+
+/// How many lines were lost since nobody read them in time.
+pub fn lost() -> u64 {
+    WRITER.get().map_or(0, writer::Writer::lost)
+}
+
+/// Waits, not long, until all that was logged is written: for who is about to end the process.
+pub fn flush() {
+    if let Some(writer) = WRITER.get() {
+        writer.flush();
+    }
+}
+
+/// Tells of something on standard error in words of its own: through the log if that is started, so
+/// that it comes in order and nobody waits for the reader.
+pub fn say(line: &str) {
+    match WRITER.get() {
+        Some(writer) => writer.push(format!("{line}\n").as_bytes()),
+        None => eprintln!("{line}"),
+    }
+    flush();
 }
 
 fn parse(directives: &str) -> Result<EnvFilter, String> {
@@ -158,6 +206,43 @@ fn is_logs_own(field: &Field) -> bool {
     field.name().starts_with("log.")
 }
 
+/// Appends a value so that it stays on its line, and within measure.
+fn fit(to: &mut String, most: usize, value: fmt::Arguments<'_>) {
+    let left = most;
+    // An error is that of `Fit`, which has cut it.
+    let _ = write!(Fit { to, left }, "{value}");
+}
+
+struct Fit<'a> {
+    to: &'a mut String,
+    left: usize,
+}
+
+impl fmt::Write for Fit<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for c in text.chars() {
+            let Some(left) = self.left.checked_sub(c.len_utf8()) else {
+                self.to.push('…');
+                return Err(fmt::Error);
+            };
+            self.left = left;
+            if moves(c) {
+                self.to.extend(c.escape_default());
+            } else {
+                self.to.push(c);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a character would do something to a terminal, or to what reads lines: control characters,
+/// line and paragraph separators, and what changes the direction of writing.
+fn moves(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 #[derive(Default)]
 struct Plain {
     message: String,
@@ -168,10 +253,11 @@ struct Plain {
 impl Plain {
     fn put(&mut self, field: &Field, value: fmt::Arguments<'_>) {
         if field.name() == "message" {
-            let _ = write!(self.message, "{value}");
+            fit(&mut self.message, MESSAGE, value);
         } else if !is_logs_own(field) {
             let between = if self.rest.is_empty() { '\t' } else { ' ' };
-            let _ = write!(self.rest, "{between}{}={value}", field.name());
+            let _ = write!(self.rest, "{between}{}=", field.name());
+            fit(&mut self.rest, FIELD, value);
         }
     }
 }
@@ -182,7 +268,7 @@ impl Visit for Plain {
     }
     fn record_str(&mut self, field: &Field, value: &str) {
         match field.name() {
-            "message" => self.message.push_str(value),
+            "message" => fit(&mut self.message, MESSAGE, format_args!("{value}")),
             "log.target" => value.clone_into(&mut self.target),
             _ => self.put(field, format_args!("{value:?}")),
         }
@@ -197,6 +283,17 @@ struct Json {
 }
 
 impl Json {
+    /// Escaped and cut as in the other form.
+    fn text(&mut self, field: &Field, value: fmt::Arguments<'_>) {
+        let most = if field.name() == "message" {
+            MESSAGE
+        } else {
+            FIELD
+        };
+        let mut text = String::new();
+        fit(&mut text, most, value);
+        self.put(field, text.into());
+    }
     fn put(&mut self, field: &Field, value: Value) {
         if field.name() == "message" {
             self.message = value
@@ -210,13 +307,13 @@ impl Json {
 
 impl Visit for Json {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.put(field, format!("{value:?}").into());
+        self.text(field, format_args!("{value:?}"));
     }
     fn record_str(&mut self, field: &Field, value: &str) {
         if field.name() == "log.target" {
             value.clone_into(&mut self.target);
         }
-        self.put(field, value.into());
+        self.text(field, format_args!("{value}"));
     }
     fn record_u64(&mut self, field: &Field, value: u64) {
         self.put(field, value.into());
@@ -226,5 +323,31 @@ impl Visit for Json {
     }
     fn record_bool(&mut self, field: &Field, value: bool) {
         self.put(field, value.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fitted(most: usize, text: &str) -> String {
+        let mut to = String::from("x=");
+        fit(&mut to, most, format_args!("{text}"));
+        to
+    }
+
+    #[test]
+    fn a_value_stays_on_its_line_and_does_nothing_to_a_terminal() {
+        let nasty = "a\n2026-01-01\terror\r\u{1b}[2J\u{9b}\u{202e}\u{2028}ä";
+        let fitted = fitted(FIELD, nasty);
+        assert!(fitted.ends_with('ä'), "{fitted}");
+        assert!(!fitted.chars().any(moves), "{fitted:?}");
+    }
+
+    #[test]
+    fn a_value_has_a_most_length() {
+        assert_eq!(fitted(3, "abc"), "x=abc");
+        assert_eq!(fitted(3, "abcd"), "x=abc…");
+        assert!(fitted(FIELD, &"ä\u{1b}".repeat(1 << 20)).len() < 6 * FIELD);
     }
 }

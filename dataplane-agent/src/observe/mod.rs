@@ -9,7 +9,9 @@ pub mod kernel;
 pub mod log;
 pub mod metrics;
 pub mod record;
+pub mod seldom;
 pub mod status;
+pub mod writer;
 
 pub use metrics::Metrics;
 pub use record::{Bytes, Facts, Observer, Record, Reporter};
