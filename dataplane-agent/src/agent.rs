@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use dataplane_ebpf::pod::Node;
@@ -21,15 +22,21 @@ use crate::control::manifests::{Folder, MeshConfig, Watch};
 use crate::control::pods::{Ends, Pods, Source, State, View};
 use crate::exit::Exit;
 use crate::identity::{Certs, Identity};
+use crate::limits::NodePlaces;
 use crate::observe::admin::{self, Sources};
 use crate::observe::log::Level;
 use crate::observe::status::{PodStatus, StatusReport};
-use crate::observe::{Metrics, Observer, dump, kernel};
+use crate::observe::{Metrics, Observer, dump, kernel, metrics};
 use crate::resolve::MeshReader;
 use crate::resolve::mesh;
 use crate::sys::netns::Netns;
-use crate::sys::{bpffs, caps, cgroup, limits};
-use crate::workers::{Shared, Workers};
+use crate::sys::{bpffs, caps, cgroup, limits, memory};
+use crate::workers::{Shared, Threads};
+
+/// How often it is looked whether memory can be given back.
+const TIDY: Duration = Duration::from_secs(10);
+/// How many connections must have ended for that.
+const MANY: usize = 100;
 
 /// Why the daemon ends before it is told to.
 #[derive(Debug, thiserror::Error)]
@@ -128,16 +135,23 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let certs = Certs::new(Arc::new(ca));
     let (mesh_writer, mesh) = mesh::store();
     let authorizer = Authorizer::new(mesh.clone());
+    let count = options.workers.map_or_else(processors, usize::from);
+    let threads = Threads::new(count).context("cannot start workers")?;
+    let places = places(&options)?;
     let counters = window.clone();
-    let metrics = Arc::new(Metrics::new(move || counters.counters()));
+    let metrics = Arc::new(Metrics::new(metrics::Sources {
+        kernel: Box::new(move || counters.counters()),
+        places: places.clone(),
+        workers: threads.loads(),
+    }));
     let shared = Shared {
         mesh: mesh.clone(),
         authorizer: authorizer.clone(),
         certs: certs.clone(),
         observer: Observer::new(Arc::clone(&metrics)),
+        places: places.clone(),
     };
-    let count = options.workers.map_or_else(processors, usize::from);
-    let mut workers = Workers::start(count, &shared).context("cannot start workers")?;
+    let mut workers = threads.start(&shared).context("cannot start workers")?;
 
     // What fills their stores.
     let (wanted, to_capture) = watch::channel(None::<capture::Wanted>);
@@ -155,9 +169,16 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let socket = options.places.socket(&options.node);
     let listener =
         admin::listen(&socket).with_context(|| format!("admin socket {}", socket.display()))?;
+    let tidied = Arc::clone(&metrics);
     let sources = sources(&options.node, &window, &view, &mesh, &certs, level, metrics);
 
-    tracing::info!(node = options.node, workers = count, admin = %socket.display(), "started");
+    tracing::info!(
+        node = options.node,
+        workers = count,
+        connections = places.all(),
+        admin = %socket.display(),
+        "started"
+    );
     let tending = async {
         tokio::select! {
             end = room.run(to_capture) => end.map_err(AgentError::from),
@@ -170,6 +191,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
             () = authorizer.watch() => {}
             () = kernel::events(reports.events) => {}
             () = kernel::log(reports.log) => {}
+            () = tidy(&tidied, &places) => {}
             () = admin::serve(listener, sources) => {}
         }
     };
@@ -332,6 +354,25 @@ fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> Status
             .into_iter()
             .map(|(word, count)| (word.to_owned(), count))
             .collect(),
+    }
+}
+
+fn places(options: &RunOptions) -> Result<NodePlaces, AgentError> {
+    let files = limits::files().map_err(|error| AgentError::Machine(error.to_string()))?;
+    let wanted = options
+        .connections
+        .and_then(|wanted| wanted.try_into().ok());
+    Ok(NodePlaces::fitting(wanted, limits::memory(), files))
+}
+
+/// Gives back what connections took that have ended; never returns.
+async fn tidy(metrics: &Metrics, places: &NodePlaces) {
+    loop {
+        tokio::time::sleep(TIDY).await;
+        metrics.expire();
+        if places.peak() > places.taken() + MANY {
+            memory::give_back();
+        }
     }
 }
 

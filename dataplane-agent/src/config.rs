@@ -45,6 +45,11 @@ pub struct RunOptions {
     /// Threads that carry connections; as many as there are processors if not set.
     #[arg(long, env = "ZTUNNEL_WORKER_THREADS", value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub workers: Option<u16>,
+    /// How many connections and tunnels there may be at once; a further one is refused. If not set,
+    /// as many as fit into half of the memory, at 128 KiB each. Never more than there are descriptors
+    /// for, at two each.
+    #[arg(long, env = "DATAPLANE_CONNECTIONS", value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
+    pub connections: Option<u32>,
     /// Trust domain of the mesh.
     #[arg(long, env = "TRUST_DOMAIN", value_name = "NAME", default_value = "cluster.local", value_parser = domain)]
     pub trust_domain: String,
@@ -116,10 +121,11 @@ impl Places {
 /// Names of all variables that are ours alone.
 const OWN: &str = "DATAPLANE_";
 /// What of them there is. The last two are the tests'.
-const KNOWN: [&str; 8] = [
+const KNOWN: [&str; 9] = [
     "DATAPLANE_MANIFESTS",
     "DATAPLANE_STATE",
     "DATAPLANE_CGROUP",
+    "DATAPLANE_CONNECTIONS",
     "DATAPLANE_DRAIN",
     "DATAPLANE_RUN_DIR",
     "DATAPLANE_BPFFS",
@@ -244,6 +250,7 @@ mod tests {
             (&["--drain", "soon"][..], "--drain"),
             (&["--drain", "0s"], "--drain"),
             (&["--workers", "0"], "--workers"),
+            (&["--connections", "0"], "--connections"),
             (&["--secret-ttl", "1y"], "--secret-ttl"),
             (&["--trust-domain", "a b"], "--trust-domain"),
             (&["--log", "loud"], "--log"),

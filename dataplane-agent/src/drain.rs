@@ -5,12 +5,12 @@
 
 use std::future::Future;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use crate::load::Load;
 
 /// The tasks of one pod on one worker. Clones share them.
 #[derive(Clone, Debug)]
@@ -18,12 +18,12 @@ pub struct Scope {
     tasks: TaskTracker,
     cut: CancellationToken,
     closed: Rc<watch::Sender<bool>>,
-    load: Load,
+    load: Option<Load>,
 }
 
 impl Scope {
-    /// Without a task; what it spawns counts as `load`.
-    pub fn new(load: Load) -> Self {
+    /// Without a task; what it spawns is begun by the worker of this `load`.
+    pub fn new(load: Option<Load>) -> Self {
         let tasks = TaskTracker::new();
         tasks.close(); // only lets `wait` return; spawning goes on
         Self {
@@ -37,9 +37,9 @@ impl Scope {
     /// Runs a task on this worker until it ends or the scope is cut.
     pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
         let cut = self.cut.clone();
-        let weight = self.load.take();
+        let begun = self.load.as_ref().map(Load::begin);
         self.tasks.spawn_local(async move {
-            let _weight = weight;
+            let _begun = begun;
             tokio::select! {
                 biased;
                 () = cut.cancelled_owned() => {}
@@ -82,30 +82,6 @@ impl Scope {
     }
 }
 
-/// How many tasks a worker has; read by the others when they look for one with less to do.
-#[derive(Clone, Debug, Default)]
-pub struct Load(Arc<AtomicUsize>);
-
-impl Load {
-    /// How many there are.
-    pub fn get(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-    fn take(&self) -> Weight {
-        self.0.fetch_add(1, Ordering::Relaxed);
-        Weight(self.clone())
-    }
-}
-
-/// One task's part of the load.
-struct Weight(Load);
-
-impl Drop for Weight {
-    fn drop(&mut self) {
-        self.0.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,17 +96,16 @@ mod tests {
     #[test]
     fn a_cut_ends_tasks_before_it_returns_and_refuses_later_ones() {
         on_a_worker(async {
-            let load = Load::default();
-            let scope = Scope::new(load.clone());
+            let scope = Scope::new(None);
             let held = Rc::new(());
             let in_task = Rc::clone(&held);
             scope.spawn(async move {
                 let _in_task = in_task;
                 std::future::pending::<()>().await;
             });
-            assert_eq!(load.get(), 1);
+            assert_eq!(Rc::strong_count(&held), 2);
             scope.cut().await;
-            assert_eq!((load.get(), Rc::strong_count(&held)), (0, 1));
+            assert_eq!(Rc::strong_count(&held), 1);
             scope.spawn(std::future::pending());
             scope.idle().await;
         });
@@ -139,7 +114,7 @@ mod tests {
     #[test]
     fn a_closed_scope_can_be_opened_again() {
         on_a_worker(async {
-            let scope = Scope::new(Load::default());
+            let scope = Scope::new(None);
             let closing = scope.closing();
             scope.close(true);
             closing.await;

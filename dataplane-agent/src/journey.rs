@@ -1,8 +1,9 @@
 //! The corridor: accept → resolve → authorize → transport, and one record for each connection. The
 //! only file that knows the order.
 
-use std::net::SocketAddr;
+use std::net::{self, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::StatusCode;
 use tokio::net::TcpStream;
@@ -10,9 +11,10 @@ use tokio::net::TcpStream;
 use crate::accept::hbone::{self as tunnels, AcceptError};
 use crate::accept::{Accepted, Direction, Io};
 use crate::authorize::{Authorizer, Denied};
-use crate::capture::LocalPod;
+use crate::capture::{LocalPod, named};
 use crate::drain::Scope;
 use crate::identity::{Certs, Identity};
+use crate::limits::{NodePlaces, Place, Turn};
 use crate::observe::{Facts, Observer, Reporter};
 use crate::resolve::{self, Hop, MeshReader, ResolveError, Resolved};
 use crate::sys::socket::canonical;
@@ -31,6 +33,8 @@ pub struct Corridor {
     pub certs: Certs,
     /// Who watches.
     pub observer: Observer,
+    /// How many connections there may be.
+    pub places: NodePlaces,
 }
 
 /// By which of a pod's listeners a connection came.
@@ -44,43 +48,99 @@ pub enum Entrance {
     Hbone,
 }
 
-impl Entrance {
-    fn reporter(self) -> Reporter {
-        match self {
-            Self::Outbound => Reporter::Source,
-            Self::Inbound | Self::Hbone => Reporter::Destination,
+/// A TCP connection that has a place, and of which nothing was read. It is bound to no worker yet.
+#[derive(Debug)]
+pub struct Admitted {
+    tcp: net::TcpStream,
+    peer: SocketAddr,
+    local: SocketAddr,
+    place: Placed,
+}
+
+/// The place of a connection, by how it came.
+#[derive(Debug)]
+enum Placed {
+    Outbound(Place),
+    Inbound(Place),
+    /// Anybody's, until it is known who the peer is.
+    Hbone(Turn),
+}
+
+impl Admitted {
+    /// Ends it without having carried anything.
+    pub fn refuse(self) {
+        reset(&self.tcp);
+    }
+}
+
+/// Fails only where the socket is broken already.
+fn reset(tcp: &net::TcpStream) {
+    let _ = socket2::SockRef::from(tcp).set_linger(Some(Duration::ZERO));
+}
+
+/// Gives a connection its place; one for which there is none is refused, and told of.
+pub fn admit(
+    corridor: &Corridor,
+    pod: &LocalPod,
+    entrance: Entrance,
+    tcp: net::TcpStream,
+) -> Option<Admitted> {
+    // A connection that is gone already has no addresses; nobody is left to tell.
+    let (peer, local) = (tcp.peer_addr().ok()?, tcp.local_addr().ok()?);
+    let (peer, local) = (canonical(peer), canonical(local));
+    let places = &corridor.places;
+    let (reporter, place) = match entrance {
+        Entrance::Outbound => (
+            Reporter::Source,
+            places.outbound(&pod.places).map(Placed::Outbound),
+        ),
+        Entrance::Inbound => (
+            Reporter::Destination,
+            places.inbound(&pod.places).map(Placed::Inbound),
+        ),
+        Entrance::Hbone => (
+            Reporter::Destination,
+            Ok(Placed::Hbone(pod.handshakes.begin(peer.ip()))),
+        ),
+    };
+    match place {
+        Ok(place) => Some(Admitted {
+            tcp,
+            peer,
+            local,
+            place,
+        }),
+        Err(full) => {
+            reset(&tcp);
+            let error = AcceptError::Full(full);
+            corridor.observer.refused(peer, local, reporter, &error);
+            None
         }
     }
 }
 
 /// Follows one TCP connection to its end.
-pub async fn walk(
-    corridor: Corridor,
-    scope: Scope,
-    pod: Arc<LocalPod>,
-    entrance: Entrance,
-    tcp: TcpStream,
-) {
-    // A connection that is gone already has no addresses; nobody is left to tell.
-    let (Ok(peer), Ok(local)) = (tcp.peer_addr(), tcp.local_addr()) else {
-        return;
+pub async fn walk(corridor: Corridor, scope: Scope, pod: Arc<LocalPod>, admitted: Admitted) {
+    let Admitted {
+        tcp,
+        peer,
+        local,
+        place,
+    } = admitted;
+    let tcp = match TcpStream::from_std(tcp) {
+        Ok(tcp) => tcp,
+        Err(error) => {
+            return tracing::warn!(pod = %named(&pod.uid), %error, "cannot take a connection");
+        }
     };
-    let (peer, local) = (canonical(peer), canonical(local));
-    let place = Arc::clone(&pod);
-    let Ok(_place) = place.connections.try_acquire() else {
-        Io::Tcp(tcp).refuse(StatusCode::SERVICE_UNAVAILABLE);
-        let reporter = entrance.reporter();
-        let error = AcceptError::TooMany;
-        return corridor.observer.refused(peer, local, reporter, &error);
+    let (_place, direction) = match place {
+        Placed::Hbone(turn) => return tunnel(corridor, scope, pod, tcp, (peer, local), turn).await,
+        Placed::Outbound(place) => (place, Direction::Outbound),
+        Placed::Inbound(place) => (place, Direction::InboundPlain),
     };
-    let direction = match entrance {
-        Entrance::Hbone => return tunnel(corridor, scope, pod, tcp, peer, local).await,
-        Entrance::Outbound => Direction::Outbound,
-        Entrance::Inbound => Direction::InboundPlain,
-    };
-    let _connected = match entrance {
-        Entrance::Inbound => pod.connected(peer),
-        Entrance::Outbound | Entrance::Hbone => None,
+    let _connected = match direction {
+        Direction::InboundPlain => pod.connected(peer),
+        _ => None,
     };
     let accepted = Accepted {
         io: Io::Tcp(tcp),
@@ -98,21 +158,16 @@ async fn tunnel(
     scope: Scope,
     pod: Arc<LocalPod>,
     tcp: TcpStream,
-    peer: SocketAddr,
-    local: SocketAddr,
+    (peer, local): (SocketAddr, SocketAddr),
+    turn: Turn,
 ) {
     let refused = |error: &AcceptError| {
         corridor
             .observer
             .refused(peer, local, Reporter::Destination, error);
     };
-    let Ok(place) = pod.handshakes.try_acquire() else {
-        Io::Tcp(tcp).refuse(StatusCode::SERVICE_UNAVAILABLE);
-        return refused(&AcceptError::TooMany);
-    };
-    let shaken = tunnels::handshake(tcp, &pod, &corridor.certs).await;
-    drop(place);
-    let tunnel = match shaken {
+    let places = &corridor.places;
+    let tunnel = match tunnels::handshake(tcp, &pod, &corridor.certs, turn, places).await {
         Ok(tunnel) => tunnel,
         Err(error) => return refused(&error),
     };
@@ -120,13 +175,24 @@ async fn tunnel(
     let closing = scope.closing();
     tunnel
         .serve(closing, |request| {
-            match tunnels::accept(request, &pod, (peer, local), &identity) {
-                Ok(accepted) => {
+            let accepted = tunnels::accept(request, &pod, (peer, local), &identity);
+            let placed = accepted.and_then(|accepted| match places.inbound(&pod.places) {
+                Ok(place) => Ok((accepted, place)),
+                Err(full) => Err((accepted.io, full.into())),
+            });
+            match placed {
+                Ok((accepted, place)) => {
                     let (corridor, in_scope) = (corridor.clone(), scope.clone());
-                    scope.spawn(async move { pass(&corridor, &in_scope, accepted, local).await });
+                    scope.spawn(async move {
+                        let _place = place;
+                        pass(&corridor, &in_scope, accepted, local).await;
+                    });
                 }
                 Err((io, error)) => {
-                    io.refuse(StatusCode::BAD_REQUEST);
+                    io.refuse(match error {
+                        AcceptError::Full(_) => StatusCode::SERVICE_UNAVAILABLE,
+                        _ => StatusCode::BAD_REQUEST,
+                    });
                     refused(&error);
                 }
             }
@@ -137,8 +203,8 @@ async fn tunnel(
 /// Room by room. `local` is what was connected to.
 async fn pass(corridor: &Corridor, scope: &Scope, accepted: Accepted<Io>, local: SocketAddr) {
     let reporter = match accepted.direction {
-        Direction::Outbound => Entrance::Outbound.reporter(),
-        Direction::InboundPlain | Direction::InboundHbone { .. } => Entrance::Inbound.reporter(),
+        Direction::Outbound => Reporter::Source,
+        Direction::InboundPlain | Direction::InboundHbone { .. } => Reporter::Destination,
     };
     let resolved = match resolve::resolve(&corridor.mesh, accepted) {
         Ok(resolved) => resolved,

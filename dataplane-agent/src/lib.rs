@@ -19,6 +19,8 @@ pub mod exit;
 pub mod hbone;
 pub mod identity;
 pub mod journey;
+pub mod limits;
+pub mod load;
 pub mod observe;
 pub mod resolve;
 pub mod sys;

@@ -1,33 +1,39 @@
 //! The workers: a thread each, with a runtime of its own, on which a connection lives and dies.
 //!
-//! A pod has a home worker, which accepts for it and hands a connection to another one only if that
-//! has much less to do. What workers share is immutable or counts.
+//! A pod has a home worker, which accepts for it and hands a connection to another one if that has much
+//! less to do. What a worker has to do is how much of the last second it was busy, and what it has begun
+//! since: a connection that is new may turn out to be busy, one that is idle costs nothing. What workers
+//! share is immutable or counts.
 
 use std::collections::HashMap;
 use std::io;
-use std::net::TcpStream;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
 
 use crate::accept::listener::Listener;
 use crate::authorize::Authorizer;
 use crate::capture::{Instance, Listeners, LocalPod, PodEvent, named};
-use crate::drain::{Load, Scope};
+use crate::drain::Scope;
 use crate::identity::Certs;
-use crate::journey::{Corridor, Entrance, walk};
+use crate::journey::{Admitted, Corridor, Entrance, admit, walk};
+use crate::limits::NodePlaces;
+use crate::load::{BUSY, Begun, Load};
 use crate::observe::Observer;
 use crate::resolve::MeshReader;
 use crate::transport::means::OfNode;
 use crate::transport::{Carrier, Pool};
 
-/// How much less another worker must have to do before a connection is handed to it.
-const MUCH: usize = 8;
+/// How much less another worker must have to do before a connection is handed to it: that costs a wake
+/// of another thread, and that worker may have no tunnel to where the connection goes.
+const MUCH: u32 = BUSY / 2;
+/// How often workers are looked at while nothing is accepted.
+const LOOK: Duration = Duration::from_secs(1);
 /// A tunnel that carries nothing for this long is closed.
 const IDLE: Duration = Duration::from_secs(300);
 
@@ -42,6 +48,8 @@ pub struct Shared {
     pub certs: Certs,
     /// Who watches.
     pub observer: Observer,
+    /// How many connections there may be.
+    pub places: NodePlaces,
 }
 
 /// The workers.
@@ -63,8 +71,8 @@ struct Door {
 enum Order {
     /// A pod is here; its listeners too, if this is its home.
     Up(Arc<LocalPod>, Option<Listeners>),
-    /// A connection from another worker.
-    Take(Arc<LocalPod>, Entrance, TcpStream),
+    /// A connection from another worker. It weighs on this one already.
+    Take(Arc<LocalPod>, Admitted, Begun),
     /// Nothing new; the answer goes when nothing of the pod runs any more.
     Drain(Instance, Answer),
     /// It goes on after all.
@@ -104,28 +112,46 @@ impl Door {
     }
 }
 
-impl Workers {
-    /// Starts as many.
+/// Workers in the making: who counts what they do is among what they are given.
+#[derive(Debug)]
+pub struct Threads(Vec<(Runtime, Door, mpsc::UnboundedReceiver<Order>)>);
+
+impl Threads {
+    /// Of so many.
     ///
     /// # Errors
-    /// A thread or its runtime cannot be made.
-    pub fn start(count: usize, shared: &Shared) -> io::Result<Self> {
-        let (doors, inboxes): (Vec<Door>, Vec<_>) = (0..count.max(1))
-            .map(|_| {
-                let (orders, inbox) = mpsc::unbounded_channel();
-                (
-                    Door {
-                        orders,
-                        load: Load::default(),
-                    },
-                    inbox,
-                )
-            })
-            .unzip();
-        let mut threads = Vec::new();
-        for (number, inbox) in inboxes.into_iter().enumerate() {
-            let (shared, doors) = (shared.clone(), doors.clone());
+    /// A runtime cannot be made.
+    pub fn new(count: usize) -> io::Result<Self> {
+        let one = |_| {
             let runtime = Builder::new_current_thread().enable_all().build()?;
+            // Not more than events of pods, and connections that have a place.
+            let (orders, inbox) = mpsc::unbounded_channel();
+            let load = Load::of(runtime.metrics());
+            Ok((runtime, Door { orders, load }, inbox))
+        };
+        (0..count.max(1))
+            .map(one)
+            .collect::<io::Result<_>>()
+            .map(Self)
+    }
+
+    /// Their loads.
+    pub fn loads(&self) -> Vec<Load> {
+        self.0
+            .iter()
+            .map(|(_, door, _)| door.load.clone())
+            .collect()
+    }
+
+    /// Starts them.
+    ///
+    /// # Errors
+    /// A thread cannot be made.
+    pub fn start(self, shared: &Shared) -> io::Result<Workers> {
+        let doors: Vec<Door> = self.0.iter().map(|(_, door, _)| door.clone()).collect();
+        let mut threads = Vec::new();
+        for (number, (runtime, _, inbox)) in self.0.into_iter().enumerate() {
+            let (shared, doors) = (shared.clone(), doors.clone());
             let thread = std::thread::Builder::new().name(format!("worker-{number}"));
             threads.push(thread.spawn(move || {
                 let _whole = AllOrNothing;
@@ -133,13 +159,15 @@ impl Workers {
                 LocalSet::new().block_on(&runtime, work);
             })?);
         }
-        Ok(Self {
+        Ok(Workers {
             doors,
             threads,
             homes: HashMap::new(),
         })
     }
+}
 
+impl Workers {
     /// Does what capture says of a pod.
     pub fn apply(&mut self, event: PodEvent) {
         match event {
@@ -218,6 +246,7 @@ impl Drop for AllOrNothing {
     fn drop(&mut self) {
         if std::thread::panicking() {
             tracing::error!("a worker panicked");
+            crate::observe::log::flush();
             std::process::abort();
         }
     }
@@ -257,22 +286,31 @@ impl Worker {
                 carrier: Carrier { means, pool },
                 certs: shared.certs,
                 observer: shared.observer,
+                places: shared.places,
             },
             pods: HashMap::new(),
-            chores: Scope::new(Load::default()),
+            chores: Scope::new(None),
         }
     }
 
     async fn work(mut self, mut inbox: mpsc::UnboundedReceiver<Order>) {
         self.chores
             .spawn(Rc::clone(&self.corridor.carrier.pool).release_idle());
+        let load = self.doors[self.number].load.clone();
+        self.chores.spawn(async move {
+            loop {
+                // A second that was busy would be lost in the hour before it.
+                load.now();
+                tokio::time::sleep(LOOK).await;
+            }
+        });
         while let Some(order) = inbox.recv().await {
             match order {
                 Order::Up(pod, listeners) => self.up(&pod, listeners),
-                Order::Take(pod, entrance, tcp) => match self.pods.get(&pod.instance) {
-                    Some(here) => take(&self.corridor, &here.scope, &pod, entrance, tcp),
+                Order::Take(pod, admitted, _begun) => match self.pods.get(&pod.instance) {
+                    Some(here) => take(&self.corridor, &here.scope, &pod, admitted),
                     // It went down meanwhile.
-                    None => _ = socket2::SockRef::from(&tcp).set_linger(Some(Duration::ZERO)),
+                    None => admitted.refuse(),
                 },
                 Order::Drain(instance, answer) => self.drain(instance, answer),
                 Order::Revive(instance) => {
@@ -290,8 +328,8 @@ impl Worker {
     fn up(&mut self, pod: &Arc<LocalPod>, listeners: Option<Listeners>) {
         let here = Here {
             pod: Arc::clone(pod),
-            scope: Scope::new(self.doors[self.number].load.clone()),
-            entrances: Scope::new(Load::default()),
+            scope: Scope::new(Some(self.doors[self.number].load.clone())),
+            entrances: Scope::new(None),
         };
         if let Some(listeners) = listeners {
             for (entrance, listener) in [
@@ -315,9 +353,14 @@ impl Worker {
         here.entrances.spawn(async move {
             loop {
                 let tcp = listener.accept().await;
+                let Some(admitted) = admit(&corridor, &pod, entrance, tcp) else {
+                    continue;
+                };
                 match elsewhere(&doors, number) {
-                    Some(door) => door.order(Order::Take(Arc::clone(&pod), entrance, tcp)),
-                    None => take(&corridor, &scope, &pod, entrance, tcp),
+                    Some(door) => {
+                        door.order(Order::Take(Arc::clone(&pod), admitted, door.load.begin()));
+                    }
+                    None => take(&corridor, &scope, &pod, admitted),
                 }
             }
         });
@@ -351,23 +394,14 @@ impl Worker {
 
 /// A worker that has much less to do than this one.
 fn elsewhere(doors: &[Door], here: usize) -> Option<&Door> {
-    let least = doors.iter().min_by_key(|door| door.load.get())?;
-    (least.load.get() + MUCH < doors[here].load.get()).then_some(least)
+    let loads = doors.iter().map(|door| (door.load.now(), door));
+    let loads: Vec<(u32, &Door)> = loads.collect();
+    let (least, door) = loads.iter().min_by_key(|(load, _)| *load)?;
+    (least + MUCH <= loads[here].0).then_some(door)
 }
 
 /// Begins a connection on this worker.
-fn take(
-    corridor: &Corridor,
-    scope: &Scope,
-    pod: &Arc<LocalPod>,
-    entrance: Entrance,
-    tcp: TcpStream,
-) {
-    match tokio::net::TcpStream::from_std(tcp) {
-        Ok(tcp) => {
-            let (corridor, pod, in_scope) = (corridor.clone(), Arc::clone(pod), scope.clone());
-            scope.spawn(async move { walk(corridor, in_scope, pod, entrance, tcp).await });
-        }
-        Err(error) => tracing::warn!(pod = %named(&pod.uid), %error, "cannot take a connection"),
-    }
+fn take(corridor: &Corridor, scope: &Scope, pod: &Arc<LocalPod>, admitted: Admitted) {
+    let walk = walk(corridor.clone(), scope.clone(), Arc::clone(pod), admitted);
+    scope.spawn(walk);
 }

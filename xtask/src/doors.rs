@@ -10,8 +10,10 @@ use std::fmt;
 use std::path::Path;
 
 /// What every room may use: the key cabinet, the words of the wire, the cellar, settings, the
-/// spawner, the corridor.
-const LENT: &[&str] = &["identity", "hbone", "sys", "config", "drain", "observe"];
+/// spawner, the bounds, the corridor's window.
+const LENT: &[&str] = &[
+    "identity", "hbone", "sys", "config", "drain", "limits", "load", "observe",
+];
 
 /// What a room may use besides.
 const DOORS: &[(&str, &[&str])] = &[
@@ -29,6 +31,8 @@ const DOORS: &[(&str, &[&str])] = &[
     ("sys", &[]),
     ("config", &[]),
     ("drain", &[]),
+    ("limits", &[]),
+    ("load", &[]),
 ];
 
 /// What is never a room's to use: those that build and walk all rooms.

@@ -8,15 +8,17 @@ use bytes::Bytes;
 use h2::server::SendResponse;
 use h2::{RecvStream, server};
 use http::{Method, Request, header};
+use rustls::server::Acceptor;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::{Accepted, Direction, Io, LocalPod};
 use crate::hbone::readahead::ReadAhead;
 use crate::hbone::{self, headers, keepalive};
 use crate::identity::{Certs, Identity, IdentityError, tls};
+use crate::limits::{Full, NodePlaces, Place, Turn};
 use crate::observe::{Failure, Flag};
 
 /// Why a tunnel, or a request in it, is refused.
@@ -25,12 +27,18 @@ pub enum AcceptError {
     /// The handshake failed: these are no TLS bytes, or not a peer that we take.
     #[error("tls error: tls handshake error: {0:?}")]
     Tls(io::Error),
+    /// The peer did not even begin the handshake.
+    #[error("tls error: tls handshake error: \"no client hello in time\"")]
+    Silent,
     /// The handshake took too long.
     #[error("tls error: tls handshake error: \"not finished in time\"")]
     Slow,
-    /// More handshakes are going on than may.
+    /// It was the oldest of a source that has many, and others wanted its place.
     #[error("too many handshakes at once")]
-    TooMany,
+    GaveWay,
+    /// There are as many connections as may be.
+    #[error(transparent)]
+    Full(#[from] Full),
     /// We have no certificate to show.
     #[error("identity error: {0}")]
     Identity(#[from] IdentityError),
@@ -45,28 +53,26 @@ pub enum AcceptError {
     Authority(String),
 }
 
-impl AcceptError {
-    /// The stable word for it.
-    pub fn reason(&self) -> &'static str {
+impl Failure for AcceptError {
+    fn flag(&self) -> Flag {
+        match self {
+            Self::Tls(_) | Self::Silent | Self::Slow | Self::GaveWay => Flag::TlsFailure,
+            Self::Identity(_) => Flag::IdentityError,
+            Self::Handshake(_) => Flag::H2HandshakeFailure,
+            Self::Full(_) | Self::Method(_) | Self::Authority(_) => Flag::Connect,
+        }
+    }
+    fn reason(&self) -> &'static str {
         match self {
             Self::Tls(_) => "tls",
+            Self::Silent => "no_client_hello",
             Self::Slow => "slow_handshake",
-            Self::TooMany => "too_many_handshakes",
+            Self::GaveWay => "too_many_handshakes",
+            Self::Full(full) => full.reason(),
             Self::Identity(_) => "identity",
             Self::Handshake(_) => "handshake",
             Self::Method(_) => "method",
             Self::Authority(_) => "authority",
-        }
-    }
-}
-
-impl Failure for AcceptError {
-    fn flag(&self) -> Flag {
-        match self {
-            Self::Tls(_) | Self::Slow | Self::TooMany => Flag::TlsFailure,
-            Self::Identity(_) => Flag::IdentityError,
-            Self::Handshake(_) => Flag::H2HandshakeFailure,
-            Self::Method(_) | Self::Authority(_) => Flag::Connect,
         }
     }
 }
@@ -76,6 +82,7 @@ pub struct Tunnel {
     connection: server::Connection<TlsStream<ReadAhead>, Bytes>,
     /// Who the peer is.
     pub identity: Identity,
+    _place: Place,
 }
 
 /// A request that is not refused by its form: pass it on as an [`Accepted`].
@@ -89,40 +96,63 @@ impl std::fmt::Debug for Tunnel {
     }
 }
 
-/// Shakes hands in the pod's name.
+/// Shakes hands in the pod's name. Until the peer has shown who it is it only has its `turn`; then it
+/// takes a place as a connection does.
 ///
 /// # Errors
-/// Each step has its own, and all have [`hbone::TIMEOUT`] together.
+/// Each step has its own, and all have [`hbone::TIMEOUT`] together, the first message less. It had to
+/// give way to others; there is no place for one more tunnel.
 pub async fn handshake(
     tcp: TcpStream,
     pod: &LocalPod,
     certs: &Certs,
+    mut turn: Turn,
+    places: &NodePlaces,
 ) -> Result<Tunnel, AcceptError> {
-    let steps = async {
-        let certificate = certs.current(&pod.identity).await?;
-        let acceptor = TlsAcceptor::from(Arc::clone(&certificate.server));
-        let accept = acceptor.accept_with(ReadAhead::new(tcp), |session| {
-            session.set_buffer_limit(Some(hbone::TLS_BUFFER));
-        });
-        let tls = accept.await.map_err(AcceptError::Tls)?;
-        let (_, session) = tls.get_ref();
-        if session.alpn_protocol() != Some(hbone::ALPN) {
-            let error = io::Error::new(io::ErrorKind::InvalidData, "peer did not choose h2");
-            return Err(AcceptError::Tls(error));
+    let deadline = Instant::now() + hbone::TIMEOUT;
+    let (tls, identity) = tokio::select! {
+        biased;
+        () = turn.over() => return Err(AcceptError::GaveWay),
+        shown = timeout_at(deadline, authenticate(tcp, pod, certs)) => {
+            shown.unwrap_or(Err(AcceptError::Slow))?
         }
-        let identity = tls::peer_identity(session.peer_certificates().unwrap_or_default())?;
-        let connection = hbone::server()
-            .handshake(tls)
-            .await
-            .map_err(AcceptError::Handshake)?;
-        Ok(Tunnel {
-            connection,
-            identity,
-        })
     };
-    timeout(hbone::TIMEOUT, steps)
+    let place = places.inbound(&pod.places)?;
+    drop(turn);
+    let connection = timeout_at(deadline, hbone::server().handshake(tls))
         .await
-        .unwrap_or(Err(AcceptError::Slow))
+        .map_err(|_| AcceptError::Slow)?
+        .map_err(AcceptError::Handshake)?;
+    Ok(Tunnel {
+        connection,
+        identity,
+        _place: place,
+    })
+}
+
+/// Finishes TLS; who the peer is.
+async fn authenticate(
+    tcp: TcpStream,
+    pod: &LocalPod,
+    certs: &Certs,
+) -> Result<(TlsStream<ReadAhead>, Identity), AcceptError> {
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), ReadAhead::new(tcp));
+    let hello = timeout(hbone::HELLO, hello)
+        .await
+        .map_err(|_| AcceptError::Silent)?
+        .map_err(AcceptError::Tls)?;
+    let certificate = certs.current(&pod.identity).await?;
+    let accept = hello.into_stream_with(Arc::clone(&certificate.server), |session| {
+        session.set_buffer_limit(Some(hbone::TLS_BUFFER));
+    });
+    let tls = accept.await.map_err(AcceptError::Tls)?;
+    let (_, session) = tls.get_ref();
+    if session.alpn_protocol() != Some(hbone::ALPN) {
+        let error = io::Error::new(io::ErrorKind::InvalidData, "peer did not choose h2");
+        return Err(AcceptError::Tls(error));
+    }
+    let identity = tls::peer_identity(session.peer_certificates().unwrap_or_default())?;
+    Ok((tls, identity))
 }
 
 impl Tunnel {

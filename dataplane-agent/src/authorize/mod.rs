@@ -62,21 +62,17 @@ pub enum Denied {
     NoWorkload,
 }
 
-impl Denied {
-    /// The stable word for it.
-    pub fn reason(&self) -> &'static str {
+impl Failure for Denied {
+    fn flag(&self) -> Flag {
+        Flag::Deny
+    }
+    fn reason(&self) -> &'static str {
         match self {
             Self::Denied(_) => "denied",
             Self::NotAllowed => "not_allowed",
             Self::UnknownPolicy(_) => "unknown_policy",
             Self::NoWorkload => "no_workload",
         }
-    }
-}
-
-impl Failure for Denied {
-    fn flag(&self) -> Flag {
-        Flag::Deny
     }
 }
 

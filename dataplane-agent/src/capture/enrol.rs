@@ -3,11 +3,9 @@
 //! In: record, settings, routes, listeners, program, and last the entry by which the pod's
 //! connections are marked. Out: the same, backwards.
 
-use super::pods::{CONNECTIONS, HANDSHAKES};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
 
 use dataplane_ebpf::mark;
 
@@ -17,6 +15,7 @@ use super::programs::{Loader, PodProgram};
 use super::undo::{Record, Records};
 use super::wanted::Desired;
 use super::{CaptureError, Instance, Listeners, LocalPod, routes};
+use crate::limits::{Handshakes, PodPlaces};
 use crate::sys::netns::Netns;
 use crate::sys::socket;
 
@@ -68,8 +67,8 @@ pub async fn enter(
     let pod = LocalPod {
         instance: Instance::next(),
         ports,
-        handshakes: Semaphore::new(HANDSHAKES),
-        connections: Semaphore::new(CONNECTIONS),
+        handshakes: Handshakes::default(),
+        places: PodPlaces::default(),
         uid: desired.uid.clone(),
         namespace: desired.namespace.clone(),
         name: desired.name.clone(),

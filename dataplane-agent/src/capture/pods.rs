@@ -5,18 +5,13 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::Semaphore;
 
 use tokio::sync::oneshot;
 
 use crate::identity::Identity;
+use crate::limits::{Handshakes, PodPlaces};
 use crate::sys::netns::Netns;
 use crate::sys::socket;
-
-/// How many handshakes of tunnels to one pod are done at once; a further one is refused.
-pub const HANDSHAKES: usize = 256;
-/// How many connections and tunnels one pod has at once; a further one is refused.
-pub const CONNECTIONS: usize = 16_384;
 
 /// One enrolment of one pod. A pod that comes back under its name and uid is another one, and so is one
 /// that is enrolled anew in its namespace: what is kept of a pod is kept by this, never by its name.
@@ -51,9 +46,9 @@ pub struct LocalPod {
     /// The ports of its listeners: the usual three, unless an app had one of them first.
     pub ports: [u16; 3],
     /// Places for handshakes of tunnels to it: one that is attacked does not take another's.
-    pub handshakes: Semaphore,
-    /// Places for connections and tunnels, in and out.
-    pub connections: Semaphore,
+    pub handshakes: Handshakes,
+    /// Places for its connections and tunnels.
+    pub places: PodPlaces,
     /// Clients that are connected in clear from a port that the agent might take in their name.
     pub clients: Clients,
 }
@@ -124,8 +119,8 @@ impl LocalPod {
         Arc::new(Self {
             instance: Instance::next(),
             ports: [15001, 15006, 15008],
-            handshakes: Semaphore::new(1),
-            connections: Semaphore::new(1),
+            handshakes: Handshakes::default(),
+            places: PodPlaces::default(),
             uid: uid.into(),
             namespace: identity.namespace().into(),
             name: "pod".into(),

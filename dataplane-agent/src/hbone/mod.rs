@@ -42,6 +42,8 @@ pub const RESET_STREAMS: usize = 64;
 pub const PENDING_RESETS: usize = 32;
 /// Streams that we had to reset for the peer's errors; more end the tunnel.
 pub const LOCAL_ERROR_RESETS: usize = 256;
+/// A peer that connects says its first message of TLS sooner: one that is silent holds a place.
+pub const HELLO: Duration = Duration::from_secs(3);
 /// TCP connect, and TLS with HTTP/2, take no longer, each.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// The answer to CONNECT takes no longer: the peer has [`TIMEOUT`] to reach its app, and says so.

@@ -6,10 +6,12 @@
 pub mod admin;
 pub mod dump;
 pub mod kernel;
+pub mod labels;
 pub mod log;
 pub mod metrics;
 pub mod record;
 pub mod seldom;
+pub mod series;
 pub mod status;
 pub mod writer;
 
@@ -20,6 +22,8 @@ pub use record::{Bytes, Facts, Observer, Record, Reporter};
 pub trait Failure: std::fmt::Display {
     /// The word in `response_flags`.
     fn flag(&self) -> Flag;
+    /// The stable word for it, in the log's field and the metric's label of that name.
+    fn reason(&self) -> &'static str;
 }
 
 /// What kind of failure; `response_flags` of the metrics.
@@ -40,6 +44,16 @@ pub enum Flag {
 }
 
 impl Flag {
+    /// All of them, in their order.
+    pub const ALL: [Self; 6] = [
+        Self::Deny,
+        Self::Connect,
+        Self::TlsFailure,
+        Self::H2HandshakeFailure,
+        Self::NetworkPolicy,
+        Self::IdentityError,
+    ];
+
     /// Its word.
     pub fn word(self) -> &'static str {
         match self {

@@ -2,14 +2,18 @@
 //! connection ends.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::metrics::{Labels, Metrics};
+use super::labels::Labels;
+use super::metrics::Metrics;
+use super::seldom::Seldom;
+use super::series::Series;
 use super::{Failure, Flag};
 use crate::identity::Identity;
+use crate::limits::source;
 use crate::resolve::service::Service;
 use crate::resolve::workload::Workload;
 
@@ -69,23 +73,29 @@ pub struct Facts {
 #[derive(Clone, Debug)]
 pub struct Observer {
     metrics: Arc<Metrics>,
+    /// Refusals by reason and source: anybody can repeat them.
+    refusals: Arc<Seldom<(Reporter, &'static str, IpAddr)>>,
 }
 
-/// What went each way, as seen by the client. Written by the data path, read by whoever asks.
-#[derive(Debug, Default)]
+/// What went each way, as seen by the client: of the connection, and of its series meanwhile. Written
+/// by the data path, read by whoever asks.
+#[derive(Debug)]
 pub struct Bytes {
     up: AtomicU64,
     down: AtomicU64,
+    series: Arc<Series>,
 }
 
 impl Bytes {
     /// Bytes have gone from the client to the server.
     pub fn add_up(&self, bytes: u64) {
         self.up.fetch_add(bytes, Ordering::Relaxed);
+        self.series.add_up(bytes);
     }
     /// Bytes have gone from the server to the client.
     pub fn add_down(&self, bytes: u64) {
         self.down.fetch_add(bytes, Ordering::Relaxed);
+        self.series.add_down(bytes);
     }
 }
 
@@ -93,7 +103,6 @@ impl Bytes {
 #[derive(Debug)]
 pub struct Record {
     facts: Facts,
-    labels: Labels,
     metrics: Arc<Metrics>,
     bytes: Arc<Bytes>,
     opened: Instant,
@@ -113,23 +122,32 @@ impl Failure for Drained {
     fn flag(&self) -> Flag {
         Flag::Connect
     }
+    fn reason(&self) -> &'static str {
+        "drain"
+    }
 }
 
 impl Observer {
     /// Counts in these metrics.
     pub fn new(metrics: Arc<Metrics>) -> Self {
-        Self { metrics }
+        Self {
+            metrics,
+            refusals: Arc::default(),
+        }
     }
 
     /// Of a connection that is about to go somewhere.
     pub fn open(&self, facts: Facts) -> Record {
-        let labels = Labels::of(&facts);
-        self.metrics.opened(&labels);
+        let series = self.metrics.series(Labels::of(&facts));
+        series.open();
         let record = Record {
             facts,
-            labels,
             metrics: Arc::clone(&self.metrics),
-            bytes: Arc::default(),
+            bytes: Arc::new(Bytes {
+                up: AtomicU64::default(),
+                down: AtomicU64::default(),
+                series,
+            }),
             opened: Instant::now(),
             closed: false,
         };
@@ -137,7 +155,8 @@ impl Observer {
         record
     }
 
-    /// Of a connection that ends before it is known who it is of or where it goes.
+    /// Of a connection that ends before it is known who it is of or where it goes. Each is counted; of
+    /// one reason and source one a second is told of, with how many.
     pub fn refused(
         &self,
         src: SocketAddr,
@@ -145,7 +164,11 @@ impl Observer {
         reporter: Reporter,
         failure: &dyn Failure,
     ) {
-        self.metrics.refused(reporter, failure.flag());
+        self.metrics.failed(reporter, failure);
+        let kind = (reporter, failure.reason(), source(src.ip()));
+        let Some(times) = self.refusals.times(kind) else {
+            return;
+        };
         tracing::event!(
             target: "access",
             tracing::Level::WARN,
@@ -153,6 +176,8 @@ impl Observer {
             dst.addr = %dst,
             direction = reporter.direction(),
             error = %Quoted(&failure.to_string()),
+            reason = failure.reason(),
+            times = (times > 1).then_some(times),
             "connection failed"
         );
     }
@@ -177,13 +202,12 @@ impl Record {
             self.bytes.up.load(Ordering::Relaxed),
             self.bytes.down.load(Ordering::Relaxed),
         );
-        let flag = end.as_ref().err().map(|failure| failure.flag());
-        self.metrics.closed(&self.labels, flag, up, down);
-        self.tell_complete(
-            end.err().map(|failure| failure.to_string()).as_deref(),
-            up,
-            down,
-        );
+        let failure = end.err();
+        self.bytes.series.end(failure.map(Failure::flag));
+        if let Some(failure) = failure {
+            self.metrics.failed(self.facts.reporter, failure);
+        }
+        self.tell_complete(failure, up, down);
     }
 
     fn tell_opened(&self) {
@@ -209,7 +233,8 @@ impl Record {
         );
     }
 
-    fn tell_complete(&self, error: Option<&str>, up: u64, down: u64) {
+    fn tell_complete(&self, failure: Option<&dyn Failure>, up: u64, down: u64) {
+        let error = failure.map(ToString::to_string);
         let line = Line::of(&self.facts);
         // What this agent sent to, and received from, the far end of its leg.
         let (sent, received) = match self.facts.reporter {
@@ -236,12 +261,13 @@ impl Record {
                     bytes_sent = sent,
                     bytes_recv = received,
                     duration = duration.as_str(),
-                    error = error,
+                    error = error.as_deref(),
+                    reason = failure.map(Failure::reason),
                     "connection complete"
                 )
             };
         }
-        match error {
+        match failure {
             None => tell!(tracing::Level::INFO),
             Some(_) => tell!(tracing::Level::ERROR),
         }

@@ -61,6 +61,16 @@ impl Failure for ResolveError {
     fn flag(&self) -> Flag {
         Flag::Connect
     }
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::UnknownLocal(_) => "unknown_local",
+            Self::NoHealthyUpstream(_) => "no_healthy_upstream",
+            Self::UnknownWaypoint(_) => "unknown_waypoint",
+            Self::NoAddress(_) => "no_address",
+            Self::IpMismatch { .. } => "ip_mismatch",
+            Self::SelfCall => "self_call",
+        }
+    }
 }
 
 /// Why a connection goes nowhere.
@@ -89,18 +99,4 @@ pub enum ResolveError {
     /// It would come back to the agent.
     #[error("attempted recursive call to ourselves")]
     SelfCall,
-}
-
-impl ResolveError {
-    /// The stable word for it.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::UnknownLocal(_) => "unknown_local",
-            Self::NoHealthyUpstream(_) => "no_healthy_upstream",
-            Self::UnknownWaypoint(_) => "unknown_waypoint",
-            Self::NoAddress(_) => "no_address",
-            Self::IpMismatch { .. } => "ip_mismatch",
-            Self::SelfCall => "self_call",
-        }
-    }
 }

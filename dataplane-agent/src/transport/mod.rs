@@ -89,11 +89,7 @@ impl Failure for TransportError {
             Self::Revoked => Flag::Deny,
         }
     }
-}
-
-impl TransportError {
-    /// The stable word for it.
-    pub fn reason(&self) -> &'static str {
+    fn reason(&self) -> &'static str {
         match self {
             Self::Connect(_) => "connect",
             Self::Blocked(_) => "blocked",

@@ -20,7 +20,7 @@ use super::pool::{Key, Pool};
 use super::relay::{End, Meter, relay, reset};
 use super::{Means, TransportError};
 use crate::authorize::LocalPod;
-use crate::drain::{Load, Scope};
+use crate::drain::Scope;
 use crate::hbone::readahead::ReadAhead;
 use crate::identity::{Certs, Identity, IdentityError, Issued, Issuer};
 
@@ -327,7 +327,7 @@ fn connect() -> Connect {
 
 /// A peer that answers CONNECTs with `status`, as many per tunnel as `each`, then says GOAWAY.
 async fn peer(listener: TcpListener, certs: Certs, status: u16, each: usize) {
-    let scope = Scope::new(Load::default());
+    let scope = Scope::new(None);
     scope.spawn(certs.clone().rotate());
     loop {
         let Ok((tcp, _)) = listener.accept().await else {
@@ -378,7 +378,7 @@ async fn pool(
     (
         pool,
         means,
-        Scope::new(Load::default()),
+        Scope::new(None),
         peer(listener, certs, status, each),
     )
 }

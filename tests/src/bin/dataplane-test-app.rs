@@ -20,6 +20,7 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
   end ADDRESS HOW              connects and ends it: now, sent, half, reset, unread, vanish
   flood ADDRESS BYTES          sends as much, prints what the sink answers
   rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
+  many ADDRESS COUNT [silent]  opens COUNT connections and asks on each, unless silent; holds them
 options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
 options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS";
 
@@ -36,6 +37,8 @@ fn main() {
         ["end", to, how] => end(to, how),
         ["flood", to, bytes] => flood(to, bytes),
         ["rate", to, seconds, each] => rate(to, seconds, each),
+        ["many", to, count] => many(to, count, true),
+        ["many", to, count, "silent"] => many(to, count, false),
         _ => {
             eprintln!("{USAGE}");
             std::process::exit(2);
@@ -405,4 +408,27 @@ fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
         println!("{line}");
     }
     Ok(())
+}
+
+/// Holds connections until the input closes; says how many of them are good.
+fn many(to: &str, count: &str, asks: bool) -> io::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    let (to, count): (SocketAddr, usize) = (parse(to)?, count.parse().map_err(io::Error::other)?);
+    let one = || {
+        let stream = patient(TcpStream::connect_timeout(&to, patience())?)?;
+        if asks {
+            (&stream).write_all(b"hello\n")?;
+            // To the byte: what is read ahead would be lost with its reader.
+            let mut byte = [0];
+            while byte != *b"\n" {
+                (&stream).read_exact(&mut byte)?;
+            }
+        }
+        Ok::<_, io::Error>(stream)
+    };
+    let held: Vec<TcpStream> = (0..count).filter_map(|_| one().ok()).collect();
+    println!("{} open", held.len());
+    io::stdin().read_to_end(&mut Vec::new()).map(|_| ())
 }

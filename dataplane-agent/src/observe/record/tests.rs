@@ -7,6 +7,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 
 use super::super::log::{Format, Lines};
+use super::super::metrics::Sources;
 use super::*;
 use crate::resolve::workload::tests::workload;
 
@@ -42,7 +43,11 @@ fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
         .with_ansi(false)
         .event_format(Lines(format));
     let subscriber = tracing_subscriber::registry().with(lines);
-    let observer = Observer::new(Arc::new(Metrics::new(Vec::new)));
+    let observer = Observer::new(Arc::new(Metrics::new(Sources {
+        kernel: Box::new(Vec::new),
+        places: crate::limits::NodePlaces::new(1),
+        workers: Vec::new(),
+    })));
     tracing::subscriber::with_default(subscriber, || work(&observer));
     let text = String::from_utf8(kept.0.lock().expect("not poisoned").clone()).expect("text");
     text.lines()
@@ -72,7 +77,7 @@ pub(crate) fn facts() -> Facts {
     }
 }
 
-struct Refusal;
+pub(crate) struct Refusal;
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -83,6 +88,9 @@ impl fmt::Display for Refusal {
 impl Failure for Refusal {
     fn flag(&self) -> Flag {
         Flag::Connect
+    }
+    fn reason(&self) -> &'static str {
+        "status"
     }
 }
 
@@ -111,7 +119,7 @@ fn a_connection_that_fails_is_one_line_of_this_form() {
          src.namespace=\"ns\" src.identity=\"spiffe://td/ns/ns/sa/sa\" dst.addr=10.0.0.2:15008 \
          dst.hbone_addr=10.0.0.2:80 dst.workload=\"server\" dst.namespace=\"ns\" \
          dst.identity=\"spiffe://td/ns/ns/sa/sa\" direction=\"outbound\" bytes_sent=11 \
-         bytes_recv=22 duration error=\"http status: 401 Unauthorized\""
+         bytes_recv=22 duration error=\"http status: 401 Unauthorized\" reason=\"status\""
     );
 }
 
@@ -173,7 +181,7 @@ fn an_early_refusal_is_one_line() {
         lines,
         [
             "warn\taccess\tconnection failed\tsrc.addr=[fd00::1]:4 dst.addr=10.0.0.2:80 \
-         direction=\"inbound\" error=\"http status: 401 Unauthorized\""
+         direction=\"inbound\" error=\"http status: 401 Unauthorized\" reason=\"status\""
         ]
     );
 }

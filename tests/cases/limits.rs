@@ -1,0 +1,305 @@
+//! Limits: what many connections, silent ones, refused ones and a log that nobody reads may not do.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use dataplane_tests::{Agent, Pair, World, eventually, within};
+
+const PORT: u16 = 7000;
+const HBONE: u16 = 15008;
+
+/// Megabytes of an agent that are in memory.
+fn resident(agent: &Agent) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kilobytes = line.and_then(|line| line.split_whitespace().next());
+    kilobytes
+        .and_then(|number| number.parse::<u64>().ok())
+        .expect("a number")
+        / 1024
+}
+
+/// Processor time that each worker of an agent has used, in ticks.
+fn worked(agent: &Agent) -> Vec<u64> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", agent.pid())).expect("it runs");
+    let mut workers: Vec<(String, u64)> = tasks
+        .flatten()
+        .filter_map(|task| {
+            let stat = fs::read_to_string(task.path().join("stat")).ok()?;
+            let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
+            let fields: Vec<&str> = rest.split_whitespace().collect();
+            let ticks = |field: usize| fields.get(field)?.parse::<u64>().ok();
+            name.starts_with("worker-")
+                .then(|| Some((name.to_owned(), ticks(11)? + ticks(12)?)))?
+        })
+        .collect();
+    workers.sort();
+    workers.into_iter().map(|(_, ticks)| ticks).collect()
+}
+
+/// The sum of a metric's series that have all of these in their labels.
+fn metric(agent: &Agent, name: &str, labels: &[&str]) -> u64 {
+    let text = agent.get("/metrics");
+    let series = text.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let (of, value) = rest.rsplit_once(' ')?;
+        let fits = (of.is_empty() || of.starts_with('{')) && labels.iter().all(|l| of.contains(l));
+        fits.then(|| value.parse::<f64>().expect("a number") as u64)
+    });
+    series.sum()
+}
+
+/// A pipe in place of a log file, which nobody reads.
+struct Unread(fs::File, PathBuf);
+
+impl Unread {
+    fn new(log: &Path) -> Self {
+        nix::unistd::mkfifo(log, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        // Open for both, so that neither side waits for the other.
+        let pipe = fs::OpenOptions::new().read(true).write(true).open(log);
+        Self(pipe.expect("a pipe"), log.to_owned())
+    }
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.1);
+    }
+}
+
+#[test]
+fn memory_that_two_thousand_connections_took_is_given_back_within_a_minute() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let to = pair.server.at(PORT).to_string();
+    assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    let before = [resident(&pair.one), resident(&pair.two)];
+    let mut many = pair.client.app(&["many", &to, "2000"]);
+    let open = many.line_within(Duration::from_secs(90));
+    assert_eq!(open.as_deref(), Some("2000 open"));
+    let during = [resident(&pair.one), resident(&pair.two)];
+    many.close();
+    drop(many);
+    let mut after = [0, 0];
+    let given_back = within(60, || {
+        std::thread::sleep(Duration::from_millis(500));
+        after = [resident(&pair.one), resident(&pair.two)];
+        (0..2).all(|agent| after[agent] <= before[agent] + 12)
+    });
+    eprintln!("MB before {before:?}, with 2000 connections {during:?}, after {after:?}");
+    assert!(
+        given_back,
+        "MB: {before:?}, then {during:?}, then {after:?}"
+    );
+}
+
+#[test]
+fn a_peer_gets_in_while_another_holds_hundreds_of_silent_connections() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
+    let to = pair.server.at(HBONE).to_string();
+    let silent = outsider.app(&["many", &to, "600", "silent"]);
+    assert_eq!(silent.line(), "600 open");
+    let answer = pair.client.ask(pair.server.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", pair.client.v4)));
+    assert!(
+        metric(
+            &pair.two,
+            "dataplane_connections_failed_total",
+            &["too_many_handshakes"]
+        ) > 0,
+        "those that gave way are counted"
+    );
+    let told = |agent: &Agent| agent.log().matches("too many handshakes at once").count();
+    assert!(
+        (1..20).contains(&told(&pair.two)),
+        "and told of with how many"
+    );
+}
+
+#[test]
+fn who_says_nothing_at_the_tunnels_port_is_sent_away_soon() {
+    let pair = Pair::new();
+    let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
+    let to = pair.server.at(HBONE).to_string();
+    let silent = outsider.app(&["many", &to, "20", "silent"]);
+    assert_eq!(silent.line(), "20 open");
+    eventually("they are sent away", 8, || {
+        metric(
+            &pair.two,
+            "dataplane_connections_failed_total",
+            &["no_client_hello"],
+        ) == 20
+    });
+}
+
+#[test]
+fn over_the_nodes_limit_the_new_one_is_refused_and_told_so() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let mut setup = world.setup(&two);
+    setup
+        .arguments
+        .extend(["--connections".into(), "30".into()]);
+    let (first, second) = (world.agent(&one), Agent::start(setup));
+    first.up(&["client"]);
+    second.up(&["server"]);
+    eventually("both are in the mesh", 10, || first.tunnelled() >= 2);
+    let _app = server.serve(PORT);
+    let mut many = client.app(&["many", &server.at(PORT).to_string(), "60"]);
+    let open = many.line();
+    let open: usize = open
+        .split_once(' ')
+        .expect("a count")
+        .0
+        .parse()
+        .expect("a number");
+    // A tunnel takes a place as well.
+    assert!((20..30).contains(&open), "{open}");
+    assert!(client.ask(server.at(PORT), "x").is_err());
+    second.logs(&["direction=\"inbound\"", "too many connections of the node"]);
+    first.logs(&["http status: 503 Service Unavailable"]);
+    let refused = ["too_many_connections_of_node"];
+    assert!(metric(&second, "dataplane_connections_failed_total", &refused) >= 30);
+    assert_eq!(metric(&second, "dataplane_connections_limit", &[]), 30);
+    many.close();
+    drop(many);
+    eventually("there is room again", 5, || {
+        client.ask(server.at(PORT), "x").is_ok()
+    });
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_no_connection_and_what_is_lost_is_counted() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let mut setup = world.setup(&two);
+    setup.variables = vec![("RUST_LOG".into(), "info,access=debug,h2=trace".into())];
+    let pipe = Unread::new(&setup.log);
+    let (first, mut second) = (world.agent(&one), Agent::start(setup));
+    // Gone before the agent is, which shows its log when a test fails.
+    let mut pipe = pipe;
+    first.up(&["client"]);
+    second.up(&["server"]);
+    eventually("both are in the mesh", 10, || first.tunnelled() >= 2);
+    let _app = server.serve(PORT);
+    let (_, lines) = client
+        .app(&["rate", &server.at(PORT).to_string(), "4", "100"])
+        .end();
+    assert_eq!(lines, ["400 good, 0 bad"]);
+    let lost = metric(&second, "dataplane_log_lines_lost_total", &[]);
+    assert!(lost > 0, "nobody has read them");
+    // Read again, it says what it has lost.
+    let mut read = vec![0; 1 << 16];
+    let mut text = String::new();
+    eventually("it says how many", 10, || {
+        let length = pipe.0.read(&mut read).expect("a pipe");
+        text.push_str(&String::from_utf8_lossy(&read[..length]));
+        text.contains("log lines were lost")
+    });
+    assert!(client.ask(server.at(PORT), "x").is_ok());
+    assert!(
+        second.terminate().success(),
+        "it ends though nobody reads what it still says"
+    );
+}
+
+#[test]
+fn what_a_lack_repeats_is_told_once_a_second() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    let pid = pair.two.pid().to_string();
+    let open = fs::read_dir(format!("/proc/{pid}/fd"))
+        .expect("it runs")
+        .count();
+    let limit = |soft: usize| {
+        let mut prlimit = Command::new("prlimit");
+        prlimit.args(["--pid", &pid, &format!("--nofile={soft}:")]);
+        assert!(prlimit.status().expect("util-linux").success());
+    };
+    limit(open);
+    let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
+    let silent = outsider.app(&["many", &pair.server.at(PORT).to_string(), "10", "silent"]);
+    assert_eq!(silent.line(), "10 open");
+    std::thread::sleep(Duration::from_secs(4));
+    limit(open + 1000);
+    let log = pair.two.log();
+    let told = log
+        .lines()
+        .filter(|line| line.contains("cannot accept"))
+        .count();
+    assert!((1..=6).contains(&told), "{told} lines in some four seconds");
+    drop(silent);
+    eventually("it accepts again", 5, || {
+        pair.client.ask(pair.server.at(PORT), "x").is_ok()
+    });
+}
+
+#[test]
+fn the_bytes_of_an_open_connection_are_in_the_metrics() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let mut talk = pair.client.talk(pair.server.at(PORT));
+    talk.say("0123456789");
+    assert!(talk.line().ends_with("0123456789"));
+    for (agent, reporter) in [(&pair.one, "source"), (&pair.two, "destination")] {
+        let labels = [&*format!("reporter=\"{reporter}\""), "response_flags=\"-\""];
+        eventually("the client's bytes", 3, || {
+            metric(agent, "istio_tcp_received_bytes_total", &labels) >= 11
+        });
+        eventually("the server's bytes", 3, || {
+            metric(agent, "istio_tcp_sent_bytes_total", &labels) >= 11
+        });
+        assert_eq!(
+            metric(agent, "istio_tcp_connections_closed_total", &labels),
+            0
+        );
+    }
+}
+
+#[test]
+fn two_busy_connections_have_a_worker_each_though_others_are_idle() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let agent = |node| {
+        let mut setup = world.setup(node);
+        setup.arguments.extend(["--workers".into(), "2".into()]);
+        Agent::start(setup)
+    };
+    let (first, second) = (agent(&one), agent(&two));
+    first.up(&["client"]);
+    second.up(&["server"]);
+    eventually("both are in the mesh", 10, || first.tunnelled() >= 2);
+    let (_app, sink) = (server.serve(PORT), server.app(&["sink", "7001"]));
+    assert_eq!(sink.line(), "ready");
+    let idle = client.app(&["many", &server.at(PORT).to_string(), "5"]);
+    assert_eq!(idle.line(), "5 open");
+    std::thread::sleep(Duration::from_secs(2));
+    let before = worked(&first);
+    let to = server.at(7001).to_string();
+    let floods = [(), ()].map(|()| client.app(&["flood", &to, "300000000"]));
+    for flood in floods {
+        assert_eq!(flood.end().1, ["300000000 arrived"]);
+    }
+    let ticks: Vec<u64> = worked(&first)
+        .iter()
+        .zip(before)
+        .map(|(now, then)| now - then)
+        .collect();
+    let all: u64 = ticks.iter().sum();
+    assert_eq!(ticks.len(), 2);
+    assert!(
+        ticks.iter().all(|ticks| *ticks * 5 > all),
+        "ticks: {ticks:?}"
+    );
+}
