@@ -14,7 +14,7 @@ use crate::sys::{readiness, socket};
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// What is lacking lacks for the listeners of all pods.
-static LACKS: LazyLock<Seldom<io::ErrorKind>> = LazyLock::new(Seldom::default);
+static LACKS: LazyLock<Seldom<io::ErrorKind>> = LazyLock::new(|| Seldom::new(1));
 
 /// A listener on one worker. What it accepts is bound to no worker yet.
 #[derive(Debug)]

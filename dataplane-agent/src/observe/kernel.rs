@@ -26,7 +26,7 @@ pub async fn events(ring: RingBuf<MapData>) {
             return std::future::pending().await;
         }
     };
-    let told = Seldom::default();
+    let told = Seldom::new(1);
     loop {
         let Ok(mut ready) = ring.readable_mut().await else {
             return;

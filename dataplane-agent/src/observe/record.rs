@@ -20,6 +20,9 @@ use crate::resolve::workload::Workload;
 #[cfg(test)]
 pub(crate) mod tests;
 
+/// How many refusals of one reason and source are told of each second: what they say may differ.
+const REFUSALS: u32 = 10;
+
 /// Which end of a connection tells of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reporter {
@@ -132,7 +135,7 @@ impl Observer {
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self {
             metrics,
-            refusals: Arc::default(),
+            refusals: Arc::new(Seldom::new(REFUSALS)),
         }
     }
 
@@ -156,7 +159,7 @@ impl Observer {
     }
 
     /// Of a connection that ends before it is known who it is of or where it goes. Each is counted; of
-    /// one reason and source one a second is told of, with how many.
+    /// one reason and source some are told of, with how many there were besides.
     pub fn refused(
         &self,
         src: SocketAddr,

@@ -1,4 +1,4 @@
-//! Lets through one event of a kind each second and counts the others: what a peer, or a lack that
+//! Lets through a few events of a kind each second and counts the others: what a peer, or a lack that
 //! lasts, can repeat must not fill the log.
 
 use std::collections::HashMap;
@@ -6,45 +6,61 @@ use std::hash::Hash;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How often one kind is told of.
-const OFTEN: Duration = Duration::from_secs(1);
+/// For how long those of a kind are counted together.
+const WHILE: Duration = Duration::from_secs(1);
 /// How many kinds are remembered.
 const KINDS: usize = 4096;
 
-/// When each kind was told of last, and how many of it have come since.
+/// What was told of each kind, and how many have come since that were not.
 #[derive(Debug)]
-pub struct Seldom<K>(Mutex<HashMap<K, (Instant, u64)>>);
+pub struct Seldom<K> {
+    each: u32,
+    kinds: Mutex<HashMap<K, Told>>,
+}
 
-impl<K> Default for Seldom<K> {
-    fn default() -> Self {
-        Self(Mutex::default())
-    }
+#[derive(Debug)]
+struct Told {
+    since: Instant,
+    told: u32,
+    untold: u64,
 }
 
 impl<K: Eq + Hash> Seldom<K> {
-    /// Notes one. If it is time to tell of its kind: how many there were since that was done last.
+    /// Lets through so many of each kind, each second.
+    pub fn new(each: u32) -> Self {
+        Self {
+            each,
+            kinds: Mutex::default(),
+        }
+    }
+
+    /// Notes one. If it is to be told of: how many there were of its kind since that was done last.
     pub fn times(&self, kind: K) -> Option<u64> {
         self.times_at(kind, Instant::now())
     }
 
     fn times_at(&self, kind: K, now: Instant) -> Option<u64> {
-        let mut kinds = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((last, since)) = kinds.get_mut(&kind) {
-            *since += 1;
-            if now < *last + OFTEN {
-                return None;
+        let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
+        if !kinds.contains_key(&kind) && kinds.len() >= KINDS {
+            kinds.retain(|_, told| now < told.since + WHILE);
+            if kinds.len() >= KINDS {
+                kinds.clear();
             }
-            *last = now;
-            return Some(std::mem::take(since));
         }
-        if kinds.len() >= KINDS {
-            kinds.retain(|_, (last, _)| now < *last + OFTEN);
+        let told = kinds.entry(kind).or_insert(Told {
+            since: now,
+            told: 0,
+            untold: 0,
+        });
+        told.untold += 1;
+        if now >= told.since + WHILE {
+            (told.since, told.told) = (now, 0);
         }
-        if kinds.len() >= KINDS {
-            kinds.clear();
+        if told.told == self.each {
+            return None;
         }
-        kinds.insert(kind, (now, 0));
-        Some(1)
+        told.told += 1;
+        Some(std::mem::take(&mut told.untold))
     }
 }
 
@@ -54,7 +70,7 @@ mod tests {
 
     #[test]
     fn one_of_a_kind_a_second_is_told_with_how_many() {
-        let (seldom, start) = (Seldom::default(), Instant::now());
+        let (seldom, start) = (Seldom::new(1), Instant::now());
         let at =
             |kind, milliseconds| seldom.times_at(kind, start + Duration::from_millis(milliseconds));
         assert_eq!(at("one", 0), Some(1));
@@ -66,11 +82,23 @@ mod tests {
     }
 
     #[test]
+    fn some_of_a_kind_are_told_where_they_may_differ() {
+        let (seldom, start) = (Seldom::new(3), Instant::now());
+        let told = |seconds| {
+            let at = start + Duration::from_secs(seconds);
+            let all = (0..10).map(|_| seldom.times_at("one", at));
+            all.flatten().collect::<Vec<_>>()
+        };
+        assert_eq!(told(0), [1, 1, 1]);
+        assert_eq!(told(1), [8, 1, 1]);
+    }
+
+    #[test]
     fn the_kinds_that_are_remembered_are_bounded() {
-        let (seldom, now) = (Seldom::default(), Instant::now());
+        let (seldom, now) = (Seldom::new(1), Instant::now());
         for kind in 0..3 * KINDS {
             assert_eq!(seldom.times_at(kind, now), Some(1));
         }
-        assert!(seldom.0.lock().expect("not poisoned").len() <= KINDS);
+        assert!(seldom.kinds.lock().expect("not poisoned").len() <= KINDS);
     }
 }
