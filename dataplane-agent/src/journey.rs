@@ -14,7 +14,7 @@ use crate::authorize::{Authorizer, Denied};
 use crate::capture::{LocalPod, named};
 use crate::drain::Scope;
 use crate::identity::{Certs, Identity};
-use crate::limits::{NodePlaces, Place, Turn};
+use crate::limits::{Kind, NodePlaces, Place, Turn};
 use crate::observe::{Facts, Observer, Reporter};
 use crate::resolve::{self, Hop, MeshReader, ResolveError, Resolved};
 use crate::sys::socket::canonical;
@@ -61,7 +61,7 @@ pub struct Admitted {
 #[derive(Debug)]
 enum Placed {
     Outbound(Place),
-    Inbound(Place),
+    InClear(Place),
     /// Anybody's, until it is known who the peer is.
     Hbone(Turn),
 }
@@ -92,11 +92,13 @@ pub fn admit(
     let (reporter, place) = match entrance {
         Entrance::Outbound => (
             Reporter::Source,
-            places.outbound(&pod.places).map(Placed::Outbound),
+            places
+                .take(&pod.places, Kind::Outbound)
+                .map(Placed::Outbound),
         ),
         Entrance::Inbound => (
             Reporter::Destination,
-            places.inbound(&pod.places).map(Placed::Inbound),
+            places.take(&pod.places, Kind::InClear).map(Placed::InClear),
         ),
         Entrance::Hbone => (
             Reporter::Destination,
@@ -136,7 +138,7 @@ pub async fn walk(corridor: Corridor, scope: Scope, pod: Arc<LocalPod>, admitted
     let (_place, direction) = match place {
         Placed::Hbone(turn) => return tunnel(corridor, scope, pod, tcp, (peer, local), turn).await,
         Placed::Outbound(place) => (place, Direction::Outbound),
-        Placed::Inbound(place) => (place, Direction::InboundPlain),
+        Placed::InClear(place) => (place, Direction::InboundPlain),
     };
     let _connected = match direction {
         Direction::InboundPlain => pod.connected(peer),
@@ -176,10 +178,11 @@ async fn tunnel(
     tunnel
         .serve(closing, |request| {
             let accepted = tunnels::accept(request, &pod, (peer, local), &identity);
-            let placed = accepted.and_then(|accepted| match places.inbound(&pod.places) {
-                Ok(place) => Ok((accepted, place)),
-                Err(full) => Err((accepted.io, full.into())),
-            });
+            let placed =
+                accepted.and_then(|accepted| match places.take(&pod.places, Kind::Tunnelled) {
+                    Ok(place) => Ok((accepted, place)),
+                    Err(full) => Err((accepted.io, full.into())),
+                });
             match placed {
                 Ok((accepted, place)) => {
                     let (corridor, in_scope) = (corridor.clone(), scope.clone());

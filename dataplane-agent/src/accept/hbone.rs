@@ -18,7 +18,7 @@ use super::{Accepted, Direction, Io, LocalPod};
 use crate::hbone::readahead::ReadAhead;
 use crate::hbone::{self, headers, keepalive};
 use crate::identity::{Certs, Identity, IdentityError, tls};
-use crate::limits::{Full, NodePlaces, Place, Turn};
+use crate::limits::{Full, Kind, NodePlaces, Place, Turn};
 use crate::observe::{Failure, Flag};
 
 /// Why a tunnel, or a request in it, is refused.
@@ -117,7 +117,7 @@ pub async fn handshake(
             shown.unwrap_or(Err(AcceptError::Slow))?
         }
     };
-    let place = places.inbound(&pod.places)?;
+    let place = places.take(&pod.places, Kind::Tunnelled)?;
     drop(turn);
     let connection = timeout_at(deadline, hbone::server().handshake(tls))
         .await

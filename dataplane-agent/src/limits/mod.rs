@@ -1,8 +1,10 @@
 //! How many connections there may be at once: to and from each pod, and of the node.
 //!
 //! A connection is one that a pod makes, one that comes to it in clear or as a stream of a tunnel, and
-//! a tunnel itself, idle ones included: each takes memory and descriptors. Pods' bounds keep one pod
-//! from taking all that the node has; the node's keeps the daemon from being killed for its memory.
+//! a tunnel itself, idle ones included: each takes memory and descriptors. The node's bound keeps the
+//! daemon from being killed for its memory. Nobody can take all of it: what a pod has of one kind is
+//! never more than what is left for all others, so one greedy pod gets half, two get a third each, and
+//! whoever has nothing yet gets in.
 
 pub mod handshakes;
 
@@ -13,10 +15,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub use handshakes::{Handshakes, Turn};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// How many connections and tunnels there may be to one pod.
-pub const INBOUND: usize = 16_384;
-/// How many connections and tunnels there may be from one pod.
-pub const OUTBOUND: usize = 16_384;
+/// How many there may be of one pod and one [`Kind`].
+pub const EACH: usize = 16_384;
 
 /// What is reckoned for a connection. An idle one takes some 20 KiB and a busy one up to some MiB.
 const MEMORY: u64 = 128 << 10;
@@ -34,18 +34,33 @@ pub struct NodePlaces {
     peak: Arc<AtomicUsize>,
 }
 
-/// The bounds of one pod.
-#[derive(Debug)]
-pub struct PodPlaces {
-    inbound: Arc<Semaphore>,
-    outbound: Arc<Semaphore>,
+/// Which connections of a pod have a bound together: those that one party can open do not keep out
+/// another's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// What the pod opens, with the tunnels for it.
+    Outbound,
+    /// What comes to it in clear: from anybody.
+    InClear,
+    /// Tunnels to it and their streams: from peers that are known.
+    Tunnelled,
 }
+
+/// How many connections one pod has, by kind.
+#[derive(Debug, Default)]
+pub struct PodPlaces([Arc<AtomicUsize>; 3]);
 
 /// The place of a connection or a tunnel; free again when dropped.
 #[derive(Debug)]
 pub struct Place {
-    _pod: OwnedSemaphorePermit,
-    _node: OwnedSemaphorePermit,
+    of_pod: Arc<AtomicUsize>,
+    _of_node: OwnedSemaphorePermit,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.of_pod.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Which bound is reached.
@@ -57,7 +72,7 @@ pub enum Full {
     /// Of connections from the pod.
     #[error("too many outbound connections of the pod")]
     Outbound,
-    /// Of all connections of the node.
+    /// Of all connections of the node: the pod has as many already as are left.
     #[error("too many connections of the node")]
     Node,
 }
@@ -113,46 +128,31 @@ impl NodePlaces {
         self.peak.swap(self.taken(), Ordering::Relaxed)
     }
 
-    /// A place for what comes to a pod.
+    /// A place for one more connection of a pod.
     ///
     /// # Errors
-    /// There is none left, of the pod or of the node.
-    pub fn inbound(&self, pod: &PodPlaces) -> Result<Place, Full> {
-        self.take(&pod.inbound, Full::Inbound)
-    }
-
-    /// A place for what a pod opens.
-    ///
-    /// # Errors
-    /// As [`NodePlaces::inbound`].
-    pub fn outbound(&self, pod: &PodPlaces) -> Result<Place, Full> {
-        self.take(&pod.outbound, Full::Outbound)
-    }
-
-    fn take(&self, pod: &Arc<Semaphore>, full: Full) -> Result<Place, Full> {
-        let of = |semaphore: &Arc<Semaphore>| Arc::clone(semaphore).try_acquire_owned();
+    /// There is none left: of the pod's, or of the node's for this pod.
+    pub fn take(&self, pod: &PodPlaces, kind: Kind) -> Result<Place, Full> {
+        let of_node = Arc::clone(&self.free).try_acquire_owned();
+        let of_node = of_node.map_err(|_| Full::Node)?;
+        let left = self.free.available_permits() + 1;
+        let of_pod = Arc::clone(&pod.0[kind as usize]);
+        let has = of_pod.fetch_add(1, Ordering::Relaxed);
         let place = Place {
-            _pod: of(pod).map_err(|_| full)?,
-            _node: of(&self.free).map_err(|_| Full::Node)?,
+            of_pod,
+            _of_node: of_node,
         };
+        if has >= EACH {
+            return Err(match kind {
+                Kind::Outbound => Full::Outbound,
+                Kind::InClear | Kind::Tunnelled => Full::Inbound,
+            });
+        }
+        if has >= left {
+            return Err(Full::Node);
+        }
         self.peak.fetch_max(self.taken(), Ordering::Relaxed);
         Ok(place)
-    }
-}
-
-impl PodPlaces {
-    /// Of so many places.
-    pub fn new(inbound: usize, outbound: usize) -> Self {
-        Self {
-            inbound: Arc::new(Semaphore::new(inbound)),
-            outbound: Arc::new(Semaphore::new(outbound)),
-        }
-    }
-}
-
-impl Default for PodPlaces {
-    fn default() -> Self {
-        Self::new(INBOUND, OUTBOUND)
     }
 }
 
@@ -177,27 +177,50 @@ mod tests {
         assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
     }
 
+    /// As many as it gets, up to a number.
+    fn fill(node: &NodePlaces, pod: &PodPlaces, kind: Kind, most: usize) -> Vec<Place> {
+        let places = (0..most).map_while(|_| node.take(pod, kind).ok());
+        places.collect()
+    }
+
     #[test]
-    fn each_bound_holds_has_its_own_word_and_leaves_the_others_their_places() {
-        let node = NodePlaces::new(4);
-        let (one, other) = (PodPlaces::new(2, 1), PodPlaces::new(16, 16));
-        let first = [node.inbound(&one), node.inbound(&one)];
-        assert!(first.iter().all(Result::is_ok));
-        assert_eq!(node.inbound(&one).expect_err("full"), Full::Inbound);
-        let out = node.outbound(&one).expect("its own bound");
-        assert_eq!(node.outbound(&one).expect_err("full"), Full::Outbound);
-        let last = node.inbound(&other).expect("another pod's");
-        assert_eq!(node.inbound(&other).expect_err("full"), Full::Node);
-        assert_eq!(node.taken(), 4);
-        drop((first, out));
-        assert_eq!(node.taken(), 1);
-        assert_eq!((node.peak(), node.peak()), (4, 1));
-        // What the node refused has not kept the pod's place.
-        let more: Vec<_> = (0..3).map(|_| node.inbound(&other)).collect();
-        assert!(more.iter().all(Result::is_ok));
-        drop((last, more));
+    fn each_bound_holds_and_has_its_own_word() {
+        let node = NodePlaces::new(10 * EACH);
+        let pod = PodPlaces::default();
+        for (kind, full) in [
+            (Kind::Outbound, Full::Outbound),
+            (Kind::InClear, Full::Inbound),
+            (Kind::Tunnelled, Full::Inbound),
+        ] {
+            let places = fill(&node, &pod, kind, usize::MAX);
+            assert_eq!(places.len(), EACH);
+            assert_eq!(node.take(&pod, kind).expect_err("full"), full);
+            assert_eq!(node.taken(), EACH, "what was refused keeps no place");
+        }
+        assert_eq!((node.peak(), node.peak(), node.taken()), (EACH, 0, 0));
+    }
+
+    #[test]
+    fn however_greedy_some_are_whoever_has_nothing_yet_gets_in() {
+        let node = NodePlaces::new(120);
+        let pods: [PodPlaces; 4] = Default::default();
+        let first = fill(&node, &pods[0], Kind::InClear, usize::MAX);
+        assert_eq!(first.len(), 60);
+        assert_eq!(
+            node.take(&pods[0], Kind::InClear).expect_err("full"),
+            Full::Node
+        );
+        let peers = fill(&node, &pods[0], Kind::Tunnelled, 5);
+        assert_eq!(peers.len(), 5, "peers of the same pod");
+        let others: Vec<_> = pods[1..]
+            .iter()
+            .map(|pod| fill(&node, pod, Kind::Outbound, usize::MAX))
+            .collect();
+        assert!(others.iter().all(|places| places.len() >= 5), "{others:?}");
+        let late = PodPlaces::default();
+        assert!(node.take(&late, Kind::Tunnelled).is_ok());
+        drop((first, peers, others));
         assert_eq!(node.taken(), 0);
-        assert_eq!(other.inbound.available_permits(), 16);
     }
 
     #[test]
