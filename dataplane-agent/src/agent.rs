@@ -11,6 +11,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::authorize::Authorizer;
+use crate::capture::node_folder::{Mark, NodeFolder};
+use crate::capture::uninstall::canonical;
 use crate::capture::{self, CaptureError, Instance, PodEvent, Room, room};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
@@ -60,7 +62,10 @@ impl AgentError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Settings(_) => Exit::Settings,
-            Self::Capture(CaptureError::Held(_)) => Exit::Held,
+            Self::Capture(CaptureError::Held(_) | CaptureError::Attached { .. }) => Exit::Held,
+            Self::Capture(CaptureError::NotOurs { .. } | CaptureError::OtherPlace(_)) => {
+                Exit::Settings
+            }
             Self::Machine(_) | Self::Capture(CaptureError::Program { .. }) => Exit::Machine,
             Self::Capture(_) | Self::Other(_) => Exit::Failed,
         }
@@ -105,6 +110,13 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
     })?;
 
+    let mark = Mark {
+        node: options.node.clone(),
+        bpffs: canonical(&options.places.bpffs),
+        cgroup: config.cgroup.clone(),
+        state: canonical(&options.state),
+    };
+    let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
     let bpffs = &options.places.bpffs;
     bpffs::ensure(bpffs).map_err(|error| {
         AgentError::Machine(format!(
@@ -131,7 +143,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
 
     // The rooms, from the kernel on.
     let (events, mut pod_events) = mpsc::channel(64);
-    let (room, window, reports, status) = Room::open(config, events)?;
+    let (room, window, reports, status) = Room::open(config, folder, events)?;
     let certs = Certs::new(Arc::new(ca));
     let (mesh_writer, mesh) = mesh::store();
     let authorizer = Authorizer::new(mesh.clone());
@@ -170,10 +182,18 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let listener =
         admin::listen(&socket).with_context(|| format!("admin socket {}", socket.display()))?;
     let tidied = Arc::clone(&metrics);
-    let sources = sources(&options.node, &window, &view, &mesh, &certs, level, metrics);
+    let sources = sources(
+        options.node.as_str(),
+        &window,
+        &view,
+        &mesh,
+        &certs,
+        level,
+        metrics,
+    );
 
     tracing::info!(
-        node = options.node,
+        node = %options.node,
         workers = count,
         connections = places.all(),
         admin = %socket.display(),
@@ -248,6 +268,8 @@ fn hold(certs: &Certs, held: &mut HashMap<Instance, Identity>, event: &PodEvent)
 
 fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
     let machine = |error: std::io::Error| AgentError::Machine(error.to_string());
+    let fits = options.places.socket_fits(&options.node);
+    fits.map_err(AgentError::Settings)?;
     let root = cgroup::root().map_err(machine)?;
     let pods = options.cgroup.as_deref().unwrap_or(&root);
     let pods = config::folder("--cgroup", pods).map_err(AgentError::Settings)?;
@@ -262,7 +284,6 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
             ..Node::default()
         },
         bpffs: options.places.bpffs.clone(),
-        run: options.places.of_node(&options.node),
         node: options.node.clone(),
         drain: options.drain,
     })
@@ -271,7 +292,7 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
 fn source(options: &RunOptions) -> Result<Source, AgentError> {
     let wrong = |error: String| AgentError::Settings(error);
     if let Some(file) = &options.local_xds_path {
-        let read = local::read(file, &options.node);
+        let read = local::read(file, options.node.as_str());
         return read
             .map(Source::Local)
             .map_err(|error| wrong(error.to_string()));
@@ -280,7 +301,7 @@ fn source(options: &RunOptions) -> Result<Source, AgentError> {
         return Err(wrong("--manifests or LOCAL_XDS_PATH is wanted".into()));
     };
     let dir = config::folder("--manifests", folder).map_err(wrong)?;
-    let records = enrolled::Records::open(&options.state, &options.node)
+    let records = enrolled::Records::open(&options.state, options.node.as_str())
         .map_err(|error| wrong(format!("--state: {}: {error}", options.state.display())))?;
     Ok(Source::Manifests {
         watch: Watch::new(&dir),
@@ -291,7 +312,7 @@ fn source(options: &RunOptions) -> Result<Source, AgentError> {
             cluster_id: options.cluster_id.clone(),
             cluster_domain: options.cluster_domain.clone(),
             trust_domain: options.trust_domain.clone(),
-            ..MeshConfig::of_node(&options.node)
+            ..MeshConfig::of_node(options.node.as_str())
         },
     })
 }

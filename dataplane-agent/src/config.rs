@@ -1,10 +1,14 @@
 //! Settings: each an option and an environment variable, parsed once into types that cannot be
 //! wrong. Variables that ztunnel has keep its names.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use serde::{Deserialize, Serialize};
 
 use crate::observe::log::Format;
 
@@ -26,8 +30,8 @@ pub struct RunOptions {
     #[arg(long, env = "LOCAL_XDS_PATH", value_name = "FILE")]
     pub local_xds_path: Option<PathBuf>,
     /// Name of this node: pods whose spec.nodeName it is are served.
-    #[arg(long, env = "NODE_NAME", value_name = "NAME", value_parser = node_name)]
-    pub node: String,
+    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
+    pub node: NodeName,
     /// Folder that the nodes of a mesh share: the embedded CA, and the records of enrolled pods.
     #[arg(
         long,
@@ -108,14 +112,93 @@ pub struct Places {
 
 impl Places {
     /// The folder of one node.
-    pub fn of_node(&self, node: &str) -> PathBuf {
-        self.run_dir.join(node)
+    pub fn of_node(&self, node: &NodeName) -> PathBuf {
+        self.run_dir.join(node.as_str())
     }
 
     /// The admin socket of one node.
-    pub fn socket(&self, node: &str) -> PathBuf {
+    pub fn socket(&self, node: &NodeName) -> PathBuf {
         self.of_node(node).join("admin.sock")
     }
+
+    /// Whether the admin socket's path is one that the kernel takes.
+    ///
+    /// # Errors
+    /// It is too long, and by how much.
+    pub fn socket_fits(&self, node: &NodeName) -> Result<(), String> {
+        let socket = self.socket(node);
+        let length = socket.as_os_str().len();
+        if length <= SOCKET_PATH {
+            return Ok(());
+        }
+        Err(format!(
+            "--node, --run-dir: the path of the admin socket has {length} bytes, and the kernel takes \
+             {SOCKET_PATH}: {}",
+            socket.display()
+        ))
+    }
+}
+
+/// What `sun_path` of `struct sockaddr_un` holds, its end aside.
+const SOCKET_PATH: usize = 107;
+
+/// The name of a node: an RFC 1123 subdomain, as Kubernetes has it. Paths are made with it, so there is
+/// no way to have one that is empty, begins with a dot, or has a slash in it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct NodeName(Arc<str>);
+
+impl NodeName {
+    /// Its text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for NodeName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if !is_subdomain(text) {
+            return Err(
+                "a node's name has lower case letters and digits, with `-` and `.` between them, and \
+                 at most 253 of them"
+                    .into(),
+            );
+        }
+        Ok(Self(text.into()))
+    }
+}
+
+impl TryFrom<String> for NodeName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<NodeName> for String {
+    fn from(name: NodeName) -> Self {
+        name.as_str().to_owned()
+    }
+}
+
+impl fmt::Display for NodeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn is_subdomain(text: &str) -> bool {
+    let alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let is_label = |label: &str| {
+        let bytes = label.as_bytes();
+        bytes.iter().all(|&byte| alphanumeric(byte) || byte == b'-')
+            && bytes.first().is_some_and(|&byte| alphanumeric(byte))
+            && bytes.last().is_some_and(|&byte| alphanumeric(byte))
+    };
+    text.len() <= 253 && text.split('.').all(is_label)
 }
 
 /// Names of all variables that are ours alone.
@@ -136,10 +219,28 @@ const KNOWN: [&str; 9] = [
 /// A variable with our prefix that does not exist: a misspelt setting must not be passed over.
 pub fn unknown_variable(names: impl IntoIterator<Item = String>) -> Option<String> {
     names.into_iter().find(|name| {
-        name.starts_with(OWN)
-            && !KNOWN.contains(&name.as_str())
-            && !name.starts_with("DATAPLANE_TEST_")
-            && name != "DATAPLANE_EBPF_OBJECTS"
+        name.strip_prefix(OWN).is_some_and(|rest| {
+            !KNOWN.contains(&name.as_str())
+                && !rest.starts_with("TEST_")
+                && rest != "EBPF_OBJECTS"
+                && !is_of_a_service(rest)
+        })
+    })
+}
+
+/// Whether Kubernetes sets it in every container because of a Service that is named `dataplane`, or
+/// begins so: `DATAPLANE_SERVICE_HOST`, `DATAPLANE_PORT_15020_TCP_ADDR`, and so on.
+fn is_of_a_service(rest: &str) -> bool {
+    let words: Vec<&str> = rest.split('_').collect();
+    let is_number = |word: &str| word.parse::<u16>().is_ok();
+    (0..words.len()).any(|at| match &words[at..] {
+        ["SERVICE", "HOST" | "PORT"] | ["PORT"] => true,
+        // A port's name, which may be of several words.
+        ["SERVICE", "PORT", ..] => true,
+        ["PORT", number, "TCP" | "UDP" | "SCTP", of @ ..] => {
+            is_number(number) && matches!(of, [] | ["ADDR" | "PORT" | "PROTO"])
+        }
+        _ => false,
     })
 }
 
@@ -169,23 +270,12 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn node_name(text: &str) -> Result<String, String> {
-    let fit = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
-    let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
-    let good = text.len() <= 253
-        && text.chars().all(fit)
-        && ends(text.chars().next())
-        && ends(text.chars().last())
-        && !text.contains("..");
-    if good {
+fn domain(text: &str) -> Result<String, String> {
+    if is_subdomain(text) {
         Ok(text.to_owned())
     } else {
-        Err("a node's name has lower case letters, digits, `-` and `.`".into())
+        Err("a domain has lower case letters, digits, `-` and `.`".into())
     }
-}
-
-fn domain(text: &str) -> Result<String, String> {
-    node_name(text).map_err(|_| "a domain has lower case letters, digits, `-` and `.`".into())
 }
 
 fn levels(text: &str) -> Result<String, String> {
@@ -238,7 +328,7 @@ mod tests {
         let options = parse(&["--manifests", "m", "--node", "one"]).expect("enough");
         assert_eq!(options.secret_ttl, Duration::from_secs(86400));
         assert_eq!(
-            options.places.socket("one"),
+            options.places.socket(&options.node),
             Path::new("/run/dataplane/one/admin.sock")
         );
     }
@@ -272,6 +362,63 @@ mod tests {
     }
 
     #[test]
+    fn a_nodes_name_is_a_part_of_a_path_and_nothing_else() {
+        for good in [
+            "a",
+            "one",
+            "node-1.example.com",
+            "10.0.0.1",
+            &"n".repeat(253),
+        ] {
+            assert!(good.parse::<NodeName>().is_ok(), "{good}");
+        }
+        for bad in [
+            "",
+            ".",
+            "..",
+            "../x",
+            "/",
+            "/etc",
+            "a/b",
+            "a/..",
+            ".a",
+            "a.",
+            "a..b",
+            "-a",
+            "a-",
+            "a-.b",
+            "a.-b",
+            "A",
+            "a b",
+            "a\n",
+            "a\0",
+            "a:b",
+            "ä",
+            "a_b",
+            &"n".repeat(254),
+        ] {
+            assert!(bad.parse::<NodeName>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_socket_that_the_kernel_does_not_take_is_told_before_anything_is_made() {
+        let mut options = parse(&["--manifests", "m", "--node", "one"]).expect("enough");
+        assert_eq!(options.places.socket_fits(&options.node), Ok(()));
+        options.node = "n".repeat(81).parse().expect("a name");
+        assert_eq!(options.places.socket_fits(&options.node), Ok(()));
+        options.node = "n".repeat(82).parse().expect("a name");
+        let error = options
+            .places
+            .socket_fits(&options.node)
+            .expect_err("too long");
+        assert!(
+            error.contains("--node, --run-dir: ") && error.contains("108 bytes"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn a_misspelt_variable_is_found() {
         let names = |names: &[&str]| {
             names
@@ -282,6 +429,31 @@ mod tests {
         assert_eq!(unknown_variable(names(&["PATH", "DATAPLANE_STATE"])), None);
         let wrong = unknown_variable(names(&["DATAPLANE_STAT"]));
         assert_eq!(wrong.as_deref(), Some("DATAPLANE_STAT"));
+    }
+
+    #[test]
+    fn what_kubernetes_sets_for_a_service_of_our_name_is_no_setting_of_ours() {
+        for name in [
+            "DATAPLANE_SERVICE_HOST",
+            "DATAPLANE_SERVICE_PORT",
+            "DATAPLANE_SERVICE_PORT_HTTP_METRICS",
+            "DATAPLANE_PORT",
+            "DATAPLANE_PORT_15020_TCP",
+            "DATAPLANE_PORT_15020_TCP_ADDR",
+            "DATAPLANE_PORT_53_UDP_PROTO",
+            "DATAPLANE_METRICS_SERVICE_HOST",
+            "DATAPLANE_METRICS_PORT_80_TCP_PORT",
+        ] {
+            assert_eq!(unknown_variable([name.to_owned()]), None);
+        }
+        for name in [
+            "DATAPLANE_SERVICE",
+            "DATAPLANE_PORTS",
+            "DATAPLANE_PORT_X_TCP",
+            "DATAPLANE_HOST",
+        ] {
+            assert_eq!(unknown_variable([name.to_owned()]).as_deref(), Some(name));
+        }
     }
 
     #[test]

@@ -4,10 +4,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use dataplane_agent::agent::{self, AgentError};
-use dataplane_agent::capture::{CaptureError, enrol};
-use dataplane_agent::cli::{Cli, Command, UninstallOptions, check, load, status};
+use dataplane_agent::capture::uninstall::Done;
+use dataplane_agent::cli::{self, Cli, Command, UninstallOptions, check, load, status, uninstall};
 use dataplane_agent::config::{RunOptions, unknown_variable};
-use dataplane_agent::control::enrolled::Records;
 use dataplane_agent::exit::Exit;
 use dataplane_agent::observe::log;
 use dataplane_agent::observe::writer::WAITING;
@@ -24,12 +23,12 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Run(options) => run(*options),
         Command::Check(options) => match runtime().map(|all| all.block_on(check::run(&options))) {
-            Ok(true) => Exit::Good.into(),
-            Ok(false) => Exit::Machine.into(),
+            Ok((text, true)) => print(&text, Exit::Good),
+            Ok((text, false)) => print(&text, Exit::Machine),
             Err(error) => fail(Exit::Failed, &error.to_string()),
         },
         Command::Status(options) => match status::run(&options) {
-            Ok(()) => Exit::Good.into(),
+            Ok(text) => print(&text, Exit::Good),
             Err(error) if error.is::<status::NotRunning>() => {
                 fail(Exit::NotRunning, &error.to_string())
             }
@@ -43,7 +42,7 @@ fn main() -> ExitCode {
                 usize::MAX,
             );
             match level.map(|_| load::run(&options.bpffs)) {
-                Ok(Ok(())) => Exit::Good.into(),
+                Ok(Ok(text)) => print(&text, Exit::Good),
                 Ok(Err(error)) => fail(Exit::Failed, &format!("{error:#}")),
                 Err(error) => fail(Exit::Failed, &error),
             }
@@ -69,41 +68,44 @@ fn run(options: RunOptions) -> ExitCode {
 }
 
 fn uninstall(options: &UninstallOptions) -> ExitCode {
-    let run = options.places.of_node(&options.node);
     let done = runtime()
-        .map_err(|error| error.to_string())
-        .and_then(|runtime| {
-            let removed = enrol::uninstall(&options.places.bpffs, &run, &options.node);
-            runtime.block_on(removed).map_err(|error| match error {
-                CaptureError::Held(_) => format!("{error}; end it first"),
-                error => error.to_string(),
-            })
-        });
-    let pods = match done {
-        Ok(pods) => pods,
-        Err(error) => return fail(Exit::Failed, &error),
-    };
-    if options.state.is_dir()
-        && let Err(error) = Records::open(&options.state, &options.node).and_then(|records| {
-            records
-                .own()?
-                .iter()
-                .try_for_each(|pod| records.remove(pod))
-        })
-    {
-        return fail(
-            Exit::Failed,
-            &format!("{}: {error}", options.state.display()),
-        );
+        .map_err(|error| AgentError::Other(error.into()))
+        .and_then(|runtime| runtime.block_on(uninstall::run(options)));
+    let node = &options.node;
+    match done {
+        Ok(Done { pods, left }) if left.is_empty() => print(
+            &format!("node {node}: {pods} pods let go, nothing is left\n"),
+            Exit::Good,
+        ),
+        Ok(Done { pods, left }) => {
+            for line in &left {
+                log::say(&format!("left: {line}"));
+            }
+            let left = left.len();
+            fail(
+                Exit::Failed,
+                &format!("node {node}: {pods} pods let go, {left} things are left; see above"),
+            )
+        }
+        Err(error) => match error.exit() {
+            Exit::Held => fail(Exit::Held, &format!("{error}; end it first")),
+            exit => fail(exit, &error.to_string()),
+        },
     }
-    println!("node {}: {pods} pods let go, nothing is left", options.node);
-    Exit::Good.into()
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
+}
+
+/// Prints what a command has to say, and ends.
+fn print(text: &str, exit: Exit) -> ExitCode {
+    match cli::print(text) {
+        Ok(()) => exit.into(),
+        Err(error) => fail(Exit::Failed, &format!("standard output: {error}")),
+    }
 }
 
 fn fail(exit: Exit, error: &str) -> ExitCode {

@@ -3,8 +3,6 @@
 //! In: record, settings, routes, listeners, program, and last the entry by which the pod's
 //! connections are marked. Out: the same, backwards.
 
-use std::fs;
-use std::path::Path;
 use std::sync::Arc;
 
 use dataplane_ebpf::mark;
@@ -14,7 +12,7 @@ use super::pods::Clients;
 use super::programs::{Loader, PodProgram};
 use super::undo::{Record, Records};
 use super::wanted::Desired;
-use super::{CaptureError, Instance, Listeners, LocalPod, routes};
+use super::{CaptureError, Instance, Listeners, LocalPod, attached, routes};
 use crate::limits::{Handshakes, PodPlaces};
 use crate::sys::netns::Netns;
 use crate::sys::socket;
@@ -34,6 +32,7 @@ pub async fn enter(
     pins: &Pins,
 ) -> Result<(Arc<LocalPod>, Listeners, PodProgram), CaptureError> {
     let netns = &desired.netns;
+    attached::refuse_in_pod(netns, desired.cookie, pins).await?;
     let interfaces = netns
         .interfaces()
         .map_err(|error| CaptureError::Namespace {
@@ -114,27 +113,4 @@ pub async fn undo(record: &Record, records: &Records, pins: &Pins) -> Result<(),
         routes::set_sysctls(&netns, values.map(|(name, value)| (name, value.as_str())))?;
     }
     records.remove(record.cookie)
-}
-
-/// Removes everything that an agent of this node left: pods are no longer captured.
-///
-/// # Errors
-/// An agent is running; the step that failed.
-pub async fn uninstall(bpffs: &Path, run: &Path, node: &str) -> Result<usize, CaptureError> {
-    let lock = pins::lock(run)?;
-    let pins = Pins::new(bpffs, node);
-    let records = Records::open(run)?;
-    // Detached first: what is not marked any more needs no route.
-    pins.remove_all()?;
-    let all = records.all()?;
-    for record in &all {
-        undo(record, &records, &pins).await?;
-    }
-    drop(lock);
-    match fs::remove_dir_all(run) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(CaptureError::file(run)(error))
-        }
-        _ => Ok(all.len()),
-    }
 }

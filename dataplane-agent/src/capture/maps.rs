@@ -17,6 +17,8 @@ use crate::sys::cgroup::CgroupId;
 pub const SHARED: [&str; 4] = ["NODE", "COUNTERS", "EVENTS", "AYA_LOGS"];
 /// Maps of the programs that are attached to the cgroup; pinned.
 pub const OF_NODE: [&str; 3] = ["PODS", "CGROUPS", "INSIDE"];
+/// Maps of one pod's program.
+pub const OF_POD: [&str; 2] = ["POD", "LISTENERS"];
 
 /// The maps of the node's programs.
 pub struct NodeMaps {

@@ -9,8 +9,10 @@
 //! traffic captured is pinned: an agent that dies leaves its pods captured, and the next one takes
 //! over.
 
+pub mod attached;
 pub mod enrol;
 pub mod maps;
+pub mod node_folder;
 pub mod pins;
 pub mod pods;
 pub mod programs;
@@ -18,10 +20,13 @@ pub mod reconcile;
 pub mod room;
 pub mod routes;
 pub mod undo;
+pub mod uninstall;
 pub mod wanted;
 
 use std::io;
 use std::path::PathBuf;
+
+use crate::config::NodeName;
 
 pub use pods::{Instance, Listeners, LocalPod, PodEvent};
 pub use room::Room;
@@ -59,6 +64,43 @@ pub enum CaptureError {
     /// Another agent serves this node.
     #[error("another dataplane agent already runs for this node: it holds {0}")]
     Held(PathBuf),
+    /// Another agent's programs are attached where this one's would be.
+    #[error(
+        "{count} programs of another dataplane agent are attached to {to}, and not pinned in {pins}: end \
+         and uninstall it first, with the --node, --run-dir and --bpffs that it was started with"
+    )]
+    Attached {
+        /// To what.
+        to: String,
+        /// How many.
+        count: usize,
+        /// Where they would be pinned if they were this one's.
+        pins: PathBuf,
+    },
+    /// A folder that has an agent's name and is not an agent's.
+    #[error("{path} is not a dataplane agent's: {what}; nothing is changed")]
+    NotOurs {
+        /// Which.
+        path: PathBuf,
+        /// What it is.
+        what: String,
+    },
+    /// A node's agent was started with other places.
+    #[error("{0}; nothing is changed")]
+    OtherPlace(String),
+    /// Nothing is known of a node.
+    #[error(
+        "nothing of node {node} is known in {run_dir}{}; nothing is changed",
+        listed(known)
+    )]
+    UnknownNode {
+        /// Which.
+        node: NodeName,
+        /// Where it would be.
+        run_dir: PathBuf,
+        /// Those that are known.
+        known: Vec<NodeName>,
+    },
     /// A file or folder of the agent's own.
     #[error("{path}: {error}")]
     File {
@@ -92,6 +134,10 @@ impl CaptureError {
             Self::Map { .. } => "map",
             Self::OtherLayout(_) => "other_layout",
             Self::Held(_) => "held",
+            Self::Attached { .. } => "attached",
+            Self::NotOurs { .. } => "not_ours",
+            Self::OtherPlace(_) => "other_place",
+            Self::UnknownNode { .. } => "unknown_node",
             Self::File { .. } => "file",
             Self::Namespace { .. } => "namespace",
             Self::TooManyAddresses(_) => "too_many_addresses",
@@ -102,6 +148,14 @@ impl CaptureError {
     pub(crate) fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |error| Self::File { path, error }
+    }
+}
+
+fn listed(nodes: &[NodeName]) -> String {
+    let names: Vec<&str> = nodes.iter().map(NodeName::as_str).collect();
+    match names.as_slice() {
+        [] => " (no node is)".into(),
+        names => format!(" (known are: {})", names.join(", ")),
     }
 }
 

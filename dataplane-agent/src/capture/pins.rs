@@ -4,13 +4,17 @@
 //! `pods/`, a link per pod named by the cookie of its network namespace. The layout's number is in
 //! the path since a map of one layout must not be read by programs of another.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use aya::programs::links::FdLink;
+use aya::programs::links::{FdLink, PinnedLink};
 
 use super::CaptureError;
+use super::undo::Records;
+use crate::config::NodeName;
 use crate::sys::bpffs;
 
 /// The folders of one node.
@@ -22,21 +26,36 @@ pub struct Pins {
 
 impl Pins {
     /// Of this node, below a mounted bpffs.
-    pub fn new(bpffs: &Path, node: &str) -> Self {
+    pub fn new(bpffs: &Path, node: &NodeName) -> Self {
         Self {
             bpffs: bpffs.to_owned(),
             // A bpffs keeps names with dots to itself; no node's name has a colon.
-            node: bpffs.join("dataplane").join(node.replace('.', ":")),
+            node: bpffs
+                .join("dataplane")
+                .join(node.as_str().replace('.', ":")),
         }
     }
 
-    /// Makes the folders, and mounts the BPF file system if it is not.
+    /// Of a trial, in a bpffs of its own.
+    pub fn trial(bpffs: &Path) -> Self {
+        Self {
+            bpffs: bpffs.to_owned(),
+            node: bpffs.join("trial"),
+        }
+    }
+
+    /// Makes the folders, and this process the owner of what is pinned in them as long as it has what is
+    /// returned. Whatever else an agent was told, there is one for these pins.
     ///
     /// # Errors
-    /// There is no bpffs; pins of another layout are there.
-    pub fn make(&self) -> Result<(), CaptureError> {
-        bpffs::ensure(&self.bpffs).map_err(CaptureError::file(&self.bpffs))?;
+    /// There is no bpffs; another agent has them; pins of another layout are there.
+    pub fn make(&self) -> Result<File, CaptureError> {
+        if !bpffs::is_mounted(&self.bpffs).map_err(CaptureError::file(&self.bpffs))? {
+            let error = io::Error::other("no BPF file system is mounted there");
+            return Err(CaptureError::file(&self.bpffs)(error));
+        }
         fs::create_dir_all(&self.node).map_err(CaptureError::file(&self.node))?;
+        let lock = lock(&self.node, || File::open(&self.node))?;
         // Before anything is made: whoever pinned it may come back.
         for entry in fs::read_dir(&self.node).map_err(CaptureError::file(&self.node))? {
             let path = entry.map_err(CaptureError::file(&self.node))?.path();
@@ -47,22 +66,44 @@ impl Pins {
         for folder in [self.maps(), self.links(), self.pods()] {
             fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
         }
-        Ok(())
+        Ok(lock)
+    }
+
+    /// Makes this process the owner of what is pinned, if something is.
+    ///
+    /// # Errors
+    /// An agent has it.
+    pub fn lock(&self) -> Result<Option<File>, CaptureError> {
+        if !self.are_there() {
+            return Ok(None);
+        }
+        lock(&self.node, || File::open(&self.node)).map(Some)
+    }
+
+    /// Whether the node has any.
+    pub fn are_there(&self) -> bool {
+        bpffs::is_mounted(&self.bpffs).unwrap_or(false)
+            && fs::symlink_metadata(&self.node).is_ok_and(|found| found.is_dir())
+    }
+
+    /// The folder of the node.
+    pub fn folder(&self) -> &Path {
+        &self.node
     }
 
     /// Maps that programs share, by their names.
     pub fn maps(&self) -> PathBuf {
-        self.layout().join("maps")
+        self.layout().join(MAPS)
     }
 
     /// Links of the programs that are attached to the cgroup, by the programs' names.
     pub fn links(&self) -> PathBuf {
-        self.layout().join("links")
+        self.layout().join(LINKS)
     }
 
     /// Links of the pods' programs, by the cookies of their network namespaces.
     pub fn pods(&self) -> PathBuf {
-        self.layout().join("pods")
+        self.layout().join(PODS)
     }
 
     /// The link of one pod.
@@ -90,30 +131,168 @@ impl Pins {
     /// # Errors
     /// The file system refuses.
     pub fn replace(link: FdLink, path: &Path) -> Result<(), CaptureError> {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let new = path.with_file_name(format!("{name}-new"));
+        let new = beside(path);
         remove(&new)?;
         link.pin(&new)
             .map_err(|error| CaptureError::file(&new)(io::Error::other(error)))?;
         fs::rename(&new, path).map_err(CaptureError::file(path))
     }
 
-    /// Removes everything, of any layout: what was attached by it no longer is.
+    /// The ids of all programs that are attached by what is pinned here.
+    pub fn programs(&self) -> BTreeSet<u32> {
+        let folders = entries(&self.node)
+            .flat_map(|layout| [LINKS, PODS].map(|folder| layout.path().join(folder)));
+        folders
+            .flat_map(|folder| entries(&folder))
+            .filter_map(|entry| program(&entry.path()))
+            .collect()
+    }
+
+    /// Those of one pod.
+    pub fn programs_of(&self, cookie: u64) -> BTreeSet<u32> {
+        let pin = self.pod(cookie);
+        [beside(&pin), pin]
+            .iter()
+            .filter_map(|pin| program(pin))
+            .collect()
+    }
+
+    /// Refuses where pods are captured by what is pinned here of which nothing is recorded there: their
+    /// way back is in the run folder of whoever captured them.
+    ///
+    /// # Errors
+    /// There are such pods; the records cannot be listed.
+    pub fn refuse_without(&self, records: &Records) -> Result<(), CaptureError> {
+        let recorded = records.cookies()?;
+        let lost = entries(&self.pods())
+            .filter_map(|pin| pin.file_name().to_str()?.parse().ok())
+            .filter(|cookie| !recorded.contains(cookie))
+            .count();
+        match lost {
+            0 => Ok(()),
+            lost => Err(CaptureError::OtherPlace(format!(
+                "{lost} pods are captured by what is pinned in {pins}, and how to undo it is not in \
+                 {records}: say the --run-dir that their agent was started with (if that is lost, \
+                 removing {pins} lets go of them, without what was changed inside of them)",
+                pins = self.node.display(),
+                records = records.folder().display(),
+            ))),
+        }
+    }
+
+    /// Removes what agents of the node have pinned, of any layout: what was attached by it no longer
+    /// is. What no agent pins stays, and with it the folders that it is in; it is returned.
     ///
     /// # Errors
     /// The file system refuses.
-    pub fn remove_all(&self) -> Result<(), CaptureError> {
-        remove_tree(&self.node)?;
+    pub fn remove_all(&self) -> Result<Vec<PathBuf>, CaptureError> {
+        if !self.are_there() {
+            return Ok(Vec::new());
+        }
+        let mut left = Vec::new();
+        for layout in children(&self.node)? {
+            if !layout.is_dir || !is_layout(&layout.name) {
+                left.push(layout.path);
+                continue;
+            }
+            for folder in children(&layout.path)? {
+                let Some((_, is_pin)) = FOLDERS
+                    .iter()
+                    .find(|(name, _)| folder.is_dir && *name == folder.name)
+                else {
+                    left.push(folder.path);
+                    continue;
+                };
+                for pin in children(&folder.path)? {
+                    if pin.is_file && is_pin(pin.name.strip_suffix("-new").unwrap_or(&pin.name)) {
+                        remove(&pin.path)?;
+                    } else {
+                        left.push(pin.path);
+                    }
+                }
+                remove_if_empty(&folder.path)?;
+            }
+            remove_if_empty(&layout.path)?;
+        }
+        remove_if_empty(&self.node)?;
         // Last of its kind: no folder is left behind either.
         if let Some(all) = self.node.parent() {
-            let _ = fs::remove_dir(all);
+            remove_if_empty(all)?;
         }
-        Ok(())
+        Ok(left)
     }
 
     fn layout(&self) -> PathBuf {
         self.node.join(format!("v{}", dataplane_ebpf::LAYOUT))
     }
+}
+
+const MAPS: &str = "maps";
+const LINKS: &str = "links";
+const PODS: &str = "pods";
+
+/// The folders of a layout, and what is pinned in each. Other layouts may have other maps and programs,
+/// but they are named alike.
+const FOLDERS: [(&str, IsPin); 3] = [
+    (MAPS, |name| is_word(name, |byte| byte.is_ascii_uppercase())),
+    (LINKS, |name| {
+        is_word(name, |byte| byte.is_ascii_lowercase())
+    }),
+    (PODS, |name| name.parse::<u64>().is_ok()),
+];
+
+/// Whether a name is one that an agent pins.
+type IsPin = fn(&str) -> bool;
+
+fn is_word(name: &str, is_letter: fn(u8) -> bool) -> bool {
+    let fits = |byte: u8| is_letter(byte) || byte.is_ascii_digit() || byte == b'_';
+    !name.is_empty() && name.bytes().all(fits)
+}
+
+fn is_layout(name: &str) -> bool {
+    name.strip_prefix('v')
+        .is_some_and(|number| number.parse::<u32>().is_ok())
+}
+
+/// Where a pin is made before it takes another one's place.
+fn beside(pin: &Path) -> PathBuf {
+    let name = pin.file_name().unwrap_or_default().to_string_lossy();
+    pin.with_file_name(format!("{name}-new"))
+}
+
+/// The program of a pinned link.
+fn program(pin: &Path) -> Option<u32> {
+    let link = FdLink::from(PinnedLink::from_pin(pin).ok()?);
+    Some(link.info().ok()?.program_id())
+}
+
+fn entries(folder: &Path) -> impl Iterator<Item = fs::DirEntry> + use<> {
+    fs::read_dir(folder).into_iter().flatten().flatten()
+}
+
+/// What is in a folder; a link is neither a file nor a folder.
+struct Child {
+    name: String,
+    path: PathBuf,
+    is_dir: bool,
+    is_file: bool,
+}
+
+fn children(folder: &Path) -> Result<Vec<Child>, CaptureError> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(folder).map_err(CaptureError::file(folder))? {
+        let entry = entry.map_err(CaptureError::file(folder))?;
+        let kind = entry
+            .file_type()
+            .map_err(CaptureError::file(entry.path()))?;
+        all.push(Child {
+            name: entry.file_name().to_string_lossy().into_owned(),
+            path: entry.path(),
+            is_dir: kind.is_dir(),
+            is_file: kind.is_file(),
+        });
+    }
+    Ok(all)
 }
 
 /// Removes a file that may be there.
@@ -129,35 +308,72 @@ pub fn remove(path: &Path) -> Result<(), CaptureError> {
     }
 }
 
-/// `remove_dir_all` does not work on a bpffs, which has no `openat` for its files.
-fn remove_tree(folder: &Path) -> Result<(), CaptureError> {
-    let entries = match fs::read_dir(folder) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        entries => entries.map_err(CaptureError::file(folder))?,
-    };
-    for entry in entries {
-        let entry = entry.map_err(CaptureError::file(folder))?;
-        let path = entry.path();
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            remove_tree(&path)?;
-        } else {
-            remove(&path)?;
-        }
-    }
-    fs::remove_dir(folder).map_err(CaptureError::file(folder))
-}
-
-/// Makes this process the one agent of its node, until it ends.
+/// Removes a folder that may be there; one that has something in it stays.
 ///
 /// # Errors
-/// Another one is; the folder cannot be made.
-pub fn lock(run: &Path) -> Result<File, CaptureError> {
-    fs::create_dir_all(run).map_err(CaptureError::file(run))?;
-    let path = run.join("lock");
-    let file = File::create(&path).map_err(CaptureError::file(&path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(CaptureError::Held(path)),
-        Err(TryLockError::Error(error)) => Err(CaptureError::file(path)(error)),
+/// It is empty and cannot be removed.
+pub fn remove_if_empty(folder: &Path) -> Result<(), CaptureError> {
+    use io::ErrorKind::{DirectoryNotEmpty, NotFound};
+    match fs::remove_dir(folder) {
+        Err(error) if ![NotFound, DirectoryNotEmpty].contains(&error.kind()) => {
+            Err(CaptureError::file(folder)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Locks what `open` opens at a path, until the process ends or drops it.
+///
+/// # Errors
+/// Another process has it; it cannot be opened.
+pub fn lock(path: &Path, open: impl Fn() -> io::Result<File>) -> Result<File, CaptureError> {
+    loop {
+        let file = open().map_err(CaptureError::file(path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(CaptureError::Held(path.to_owned())),
+            Err(TryLockError::Error(error)) => return Err(CaptureError::file(path)(error)),
+        }
+        // Who uninstalls removes what it has locked: then this is one that nobody else will find.
+        let locked = file.metadata().map_err(CaptureError::file(path))?;
+        let there = fs::symlink_metadata(path);
+        if there.is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino())) {
+            return Ok(file);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_locked_is_what_is_at_the_path() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("lock");
+        let open = || File::create(&path);
+        // One that was removed under whoever opened it is not the lock any more.
+        let stale = std::cell::RefCell::new(Some(open().expect("a file")));
+        fs::remove_file(&path).expect("a file");
+        let taken = lock(&path, || stale.take().map_or_else(open, Ok)).expect("free");
+        let error = lock(&path, open).expect_err("taken");
+        assert!(matches!(error, CaptureError::Held(_)), "{error}");
+        drop(taken);
+        assert!(lock(&path, open).is_ok());
+    }
+
+    #[test]
+    fn where_no_bpf_file_system_is_mounted_nothing_is_ours() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let pin = dir.path().join("dataplane/one/v1/maps/PODS");
+        fs::create_dir_all(pin.parent().expect("a folder")).expect("a folder");
+        fs::write(&pin, "").expect("a file");
+        let pins = Pins::new(dir.path(), &"one".parse().expect("a name"));
+        assert_eq!(
+            pins.remove_all().expect("nothing to do"),
+            Vec::<PathBuf>::new()
+        );
+        assert!(pin.exists());
+        assert!(pins.make().is_err(), "and nothing is mounted");
     }
 }

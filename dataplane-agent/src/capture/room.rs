@@ -14,12 +14,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::maps::NodeMaps;
-use super::pins::{self, Pins};
+use super::node_folder::NodeFolder;
+use super::pins::Pins;
 use super::programs::{self, Loader, PodProgram};
 use super::reconcile::{Phase, Step, Want, diff};
 use super::undo::{Record, Records};
 use super::wanted::{Desired, PodState, Status, Wanted};
-use super::{CaptureError, Instance, LocalPod, PodEvent, enrol, named};
+use super::{CaptureError, Instance, LocalPod, PodEvent, attached, enrol, named};
+use crate::config::NodeName;
 
 /// How long listeners stay after their pod has left: handshakes that had begun end in them.
 const LINGER: Duration = Duration::from_secs(1);
@@ -35,10 +37,8 @@ pub struct Config {
     pub own: Node,
     /// A mounted bpffs.
     pub bpffs: PathBuf,
-    /// The node's folder for what is running.
-    pub run: PathBuf,
     /// The node's name.
-    pub node: String,
+    pub node: NodeName,
     /// How long a pod that leaves may go on with what runs.
     pub drain: Duration,
 }
@@ -79,8 +79,8 @@ pub struct Room {
     again: Option<Instant>,
     events: mpsc::Sender<PodEvent>,
     status: watch::Sender<Status>,
-    /// Programs and lock of the node, which go with the room. What is pinned stays.
-    _held: (Ebpf, File),
+    /// Programs and locks of the node, which go with the room. What is pinned stays.
+    _held: (Ebpf, NodeFolder, File),
 }
 
 struct Failure {
@@ -147,15 +147,18 @@ impl Room {
     /// let go, and none is served yet.
     ///
     /// # Errors
-    /// Another agent runs; the kernel refuses.
+    /// Another agent runs, or its programs are attached; the kernel refuses.
     pub fn open(
         config: Config,
+        folder: NodeFolder,
         events: mpsc::Sender<PodEvent>,
     ) -> Result<(Self, Window, Reports, watch::Receiver<Status>), CaptureError> {
-        let lock = pins::lock(&config.run)?;
         let pins = Pins::new(&config.bpffs, &config.node);
-        pins.make()?;
-        let records = Records::open(&config.run)?;
+        let lock = pins.make()?;
+        let predecessors = pins.programs();
+        attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
+        let records = folder.records()?;
+        pins.refuse_without(&records)?;
         let mut loader = Loader::new(&pins);
         let mut node = loader.node()?;
         node.maps.declare(config.own)?;
@@ -164,6 +167,8 @@ impl Room {
             log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
         };
         programs::attach(&mut node.ebpf, &config.cgroup, &pins)?;
+        // Of two that looked at once, one at least sees the other now.
+        attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         let pods: BTreeMap<u64, Pod> = records
             .all()?
             .into_iter()
@@ -196,7 +201,7 @@ impl Room {
             again: None,
             events,
             status,
-            _held: (node.ebpf, lock),
+            _held: (node.ebpf, folder, lock),
         };
         Ok((room, window, reports, told))
     }

@@ -1,10 +1,10 @@
 //! What was changed on the machine, written down before it is changed, so that a crash does not
-//! lose the way back: `<run>/pods/<cookie>.json`, a file per enrolled pod. It does not outlive a
+//! lose the way back: `<run-dir>/<node>/pods/<cookie>.json`, a file per enrolled pod. It does not outlive a
 //! boot, and neither does what it speaks of.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -33,15 +33,24 @@ pub struct Record {
     pub sysctls: BTreeMap<String, String>,
 }
 
+/// A record's file, and what it says if it can be read.
+pub type Found = (PathBuf, Result<Record, CaptureError>);
+
 impl Records {
-    /// Below the node's folder for what is running.
+    /// In this folder.
     ///
     /// # Errors
-    /// The folder cannot be made.
-    pub fn open(run: &Path) -> Result<Self, CaptureError> {
-        let folder = run.join("pods");
-        fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
-        Ok(Self(folder))
+    /// It is not there and cannot be made; it is a link.
+    pub fn open(folder: &Path) -> Result<Self, CaptureError> {
+        fs::create_dir_all(folder).map_err(CaptureError::file(folder))?;
+        let found = fs::symlink_metadata(folder).map_err(CaptureError::file(folder))?;
+        if !found.is_dir() {
+            return Err(CaptureError::NotOurs {
+                path: folder.to_owned(),
+                what: "it is no folder".into(),
+            });
+        }
+        Ok(Self(folder.to_owned()))
     }
 
     /// All of them.
@@ -49,18 +58,46 @@ impl Records {
     /// # Errors
     /// One cannot be read: the way back of one pod would be lost.
     pub fn all(&self) -> Result<Vec<Record>, CaptureError> {
-        let mut all = Vec::new();
-        for entry in fs::read_dir(&self.0).map_err(CaptureError::file(&self.0))? {
-            let path = entry.map_err(CaptureError::file(&self.0))?.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
-                continue; // one that was not finished: nothing was changed yet
-            }
-            let text = fs::read(&path).map_err(CaptureError::file(&path))?;
-            let record = serde_json::from_slice(&text)
-                .map_err(|error| CaptureError::file(&path)(error.into()))?;
-            all.push(record);
-        }
-        Ok(all)
+        self.each()?.into_iter().map(|(_, record)| record).collect()
+    }
+
+    /// Each with its file, also those that cannot be read.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn each(&self) -> Result<Vec<Found>, CaptureError> {
+        let finished = self.files()?.into_iter().filter_map(|path| {
+            let cookie = Record::cookie_of(&path)?;
+            Some((read(&path, cookie), path))
+        });
+        Ok(finished.map(|(record, path)| (path, record)).collect())
+    }
+
+    /// The cookies of all pods that have one, readable or not.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn cookies(&self) -> Result<BTreeSet<u64>, CaptureError> {
+        let files = self.files()?;
+        Ok(files
+            .iter()
+            .filter_map(|path| Record::cookie_of(path))
+            .collect())
+    }
+
+    /// Where they are.
+    pub fn folder(&self) -> &Path {
+        &self.0
+    }
+
+    /// Those that were begun: nothing of what they speak of was changed yet.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn unfinished(&self) -> Result<Vec<PathBuf>, CaptureError> {
+        let mut files = self.files()?;
+        files.retain(|path| cookie(path, "new").is_some());
+        Ok(files)
     }
 
     /// The record of one pod, if there is one.
@@ -68,10 +105,12 @@ impl Records {
     /// # Errors
     /// It cannot be read.
     pub fn of(&self, cookie: u64) -> Result<Option<Record>, CaptureError> {
-        Ok(self
-            .all()?
-            .into_iter()
-            .find(|record| record.cookie == cookie))
+        match read(&self.path(cookie), cookie) {
+            Err(CaptureError::File { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                Ok(None)
+            }
+            record => record.map(Some),
+        }
     }
 
     /// Writes one, whole or not at all, and to the disk.
@@ -98,12 +137,24 @@ impl Records {
         pins::remove(&self.path(cookie))
     }
 
+    fn files(&self) -> Result<Vec<PathBuf>, CaptureError> {
+        let entries = fs::read_dir(&self.0).map_err(CaptureError::file(&self.0))?;
+        entries
+            .map(|entry| Ok(entry.map_err(CaptureError::file(&self.0))?.path()))
+            .collect()
+    }
+
     fn path(&self, cookie: u64) -> PathBuf {
         self.0.join(format!("{cookie}.json"))
     }
 }
 
 impl Record {
+    /// Whose record a file is, by its name.
+    pub fn cookie_of(path: &Path) -> Option<u64> {
+        cookie(path, "json")
+    }
+
     /// Its network namespace, if that is still there: of a process, or of a name.
     pub fn find_netns(&self) -> Option<Netns> {
         let of_processes = entries("/proc").map(|process| process.join("ns/net"));
@@ -118,7 +169,59 @@ impl Record {
     }
 }
 
+fn read(path: &Path, cookie: u64) -> Result<Record, CaptureError> {
+    let text = fs::read(path).map_err(CaptureError::file(path))?;
+    let record: Record =
+        serde_json::from_slice(&text).map_err(|error| CaptureError::file(path)(error.into()))?;
+    if record.cookie != cookie {
+        let error = io::Error::other(format!("it is of network namespace {}", record.cookie));
+        return Err(CaptureError::file(path)(error));
+    }
+    Ok(record)
+}
+
+/// What is written under another name first, and what is a record's.
+fn cookie(path: &Path, ending: &str) -> Option<u64> {
+    let name = path.file_name()?.to_str()?;
+    name.strip_suffix(ending)?.strip_suffix('.')?.parse().ok()
+}
+
 fn entries(folder: &str) -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten();
     entries.filter_map(|entry| Some(entry.ok()?.path()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_that_cannot_be_read_takes_no_other_ones_way_back() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let records = Records::open(dir.path()).expect("a folder");
+        let record = Record {
+            uid: "pod".into(),
+            cookie: 7,
+            inode: 1,
+            cgroup: 1,
+            sysctls: BTreeMap::new(),
+        };
+        records.write(&record).expect("a file");
+        for (name, text) in [("8.json", "{"), ("9.new", "{"), ("notes.json", "")] {
+            fs::write(dir.path().join(name), text).expect("a file");
+        }
+        fs::copy(dir.path().join("7.json"), dir.path().join("10.json")).expect("a file");
+        assert_eq!(records.of(7).expect("readable"), Some(record));
+        assert_eq!(records.of(11).expect("none"), None);
+        assert!(records.of(8).is_err() && records.of(10).is_err());
+        assert!(records.all().is_err());
+        let mut each = records.each().expect("a folder");
+        each.sort_by_key(|(path, _)| path.clone());
+        let good: Vec<bool> = each.iter().map(|(_, record)| record.is_ok()).collect();
+        assert_eq!(good, [false, true, false], "10, 7, 8");
+        assert_eq!(
+            records.unfinished().expect("a folder"),
+            [dir.path().join("9.new")]
+        );
+    }
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 use super::CheckOptions;
 use crate::capture::pins::Pins;
 use crate::capture::programs::{self, Loader};
-use crate::capture::{CaptureError, enrol, routes};
+use crate::capture::{CaptureError, Listeners, enrol, routes};
 use crate::sys::netns::Netns;
 use crate::sys::{bpffs, caps, cgroup, socket};
 
@@ -60,13 +60,14 @@ fn line(verdict: Verdict, what: &'static str, detail: impl Into<String>) -> Line
     }
 }
 
-/// Prints all lines; whether the daemon would start.
-pub async fn run(options: &CheckOptions) -> bool {
+/// All lines; whether the daemon would start.
+pub async fn run(options: &CheckOptions) -> (String, bool) {
     let lines = lines(options).await;
-    for line in &lines {
-        println!("{line}");
-    }
-    lines.iter().all(|line| line.verdict != Verdict::Lacks)
+    let text = lines.iter().map(|line| format!("{line}\n")).collect();
+    (
+        text,
+        lines.iter().all(|line| line.verdict != Verdict::Lacks),
+    )
 }
 
 async fn lines(options: &CheckOptions) -> Vec<Line> {
@@ -88,18 +89,20 @@ async fn lines(options: &CheckOptions) -> Vec<Line> {
         }
     });
     let folder = &options.places.bpffs;
-    lines.push(match bpffs::is_mounted(folder) {
-        Ok(true) => line(Verdict::Good, "bpffs", folder.display().to_string()),
-        Ok(false) => line(
+    let shown = folder.display();
+    lines.push(match bpffs::look(folder) {
+        Ok(bpffs::Folder::Mounted) => line(Verdict::Good, "bpffs", shown.to_string()),
+        Ok(bpffs::Folder::Empty) => line(
             Verdict::Note,
             "bpffs",
-            format!("{} is none; `run` mounts one", folder.display()),
+            format!("{shown} is none; `run` mounts one"),
         ),
-        Err(error) => line(
+        Ok(bpffs::Folder::Occupied) => line(
             Verdict::Lacks,
             "bpffs",
-            format!("{}: {error}", folder.display()),
+            format!("{shown}: {}", bpffs::occupied()),
         ),
+        Err(error) => line(Verdict::Lacks, "bpffs", format!("{shown}: {error}")),
     });
     if lines.iter().all(|line| line.verdict != Verdict::Lacks) {
         lines.extend(trial(folder).await);
@@ -196,19 +199,11 @@ async fn trial(folder: &Path) -> Vec<Line> {
         },
     );
     lines.push(ipv6(&netns).await);
-    let pins = Pins::new(folder, &format!("check-{}", std::process::id()));
-    let loaded = pins.make().and_then(|()| {
-        let mut loader = Loader::new(&pins);
-        let _node = loader.node()?;
-        let mut pod = loader.pod(&[Ipv4Addr::LOCALHOST.into()], &listeners)?;
-        let cookie = netns.cookie().map_err(|error| CaptureError::Namespace {
-            what: "read the cookie",
-            why: error.to_string(),
-        })?;
-        pod.attach(&netns, &pins.pod(cookie))
-    });
-    let removed = pins.remove_all();
-    lines.push(match loaded.and(removed) {
+    // Pinned where nobody else sees it: nothing is left of it, however this ends.
+    let loaded = bpffs::in_private(folder, || load(folder, &netns, &listeners))
+        .map_err(CaptureError::file(folder))
+        .and_then(|loaded| loaded);
+    lines.push(match loaded {
         Ok(()) => line(
             Verdict::Good,
             "programs",
@@ -226,6 +221,19 @@ async fn trial(folder: &Path) -> Vec<Line> {
         }
     });
     lines
+}
+
+fn load(folder: &Path, netns: &Netns, listeners: &Listeners) -> Result<(), CaptureError> {
+    let pins = Pins::trial(folder);
+    let _lock = pins.make()?;
+    let mut loader = Loader::new(&pins);
+    let _node = loader.node()?;
+    let mut pod = loader.pod(&[Ipv4Addr::LOCALHOST.into()], listeners)?;
+    let cookie = netns.cookie().map_err(|error| CaptureError::Namespace {
+        what: "read the cookie",
+        why: error.to_string(),
+    })?;
+    pod.attach(netns, &pins.pod(cookie))
 }
 
 /// Without it there is no listener for it either: what pods send by it is refused, not passed.

@@ -1,6 +1,7 @@
 //! `dataplane load`: whether this kernel takes the programs.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -14,62 +15,65 @@ use crate::capture::pins::Pins;
 use crate::capture::programs::{self, Loader};
 use crate::capture::{enrol, maps};
 use crate::sys::netns::Netns;
-use crate::sys::{cgroup, verifier};
+use crate::sys::{bpffs, cgroup, verifier};
 
 /// Loads the programs, attaches them to a cgroup and a network namespace made for this, lists them,
 /// and takes everything off again.
 ///
 /// # Errors
 /// The kernel refuses a program, and why.
-pub fn run(bpffs: &Path) -> Result<()> {
-    let name = format!("load-{}", std::process::id());
-    let trial = Trial {
-        cgroup: cgroup::root()?.join(format!("dataplane-{name}")),
-        pins: Pins::new(bpffs, &name),
-    };
-    fs::create_dir(&trial.cgroup).with_context(|| trial.cgroup.display().to_string())?;
-    trial.pins.make()?;
-    let mut loader = Loader::new(&trial.pins);
-    let mut node = loader.node()?;
-    programs::attach(&mut node.ebpf, &trial.cgroup, &trial.pins)?;
+pub fn run(folder: &Path) -> Result<String> {
+    let trial = Trial::new(cgroup::root()?.join(format!("dataplane-load-{}", std::process::id())))?;
     let netns = Netns::new().context("cannot make a network namespace")?;
-    let listeners = enrol::listen(&netns)?;
+    bpffs::in_private(folder, || load(folder, &trial.0, &netns))
+        .with_context(|| format!("mount a BPF file system at {}", folder.display()))?
+}
+
+fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
+    let pins = Pins::trial(folder);
+    let _lock = pins.make()?;
+    let mut loader = Loader::new(&pins);
+    let mut node = loader.node()?;
+    programs::attach(&mut node.ebpf, cgroup, &pins)?;
+    let listeners = enrol::listen(netns)?;
     let mut pod = loader.pod(&["192.0.2.1".parse()?, "2001:db8::1".parse()?], &listeners)?;
-    pod.attach(&netns, &trial.pins.pod(netns.cookie()?))?;
-    println!(
-        "{:<10} {:<18} {:>6} {:>9} {:>6}  maps",
+    pod.attach(netns, &pins.pod(netns.cookie()?))?;
+    let mut text = format!(
+        "{:<10} {:<18} {:>6} {:>9} {:>6}  maps\n",
         "program", "kind", "insns", "verified", "stack"
     );
-    list(&node.ebpf, programs::NODE)?;
-    list(pod.ebpf(), programs::POD)?;
-    println!(
+    list(&mut text, &node.ebpf, programs::NODE)?;
+    list(&mut text, pod.ebpf(), programs::POD)?;
+    writeln!(
+        text,
         "\nloaded, attached and taken off again: {} programs, {} pinned maps",
         programs::OF_NODE.len() + 1,
         maps::SHARED.len() + maps::OF_NODE.len()
-    );
-    Ok(())
+    )?;
+    Ok(text)
 }
 
-/// What the trial leaves, unless it is removed.
-struct Trial {
-    cgroup: PathBuf,
-    pins: Pins,
+/// A cgroup that the trial makes and takes away.
+struct Trial(PathBuf);
+
+impl Trial {
+    fn new(cgroup: PathBuf) -> Result<Self> {
+        fs::create_dir(&cgroup).with_context(|| cgroup.display().to_string())?;
+        Ok(Self(cgroup))
+    }
 }
 
 impl Drop for Trial {
     fn drop(&mut self) {
-        if let Err(error) = self.pins.remove_all() {
-            eprintln!("{error}");
-        }
-        if let Err(error) = fs::remove_dir(&self.cgroup) {
-            eprintln!("{}: {error}", self.cgroup.display());
+        if let Err(error) = fs::remove_dir(&self.0) {
+            eprintln!("{}: {error}", self.0.display());
         }
     }
 }
 
 /// A line for each program: instructions loaded, instructions that the verifier walked through, and
 /// bytes of stack.
-fn list(ebpf: &Ebpf, object: &[u8]) -> Result<()> {
+fn list(text: &mut String, ebpf: &Ebpf, object: &[u8]) -> Result<()> {
     let mut programs = Vec::new();
     let mut maps = HashMap::new();
     for (name, program) in ebpf.programs() {
@@ -83,13 +87,14 @@ fn list(ebpf: &Ebpf, object: &[u8]) -> Result<()> {
     for (name, kind, info, names) in programs {
         let verified = verifier::verify(object, name, &maps)
             .with_context(|| format!("kernel program {name}"))?;
-        println!(
+        writeln!(
+            text,
             "{name:<10} {:<18} {:>6} {:>9} {:>6}  {names}",
             format!("{kind:?}"),
             info.size_translated().map_or(0, |bytes| bytes / 8),
             verified.instructions,
             verified.stack,
-        );
+        )?;
     }
     Ok(())
 }

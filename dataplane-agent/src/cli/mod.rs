@@ -3,12 +3,14 @@
 pub mod check;
 pub mod load;
 pub mod status;
+pub mod uninstall;
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Places, RunOptions};
+use crate::config::{NodeName, Places, RunOptions};
 
 /// Node dataplane for Istio ambient mesh: captures the traffic of enrolled pods with eBPF, gives
 /// each pod its identity, carries connections between nodes in HBONE and enforces L4 policy.
@@ -51,6 +53,10 @@ pub enum Command {
     /// The quickest way to hear what this kernel says of them. No traffic is captured.
     Load(LoadOptions),
     /// Removes everything that the daemon of a node left: pods are no longer captured.
+    ///
+    /// It wants the places that `run` was given, and touches nothing where they are others, where the
+    /// daemon still runs, or where a privilege is missing. What cannot be taken back is told, a line
+    /// each, and can be tried again.
     Uninstall(UninstallOptions),
 }
 
@@ -70,7 +76,7 @@ pub struct CheckOptions {
 pub struct StatusOptions {
     /// Name of the node; not needed where one daemon runs.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
-    pub node: Option<String>,
+    pub node: Option<NodeName>,
     /// Prints JSON.
     #[arg(long)]
     pub json: bool,
@@ -82,7 +88,7 @@ pub struct StatusOptions {
 /// Options of `dataplane load`.
 #[derive(Args, Debug)]
 pub struct LoadOptions {
-    /// A BPF file system; mounted if it is not.
+    /// A folder over which a BPF file system is mounted that nobody else sees.
     #[arg(
         long,
         env = "DATAPLANE_BPFFS",
@@ -97,7 +103,7 @@ pub struct LoadOptions {
 pub struct UninstallOptions {
     /// Name of the node.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]
-    pub node: String,
+    pub node: NodeName,
     /// The state folder that was given to `run`: records that name this node are removed from it.
     #[arg(
         long,
@@ -109,4 +115,16 @@ pub struct UninstallOptions {
     /// Where an agent keeps its things.
     #[command(flatten)]
     pub places: Places,
+}
+
+/// Prints what a command has to say. Who does not want to read all of it may close its end.
+///
+/// # Errors
+/// It cannot be written.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
 }

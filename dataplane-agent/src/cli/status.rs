@@ -18,24 +18,22 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[error("no dataplane agent runs for {0} (start one with `dataplane run`)")]
 pub struct NotRunning(String);
 
-/// Prints the state of a node.
+/// The state of a node.
 ///
 /// # Errors
 /// No daemon runs; it does not answer.
-pub fn run(options: &StatusOptions) -> Result<()> {
+pub fn run(options: &StatusOptions) -> Result<String> {
     let socket = match &options.node {
         Some(node) => options.places.socket(node),
         None => only_socket(&options.places.run_dir)?,
     };
     let body = get(&socket, "/status")?;
     if options.json {
-        println!("{body}");
-        return Ok(());
+        return Ok(body + "\n");
     }
     let report: StatusReport =
         serde_json::from_str(&body).context("the daemon is of another version")?;
-    print!("{}", table(&report));
-    Ok(())
+    Ok(table(&report))
 }
 
 /// The socket of the one daemon that runs here.

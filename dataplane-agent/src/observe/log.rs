@@ -4,6 +4,7 @@
 //! has a most length.
 
 use std::fmt::{self, Write as _};
+use std::io::{self, Write};
 use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
@@ -130,7 +131,8 @@ pub fn flush() {
 pub fn say(line: &str) {
     match WRITER.get() {
         Some(writer) => writer.push(format!("{line}\n").as_bytes()),
-        None => eprintln!("{line}"),
+        // Who has closed standard error does not want to hear it.
+        None => _ = writeln!(io::stderr(), "{line}"),
     }
     flush();
 }

@@ -4,10 +4,36 @@ use std::io;
 use std::path::Path;
 
 use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::{FsType, statfs};
 
 /// `BPF_FS_MAGIC` of `linux/magic.h`.
 const MAGIC: FsType = FsType(0xcafe_4a11);
+
+/// What a folder is that shall be one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Folder {
+    /// A BPF file system is mounted there.
+    Mounted,
+    /// It is empty: one can be mounted there.
+    Empty,
+    /// It has something in it that a mount would hide.
+    Occupied,
+}
+
+/// What a folder is.
+///
+/// # Errors
+/// It is not there, or cannot be read.
+pub fn look(folder: &Path) -> io::Result<Folder> {
+    if is_mounted(folder)? {
+        return Ok(Folder::Mounted);
+    }
+    match std::fs::read_dir(folder)?.next() {
+        None => Ok(Folder::Empty),
+        Some(_) => Ok(Folder::Occupied),
+    }
+}
 
 /// Whether one is mounted there.
 ///
@@ -22,14 +48,46 @@ pub fn is_mounted(folder: &Path) -> io::Result<bool> {
 /// # Errors
 /// The folder is not there, or has something in it that would be hidden; CAP_SYS_ADMIN is missing.
 pub fn ensure(folder: &Path) -> io::Result<()> {
-    if !is_mounted(folder)? {
-        if std::fs::read_dir(folder)?.next().is_some() {
-            let kind = io::ErrorKind::DirectoryNotEmpty;
-            return Err(io::Error::new(kind, "it is none, and is not empty"));
-        }
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("bpf"), folder, Some("bpf"), flags, Some("mode=700"))?;
-        tracing::info!(folder = %folder.display(), "mounted a BPF file system");
+    match look(folder)? {
+        Folder::Mounted => return Ok(()),
+        Folder::Occupied => return Err(occupied()),
+        Folder::Empty => {}
     }
+    mount_at(folder)?;
+    tracing::info!(folder = %folder.display(), "mounted a BPF file system");
+    Ok(())
+}
+
+/// Why none can be mounted where there is something else.
+pub fn occupied() -> io::Error {
+    let kind = io::ErrorKind::DirectoryNotEmpty;
+    io::Error::new(kind, "it is no BPF file system, and is not empty")
+}
+
+/// Runs `work` where `folder` is a new BPF file system that nobody else sees: it is gone with all
+/// that is pinned in it when `work` is done, and also when the process is killed meanwhile.
+///
+/// # Errors
+/// The folder is not there; CAP_SYS_ADMIN is missing.
+pub fn in_private<T: Send>(folder: &Path, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    // On a thread that ends: its mounts end with it.
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            mount(None::<&Path>, "/", None::<&Path>, private, None::<&Path>)?;
+            mount_at(folder)?;
+            Ok(work())
+        });
+        match thread.join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+fn mount_at(folder: &Path) -> io::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), folder, Some("bpf"), flags, Some("mode=700"))?;
     Ok(())
 }

@@ -1,8 +1,9 @@
-//! Which programs are attached to a cgroup: `BPF_PROG_QUERY`, which aya does not have for all kinds.
+//! Which programs are attached to a cgroup or a network namespace: `BPF_PROG_QUERY`, which aya does
+//! not have for all kinds.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 
 /// Our hooks, with the kernel's numbers of their kinds (`enum bpf_attach_type`).
@@ -12,6 +13,8 @@ const HOOKS: [(&str, u32); 4] = [
     ("egress", 1),
     ("sock_ops", 3),
 ];
+/// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
+const SK_LOOKUP: u32 = 36;
 /// `BPF_PROG_QUERY` of `enum bpf_cmd`.
 const QUERY: libc::c_long = 16;
 /// `BPF_F_QUERY_EFFECTIVE`: those of the cgroups above too.
@@ -44,14 +47,54 @@ pub fn attached(cgroup: &Path) -> Vec<(&'static str, io::Result<u32>)> {
 }
 
 fn count(folder: &File, kind: u32) -> io::Result<u32> {
+    query(folder, kind, EFFECTIVE, &mut [])
+}
+
+/// The ids of the programs that are attached to this very cgroup, on all of our hooks.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn of_cgroup(cgroup: &File) -> io::Result<Vec<u32>> {
+    let mut all = Vec::new();
+    for (_, kind) in HOOKS {
+        all.extend(programs(cgroup, kind)?);
+    }
+    Ok(all)
+}
+
+/// The ids of the programs that steer in a network namespace.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn of_netns(netns: impl AsFd) -> io::Result<Vec<u32>> {
+    programs(netns, SK_LOOKUP)
+}
+
+fn programs(target: impl AsFd, kind: u32) -> io::Result<Vec<u32>> {
+    // As many as the kernel lets be attached to one hook.
+    let mut ids = vec![0; 64];
+    let count = query(&target, kind, 0, &mut ids)?;
+    ids.truncate(count as usize);
+    Ok(ids)
+}
+
+/// How many programs there are; as many of their ids as there is room for are written to `ids`.
+fn query(target: impl AsFd, kind: u32, flags: u32, ids: &mut [u32]) -> io::Result<u32> {
     let mut query = Query {
-        target: folder.as_raw_fd().cast_unsigned(),
+        target: target.as_fd().as_raw_fd().cast_unsigned(),
         attach_type: kind,
-        query_flags: EFFECTIVE,
+        query_flags: flags,
+        program_ids: if ids.is_empty() {
+            0
+        } else {
+            ids.as_mut_ptr().expose_provenance() as u64
+        },
+        program_count: u32::try_from(ids.len()).unwrap_or(u32::MAX),
         ..Query::default()
     };
-    // SAFETY: the kernel reads and writes within the structure, whose size is given; no list of
-    // programs is asked for, only their number.
+    // SAFETY: the kernel reads and writes within the structure, whose size is given, and writes at most
+    // `program_count` numbers to `program_ids`: that is a slice of as many, borrowed for the call. None
+    // are written where the count is 0.
     let done = unsafe { libc::syscall(libc::SYS_bpf, QUERY, &raw mut query, size_of::<Query>()) };
     match done {
         0 => Ok(query.program_count),

@@ -1,0 +1,307 @@
+//! The node's folder for what is running, `<run-dir>/<node>/`: the mark that says whose it is, the lock,
+//! the admin socket, and the records of what was changed (`pods/`, see [`super::undo`]).
+//!
+//! Whoever takes something away asks the mark first: which node it is, and with which places its agent
+//! was started. A folder without it is nobody's of ours.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::undo::{Record, Records};
+use super::{CaptureError, pins};
+use crate::config::NodeName;
+
+/// The file of the mark.
+const MARK: &str = "node.json";
+const NEW_MARK: &str = "node.new";
+const LOCK: &str = "lock";
+const SOCKET: &str = "admin.sock";
+const PODS: &str = "pods";
+
+/// Whose folder it is, and with which places the agent was started that made it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark {
+    /// The node.
+    pub node: NodeName,
+    /// Where its programs are pinned.
+    pub bpffs: PathBuf,
+    /// The cgroup that holds its pods.
+    pub cgroup: PathBuf,
+    /// The state that it shares.
+    pub state: PathBuf,
+}
+
+/// The folder, held by this process alone.
+#[derive(Debug)]
+pub struct NodeFolder {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl NodeFolder {
+    /// Makes it, or takes it over from a predecessor, and marks it.
+    ///
+    /// # Errors
+    /// Another agent has it; it is not an agent's; pods are captured by pins of another place.
+    pub fn claim(run_dir: &Path, mark: &Mark) -> Result<Self, CaptureError> {
+        fs::create_dir_all(run_dir).map_err(CaptureError::file(run_dir))?;
+        let path = run_dir.join(mark.node.as_str());
+        match DirBuilder::new().mode(0o700).create(&path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(CaptureError::file(&path)(error));
+            }
+            _ => {}
+        }
+        if read(&path)?.is_none()
+            && let Some(stranger) = strangers(&path)?.first()
+        {
+            let what = format!("{} is in it", stranger.display());
+            return Err(CaptureError::NotOurs { path, what });
+        }
+        let folder = Self::lock(path)?;
+        if let Some(found) = read(&folder.path)?.filter(|found| found.bpffs != mark.bpffs)
+            && !folder.records()?.each()?.is_empty()
+        {
+            return Err(CaptureError::OtherPlace(format!(
+                "--bpffs: pods of node {} are captured by what is pinned in {}, not in {}: start it \
+                 there, or uninstall it first",
+                mark.node,
+                found.bpffs.display(),
+                mark.bpffs.display()
+            )));
+        }
+        folder.mark(mark)?;
+        Ok(folder)
+    }
+
+    /// Takes one that an agent has left, with what its mark says.
+    ///
+    /// # Errors
+    /// None is known; an agent runs.
+    pub fn open(run_dir: &Path, node: &NodeName) -> Result<(Self, Mark), CaptureError> {
+        let path = run_dir.join(node.as_str());
+        let unknown = || CaptureError::UnknownNode {
+            node: node.clone(),
+            run_dir: run_dir.to_owned(),
+            known: known(run_dir),
+        };
+        let mark = match read(&path) {
+            Ok(mark) => mark.ok_or_else(unknown)?,
+            Err(CaptureError::File { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(unknown());
+            }
+            Err(error) => return Err(error),
+        };
+        Ok((Self::lock(path)?, mark))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The records in it.
+    ///
+    /// # Errors
+    /// Their folder cannot be made.
+    pub fn records(&self) -> Result<Records, CaptureError> {
+        Records::open(&self.path.join(PODS))
+    }
+
+    /// Removes what an agent has in it, and itself. If something else is there, or a record, then that
+    /// stays with the mark; it is returned.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn remove(self) -> Result<Vec<PathBuf>, CaptureError> {
+        for record in self.records()?.unfinished()? {
+            pins::remove(&record)?;
+        }
+        pins::remove_if_empty(&self.path.join(PODS))?;
+        for file in [SOCKET, NEW_MARK] {
+            pins::remove(&self.path.join(file))?;
+        }
+        let mut left = strangers(&self.path)?;
+        left.extend(entries(&self.path.join(PODS)).unwrap_or_default());
+        if left.is_empty() {
+            pins::remove(&self.path.join(MARK))?;
+            pins::remove(&self.path.join(LOCK))?;
+            pins::remove_if_empty(&self.path)?;
+        }
+        Ok(left)
+    }
+
+    fn lock(path: PathBuf) -> Result<Self, CaptureError> {
+        let file = path.join(LOCK);
+        // For root alone: who can open it can lock it, and so keep an agent from starting.
+        let mut options = OpenOptions::new();
+        options.create(true).write(true).truncate(false).mode(0o600);
+        let _lock = pins::lock(&file, || options.open(&file))?;
+        Ok(Self { path, _lock })
+    }
+
+    fn mark(&self, mark: &Mark) -> Result<(), CaptureError> {
+        let (path, new) = (self.path.join(MARK), self.path.join(NEW_MARK));
+        let write = || {
+            let mut file = File::create(&new)?;
+            file.write_all(&serde_json::to_vec(mark)?)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(CaptureError::file(&path))
+    }
+}
+
+/// How many pods of a node an agent has left captured, as far as its folder says.
+pub fn captured(run_dir: &Path, node: &NodeName) -> usize {
+    let pods = entries(&run_dir.join(node.as_str()).join(PODS)).unwrap_or_default();
+    pods.iter()
+        .filter(|path| Record::cookie_of(path).is_some())
+        .count()
+}
+
+/// The nodes that have a folder of an agent here.
+pub fn known(run_dir: &Path) -> Vec<NodeName> {
+    let mut names: Vec<NodeName> = entries(run_dir)
+        .unwrap_or_default()
+        .iter()
+        .filter_map(|path| read(path).ok()?)
+        .map(|mark| mark.node)
+        .collect();
+    names.sort();
+    names
+}
+
+/// The mark of a folder, if it has one.
+fn read(path: &Path) -> Result<Option<Mark>, CaptureError> {
+    let not_ours = |what: String| CaptureError::NotOurs {
+        path: path.to_owned(),
+        what,
+    };
+    let found = fs::symlink_metadata(path).map_err(CaptureError::file(path))?;
+    if !found.is_dir() {
+        return Err(not_ours("it is no folder".into()));
+    }
+    let file = path.join(MARK);
+    let text = match fs::symlink_metadata(&file).and_then(|_| fs::read(&file)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text.map_err(CaptureError::file(&file))?,
+    };
+    let mark: Mark = serde_json::from_slice(&text)
+        .map_err(|error| not_ours(format!("{MARK} is not an agent's: {error}")))?;
+    if path
+        .file_name()
+        .is_none_or(|name| name != mark.node.as_str())
+    {
+        return Err(not_ours(format!(
+            "it is marked as that of node {}",
+            mark.node
+        )));
+    }
+    Ok(Some(mark))
+}
+
+/// What is in it and not an agent's.
+fn strangers(path: &Path) -> Result<Vec<PathBuf>, CaptureError> {
+    let known = [MARK, NEW_MARK, LOCK, SOCKET, PODS];
+    let all = entries(path).map_err(CaptureError::file(path))?;
+    Ok(all
+        .into_iter()
+        .filter(|path| !known.iter().any(|known| path.ends_with(known)))
+        .collect())
+}
+
+fn entries(path: &Path) -> io::Result<Vec<PathBuf>> {
+    fs::read_dir(path)?.map(|entry| Ok(entry?.path())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mark(node: &str) -> Mark {
+        Mark {
+            node: node.parse().expect("a name"),
+            bpffs: "/bpf".into(),
+            cgroup: "/cgroup".into(),
+            state: "/state".into(),
+        }
+    }
+
+    #[test]
+    fn a_folder_that_is_not_an_agents_is_neither_taken_nor_opened() {
+        let run = tempfile::tempdir().expect("a folder");
+        let mark = mark("one");
+        let node = run.path().join("one");
+        fs::create_dir(&node).expect("a folder");
+        fs::write(node.join("precious"), "").expect("a file");
+        let error = NodeFolder::claim(run.path(), &mark).expect_err("theirs");
+        assert!(error.to_string().contains("precious"), "{error}");
+        let error = NodeFolder::open(run.path(), &mark.node).expect_err("theirs");
+        assert!(matches!(error, CaptureError::UnknownNode { .. }), "{error}");
+        assert_eq!(entries(&node).expect("a folder"), [node.join("precious")]);
+
+        fs::remove_file(node.join("precious")).expect("a file");
+        fs::remove_dir(&node).expect("a folder");
+        let elsewhere = tempfile::tempdir().expect("a folder");
+        std::os::unix::fs::symlink(elsewhere.path(), &node).expect("a link");
+        let error = NodeFolder::claim(run.path(), &mark).expect_err("a link");
+        assert!(error.to_string().contains("it is no folder"), "{error}");
+        assert!(NodeFolder::open(run.path(), &mark.node).is_err());
+        assert_eq!(entries(elsewhere.path()).expect("a folder").len(), 0);
+    }
+
+    #[test]
+    fn what_is_not_an_agents_stays_and_keeps_the_mark() {
+        let run = tempfile::tempdir().expect("a folder");
+        let mark = mark("one");
+        let folder = NodeFolder::claim(run.path(), &mark).expect("free");
+        let (path, pods) = (folder.path().to_owned(), folder.path().join("pods"));
+        folder.records().expect("a folder");
+        fs::write(pods.join("7.new"), "{").expect("a file");
+        fs::write(path.join("precious"), "").expect("a file");
+        fs::write(pods.join("8.json"), "{").expect("a file");
+        drop(folder);
+        assert_eq!(captured(run.path(), &mark.node), 1);
+        let (folder, found) = NodeFolder::open(run.path(), &mark.node).expect("known");
+        assert_eq!(found, mark);
+        let mut left = folder.remove().expect("what is an agent's goes");
+        left.sort();
+        assert_eq!(left, [pods.join("8.json"), path.join("precious")]);
+        fs::remove_file(path.join("precious")).expect("it stayed");
+        fs::remove_file(pods.join("8.json")).expect("it stayed");
+        let (folder, _) = NodeFolder::open(run.path(), &mark.node).expect("still known");
+        assert_eq!(folder.remove().expect("all goes"), Vec::<PathBuf>::new());
+        assert!(!path.exists() && run.path().exists());
+    }
+
+    #[test]
+    fn one_process_has_it_and_pods_stay_with_the_place_that_captured_them() {
+        let run = tempfile::tempdir().expect("a folder");
+        let first = NodeFolder::claim(run.path(), &mark("one")).expect("free");
+        let error = NodeFolder::claim(run.path(), &mark("one")).expect_err("held");
+        assert!(matches!(error, CaptureError::Held(_)), "{error}");
+        let error = NodeFolder::open(run.path(), &mark("one").node).expect_err("held");
+        assert!(matches!(error, CaptureError::Held(_)), "{error}");
+        assert!(NodeFolder::claim(run.path(), &mark("two")).is_ok());
+        let pods = first.path().join("pods");
+        drop(first);
+        let moved = Mark {
+            bpffs: "/other".into(),
+            ..mark("one")
+        };
+        drop(NodeFolder::claim(run.path(), &moved).expect("nothing is captured"));
+        fs::create_dir_all(&pods).expect("a folder");
+        fs::write(pods.join("7.json"), "{}").expect("a file");
+        let error = NodeFolder::claim(run.path(), &mark("one")).expect_err("captured there");
+        assert!(
+            error.to_string().contains("pinned in /other, not in /bpf"),
+            "{error}"
+        );
+        assert_eq!(known(run.path()).len(), 2);
+    }
+}

@@ -1,0 +1,117 @@
+//! Takes back what an agent has left, by what it wrote down. What cannot be taken back is told, and its
+//! record stays, so that it can be tried again.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::{Path, PathBuf, absolute};
+
+use super::node_folder::NodeFolder;
+use super::pins::Pins;
+use super::{CaptureError, attached, enrol, named};
+use crate::config::NodeName;
+
+/// A node whose agent has ended, and that nobody else can start or uninstall meanwhile.
+#[derive(Debug)]
+pub struct Ended {
+    folder: NodeFolder,
+    pins: Pins,
+    _lock: Option<std::fs::File>,
+}
+
+/// What became of it.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// How many pods are as they were before.
+    pub pods: usize,
+    /// What is left, and why; a line each.
+    pub left: Vec<String>,
+}
+
+impl Ended {
+    /// Finds it, with the places that its agent was given. Nothing is changed.
+    ///
+    /// # Errors
+    /// No such node is known here, or with other places; an agent runs.
+    pub fn find(
+        run_dir: &Path,
+        bpffs: &Path,
+        state: &Path,
+        node: &NodeName,
+    ) -> Result<Self, CaptureError> {
+        let (folder, mark) = NodeFolder::open(run_dir, node)?;
+        let mut others = Vec::new();
+        for (setting, given, there) in [
+            ("--bpffs", bpffs, &mark.bpffs),
+            ("--state", state, &mark.state),
+        ] {
+            if canonical(given) != *there {
+                others.push(format!("{setting} {}", there.display()));
+            }
+        }
+        if !others.is_empty() {
+            return Err(CaptureError::OtherPlace(format!(
+                "the agent of node {node} was started with {}: say so",
+                others.join(" and ")
+            )));
+        }
+        let pins = Pins::new(&mark.bpffs, node);
+        let _lock = pins.lock()?;
+        pins.refuse_without(&folder.records()?)?;
+        // Whatever is not pinned here would go on without its routes.
+        if mark.cgroup.exists() {
+            attached::refuse_on_cgroup(&mark.cgroup, &pins, &BTreeSet::new())?;
+        }
+        Ok(Self {
+            folder,
+            pins,
+            _lock,
+        })
+    }
+
+    /// Lets go of its pods, and removes all that is left of its agent.
+    ///
+    /// # Errors
+    /// What is pinned cannot be removed, or the records not be read; they stay.
+    pub async fn uninstall(self) -> Result<Done, CaptureError> {
+        let mut done = Done::default();
+        let mut leave = |what: &dyn fmt::Display| done.left.push(what.to_string());
+        // Detached first: what is not marked any more needs no route.
+        let stays = "is not an agent's";
+        for path in self.pins.remove_all()? {
+            leave(&format_args!("{}: {stays}", path.display()));
+        }
+        let records = self.folder.records()?;
+        let mut kept = Vec::new();
+        for (path, record) in records.each()? {
+            let undone = match record {
+                Ok(record) => enrol::undo(&record, &records, &self.pins)
+                    .await
+                    .map_err(|error| format!("pod {}: {error}", named(&record.uid))),
+                Err(error) => Err(error.to_string()),
+            };
+            match undone {
+                Ok(()) => done.pods += 1,
+                Err(error) => {
+                    leave(&format_args!(
+                        "{error}; how to undo it is in {}",
+                        path.display()
+                    ));
+                    kept.push(path);
+                }
+            }
+        }
+        for path in self.folder.remove()? {
+            if !kept.contains(&path) {
+                leave(&format_args!("{}: {stays}", path.display()));
+            }
+        }
+        Ok(done)
+    }
+}
+
+/// A path as it is written in a mark, whether it is still there or not.
+pub fn canonical(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path)
+        .or_else(|_| absolute(path))
+        .unwrap_or_else(|_| path.to_owned())
+}

@@ -1,0 +1,451 @@
+//! Commands as people type them, also wrongly, and folders as people and machines treat them: nothing
+//! is touched that is not an agent's, and nobody is let go whom nobody has let go.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use dataplane_tests::agent::{CAPABILITIES, Setup};
+use dataplane_tests::process::{output, place};
+use dataplane_tests::world::Mounted;
+use dataplane_tests::{Agent, Node, Pod, World, eventually, program};
+
+const PORT: u16 = 7000;
+
+struct One {
+    server: Pod,
+    outsider: Pod,
+    agent: Agent,
+    node: Node,
+    world: World,
+}
+
+impl One {
+    fn new() -> Self {
+        let world = World::new();
+        let node = world.node("one");
+        let server = node.pod(&world, "server");
+        let outsider = node.bare(&world, "outside", "outsider");
+        let agent = world.agent(&node);
+        agent.up(&["server"]);
+        Self {
+            server,
+            outsider,
+            agent,
+            node,
+            world,
+        }
+    }
+
+    /// The node's folder for what is running.
+    fn folder(&self) -> PathBuf {
+        self.world.folder().join("run/one")
+    }
+
+    /// What keeps the pod captured: its rules, the pins, the record.
+    fn traces(&self) -> (String, usize, usize) {
+        let rules = self.server.netns.show("rule show");
+        let pins = tree(self.world.bpffs()).len();
+        let records = fs::read_dir(self.folder().join("pods")).map_or(0, Iterator::count);
+        (rules, pins, records)
+    }
+
+    fn is_captured(&self) -> bool {
+        let (rules, pins, records) = self.traces();
+        rules.lines().count() > 3 && pins > 7 && records == 1
+    }
+
+    /// `uninstall` with the places of this node, and with others in their stead.
+    fn uninstall(&self, others: &[(&str, &Path)]) -> Command {
+        let mut uninstall = dataplane("uninstall");
+        let (run, bpffs, state) = (
+            self.world.folder().join("run"),
+            self.world.bpffs().to_owned(),
+            self.world.state.clone(),
+        );
+        for (name, place) in [
+            ("--node", Path::new("one")),
+            ("--run-dir", &run),
+            ("--bpffs", &bpffs),
+            ("--state", &state),
+        ] {
+            let other = others.iter().find(|(other, _)| *other == name);
+            let place = other.map_or(place, |(_, other)| *other);
+            uninstall.arg(name).arg(place);
+        }
+        uninstall
+    }
+}
+
+fn dataplane(command: &str) -> Command {
+    let mut dataplane = Command::new(program("DATAPLANE_BIN"));
+    dataplane.arg(command).env_remove("NODE_NAME");
+    dataplane
+}
+
+/// All that is below a folder: what it is, and what is in it.
+fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (path, kind) = (entry.path(), entry.file_type().expect("a kind"));
+        let what = match () {
+            () if kind.is_dir() => {
+                found.append(&mut tree(&path));
+                "folder".into()
+            }
+            () if kind.is_symlink() => format!("to {:?}", fs::read_link(&path)),
+            () => format!("file {:?}", fs::read_to_string(&path).ok()),
+        };
+        found.insert(path, what);
+    }
+    found
+}
+
+/// How an agent ended that must not start, and what it said.
+fn refused(setup: Setup) -> (ExitStatus, String) {
+    let _ = fs::remove_file(&setup.log);
+    let mut agent = Agent::start(setup);
+    eventually("it ends by itself", 20, || !agent.runs());
+    (agent.wait(), agent.log())
+}
+
+/// How it ended, and all that it said.
+fn run(command: &mut Command) -> (ExitStatus, String) {
+    let (status, out, error) = output(command);
+    (status, out + &error)
+}
+
+#[test]
+fn uninstall_touches_nothing_that_is_not_an_agents_whatever_it_is_told() {
+    let world = World::new();
+    let scratch = tempfile::tempdir().expect("a folder");
+    let (run_dir, outside) = (scratch.path().join("run"), scratch.path().join("outside"));
+    for folder in [
+        &run_dir.join("two/pods"),
+        &run_dir.join("notours/pods"),
+        &outside,
+    ] {
+        fs::create_dir_all(folder).expect("a folder");
+        fs::write(folder.join("precious"), "precious").expect("a file");
+    }
+    fs::write(run_dir.join("notours/precious"), "precious").expect("a file");
+    fs::write(run_dir.join("notours/lock"), "").expect("a file");
+    symlink(&outside, run_dir.join("linked")).expect("a link");
+    for pin in ["dataplane/two/v1/pods", "dataplane/notours/v1/pods"] {
+        fs::create_dir_all(world.bpffs().join(pin)).expect("a folder");
+    }
+    let before = (tree(scratch.path()), tree(world.bpffs()));
+    let absolute = outside.display().to_string();
+    for (name, code) in [
+        (Some(absolute.as_str()), 2),
+        (Some("../outside"), 2),
+        (Some("two/../../outside"), 2),
+        (Some("."), 2),
+        (Some(".."), 2),
+        (Some(""), 2),
+        (Some("linked/"), 2),
+        (Some("linked"), 1),
+        (Some("notours"), 1),
+        (Some("nobody"), 1),
+        (None, 2),
+    ] {
+        for by_variable in [true, false] {
+            let mut uninstall = dataplane("uninstall");
+            uninstall
+                .arg("--run-dir")
+                .arg(&run_dir)
+                .arg("--bpffs")
+                .arg(world.bpffs())
+                .arg("--state")
+                .arg(&world.state);
+            match name {
+                Some(name) if by_variable => _ = uninstall.env("NODE_NAME", name),
+                Some(name) => _ = uninstall.arg("--node").arg(name),
+                None => {}
+            }
+            let (status, said) = run(&mut uninstall);
+            let after = (tree(scratch.path()), tree(world.bpffs()));
+            assert_eq!(after, before, "{name:?}: {said}");
+            let code = if code == 1 && said.contains("is not a dataplane agent's") {
+                2
+            } else {
+                code
+            };
+            assert_eq!(status.code(), Some(code), "{name:?}: {said}");
+            assert!(!said.contains("nothing is left"), "{name:?}: {said}");
+        }
+    }
+}
+
+#[test]
+fn a_folder_that_is_not_an_agents_is_not_made_one_by_run() {
+    let world = World::new();
+    let node = world.node("one");
+    let theirs = world.folder().join("theirs/one");
+    fs::create_dir_all(&theirs).expect("a folder");
+    fs::write(theirs.join("precious"), "").expect("a file");
+    let before = tree(&theirs);
+    let mut setup = world.setup(&node);
+    setup.run_dir = world.folder().join("theirs");
+    let (status, said) = refused(setup);
+    assert_eq!(status.code(), Some(2), "{said}");
+    assert!(said.contains("is not a dataplane agent's"), "{said}");
+    assert_eq!(tree(&theirs), before);
+    let mut long = world.setup(&node);
+    long.node = "n".repeat(127);
+    let (status, said) = refused(long);
+    assert_eq!(status.code(), Some(2), "{said}");
+    assert!(said.contains("--node") && said.contains("bytes"), "{said}");
+    assert!(!world.folder().join("run").join("n".repeat(127)).exists());
+}
+
+#[test]
+fn uninstall_without_a_privilege_says_which_and_changes_nothing() {
+    let mut one = One::new();
+    one.agent.kill();
+    assert!(one.is_captured());
+    let before = one.traces();
+    for (name, number) in CAPABILITIES {
+        let mut uninstall = one.uninstall(&[]);
+        let mut setup = one.world.setup(&one.node);
+        if let Some(keep) = &mut setup.place.capabilities {
+            keep.retain(|kept| *kept != number);
+        }
+        place(&mut uninstall, &setup.place);
+        let (status, said) = run(&mut uninstall);
+        assert_eq!(status.code(), Some(3), "{name}: {said}");
+        assert!(said.contains(&format!("{name} is missing")), "{said}");
+        assert_eq!(one.traces(), before, "{name}");
+    }
+    let (status, said) = run(&mut one.uninstall(&[]));
+    assert!(
+        status.success() && said.contains("1 pods let go, nothing is left"),
+        "{said}"
+    );
+    assert_eq!(one.server.netns.show("rule show").lines().count(), 3);
+}
+
+#[test]
+fn uninstall_with_other_places_than_its_agents_says_so_and_changes_nothing() {
+    let mut one = One::new();
+    let scratch = tempfile::tempdir().expect("a folder");
+    let other = Mounted::new(scratch.path().join("bpf"));
+    let before = one.traces();
+    let unchanged = |one: &One, others: &[(&str, &Path)], code: i32, told: &[&str]| {
+        let (status, said) = run(&mut one.uninstall(others));
+        assert_eq!(status.code(), Some(code), "{others:?}: {said}");
+        for part in told {
+            assert!(said.contains(part), "{others:?}: {said}");
+        }
+        assert_eq!(one.traces(), before, "{others:?}");
+        assert!(!said.contains("nothing is left"), "{said}");
+    };
+    let elsewhere = scratch.path().join("run");
+    for running in [true, false] {
+        if !running {
+            one.agent.kill();
+        }
+        let own = one.world.bpffs().display().to_string();
+        let (bpffs, state) = ([("--bpffs", other.path())], [("--state", scratch.path())]);
+        if running {
+            unchanged(&one, &bpffs, 4, &["already runs"]);
+            unchanged(&one, &state, 4, &["already runs"]);
+        } else {
+            unchanged(&one, &bpffs, 2, &["was started with --bpffs", &own]);
+            unchanged(&one, &state, 2, &["was started with --state"]);
+        }
+        unchanged(
+            &one,
+            &[("--run-dir", &elsewhere)],
+            1,
+            &["nothing of node one is known"],
+        );
+        let typo = [("--node", Path::new("oen"))];
+        unchanged(
+            &one,
+            &typo,
+            1,
+            &["nothing of node oen is known", "known are: one"],
+        );
+        if running {
+            unchanged(&one, &[], 4, &["already runs"]);
+            let _app = one.server.serve(PORT);
+            assert!(
+                one.outsider.ask(one.server.at(PORT), "x").is_ok(),
+                "served on"
+            );
+        }
+    }
+    // Its pins cannot be seen any more: what they attached would go on without its routes.
+    let moved = one.folder().join("node.json");
+    let mark = fs::read_to_string(&moved).expect("a mark");
+    let own = one.world.bpffs().display().to_string();
+    let theirs = other.path().display().to_string();
+    fs::write(&moved, mark.replace(&own, &theirs)).expect("a file");
+    unchanged(&one, &[("--bpffs", other.path())], 4, &["not pinned in"]);
+    fs::write(&moved, mark).expect("a file");
+    let (status, said) = run(&mut one.uninstall(&[]));
+    assert!(status.success(), "{said}");
+}
+
+#[test]
+fn what_cannot_be_taken_back_is_told_and_its_record_stays() {
+    let mut one = One::new();
+    one.agent.kill();
+    let (stranger, broken) = (
+        one.folder().join("precious"),
+        one.folder().join("pods/7.json"),
+    );
+    for file in [&stranger, &broken] {
+        fs::write(file, "{").expect("a file");
+    }
+    let (status, said) = run(&mut one.uninstall(&[]));
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("1 pods let go, 2 things are left"), "{said}");
+    for file in [&stranger, &broken] {
+        assert!(said.contains(&format!("{}", file.display())), "{said}");
+        assert!(file.exists(), "{}", file.display());
+        fs::remove_file(file).expect("a file");
+    }
+    assert_eq!(
+        one.server.netns.show("rule show").lines().count(),
+        3,
+        "the pod itself is let go"
+    );
+    let (status, said) = run(&mut one.uninstall(&[]));
+    assert!(
+        status.success() && said.contains("nothing is left"),
+        "{said}"
+    );
+    assert!(!one.folder().exists());
+}
+
+#[test]
+fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
+    let mut one = One::new();
+    let _app = one.server.serve(PORT);
+    let scratch = tempfile::tempdir().expect("a folder");
+    let bpffs = Mounted::new(scratch.path().join("bpf"));
+    let run_dir = scratch.path().join("run");
+    let others = |change: &dyn Fn(&mut Setup)| {
+        let mut setup = one.world.setup(&one.node);
+        setup.run_dir.clone_from(&run_dir);
+        setup.log = scratch.path().join("log");
+        change(&mut setup);
+        refused(setup)
+    };
+    let all = || {
+        [
+            others(&|_| {}),
+            others(&|setup| setup.bpffs = bpffs.path().to_owned()),
+            others(&|setup| setup.node = "two".into()),
+        ]
+    };
+    for (status, said) in all() {
+        assert_eq!(status.code(), Some(4), "{said}");
+        assert!(one.outsider.ask(one.server.at(PORT), "x").is_ok(), "{said}");
+        assert!(one.agent.pod("server").0 == "up", "{said}");
+    }
+    one.agent.kill();
+    // Its pods' way back is in its own folder.
+    let before = one.traces();
+    let (status, said) = {
+        let mut setup = one.world.setup(&one.node);
+        setup.run_dir.clone_from(&run_dir);
+        setup.log = scratch.path().join("log");
+        refused(setup)
+    };
+    assert_eq!(status.code(), Some(2), "{said}");
+    assert!(said.contains("say the --run-dir"), "{said}");
+    let (status, said) = run(&mut one.uninstall(&[("--run-dir", &run_dir)]));
+    assert_eq!(status.code(), Some(2), "{said}");
+    assert_eq!(one.traces(), before);
+    one.agent.restart();
+    one.agent.up(&["server"]);
+    // A pod has one as well, where the other one's cgroup is above.
+    let mut above = one.world.setup(&one.node);
+    above.run_dir.clone_from(&run_dir);
+    above.bpffs = bpffs.path().to_owned();
+    above.log = scratch.path().join("log");
+    let at = above.arguments.iter().position(|word| word == "--cgroup");
+    let folder = one.node.cgroup.folder.parent().expect("a folder");
+    above.arguments[at.expect("it is there") + 1] = folder.display().to_string();
+    let above = Agent::start(above);
+    eventually("it says why it does not capture the pod", 20, || {
+        let (state, why) = above.pod("server");
+        state == "waiting" && why.contains("another dataplane agent")
+    });
+    assert!(one.outsider.ask(one.server.at(PORT), "x").is_ok());
+    drop(above);
+    one.agent.kill();
+    let mut elsewhere = one.world.setup(&one.node);
+    elsewhere.run_dir = run_dir;
+    elsewhere.bpffs = bpffs.path().to_owned();
+    let (status, said) = refused(elsewhere);
+    assert_eq!(
+        status.code(),
+        Some(4),
+        "its pods are captured still: {said}"
+    );
+    assert!(said.contains("not pinned in"), "{said}");
+    one.agent.restart();
+    one.agent.up(&["server"]);
+    assert!(one.outsider.ask(one.server.at(PORT), "x").is_ok());
+}
+
+#[test]
+fn check_and_load_leave_no_mount_and_no_pin() {
+    let world = World::new();
+    let node = world.node("one");
+    let empty = world.folder().join("empty");
+    fs::create_dir(&empty).expect("a folder");
+    let mounts = || fs::read_to_string("/proc/self/mounts").expect("/proc is mounted");
+    let cgroup = ["--cgroup".into(), node.cgroup.folder.display().to_string()];
+    for (command, arguments) in [("check", &cgroup[..]), ("load", &[])] {
+        for bpffs in [&empty, &world.bpffs().to_owned()] {
+            let before = tree(bpffs);
+            let (status, said) = run(dataplane(command).arg("--bpffs").arg(bpffs).args(arguments));
+            assert!(status.success(), "{command}: {said}");
+            assert_eq!(tree(bpffs), before, "{command}");
+            assert!(
+                !mounts().contains(&format!("{} bpf", empty.display())),
+                "{command}"
+            );
+        }
+    }
+    let (status, said) = run(dataplane("check").arg("--bpffs").arg(world.folder()));
+    assert_eq!(status.code(), Some(3), "{said}");
+    assert!(
+        said.contains("lacks  bpffs"),
+        "`run` does not mount over it: {said}"
+    );
+}
+
+#[test]
+fn who_reads_no_output_gets_no_panic() {
+    let world = World::new();
+    for command in ["check", "load"] {
+        for (sink, code) in [("true", None), ("cat >/dev/full", None), ("", Some(1))] {
+            let line = match sink {
+                "" => format!("\"$0\" {command} --bpffs \"$1\" >/dev/full"),
+                sink => format!("\"$0\" {command} --bpffs \"$1\" | {sink}"),
+            };
+            let mut shell = Command::new("sh");
+            shell
+                .arg("-c")
+                .arg(line)
+                .arg(program("DATAPLANE_BIN"))
+                .arg(world.bpffs());
+            let (status, said) = run(&mut shell);
+            assert!(!said.contains("panicked"), "{command}: {said}");
+            if code.is_some() {
+                assert_eq!(status.code(), code, "{command}: {said}");
+                assert!(said.contains("standard output"), "{said}");
+            }
+        }
+    }
+}
