@@ -2,7 +2,7 @@
 
 /// An address, as four words in network byte order. Two spellings of one IPv4 address are equal.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Ip {
     /// The four words, each in network byte order.
     pub words: [u32; 4],
@@ -26,6 +26,23 @@ impl Ip {
     #[inline(always)]
     pub const fn v6(words: [u32; 4]) -> Self {
         Self { words }
+    }
+
+    /// The unspecified address of its family, `0.0.0.0` or `::`.
+    #[inline(always)]
+    pub const fn family(&self) -> Self {
+        Self {
+            words: [0, 0, if self.is_v4() { MAPPED } else { 0 }, 0],
+        }
+    }
+
+    /// Stands for an interface that has an address of a family, where addresses are keys. Nobody has
+    /// it: it is one of multicast.
+    #[inline(always)]
+    pub const fn interface(index: u32, v4: bool) -> Self {
+        Self {
+            words: [u32::MAX, u32::MAX, v4 as u32, index],
+        }
     }
 
     /// Whether it is an IPv4 address, in either spelling.

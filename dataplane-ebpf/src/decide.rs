@@ -2,7 +2,7 @@
 
 use crate::address::Ip;
 use crate::event::Reason;
-use crate::pod::{Addresses, listener};
+use crate::pod::listener;
 
 /// The port of HBONE.
 pub const HBONE_PORT: u16 = 15008;
@@ -30,18 +30,34 @@ pub fn connect_elsewhere(to: &Ip, of_pod: bool) -> Connect {
     }
 }
 
-/// Decides a pod's connect to `to`. `foreign`: the process is in another enrolled pod's cgroup.
+/// What is known of a pod's connect.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Asked {
+    /// The process is in another enrolled pod's cgroup.
+    pub foreign: bool,
+    /// It goes to an address of the pod itself.
+    pub own: bool,
+    /// The pod has an address of that family to send from.
+    pub family: bool,
+    /// The socket is bound to no interface, or to one that has an address of that family.
+    pub interface: bool,
+}
+
+/// Decides a pod's connect to `to`.
 #[inline(always)]
-pub fn connect(pod: &Addresses, to: &Ip, foreign: bool) -> Connect {
-    if foreign {
+pub fn connect(asked: Asked, to: &Ip) -> Connect {
+    if asked.foreign {
         Connect::Refuse(Reason::ForeignCgroup)
-    } else if to.is_loopback() || to.is_unspecified() || pod.owns(to) {
+    } else if asked.own || to.is_loopback() || to.is_unspecified() {
         Connect::Local
-    } else if pod.has_family(to.is_v4()) {
-        Connect::Capture
-    } else {
+    } else if !asked.family {
         // Without a source address there is no capture route, and it would leave by another.
         Connect::Refuse(Reason::NoAddress)
+    } else if !asked.interface {
+        // As above: it would be sent by that interface and kept inside, and wait in vain.
+        Connect::Refuse(Reason::NoRoute)
+    } else {
+        Connect::Capture
     }
 }
 
@@ -71,26 +87,36 @@ impl Steer {
     }
 }
 
+/// Whose the two ends of a SYN are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Owns {
+    /// The pod has the source.
+    pub from: bool,
+    /// The pod has the destination.
+    pub to: bool,
+}
+
 /// Decides by addresses, since for a connection to the pod's own address the kernel reports the
 /// interface that owns it and not `lo`. The one exception is `by_lo` to an own address, which only
 /// the agent's connections to the app show.
 ///
-/// What is not the pod's own and neither came by `lo` nor from the pod is an address that the pod
-/// got after its enrolment: the agent takes it as plaintext from outside, never as the pod's wish.
-/// From such an address to itself goes past the agent, which would dial it in vain for ever.
+/// What is not known to be the pod's own and neither came by `lo` nor from the pod is an address that
+/// the pod got a moment ago, or one too many: the agent takes it as plaintext from outside, never as
+/// the pod's wish. From such an address to itself goes past the agent, which would dial it in vain for
+/// ever.
 #[inline(always)]
-pub fn steer(pod: &Addresses, from: &Ip, to: &Ip, to_port: u16, by_lo: bool) -> Steer {
+pub fn steer(owns: Owns, from: &Ip, to: &Ip, to_port: u16, by_lo: bool) -> Steer {
     if to.is_loopback() || from == to {
         Steer::App
-    } else if pod.owns(to) {
-        if by_lo || pod.owns(from) {
+    } else if owns.to {
+        if by_lo || owns.from {
             Steer::App
         } else if to_port == HBONE_PORT {
             Steer::Hbone
         } else {
             Steer::Inbound
         }
-    } else if by_lo || pod.owns(from) {
+    } else if by_lo || owns.from {
         Steer::Outbound
     } else {
         Steer::Inbound
@@ -111,12 +137,35 @@ mod tests {
         text.parse::<IpAddr>().expect("an address").into()
     }
 
-    fn pod(addresses: &[&str]) -> Addresses {
-        let mut pod = Addresses::default();
-        for (place, address) in pod.all.iter_mut().zip(addresses) {
-            *place = ip(address);
+    /// What the programs look up in their map of addresses.
+    struct Pod(Vec<Ip>);
+
+    impl Pod {
+        fn owns(&self, ip: &Ip) -> bool {
+            self.0.contains(ip)
         }
-        pod
+
+        fn connect(&self, to: &Ip, foreign: bool) -> Connect {
+            let asked = Asked {
+                foreign,
+                own: self.owns(to),
+                family: self.0.iter().any(|own| own.family() == to.family()),
+                interface: true,
+            };
+            connect(asked, to)
+        }
+
+        fn steer(&self, from: &Ip, to: &Ip, to_port: u16, by_lo: bool) -> Steer {
+            let owns = Owns {
+                from: self.owns(from),
+                to: self.owns(to),
+            };
+            steer(owns, from, to, to_port, by_lo)
+        }
+    }
+
+    fn pod(addresses: &[&str]) -> Pod {
+        Pod(addresses.iter().map(|address| ip(address)).collect())
     }
 
     #[test]
@@ -133,7 +182,7 @@ mod tests {
             "::ffff:127.0.0.1",
             "fd00::5",
         ] {
-            assert_eq!(connect(&pod, &ip(to), false), Connect::Local, "{to}");
+            assert_eq!(pod.connect(&ip(to), false), Connect::Local, "{to}");
         }
         for to in [
             "10.1.0.6",
@@ -142,30 +191,45 @@ mod tests {
             "169.254.169.254",
             "fe80::1",
         ] {
-            assert_eq!(connect(&pod, &ip(to), false), Connect::Capture, "{to}");
+            assert_eq!(pod.connect(&ip(to), false), Connect::Capture, "{to}");
         }
     }
 
     #[test]
     fn a_family_without_an_address_is_refused_not_passed() {
         assert_eq!(
-            connect(&pod(&["10.1.0.5"]), &ip("fd00::6"), false),
+            pod(&["10.1.0.5"]).connect(&ip("fd00::6"), false),
             Connect::Refuse(Reason::NoAddress)
         );
         assert_eq!(
-            connect(&pod(&["fd00::5"]), &ip("1.2.3.4"), false),
+            pod(&["fd00::5"]).connect(&ip("1.2.3.4"), false),
             Connect::Refuse(Reason::NoAddress)
         );
         assert_eq!(
-            connect(&Addresses::default(), &ip("1.2.3.4"), false),
+            pod(&[]).connect(&ip("1.2.3.4"), false),
             Connect::Refuse(Reason::NoAddress)
         );
     }
 
     #[test]
+    fn an_interface_without_an_address_is_refused_not_passed() {
+        let asked = Asked {
+            foreign: false,
+            own: false,
+            family: true,
+            interface: false,
+        };
+        assert_eq!(
+            connect(asked, &ip("1.2.3.4")),
+            Connect::Refuse(Reason::NoRoute)
+        );
+        assert_eq!(connect(asked, &ip("127.0.0.1")), Connect::Local);
+    }
+
+    #[test]
     fn another_pods_process_is_refused_everywhere() {
         assert_eq!(
-            connect(&pod(&["10.1.0.5"]), &ip("127.0.0.1"), true),
+            pod(&["10.1.0.5"]).connect(&ip("127.0.0.1"), true),
             Connect::Refuse(Reason::ForeignCgroup)
         );
     }
@@ -203,7 +267,7 @@ mod tests {
         ];
         for (from, to, port, by_lo, expected) in cases {
             assert_eq!(
-                steer(&pod, &ip(from), &ip(to), port, by_lo),
+                pod.steer(&ip(from), &ip(to), port, by_lo),
                 expected,
                 "{from} > {to}:{port} by_lo={by_lo}"
             );
@@ -230,24 +294,20 @@ mod tests {
         /// Nothing from outside ever reaches the app past the agent.
         #[test]
         fn from_outside_only_the_agent_is_reached(own: Vec<[u8; 4]>, from: [u8; 4], to: [u8; 4], port: u16) {
-            let mut pod = Addresses::default();
-            for (place, octets) in pod.all.iter_mut().zip(&own) {
-                *place = IpAddr::from(*octets).into();
-            }
+            let pod = Pod(own.iter().map(|octets| IpAddr::from(*octets).into()).collect());
             let (from, to) = (Ip::from(IpAddr::from(from)), Ip::from(IpAddr::from(to)));
             if !pod.owns(&from) && !to.is_loopback() && from != to {
-                prop_assert!(matches!(steer(&pod, &from, &to, port, false), Steer::Inbound | Steer::Hbone));
+                prop_assert!(matches!(pod.steer(&from, &to, port, false), Steer::Inbound | Steer::Hbone));
             }
         }
 
         /// What the pod sends elsewhere never reaches a listener of its own.
         #[test]
         fn what_leaves_the_pod_reaches_the_agent(own: [u8; 4], to: [u8; 4], port: u16, by_lo: bool) {
-            let mut pod = Addresses::default();
-            pod.all[0] = IpAddr::from(own).into();
-            let (from, to) = (pod.all[0], Ip::from(IpAddr::from(to)));
+            let (from, to) = (Ip::from(IpAddr::from(own)), Ip::from(IpAddr::from(to)));
+            let pod = Pod(std::vec![from]);
             if !pod.owns(&to) && !to.is_loopback() && !to.is_unspecified() && from != Ip::NONE {
-                prop_assert_eq!(steer(&pod, &from, &to, port, by_lo), Steer::Outbound);
+                prop_assert_eq!(pod.steer(&from, &to, port, by_lo), Steer::Outbound);
             }
         }
 

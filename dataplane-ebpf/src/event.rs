@@ -37,6 +37,8 @@ pub enum Reason {
     NoListener = 5,
     /// A captured socket was sending by another interface than `lo`.
     KeptInside = 6,
+    /// The socket is bound to an interface that has no address of that family.
+    NoRoute = 7,
 }
 
 impl Reason {
@@ -49,6 +51,7 @@ impl Reason {
             4 => Self::ForeignCgroup,
             5 => Self::NoListener,
             6 => Self::KeptInside,
+            7 => Self::NoRoute,
             _ => return None,
         })
     }
@@ -62,6 +65,7 @@ impl Reason {
             Self::ForeignCgroup => "foreign_cgroup",
             Self::NoListener => "no_listener",
             Self::KeptInside => "kept_inside",
+            Self::NoRoute => "no_route",
         }
     }
 }

@@ -1,58 +1,39 @@
-//! What the kernel side knows of an enrolled pod.
+//! What the kernel side knows of enrolled pods.
+//!
+//! The kernel gives an element of a hash map that is removed or replaced to the next update at once,
+//! also while a program on another CPU still holds a reference to it, whether elements are allocated
+//! ahead or not (`bpf_mem_alloc`, since 6.1). So programs decide by whether a key is there, which no
+//! reuse can change, and never by a value; and an entry of a pod that stays is never written anew.
 
 use crate::address::Ip;
 
-/// How many addresses a pod may have; a further one refuses the enrolment.
-pub const ADDRESSES: usize = 8;
+/// How many pods a node has enrolled at once; a further one waits.
+pub const PODS: u32 = 1024;
+/// How many addresses of one pod are known to be its own. What a pod has beyond that is nobody's: it
+/// is captured like any other destination, and refused to who connects to it from outside.
+pub const ADDRESSES: usize = 64;
+/// How many keys all pods have in the map `ADDRESSES`; a pod beyond that waits.
+pub const OWNED: u32 = 65_536;
 
-/// A pod's addresses; unused places are [`Ip::NONE`].
+/// An address that a pod has: a key of the map `ADDRESSES`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Addresses {
-    /// The places.
-    pub all: [Ip; ADDRESSES],
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Owned {
+    /// The cookie of the pod's network namespace.
+    pub netns: u64,
+    /// The address; or [`Ip::family`] of one, for each family of which the pod has any; or
+    /// [`Ip::interface`] for each interface by which it can be captured.
+    pub ip: Ip,
 }
 
-impl Addresses {
-    /// Whether the address is one of the pod's.
-    #[inline(always)]
-    pub fn owns(&self, ip: &Ip) -> bool {
-        let mut found = false;
-        let mut place = 0;
-        // A counted loop without an early exit: the verifier unrolls it.
-        while place < ADDRESSES {
-            found |= self.all[place] == *ip && *ip != Ip::NONE;
-            place += 1;
-        }
-        found
-    }
-
-    /// Whether the pod has an address of this family to send from.
-    #[inline(always)]
-    pub fn has_family(&self, v4: bool) -> bool {
-        let mut found = false;
-        let mut place = 0;
-        while place < ADDRESSES {
-            found |= self.all[place] != Ip::NONE && self.all[place].is_v4() == v4;
-            place += 1;
-        }
-        found
-    }
-}
-
-/// An enrolled pod; the key is the cookie of its network namespace. Written by the agent alone: the
-/// last step of enrolment; said to leave in the first of leaving, and removed in the last.
+/// What a pod's instance of `steer` knows of it. Written once, before the program is attached.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Pod {
-    /// Its addresses.
-    pub addresses: Addresses,
-    /// The id of its cgroup; a process of its namespace in another pod's cgroup is refused.
-    pub cgroup: u64,
-    /// How deep that cgroup is; the root is 0.
-    pub cgroup_level: u32,
-    /// Not 0: nothing new of it is captured any more, and what was stays inside.
-    pub leaving: u32,
+pub struct Steered {
+    /// The cookie of the pod's network namespace.
+    pub netns: u64,
+    /// Its first address, for reports.
+    pub first: Ip,
 }
 
 /// What holds for all pods of the node. Written by the agent.
@@ -81,7 +62,8 @@ pub mod listener {
     pub const COUNT: u32 = 3;
 }
 
-const _: () = assert!(size_of::<Pod>() == 144 && size_of::<Node>() == 32);
+const _: () =
+    assert!(size_of::<Owned>() == 24 && size_of::<Steered>() == 24 && size_of::<Node>() == 32);
 
 #[cfg(feature = "user")]
 mod user {
@@ -90,9 +72,11 @@ mod user {
         reason = "aya asks for the promise that a type is plain bytes"
     )]
     // SAFETY: repr(C), integers only, without padding (sizes asserted above).
-    unsafe impl aya::Pod for super::Pod {}
+    unsafe impl aya::Pod for super::Owned {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Steered {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Node {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::Addresses {}
+    unsafe impl aya::Pod for crate::address::Ip {}
 }

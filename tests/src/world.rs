@@ -376,6 +376,11 @@ impl Default for World {
 }
 
 impl Node {
+    /// Its address on the wire between the first two nodes.
+    pub fn wire_v4(&self) -> IpAddr {
+        IpAddr::from([10, 255, 0, self.number])
+    }
+
     /// A new pod of the namespace `demo`, with its object: label `app: <name>`, service account
     /// `<name>`.
     pub fn pod(&self, world: &World, name: &str) -> Pod {

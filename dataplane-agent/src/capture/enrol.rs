@@ -3,18 +3,22 @@
 //! In: record, settings, routes, listeners, program, and last the entry by which the pod's
 //! connections are marked. Out: the same, backwards.
 
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::sync::{Arc, RwLock};
 
 use dataplane_ebpf::mark;
+use dataplane_ebpf::pod::ADDRESSES;
 
 use super::pins::{self, Pins};
 use super::pods::Clients;
 use super::programs::{Loader, PodProgram};
+use super::room::Window;
+use super::routing::Routing;
 use super::undo::{Record, Records};
 use super::wanted::Desired;
-use super::{CaptureError, Instance, Listeners, LocalPod, attached, routes};
+use super::{CaptureError, Instance, Listeners, LocalPod, attached, named, routes};
 use crate::limits::{Handshakes, PodPlaces};
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Interfaces, Netns};
 use crate::sys::socket;
 
 /// Ports of the listeners in a pod: outbound, inbound in clear, HBONE.
@@ -30,22 +34,11 @@ pub async fn enter(
     loader: &mut Loader,
     records: &Records,
     pins: &Pins,
+    window: &Window,
 ) -> Result<(Arc<LocalPod>, Listeners, PodProgram), CaptureError> {
     let netns = &desired.netns;
     attached::refuse_in_pod(netns, desired.cookie, pins).await?;
-    let interfaces = netns
-        .interfaces()
-        .map_err(|error| CaptureError::Namespace {
-            what: "read addresses",
-            why: error.to_string(),
-        })?;
-    // The pod's own first: connections come from the first one of their family.
-    let mut addresses = desired.addresses.clone();
-    for address in &interfaces.addresses {
-        if !addresses.contains(address) {
-            addresses.push(*address);
-        }
-    }
+    let interfaces = interfaces(desired)?;
     let found = routes::sysctls(netns)?;
     // A predecessor's record tells what was there before *it* came.
     let record = records.of(desired.cookie)?.unwrap_or(Record {
@@ -57,9 +50,12 @@ pub async fn enter(
     });
     records.write(&record)?;
     routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;
-    routes::add(netns, &addresses, &interfaces).await?;
+    // Before the program is there: it takes what is not known to be the pod's for somebody else's.
+    let (addresses, routing) = own(desired, &interfaces, window)?;
+    routes::put(netns, &routing).await?;
     let listeners = listen(netns)?;
-    let mut program = loader.pod(&addresses, &listeners)?;
+    let first = addresses.first().copied();
+    let mut program = loader.pod(desired.cookie, first, &listeners)?;
     program.attach(netns, &pins.pod(desired.cookie))?;
     let ports = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
         .map(|listener| listener.local_addr().map_or(0, |address| address.port()));
@@ -72,11 +68,61 @@ pub async fn enter(
         namespace: desired.namespace.clone(),
         name: desired.name.clone(),
         identity: desired.identity.clone(),
-        addresses,
+        addresses: RwLock::new(addresses),
         netns: netns.clone(),
         clients: Clients::default(),
     };
     Ok((Arc::new(pod), listeners, program))
+}
+
+/// What the pod has on its interfaces now.
+///
+/// # Errors
+/// Its namespace cannot be entered.
+pub fn interfaces(desired: &Desired) -> Result<Interfaces, CaptureError> {
+    let interfaces = desired.netns.interfaces();
+    interfaces.map_err(|error| CaptureError::Namespace {
+        what: "read addresses",
+        why: error.to_string(),
+    })
+}
+
+/// The pod's addresses, as many as are known to be its own: those that the mesh knows it by first,
+/// since connections come from the first one of their family.
+pub fn addresses(desired: &Desired, interfaces: &Interfaces) -> Arc<[IpAddr]> {
+    let mut addresses = desired.addresses.clone();
+    for address in &interfaces.addresses {
+        if !addresses.contains(address) {
+            addresses.push(*address);
+        }
+    }
+    addresses.truncate(ADDRESSES);
+    addresses.into()
+}
+
+/// Tells the kernel what is the pod's own.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn own(
+    desired: &Desired,
+    interfaces: &Interfaces,
+    window: &Window,
+) -> Result<(Arc<[IpAddr]>, Routing), CaptureError> {
+    let addresses = addresses(desired, interfaces);
+    let routing = Routing::of(&addresses, interfaces);
+    let has = interfaces.addresses.len();
+    if has > addresses.len() {
+        tracing::warn!(
+            pod = %named(&desired.uid),
+            has,
+            known = addresses.len(),
+            "pod has more addresses than are known to be its own; connections to the others are refused"
+        );
+    }
+    let mut maps = window.maps();
+    maps.own(desired.cookie, &addresses, routing.interfaces())?;
+    Ok((addresses, routing))
 }
 
 /// Listens in a namespace, for a pod.

@@ -1,6 +1,6 @@
 //! Typed handles on the kernel's maps; the only place that knows their names.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
@@ -8,24 +8,31 @@ use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
-use dataplane_ebpf::pod::{ADDRESSES, Addresses, Node, Pod, listener};
+use dataplane_ebpf::pod::{Node, Owned, Steered, listener};
 
 use super::{CaptureError, Listeners};
 use crate::sys::cgroup::CgroupId;
 
 /// Maps that all programs of a node share; pinned.
-pub const SHARED: [&str; 4] = ["NODE", "COUNTERS", "EVENTS", "AYA_LOGS"];
+pub const SHARED: [&str; 5] = ["NODE", "ADDRESSES", "COUNTERS", "EVENTS", "AYA_LOGS"];
 /// Maps of the programs that are attached to the cgroup; pinned.
-pub const OF_NODE: [&str; 3] = ["PODS", "CGROUPS", "INSIDE"];
+pub const OF_NODE: [&str; 4] = ["PODS", "LEAVING", "CGROUPS", "INSIDE"];
 /// Maps of one pod's program.
 pub const OF_POD: [&str; 2] = ["POD", "LISTENERS"];
 
 /// The maps of the node's programs.
+///
+/// An entry that is right is not written again: the kernel would give the old element to the next
+/// entry while a program still holds it (see [`dataplane_ebpf::pod`]).
 pub struct NodeMaps {
     node: Array<MapData, Node>,
     counters: PerCpuArray<MapData, u64>,
-    pods: HashMap<MapData, u64, Pod>,
+    pods: HashMap<MapData, u64, Ip>,
+    leaving: HashMap<MapData, u64, u32>,
     cgroups: HashMap<MapData, u64, u64>,
+    addresses: HashMap<MapData, Owned, u32>,
+    /// What is in `addresses`, by pod.
+    owned: BTreeMap<u64, BTreeSet<Ip>>,
 }
 
 impl NodeMaps {
@@ -34,11 +41,20 @@ impl NodeMaps {
     /// # Errors
     /// A map is not there, or is not of its kind.
     pub fn take(ebpf: &mut Ebpf) -> Result<Self, CaptureError> {
+        let addresses: HashMap<_, Owned, u32> = take(ebpf, "ADDRESSES")?;
+        let mut owned: BTreeMap<u64, BTreeSet<Ip>> = BTreeMap::new();
+        for key in addresses.keys() {
+            let Owned { netns, ip } = key.map_err(failed("ADDRESSES"))?;
+            owned.entry(netns).or_default().insert(ip);
+        }
         Ok(Self {
             node: take(ebpf, "NODE")?,
             counters: take(ebpf, "COUNTERS")?,
             pods: take(ebpf, "PODS")?,
+            leaving: take(ebpf, "LEAVING")?,
             cgroups: take(ebpf, "CGROUPS")?,
+            addresses,
+            owned,
         })
     }
 
@@ -62,7 +78,7 @@ impl NodeMaps {
         })
     }
 
-    /// From now on the pod's connections are captured. If its cgroup is its `alone`, who is in it and
+    /// From now on the pod's connections are captured; what is its [own](Self::own) is told before. If its cgroup is its `alone`, who is in it and
     /// neither in the pod's namespace nor in the host's is refused.
     ///
     /// # Errors
@@ -70,22 +86,51 @@ impl NodeMaps {
     pub fn enrol(
         &mut self,
         cookie: u64,
-        addresses: &[IpAddr],
+        first: Option<IpAddr>,
         cgroup: CgroupId,
         alone: bool,
     ) -> Result<(), CaptureError> {
-        let pod = Pod {
-            addresses: pack(addresses)?,
-            cgroup: cgroup.id,
-            cgroup_level: cgroup.level,
-            leaving: 0,
-        };
         if alone {
-            self.cgroups
-                .insert(cgroup.id, cookie, 0)
-                .map_err(failed("CGROUPS"))?;
+            ensure(&mut self.cgroups, "CGROUPS", cgroup.id, cookie)?;
         }
-        self.pods.insert(cookie, pod, 0).map_err(failed("PODS"))
+        // For reports alone: not written again where another address was first.
+        if !has(&self.pods, "PODS", cookie)? {
+            let first = first.map_or(Ip::NONE, Ip::from);
+            self.pods.insert(cookie, first, 0).map_err(failed("PODS"))?;
+        }
+        absent(self.leaving.remove(&cookie)).map_err(failed("LEAVING"))
+    }
+
+    /// From now on these are the pod's own addresses, [`dataplane_ebpf::pod::ADDRESSES`] at most, and
+    /// by these interfaces it is captured.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn own(
+        &mut self,
+        cookie: u64,
+        addresses: &[IpAddr],
+        interfaces: impl IntoIterator<Item = Ip>,
+    ) -> Result<(), CaptureError> {
+        let mut want: BTreeSet<Ip> = interfaces.into_iter().collect();
+        for ip in addresses.iter().copied().map(Ip::from) {
+            want.extend([ip, ip.family()]);
+        }
+        let owned = self.owned.entry(cookie).or_default();
+        let key = |ip: &Ip| Owned {
+            netns: cookie,
+            ip: *ip,
+        };
+        for ip in want.difference(&owned.clone()) {
+            let done = self.addresses.insert(key(ip), 1, 0);
+            done.map_err(failed("ADDRESSES"))?;
+            owned.insert(*ip);
+        }
+        for ip in owned.clone().difference(&want) {
+            absent(self.addresses.remove(&key(ip))).map_err(failed("ADDRESSES"))?;
+            owned.remove(ip);
+        }
+        Ok(())
     }
 
     /// From now on its new connections are not captured any more; what runs stays inside.
@@ -93,13 +138,8 @@ impl NodeMaps {
     /// # Errors
     /// The kernel refuses.
     pub fn release(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        match self.pods.get(&cookie, 0) {
-            Ok(pod) => {
-                let pod = Pod { leaving: 1, ..pod };
-                self.pods.insert(cookie, pod, 0).map_err(failed("PODS"))?;
-            }
-            Err(MapError::KeyNotFound) => {}
-            Err(error) => return Err(failed("PODS")(error)),
+        if has(&self.pods, "PODS", cookie)? {
+            ensure(&mut self.leaving, "LEAVING", cookie, 1)?;
         }
         self.disown(cookie)
     }
@@ -123,6 +163,9 @@ impl NodeMaps {
     /// The kernel refuses.
     pub fn forget(&mut self, cookie: u64) -> Result<(), CaptureError> {
         absent(self.pods.remove(&cookie)).map_err(failed("PODS"))?;
+        absent(self.leaving.remove(&cookie)).map_err(failed("LEAVING"))?;
+        self.own(cookie, &[], [])?;
+        self.owned.remove(&cookie);
         self.disown(cookie)
     }
 
@@ -130,7 +173,8 @@ impl NodeMaps {
     pub fn enrolled(&self) -> BTreeSet<u64> {
         let owners = self.cgroups.iter().filter_map(|entry| Some(entry.ok()?.1));
         let pods = self.pods.keys().filter_map(Result::ok);
-        pods.chain(owners).collect()
+        let owned = self.owned.keys().copied();
+        pods.chain(owners).chain(owned).collect()
     }
 
     /// What was counted, over all CPUs, since the programs were first loaded.
@@ -154,17 +198,22 @@ pub fn events(ebpf: &mut Ebpf) -> Result<RingBuf<MapData>, CaptureError> {
     take(ebpf, "EVENTS")
 }
 
-/// Tells a pod's program its addresses and listeners.
+/// Tells a pod's program whose it is, and the listeners.
 ///
 /// # Errors
-/// The kernel refuses; there are too many addresses.
+/// The kernel refuses.
 pub fn fill_pod(
     ebpf: &mut Ebpf,
-    addresses: &[IpAddr],
+    cookie: u64,
+    first: Option<IpAddr>,
     listeners: &Listeners,
 ) -> Result<(), CaptureError> {
-    let mut pod: Array<_, Addresses> = take(ebpf, "POD")?;
-    pod.set(0, pack(addresses)?, 0).map_err(failed("POD"))?;
+    let mut pod: Array<_, Steered> = take(ebpf, "POD")?;
+    let steered = Steered {
+        netns: cookie,
+        first: first.map_or(Ip::NONE, Ip::from),
+    };
+    pod.set(0, steered, 0).map_err(failed("POD"))?;
     let mut sockets: SockMap<MapData> = take(ebpf, "LISTENERS")?;
     for (place, socket) in [
         (listener::OUTBOUND, &listeners.outbound),
@@ -178,15 +227,31 @@ pub fn fill_pod(
     Ok(())
 }
 
-fn pack(addresses: &[IpAddr]) -> Result<Addresses, CaptureError> {
-    if addresses.len() > ADDRESSES {
-        return Err(CaptureError::TooManyAddresses(addresses.len()));
+/// Whether a key is there.
+fn has<V: aya::Pod>(
+    map: &HashMap<MapData, u64, V>,
+    name: &'static str,
+    key: u64,
+) -> Result<bool, CaptureError> {
+    match map.get(&key, 0) {
+        Ok(_) => Ok(true),
+        Err(MapError::KeyNotFound) => Ok(false),
+        Err(error) => Err(failed(name)(error)),
     }
-    let mut packed = Addresses::default();
-    for (place, address) in packed.all.iter_mut().zip(addresses) {
-        *place = Ip::from(*address);
+}
+
+/// Makes an entry what it is to be, if it is not.
+fn ensure<V: aya::Pod + PartialEq>(
+    map: &mut HashMap<MapData, u64, V>,
+    name: &'static str,
+    key: u64,
+    value: V,
+) -> Result<(), CaptureError> {
+    match map.get(&key, 0) {
+        Ok(is) if is == value => Ok(()),
+        Ok(_) | Err(MapError::KeyNotFound) => map.insert(key, value, 0).map_err(failed(name)),
+        Err(error) => Err(failed(name)(error)),
     }
-    Ok(packed)
 }
 
 fn take<T: TryFrom<Map, Error = MapError>>(

@@ -19,6 +19,7 @@ pub mod programs;
 pub mod reconcile;
 pub mod room;
 pub mod routes;
+pub mod routing;
 pub mod undo;
 pub mod uninstall;
 pub mod wanted;
@@ -117,9 +118,6 @@ pub enum CaptureError {
         /// What the kernel says.
         why: String,
     },
-    /// The pod has more addresses than the programs compare.
-    #[error("the pod has {0} addresses; at most {max} can be captured", max = dataplane_ebpf::pod::ADDRESSES)]
-    TooManyAddresses(usize),
     /// The rooms behind this one are gone.
     #[error("the agent is stopping")]
     Stopping,
@@ -140,7 +138,6 @@ impl CaptureError {
             Self::UnknownNode { .. } => "unknown_node",
             Self::File { .. } => "file",
             Self::Namespace { .. } => "namespace",
-            Self::TooManyAddresses(_) => "too_many_addresses",
             Self::Stopping => "stopping",
         }
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use tokio::sync::oneshot;
 
@@ -39,8 +39,9 @@ pub struct LocalPod {
     pub name: Arc<str>,
     /// Who it is; stamped at enrolment, never derived from an address.
     pub identity: Identity,
-    /// Its addresses: all that its namespace has, besides those of loopback and of one link.
-    pub addresses: Vec<IpAddr>,
+    /// Its addresses: those that the mesh knows it by, and all else that its namespace has besides
+    /// those of loopback and of one link. They change as its interfaces do.
+    pub addresses: RwLock<Arc<[IpAddr]>>,
     /// Its network namespace; every connection made for it is made there.
     pub netns: Netns,
     /// The ports of its listeners: the usual three, unless an app had one of them first.
@@ -125,7 +126,7 @@ impl LocalPod {
             namespace: identity.namespace().into(),
             name: "pod".into(),
             identity,
-            addresses,
+            addresses: RwLock::new(addresses.into()),
             netns: Netns::own().expect("/proc is there"),
             clients: Clients::default(),
         })
@@ -133,7 +134,19 @@ impl LocalPod {
 
     /// Whether the address is one of the pod's own.
     pub fn owns(&self, address: IpAddr) -> bool {
-        self.addresses.contains(&address)
+        self.addresses().contains(&address)
+    }
+
+    /// What the pod has now.
+    pub fn addresses(&self) -> Arc<[IpAddr]> {
+        let addresses = self.addresses.read();
+        Arc::clone(&addresses.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The pod has these now.
+    pub fn set_addresses(&self, new: Arc<[IpAddr]>) {
+        let addresses = self.addresses.write();
+        *addresses.unwrap_or_else(PoisonError::into_inner) = new;
     }
 
     /// Remembers a client that is connected in clear, as long as the answer lives. Nothing is to be

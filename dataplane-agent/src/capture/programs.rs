@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::net::IpAddr;
 use std::path::Path;
 
 use aya::programs::links::{FdLink, LinkError};
@@ -79,16 +80,17 @@ impl Loader {
     /// Loads a pod's program, and tells it of the pod.
     ///
     /// # Errors
-    /// As [`Loader::node`]; there are too many addresses.
+    /// As [`Loader::node`].
     pub fn pod(
         &mut self,
-        addresses: &[std::net::IpAddr],
+        cookie: u64,
+        first: Option<IpAddr>,
         listeners: &Listeners,
     ) -> Result<PodProgram, CaptureError> {
         let mut ebpf = self.load("pod", POD)?;
         // In this order: the program names its maps by descriptors, which `fill_pod` closes.
         steer(&mut ebpf)?.load().map_err(refused(OF_POD))?;
-        maps::fill_pod(&mut ebpf, addresses, listeners)?;
+        maps::fill_pod(&mut ebpf, cookie, first, listeners)?;
         Ok(PodProgram { ebpf })
     }
 

@@ -61,7 +61,7 @@ impl Window {
         self.maps().set_log(on)
     }
 
-    fn maps(&self) -> std::sync::MutexGuard<'_, NodeMaps> {
+    pub(super) fn maps(&self) -> std::sync::MutexGuard<'_, NodeMaps> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -97,11 +97,11 @@ struct Pod {
 
 enum InPhase {
     Adopted,
-    Serving(Served),
+    Serving(Box<Served>),
     /// Its listeners linger until then; then the corridor is told.
-    Lingering(Served, Instant),
+    Lingering(Box<Served>, Instant),
     Draining {
-        served: Served,
+        served: Box<Served>,
         idle: oneshot::Receiver<()>,
         until: Instant,
     },
@@ -109,8 +109,8 @@ enum InPhase {
 
 /// What the corridor serves.
 struct Served {
-    instance: Instance,
     desired: Desired,
+    local: Arc<LocalPod>,
     program: PodProgram,
 }
 
@@ -120,7 +120,7 @@ impl InPhase {
         match self {
             Self::Adopted => None,
             Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
-                Some(served.instance)
+                Some(served.local.instance)
             }
         }
     }
@@ -302,7 +302,7 @@ impl Room {
                 "pod is another than it was; its connections are cut"
             );
             let (told, done) = oneshot::channel();
-            let down = PodEvent::Down(served.instance, told);
+            let down = PodEvent::Down(served.local.instance, told);
             pod.phase = InPhase::Adopted;
             self.send(down).await?;
             let _ = done.await;
@@ -312,7 +312,14 @@ impl Room {
 
     async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
         let cookie = desired.cookie;
-        let entered = enrol::enter(&desired, &mut self.loader, &self.records, &self.pins).await;
+        let entered = enrol::enter(
+            &desired,
+            &mut self.loader,
+            &self.records,
+            &self.pins,
+            &self.window,
+        )
+        .await;
         let entered = match entered {
             Ok((pod, listeners, program)) => self
                 .mark(&desired, &pod)
@@ -324,18 +331,18 @@ impl Room {
                 tracing::info!(
                     pod = %format_args!("{}/{}", desired.namespace, desired.name),
                     netns = cookie,
-                    addresses = ?pod.addresses,
+                    addresses = ?pod.addresses(),
                     "pod enrolled"
                 );
                 self.failed.remove(&cookie);
                 let pod_in_room = Pod {
                     record,
                     uid: desired.uid.clone(),
-                    phase: InPhase::Serving(Served {
-                        instance: pod.instance,
+                    phase: InPhase::Serving(Box::new(Served {
                         desired,
+                        local: Arc::clone(&pod),
                         program,
-                    }),
+                    })),
                 };
                 self.pods.insert(cookie, pod_in_room);
                 self.send(PodEvent::Up(pod, listeners)).await
@@ -372,7 +379,7 @@ impl Room {
         let mut maps = self.window.maps();
         maps.enrol(
             desired.cookie,
-            &pod.addresses,
+            pod.addresses().first().copied(),
             desired.cgroup,
             desired.alone,
         )?;

@@ -1,11 +1,4 @@
-//! Policy routes and settings in a pod's network namespace: what keeps marked packets inside.
-//!
-//! | mark | rule and table | route |
-//! |---|---|---|
-//! | CAPTURE | 15001 | `local default dev lo src <pod address>`, and the same for each interface |
-//! | RETURN | 15006 | `local default dev lo` |
-//!
-//! The rules are masked: the application may set bits of its own.
+//! Puts rules, routes and settings in place in a pod's network namespace, and takes them away.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,19 +8,16 @@ use std::path::Path;
 
 use dataplane_ebpf::mark;
 use futures_util::TryStreamExt;
-use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteScope, RouteType};
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType,
+};
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
 use super::CaptureError;
+use super::routing::{CAPTURE, LO, PREFERENCE, RETURN, Route, Routing, Rule, RuleKind};
 use crate::sys::netns::{Interfaces, Netns};
-
-/// Rule and table of captured connections.
-const CAPTURE: u32 = 15001;
-/// Rule and table of the agent's connections to the app.
-const RETURN: u32 = 15006;
-/// `lo`, in every namespace.
-const LO: u32 = 1;
 
 /// Settings that make what answers without a socket carry the mark of what it answers, and so stay
 /// inside. Below `/proc/sys`.
@@ -79,40 +69,25 @@ pub fn set_sysctls<'a>(
         .map_err(namespace("write settings"))
 }
 
-/// Puts rules and routes in place; those that are there stay. `addresses` begin with those that
-/// connections shall come from.
+/// Makes rules and routes what they are to be, and says what was not there.
 ///
 /// # Errors
 /// The namespace cannot be entered; the kernel refuses.
-pub async fn add(
-    netns: &Netns,
-    addresses: &[IpAddr],
-    interfaces: &Interfaces,
-) -> Result<(), CaptureError> {
-    let v4 = addresses.iter().find_map(|address| match address {
-        IpAddr::V4(v4) => Some(*v4),
-        IpAddr::V6(_) => None,
-    });
-    let v6 = addresses.iter().find_map(|address| match address {
-        IpAddr::V6(v6) => Some(*v6),
-        IpAddr::V4(_) => None,
-    });
+pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError> {
     with(netns, "set routes", async |handle| {
-        if let Some(source) = v4 {
-            for (place, index) in outputs(interfaces) {
-                ensure(handle, capture_v4(source, index, place)).await?;
-            }
-            ensure(handle, return_v4()).await?;
-            rules(handle, IpVersion::V4).await?;
+        let is = read(handle, want).await?;
+        let lacks = want.lacks(&is);
+        for route in &lacks.routes {
+            let request = handle.route().add(message(route));
+            request.replace().execute().await?;
         }
-        if let Some(source) = v6 {
-            for (place, index) in outputs(interfaces) {
-                ensure(handle, capture_v6(source, index, place)).await?;
-            }
-            ensure(handle, return_v6()).await?;
-            rules(handle, IpVersion::V6).await?;
+        for rule in &lacks.rules {
+            there(add_rule(handle, rule).await)?;
         }
-        Ok(())
+        for route in want.stale(&is) {
+            gone(handle.route().del(message(&route)).execute().await)?;
+        }
+        Ok(lacks)
     })
     .await
 }
@@ -135,43 +110,25 @@ pub async fn trial(netns: &Netns, address: IpAddr) -> Result<(), CaptureError> {
         handle.link().set(up).execute().await
     })
     .await?;
-    add(netns, &[address], &Interfaces::default()).await
+    let routing = Routing::of(&[address], &Interfaces::default());
+    put(netns, &routing).await.map(|_| ())
 }
 
-/// Takes rules and routes away, however far [`add`] came.
+/// Takes rules and routes away, however far [`put`] came.
 ///
 /// # Errors
 /// The namespace cannot be entered; the kernel refuses.
 pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     with(netns, "remove routes", async |handle| {
         for version in [IpVersion::V4, IpVersion::V6] {
-            let rules: Vec<RuleMessage> = match handle
-                .rule()
-                .get(version.clone())
-                .execute()
-                .try_collect()
-                .await
-            {
-                Ok(rules) => rules,
-                Err(error) if is(&error, libc::EAFNOSUPPORT) || is(&error, libc::EOPNOTSUPP) => {
-                    continue;
+            for rule in rules(handle, version.clone()).await? {
+                if rule_of(&rule).is_some() {
+                    gone(handle.rule().del(rule).execute().await)?;
                 }
-                Err(error) => return Err(error),
-            };
-            for rule in rules.into_iter().filter(is_ours) {
-                handle.rule().del(rule).execute().await?;
             }
-            let all = match version {
-                IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
-                IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
-            };
-            let routes: Vec<RouteMessage> = handle.route().get(all).execute().try_collect().await?;
-            for route in routes.into_iter().filter(|route| table_of(route).is_some()) {
-                match handle.route().del(route).execute().await {
-                    // Gone with its interface.
-                    Err(error) if is(&error, libc::ESRCH) => {}
-                    done => done?,
-                }
+            for route in routes(handle, version).await? {
+                // It may have gone with its interface.
+                gone(handle.route().del(route).execute().await)?;
             }
         }
         Ok(())
@@ -179,93 +136,123 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     .await
 }
 
-/// `lo` first, then the pod's interfaces: a socket that is bound to one is captured as well.
-fn outputs(interfaces: &Interfaces) -> impl Iterator<Item = (u32, u32)> + '_ {
-    let all = std::iter::once(LO).chain(interfaces.indices.iter().copied());
-    (1..).zip(all)
-}
-
-fn capture_v4(source: Ipv4Addr, output: u32, metric: u32) -> RouteMessage {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .table_id(CAPTURE)
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .output_interface(output)
-        .pref_source(source)
-        .priority(metric)
-        .build()
-}
-
-fn capture_v6(source: Ipv6Addr, output: u32, metric: u32) -> RouteMessage {
-    RouteMessageBuilder::<Ipv6Addr>::new()
-        .table_id(CAPTURE)
-        .kind(RouteType::Local)
-        .output_interface(output)
-        .pref_source(source)
-        .priority(metric)
-        .build()
-}
-
-fn return_v4() -> RouteMessage {
-    RouteMessageBuilder::<Ipv4Addr>::new()
-        .table_id(RETURN)
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .output_interface(LO)
-        .build()
-}
-
-fn return_v6() -> RouteMessage {
-    RouteMessageBuilder::<Ipv6Addr>::new()
-        .table_id(RETURN)
-        .kind(RouteType::Local)
-        .output_interface(LO)
-        .build()
-}
-
-async fn ensure(handle: &Handle, route: RouteMessage) -> Result<(), rtnetlink::Error> {
-    there(handle.route().add(route).execute().await)
-}
-
-async fn rules(handle: &Handle, version: IpVersion) -> Result<(), rtnetlink::Error> {
-    for (number, mark) in [(CAPTURE, mark::CAPTURE), (RETURN, mark::RETURN)] {
-        let rule = handle
-            .rule()
-            .add()
-            .table_id(number)
-            .priority(number)
-            .fw_mark(mark)
-            .action(RuleAction::ToTable);
-        let done = match version {
-            IpVersion::V4 => {
-                let mut rule = rule.v4();
-                rule.message_mut()
-                    .attributes
-                    .push(RuleAttribute::FwMask(mark::MASK));
-                rule.execute().await
-            }
-            IpVersion::V6 => {
-                let mut rule = rule.v6();
-                rule.message_mut()
-                    .attributes
-                    .push(RuleAttribute::FwMask(mark::MASK));
-                rule.execute().await
-            }
-        };
-        there(done)?;
+/// What there is of ours, of the families that are wanted.
+async fn read(handle: &Handle, want: &Routing) -> Result<Routing, rtnetlink::Error> {
+    let mut is = Routing::default();
+    for (v4, version) in [(true, IpVersion::V4), (false, IpVersion::V6)] {
+        if want.has(v4) {
+            let rules = rules(handle, version.clone()).await?;
+            is.rules.extend(rules.iter().filter_map(rule_of));
+            let routes = routes(handle, version).await?;
+            is.routes.extend(routes.iter().filter_map(route_of));
+        }
     }
-    Ok(())
+    Ok(is)
 }
 
-fn is_ours(rule: &RuleMessage) -> bool {
-    [(CAPTURE, mark::CAPTURE), (RETURN, mark::RETURN)]
-        .into_iter()
-        .any(|(number, mark)| {
-            let has = |attribute: RuleAttribute| rule.attributes.contains(&attribute);
-            has(RuleAttribute::Priority(number))
-                && has(RuleAttribute::FwMark(mark))
-                && has(RuleAttribute::FwMask(mark::MASK))
-        })
+/// All rules of a family; none where the kernel does not have it.
+async fn rules(handle: &Handle, version: IpVersion) -> Result<Vec<RuleMessage>, rtnetlink::Error> {
+    let rules = handle.rule().get(version).execute().try_collect().await;
+    match rules {
+        Err(error) if is(&error, libc::EAFNOSUPPORT) || is(&error, libc::EOPNOTSUPP) => {
+            Ok(Vec::new())
+        }
+        rules => rules,
+    }
+}
+
+/// All routes of a family that are in our tables.
+async fn routes(
+    handle: &Handle,
+    version: IpVersion,
+) -> Result<Vec<RouteMessage>, rtnetlink::Error> {
+    let all = match version {
+        IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+        IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+    };
+    let mut routes: Vec<RouteMessage> = handle.route().get(all).execute().try_collect().await?;
+    routes.retain(|route| table_of(route).is_some());
+    Ok(routes)
+}
+
+/// The netlink message of a route.
+fn message(route: &Route) -> RouteMessage {
+    let mut message = RouteMessageBuilder::<Ipv4Addr>::new()
+        .table_id(route.table)
+        .kind(RouteType::Local)
+        .output_interface(route.output)
+        .priority(route.output)
+        .build();
+    if route.v4 {
+        message.header.scope = RouteScope::Host;
+    } else {
+        message.header.address_family = AddressFamily::Inet6;
+    }
+    if let Some(source) = route.source {
+        let source = match source {
+            IpAddr::V4(v4) => RouteAddress::Inet(v4),
+            IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+        };
+        message.attributes.push(RouteAttribute::PrefSource(source));
+    }
+    message
+}
+
+/// Which of ours a route is, if it is one.
+fn route_of(message: &RouteMessage) -> Option<Route> {
+    let mut route = Route {
+        v4: message.header.address_family == AddressFamily::Inet,
+        table: table_of(message)?,
+        output: 0,
+        source: None,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(output) => route.output = *output,
+            RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => route.source = Some((*v4).into()),
+            RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => {
+                route.source = Some((*v6).into());
+            }
+            _ => {}
+        }
+    }
+    let local = message.header.kind == RouteType::Local;
+    (local && message.header.destination_prefix_length == 0).then_some(route)
+}
+
+async fn add_rule(handle: &Handle, rule: &Rule) -> Result<(), rtnetlink::Error> {
+    let request = handle
+        .rule()
+        .add()
+        .priority(PREFERENCE)
+        .fw_mark(rule.kind.mark())
+        .table_id(rule.kind.table())
+        .action(RuleAction::ToTable);
+    let masked = RuleAttribute::FwMask(mark::MASK);
+    if rule.v4 {
+        let mut request = request.v4();
+        request.message_mut().attributes.push(masked);
+        request.execute().await
+    } else {
+        let mut request = request.v6();
+        request.message_mut().attributes.push(masked);
+        request.execute().await
+    }
+}
+
+/// Which of ours a rule is, if it is one, whatever its place.
+fn rule_of(message: &RuleMessage) -> Option<Rule> {
+    let has = |attribute: RuleAttribute| message.attributes.contains(&attribute);
+    let kind = RuleKind::ALL.into_iter().find(|kind| {
+        message.header.action == RuleAction::ToTable
+            && has(RuleAttribute::Table(kind.table()))
+            && has(RuleAttribute::FwMark(kind.mark()))
+            && has(RuleAttribute::FwMask(mark::MASK))
+    })?;
+    Some(Rule {
+        v4: message.header.family == AddressFamily::Inet,
+        kind,
+    })
 }
 
 fn table_of(route: &RouteMessage) -> Option<u32> {
@@ -286,6 +273,14 @@ fn there(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     }
 }
 
+/// What is not there is as good as taken away.
+fn gone(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    match done {
+        Err(error) if is(&error, libc::ESRCH) || is(&error, libc::ENOENT) => Ok(()),
+        done => done,
+    }
+}
+
 fn is(error: &rtnetlink::Error, errno: i32) -> bool {
     match error {
         rtnetlink::Error::NetlinkError(message) => message.raw_code() == -errno,
@@ -294,11 +289,11 @@ fn is(error: &rtnetlink::Error, errno: i32) -> bool {
 }
 
 /// Runs `work` with a netlink socket of the namespace, which is closed at the end.
-async fn with(
+async fn with<T>(
     netns: &Netns,
     what: &'static str,
-    work: impl AsyncFnOnce(&Handle) -> Result<(), rtnetlink::Error>,
-) -> Result<(), CaptureError> {
+    work: impl AsyncFnOnce(&Handle) -> Result<T, rtnetlink::Error>,
+) -> Result<T, CaptureError> {
     let (connection, handle, _) = netns
         .enter(rtnetlink::new_connection)
         .and_then(|result| result)

@@ -228,11 +228,11 @@ fn load(folder: &Path, netns: &Netns, listeners: &Listeners) -> Result<(), Captu
     let _lock = pins.make()?;
     let mut loader = Loader::new(&pins);
     let _node = loader.node()?;
-    let mut pod = loader.pod(&[Ipv4Addr::LOCALHOST.into()], listeners)?;
     let cookie = netns.cookie().map_err(|error| CaptureError::Namespace {
         what: "read the cookie",
         why: error.to_string(),
     })?;
+    let mut pod = loader.pod(cookie, None, listeners)?;
     pod.attach(netns, &pins.pod(cookie))
 }
 

@@ -36,7 +36,7 @@ fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
     let mut node = loader.node()?;
     programs::attach(&mut node.ebpf, cgroup, &pins)?;
     let listeners = enrol::listen(netns)?;
-    let mut pod = loader.pod(&["192.0.2.1".parse()?, "2001:db8::1".parse()?], &listeners)?;
+    let mut pod = loader.pod(netns.cookie()?, None, &listeners)?;
     pod.attach(netns, &pins.pod(netns.cookie()?))?;
     let mut text = format!(
         "{:<10} {:<18} {:>6} {:>9} {:>6}  maps\n",

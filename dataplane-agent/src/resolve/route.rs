@@ -63,8 +63,8 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
     let (pod, meant) = match &accepted.direction {
         Direction::InboundHbone { at, .. } => (*at, *at == to.ip()),
         _ => {
-            let first = accepted.pod.addresses.first();
-            (first.copied().unwrap_or(to.ip()), true)
+            let own = accepted.pod.addresses();
+            (own.first().copied().unwrap_or(to.ip()), true)
         }
     };
     if !meant || !accepted.pod.owns(to.ip()) {

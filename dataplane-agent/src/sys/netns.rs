@@ -1,5 +1,6 @@
 //! Network namespaces: held by descriptor, entered by a thread for the length of a call.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
@@ -27,8 +28,8 @@ pub struct Netns {
 pub struct Interfaces {
     /// Addresses that can be reached from outside: neither of loopback nor of one link alone.
     pub addresses: Vec<IpAddr>,
-    /// The interfaces' numbers, in ascending order.
-    pub indices: Vec<u32>,
+    /// The interfaces by their numbers, each with those of the addresses that are its own.
+    pub links: BTreeMap<u32, Vec<IpAddr>>,
 }
 
 impl Netns {
@@ -191,9 +192,11 @@ fn interfaces() -> io::Result<Interfaces> {
         if entry.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
             continue;
         }
-        if let Ok(index) = nix::net::if_::if_nametoindex(entry.interface_name.as_str()) {
-            found.indices.push(index);
-        }
+        // It may have gone since.
+        let Ok(index) = nix::net::if_::if_nametoindex(entry.interface_name.as_str()) else {
+            continue;
+        };
+        let of_link = found.links.entry(index).or_default();
         let Some(address) = entry.address else {
             continue;
         };
@@ -205,11 +208,13 @@ fn interfaces() -> io::Result<Interfaces> {
             continue;
         };
         let of_one_link = matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
-        if !of_one_link && !address.is_loopback() && !found.addresses.contains(&address) {
+        if of_one_link || address.is_loopback() {
+            continue;
+        }
+        of_link.push(address);
+        if !found.addresses.contains(&address) {
             found.addresses.push(address);
         }
     }
-    found.indices.sort_unstable();
-    found.indices.dedup();
     Ok(found)
 }

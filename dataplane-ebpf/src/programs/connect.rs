@@ -2,23 +2,24 @@
 
 use aya_ebpf::helpers::generated::{
     bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_netns_cookie,
-    bpf_setsockopt,
+    bpf_set_retval, bpf_setsockopt,
 };
 use aya_ebpf::macros::cgroup_sock_addr;
 use aya_ebpf::programs::SockAddrContext;
 use aya_log_ebpf::info;
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
-use dataplane_ebpf::decide::{self, Connect};
+use dataplane_ebpf::decide::{self, Asked, Connect};
 use dataplane_ebpf::event::{Event, Reason};
 use dataplane_ebpf::mark;
 
 use crate::context;
-use crate::maps::{count, node, report};
-use crate::node_maps::{CGROUPS, INSIDE, PODS};
+use crate::maps::{count, node, owns, report};
+use crate::node_maps::{CGROUPS, INSIDE, LEAVING, PODS};
 
 const ALLOW: i32 = 1;
 const DENY: i32 = 0;
+const ENETUNREACH: i32 = 101;
 
 /// How deep cgroups are looked at for another pod's; deeper ones belong to what is above them.
 const DEPTH: i32 = 12;
@@ -53,16 +54,20 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     if cgroup == node.agent_cgroup {
         return ALLOW;
     }
-    // SAFETY: the agent replaces entries whole; a reader sees the old one or the new one.
-    let pod = unsafe { PODS.get(netns) }.filter(|pod| pod.leaving == 0);
-    let is_own = node.hosts[0] == netns
-        || node.hosts[1] == netns
-        || pod.is_some_and(|pod| ancestor(pod.cgroup_level as i32) == pod.cgroup);
-    let owner = if is_own { 0 } else { owner() };
-    let foreign = owner != 0 && owner != netns;
-    let decision = match pod {
-        Some(pod) => decide::connect(&pod.addresses, to, foreign),
-        None => decide::connect_elsewhere(to, foreign),
+    let is_pod = PODS.get_ptr(netns).is_some() && LEAVING.get_ptr(netns).is_none();
+    let is_hosts = node.hosts[0] == netns || node.hosts[1] == netns;
+    let other = if is_hosts { 0 } else { other(netns) };
+    let foreign = other != 0;
+    let decision = if is_pod {
+        let asked = Asked {
+            foreign,
+            own: owns(netns, *to),
+            family: owns(netns, to.family()),
+            interface: has_interface(ctx, netns, to.is_v4()),
+        };
+        decide::connect(asked, to)
+    } else {
+        decide::connect_elsewhere(to, foreign)
     };
     if node.log != 0 {
         info!(
@@ -75,7 +80,7 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     }
     let failed = match decision {
         Connect::Local => {
-            if pod.is_some() {
+            if is_pod {
                 count(Counter::Local);
             }
             (!let_go(ctx)).then_some(Reason::MarkFailed)
@@ -91,34 +96,62 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
         return ALLOW;
     };
     count(Counter::Refused);
-    // SAFETY: as above.
-    let whose = pod.or_else(|| unsafe { PODS.get(owner) });
     report(Event {
         netns,
         cgroup,
         to: *to,
-        pod: whose.map_or(Ip::NONE, |pod| pod.addresses.all[0]),
+        pod: first(if is_pod { netns } else { other }),
         reason: reason as u32,
         port: u32::from(port),
     });
+    if let Reason::NoAddress | Reason::NoRoute = reason {
+        // What a pod of one family sees without a mesh; all else is a refusal (`EPERM`).
+        // SAFETY: a helper that takes a number.
+        unsafe { bpf_set_retval(-ENETUNREACH) };
+    }
     DENY
 }
 
-/// The cookie of the namespace of the enrolled pod in whose cgroup the process is; 0 if it is in none,
-/// and counts as its namespace's own.
+/// Whether the socket is bound to no interface, or to one by which it can be captured.
+#[inline(always)]
+fn has_interface(ctx: &SockAddrContext, netns: u64, v4: bool) -> bool {
+    let sk = context::socket(ctx);
+    if sk.is_null() {
+        return false;
+    }
+    // SAFETY: not null, and the verifier allows this field.
+    let index = unsafe { (*sk).bound_dev_if };
+    matches!(index, 0 | context::LO) || owns(netns, Ip::interface(index, v4))
+}
+
+/// A pod's first address, for a report.
+#[inline(always)]
+fn first(netns: u64) -> Ip {
+    // SAFETY: only copied, and nothing is decided by it: what is seen while the element is being
+    // reused is a wrong address in a report.
+    unsafe { PODS.get(netns) }.copied().unwrap_or(Ip::NONE)
+}
+
+/// The cookie of the namespace of another enrolled pod in whose cgroup the process is; 0 if it is in
+/// none, or in one of `netns` too, and counts as that namespace's own.
 #[inline(never)]
-fn owner() -> u64 {
+fn other(netns: u64) -> u64 {
+    let mut other = 0;
     for level in 1..=DEPTH {
         let cgroup = ancestor(level);
         if cgroup == 0 {
-            return 0;
+            break;
         }
-        // SAFETY: only copied; no reference outlives the call.
+        // SAFETY: only copied; what is seen while the element is being reused is another pod's
+        // namespace, for which the connect is refused.
         if let Some(owner) = unsafe { CGROUPS.get(cgroup) } {
-            return *owner;
+            if *owner == netns {
+                return 0;
+            }
+            other = *owner;
         }
     }
-    0
+    other
 }
 
 /// The cgroup above the process's own at a level; 0 where it is not so deep.

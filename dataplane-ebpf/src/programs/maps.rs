@@ -1,14 +1,21 @@
 //! Maps that all programs of a node share, and what they write to them.
 
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
+use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::event::Event;
-use dataplane_ebpf::pod::Node;
+use dataplane_ebpf::pod::{self, Node, Owned};
 
 /// What holds for all pods; one entry, written by the agent.
 #[map]
 static NODE: Array<Node> = Array::with_max_entries(1, 0);
+
+/// The pods' addresses. Written by the agent: before the pod is in `PODS`, and as its interfaces
+/// change. When it is full, enrolment fails.
+#[map]
+static ADDRESSES: HashMap<Owned, u32> = HashMap::with_max_entries(pod::OWNED, BPF_F_NO_PREALLOC);
 
 /// Counts, a slot per [`Counter`]; written here, read by the agent.
 #[map]
@@ -22,6 +29,13 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 #[inline(always)]
 pub(crate) fn node() -> Node {
     NODE.get(0).copied().unwrap_or_default()
+}
+
+/// Whether the pod of this network namespace has the address, or what stands for a family or an
+/// interface.
+#[inline(always)]
+pub(crate) fn owns(netns: u64, ip: Ip) -> bool {
+    ADDRESSES.get_ptr(Owned { netns, ip }).is_some()
 }
 
 /// Counts one.

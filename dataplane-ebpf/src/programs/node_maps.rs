@@ -3,14 +3,24 @@
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::HashMap;
-use dataplane_ebpf::pod::Pod;
+use dataplane_ebpf::address::Ip;
+use dataplane_ebpf::pod;
 
-/// Enrolled pods by the cookie of their network namespace. Written by the agent: the last step of
-/// enrolment, the first and the last of leaving. When it is full, enrolment fails.
+/// Enrolled pods by the cookie of their network namespace, with the first address, for reports.
+/// Written by the agent: the last step of enrolment, removed in the last of leaving. When it is full,
+/// enrolment fails.
 #[map]
-pub(crate) static PODS: HashMap<u64, Pod> = HashMap::with_max_entries(1024, 0);
+pub(crate) static PODS: HashMap<u64, Ip> = HashMap::with_max_entries(pod::PODS, 0);
 
-/// Cgroups of enrolled pods, with the cookie of the network namespace that they belong to.
+/// Those of them that leave: nothing new of such a pod is captured any more, and what was stays
+/// inside. When it is full, the pod stays captured.
+#[map]
+pub(crate) static LEAVING: HashMap<u64, u32> = HashMap::with_max_entries(pod::PODS, 0);
+
+/// Cgroups of enrolled pods, with the cookie of the network namespace that they belong to. The value
+/// is read, unlike those of others: a program that is interrupted between the look and the read may
+/// see the owner of the next cgroup in place of one that has just left, and refuses what it could
+/// have let pass a moment later.
 #[map]
 pub(crate) static CGROUPS: HashMap<u64, u64> = HashMap::with_max_entries(1024, 0);
 

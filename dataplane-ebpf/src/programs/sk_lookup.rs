@@ -7,20 +7,20 @@ use aya_ebpf::maps::{Array, SockMap};
 use aya_ebpf::programs::SkLookupContext;
 use aya_log_ebpf::info;
 use dataplane_ebpf::counter::Counter;
-use dataplane_ebpf::decide::{self, Steer};
+use dataplane_ebpf::decide::{self, Owns, Steer};
 use dataplane_ebpf::event::{Event, Reason};
-use dataplane_ebpf::pod::{Addresses, listener};
+use dataplane_ebpf::pod::{Steered, listener};
 
 use crate::context::{self, Syn};
-use crate::maps::{count, node, report};
+use crate::maps::{count, node, owns, report};
 
 /// The agent's listeners in this pod. Written by the agent; a listener that is closed leaves.
 #[map]
 static LISTENERS: SockMap = SockMap::with_max_entries(listener::COUNT, 0);
 
-/// The pod's addresses; one entry, written by the agent before it attaches the program.
+/// Whose instance this is; one entry, written by the agent before it attaches the program.
 #[map]
-static POD: Array<Addresses> = Array::with_max_entries(1, 0);
+static POD: Array<Steered> = Array::with_max_entries(1, 0);
 
 /// Fails closed: without a listener of the agent the SYN is dropped. Passing it would give the
 /// pod's own wildcard listener traffic that no policy has seen.
@@ -38,7 +38,11 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
     let Some(pod) = POD.get(0) else {
         return SK_DROP; // an array has its entries from the start
     };
-    let steer = decide::steer(pod, &from, &to, to_port, by_lo);
+    let owns = Owns {
+        from: owns(pod.netns, from),
+        to: owns(pod.netns, to),
+    };
+    let steer = decide::steer(owns, &from, &to, to_port, by_lo);
     if node().log != 0 {
         info!(
             &ctx,
@@ -53,10 +57,10 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
     if LISTENERS.redirect_sk_lookup(&ctx, place, 0).is_err() {
         count(Counter::NoListener);
         report(Event {
-            netns: 0,
+            netns: pod.netns,
             cgroup: 0,
             to,
-            pod: pod.all[0],
+            pod: pod.first,
             reason: Reason::NoListener as u32,
             port: u32::from(to_port),
         });

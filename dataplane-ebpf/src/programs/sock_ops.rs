@@ -32,9 +32,9 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
     if !mark::stays_inside(unsafe { (*sk).mark }) {
         return 0;
     }
-    // SAFETY: a helper that reads the context; the entry is not read.
-    let of_pod = unsafe { PODS.get(bpf_get_netns_cookie(ctx.ops.cast())) }.is_some();
-    if of_pod {
+    // SAFETY: a helper that reads the context.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
+    if PODS.get_ptr(netns).is_some() {
         let mut yes = 1_u32;
         // SAFETY: not null; the initial value lives on this stack.
         let stored = unsafe {

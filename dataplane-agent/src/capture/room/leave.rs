@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::super::undo::Record;
 use super::super::{CaptureError, PodEvent, enrol, named, pins};
-use super::{InPhase, LINGER, Pod, RETRY, Room};
+use super::{InPhase, LINGER, Pod, RETRY, Room, Served};
 
 impl Room {
     /// The first step out.
@@ -46,27 +46,11 @@ impl Room {
                 return Ok(());
             }
         };
-        let (uid, instance, desired) = (pod.uid.clone(), served.instance, &served.desired);
-        let attached = served
-            .program
-            .attach(&desired.netns, &self.pins.pod(cookie))
-            .and_then(|()| {
-                let addresses = desired
-                    .netns
-                    .interfaces()
-                    .map(|interfaces| interfaces.addresses)
-                    .unwrap_or_default();
-                let mut all = desired.addresses.clone();
-                all.extend(
-                    addresses
-                        .into_iter()
-                        .filter(|address| !desired.addresses.contains(address)),
-                );
-                self.window
-                    .maps()
-                    .enrol(cookie, &all, desired.cgroup, desired.alone)
-            });
-        pod.phase = InPhase::Serving(served);
+        let (uid, instance) = (pod.uid.clone(), served.local.instance);
+        let attached = self.again_captured(&mut served);
+        if let Some(pod) = self.pods.get_mut(&cookie) {
+            pod.phase = InPhase::Serving(served);
+        }
         match attached {
             Ok(()) => tracing::info!(pod = %named(&uid), "pod enrolled again"),
             Err(error) => {
@@ -82,6 +66,18 @@ impl Room {
         }
     }
 
+    fn again_captured(&self, served: &mut Served) -> Result<(), CaptureError> {
+        let (desired, local) = (&served.desired, &served.local);
+        let interfaces = enrol::interfaces(desired)?;
+        let (addresses, _) = enrol::own(desired, &interfaces, &self.window)?;
+        let pin = self.pins.pod(desired.cookie);
+        served.program.attach(&desired.netns, &pin)?;
+        let first = addresses.first().copied();
+        local.set_addresses(addresses);
+        let mut maps = self.window.maps();
+        maps.enrol(desired.cookie, first, desired.cgroup, desired.alone)
+    }
+
     /// Takes those that leave one step further.
     pub(super) async fn go_on(&mut self) -> Result<(), CaptureError> {
         let now = Instant::now();
@@ -93,7 +89,7 @@ impl Room {
             match &mut pod.phase {
                 InPhase::Lingering(served, until) if *until <= now => {
                     let (told, idle) = oneshot::channel();
-                    let instance = served.instance;
+                    let instance = served.local.instance;
                     if let InPhase::Lingering(served, _) =
                         std::mem::replace(&mut pod.phase, InPhase::Adopted)
                     {

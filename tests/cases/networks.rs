@@ -1,0 +1,182 @@
+//! Pods with more than the one network that the mesh knows them by, and with rules of their own: what
+//! a connection by another network looks like is what it looks like without a mesh.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::net::SocketAddr;
+
+use dataplane_tests::{Pair, Pod, World, eventually};
+
+const PORT: u16 = 7000;
+
+/// A wire between two pods, beside the one that each has with its node: `192.168.<number>.1` and `.2`.
+fn network(one: &Pod, two: &Pod, number: u8) -> SocketAddr {
+    let name = format!("net{number}");
+    one.netns.ip(&format!(
+        "link add {name} type veth peer name {name} netns {}\n\
+         addr add 192.168.{number}.1/24 dev {name}\n\
+         link set {name} up\n",
+        two.netns.name
+    ));
+    two.netns.ip(&format!(
+        "addr add 192.168.{number}.2/24 dev {name}\n\
+         link set {name} up\n"
+    ));
+    format!("192.168.{number}.2:{PORT}")
+        .parse()
+        .expect("an address")
+}
+
+/// Both pods on two networks from the start.
+fn pair_with_a_network() -> (Pair, SocketAddr) {
+    let world = World::new();
+    let nodes = world.two_nodes();
+    let client = nodes.0.bare(&world, "demo", "client");
+    let server = nodes.1.bare(&world, "demo", "server");
+    let second = network(&client, &server, 77);
+    world.manifests.pod(&nodes.0.object(&client));
+    world.manifests.pod(&nodes.1.object(&server));
+    let (one, two) = (world.agent(&nodes.0), world.agent(&nodes.1));
+    one.up(&["client"]);
+    two.up(&["server"]);
+    let pair = Pair {
+        client,
+        server,
+        one,
+        two,
+        nodes,
+        world,
+    };
+    pair.know_each_other();
+    (pair, second)
+}
+
+#[test]
+fn a_socket_that_is_bound_to_an_interface_goes_by_its_network() {
+    let (pair, second) = pair_with_a_network();
+    let _app = pair.server.serve(PORT);
+    let captured = pair.one.counter("captured");
+    for options in [&[][..], &["device=net77"]] {
+        let answer = pair.client.ask_with(second, "x", options);
+        assert_eq!(answer, Ok("192.168.77.1 x".into()), "{options:?}");
+    }
+    assert!(pair.one.counter("captured") >= captured + 2);
+}
+
+#[test]
+fn an_interface_without_an_address_refuses_at_once_what_is_bound_to_it() {
+    let (pair, _) = pair_with_a_network();
+    let _app = pair.server.serve(PORT);
+    pair.client
+        .netns
+        .ip("link add bare type veth peer name other\nlink set bare up\n");
+    let answer = pair
+        .client
+        .ask_with(pair.server.at(PORT), "x", &["device=bare"]);
+    let why = answer.expect_err("there is no way");
+    assert!(why.contains("unreachable"), "{why}");
+    pair.one
+        .logs(&["no_route", &pair.server.at(PORT).to_string()]);
+}
+
+#[test]
+fn c2_rules_of_the_apps_own_do_not_come_before_capture() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    // With a preference of its own, and with the one that the kernel gives to a rule without.
+    for rule in ["pref 100 from all lookup 77", "from all lookup 77"] {
+        pair.client.netns.ip(&format!(
+            "route add default via 169.254.1.1 dev eth0 onlink table 77\n\
+             rule add {rule}\n"
+        ));
+        let answer = pair.client.ask(pair.server.at(PORT), "x");
+        assert_eq!(answer, Ok(format!("{} x", pair.client.v4)), "{rule}");
+        pair.client
+            .netns
+            .ip(&format!("rule del {rule}\nroute flush table 77\n"));
+    }
+}
+
+#[test]
+fn a_pod_with_many_addresses_is_captured_and_all_are_its_own() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let client = one.bare(&world, "demo", "client");
+    let server = two.bare(&world, "demo", "server");
+    for number in 1..=40 {
+        client
+            .netns
+            .ip(&format!("addr add 10.100.0.{number}/32 dev eth0\n"));
+    }
+    world.manifests.pod(&one.object(&client));
+    world.manifests.pod(&two.object(&server));
+    let mut agent = world.agent(&one);
+    let other = world.agent(&two);
+    agent.up(&["client"]);
+    other.up(&["server"]);
+    let (_app, _own) = (server.serve(PORT), client.serve(PORT));
+    eventually("both are in the mesh", 10, || agent.tunnelled() >= 2);
+    let own: SocketAddr = format!("10.100.0.40:{PORT}").parse().expect("an address");
+    for _ in 0..2 {
+        let captured = agent.counter("captured");
+        assert!(client.ask(own, "to itself").is_ok());
+        assert_eq!(agent.counter("captured"), captured, "its own address");
+        assert!(client.ask(server.at(PORT), "out").is_ok());
+        assert_eq!(agent.counter("captured"), captured + 1);
+        agent.kill();
+        agent.restart();
+        agent.up(&["client"]);
+    }
+}
+
+#[test]
+fn c1_beyond_as_many_addresses_as_are_known_a_pod_stays_captured() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let client = one.bare(&world, "demo", "client");
+    let outsider = two.bare(&world, "outside", "outsider");
+    for number in 1..=90 {
+        client
+            .netns
+            .ip(&format!("addr add 10.100.0.{number}/32 dev eth0\n"));
+    }
+    world.manifests.pod(&one.object(&client));
+    let agent = world.agent(&one);
+    agent.up(&["client"]);
+    agent.logs(&["more addresses than are known to be its own"]);
+    let (_app, _own) = (outsider.serve(PORT), client.serve(PORT));
+    let captured = agent.counter("captured");
+    assert!(client.ask(outsider.at(PORT), "out").is_ok());
+    assert_eq!(agent.counter("captured"), captured + 1);
+    // From outside, one that is known is served, and one too many is refused.
+    two.netns
+        .ip(&format!("route add 10.100.0.0/16 via {}\n", one.wire_v4()));
+    one.netns
+        .ip(&format!("route add 10.100.0.0/16 dev {}\n", client.veth));
+    let at = |number: u8| SocketAddr::from(([10, 100, 0, number], PORT));
+    assert!(outsider.ask(at(1), "known").is_ok());
+    assert_eq!(outsider.ask(at(90), "one too many"), Err("reset".into()));
+}
+
+#[test]
+fn a_family_without_an_address_is_unreachable_as_it_is_without_a_mesh() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let server = two.bare(&world, "outside", "server");
+    let client = one.bare(&world, "demo", "client");
+    let bare = one.bare(&world, "outside", "bare");
+    for pod in [&client, &bare] {
+        let own = format!("addr del {}/128 dev eth0\n", pod.v6);
+        pod.netns.ip(&own);
+    }
+    let mut object = one.object(&client);
+    object.addresses.truncate(1);
+    world.manifests.pod(&object);
+    let agent = world.agent(&one);
+    agent.up(&["client"]);
+    let without = bare.ask(server.at6(PORT), "x").expect_err("no way");
+    let with = client.ask(server.at6(PORT), "x").expect_err("no way");
+    assert!(with.contains("unreachable"), "{with}");
+    assert_eq!(with, without);
+    assert!(agent.counter("refused") > 0);
+}
