@@ -1,7 +1,6 @@
 //! What the kernel programs report: events of the ring buffer, and their log.
 
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use aya::maps::{MapData, RingBuf};
@@ -11,8 +10,8 @@ use dataplane_ebpf::event::{Event, Reason};
 use super::seldom::Seldom;
 use crate::sys::readiness;
 
-/// Between two looks at the programs' log; it is written in bursts.
-const LOG_LOOK: Duration = Duration::from_millis(100);
+/// Between two looks at the programs' log, while it is written.
+const BURST: Duration = Duration::from_millis(100);
 
 /// How many events are read before others on this thread have their turn.
 const AT_ONCE: usize = 64;
@@ -50,13 +49,24 @@ pub async fn events(ring: RingBuf<MapData>) {
 
 /// Passes the programs' log on. Runs until it is dropped.
 pub async fn log(logger: Option<EbpfLogger<&'static dyn ::log::Log>>) {
-    let Some(mut logger) = logger else {
+    let Some(logger) = logger else {
         return std::future::pending().await;
     };
-    debug_assert!(logger.as_raw_fd() >= 0);
+    let mut logger = match readiness::readable(logger) {
+        Ok(logger) => logger,
+        Err(error) => {
+            tracing::error!(%error, "the kernel programs' log cannot be read");
+            return std::future::pending().await;
+        }
+    };
     loop {
-        logger.flush();
-        tokio::time::sleep(LOG_LOOK).await;
+        let Ok(mut ready) = logger.readable_mut().await else {
+            return;
+        };
+        ready.get_inner_mut().flush();
+        ready.clear_ready();
+        // It is written in bursts, of which each line would wake this thread.
+        tokio::time::sleep(BURST).await;
     }
 }
 

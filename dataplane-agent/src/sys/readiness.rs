@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::fd::AsRawFd;
 
 use aya::maps::{MapData, RingBuf};
+use aya_log::EbpfLogger;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -13,6 +14,7 @@ pub trait Owner: AsRawFd {}
 
 impl Owner for TcpListener {}
 impl Owner for RingBuf<MapData> {}
+impl<T: log::Log> Owner for EbpfLogger<T> {}
 
 /// Watches a descriptor for something to read, on this thread's runtime.
 ///
