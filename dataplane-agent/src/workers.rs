@@ -275,6 +275,7 @@ impl Worker {
     fn new(number: usize, doors: Vec<Door>, shared: Shared) -> Self {
         let means = Rc::new(OfNode {
             certs: shared.certs.clone(),
+            places: shared.places.clone(),
         });
         let pool = Pool::new(means.clone(), IDLE);
         Self {

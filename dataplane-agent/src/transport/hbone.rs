@@ -18,6 +18,7 @@ use crate::drain::Scope;
 use crate::hbone::readahead::ReadAhead;
 use crate::hbone::{self, headers, keepalive};
 use crate::identity::Identity;
+use crate::limits::Place;
 
 /// What a CONNECT says.
 #[derive(Clone, Debug)]
@@ -41,6 +42,8 @@ pub struct Tunnel {
     pub(super) closed: Cell<bool>,
     /// When the last stream ended.
     pub(super) idle_since: Cell<Instant>,
+    /// Its place among the pod's connections.
+    _place: Place,
 }
 
 /// Why a stream was not opened.
@@ -61,6 +64,7 @@ pub async fn dial(
     pod: &LocalPod,
     to: SocketAddr,
     expected: &[Identity],
+    place: Place,
     scope: &Scope,
 ) -> Result<std::rc::Rc<Tunnel>, TransportError> {
     let tls = means.client(pod, expected);
@@ -102,6 +106,7 @@ pub async fn dial(
         streams: Cell::new(0),
         closed: Cell::new(false),
         idle_since: Cell::new(Instant::now()),
+        _place: place,
     });
     let driven = std::rc::Rc::downgrade(&tunnel);
     scope.spawn(async move {

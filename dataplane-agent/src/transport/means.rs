@@ -10,12 +10,15 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::Means;
 use crate::authorize::LocalPod;
 use crate::identity::{Certs, Identity};
+use crate::limits::{Full, Kind, NodePlaces, Place};
 
 /// Of this node.
 #[derive(Clone, Debug)]
 pub struct OfNode {
     /// The pods' certificates.
     pub certs: Certs,
+    /// How many connections there may be.
+    pub places: NodePlaces,
 }
 
 impl Means for OfNode {
@@ -54,5 +57,8 @@ impl Means for OfNode {
             let client = certificate.and_then(|certificate| certificate.client(expected));
             client.map_err(|error| error.to_string())
         })
+    }
+    fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
+        self.places.take(&pod.places, Kind::Outbound)
     }
 }

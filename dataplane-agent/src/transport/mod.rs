@@ -21,6 +21,7 @@ pub use pool::Pool;
 
 use crate::authorize::LocalPod;
 use crate::identity::Identity;
+use crate::limits::{Full, Place};
 use crate::observe::{Failure, Flag};
 
 /// What transport borrows: connections from a pod's network namespace, and TLS in its name.
@@ -44,6 +45,11 @@ pub trait Means {
         pod: &'a LocalPod,
         expected: &'a [Identity],
     ) -> LocalBoxFuture<'a, Result<Arc<rustls::ClientConfig>, String>>;
+    /// A place for one more tunnel of the pod.
+    ///
+    /// # Errors
+    /// There are as many connections as may be.
+    fn place(&self, pod: &LocalPod) -> Result<Place, Full>;
 }
 
 /// Why a connection was not carried to its end. Cloned to all that waited for the same tunnel.
@@ -73,6 +79,9 @@ pub enum TransportError {
     /// Bytes stopped moving for another reason than a reset.
     #[error(transparent)]
     Relay(Arc<relay::RelayError>),
+    /// There are as many connections as may be, so that there is no place for a tunnel.
+    #[error(transparent)]
+    Full(#[from] Full),
     /// Policy no longer allows it.
     #[error("connection closed due to policy change")]
     Revoked,
@@ -81,7 +90,7 @@ pub enum TransportError {
 impl Failure for TransportError {
     fn flag(&self) -> Flag {
         match self {
-            Self::Connect(_) | Self::Status(_) | Self::Relay(_) => Flag::Connect,
+            Self::Connect(_) | Self::Status(_) | Self::Relay(_) | Self::Full(_) => Flag::Connect,
             Self::Blocked(_) => Flag::NetworkPolicy,
             Self::Tls(_) => Flag::TlsFailure,
             Self::Identity(_) => Flag::IdentityError,
@@ -99,6 +108,7 @@ impl Failure for TransportError {
             Self::H2(_) => "h2",
             Self::Status(_) => "status",
             Self::Relay(_) => "relay",
+            Self::Full(full) => full.reason(),
             Self::Revoked => "revoked",
         }
     }

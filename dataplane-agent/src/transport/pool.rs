@@ -18,6 +18,7 @@ use crate::authorize::{Instance, LocalPod};
 use crate::drain::Scope;
 use crate::hbone::CLIENT_STREAMS;
 use crate::identity::Identity;
+use crate::limits::{Full, Place};
 
 /// What connections must have in common to share a tunnel. The destination's uid is in it so that
 /// an address used again never gets the old pod's tunnel; the source is a pod and not an identity,
@@ -94,15 +95,27 @@ impl Pool {
     pub async fn release_idle(self: Rc<Self>) {
         loop {
             tokio::time::sleep(self.idle / 4).await;
-            self.ways.borrow_mut().retain(|_, way| {
-                way.tunnels.retain(|tunnel| {
-                    let idle =
-                        tunnel.streams() == 0 && tunnel.idle_since.get().elapsed() >= self.idle;
-                    !tunnel.closed.get() && !idle
-                });
-                !way.tunnels.is_empty() || !way.dials.is_empty()
-            });
+            self.release(self.idle);
         }
+    }
+
+    /// Closes what has carried nothing for so long.
+    fn release(&self, long: Duration) {
+        self.ways.borrow_mut().retain(|_, way| {
+            way.tunnels.retain(|tunnel| {
+                let idle = tunnel.streams() == 0 && tunnel.idle_since.get().elapsed() >= long;
+                !tunnel.closed.get() && !idle
+            });
+            !way.tunnels.is_empty() || !way.dials.is_empty()
+        });
+    }
+
+    /// A place for one more tunnel: where there is none, idle ones give way.
+    fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
+        self.means.place(pod).or_else(|_| {
+            self.release(Duration::ZERO);
+            self.means.place(pod)
+        })
     }
 
     /// Forgets a pod's tunnels; the pod's scope ends them.
@@ -192,7 +205,11 @@ impl Pool {
         let (pod, in_scope) = (Arc::clone(pod), scope.clone());
         scope.spawn(async move {
             let Key { to, expected, .. } = &guard.key;
-            let end = dial(&*guard.pool.means, &pod, *to, expected, &in_scope).await;
+            let means = &*guard.pool.means;
+            let end = match guard.pool.place(&pod) {
+                Ok(place) => dial(means, &pod, *to, expected, place, &in_scope).await,
+                Err(full) => Err(full.into()),
+            };
             if let Ok(tunnel) = &end
                 && let Some(way) = guard.pool.ways.borrow_mut().get_mut(&guard.key)
             {

@@ -23,6 +23,7 @@ use crate::authorize::LocalPod;
 use crate::drain::Scope;
 use crate::hbone::readahead::ReadAhead;
 use crate::identity::{Certs, Identity, IdentityError, Issued, Issuer};
+use crate::limits::{Full, Kind, NodePlaces, Place};
 
 #[derive(Default)]
 struct Counted {
@@ -266,6 +267,7 @@ struct Loopback {
     certs: Certs,
     peer: SocketAddr,
     dials: Cell<usize>,
+    places: NodePlaces,
 }
 
 impl Means for Loopback {
@@ -296,6 +298,9 @@ impl Means for Loopback {
                 .and_then(|own| own.client(expected))
                 .map_err(|error| error.to_string())
         })
+    }
+    fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
+        self.places.take(&pod.places, Kind::Outbound)
     }
 }
 
@@ -373,6 +378,7 @@ async fn pool(
         certs: certs.clone(),
         peer: listener.local_addr().expect("an address"),
         dials: Cell::new(0),
+        places: NodePlaces::new(100),
     });
     let pool = Pool::new(means.clone(), Duration::from_secs(60));
     (
@@ -413,6 +419,41 @@ fn more_streams_than_a_tunnel_has_room_for_get_another_one() {
                 assert!(all.iter().all(Result::is_ok));
                 assert_eq!(means.dials.get(), 2);
             }
+            () = peer => panic!("the peer ended"),
+        }
+    });
+}
+
+#[test]
+fn an_idle_tunnel_gives_its_place_to_a_new_one_and_a_busy_one_does_not() {
+    run(async {
+        let (_, usual, scope, peer) = pool(200, usize::MAX).await;
+        let means = Rc::new(Loopback {
+            certs: usual.certs.clone(),
+            peer: usual.peer,
+            dials: Cell::new(0),
+            // Of four a pod has two: as many as are left.
+            places: NodePlaces::new(4),
+        });
+        let pool = Pool::new(means.clone(), Duration::from_secs(60));
+        let (pod, connect) = (pod(), connect());
+        let to = |port: u16| Key {
+            to: SocketAddr::new([192, 0, 2, 1].into(), port),
+            ..key(&pod, "server")
+        };
+        let asked = async {
+            let busy = pool.connect(&to(1), &pod, &scope, &connect).await;
+            let idle = pool.connect(&to(2), &pod, &scope, &connect).await;
+            drop(idle.expect("connected"));
+            let third = pool.connect(&to(3), &pod, &scope, &connect).await;
+            assert!(busy.is_ok() && third.is_ok());
+            assert_eq!((means.dials.get(), pool.tunnels()), (3, 2));
+            let full = pool.connect(&to(4), &pod, &scope, &connect).await;
+            let full = full.expect_err("none is idle");
+            assert!(matches!(full, TransportError::Full(Full::Node)), "{full}");
+        };
+        tokio::select! {
+            () = asked => {}
             () = peer => panic!("the peer ended"),
         }
     });
