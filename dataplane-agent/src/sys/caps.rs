@@ -29,6 +29,11 @@ pub fn missing() -> Vec<(Capability, &'static str)> {
         .collect()
 }
 
+/// Whether it may see which network namespace other processes are in.
+pub fn may_see_processes() -> bool {
+    caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_PTRACE).unwrap_or(false)
+}
+
 /// Gives up all that is not needed, for good.
 ///
 /// # Errors

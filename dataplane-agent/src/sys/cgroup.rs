@@ -51,6 +51,22 @@ pub fn id(root: &Path, folder: &Path) -> io::Result<CgroupId> {
     })
 }
 
+/// The processes in a group and in those below it; 0 is one that cannot be named here.
+///
+/// # Errors
+/// One of the folders cannot be read.
+pub fn members(folder: &Path) -> io::Result<Vec<u32>> {
+    let text = fs::read_to_string(folder.join("cgroup.procs"))?;
+    let mut members: Vec<u32> = text.lines().map(|pid| pid.parse().unwrap_or(0)).collect();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            members.extend(self::members(&entry.path())?);
+        }
+    }
+    Ok(members)
+}
+
 /// The folder of this process's group; none if that is outside of what our cgroup namespace shows.
 ///
 /// # Errors

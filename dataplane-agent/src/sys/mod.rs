@@ -8,6 +8,7 @@ pub mod hooks;
 pub mod limits;
 pub mod memory;
 pub mod netns;
+pub mod processes;
 pub mod readiness;
 pub mod socket;
 pub mod verifier;
