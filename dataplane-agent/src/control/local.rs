@@ -370,7 +370,7 @@ impl Config {
 fn local(workload: &Workload) -> LocalPodSpec {
     LocalPodSpec {
         uid: workload.uid.clone(),
-        pod_uid: workload.uid.clone(),
+        pod_uid: "".into(),
         namespace: workload.namespace.clone(),
         name: workload.name.clone(),
         service_account: workload.service_account.clone(),

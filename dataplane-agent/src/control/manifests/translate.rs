@@ -73,7 +73,7 @@ pub struct LocalPodSpec {
     pub service_account: Arc<str>,
     /// Who vouches for it.
     pub trust_domain: Arc<str>,
-    /// Its addresses; none as long as it has none.
+    /// Its addresses; none as long as it has none, and once it has ended.
     pub addresses: Vec<IpAddr>,
     /// Where its network namespace is, if its manifest says so.
     pub netns_path: Option<PathBuf>,
@@ -241,7 +241,11 @@ impl<'a> Translator<'a> {
             name: pod.meta.key.name.clone(),
             service_account: pod.body.service_account.clone(),
             trust_domain: self.trust_domain.clone(),
-            addresses: pod.body.addresses.clone(),
+            // Those of one that has ended may be another's by now.
+            addresses: match pod.body.ended {
+                true => Vec::new(),
+                false => pod.body.addresses.clone(),
+            },
             netns_path: pod::netns_path(&pod.meta),
             wanted: pod::wanted(pod, self.objects, self.is_enrolled(pod)),
         }
