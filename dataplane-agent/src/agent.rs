@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use dataplane_ebpf::pod::Node;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::authorize::Authorizer;
 use crate::capture::node_folder::{Mark, NodeFolder};
@@ -199,12 +200,9 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         admin = %socket.display(),
         "started"
     );
-    let tending = async {
-        tokio::select! {
-            end = room.run(to_capture) => end.map_err(AgentError::from),
-            () = pods.run() => Ok(()),
-        }
-    };
+    let draining = CancellationToken::new();
+    let capture = room.run(to_capture);
+    let control = pods.run(draining.clone());
     let background = async {
         tokio::select! {
             () = certs.clone().rotate() => {}
@@ -215,7 +213,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
             () = admin::serve(listener, sources) => {}
         }
     };
-    tokio::pin!(tending, background);
+    tokio::pin!(capture, control, background);
     let mut held: HashMap<Instance, Identity> = HashMap::new();
     loop {
         tokio::select! {
@@ -226,9 +224,12 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
                 }
                 None => break,
             },
-            end = &mut tending => {
+            end = &mut capture => {
                 end?;
                 return Err(anyhow::anyhow!("capture has ended by itself").into());
+            }
+            () = &mut control => {
+                return Err(anyhow::anyhow!("control has ended by itself").into());
             }
             () = &mut background => {
                 return Err(anyhow::anyhow!("a room has ended by itself").into());
@@ -239,9 +240,12 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
             }
         }
     }
-    // Pods stay as they are: none is enrolled or let go any more.
+    // Capture rests: no pod is enrolled or let go any more. What is configured goes on to hold, for what
+    // runs and for what comes.
+    draining.cancel();
     tokio::select! {
         () = workers.stop(options.drain) => {}
+        () = &mut control => {}
         () = &mut background => {}
         name = signals.next() => tracing::warn!(signal = name, "ending at once"),
     }
@@ -360,10 +364,13 @@ fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> Status
         reason: pod.reason.clone(),
         addresses: pod.addresses.iter().map(ToString::to_string).collect(),
         netns: pod.netns,
-        cgroup: pod
-            .cgroup
-            .as_ref()
-            .map(|cgroup| cgroup.display().to_string()),
+        cgroup: (!pod.cgroups.is_empty()).then(|| {
+            let folders = pod
+                .cgroups
+                .iter()
+                .map(|folder| folder.display().to_string());
+            folders.collect::<Vec<_>>().join(", ")
+        }),
         outside: pod.outside,
     };
     StatusReport {

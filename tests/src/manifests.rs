@@ -28,6 +28,8 @@ pub struct PodObject<'a> {
     pub labels: Vec<(String, String)>,
     /// Its annotations.
     pub annotations: Vec<(String, String)>,
+    /// Its uid; empty if its manifest has none.
+    pub uid: &'a str,
     /// Its addresses.
     pub addresses: Vec<String>,
     /// The Deployment that it is of, if it is of one.
@@ -79,6 +81,9 @@ impl Manifests {
             "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {}\n  namespace: {}\n",
             pod.name, pod.namespace
         );
+        if !pod.uid.is_empty() {
+            let _ = writeln!(text, "  uid: {}", pod.uid);
+        }
         if !pod.labels.is_empty() {
             let _ = write!(text, "  labels:\n{}", pairs(&pod.labels));
         }

@@ -399,6 +399,7 @@ impl Node {
             account: &pod.name,
             labels: vec![("app".into(), pod.name.clone())],
             annotations: Vec::new(),
+            uid: "",
             addresses: match has_ipv6() {
                 true => vec![pod.v4.to_string(), pod.v6.to_string()],
                 false => vec![pod.v4.to_string()],

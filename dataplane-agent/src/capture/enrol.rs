@@ -41,13 +41,14 @@ pub async fn enter(
     let interfaces = interfaces(desired)?;
     let found = routes::sysctls(netns)?;
     // A predecessor's record tells what was there before *it* came.
-    let record = records.of(desired.cookie)?.unwrap_or(Record {
+    let before = records.of(desired.cookie)?;
+    let record = Record {
         uid: desired.uid.clone(),
         cookie: desired.cookie,
         inode: netns.inode(),
-        cgroup: desired.cgroup.id,
-        sysctls: found,
-    });
+        cgroup: desired.groups.first().map_or(0, |group| group.id),
+        sysctls: before.map_or(found, |record| record.sysctls),
+    };
     records.write(&record)?;
     routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;
     // Before the program is there: it takes what is not known to be the pod's for somebody else's.
@@ -78,7 +79,7 @@ pub async fn enter(
 /// What the pod has on its interfaces now.
 ///
 /// # Errors
-/// Its namespace cannot be entered.
+/// Its namespace cannot be entered: that is no empty namespace.
 pub fn interfaces(desired: &Desired) -> Result<Interfaces, CaptureError> {
     let interfaces = desired.netns.interfaces();
     interfaces.map_err(|error| CaptureError::Namespace {
@@ -147,13 +148,23 @@ pub fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
         })
 }
 
-/// Puts back what a record speaks of. Nothing of the pod may be captured any more.
+/// Puts back what a record speaks of, in the namespace that is held of the pod, or in the one that
+/// is found. Nothing of the pod may be captured any more.
 ///
 /// # Errors
-/// The step that failed; the record stays, and it can be tried again.
-pub async fn undo(record: &Record, records: &Records, pins: &Pins) -> Result<(), CaptureError> {
+/// The step that failed, such as looking for the namespace; the record stays, and it can be tried again.
+pub async fn undo(
+    record: &Record,
+    held: Option<&Netns>,
+    records: &Records,
+    pins: &Pins,
+) -> Result<(), CaptureError> {
     pins::remove(&pins.pod(record.cookie))?;
-    if let Some(netns) = record.find_netns() {
+    let netns = match held {
+        Some(netns) => Some(netns.clone()),
+        None => record.netns()?,
+    };
+    if let Some(netns) = netns {
         routes::remove(&netns).await?;
         let values = record.sysctls.iter();
         routes::set_sysctls(&netns, values.map(|(name, value)| (name, value.as_str())))?;

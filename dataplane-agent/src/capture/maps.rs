@@ -78,8 +78,8 @@ impl NodeMaps {
         })
     }
 
-    /// From now on the pod's connections are captured; what is its [own](Self::own) is told before. If its cgroup is its `alone`, who is in it and
-    /// neither in the pod's namespace nor in the host's is refused.
+    /// From now on the pod's connections are captured; what is its [own](Self::own) is told before. Who
+    /// is in one of its cgroups, and neither in its namespace nor in the host's, is refused.
     ///
     /// # Errors
     /// The kernel refuses; the maps are full.
@@ -87,18 +87,26 @@ impl NodeMaps {
         &mut self,
         cookie: u64,
         first: Option<IpAddr>,
-        cgroup: CgroupId,
-        alone: bool,
+        groups: &[CgroupId],
     ) -> Result<(), CaptureError> {
-        if alone {
-            ensure(&mut self.cgroups, "CGROUPS", cgroup.id, cookie)?;
-        }
+        self.adopt(cookie, groups)?;
         // For reports alone: not written again where another address was first.
         if !has(&self.pods, "PODS", cookie)? {
             let first = first.map_or(Ip::NONE, Ip::from);
             self.pods.insert(cookie, first, 0).map_err(failed("PODS"))?;
         }
         absent(self.leaving.remove(&cookie)).map_err(failed("LEAVING"))
+    }
+
+    /// From now on these cgroups are the pod's too.
+    ///
+    /// # Errors
+    /// The kernel refuses; the map is full.
+    pub fn adopt(&mut self, cookie: u64, groups: &[CgroupId]) -> Result<(), CaptureError> {
+        for group in groups {
+            ensure(&mut self.cgroups, "CGROUPS", group.id, cookie)?;
+        }
+        Ok(())
     }
 
     /// From now on these are the pod's own addresses, [`dataplane_ebpf::pod::ADDRESSES`] at most, and

@@ -31,7 +31,7 @@ use crate::config::NodeName;
 
 pub use pods::{Instance, Listeners, LocalPod, PodEvent};
 pub use room::Room;
-pub use wanted::{Desired, PodState, Status, Wanted};
+pub use wanted::{Desired, PodState, PodStatus, Status, Wanted};
 
 /// Why traffic cannot be captured, or let go.
 #[derive(Debug, thiserror::Error)]

@@ -14,6 +14,17 @@ pub struct Want {
     pub gone: BTreeSet<u64>,
 }
 
+/// What there is of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Has {
+    /// The workload's uid.
+    pub uid: Arc<str>,
+    /// How far it is.
+    pub phase: Phase,
+    /// Whether it is served as what is wanted in its namespace now; of no matter if nothing is.
+    pub same: bool,
+}
+
 /// How far a pod is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -32,6 +43,8 @@ pub enum Step {
     Enrol(u64),
     /// It was draining: capture it again.
     Revive(u64),
+    /// It is to be served as something else: cut what runs, and adopt it.
+    Renew(u64),
     /// Capture no more, and let what runs go on.
     Leave(u64),
     /// There is nothing left in it: cut what is, and forget it.
@@ -42,36 +55,36 @@ pub enum Step {
 
 /// The steps that bring `have` to `want`. Never more than one per pod; when they are done, ask again.
 ///
-/// A uid is served in one network namespace at a time: a pod that comes back in a new one waits
-/// until the old one is gone.
-pub fn diff(want: &Want, have: &BTreeMap<u64, (Arc<str>, Phase)>) -> Vec<Step> {
+/// What is wanted in a namespace never waits for another namespace: a pod that comes back under its
+/// name is enrolled while its predecessor drains. What is captured is not let go only to be captured
+/// as something else.
+pub fn diff(want: &Want, have: &BTreeMap<u64, Has>) -> Vec<Step> {
     let mut steps = Vec::new();
-    for (&cookie, (uid, phase)) in have {
-        let wanted = want.pods.get(&cookie) == Some(uid);
+    for (&cookie, has) in have {
+        let wanted = want.pods.contains_key(&cookie);
         // Taken over from a predecessor, or lost from sight: passing in clear would be wrong, and
         // the pod that is wanted may well be this one.
-        let undecided = want.waiting.contains(uid) && !want.pods.values().any(|other| other == uid);
+        let elsewhere = want.pods.values().any(|other| *other == has.uid);
+        let undecided = want.waiting.contains(&has.uid) && !elsewhere;
         let gone = want.gone.contains(&cookie);
-        match phase {
+        match has.phase {
             Phase::Adopted if gone => steps.push(Step::Undo(cookie)),
             Phase::Adopted if wanted => steps.push(Step::Enrol(cookie)),
             Phase::Adopted if undecided => {}
             Phase::Adopted => steps.push(Step::Undo(cookie)),
             Phase::Serving | Phase::Draining if gone => steps.push(Step::Cut(cookie)),
+            Phase::Serving | Phase::Draining if wanted && !has.same => {
+                steps.push(Step::Renew(cookie));
+            }
             Phase::Serving if wanted || undecided => {}
             Phase::Serving => steps.push(Step::Leave(cookie)),
             Phase::Draining if wanted => steps.push(Step::Revive(cookie)),
             Phase::Draining => {}
         }
     }
-    for (&cookie, uid) in &want.pods {
-        let elsewhere = have.iter().any(|(&other, (served, phase))| {
-            other != cookie && served == uid && *phase != Phase::Adopted
-        });
-        if !have.contains_key(&cookie) && !elsewhere && !want.gone.contains(&cookie) {
-            steps.push(Step::Enrol(cookie));
-        }
-    }
+    let new = want.pods.keys();
+    let new = new.filter(|cookie| !have.contains_key(cookie) && !want.gone.contains(cookie));
+    steps.extend(new.map(|&cookie| Step::Enrol(cookie)));
     steps
 }
 
@@ -102,29 +115,51 @@ mod tests {
             })
     }
 
-    fn have() -> impl Strategy<Value = BTreeMap<u64, (Arc<str>, Phase)>> {
+    fn have() -> impl Strategy<Value = BTreeMap<u64, Has>> {
         let phase = prop_oneof![
             Just(Phase::Adopted),
             Just(Phase::Serving),
             Just(Phase::Draining)
         ];
-        btree_map(0..6_u64, (0..4_u64, phase), 0..5).prop_map(|have| {
+        btree_map(0..6_u64, (0..4_u64, phase, any::<bool>()), 0..5).prop_map(|have| {
             have.into_iter()
-                .map(|(cookie, (pod, phase))| (cookie, (uid(pod), phase)))
+                .map(|(cookie, (pod, phase, same))| {
+                    let uid = uid(pod);
+                    (cookie, Has { uid, phase, same })
+                })
                 .collect()
         })
     }
 
+    /// Both, as they can be: what is served under another uid is not the same.
+    fn both() -> impl Strategy<Value = (Want, BTreeMap<u64, Has>)> {
+        (want(), have()).prop_map(|(want, mut have)| {
+            for (cookie, has) in &mut have {
+                has.same &= want.pods.get(cookie).is_none_or(|uid| *uid == has.uid);
+            }
+            (want, have)
+        })
+    }
+
     /// What the room makes of a step, as far as `diff` sees it.
-    fn apply(have: &mut BTreeMap<u64, (Arc<str>, Phase)>, want: &Want, step: &Step) {
+    fn apply(have: &mut BTreeMap<u64, Has>, want: &Want, step: &Step) {
         match step {
             Step::Enrol(cookie) | Step::Revive(cookie) => {
-                have.insert(*cookie, (want.pods[cookie].clone(), Phase::Serving));
+                let (uid, phase) = (want.pods[cookie].clone(), Phase::Serving);
+                have.insert(
+                    *cookie,
+                    Has {
+                        uid,
+                        phase,
+                        same: true,
+                    },
+                );
+            }
+            Step::Renew(cookie) => {
+                have.get_mut(cookie).expect("it is there").phase = Phase::Adopted;
             }
             Step::Leave(cookie) => {
-                if let Some(pod) = have.get_mut(cookie) {
-                    pod.1 = Phase::Draining;
-                }
+                have.get_mut(cookie).expect("it is there").phase = Phase::Draining;
             }
             Step::Cut(cookie) | Step::Undo(cookie) => _ = have.remove(cookie),
         }
@@ -133,45 +168,62 @@ mod tests {
     proptest! {
         /// Draining pods end by themselves; then nothing is left to do, and it is what was wanted.
         #[test]
-        fn it_comes_to_rest_where_it_was_told_to(want in want(), mut have in have()) {
+        fn it_comes_to_rest_where_it_was_told_to((want, mut have) in both()) {
             for _ in 0..4 {
                 for step in diff(&want, &have) {
                     apply(&mut have, &want, &step);
                 }
-                have.retain(|_, (_, phase)| *phase != Phase::Draining);
+                have.retain(|_, has| has.phase != Phase::Draining);
             }
             prop_assert_eq!(diff(&want, &have), vec![]);
-            for (cookie, (uid, phase)) in &have {
-                let wanted = want.pods.get(cookie) == Some(uid) && *phase == Phase::Serving;
-                prop_assert!(wanted || want.waiting.contains(uid), "{cookie} {uid} {phase:?}");
+            for (cookie, has) in &have {
+                let wanted = want.pods.get(cookie) == Some(&has.uid)
+                    && has.phase == Phase::Serving
+                    && has.same;
+                prop_assert!(wanted || want.waiting.contains(&has.uid), "{cookie} {has:?}");
                 prop_assert!(!want.gone.contains(cookie));
             }
         }
 
         /// A pod that is wanted is never let go, whether it is in sight or not.
         #[test]
-        fn what_is_wanted_stays_captured(want in want(), have in have()) {
+        fn what_is_wanted_stays_captured((want, have) in both()) {
             for step in diff(&want, &have) {
                 if let Step::Leave(cookie) | Step::Undo(cookie) | Step::Cut(cookie) = step {
-                    let uid = &have[&cookie].0;
-                    let here = want.pods.get(&cookie) == Some(uid);
-                    prop_assert!(want.gone.contains(&cookie) || !here);
+                    let uid = &have[&cookie].uid;
+                    let gone = want.gone.contains(&cookie);
+                    prop_assert!(gone || !want.pods.contains_key(&cookie));
                     let elsewhere = want.pods.values().any(|other| other == uid);
-                    prop_assert!(
-                        want.gone.contains(&cookie) || elsewhere || !want.waiting.contains(uid)
-                    );
+                    prop_assert!(gone || elsewhere || !want.waiting.contains(uid));
                 }
             }
         }
 
+        /// Whatever else there is of its name, and however long that takes to end.
         #[test]
-        fn one_step_per_pod(want in want(), have in have()) {
+        fn what_is_wanted_is_served_without_waiting_for_what_drains((want, mut have) in both()) {
+            // Once more for what has to be adopted before it is served as something else.
+            for _ in 0..2 {
+                for step in diff(&want, &have) {
+                    apply(&mut have, &want, &step);
+                }
+            }
+            for (cookie, uid) in &want.pods {
+                let (uid, phase) = (uid.clone(), Phase::Serving);
+                let served = have.get(cookie) == Some(&Has { uid, phase, same: true });
+                prop_assert!(served || want.gone.contains(cookie), "{cookie}");
+            }
+        }
+
+        #[test]
+        fn one_step_per_pod((want, have) in both()) {
             let steps = diff(&want, &have);
             let cookies: BTreeSet<u64> = steps
                 .iter()
                 .map(|step| match step {
                     Step::Enrol(cookie)
                     | Step::Revive(cookie)
+                    | Step::Renew(cookie)
                     | Step::Leave(cookie)
                     | Step::Cut(cookie)
                     | Step::Undo(cookie) => *cookie,

@@ -17,11 +17,12 @@ use super::maps::NodeMaps;
 use super::node_folder::NodeFolder;
 use super::pins::Pins;
 use super::programs::{self, Loader, PodProgram};
-use super::reconcile::{Phase, Step, Want, diff};
-use super::undo::{Record, Records};
-use super::wanted::{Desired, PodState, Status, Wanted};
-use super::{CaptureError, Instance, LocalPod, PodEvent, attached, enrol, named};
+use super::reconcile::{Has, Phase, Step, Want, diff};
+use super::undo::{self, Record, Records};
+use super::wanted::{Desired, PodState, PodStatus, Status, Wanted};
+use super::{CaptureError, LocalPod, PodEvent, attached, enrol, named};
 use crate::config::NodeName;
+use crate::sys::netns::Netns;
 
 /// How long listeners stay after their pod has left: handshakes that had begun end in them.
 const LINGER: Duration = Duration::from_secs(1);
@@ -84,7 +85,7 @@ pub struct Room {
 }
 
 struct Failure {
-    uid: Arc<str>,
+    desired: Desired,
     why: String,
     again: Instant,
 }
@@ -92,6 +93,9 @@ struct Failure {
 struct Pod {
     record: Record,
     uid: Arc<str>,
+    /// Held since the pod was found: the way back does not depend on finding it again. None if it was
+    /// not there at the start.
+    netns: Option<Netns>,
     phase: InPhase,
 }
 
@@ -116,11 +120,11 @@ struct Served {
 
 impl InPhase {
     /// What the corridor has of it.
-    fn instance(&self) -> Option<Instance> {
+    fn served(&self) -> Option<&Served> {
         match self {
             Self::Adopted => None,
             Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
-                Some(served.local.instance)
+                Some(served)
             }
         }
     }
@@ -169,18 +173,7 @@ impl Room {
         programs::attach(&mut node.ebpf, &config.cgroup, &pins)?;
         // Of two that looked at once, one at least sees the other now.
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
-        let pods: BTreeMap<u64, Pod> = records
-            .all()?
-            .into_iter()
-            .map(|record| {
-                let pod = Pod {
-                    uid: record.uid.clone(),
-                    phase: InPhase::Adopted,
-                    record,
-                };
-                (pod.record.cookie, pod)
-            })
-            .collect();
+        let pods = adopt(records.all()?);
         // What has no record was pinned by nobody who finished; nothing of it is in use.
         for cookie in node.maps.enrolled() {
             if !pods.contains_key(&cookie) {
@@ -235,7 +228,6 @@ impl Room {
     async fn reconcile(&mut self, wanted: &Wanted) -> Result<bool, CaptureError> {
         let now = Instant::now();
         self.again = None;
-        self.renew(wanted).await?;
         self.failed
             .retain(|cookie, _| wanted.pods.iter().any(|pod| pod.cookie == *cookie));
         let want = Want {
@@ -247,12 +239,25 @@ impl Room {
             waiting: wanted.waiting.clone(),
             gone: wanted.gone.clone(),
         };
+        let by_cookie: BTreeMap<u64, &Desired> =
+            wanted.pods.iter().map(|pod| (pod.cookie, pod)).collect();
         let have = self
             .pods
             .iter()
-            .map(|(cookie, pod)| (*cookie, (pod.uid.clone(), pod.phase.phase())))
+            .map(|(cookie, pod)| {
+                let served = pod.phase.served();
+                let has = Has {
+                    uid: pod.uid.clone(),
+                    phase: pod.phase.phase(),
+                    same: by_cookie
+                        .get(cookie)
+                        .is_none_or(|want| served.is_some_and(|is| is.desired.says(want))),
+                };
+                (*cookie, has)
+            })
             .collect();
-        let mut removed = false;
+        let mut more = false;
+        self.grow(&by_cookie);
         for step in diff(&want, &have) {
             match step {
                 Step::Enrol(cookie) => {
@@ -263,40 +268,59 @@ impl Room {
                     {
                         continue;
                     }
-                    if let Some(desired) = wanted.pods.iter().find(|pod| pod.cookie == cookie) {
-                        self.enrol(desired.clone()).await?;
+                    if let Some(desired) = by_cookie.get(&cookie) {
+                        self.enrol((*desired).clone()).await?;
                     }
                 }
-                Step::Revive(cookie) => self.revive(cookie).await?,
+                Step::Revive(cookie) => {
+                    if let Some(desired) = by_cookie.get(&cookie) {
+                        self.revive((*desired).clone()).await?;
+                    }
+                }
+                Step::Renew(cookie) => {
+                    self.renew(cookie).await?;
+                    more = true;
+                }
                 Step::Leave(cookie) => self.leave(cookie),
                 Step::Cut(cookie) => {
                     self.release(cookie);
                     self.end(cookie).await?;
-                    removed |= !self.pods.contains_key(&cookie);
+                    more |= !self.pods.contains_key(&cookie);
                 }
                 Step::Undo(cookie) => {
                     self.release(cookie);
                     self.undo(cookie).await;
-                    removed |= !self.pods.contains_key(&cookie);
+                    more |= !self.pods.contains_key(&cookie);
                 }
             }
         }
-        Ok(removed)
+        Ok(more)
     }
 
-    /// Takes back from the workers pods of which control now says something else, such as another
-    /// identity. They stay captured, as a predecessor's do, and are enrolled anew.
-    async fn renew(&mut self, wanted: &Wanted) -> Result<(), CaptureError> {
-        for want in &wanted.pods {
-            let Some(pod) = self.pods.get_mut(&want.cookie) else {
-                continue;
-            };
-            let InPhase::Serving(served) = &pod.phase else {
-                continue;
-            };
-            if served.desired.uid != want.uid || served.desired.says(want) {
-                continue;
+    /// Adds the cgroups that pods have had since: what runs is not touched.
+    fn grow(&mut self, wanted: &BTreeMap<u64, &Desired>) {
+        for (cookie, pod) in &mut self.pods {
+            if let (InPhase::Serving(served), Some(want)) = (&mut pod.phase, wanted.get(cookie))
+                && served.desired.says(want)
+                && served.desired.groups != want.groups
+            {
+                match self.window.maps().adopt(*cookie, &want.groups) {
+                    Ok(()) => served.desired.groups.clone_from(&want.groups),
+                    Err(error) => {
+                        tracing::warn!(pod = %named(&pod.uid), %error, "the pod's further cgroups are not known to the kernel");
+                    }
+                }
             }
+        }
+    }
+
+    /// Takes back from the workers a pod of which control now says something else, such as another
+    /// identity. It is then as one that a predecessor left, and is enrolled anew.
+    async fn renew(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return Ok(());
+        };
+        if let Some(served) = pod.phase.served() {
             tracing::info!(
                 pod = %named(&pod.uid),
                 "pod is another than it was; its connections are cut"
@@ -338,6 +362,7 @@ impl Room {
                 let pod_in_room = Pod {
                     record,
                     uid: desired.uid.clone(),
+                    netns: Some(desired.netns.clone()),
                     phase: InPhase::Serving(Box::new(Served {
                         desired,
                         local: Arc::clone(&pod),
@@ -353,22 +378,24 @@ impl Room {
                     %error,
                     "pod cannot be enrolled; it is tried again"
                 );
-                self.failed.insert(
-                    cookie,
-                    Failure {
-                        uid: desired.uid.clone(),
-                        why: error.to_string(),
-                        again: Instant::now() + RETRY,
-                    },
-                );
                 // A predecessor's capture stays: what cannot be served must not pass in clear.
                 let adopted = self.pods.contains_key(&cookie);
                 if !adopted && let Ok(Some(record)) = self.records.of(cookie) {
                     self.release(cookie);
-                    if let Err(error) = self.put_back(&record).await {
+                    if let Err(error) = self.put_back(&record, Some(&desired.netns)).await {
                         tracing::warn!(%error, "what was begun cannot be undone");
                     }
                 }
+                let why = error.to_string();
+                let again = Instant::now() + RETRY;
+                self.failed.insert(
+                    cookie,
+                    Failure {
+                        desired,
+                        why,
+                        again,
+                    },
+                );
                 Ok(())
             }
         }
@@ -380,8 +407,7 @@ impl Room {
         maps.enrol(
             desired.cookie,
             pod.addresses().first().copied(),
-            desired.cgroup,
-            desired.alone,
+            &desired.groups,
         )?;
         self.records
             .of(desired.cookie)?
@@ -399,18 +425,35 @@ impl Room {
     }
 
     fn tell(&self) {
-        let mut status: Status = self
-            .failed
-            .values()
-            .map(|failed| (failed.uid.clone(), PodState::Failed(failed.why.clone())))
-            .collect();
+        let mut status = Status::new();
         for (&cookie, pod) in &self.pods {
-            let state = match pod.phase.phase() {
-                Phase::Serving => PodState::Up { cookie },
-                Phase::Draining => PodState::Draining,
-                Phase::Adopted => continue,
+            let state = match (pod.phase.phase(), self.failed.get(&cookie)) {
+                (Phase::Serving, _) => PodState::Up,
+                (Phase::Draining, _) => PodState::Draining,
+                (Phase::Adopted, None) => PodState::Adopted,
+                (Phase::Adopted, Some(failed)) => PodState::Failed {
+                    why: failed.why.clone(),
+                    captured: true,
+                },
             };
-            status.insert(pod.uid.clone(), state);
+            let is = PodStatus {
+                uid: pod.uid.clone(),
+                inode: pod.record.inode,
+                cgroup: pod.record.cgroup,
+                state,
+            };
+            status.insert(cookie, is);
+        }
+        for (&cookie, failed) in &self.failed {
+            status.entry(cookie).or_insert_with(|| PodStatus {
+                uid: failed.desired.uid.clone(),
+                inode: failed.desired.netns.inode(),
+                cgroup: failed.desired.groups.first().map_or(0, |group| group.id),
+                state: PodState::Failed {
+                    why: failed.why.clone(),
+                    captured: false,
+                },
+            });
         }
         self.status.send_if_modified(|old| {
             let changed = *old != status;
@@ -435,4 +478,27 @@ async fn until(when: Option<Instant>) {
         Some(when) => sleep_until(when).await,
         None => std::future::pending().await,
     }
+}
+
+/// What a predecessor captured, with the namespaces that are still there.
+fn adopt(records: Vec<Record>) -> BTreeMap<u64, Pod> {
+    let mut found = undo::find(&records);
+    let adopted = records.into_iter().map(|record| {
+        let netns = match found.remove(&record.cookie) {
+            Some(Ok(netns)) => netns,
+            Some(Err(error)) => {
+                tracing::warn!(pod = %named(&record.uid), %error, "the pod's network namespace is looked for again later");
+                None
+            }
+            None => None,
+        };
+        let pod = Pod {
+            uid: record.uid.clone(),
+            netns,
+            phase: InPhase::Adopted,
+            record,
+        };
+        (pod.record.cookie, pod)
+    });
+    adopted.collect()
 }

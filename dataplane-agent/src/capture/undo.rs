@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::CaptureError;
 use super::pins;
 use crate::sys::netns::Netns;
+use crate::sys::processes;
 
 /// The folder of records.
 #[derive(Clone, Debug)]
@@ -155,17 +156,18 @@ impl Record {
         cookie(path, "json")
     }
 
-    /// Its network namespace, if that is still there: of a process, or of a name.
-    pub fn find_netns(&self) -> Option<Netns> {
-        let of_processes = entries("/proc").map(|process| process.join("ns/net"));
-        let named = entries("/run/netns");
-        of_processes.chain(named).find_map(|path| {
-            use std::os::unix::fs::MetadataExt;
-            (fs::metadata(&path).ok()?.ino() == self.inode).then_some(())?;
-            let netns = Netns::open(&path).ok()?;
-            // The number may have been given to another one since.
-            (netns.cookie().ok()? == self.cookie).then_some(netns)
-        })
+    /// Its network namespace, of a process or of a name; none if nobody has it any more.
+    ///
+    /// # Errors
+    /// It was not found by a look that was not whole. It may be there, with all that was changed in it.
+    pub fn netns(&self) -> Result<Option<Netns>, CaptureError> {
+        let found = find(std::slice::from_ref(self)).remove(&self.cookie);
+        found
+            .unwrap_or(Ok(None))
+            .map_err(|error| CaptureError::Namespace {
+                what: "look for what was changed",
+                why: error.to_string(),
+            })
     }
 }
 
@@ -186,9 +188,29 @@ fn cookie(path: &Path, ending: &str) -> Option<u64> {
     name.strip_suffix(ending)?.strip_suffix('.')?.parse().ok()
 }
 
-fn entries(folder: &str) -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir(folder).into_iter().flatten();
-    entries.filter_map(|entry| Some(entry.ok()?.path()))
+/// The network namespaces that records speak of, by their cookies, in one look; an error for each one
+/// that is not known to be gone.
+pub fn find(records: &[Record]) -> BTreeMap<u64, io::Result<Option<Netns>>> {
+    let look = processes::namespaces();
+    let find = |record: &Record| {
+        let look = look.as_ref().map_err(again)?;
+        let Some(namespace) = look.namespaces.get(&record.inode) else {
+            return Ok(None);
+        };
+        let netns = Netns::open(&namespace.path)?;
+        if netns.inode() != record.inode {
+            return Err(io::Error::other("it changed while it was looked at"));
+        }
+        // The number may have been given to another one since.
+        Ok((netns.cookie()? == record.cookie).then_some(netns))
+    };
+    let found = records.iter().map(|record| (record.cookie, find(record)));
+    found.collect()
+}
+
+/// An error, said once more.
+fn again(error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), error.to_string())
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ impl Ended {
         let mut kept = Vec::new();
         for (path, record) in records.each()? {
             let undone = match record {
-                Ok(record) => enrol::undo(&record, &records, &self.pins)
+                Ok(record) => enrol::undo(&record, None, &records, &self.pins)
                     .await
                     .map_err(|error| format!("pod {}: {error}", named(&record.uid))),
                 Err(error) => Err(error.to_string()),

@@ -25,16 +25,16 @@ pub struct Desired {
     pub netns: Netns,
     /// That namespace's cookie.
     pub cookie: u64,
-    /// Its cgroup.
-    pub cgroup: CgroupId,
-    /// Whether that is its alone.
-    pub alone: bool,
+    /// The cgroups that are its alone: one at the least, and more may come.
+    pub groups: Vec<CgroupId>,
 }
 
 impl Desired {
     /// Whether the other says the same of the pod as it is served.
     pub fn says(&self, other: &Self) -> bool {
-        self.identity == other.identity && self.addresses == other.addresses
+        self.uid == other.uid
+            && self.identity == other.identity
+            && self.addresses == other.addresses
     }
 }
 
@@ -51,17 +51,34 @@ pub struct Wanted {
 
 /// How far one pod is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PodState {
-    /// Captured and served.
-    Up {
-        /// The cookie of its network namespace.
-        cookie: u64,
-    },
-    /// No longer captured; what runs goes on.
-    Draining,
-    /// It cannot be captured, and why; it is tried again.
-    Failed(String),
+pub struct PodStatus {
+    /// The workload's uid.
+    pub uid: Arc<str>,
+    /// The inode number of its network namespace.
+    pub inode: u64,
+    /// Its cgroup's id.
+    pub cgroup: u64,
+    /// How far it is.
+    pub state: PodState,
 }
 
-/// How far each pod is, by uid.
-pub type Status = BTreeMap<Arc<str>, PodState>;
+/// How far one pod is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodState {
+    /// Captured by a predecessor, or by what it was before; not served by anybody yet.
+    Adopted,
+    /// Captured and served.
+    Up,
+    /// No longer captured; what runs goes on.
+    Draining,
+    /// It cannot be captured or served, and why; it is tried again. One that was captured stays so.
+    Failed {
+        /// What went wrong.
+        why: String,
+        /// Whether it is captured all the same.
+        captured: bool,
+    },
+}
+
+/// How far each pod is, by the cookie of its network namespace: two of one name may be there at once.
+pub type Status = BTreeMap<u64, PodStatus>;

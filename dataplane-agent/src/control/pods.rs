@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
 
 use super::enrolled::Records;
 use super::machine::{Look, Machine};
 use super::manifests::{
     self, Enrolled, Folder, LocalPodSpec, MeshConfig, PodKey, Translation, Watch, translate,
 };
-use crate::capture::{self, Desired, PodState, Status, named};
+use crate::capture::{self, Desired, PodState, PodStatus, Status, named};
 use crate::identity::Identity;
 use crate::resolve::mesh::{Mesh, MeshWriter};
 
@@ -27,8 +28,6 @@ use crate::resolve::mesh::{Mesh, MeshWriter};
 const LOOK: Duration = Duration::from_secs(1);
 /// Between the removal of a pod's record and the end of its capture: other nodes stop dialling it.
 const NOTICE: Duration = Duration::from_secs(1);
-/// How long a namespace that is gone is told of; cookies are never used again.
-const FORGET: Duration = Duration::from_secs(60);
 
 /// Where the configuration is.
 #[expect(clippy::large_enum_variant, reason = "there is one")]
@@ -78,9 +77,9 @@ pub struct PodView {
     pub reason: Option<String>,
     /// The cookie of its network namespace, once found.
     pub netns: Option<u64>,
-    /// Its cgroup, once found.
-    pub cgroup: Option<PathBuf>,
-    /// Processes of its namespace outside of its cgroup.
+    /// Its cgroups, once found.
+    pub cgroups: Vec<PathBuf>,
+    /// Processes of its namespace outside of its cgroups.
     pub outside: usize,
 }
 
@@ -121,10 +120,9 @@ pub struct Pods {
     enrolled: Enrolled,
     translation: Translation,
     problems: Vec<String>,
-    /// Pods whose record is removed, and that are let go then.
-    leaving: BTreeMap<Arc<str>, (Desired, Instant)>,
-    /// Namespaces that are gone, by their cookies, and when they went.
-    gone: BTreeMap<u64, Instant>,
+    /// Pods whose record is removed, and that are let go then; by the cookies of their namespaces, since
+    /// one of the same name may have come.
+    leaving: BTreeMap<u64, (Desired, Instant)>,
 }
 
 /// What it is connected to.
@@ -161,17 +159,17 @@ impl Pods {
             translation: Translation::default(),
             problems: Vec::new(),
             leaving: BTreeMap::new(),
-            gone: BTreeMap::new(),
         };
         pods.publish();
         Ok(pods)
     }
 
-    /// Follows the configuration, the machine and capture, until capture is gone.
-    pub async fn run(mut self) {
+    /// Follows the configuration, the machine and capture, until capture is gone. Once the agent drains
+    /// it follows the configuration alone: which pods are here is for the successor to say.
+    pub async fn run(mut self, draining: CancellationToken) {
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
+        while !draining.is_cancelled() {
             self.step();
             let next = self.leaving.values().map(|(_, when)| *when).min();
             tokio::select! {
@@ -179,7 +177,14 @@ impl Pods {
                 _ = look.tick() => {}
                 () = until(next) => {}
                 told = self.status.changed() => if told.is_err() { return },
+                () = draining.cancelled() => {}
             }
+        }
+        loop {
+            self.publish();
+            let problems = problems(&self.problems, &self.translation, &Look::default());
+            self.view.send_modify(|view| view.problems = problems);
+            changed(&mut self.source, &mut self.problems).await;
         }
     }
 
@@ -191,8 +196,8 @@ impl Pods {
             .iter()
             .filter(|pod| pod.wanted == manifests::Wanted::Yes)
             .collect();
-        let look = self.machine.look(&here);
         let status = self.status.borrow_and_update().clone();
+        let look = self.machine.look(&translation.local, &status);
         let wanted = self.wanted(&here, &look);
         self.record(&here, &status, &look);
         self.tell(&translation, &look, &status);
@@ -233,7 +238,10 @@ impl Pods {
                 .workloads
                 .iter()
                 .any(|other| other.uid == workload.uid);
-            if !known && status.contains_key(&workload.uid) {
+            let served = |pod: &PodStatus| {
+                pod.uid == workload.uid && matches!(pod.state, PodState::Up | PodState::Draining)
+            };
+            if !known && status.values().any(served) {
                 let mut last = workload.clone();
                 last.services.clear();
                 translation.workloads.push(last);
@@ -261,25 +269,22 @@ impl Pods {
     /// What capture is to do: found pods, and for a while those that leave.
     fn wanted(&mut self, here: &[&LocalPodSpec], look: &Look) -> capture::Wanted {
         let now = Instant::now();
-        self.gone.retain(|_, since| now < *since + FORGET);
-        self.gone
-            .extend(look.gone.iter().map(|cookie| (*cookie, now)));
         let mut wanted = capture::Wanted {
             pods: here.iter().filter_map(|pod| desired(pod, look)).collect(),
             waiting: look.waiting.keys().cloned().collect(),
-            gone: self.gone.keys().copied().collect(),
+            gone: look.gone.clone(),
         };
         let before = self.wanted.borrow().clone().unwrap_or_default();
         let again: BTreeSet<u64> = wanted.pods.iter().map(|pod| pod.cookie).collect();
         for pod in before.pods {
             let stays = again.contains(&pod.cookie) || wanted.waiting.contains(&pod.uid);
             if !stays && !wanted.gone.contains(&pod.cookie) {
-                let uid = pod.uid.clone();
-                self.leaving.entry(uid).or_insert((pod, now + NOTICE));
+                let cookie = pod.cookie;
+                self.leaving.entry(cookie).or_insert((pod, now + NOTICE));
             }
         }
-        self.leaving.retain(|_, (pod, when)| {
-            *when > now && !again.contains(&pod.cookie) && !wanted.gone.contains(&pod.cookie)
+        self.leaving.retain(|cookie, (_, when)| {
+            *when > now && !again.contains(cookie) && !wanted.gone.contains(cookie)
         });
         wanted
             .pods
@@ -304,10 +309,11 @@ impl Pods {
                 uid: pod.pod_uid.clone(),
             };
             let found = look.found.get(&pod.uid).map(|found| found.cookie);
-            let served = match status.get(&pod.uid) {
-                Some(PodState::Up { cookie }) => found.is_none_or(|found| found == *cookie),
-                _ => false,
-            };
+            let mut own_status = status.iter().filter(|(_, of)| of.uid == pod.uid);
+            let adopted = own_status.clone().all(|(_, of)| is_adopted(&of.state));
+            let served = own_status.any(|(cookie, of)| {
+                of.state == PodState::Up && found.is_none_or(|found| found == *cookie)
+            });
             if served && !own.contains(&key) {
                 match records.write(pod) {
                     Ok(()) => _ = keep.insert(key),
@@ -315,7 +321,7 @@ impl Pods {
                         tracing::error!(pod = %named(&pod.uid), %error, "cannot tell other nodes of the pod");
                     }
                 }
-            } else if served || (own.contains(&key) && !status.contains_key(&pod.uid)) {
+            } else if served || (own.contains(&key) && adopted) {
                 // Served; or a predecessor's, captured and on its way to be served again.
                 keep.insert(key);
             }
@@ -330,25 +336,7 @@ impl Pods {
     fn tell(&self, translation: &Translation, look: &Look, status: &Status) {
         let pods = translation.local.iter().map(|pod| {
             let found = look.found.get(&pod.uid);
-            let open =
-                |why: String| format!("{why}; until then it is not captured, and no policy holds");
-            let (state, reason) = match (&pod.wanted, status.get(&pod.uid)) {
-                (manifests::Wanted::No(_), Some(PodState::Up { .. } | PodState::Draining)) => {
-                    (State::Draining, None)
-                }
-                (manifests::Wanted::No(why), _) => (State::Ignored, Some(why.to_string())),
-                (manifests::Wanted::Yes, Some(PodState::Up { .. })) => (State::Up, None),
-                (manifests::Wanted::Yes, Some(PodState::Failed(why))) => {
-                    (State::Waiting, Some(open(why.clone())))
-                }
-                (manifests::Wanted::Yes, _) => {
-                    let why = look.waiting.get(&pod.uid).cloned();
-                    (
-                        State::Waiting,
-                        Some(why.map_or_else(|| "it is being enrolled".into(), open)),
-                    )
-                }
-            };
+            let (state, reason) = state(pod, look, status);
             PodView {
                 uid: pod.uid.clone(),
                 namespace: pod.namespace.clone(),
@@ -357,18 +345,27 @@ impl Pods {
                 state,
                 reason,
                 netns: found.map(|found| found.cookie),
-                cgroup: found.map(|found| found.folder.clone()),
+                cgroups: found.map_or_else(Vec::new, |found| {
+                    found
+                        .groups
+                        .iter()
+                        .map(|(folder, _)| folder.clone())
+                        .collect()
+                }),
                 outside: look.outside.get(&pod.uid).copied().unwrap_or(0),
             }
         });
-        let mut problems = self.problems.clone();
-        problems.extend(translation.problems.iter().cloned());
         let view = View {
             pods: pods.collect(),
-            problems,
+            problems: problems(&self.problems, translation, look),
             looked: true,
         };
         self.view.send_if_modified(|old| {
+            if let Some(failed) = &look.failed
+                && !old.problems.contains(failed)
+            {
+                tracing::warn!("{failed}; what was found before holds");
+            }
             for pod in &view.pods {
                 let was = old.pods.iter().find(|old| old.uid == pod.uid);
                 if pod.state == State::Waiting && was.is_none_or(|was| was.reason != pod.reason) {
@@ -386,6 +383,53 @@ impl Pods {
     }
 }
 
+/// What is wrong now: with the configuration, and with the machine.
+fn problems(files: &[String], translation: &Translation, look: &Look) -> Vec<String> {
+    let problems = files.iter().chain(&translation.problems);
+    problems.chain(&look.failed).cloned().collect()
+}
+
+/// How far a pod is, and why it is not up.
+fn state(pod: &LocalPodSpec, look: &Look, status: &Status) -> (State, Option<String>) {
+    let of_uid = || status.iter().filter(|(_, of)| of.uid == pod.uid);
+    let served = |of: &PodStatus| matches!(of.state, PodState::Up | PodState::Draining);
+    if let manifests::Wanted::No(why) = &pod.wanted {
+        return match of_uid().any(|(_, of)| served(of)) {
+            true => (State::Draining, None),
+            false => (State::Ignored, Some(why.to_string())),
+        };
+    }
+    // Of two of its name, the one that is here now.
+    let found = look.found.get(&pod.uid).map(|found| found.cookie);
+    let is = of_uid()
+        .find(|(cookie, _)| found == Some(**cookie))
+        .or_else(|| of_uid().find(|_| found.is_none()));
+    let captured = is.is_some_and(|(_, of)| {
+        matches!(of.state, PodState::Up | PodState::Adopted)
+            || matches!(of.state, PodState::Failed { captured: true, .. })
+    });
+    let why = match is {
+        Some((_, of)) if of.state == PodState::Up => return (State::Up, None),
+        Some((_, of)) if let PodState::Failed { why, .. } = &of.state => Some(why),
+        _ => look.waiting.get(&pod.uid),
+    };
+    let reason = match (why, captured) {
+        (None, _) => "it is being enrolled".into(),
+        (Some(why), true) => format!("{why}; until then it stays captured, and nothing passes"),
+        (Some(why), false) => {
+            format!("{why}; until then it is not captured, and no policy holds")
+        }
+    };
+    (State::Waiting, Some(reason))
+}
+
+fn is_adopted(state: &PodState) -> bool {
+    matches!(
+        state,
+        PodState::Adopted | PodState::Failed { captured: true, .. }
+    )
+}
+
 fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
     let found = look.found.get(&pod.uid)?;
     Some(Desired {
@@ -396,19 +440,14 @@ fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
         addresses: pod.addresses.clone(),
         netns: found.netns.clone(),
         cookie: found.cookie,
-        cgroup: found.cgroup,
-        alone: found.alone,
+        groups: found.groups.iter().map(|(_, id)| *id).collect(),
     })
 }
 
 fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
     let has = |wanted: &capture::Wanted, pod: &Desired| {
-        let same = |own: &&Desired| own.cookie == pod.cookie && own.uid == pod.uid;
-        wanted
-            .pods
-            .iter()
-            .find(same)
-            .is_some_and(|own| own.says(pod))
+        let own = wanted.pods.iter().find(|own| own.cookie == pod.cookie);
+        own.is_some_and(|own| own.says(pod) && own.groups == pod.groups)
     };
     one.pods.len() == other.pods.len()
         && one.pods.iter().all(|pod| has(other, pod))

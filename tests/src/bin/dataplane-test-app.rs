@@ -11,6 +11,7 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 
 const USAGE: &str = "usage: dataplane-test-app COMMAND
   pause                        does nothing
+  leaderless                   does nothing, on a thread that is not its first: that one has ended
   serve PORT [OPTION...]       answers each line with the client's address, a space, and the line
   end-server PORT HOW          takes a line, and ends the connection: close, reset, half, unread
   sink PORT                    reads to the end; answers with how much it was, and a checksum
@@ -29,6 +30,7 @@ fn main() {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
         ["pause"] => pause(),
+        ["leaderless"] => leaderless(),
         ["serve", port, options @ ..] => serve(port, options),
         ["end-server", port, how] => end_server(port, how),
         ["sink", port] => sink(port),
@@ -67,6 +69,13 @@ fn pause() -> io::Result<()> {
     println!("ready");
     // Ends with the harness: its input closes then.
     io::stdin().read_to_end(&mut Vec::new()).map(|_| ())
+}
+
+fn leaderless() -> io::Result<()> {
+    std::thread::spawn(|| std::process::exit(i32::from(pause().is_err())));
+    // SAFETY: takes no pointers; it ends this thread, and the process goes on.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    Ok(())
 }
 
 fn listen(port: &str) -> io::Result<TcpListener> {

@@ -6,8 +6,10 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::super::undo::Record;
+use super::super::wanted::Desired;
 use super::super::{CaptureError, PodEvent, enrol, named, pins};
 use super::{InPhase, LINGER, Pod, RETRY, Room, Served};
+use crate::sys::netns::Netns;
 
 impl Room {
     /// The first step out.
@@ -33,7 +35,9 @@ impl Room {
         };
     }
 
-    pub(super) async fn revive(&mut self, cookie: u64) -> Result<(), CaptureError> {
+    /// Captures again what drains, as what is wanted now: the same listeners serve on.
+    pub(super) async fn revive(&mut self, want: Desired) -> Result<(), CaptureError> {
+        let cookie = want.cookie;
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
         };
@@ -47,6 +51,7 @@ impl Room {
             }
         };
         let (uid, instance) = (pod.uid.clone(), served.local.instance);
+        served.desired = want;
         let attached = self.again_captured(&mut served);
         if let Some(pod) = self.pods.get_mut(&cookie) {
             pod.phase = InPhase::Serving(served);
@@ -75,7 +80,7 @@ impl Room {
         let first = addresses.first().copied();
         local.set_addresses(addresses);
         let mut maps = self.window.maps();
-        maps.enrol(desired.cookie, first, desired.cgroup, desired.alone)
+        maps.enrol(desired.cookie, first, &desired.groups)
     }
 
     /// Takes those that leave one step further.
@@ -111,10 +116,11 @@ impl Room {
     /// Cuts what still runs of a pod that is not captured any more, and puts back what was changed.
     pub(super) async fn end(&mut self, cookie: u64) -> Result<(), CaptureError> {
         if let Some(pod) = self.pods.get(&cookie)
-            && let Some(instance) = pod.phase.instance()
+            && let Some(served) = pod.phase.served()
         {
             let (told, done) = oneshot::channel();
-            self.send(PodEvent::Down(instance, told)).await?;
+            self.send(PodEvent::Down(served.local.instance, told))
+                .await?;
             let _ = done.await;
         }
         self.undo(cookie).await;
@@ -126,8 +132,8 @@ impl Room {
             return;
         };
         pod.phase = InPhase::Adopted; // its listeners and program are gone
-        let (uid, record) = (pod.uid.clone(), pod.record.clone());
-        match self.put_back(&record).await {
+        let (uid, record, netns) = (pod.uid.clone(), pod.record.clone(), pod.netns.clone());
+        match self.put_back(&record, netns.as_ref()).await {
             Ok(()) => {
                 tracing::info!(pod = %named(&uid), "pod left the mesh");
                 self.pods.remove(&cookie);
@@ -141,8 +147,12 @@ impl Room {
 
     /// The last step out. The kernel forgets the pod when all else is as it was: until then it keeps
     /// inside what is the pod's.
-    pub(super) async fn put_back(&self, record: &Record) -> Result<(), CaptureError> {
-        enrol::undo(record, &self.records, &self.pins).await?;
+    pub(super) async fn put_back(
+        &self,
+        record: &Record,
+        netns: Option<&Netns>,
+    ) -> Result<(), CaptureError> {
+        enrol::undo(record, netns, &self.records, &self.pins).await?;
         self.window.maps().forget(record.cookie)
     }
 }

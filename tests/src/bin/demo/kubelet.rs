@@ -97,6 +97,7 @@ pub(crate) fn run(
         account: text(&spec["serviceAccountName"]),
         labels,
         annotations: pairs(&template["metadata"]["annotations"]),
+        uid: "",
         addresses: vec![pod.v4.to_string(), pod.v6.to_string()],
         owner,
     };

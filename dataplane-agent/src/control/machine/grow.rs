@@ -1,0 +1,122 @@
+//! Finds the cgroups of a pod, and those that it has later.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::cgroups::{Asked, NoGroup};
+use super::seen::Seen;
+use super::{Look, Machine};
+use crate::capture::{PodState, Status};
+use crate::sys::cgroup::{self, CgroupId};
+use crate::sys::processes;
+
+impl Machine {
+    /// Finds the cgroups that are a pod's alone: more than before, if processes came in others.
+    pub(super) fn regroup(
+        &mut self,
+        uid: &Arc<str>,
+        captured: &Status,
+        seen: &Seen,
+        look: &mut Look,
+    ) -> Result<(), String> {
+        let Some(place) = self.places.get(uid) else {
+            return Ok(());
+        };
+        let own: BTreeSet<u32> = seen
+            .namespaces
+            .get(&place.netns.inode())
+            .map(|namespace| namespace.processes.iter().copied().collect())
+            .unwrap_or_default();
+        let failed = |error: io::Error| format!("its processes cannot be looked at: {error}");
+        let mut folders = Vec::new();
+        for pid in &own {
+            // Outside of what our cgroup namespace shows is outside of what is captured.
+            if let Some(folder) = self.cgroup_of(*pid).map_err(failed)? {
+                folders.push(folder);
+            }
+        }
+        let is_covered = |groups: &[(PathBuf, CgroupId)], folder: &Option<PathBuf>| {
+            folder
+                .as_ref()
+                .is_some_and(|folder| groups.iter().any(|(group, _)| folder.starts_with(group)))
+        };
+        let mut groups = place.groups.clone();
+        if folders.iter().any(|folder| !is_covered(&groups, folder)) || groups.is_empty() {
+            let asked = Asked {
+                pods: &self.pods,
+                agent: &self.agent,
+                own: &own,
+                hosts: &seen.hosts,
+                members: &cgroup::members,
+            };
+            let found = asked.of_pod(&folders.iter().flatten().cloned().collect());
+            match found {
+                Ok(found) => groups = self.grown(uid, groups, found, captured)?,
+                Err(NoGroup::Failed(error)) => return Err(failed(error)),
+                Err(NoGroup::Wrong(why)) if groups.is_empty() => return Err(why),
+                Err(NoGroup::Wrong(_)) => {}
+            }
+        }
+        let outside = folders.iter().filter(|folder| !is_covered(&groups, folder));
+        look.outside.insert(uid.clone(), outside.count());
+        if let Some(place) = self.places.get_mut(uid) {
+            place.groups = groups;
+        }
+        Ok(())
+    }
+
+    /// What a pod has with what it had: nothing is taken from it, nor from another pod.
+    fn grown(
+        &self,
+        uid: &Arc<str>,
+        mut groups: Vec<(PathBuf, CgroupId)>,
+        found: Vec<PathBuf>,
+        captured: &Status,
+    ) -> Result<Vec<(PathBuf, CgroupId)>, String> {
+        let mut why = None;
+        for folder in found {
+            let id = match cgroup::id(&self.root, &folder) {
+                Ok(id) => id,
+                Err(error) => {
+                    why.get_or_insert(format!("its cgroup {}: {error}", folder.display()));
+                    continue;
+                }
+            };
+            let placed = self.places.iter().find(|(other, place)| {
+                *other != uid && place.groups.iter().any(|(group, _)| *group == folder)
+            });
+            let owner = placed.map(|(other, _)| other).or_else(|| {
+                captured.values().find_map(|pod| {
+                    let stays = pod.uid != *uid && pod.state != PodState::Draining;
+                    (stays && pod.cgroup == id.id).then_some(&pod.uid)
+                })
+            });
+            if let Some(owner) = owner {
+                let taken = format!("its cgroup {} is that of {owner}", folder.display());
+                why.get_or_insert(taken);
+            } else if !groups.iter().any(|(group, _)| folder.starts_with(group)) {
+                groups.retain(|(group, _)| !group.starts_with(&folder));
+                groups.push((folder, id));
+            }
+        }
+        match (groups.is_empty(), why) {
+            (true, Some(why)) => Err(why),
+            _ => Ok(groups),
+        }
+    }
+
+    /// A process's cgroup; none if it has ended, the inner none if it is not shown to us.
+    #[expect(
+        clippy::option_option,
+        reason = "one has ended, the other is elsewhere"
+    )]
+    fn cgroup_of(&self, pid: u32) -> io::Result<Option<Option<PathBuf>>> {
+        match fs::read_to_string(format!("/proc/{pid}/cgroup")) {
+            Err(error) if processes::has_ended(&error) => Ok(None),
+            text => Ok(Some(cgroup::of_process(&self.root, &text?))),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Finds the namespace of a pod that has none yet.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::super::manifests::LocalPodSpec;
+use super::cgroups;
+use super::claims::{self, Claims};
+use super::seen::{Candidate, Seen};
+use super::{Key, Machine, Place, Sight};
+use crate::capture::Status;
+use crate::sys::netns::Netns;
+
+impl Machine {
+    /// Finds the namespaces of pods that have none yet; why others have none still.
+    pub(super) fn place(
+        &mut self,
+        pods: &[LocalPodSpec],
+        captured: &Status,
+        seen: &mut Seen,
+    ) -> BTreeMap<Arc<str>, String> {
+        let mut why = BTreeMap::new();
+        let mut claims = Claims::new();
+        let taken: BTreeSet<u64> = self
+            .places
+            .values()
+            .map(|place| place.netns.inode())
+            .collect();
+        for pod in pods {
+            if self.places.contains_key(&pod.uid) {
+                continue;
+            }
+            if pod.addresses.is_empty() {
+                let reason = "it has no address yet (status.podIPs)".to_owned();
+                why.insert(pod.uid.clone(), reason);
+                continue;
+            }
+            match self.candidates(pod, pods, captured, &taken, seen) {
+                Ok(namespaces) => _ = claims.insert(pod.uid.clone(), namespaces),
+                Err(reason) => _ = why.insert(pod.uid.clone(), reason),
+            }
+        }
+        for (uid, settled) in claims::settle(claims) {
+            let Some(pod) = pods.iter().find(|pod| pod.uid == uid) else {
+                continue;
+            };
+            match settled {
+                Ok(inode) => {
+                    if let Some(Ok(Some(candidate))) = seen.opened.get(&inode) {
+                        let place = Place {
+                            key: Key::of(pod),
+                            netns: candidate.netns.clone(),
+                            cookie: candidate.cookie,
+                            groups: Vec::new(),
+                        };
+                        self.sights.entry(place.cookie).or_insert_with(|| Sight {
+                            inode,
+                            last: self.looks,
+                            ..Sight::default()
+                        });
+                        self.places.insert(uid, place);
+                    }
+                }
+                Err(doubt) => _ = why.insert(uid, seen.told(pod, &doubt)),
+            }
+        }
+        why
+    }
+
+    /// The namespaces that may be a pod's.
+    fn candidates(
+        &self,
+        pod: &LocalPodSpec,
+        pods: &[LocalPodSpec],
+        captured: &Status,
+        taken: &BTreeSet<u64>,
+        seen: &mut Seen,
+    ) -> Result<BTreeSet<u64>, String> {
+        if let Some(path) = &pod.netns_path {
+            let inode = self.named(path, pod, seen)?;
+            let owner = self
+                .places
+                .iter()
+                .find(|(_, place)| place.netns.inode() == inode);
+            return match owner {
+                Some((uid, _)) => Err(format!("its network namespace is that of {uid}")),
+                None => Ok([inode].into()),
+            };
+        }
+        let lost = self
+            .lost
+            .get(&pod.uid)
+            .filter(|(key, _)| *key == Key::of(pod))
+            .map_or(0, |(_, last)| *last);
+        let own_uid = cgroups::normal(&pod.pod_uid);
+        let others: BTreeSet<String> = pods
+            .iter()
+            .map(|other| cgroups::normal(&other.pod_uid))
+            .filter(|uid| *uid != own_uid)
+            .collect();
+        let (mut named, mut unnamed) = (BTreeSet::new(), BTreeSet::new());
+        let mut before = None;
+        let inodes: Vec<u64> = seen.namespaces.keys().copied().collect();
+        for inode in inodes {
+            let is_old = lost > 0 && self.since.get(&inode).is_some_and(|since| *since <= lost);
+            if taken.contains(&inode) || self.hosts.contains(&inode) || is_old {
+                continue;
+            }
+            let candidate = match seen.open(inode, &self.root) {
+                Ok(Some(candidate)) => candidate,
+                Ok(None) => continue,
+                Err(error) => return Err(error.clone()),
+            };
+            if !pod
+                .addresses
+                .iter()
+                .all(|address| candidate.addresses.contains(address))
+            {
+                continue;
+            }
+            match captured.get(&candidate.cookie) {
+                Some(is) if is.uid == pod.uid => before = Some(inode),
+                // Captured as another pod, that is still there and will be found in it.
+                Some(is) if pods.iter().any(|pod| pod.uid == is.uid) => continue,
+                _ => {}
+            }
+            let another = candidate.uids.iter().any(|uid| others.contains(uid));
+            if !own_uid.is_empty() && candidate.uids.contains(&own_uid) {
+                named.insert(inode);
+            } else if !another && (own_uid.is_empty() || candidate.uids.is_empty()) {
+                unnamed.insert(inode);
+            }
+        }
+        let candidates = if named.is_empty() { unnamed } else { named };
+        Ok(match before {
+            // What it is captured as already.
+            Some(before) if candidates.contains(&before) => [before].into(),
+            _ => candidates,
+        })
+    }
+
+    /// The namespace that a pod's annotation names.
+    fn named(&self, path: &Path, pod: &LocalPodSpec, seen: &mut Seen) -> Result<u64, String> {
+        let wrong = |error: io::Error| format!("{}: {error}", path.display());
+        let netns = Netns::open(path).map_err(wrong)?;
+        let inode = netns.inode();
+        if self.hosts.contains(&inode) {
+            return Err(format!(
+                "{} is the host's network namespace",
+                path.display()
+            ));
+        }
+        let addresses = netns.interfaces().map_err(wrong)?.addresses;
+        if let Some(address) = pod
+            .addresses
+            .iter()
+            .find(|address| !addresses.contains(address))
+        {
+            return Err(format!("{} does not have {address}", path.display()));
+        }
+        let cookie = netns.cookie().map_err(wrong)?;
+        let candidate = Candidate {
+            netns,
+            cookie,
+            addresses,
+            uids: BTreeSet::new(),
+        };
+        seen.opened.insert(inode, Ok(Some(candidate)));
+        Ok(inode)
+    }
+}

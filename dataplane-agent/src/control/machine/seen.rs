@@ -1,0 +1,120 @@
+//! What one look shows, opened as far as somebody asks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+
+use super::super::manifests::{LocalPodSpec, pod};
+use super::cgroups;
+use super::claims::Doubt;
+use crate::sys::cgroup;
+use crate::sys::netns::Netns;
+use crate::sys::processes::{self, Namespace};
+
+/// One look, with what was asked of it.
+pub(super) struct Seen {
+    pub namespaces: BTreeMap<u64, Namespace>,
+    pub hidden: BTreeSet<u32>,
+    /// The processes of the host's namespaces.
+    pub hosts: BTreeSet<u32>,
+    /// Candidates that were opened.
+    pub opened: BTreeMap<u64, Opened>,
+}
+
+/// A namespace that may be a pod's; none if it is not of the machine, or is gone.
+pub(super) type Opened = Result<Option<Candidate>, String>;
+
+#[derive(Debug)]
+pub(super) struct Candidate {
+    pub netns: Netns,
+    pub cookie: u64,
+    pub addresses: Vec<IpAddr>,
+    /// The uids of the pods that its processes' cgroups are named after.
+    pub uids: BTreeSet<String>,
+}
+
+impl Seen {
+    pub(super) fn new(look: processes::Look, hosts: &BTreeSet<u64>) -> Self {
+        let of_host = hosts.iter().filter_map(|inode| look.namespaces.get(inode));
+        Self {
+            hosts: of_host
+                .flat_map(|of| of.processes.iter().copied())
+                .collect(),
+            namespaces: look.namespaces,
+            hidden: look.hidden,
+            opened: BTreeMap::new(),
+        }
+    }
+
+    /// Opens a namespace, once in a look.
+    pub(super) fn open(&mut self, inode: u64, root: &Path) -> Result<Option<&Candidate>, &String> {
+        let Some(namespace) = self.namespaces.get(&inode) else {
+            return Ok(None);
+        };
+        let opened = self.opened.entry(inode).or_insert_with(|| {
+            let wrong = |error: io::Error| {
+                format!(
+                    "{} cannot be looked into: {error}",
+                    namespace.path.display()
+                )
+            };
+            open(namespace, inode, root).map_err(wrong)
+        });
+        opened.as_ref().map(Option::as_ref)
+    }
+
+    /// A doubt, for people.
+    pub(super) fn told(&self, of: &LocalPodSpec, doubt: &Doubt) -> String {
+        let all: Vec<String> = of.addresses.iter().map(ToString::to_string).collect();
+        let all = all.join(", ");
+        let path = |inode: &u64| {
+            let namespace = self.namespaces.get(inode);
+            namespace.map_or_else(String::new, |of| of.path.display().to_string())
+        };
+        match doubt {
+            Doubt::None => format!("no network namespace of this machine has {all}"),
+            Doubt::Several(several) => {
+                let some: Vec<String> = several.iter().take(2).map(path).collect();
+                format!(
+                    "more than one network namespace has {all} ({}): name its own in the annotation {}",
+                    some.join(", "),
+                    pod::NETNS_ANNOTATION,
+                )
+            }
+            Doubt::Shared(namespace, other) => format!(
+                "the network namespace that has {all} ({}) may be that of {other}",
+                path(namespace)
+            ),
+        }
+    }
+}
+
+fn open(namespace: &Namespace, inode: u64, root: &Path) -> io::Result<Option<Candidate>> {
+    let netns = match Netns::open(&namespace.path) {
+        Err(error) if processes::has_ended(&error) => return Ok(None),
+        netns => netns?,
+    };
+    // Any user can make a namespace of their own, and give it any address.
+    if netns.inode() != inode || !netns.is_the_hosts()? {
+        return Ok(None);
+    }
+    let mut uids = BTreeSet::new();
+    for pid in &namespace.processes {
+        match fs::read_to_string(format!("/proc/{pid}/cgroup")) {
+            Err(error) if processes::has_ended(&error) => {}
+            text => {
+                if let Some(folder) = cgroup::of_process(root, &text?) {
+                    uids.extend(cgroups::pod_uids(&folder));
+                }
+            }
+        }
+    }
+    Ok(Some(Candidate {
+        cookie: netns.cookie()?,
+        addresses: netns.interfaces()?.addresses,
+        netns,
+        uids,
+    }))
+}

@@ -1,0 +1,361 @@
+//! Which pods are here: how they come, go and come back, what is taken for one, and what holds while
+//! somebody leaves.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use dataplane_tests::cgroup::Cgroup;
+use dataplane_tests::netns::Netns;
+use dataplane_tests::process::{Place, Process, place, said};
+use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, program, scaled};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const PORT: u16 = 7000;
+const UID: &str = "0f8fad5b-d9cb-469f-a165-70867728950e";
+
+/// An agent that drains as long as something runs.
+fn patient(world: &World, node: &Node) -> Agent {
+    let mut setup = world.setup(node);
+    let drain = setup.arguments.iter_mut().find(|word| *word == "5s");
+    *drain.expect("a time to drain") = "120s".into();
+    Agent::start(setup)
+}
+
+/// Whether what an enrolment leaves in a namespace is there.
+fn is_captured(pod: &Pod) -> bool {
+    pod.netns.show("rule show").contains("fwmark")
+}
+
+/// The tests' app in a namespace and a cgroup.
+fn app(netns: &Netns, cgroup: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
+    command.args(arguments);
+    let of = Place {
+        netns: netns.file(),
+        cgroup: cgroup.to_owned(),
+        hosts: None,
+        capabilities: None,
+    };
+    place(&mut command, &of);
+    command
+}
+
+fn processes(cgroup: &Cgroup) -> Vec<i32> {
+    let text = fs::read_to_string(cgroup.folder.join("cgroup.procs")).expect("a cgroup");
+    let pids = text.lines().map(|pid| pid.parse().expect("a pid"));
+    pids.collect()
+}
+
+/// Puts what runs in a pod into a cgroup below its own, as an engine does with each container.
+fn into(pod: &Pod, name: &str) -> Cgroup {
+    let inner = Cgroup::new(&pod.cgroup.folder.join(name));
+    for pid in processes(&pod.cgroup) {
+        fs::write(inner.folder.join("cgroup.procs"), pid.to_string()).expect("it is moved");
+    }
+    inner
+}
+
+/// Gives itself another pod's addresses, as anybody may with the right to change their own network.
+fn take_addresses(thief: &Pod, of: &Pod) {
+    let (v4, v6) = (of.v4, of.v6);
+    thief.netns.ip(&format!("addr add {v4}/32 dev eth0\n"));
+    thief
+        .netns
+        .ip6(&format!("addr add {v6}/128 dev eth0 nodad\n"));
+}
+
+#[test]
+fn what_is_decided_while_the_agent_drains_holds_for_what_runs_and_for_what_comes() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let client = one.pod(&world, "client");
+    let (server, other) = (two.pod(&world, "server"), two.pod(&world, "other"));
+    let outsider = two.bare(&world, "outside", "outsider");
+    let apps = [server.serve(PORT), other.serve(PORT)];
+    let (first, second) = (world.agent(&one), patient(&world, &two));
+    first.up(&["client"]);
+    second.up(&["server", "other"]);
+    eventually("all are dialled by HBONE", 10, || first.tunnelled() >= 3);
+    let talk = |to| {
+        let mut talk = client.talk(to);
+        talk.say("hello");
+        talk.line();
+        talk
+    };
+    let (live, mut stays) = (talk(server.at(PORT)), talk(other.at(PORT)));
+    second.ask_to_end();
+    second.logs(&["draining; pods stay captured"]);
+    let asked = || outsider.ask(server.at(PORT), "in clear");
+    assert!(asked().is_ok(), "what comes while it drains is served");
+    world.manifests.policy(
+        "demo",
+        "nobody",
+        "ALLOW",
+        "server",
+        "cluster.local/ns/x/sa/y",
+    );
+    assert_eq!(live.line(), "closed: reset");
+    assert!(asked().is_err(), "what comes is refused");
+    world.manifests.remove("policy-demo-nobody.yaml");
+    eventually("it is let in again", 5, || asked().is_ok());
+    world.manifests.mtls("demo", "STRICT");
+    eventually("in clear nobody is let in", 5, || asked().is_err());
+    stays.say("still");
+    assert_eq!(stays.line(), format!("{} still", client.v4));
+    assert!(second.runs(), "it drains");
+    drop(apps);
+}
+
+#[test]
+fn c6_a_pod_of_which_another_identity_is_said_while_it_drains_comes_back_as_that_one() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let _app = server.serve(PORT);
+    let (first, second) = (patient(&world, &one), world.agent(&two));
+    first.up(&["client"]);
+    second.up(&["server"]);
+    eventually("both dial by HBONE", 10, || first.tunnelled() >= 2);
+    let mut live = client.talk(server.at(PORT));
+    live.say("hello");
+    live.line();
+    let mut object = one.object(&client);
+    let mode = |mode: &str| ("istio.io/dataplane-mode".to_owned(), mode.to_owned());
+    object.labels.push(mode("none"));
+    world.manifests.pod(&object);
+    first.logs(&["pod leaves the mesh"]);
+    first.is("client", "draining");
+    object.labels.pop();
+    object.account = "other";
+    world.manifests.pod(&object);
+    first.up(&["client"]);
+    eventually("it has the other identity", 10, || {
+        let _ = client.ask(server.at(PORT), "x");
+        second.log().contains("ns/demo/sa/other")
+    });
+    assert_eq!(live.line(), "closed: reset", "what it was does not go on");
+}
+
+#[test]
+fn c7_a_pod_that_is_recreated_is_captured_while_its_namesake_drains() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let _app = server.serve(PORT);
+    let (first, second) = (patient(&world, &one), world.agent(&two));
+    first.up(&["client"]);
+    second.up(&["server"]);
+    eventually("both dial by HBONE", 10, || first.tunnelled() >= 2);
+    let mut live = client.talk(server.at(PORT));
+    live.say("hello");
+    live.line();
+    // The same name and uid, in a namespace of its own.
+    let again = one.bare(&world, "demo", "again");
+    let mut object = one.object(&again);
+    (object.name, object.account) = ("client", "client");
+    world.manifests.pod(&object);
+    eventually("the new one is captured", 10, || is_captured(&again));
+    first.up(&["client"]);
+    let answer = again.ask(server.at(PORT), "new");
+    assert_eq!(answer, Ok(format!("{} new", again.v4)));
+    second.logs(&[&format!("src.addr={}:", again.v4), "src.identity="]);
+    live.say("old");
+    assert_eq!(
+        live.line(),
+        format!("{} old", client.v4),
+        "the old one drains"
+    );
+    assert!(is_captured(&client), "and keeps inside what it says");
+    drop(live);
+    eventually("the old one is let go", 15, || !is_captured(&client));
+    let answer = again.ask(server.at(PORT), "new still");
+    assert_eq!(answer, Ok(format!("{} new still", again.v4)));
+}
+
+#[test]
+fn c7_an_agent_that_cannot_look_lets_no_pod_go() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let mut live = pair.client.talk(pair.server.at(PORT));
+    live.say("hello");
+    live.line();
+    let before = limit_files(pair.one.pid(), 3);
+    std::thread::sleep(scaled(Duration::from_secs(6)));
+    assert!(is_captured(&pair.client), "it stays captured");
+    live.say("what runs goes on");
+    assert_eq!(live.line(), format!("{} what runs goes on", pair.client.v4));
+    limit_files(pair.one.pid(), before);
+    pair.one.up(&["client"]);
+    let answer = pair.client.ask(pair.server.at(PORT), "again");
+    assert_eq!(answer, Ok(format!("{} again", pair.client.v4)));
+    assert!(!pair.one.log().contains("pod left the mesh"));
+}
+
+#[test]
+fn a_pod_whose_first_thread_has_ended_is_found() {
+    let world = World::new();
+    let node = world.node("one");
+    let pod = node.bare(&world, "demo", "leaderless");
+    let app = pod.app(&["leaderless"]);
+    assert_eq!(app.line(), "ready");
+    // Nothing else holds the namespace: neither a process nor a name.
+    for pid in processes(&pod.cgroup) {
+        if pid.cast_unsigned() != app.pid() {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the pod's own");
+        }
+    }
+    let delete = ["netns", "del", &pod.netns.name];
+    assert!(said(Command::new("ip").args(delete)).is_ok());
+    world.manifests.pod(&node.object(&pod));
+    let agent = world.agent(&node);
+    agent.up(&["leaderless"]);
+}
+
+#[test]
+fn c6_a_container_that_comes_later_is_its_pods_from_then_on_and_after_a_restart() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (
+        one.bare(&world, "demo", "client"),
+        two.pod(&world, "server"),
+    );
+    let outsider = two.bare(&world, "outside", "outsider");
+    let nested = one.bare(&world, "outside", "nested");
+    let _apps = [server.serve(PORT), outsider.serve(PORT)];
+    let first = into(&client, "first");
+    world.manifests.pod(&one.object(&client));
+    let (mut agent, other) = (world.agent(&one), world.agent(&two));
+    agent.up(&["client"]);
+    other.up(&["server"]);
+    eventually("both dial by HBONE", 10, || agent.tunnelled() >= 2);
+    let to = server.at(PORT).to_string();
+    let mut live = Process::start(&mut app(&client.netns, &first.folder, &["talk", &to]));
+    assert_eq!(live.line(), "connected");
+    let second = Cgroup::new(&client.cgroup.folder.join("second"));
+    let later = Process::start(&mut app(&client.netns, &second.folder, &["pause"]));
+    assert_eq!(later.line(), "ready");
+    let is_whole = |agent: &Agent| {
+        let status = agent.status().unwrap_or_default();
+        let pod = &status["pods"][0];
+        pod["outside"] == 0 && pod["cgroup"] == *client.cgroup.folder.display().to_string()
+    };
+    let ask = |netns: &Netns, to: String| {
+        let asked = said(&mut app(netns, &second.folder, &["ask", &to, "x"]));
+        asked.err().unwrap_or_default()
+    };
+    for _ in 0..2 {
+        eventually("both containers are the pod's", 10, || is_whole(&agent));
+        eventually("a namespace inside of the second one is refused", 5, || {
+            ask(&nested.netns, outsider.at(PORT).to_string()) == "denied"
+        });
+        assert_eq!(ask(&client.netns, to.clone()), "", "the pod itself is not");
+        live.say("x");
+        assert_eq!(live.line(), format!("{} x", client.v4));
+        // And once more, with a successor that finds both.
+        agent.kill();
+        agent.restart();
+        agent.up(&["client"]);
+        live = Process::start(&mut app(&client.netns, &first.folder, &["talk", &to]));
+        assert_eq!(live.line(), "connected");
+    }
+}
+
+#[test]
+fn c6_who_takes_a_new_pods_address_does_not_keep_it_out_of_the_mesh() {
+    let world = World::new();
+    let node = world.node("one");
+    // One that the agent knows, outside of the mesh; and one that it does not know.
+    let (known, unknown) = (
+        node.bare(&world, "outside", "known"),
+        node.bare(&world, "outside", "unknown"),
+    );
+    let (plain, named) = (
+        node.bare(&world, "demo", "plain"),
+        node.bare(&world, "demo", "named"),
+    );
+    world.manifests.pod(&node.object(&known));
+    take_addresses(&known, &plain);
+    take_addresses(&unknown, &named);
+    let _inner = into(&named, &format!("pod{UID}"));
+    let agent = world.agent(&node);
+    world.manifests.pod(&node.object(&plain));
+    let mut object = node.object(&named);
+    object.uid = UID;
+    world.manifests.pod(&object);
+    agent.up(&["plain", "named"]);
+    assert!(is_captured(&plain) && is_captured(&named));
+    assert!(!is_captured(&known) && !is_captured(&unknown));
+}
+
+#[test]
+fn c6_who_takes_a_served_pods_address_does_not_darken_it_at_a_restart() {
+    let world = World::new();
+    let node = world.node("one");
+    let (victim, thief) = (
+        node.pod(&world, "victim"),
+        node.bare(&world, "outside", "thief"),
+    );
+    let outsider = node.bare(&world, "outside", "outsider");
+    let _app = victim.serve(PORT);
+    let mut agent = world.agent(&node);
+    agent.up(&["victim"]);
+    take_addresses(&thief, &victim);
+    agent.kill();
+    agent.restart();
+    agent.up(&["victim"]);
+    eventually("it is served", 5, || {
+        outsider.ask(victim.at(PORT), "x").is_ok()
+    });
+    assert!(!is_captured(&thief));
+}
+
+#[test]
+fn c6_who_takes_the_address_of_a_pod_that_is_gone_does_not_get_its_identity() {
+    let world = World::new();
+    let node = world.node("one");
+    let thief = node.bare(&world, "outside", "thief");
+    let victim = node.pod(&world, "victim");
+    let agent = world.agent(&node);
+    agent.up(&["victim"]);
+    take_addresses(&thief, &victim);
+    let (v4, v6) = (victim.v4.to_string(), victim.v6.to_string());
+    drop(victim);
+    agent.logs(&["pod left the mesh"]);
+    std::thread::sleep(scaled(Duration::from_secs(3)));
+    assert!(!is_captured(&thief));
+    agent.is("victim", "waiting");
+    // The victim itself, in a namespace that came since.
+    let again = node.bare(&world, "demo", "again");
+    again.netns.ip(&format!("addr add {v4}/32 dev eth0\n"));
+    again
+        .netns
+        .ip6(&format!("addr add {v6}/128 dev eth0 nodad\n"));
+    agent.up(&["victim"]);
+    assert!(is_captured(&again) && !is_captured(&thief));
+}
+
+/// Lets a process open no descriptor of a number from `most` on; what it was before.
+fn limit_files(pid: u32, most: u64) -> u64 {
+    let pid = pid.try_into().expect("a pid");
+    let mut old = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    let resource = libc::RLIMIT_NOFILE;
+    // SAFETY: the kernel fills the structure, which lives for the length of the call.
+    let read = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut old) };
+    assert_eq!(read, 0, "{}", std::io::Error::last_os_error());
+    let new = libc::rlimit {
+        rlim_cur: most,
+        ..old
+    };
+    // SAFETY: the kernel reads the structure, which lives for the length of the call.
+    let set = unsafe { libc::prlimit(pid, resource, &raw const new, std::ptr::null_mut()) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+    old.rlim_cur
+}
