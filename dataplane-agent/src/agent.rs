@@ -296,7 +296,7 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
 fn source(options: &RunOptions) -> Result<Source, AgentError> {
     let wrong = |error: String| AgentError::Settings(error);
     if let Some(file) = &options.local_xds_path {
-        let read = local::read(file, options.node.as_str());
+        let read = local::read(file, options.node.as_str(), &options.network);
         return read
             .map(Source::Local)
             .map_err(|error| wrong(error.to_string()));
@@ -316,6 +316,7 @@ fn source(options: &RunOptions) -> Result<Source, AgentError> {
             cluster_id: options.cluster_id.clone(),
             cluster_domain: options.cluster_domain.clone(),
             trust_domain: options.trust_domain.clone(),
+            network: options.network.clone(),
             ..MeshConfig::of_node(options.node.as_str())
         },
     })

@@ -68,6 +68,15 @@ pub struct RunOptions {
         default_value = "Kubernetes"
     )]
     pub cluster_id: String,
+    /// Network of this node: what of the mesh has another one's label is not connected to directly.
+    #[arg(
+        long,
+        env = "NETWORK",
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    pub network: String,
     /// How long a workload's certificate lives; it is renewed at half of that.
     #[arg(long, env = "SECRET_TTL", value_name = "TIME", default_value = "24h", value_parser = duration)]
     pub secret_ttl: Duration,

@@ -1,6 +1,6 @@
 //! ztunnel's LOCAL_XDS file → the same store types, so that both can run on one configuration.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,24 +8,38 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use super::conflicts;
 use super::manifests::node::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
 use crate::authorize::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
-use crate::resolve::service::{LoadBalancing, Scope, Service};
-use crate::resolve::workload::{Locality, Protocol, Workload, WorkloadType};
+use crate::resolve::service::{Family, LoadBalancing, NetworkAddress, Scope, Service};
+use crate::resolve::workload::{Endpoint, Health, Locality, Protocol, Workload, WorkloadType};
 
 #[cfg(test)]
 mod tests;
 
-/// Reads the file; `node` is this node's name: its HBONE workloads are the pods here.
+/// Reads the file; `node` is this node's name: its HBONE workloads are the pods here. `network` is
+/// this node's: pods here of another one are told of.
 ///
 /// # Errors
 /// The file cannot be read; it is not as ztunnel wants it.
-pub fn read(file: &Path, node: &str) -> Result<Translation, ManifestError> {
+pub fn read(file: &Path, node: &str, network: &str) -> Result<Translation, ManifestError> {
     let text = std::fs::read_to_string(file).map_err(|e| ManifestError::of_file(file, e))?;
-    parse(file, &text, node)
+    let mut read = parse(file, &text, node)?;
+    let here = |workload: &&Workload| read.local.iter().any(|pod| pod.uid == workload.uid);
+    let strange: Vec<String> = read
+        .workloads
+        .iter()
+        .filter(|workload| *workload.network != *network)
+        .filter(here)
+        .map(|Workload { uid, network: own, .. }| {
+            format!("workload {uid}: network: `{own}` is not this node's, `{network}` (--network); it reaches its own alone")
+        })
+        .collect();
+    read.problems.extend(strange);
+    Ok(read)
 }
 
 /// As [`read`], of the file's text.
@@ -140,24 +154,32 @@ enum RawType {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ApplicationTunnel {
-    #[serde(rename = "protocol")]
-    _protocol: TunnelProtocol,
+    protocol: TunnelProtocol,
     #[serde(rename = "port")]
     _port: Option<u16>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, PartialEq)]
 #[serde(rename_all = "UPPERCASE")]
 enum TunnelProtocol {
     None,
     Proxy,
 }
 
-#[derive(Clone, Copy, Default, Deserialize, PartialEq)]
+#[derive(Clone, Copy, Default, Deserialize)]
 enum Status {
     #[default]
     Healthy,
     Unhealthy,
+}
+
+impl Status {
+    fn health(self) -> Health {
+        match self {
+            Self::Healthy => Health::Healthy,
+            Self::Unhealthy => Health::Unhealthy,
+        }
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -230,10 +252,11 @@ struct RawService {
     name: String,
     namespace: String,
     hostname: String,
+    #[serde(deserialize_with = "network_addresses")]
     vips: Vec<NetworkAddress>,
     ports: BTreeMap<u16, u16>,
     #[serde(default)]
-    cidr_vips: Vec<String>,
+    cidr_vips: Vec<NetworkRange>,
     #[serde(default)]
     endpoints: BTreeMap<String, RawEndpoint>,
     #[serde(default)]
@@ -242,27 +265,47 @@ struct RawService {
     #[serde(default)]
     weighted_waypoints: Vec<WeightedWaypoint>,
     load_balancer: Option<LoadBalancer>,
-    #[serde(rename = "ipFamilies")]
-    _ip_families: Option<IpFamilies>,
-    #[serde(default, rename = "canonical")]
-    _canonical: bool,
+    ip_families: Option<IpFamilies>,
+    #[serde(default)]
+    canonical: bool,
     #[serde(default)]
     visibility: Visibility,
 }
 
-/// `network/ip`.
-struct NetworkAddress(IpAddr);
-
-impl<'de> Deserialize<'de> for NetworkAddress {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let address = text
-            .split_once('/')
-            .and_then(|(_, address)| address.parse().ok());
-        address.map(Self).ok_or_else(|| {
-            serde::de::Error::custom(format_args!("`{text}` is not a network/address"))
-        })
+/// `network/ip`, each.
+fn network_addresses<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<NetworkAddress>, D::Error> {
+    struct One(NetworkAddress);
+    impl<'de> Deserialize<'de> for One {
+        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            let (network, address) = in_network(deserializer, "address")?;
+            Ok(Self(NetworkAddress { network, address }))
+        }
     }
+    let all = Vec::<One>::deserialize(deserializer)?;
+    Ok(all.into_iter().map(|One(address)| address).collect())
+}
+
+/// `network/ip/length`.
+struct NetworkRange(Arc<str>, IpNet);
+
+impl<'de> Deserialize<'de> for NetworkRange {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (network, range) = in_network(deserializer, "range")?;
+        Ok(Self(network, range))
+    }
+}
+
+fn in_network<'de, T: std::str::FromStr, D: serde::Deserializer<'de>>(
+    deserializer: D,
+    what: &str,
+) -> Result<(Arc<str>, T), D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let parsed = text
+        .split_once('/')
+        .and_then(|(network, rest)| Some((network.into(), rest.parse().ok()?)));
+    parsed.ok_or_else(|| serde::de::Error::custom(format_args!("`{text}` is not a network/{what}")))
 }
 
 #[derive(Deserialize)]
@@ -342,10 +385,21 @@ impl Config {
             .into_iter()
             .map(|raw| raw.translate(&mut problems))
             .collect();
+        tell_twice(
+            "workload",
+            workloads.iter().map(|one| &*one.uid),
+            &mut problems,
+        );
+        let mut by_uid: HashMap<Arc<str>, usize> = HashMap::new();
+        for (at, workload) in workloads.iter().enumerate() {
+            by_uid.insert(workload.uid.clone(), at);
+        }
         let mut services = Vec::new();
         for raw in self.services {
-            services.push(raw.translate(&mut workloads, &mut problems));
+            services.push(raw.translate(&mut workloads, &by_uid, &mut problems));
         }
+        let keys: Vec<String> = services.iter().map(Service::key).collect();
+        tell_twice("service", keys.iter().map(String::as_str), &mut problems);
         let local = workloads
             .iter()
             .filter(|workload| *workload.node == *node && !node.is_empty())
@@ -357,12 +411,22 @@ impl Config {
             .into_iter()
             .map(RawPolicy::translate)
             .collect();
+        conflicts::tell(&workloads, &services, &mut problems);
         Translation {
             workloads,
             services,
             policies,
             local,
             problems,
+        }
+    }
+}
+
+fn tell_twice<'a>(what: &str, keys: impl Iterator<Item = &'a str>, problems: &mut Vec<String>) {
+    let mut seen = HashSet::new();
+    for key in keys {
+        if !seen.insert(key) {
+            problems.push(format!("{what} {key}: is there twice, the later one holds"));
         }
     }
 }
@@ -391,21 +455,28 @@ impl RawWorkload {
         let made = format!("{cluster_id}//Pod/{}/{}", self.namespace, self.name);
         let uid = or(self.uid, &made);
         let mut report = |what: &str| problems.push(format!("workload {uid}: {what}"));
-        if !self.hostname.is_empty() {
-            report("is known by host name, which is not looked up; only its addresses count");
+        if !self.hostname.is_empty() && self.workload_ips.is_empty() {
+            report("hostname: is not looked up, no traffic goes to it");
         }
         if self.native_tunnel {
-            report("nativeTunnel is not carried; it is treated as any HBONE workload");
+            report("nativeTunnel: is not carried; it is treated as any HBONE workload");
         }
-        if self.application_tunnel.is_some() {
-            report("applicationTunnel is not carried");
+        let wants_proxy = self
+            .application_tunnel
+            .is_some_and(|tunnel| tunnel.protocol == TunnelProtocol::Proxy);
+        if wants_proxy {
+            report("applicationTunnel: is not carried yet, no connection is handed to its app");
         }
-        if self.network_gateway.is_some() {
-            report("networkGateway is not carried; it is dialled directly");
+        if let Some(gateway) = &self.network_gateway {
+            let gateway = &gateway.destination;
+            report(&format!(
+                "networkGateway {gateway}: is not carried yet, traffic to it from other networks is refused"
+            ));
         }
         if self.waypoint.is_some() {
-            report("is behind a waypoint; these are not carried yet, traffic to it is refused");
+            report("waypoint: is not carried yet, traffic to it is refused");
         }
+        let health = self.status.health();
         Workload {
             name: self.name.into(),
             namespace: self.namespace.into(),
@@ -414,13 +485,14 @@ impl RawWorkload {
             node: self.node.into(),
             cluster_id,
             network: self.network.into(),
+            network_gateway: self.network_gateway.map(|to| to.destination.into()),
             addresses: self.workload_ips,
             protocol: match self.protocol {
                 RawProtocol::Tcp => Protocol::Tcp,
                 RawProtocol::Hbone => Protocol::Hbone,
             },
             host_network: self.network_mode == NetworkMode::HostNetwork,
-            healthy: self.status == Status::Healthy,
+            health,
             workload_name: self.workload_name.into(),
             workload_type: match self.workload_type {
                 RawType::Deployment => WorkloadType::Deployment,
@@ -439,7 +511,7 @@ impl RawWorkload {
             services: self
                 .services
                 .into_iter()
-                .map(|(key, ports)| (key.into(), ports))
+                .map(|(key, ports)| (key.into(), Endpoint { ports, health }))
                 .collect(),
             locality: Locality {
                 region: self.locality.region.into(),
@@ -447,47 +519,51 @@ impl RawWorkload {
                 subzone: self.locality.subzone.into(),
             },
             capacity: self.capacity.unwrap_or(1),
+            unsupported: wants_proxy.then(|| "applicationTunnel PROXY".into()),
             uid,
         }
     }
 }
 
 impl RawService {
-    fn translate(self, workloads: &mut [Workload], problems: &mut Vec<String>) -> Service {
+    fn translate(
+        self,
+        workloads: &mut [Workload],
+        by_uid: &HashMap<Arc<str>, usize>,
+        problems: &mut Vec<String>,
+    ) -> Service {
         let key: Arc<str> = format!("{}/{}", self.namespace, self.hostname).into();
         let mut report = |what: &str| problems.push(format!("service {key}: {what}"));
         if !self.cidr_vips.is_empty() {
-            report("cidrVips are not carried");
+            report("cidrVips: are not carried yet, traffic to these addresses is refused");
         }
-        if self.visibility == Visibility::Namespace {
-            report("visibility Namespace is not carried, it is visible to all");
+        if self.waypoint.is_some() {
+            report("waypoint: is not carried yet, traffic to it is refused");
         }
-        if self.waypoint.is_some() || !self.weighted_waypoints.is_empty() {
-            report("is behind a waypoint; these are not carried yet, traffic to it is refused");
+        if !self.weighted_waypoints.is_empty() {
+            report("weightedWaypoints: are not carried yet, traffic to it is refused");
         }
         for endpoint in self.endpoints.into_values() {
-            let uid = &endpoint.workload_uid;
-            if endpoint.status == Status::Unhealthy {
-                report(&format!(
-                    "endpoint {uid}: its workload's own status counts, not this one"
-                ));
-            }
-            match workloads.iter_mut().find(|workload| *workload.uid == **uid) {
-                Some(workload) => {
-                    workload
-                        .services
-                        .entry(key.clone())
-                        .or_insert(endpoint.port);
-                }
-                None => report(&format!("endpoint {uid} is no workload")),
-            }
+            let uid = endpoint.workload_uid;
+            let Some(workload) = by_uid.get(&*uid).map(|&at| &mut workloads[at]) else {
+                report(&format!("endpoints: {uid} is no workload"));
+                continue;
+            };
+            let health = endpoint.status.health().min(workload.health);
+            let of = workload.services.entry(key.clone());
+            // What the workload itself says of its ports holds.
+            of.or_insert_with(|| Endpoint {
+                ports: endpoint.port,
+                health,
+            })
+            .health = health;
         }
         let balancer = self.load_balancer;
         let passthrough = balancer
             .as_ref()
             .is_some_and(|b| b.mode == Mode::Passthrough);
         if passthrough {
-            report("load balancer mode Passthrough is not carried");
+            report("loadBalancer.mode Passthrough: is not carried yet, traffic to it is refused");
         }
         // Any name will do: what is behind a waypoint is refused.
         let weighted = (!self.weighted_waypoints.is_empty()).then_some("weighted");
@@ -495,10 +571,13 @@ impl RawService {
             name: self.name.into(),
             namespace: self.namespace.into(),
             hostname: self.hostname.into(),
-            vips: self
-                .vips
+            vips: self.vips,
+            balanced: Vec::new(),
+            external: Vec::new(),
+            cidrs: self
+                .cidr_vips
                 .into_iter()
-                .map(|NetworkAddress(address)| address)
+                .map(|NetworkRange(network, range)| (network, range))
                 .collect(),
             ports: self.ports,
             subject_alt_names: self.subject_alt_names.into_iter().map(Arc::from).collect(),
@@ -509,6 +588,15 @@ impl RawService {
             publish_not_ready: balancer
                 .as_ref()
                 .is_some_and(|balancer| balancer.health_policy == HealthPolicy::AllowAll),
+            family: match self.ip_families {
+                Some(IpFamilies::IPv4) => Some(Family::V4),
+                Some(IpFamilies::IPv6) => Some(Family::V6),
+                Some(IpFamilies::Dual) | None => None,
+            },
+            private: self.visibility == Visibility::Namespace,
+            canonical: self.canonical,
+            seniority: 0,
+            unsupported: passthrough.then(|| "load balancer mode PASSTHROUGH".into()),
             load_balancing: balancer.map(LoadBalancer::translate).unwrap_or_default(),
         }
     }

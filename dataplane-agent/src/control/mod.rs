@@ -1,6 +1,7 @@
 //! The tradesmen's entrance: fills the stores that the rooms read. Nothing calls it.
 
 pub mod ca;
+mod conflicts;
 pub mod enrolled;
 pub mod local;
 pub mod machine;

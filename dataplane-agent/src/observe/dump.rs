@@ -14,7 +14,7 @@ use crate::identity::certs::Listed;
 use crate::resolve::Mesh;
 use crate::resolve::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
 use crate::resolve::service::Service;
-use crate::resolve::workload::{Workload, WorkloadType};
+use crate::resolve::workload::{Health, Workload, WorkloadType};
 
 /// All of it.
 pub fn dump(mesh: &Mesh, certs: &Certs, status: &StatusReport) -> Value {
@@ -70,13 +70,14 @@ fn workload(of: &Workload) -> Value {
         "canonicalName": of.canonical_name,
         "canonicalRevision": of.canonical_revision,
         "node": of.node,
-        "status": if of.healthy { "Healthy" } else { "Unhealthy" },
+        "status": status(of.health),
         "clusterId": of.cluster_id,
         "network": of.network,
+        "networkGateway": of.network_gateway.as_ref().map(|destination| json!({ "destination": destination })),
         "capacity": of.capacity,
         "waypoint": of.waypoint.as_ref().map(|destination| json!({ "destination": destination })),
         "authorizationPolicies": of.policies,
-        "services": of.services,
+        "services": of.services.iter().map(|(key, endpoint)| (key.to_string(), json!(endpoint.ports))).collect::<Map<_, _>>(),
         "locality": {
             "region": of.locality.region,
             "zone": of.locality.zone,
@@ -90,12 +91,13 @@ fn service(mesh: &Mesh, of: &Service) -> Value {
         .endpoints(of)
         .iter()
         .map(|endpoint| {
+            let own = endpoint.services.get(of.key().as_str());
             (
                 endpoint.uid.to_string(),
                 json!({
                     "workloadUid": endpoint.uid,
-                    "port": endpoint.services.get(of.key().as_str()),
-                    "status": if endpoint.healthy { "Healthy" } else { "Unhealthy" },
+                    "port": own.map(|own| &own.ports),
+                    "status": status(own.map_or(Health::Unhealthy, |own| own.health)),
                 }),
             )
         })
@@ -104,12 +106,21 @@ fn service(mesh: &Mesh, of: &Service) -> Value {
         "name": of.name,
         "namespace": of.namespace,
         "hostname": of.hostname,
-        "vips": of.vips.iter().map(|vip| format!("/{vip}")).collect::<Vec<_>>(),
+        "vips": of.vips.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "externalIps": of.balanced.iter().chain(&of.external).map(ToString::to_string).collect::<Vec<_>>(),
         "ports": of.ports,
         "endpoints": endpoints,
         "subjectAltNames": of.subject_alt_names,
         "waypoint": of.waypoint.as_ref().map(|destination| json!({ "destination": destination })),
     })
+}
+
+/// One that terminates is not ready for others to be sent to it, as ztunnel's file has it.
+fn status(of: Health) -> &'static str {
+    match of {
+        Health::Healthy => "Healthy",
+        Health::Terminating | Health::Unhealthy => "Unhealthy",
+    }
 }
 
 fn policy(of: &Policy) -> Value {

@@ -2,23 +2,36 @@
 //! new one, and nobody waits for it.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::hash::Hash;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use tokio::sync::watch;
 
 use super::policy::{Policy, PolicyScope};
 use super::service::Service;
 use super::workload::{Protocol, Workload};
 
+#[cfg(test)]
+mod tests;
+
+/// What is known by something that means nothing without its network.
+type ByNetwork<K, V> = HashMap<Arc<str>, HashMap<K, V>>;
+
 /// A snapshot of the mesh.
 #[derive(Debug, Default)]
 pub struct Mesh {
     generation: u64,
     workloads: HashMap<Arc<str>, Arc<Workload>>,
-    by_address: HashMap<IpAddr, Arc<Workload>>,
+    by_address: ByNetwork<IpAddr, Arc<Workload>>,
     services: HashMap<Arc<str>, Arc<Service>>,
-    by_vip: HashMap<IpAddr, Arc<Service>>,
+    /// Those of an address, the oldest first; more than one is rare.
+    by_vip: ByNetwork<IpAddr, Vec<Arc<Service>>>,
+    /// Whose an address from outside is, with a port: that of a load balancer, which its owner
+    /// assigns, before one that anybody who may write a Service claims, and then the oldest.
+    by_external: ByNetwork<(IpAddr, u16), Arc<Service>>,
+    cidrs: Vec<(Arc<str>, IpNet, Arc<Service>)>,
     /// By the service's key, in the order of their uids.
     endpoints: HashMap<Arc<str>, Vec<Arc<Workload>>>,
     policies: HashMap<Arc<str>, Arc<Policy>>,
@@ -33,6 +46,19 @@ pub struct Applicable<'a> {
     pub policies: Vec<&'a Arc<Policy>>,
     /// Keys that it names and that are not there: nobody knows what they say.
     pub unknown: Vec<&'a Arc<str>>,
+}
+
+/// Whom an address means to one who connects to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Destination<'a> {
+    /// A workload, by its own address.
+    Workload(&'a Arc<Workload>),
+    /// A service, by a virtual address.
+    Service(&'a Arc<Service>),
+    /// A service, by an address from outside.
+    External(&'a Arc<Service>),
+    /// A service, by a range of addresses.
+    Range(&'a Arc<Service>),
 }
 
 impl Mesh {
@@ -57,10 +83,12 @@ impl Mesh {
         for workload in workloads {
             if !workload.host_network {
                 for address in &workload.addresses {
-                    let of = mesh
-                        .by_address
-                        .entry(address.to_canonical())
-                        .or_insert_with(|| Arc::clone(&workload));
+                    let of = entry(
+                        &mut mesh.by_address,
+                        &workload.network,
+                        address.to_canonical(),
+                    );
+                    let of = of.or_insert_with(|| Arc::clone(&workload));
                     if rank(&workload) > rank(of) {
                         *of = Arc::clone(&workload);
                     }
@@ -75,14 +103,29 @@ impl Mesh {
             mesh.services
                 .insert(service.key().into(), Arc::new(service));
         }
-        let mut keys: Vec<&Arc<str>> = mesh.services.keys().collect();
-        keys.sort();
-        for key in keys {
-            let service = &mesh.services[key];
+        let mut services: Vec<&Arc<Service>> = mesh.services.values().collect();
+        services.sort_by_cached_key(|service| (service.seniority, service.key()));
+        for service in &services {
             for vip in &service.vips {
-                mesh.by_vip
-                    .entry(vip.to_canonical())
-                    .or_insert_with(|| Arc::clone(service));
+                let of = entry(&mut mesh.by_vip, &vip.network, vip.address.to_canonical());
+                of.or_default().push(Arc::clone(service));
+            }
+        }
+        let balanced = services.iter().map(|service| (service, &service.balanced));
+        let external = services.iter().map(|service| (service, &service.external));
+        for (service, addresses) in balanced.chain(external) {
+            for at in addresses {
+                for port in service.ports.keys() {
+                    let at_port = (at.address.to_canonical(), *port);
+                    entry(&mut mesh.by_external, &at.network, at_port)
+                        .or_insert_with(|| Arc::clone(service));
+                }
+            }
+        }
+        for service in services {
+            for (network, range) in &service.cidrs {
+                mesh.cidrs
+                    .push((Arc::clone(network), *range, Arc::clone(service)));
             }
         }
         for policy in policies {
@@ -109,17 +152,46 @@ impl Mesh {
     pub fn generation(&self) -> u64 {
         self.generation
     }
-    /// Whose address it is. Workloads on their node's network have none of their own.
-    pub fn workload_at(&self, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.by_address.get(&address.to_canonical())
+    /// Whom a workload means by an address: a workload of its network before a service, and a
+    /// service by its own address before one by an address from outside.
+    pub fn destination(&self, source: &Workload, to: SocketAddr) -> Option<Destination<'_>> {
+        let (network, address) = (&source.network, to.ip().to_canonical());
+        if let Some(workload) = self.workload_at(network, address) {
+            return Some(Destination::Workload(workload));
+        }
+        // One that the client may not use counts where no other does, so that it is refused.
+        let preference = |service: &&Arc<Service>| {
+            let own = service.namespace == source.namespace;
+            let visible = service.is_visible_to(&source.namespace);
+            std::cmp::Reverse((own, visible, service.canonical))
+        };
+        let by_vip = self.services_at(network, address);
+        if let Some(service) = by_vip.iter().min_by_key(preference) {
+            return Some(Destination::Service(service));
+        }
+        let by_external = self.by_external.get(network);
+        let external = by_external.and_then(|all| all.get(&(address, to.port())));
+        if let Some(service) = external {
+            return Some(Destination::External(service));
+        }
+        let has =
+            |(of, range, _): &&(Arc<str>, IpNet, _)| of == network && range.contains(&address);
+        let range = self.cidrs.iter().find(has);
+        range.map(|(.., service)| Destination::Range(service))
+    }
+    /// Whose address it is in a network. Workloads on their node's network have none of their own.
+    pub fn workload_at(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.by_address.get(network)?.get(&address.to_canonical())
     }
     /// The workload of a uid.
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
         self.workloads.get(uid)
     }
-    /// The service of a virtual address.
-    pub fn service_at(&self, address: IpAddr) -> Option<&Arc<Service>> {
-        self.by_vip.get(&address.to_canonical())
+    /// The services of a virtual address in a network.
+    pub fn services_at(&self, network: &str, address: IpAddr) -> &[Arc<Service>] {
+        let of = self.by_vip.get(network);
+        let of = of.and_then(|of| of.get(&address.to_canonical()));
+        of.map_or(&[], Vec::as_slice)
     }
     /// The service of a key, `namespace/hostname`.
     pub fn service(&self, key: &str) -> Option<&Arc<Service>> {
@@ -169,6 +241,14 @@ impl Mesh {
     }
 }
 
+fn entry<'a, K: Eq + Hash, V>(
+    of: &'a mut ByNetwork<K, V>,
+    network: &Arc<str>,
+    key: K,
+) -> std::collections::hash_map::Entry<'a, K, V> {
+    of.entry(Arc::clone(network)).or_default().entry(key)
+}
+
 /// Of several workloads with one address the one of the highest rank is meant: a pod rather than an
 /// endpoint that somebody wrote, and one in the mesh rather than one outside.
 fn rank(workload: &Workload) -> u8 {
@@ -209,39 +289,5 @@ impl MeshReader {
             std::future::pending::<()>().await;
         }
         Arc::clone(&self.0.borrow_and_update())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::workload::tests::workload;
-    use super::*;
-
-    #[test]
-    fn of_two_with_one_key_the_later_one_holds_in_every_index() {
-        let at = |last| Workload {
-            addresses: vec![IpAddr::from([10, 0, 0, last])],
-            ..workload(&[])
-        };
-        let mesh = Mesh::build(1, vec![at(1), at(2)], Vec::new(), Vec::new());
-        assert_eq!(mesh.workloads().count(), 1);
-        assert!(mesh.workload_at(IpAddr::from([10, 0, 0, 1])).is_none());
-        assert!(mesh.workload_at(IpAddr::from([10, 0, 0, 2])).is_some());
-    }
-
-    #[test]
-    fn an_address_is_found_as_ipv4_and_mapped_and_not_on_the_nodes_network() {
-        let mesh = |host_network| {
-            let one = Workload {
-                host_network,
-                ..workload(&[])
-            };
-            Mesh::build(1, vec![one], Vec::new(), Vec::new())
-        };
-        for address in ["10.0.0.1", "::ffff:10.0.0.1"] {
-            let address = address.parse().expect("an address");
-            assert!(mesh(false).workload_at(address).is_some());
-            assert!(mesh(true).workload_at(address).is_none());
-        }
     }
 }

@@ -66,6 +66,8 @@ impl Failure for ResolveError {
             Self::UnknownLocal(_) => "unknown_local",
             Self::NoHealthyUpstream(_) => "no_healthy_upstream",
             Self::UnknownWaypoint(_) => "unknown_waypoint",
+            Self::NotVisible(_) => "not_visible",
+            Self::Unsupported(_) => "unsupported",
             Self::NoAddress(_) => "no_address",
             Self::IpMismatch { .. } => "ip_mismatch",
             Self::SelfCall => "self_call",
@@ -85,6 +87,12 @@ pub enum ResolveError {
     /// The destination wants its waypoint passed, and waypoints cannot be reached yet.
     #[error("unknown waypoint: {0}")]
     UnknownWaypoint(Arc<str>),
+    /// A service that clients of other namespaces may not use.
+    #[error("no service for target address: {0}")]
+    NotVisible(SocketAddr),
+    /// The destination wants something that cannot be done yet, and nothing else instead.
+    #[error("unsupported feature: {0}")]
+    Unsupported(Arc<str>),
     /// A workload that cannot be reached by an address.
     #[error("no valid routing destination for workload: {0}")]
     NoAddress(Arc<str>),

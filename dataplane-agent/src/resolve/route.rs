@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use rand::Rng;
 
-use super::mesh::{Mesh, MeshReader};
-use super::service::{Scope, Service};
-use super::workload::{Protocol, Workload};
+use super::mesh::{Destination, Mesh, MeshReader};
+use super::service::{LoadBalancing, Scope, Service};
+use super::workload::{Health, Protocol, Workload};
 use super::{Accepted, Direction, Hop, ResolveError, Resolved};
 use crate::hbone;
 use crate::identity::Identity;
@@ -77,6 +77,9 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
         return Err(ResolveError::SelfCall);
     }
     let target = local(mesh, accepted)?;
+    if let Some(what) = &target.unsupported {
+        return Err(ResolveError::Unsupported(what.clone()));
+    }
     let service = match &accepted.direction {
         Direction::InboundHbone {
             service: Some(asked),
@@ -91,7 +94,9 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
     };
     let service = service.or_else(|| service_by_port(mesh, &target, to.port()));
     Ok(Found {
-        source: mesh.workload_at(accepted.peer.ip()).cloned(),
+        source: mesh
+            .workload_at(&target.network, accepted.peer.ip())
+            .cloned(),
         target: Some(target),
         service,
         hop: Hop::App(to),
@@ -108,40 +113,73 @@ fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveErro
         return Err(ResolveError::SelfCall);
     }
     let source = local(mesh, accepted)?;
-    if let Some(service) = mesh.service_at(to.ip()) {
-        if let Some(waypoint) = &service.waypoint {
-            return Err(ResolveError::UnknownWaypoint(waypoint.clone()));
+    let (target, service, hop) = match mesh.destination(&source, to) {
+        None => (None, None, Hop::Plain(to)),
+        Some(Destination::Workload(target)) => {
+            if let Some(waypoint) = &target.waypoint
+                && !is_waypoint(mesh, waypoint, &source, accepted.peer.ip())
+            {
+                return Err(ResolveError::UnknownWaypoint(waypoint.clone()));
+            }
+            let hop = next(target, to.port(), to.ip(), None)?;
+            (Some(Arc::clone(target)), None, hop)
         }
-        let (target, port) =
-            choose(mesh, service, &source, to).ok_or(ResolveError::NoHealthyUpstream(to))?;
-        let hop = next(&target, port, to.ip(), &service.subject_alt_names)?;
-        return Ok(Found {
-            source: Some(source),
-            target: Some(target),
-            service: Some(Arc::clone(service)),
-            hop,
-        });
-    }
-    let Some(target) = mesh.workload_at(to.ip()).cloned() else {
-        return Ok(Found {
-            source: Some(source),
-            target: None,
-            service: None,
-            hop: Hop::Plain(to),
-        });
+        Some(Destination::Service(service)) => by_service(mesh, service, &source, to, false)?,
+        Some(Destination::External(service)) => by_service(mesh, service, &source, to, true)?,
+        Some(Destination::Range(service)) => {
+            let what = format!("range of addresses of {}", service.key());
+            return Err(ResolveError::Unsupported(what.into()));
+        }
     };
-    if let Some(waypoint) = &target.waypoint
-        && !is_waypoint(mesh, waypoint, &source, accepted.peer.ip())
-    {
-        return Err(ResolveError::UnknownWaypoint(waypoint.clone()));
-    }
-    let hop = next(&target, to.port(), to.ip(), &[])?;
     Ok(Found {
         source: Some(source),
-        target: Some(target),
-        service: None,
+        target,
+        service,
         hop,
     })
+}
+
+type Next = (Option<Arc<Workload>>, Option<Arc<Service>>, Hop);
+
+/// To one of a service's endpoints. `external`: the service was asked for by an address from
+/// outside.
+fn by_service(
+    mesh: &Mesh,
+    service: &Arc<Service>,
+    source: &Workload,
+    to: SocketAddr,
+    external: bool,
+) -> Result<Next, ResolveError> {
+    if !service.is_visible_to(&source.namespace) {
+        return Err(ResolveError::NotVisible(to));
+    }
+    if let Some(waypoint) = &service.waypoint {
+        return Err(ResolveError::UnknownWaypoint(waypoint.clone()));
+    }
+    if let Some(what) = &service.unsupported {
+        return Err(ResolveError::Unsupported(what.clone()));
+    }
+    let candidates = candidates(mesh, service, source, to.port(), external);
+    let Some((target, port)) = draw(&candidates) else {
+        return Err(nobody(mesh, service, source, to));
+    };
+    let hop = next(target, port, to.ip(), Some(service))?;
+    Ok((Some(Arc::clone(target)), Some(Arc::clone(service)), hop))
+}
+
+/// Why nobody takes a connection to a service.
+fn nobody(mesh: &Mesh, service: &Service, source: &Workload, to: SocketAddr) -> ResolveError {
+    let elsewhere = |endpoint: &&Arc<Workload>| endpoint.network != source.network;
+    let found = mesh.endpoints(service).iter().find(elsewhere);
+    match found.map(|endpoint| (endpoint, &endpoint.network_gateway)) {
+        Some((_, Some(gateway))) if service.ports.contains_key(&to.port()) => {
+            ResolveError::Unsupported(format!("double HBONE by network gateway {gateway}").into())
+        }
+        Some((endpoint, None)) if service.ports.contains_key(&to.port()) => {
+            ResolveError::NoAddress(endpoint.uid.clone())
+        }
+        _ => ResolveError::NoHealthyUpstream(to),
+    }
 }
 
 /// The pod as the mesh knows it. By its uid: an address may have been another pod's before.
@@ -172,9 +210,13 @@ fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) 
     match waypoint.split_once('/') {
         Some((network, name)) => match name.parse::<IpAddr>() {
             Ok(_) if *network != *source.network => false,
-            Ok(at) => match mesh.service_at(at) {
-                Some(service) => serves(service),
-                None => mesh.workload_at(at).is_some_and(is_source),
+            Ok(at) => match mesh.workload_at(network, at) {
+                Some(workload) => is_source(workload),
+                // Of several services with the address nobody knows which one is meant.
+                None => match mesh.services_at(network, at) {
+                    [service] => serves(service),
+                    _ => false,
+                },
             },
             Err(_) => mesh.service(waypoint).is_some_and(serves),
         },
@@ -182,20 +224,20 @@ fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) 
     }
 }
 
-/// The hop to a workload's port; at an address of the family that was asked for, if it has one.
+/// The hop to a workload's port; at an address of the family that was asked for, if it has one and
+/// the service allows it.
 fn next(
     target: &Arc<Workload>,
     port: u16,
     asked: IpAddr,
-    names: &[Arc<str>],
+    service: Option<&Service>,
 ) -> Result<Hop, ResolveError> {
-    let of_family = |address: &&IpAddr| address.is_ipv4() == asked.is_ipv4();
-    let address = target
-        .addresses
-        .iter()
+    let allowed = |address: &&IpAddr| service.is_none_or(|service| service.allows(address));
+    let addresses = || target.addresses.iter().filter(allowed);
+    let address = addresses()
         .find(|address| **address == asked)
-        .or_else(|| target.addresses.iter().find(of_family))
-        .or_else(|| target.addresses.first());
+        .or_else(|| addresses().find(|address| address.is_ipv4() == asked.is_ipv4()))
+        .or_else(|| addresses().next());
     let Some(&address) = address else {
         return Err(ResolveError::NoAddress(target.uid.clone()));
     };
@@ -205,6 +247,7 @@ fn next(
         Protocol::Hbone => {
             let mut expected = vec![target.identity()];
             // One that is not an identity could not be presented either.
+            let names = service.map_or(&[][..], |service| &service.subject_alt_names);
             expected.extend(
                 names
                     .iter()
@@ -220,89 +263,78 @@ fn next(
     }
 }
 
-/// One endpoint of a service and its port, at random by weight among those that are preferred.
-fn choose(
-    mesh: &Mesh,
-    service: &Service,
-    source: &Workload,
-    to: SocketAddr,
-) -> Option<(Arc<Workload>, u16)> {
-    let candidates = candidates(mesh, service, source, to.port());
-    let total: u64 = candidates
-        .iter()
-        .map(|(workload, _)| u64::from(workload.capacity))
-        .sum();
+type Candidate<'a> = (&'a Arc<Workload>, u16);
+
+/// One of them, at random by weight.
+fn draw<'a>(candidates: &[Candidate<'a>]) -> Option<Candidate<'a>> {
+    let weight = |(workload, _): &Candidate<'_>| u64::from(workload.capacity);
+    let total: u64 = candidates.iter().map(weight).sum();
     if total == 0 {
         return None;
     }
     let mut drawn = rand::rng().random_range(0..total);
-    for (workload, port) in candidates {
-        let weight = u64::from(workload.capacity);
-        if drawn < weight {
-            return Some((Arc::clone(workload), port));
+    for candidate in candidates {
+        if drawn < weight(candidate) {
+            return Some(*candidate);
         }
-        drawn -= weight;
+        drawn -= weight(candidate);
     }
     None
 }
 
-/// Endpoints that take load, with the port that each has for the service's one.
+/// Endpoints that take load, with the port that each has for the service's one: of those that can
+/// be reached the healthiest, and of these the nearest.
 fn candidates<'a>(
     mesh: &'a Mesh,
     service: &Service,
     source: &Workload,
     port: u16,
-) -> Vec<(&'a Arc<Workload>, u16)> {
+    external: bool,
+) -> Vec<Candidate<'a>> {
     let Some(&target) = service.ports.get(&port) else {
         return Vec::new();
     };
     let key = service.key();
+    let LoadBalancing {
+        preferences,
+        strict,
+    } = &service.load_balancing;
     let able = mesh.endpoints(service).iter().filter_map(|workload| {
-        let own = workload.services.get(key.as_str())?.get(&port).copied();
+        let endpoint = workload.services.get(key.as_str())?;
+        let own = endpoint.ports.get(&port).copied();
         let port = own.filter(|&port| port != 0).unwrap_or(target);
-        let healthy = workload.healthy || service.publish_not_ready;
-        (healthy && port != 0 && !workload.addresses.is_empty()).then_some((workload, port))
+        let health = match service.publish_not_ready {
+            true => Health::Healthy,
+            false => endpoint.health,
+        };
+        // Its addresses say nothing on another network.
+        let reached = workload.network == source.network
+            && workload.addresses.iter().any(|at| service.allows(at));
+        let common = common(preferences, source, workload);
+        // Who comes by an address from outside is not bound to its node (as with kube-proxy).
+        let near = external || !strict || common == preferences.len();
+        (health != Health::Unhealthy && port != 0 && reached && near)
+            .then_some(((health, common), (workload, port)))
     });
-    let preferences = &service.load_balancing.preferences;
-    let ranked: Vec<(usize, &Arc<Workload>, u16)> = able
-        .map(|(workload, port)| (common(preferences, source, workload), workload, port))
-        .filter(|(common, ..)| !service.load_balancing.strict || *common == preferences.len())
-        .map(|(common, workload, port)| {
-            // One on the own network is nearer than any other, whatever else they share.
-            let own = preferences.first() == Some(&Scope::Network)
-                && Scope::Network.shared(source, workload);
-            let rank = if own {
-                common + preferences.len() - 1
-            } else {
-                common
-            };
-            (rank, workload, port)
-        })
-        .collect();
-    let best = ranked.iter().map(|(rank, ..)| *rank).max().unwrap_or(0);
-    ranked
-        .into_iter()
-        .filter(|(rank, ..)| *rank == best)
-        .map(|(_, workload, port)| (workload, port))
+    let able: Vec<_> = able.collect();
+    let best = able.iter().map(|(rank, _)| *rank).max();
+    able.into_iter()
+        .filter(|(rank, _)| Some(*rank) == best)
+        .map(|(_, candidate)| candidate)
         .collect()
 }
 
-/// How many scopes two workloads share, from the widest on. Only a network that comes first and is
-/// another one does not end the count: of what is far, the nearest is preferred still.
+/// How many scopes two workloads share, from the widest on.
 fn common(scopes: &[Scope], one: &Workload, other: &Workload) -> usize {
-    let counted = match scopes {
-        [Scope::Network, rest @ ..] if !Scope::Network.shared(one, other) => rest,
-        all => all,
-    };
     let shared = |scope: &&Scope| scope.shared(one, other);
-    counted.iter().take_while(shared).count()
+    scopes.iter().take_while(shared).count()
 }
 
 /// A service of the workload that has this port as a target; for logs.
 fn service_by_port(mesh: &Mesh, workload: &Workload, port: u16) -> Option<Arc<Service>> {
-    workload.services.iter().find_map(|(key, ports)| {
+    workload.services.iter().find_map(|(key, endpoint)| {
         let service = mesh.service(key)?;
-        let by_endpoint = ports.values().any(|&target| target == port);
+        let by_endpoint = endpoint.ports.values().any(|&target| target == port);
         let by_service = service.ports.values().any(|&target| target == port);
         (by_endpoint || by_service).then(|| Arc::clone(service))
     })

@@ -25,14 +25,16 @@ pub struct Workload {
     pub cluster_id: Arc<str>,
     /// The network that its addresses belong to; empty for the only one.
     pub network: Arc<str>,
+    /// The gateway by which other networks reach it, `namespace/hostname` or `network/ip`.
+    pub network_gateway: Option<Arc<str>>,
     /// Its addresses, IPv4 and IPv6, in the order of `status.podIPs`.
     pub addresses: Vec<IpAddr>,
     /// How it is reached.
     pub protocol: Protocol,
     /// Whether it shares its node's network namespace; then its addresses do not identify it.
     pub host_network: bool,
-    /// Whether it takes load as an endpoint of services.
-    pub healthy: bool,
+    /// Whether it takes load; what counts for a service is its endpoint's.
+    pub health: Health,
     /// The name of the object that owns it, or its own.
     pub workload_name: Arc<str>,
     /// What kind of object owns it.
@@ -45,12 +47,35 @@ pub struct Workload {
     pub waypoint: Option<Arc<str>>,
     /// Keys (`namespace/name`) of the policies that select it.
     pub policies: Vec<Arc<str>>,
-    /// The services that it is an endpoint of: `namespace/hostname` to service port to target port.
-    pub services: BTreeMap<Arc<str>, BTreeMap<u16, u16>>,
+    /// The services that it is an endpoint of, by their keys, `namespace/hostname`.
+    pub services: BTreeMap<Arc<str>, Endpoint>,
     /// Where it runs.
     pub locality: Locality,
     /// Its weight among endpoints; 0 takes no load.
     pub capacity: u32,
+    /// What its app wants of connections and does not get: none is handed to it.
+    pub unsupported: Option<Arc<str>>,
+}
+
+/// What a workload is to one service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Service port to target port.
+    pub ports: BTreeMap<u16, u16>,
+    /// Whether it takes load.
+    pub health: Health,
+}
+
+/// Whether an endpoint takes load; the greater is the better.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Health {
+    /// It takes none.
+    Unhealthy,
+    /// It is about to end and serves still: it takes load where nobody else does (KEP-1669).
+    Terminating,
+    /// It takes load.
+    #[default]
+    Healthy,
 }
 
 /// How a workload is reached.
@@ -112,10 +137,11 @@ pub(crate) mod tests {
             node: "node".into(),
             cluster_id: "c".into(),
             network: "".into(),
+            network_gateway: None,
             addresses: vec![IpAddr::from([10, 0, 0, 1])],
             protocol: Protocol::Hbone,
             host_network: false,
-            healthy: true,
+            health: Health::Healthy,
             workload_name: "pod".into(),
             workload_type: WorkloadType::Pod,
             canonical_name: "pod".into(),
@@ -125,6 +151,7 @@ pub(crate) mod tests {
             services: BTreeMap::new(),
             locality: Locality::default(),
             capacity: 1,
+            unsupported: None,
         }
     }
 }

@@ -59,16 +59,16 @@ fn the_file_is_read() {
         "spiffe://cluster.local/ns/shop/sa/cashier"
     );
     assert_eq!(
-        till.services["shop/till.shop.svc.cluster.local"],
+        till.services["shop/till.shop.svc.cluster.local"].ports,
         BTreeMap::from([(80, 8080)])
     );
     assert_eq!(
-        (till.protocol, till.capacity, till.healthy),
-        (Protocol::Hbone, 1, true)
+        (till.protocol, till.capacity, till.health),
+        (Protocol::Hbone, 1, Health::Healthy)
     );
     assert_eq!(&*made.workloads[1].uid, "Kubernetes//Pod/shop/no");
     let service = &made.services[0];
-    assert_eq!(service.vips, [IpAddr::from([10, 96, 0, 1])]);
+    assert_eq!(service.vips[0].to_string(), "/10.96.0.1");
     assert!(service.publish_not_ready && !service.load_balancing.strict);
     assert_eq!(
         service.load_balancing.preferences,
@@ -105,6 +105,143 @@ fn the_pods_here_are_the_hbone_workloads_of_the_node() {
             .local
             .is_empty()
     );
+}
+
+/// What is told of a workload or service with these fields, and what becomes of it.
+fn with(workload: &str, service: &str) -> Translation {
+    parsed(&format!(
+        "workloads:\n- {{uid: w, name: w, namespace: a, workloadIps: [10.0.0.1], services: {{a/s: {{80: 80}}}}{workload}}}\n\
+         services:\n- {{name: s, namespace: a, hostname: s, vips: [x/10.96.0.1], ports: {{80: 80}}{service}}}\n"
+    ))
+}
+
+#[test]
+fn a_field_that_is_not_carried_is_told_by_its_name_and_what_has_it_is_refused() {
+    let gateway = "{destination: far/10.9.9.9, hboneMtlsPort: 15008}";
+    for (workload, service, told) in [
+        (
+            format!(", networkGateway: {gateway}"),
+            "",
+            "workload w: networkGateway far/10.9.9.9: ",
+        ),
+        (
+            ", applicationTunnel: {protocol: PROXY}".into(),
+            "",
+            "workload w: applicationTunnel: ",
+        ),
+        (
+            format!(", waypoint: {gateway}"),
+            "",
+            "workload w: waypoint: ",
+        ),
+        (
+            String::new(),
+            ", loadBalancer: {mode: Passthrough}",
+            "service a/s: loadBalancer.mode ",
+        ),
+        (
+            String::new(),
+            ", cidrVips: [x/10.97.0.0/16]",
+            "service a/s: cidrVips: ",
+        ),
+        (
+            String::new(),
+            ", weightedWaypoints: [{destination: a/w, weight: 1}]",
+            "service a/s: weightedWaypoints: ",
+        ),
+        (
+            String::new(),
+            ", endpoints: {z: {workloadUid: z, port: {}}}",
+            "service a/s: endpoints: z is no workload",
+        ),
+    ] {
+        let made = with(&workload, service);
+        let [one] = made.problems.as_slice() else {
+            panic!("{:?}", made.problems);
+        };
+        assert!(one.starts_with(told), "{one}");
+    }
+    let made = with(&format!(", network: far, networkGateway: {gateway}"), "");
+    assert_eq!(
+        made.workloads[0].network_gateway.as_deref(),
+        Some("far/10.9.9.9")
+    );
+    assert_eq!(&*made.workloads[0].network, "far");
+    assert!(
+        with(", applicationTunnel: {protocol: PROXY}", "").workloads[0]
+            .unsupported
+            .is_some()
+    );
+    let none = with(", applicationTunnel: {protocol: NONE}", "");
+    assert!(none.workloads[0].unsupported.is_none() && none.problems.is_empty());
+    assert!(
+        with("", ", loadBalancer: {mode: Passthrough}").services[0]
+            .unsupported
+            .is_some()
+    );
+    let service = &with(
+        "",
+        ", cidrVips: [x/10.97.0.0/16], ipFamilies: IPv6, visibility: Namespace",
+    )
+    .services[0];
+    assert_eq!(
+        service.cidrs,
+        [("x".into(), "10.97.0.0/16".parse().expect("a range"))]
+    );
+    assert_eq!((service.family, service.private), (Some(Family::V6), true));
+    assert_eq!(service.vips[0].to_string(), "x/10.96.0.1");
+}
+
+#[test]
+fn an_endpoint_is_as_healthy_as_the_worse_of_what_is_said_of_it() {
+    for (workload, endpoint, expected) in [
+        ("Healthy", "Healthy", Health::Healthy),
+        ("Unhealthy", "Healthy", Health::Unhealthy),
+        ("Healthy", "Unhealthy", Health::Unhealthy),
+    ] {
+        let made = with(
+            &format!(", status: {workload}"),
+            &format!(
+                ", endpoints: {{w: {{workloadUid: w, port: {{80: 81}}, status: {endpoint}}}}}"
+            ),
+        );
+        let of = &made.workloads[0].services["a/s"];
+        assert_eq!(
+            (of.health, of.ports[&80]),
+            (expected, 80),
+            "{workload} {endpoint}"
+        );
+    }
+}
+
+#[test]
+fn what_is_there_twice_and_who_shares_an_address_is_told() {
+    let one = |uid: &str, network: &str| {
+        format!(
+            "- {{uid: {uid}, namespace: a, network: '{network}', workloadIps: [10.0.0.1], services: {{}}}}\n"
+        )
+    };
+    let told =
+        |workloads: &[String]| parsed(&format!("workloads:\n{}", workloads.concat())).problems;
+    assert_eq!(told(&[one("w", ""), one("v", "x")]), [""; 0]);
+    assert_eq!(
+        told(&[one("w", ""), one("v", "")]),
+        ["address 10.0.0.1: is that of w and v"]
+    );
+    assert_eq!(
+        told(&[one("w", ""), one("w", "")]),
+        ["workload w: is there twice, the later one holds"]
+    );
+}
+
+#[test]
+fn a_pod_here_of_another_network_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("local.yaml");
+    std::fs::write(&file, FILE).expect("a file");
+    let told = |network| read(&file, "here", network).expect("good").problems;
+    assert_eq!(told(""), [""; 0]);
+    assert!(told("far")[0].contains("--network"), "{:?}", told("far"));
 }
 
 #[test]

@@ -7,6 +7,8 @@ use serde::Deserialize;
 
 use super::node::{Node, NodeError};
 use super::object::wrong;
+use super::service::Protocol;
+use crate::resolve::workload::Health;
 
 /// The label that says whose endpoints they are.
 pub const SERVICE_LABEL: &str = "kubernetes.io/service-name";
@@ -26,7 +28,7 @@ pub struct Endpoint {
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
     /// Whether it takes load.
-    pub ready: bool,
+    pub health: Health,
     /// The pod that it is.
     pub pod: Option<PodRef>,
     /// Whether it is an object other than a pod.
@@ -72,7 +74,7 @@ impl EndpointSlice {
                 .is_some_and(|target| target.kind.as_deref() == Some("Pod"));
             endpoints.push(Endpoint {
                 addresses,
-                ready: endpoint.conditions.and_then(|conditions| conditions.ready) != Some(false),
+                health: endpoint.conditions.unwrap_or_default().health(),
                 other_object: target.is_some() && !is_pod,
                 pod: target.filter(|_| is_pod).map(|target| PodRef {
                     namespace: target.namespace.unwrap_or_default(),
@@ -85,11 +87,7 @@ impl EndpointSlice {
         let ports = raw
             .ports
             .into_iter()
-            .filter(|port| {
-                port.protocol
-                    .as_deref()
-                    .is_none_or(|protocol| protocol == "TCP")
-            })
+            .filter(|port| port.protocol == Protocol::Tcp)
             .filter_map(|port| Some((port.name.unwrap_or_default(), port.port?.get())))
             .collect();
         Ok(Self { endpoints, ports })
@@ -115,9 +113,25 @@ struct RawEndpoint {
     node_name: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Conditions {
     ready: Option<bool>,
+    serving: Option<bool>,
+    terminating: Option<bool>,
+}
+
+impl Conditions {
+    /// What is not said of readiness counts as ready, of serving as what is said of readiness.
+    fn health(&self) -> Health {
+        let terminating = self.terminating == Some(true);
+        let ready = self.ready.unwrap_or(!terminating);
+        let serving = self.serving.unwrap_or(self.ready != Some(false));
+        match (ready, terminating && serving) {
+            (true, _) => Health::Healthy,
+            (false, true) => Health::Terminating,
+            (false, false) => Health::Unhealthy,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -132,5 +146,6 @@ struct TargetRef {
 struct RawPort {
     name: Option<String>,
     port: Option<NonZeroU16>,
-    protocol: Option<String>,
+    #[serde(default)]
+    protocol: Protocol,
 }

@@ -335,15 +335,29 @@ impl<'de> Deserializer<'de> for Reader<'de> {
         visitor.visit_newtype_struct(self)
     }
 
-    /// A list is no struct: serde would take its elements for the fields in their order.
+    /// A list is no struct: serde would take its elements for the fields in their order. Of fields
+    /// that are not read most are passed over, but not one that is a slip of the pen.
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _name: &'static str,
-        _fields: &'static [&'static str],
+        fields: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, NodeError> {
-        match self.node.value {
+        match &self.node.value {
             Value::List(_) => Err(de::Error::custom("invalid type: sequence, expected a map")),
+            Value::Map(found) => {
+                for (key, node) in found
+                    .iter()
+                    .filter(|(key, _)| !fields.contains(&key.as_str()))
+                {
+                    if let Some(meant) = fields.iter().find(|field| is_slip(key, field)) {
+                        let what = format!("unknown field `{key}`, did you mean `{meant}`?");
+                        let error: NodeError = de::Error::custom(what);
+                        return Err(error.at(node.line).below(key));
+                    }
+                }
+                self.deserialize_any(visitor)
+            }
             _ => self.deserialize_any(visitor),
         }
     }
@@ -380,6 +394,27 @@ impl<'de> Deserializer<'de> for Reader<'de> {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char bytes byte_buf unit unit_struct
         seq tuple tuple_struct map identifier ignored_any
     }
+}
+
+/// Whether a name is another one in other letters, or a long one with one letter more, less,
+/// changed, or swapped with its neighbour.
+fn is_slip(name: &str, meant: &str) -> bool {
+    let (name, meant) = (name.to_lowercase(), meant.to_lowercase());
+    if name == meant {
+        return true;
+    }
+    if meant.len() < 6 {
+        return false;
+    }
+    let (one, other): (Vec<char>, Vec<char>) = (name.chars().collect(), meant.chars().collect());
+    let same = one.iter().zip(&other).take_while(|(a, b)| a == b).count();
+    let (one, other) = (&one[same..], &other[same..]);
+    let after = |of: &[char], skip: usize| of.get(skip..).map(<[char]>::to_vec);
+    let swapped = matches!((one, other), ([a, b, ..], [c, d, ..]) if (a, b) == (d, c));
+    (after(one, 1).as_deref() == Some(other))
+        || (after(other, 1).as_deref() == Some(one))
+        || (after(one, 1).is_some() && after(one, 1) == after(other, 1))
+        || (swapped && after(one, 2) == after(other, 2))
 }
 
 struct Elements<'a> {

@@ -1,5 +1,6 @@
 //! Pods: what is read of them, whether they join the mesh, and the workloads they become.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -9,7 +10,9 @@ use serde::Deserialize;
 
 use super::node::{Node, NodeError};
 use super::object::{Meta, Objects, Resource, is_name, wrong};
+use super::service::Protocol;
 use super::translate::Wanted;
+use crate::resolve::workload::Health;
 
 /// The annotation that names a pod's network namespace by path.
 pub const NETNS_ANNOTATION: &str = "ambient.dataplane/netns";
@@ -39,10 +42,12 @@ impl Pod {
     pub(crate) fn read(node: &Node) -> Result<Self, NodeError> {
         let Raw { spec, status } = node.read()?;
         let status = status.unwrap_or_default();
-        let account = spec
-            .service_account_name
-            .as_deref()
-            .filter(|name| !name.is_empty());
+        // The second is an older name of the field, which the API server still takes.
+        let accounts = [&spec.service_account_name, &spec.service_account];
+        let account = accounts
+            .into_iter()
+            .filter_map(|name| name.as_deref())
+            .find(|name| !name.is_empty());
         let account = account.unwrap_or("default");
         if !is_name(account) {
             let what = format_args!("`{account}` is not a name");
@@ -52,6 +57,8 @@ impl Pod {
         if let (true, Some(address)) = (addresses.is_empty(), status.pod_ip) {
             addresses.push(address);
         }
+        let mut seen = BTreeSet::new();
+        addresses.retain(|address| seen.insert(*address));
         let restartable =
             |container: &&Container| container.restart_policy.as_deref() == Some("Always");
         let containers = spec
@@ -60,11 +67,7 @@ impl Pod {
             .chain(spec.init_containers.iter().filter(restartable));
         let named_ports = containers
             .flat_map(|container| &container.ports)
-            .filter(|port| {
-                port.protocol
-                    .as_deref()
-                    .is_none_or(|protocol| protocol == "TCP")
-            })
+            .filter(|port| port.protocol == Protocol::Tcp)
             .filter_map(|port| Some((port.name.clone()?, port.container_port.get())))
             .collect();
         Ok(Self {
@@ -89,6 +92,22 @@ impl Pod {
             .find(|(known, _)| known == name)
             .map(|&(_, port)| port)
     }
+}
+
+/// Whether it takes load.
+pub(crate) fn health(pod: &Resource<Pod>) -> Health {
+    match (pod.body.ready, pod.meta.deleting) {
+        (true, false) => Health::Healthy,
+        (true, true) => Health::Terminating,
+        (false, _) => Health::Unhealthy,
+    }
+}
+
+/// What is wrong with the label that asks for enrolment, if something is.
+pub(crate) fn mode_fault(meta: &Meta) -> Option<String> {
+    let mode = meta.label(MODE_LABEL)?;
+    let known = ["ambient", "none", "sidecar"].contains(&mode);
+    (!known).then(|| format!("label {MODE_LABEL}: `{mode}` is not known; ambient and none are"))
 }
 
 /// Whether a pod is to be enrolled: istio-cni's rule. A pod that is being deleted is not enrolled
@@ -156,6 +175,7 @@ struct Raw {
 struct Spec {
     node_name: Option<String>,
     service_account_name: Option<String>,
+    service_account: Option<String>,
     #[serde(default)]
     host_network: bool,
     #[serde(default)]
@@ -177,7 +197,8 @@ struct Container {
 struct ContainerPort {
     name: Option<String>,
     container_port: NonZeroU16,
-    protocol: Option<String>,
+    #[serde(default)]
+    protocol: Protocol,
 }
 
 #[derive(Default, Deserialize)]

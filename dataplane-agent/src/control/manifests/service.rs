@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, de};
 use super::node::{Node, NodeError};
 use super::object::{Objects, Resource, wrong};
 use super::pod::Pod;
-use crate::resolve::service::{LoadBalancing, Scope};
+use crate::resolve::service::{Family, LoadBalancing, Scope};
 
 /// What is read of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,27 @@ pub struct Service {
     pub node_local: bool,
     /// `trafficDistribution`.
     pub distribution: Option<String>,
+    /// Addresses of its load balancers.
+    pub ingress: Vec<IpAddr>,
+    /// `externalIPs`.
+    pub external_ips: Vec<IpAddr>,
+    /// The one family in which its endpoints are reached, if it is one.
+    pub family: Option<Family>,
+    /// What it says and is not honoured, and what is done instead.
+    pub notes: Vec<String>,
+}
+
+/// What a port is of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    /// TCP, the only one that is carried.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
 }
 
 /// A port of a service.
@@ -55,7 +76,8 @@ pub enum Target {
 
 impl Service {
     pub(crate) fn read(node: &Node) -> Result<Self, NodeError> {
-        let Raw { spec } = node.read()?;
+        let Raw { spec, status } = node.read()?;
+        let outside = Outside::read(node, &spec, &status.unwrap_or_default())?;
         let external = spec.kind.as_deref() == Some("ExternalName");
         let mut addresses = spec.cluster_ips;
         if let (true, Some(address)) = (addresses.is_empty(), spec.cluster_ip) {
@@ -63,11 +85,7 @@ impl Service {
         }
         let mut ports: Vec<ServicePort> = Vec::new();
         for (at, port) in spec.ports.into_iter().enumerate() {
-            if port
-                .protocol
-                .as_deref()
-                .is_some_and(|protocol| protocol != "TCP")
-            {
+            if port.protocol != Protocol::Tcp {
                 continue;
             }
             let number = port.port.get();
@@ -91,8 +109,16 @@ impl Service {
             selector: spec.selector,
             ports,
             publish_not_ready: spec.publish_not_ready_addresses,
-            node_local: spec.internal_traffic_policy.as_deref() == Some("Local"),
+            node_local: spec.internal_traffic_policy == Some(TrafficPolicy::Local),
             distribution: spec.traffic_distribution,
+            ingress: outside.ingress,
+            external_ips: outside.external_ips,
+            family: match spec.ip_families.as_slice() {
+                [IpFamily::IPv4] => Some(Family::V4),
+                [IpFamily::IPv6] => Some(Family::V6),
+                _ => None,
+            },
+            notes: outside.notes,
         })
     }
 
@@ -119,6 +145,80 @@ impl Service {
             .map(|port| (port.port, target(port)))
             .collect()
     }
+}
+
+/// How a service is reached from outside.
+struct Outside {
+    ingress: Vec<IpAddr>,
+    external_ips: Vec<IpAddr>,
+    notes: Vec<String>,
+}
+
+impl Outside {
+    fn read(node: &Node, spec: &Spec, status: &Status) -> Result<Self, NodeError> {
+        const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
+        let mut notes = Vec::new();
+        let mut ingress = Vec::new();
+        for (at, found) in status.load_balancer.ingress.iter().enumerate() {
+            let path = format!("status.loadBalancer.ingress[{at}]");
+            let Some(address) = found.ip else { continue };
+            special(node, &format!("{path}.ip"), &address)?;
+            if found.ip_mode == Some(IpMode::Proxy) {
+                notes.push(format!("{path}.ipMode Proxy: {address} is not taken for it, and goes to its load balancer in clear"));
+            } else if !spec.load_balancer_source_ranges.is_empty() {
+                notes.push(format!("spec.loadBalancerSourceRanges: {address} is not taken for it, and goes to its load balancer in clear"));
+            } else {
+                ingress.push(address);
+            }
+        }
+        for (at, address) in spec.external_ips.iter().enumerate() {
+            special(node, &format!("spec.externalIPs[{at}]"), address)?;
+        }
+        let mut external_ips = spec.external_ips.clone();
+        let headless = spec
+            .cluster_ip
+            .as_ref()
+            .into_iter()
+            .chain(&spec.cluster_ips);
+        if headless.into_iter().any(|ip| *ip == ClusterIp::None)
+            && !(external_ips.is_empty() && ingress.is_empty())
+        {
+            notes
+                .push("spec.externalIPs, status.loadBalancer: lead nowhere, it is headless".into());
+            external_ips.clear();
+            ingress.clear();
+        }
+        if spec.session_affinity == Some(Affinity::ClientIp) {
+            notes.push(
+                "spec.sessionAffinity ClientIP: is not kept, each connection goes to any endpoint"
+                    .into(),
+            );
+        }
+        if let Some(other) = &spec.traffic_distribution
+            && !DISTRIBUTIONS.contains(&other.as_str())
+        {
+            notes.push(format!("spec.trafficDistribution: `{other}` is not known, endpoints are taken from everywhere"));
+        }
+        Ok(Self {
+            ingress,
+            external_ips,
+            notes,
+        })
+    }
+}
+
+/// As the API server has it: what means this machine, this link or many is nobody's from outside.
+fn special(node: &Node, path: &str, address: &IpAddr) -> Result<(), NodeError> {
+    let address = address.to_canonical();
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    if address.is_unspecified() || address.is_loopback() || address.is_multicast() || link_local {
+        let what = format_args!("`{address}` is no address from outside");
+        return Err(wrong(node, path, what));
+    }
+    Ok(())
 }
 
 /// Where its endpoints are looked for first.
@@ -166,6 +266,7 @@ pub(crate) fn load_balancing(service: &Resource<Service>, objects: &Objects) -> 
 #[derive(Deserialize)]
 struct Raw {
     spec: Spec,
+    status: Option<Status>,
 }
 
 #[derive(Deserialize)]
@@ -183,8 +284,65 @@ struct Spec {
     ports: Vec<RawPort>,
     #[serde(default)]
     publish_not_ready_addresses: bool,
-    internal_traffic_policy: Option<String>,
+    internal_traffic_policy: Option<TrafficPolicy>,
+    /// Says where load from outside goes. From inside, by whichever address, it goes to all
+    /// endpoints, as with kube-proxy.
+    #[serde(rename = "externalTrafficPolicy")]
+    _external_traffic_policy: Option<TrafficPolicy>,
     traffic_distribution: Option<String>,
+    session_affinity: Option<Affinity>,
+    #[serde(rename = "externalIPs", default)]
+    external_ips: Vec<IpAddr>,
+    #[serde(default)]
+    load_balancer_source_ranges: Vec<String>,
+    #[serde(default)]
+    ip_families: Vec<IpFamily>,
+}
+
+#[derive(Deserialize, PartialEq)]
+enum TrafficPolicy {
+    Cluster,
+    Local,
+}
+
+#[derive(Deserialize, PartialEq)]
+enum Affinity {
+    None,
+    #[serde(rename = "ClientIP")]
+    ClientIp,
+}
+
+#[derive(Deserialize)]
+enum IpFamily {
+    IPv4,
+    IPv6,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    #[serde(default)]
+    load_balancer: LoadBalancer,
+}
+
+#[derive(Default, Deserialize)]
+struct LoadBalancer {
+    #[serde(default)]
+    ingress: Vec<Ingress>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Ingress {
+    ip: Option<IpAddr>,
+    ip_mode: Option<IpMode>,
+}
+
+#[derive(Deserialize, PartialEq)]
+enum IpMode {
+    #[serde(rename = "VIP")]
+    Vip,
+    Proxy,
 }
 
 #[derive(Deserialize)]
@@ -192,7 +350,8 @@ struct Spec {
 struct RawPort {
     name: Option<String>,
     port: NonZeroU16,
-    protocol: Option<String>,
+    #[serde(default)]
+    protocol: Protocol,
     target_port: Option<Target>,
 }
 

@@ -5,6 +5,7 @@ mod golden;
 mod parse;
 mod policies;
 mod property;
+mod services;
 mod workloads;
 
 use std::path::Path;

@@ -5,16 +5,20 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::super::conflicts;
 use super::authorization_policy;
 use super::endpoint_slice::{Endpoint, EndpointSlice, SERVICE_LABEL};
 use super::gateway::{self, Asker};
-use super::object::{Key, Objects, Resource, selects};
+use super::object::{Key, Meta, Objects, Resource, selects};
 use super::peer_authentication::PeerAuthentications;
 use super::pod::{self, Pod};
 use super::service;
 use crate::authorize::policy::Policy;
-use crate::resolve::service::Service;
-use crate::resolve::workload::{Locality, Protocol, Workload, WorkloadType};
+use crate::resolve::service::{NetworkAddress, Service};
+use crate::resolve::workload::{self, Health, Locality, Protocol, Workload, WorkloadType};
+
+/// The label that says which network an object's addresses belong to.
+const NETWORK_LABEL: &str = "topology.istio.io/network";
 
 /// What the mesh is called, and which node we are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +33,8 @@ pub struct MeshConfig {
     pub trust_domain: String,
     /// This node's name.
     pub node: String,
+    /// The network of what no label says the network of; empty for the only one.
+    pub network: String,
 }
 
 impl MeshConfig {
@@ -40,6 +46,7 @@ impl MeshConfig {
             root_namespace: "istio-system".into(),
             trust_domain: "cluster.local".into(),
             node: node.into(),
+            network: String::new(),
         }
     }
 }
@@ -120,13 +127,33 @@ pub fn translate(objects: &Objects, enrolled: &Enrolled, mesh: &MeshConfig) -> T
             workloads.push(translator.workload(pod, &policies, &mut problems));
         }
     }
-    for slice in objects.endpoint_slices.values() {
-        translator.endpoints(slice, &mut workloads);
+    // Written by hand for a pod, an endpoint is that pod: it is dialled with its identity.
+    let mut pods_at: HashMap<IpAddr, usize> = HashMap::new();
+    for (number, pod) in workloads
+        .iter()
+        .enumerate()
+        .filter(|(_, pod)| !pod.host_network)
+    {
+        for address in &pod.addresses {
+            pods_at.entry(*address).or_insert(number);
+        }
     }
-    let services = translator.services(&mut problems);
+    for slice in objects.endpoint_slices.values() {
+        translator.endpoints(slice, &mut workloads, &pods_at);
+    }
+    let services = translator.services(&workloads, &mut problems);
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
     workloads.dedup_by(|a, b| a.uid == b.uid);
-    tell_shared_addresses(&workloads, &mut problems);
+    conflicts::tell(&workloads, &services, &mut problems);
+    let namespaces = objects
+        .namespaces
+        .values()
+        .map(|found| ("Namespace", &found.meta));
+    let pods = objects.pods.values().map(|found| ("Pod", &found.meta));
+    for (kind, meta) in namespaces.chain(pods) {
+        let fault = pod::mode_fault(meta);
+        problems.extend(fault.map(|fault| format!("{kind} {}: {fault}", meta.key)));
+    }
     problems.extend(objects.warnings.iter().cloned());
     let policies = policies.into_iter().map(|(policy, _)| policy).collect();
     Translation {
@@ -171,8 +198,9 @@ struct Translator<'a> {
     peers: PeerAuthentications<'a>,
     trust_domain: Arc<str>,
     cluster_id: Arc<str>,
+    network: Arc<str>,
     /// Services without a selector, by the pods that their slices name.
-    named: HashMap<Key, Vec<(&'a str, &'a Key)>>,
+    named: HashMap<Key, Vec<(&'a str, &'a Key, Health)>>,
 }
 
 impl<'a> Translator<'a> {
@@ -185,11 +213,11 @@ impl<'a> Translator<'a> {
             if !service.body.selector.is_empty() {
                 continue;
             }
-            for pod in slice
+            for (pod, health) in slice
                 .body
                 .endpoints
                 .iter()
-                .filter_map(|endpoint| endpoint.pod.as_ref())
+                .filter_map(|endpoint| Some((endpoint.pod.as_ref()?, endpoint.health)))
             {
                 let elsewhere = !pod.namespace.is_empty();
                 let same = slice.meta.key.namespace.clone();
@@ -205,7 +233,7 @@ impl<'a> Translator<'a> {
                 named
                     .entry(key)
                     .or_default()
-                    .push((pod.uid.as_str(), &service.meta.key));
+                    .push((pod.uid.as_str(), &service.meta.key, health));
             }
         }
         Self {
@@ -215,6 +243,7 @@ impl<'a> Translator<'a> {
             peers: PeerAuthentications::new(&objects.peer_authentications, &mesh.root_namespace),
             trust_domain: mesh.trust_domain.as_str().into(),
             cluster_id: mesh.cluster_id.as_str().into(),
+            network: network(objects, mesh),
             named,
         }
     }
@@ -282,14 +311,15 @@ impl<'a> Translator<'a> {
             trust_domain: self.trust_domain.clone(),
             node: body.node.clone(),
             cluster_id: self.cluster_id.clone(),
-            network: "".into(),
+            network: self.network_of(Some(meta), &body.node),
+            network_gateway: None,
             addresses: body.addresses.clone(),
             protocol: match own_tunnel || self.is_enrolled(pod) {
                 true => Protocol::Hbone,
                 false => Protocol::Tcp,
             },
             host_network: body.host_network,
-            healthy: body.ready && !meta.deleting,
+            health: pod::health(pod),
             canonical_name: canonical_name.map_or_else(|| workload_name.clone(), Arc::from),
             canonical_revision: canonical_revision.unwrap_or("latest").into(),
             workload_name,
@@ -299,6 +329,7 @@ impl<'a> Translator<'a> {
             services: self.services_of(pod),
             locality: self.locality(&body.node),
             capacity: 1,
+            unsupported: None,
         }
     }
 
@@ -318,12 +349,13 @@ impl<'a> Translator<'a> {
             .collect()
     }
 
-    fn services_of(&self, pod: &Resource<Pod>) -> BTreeMap<Arc<str>, BTreeMap<u16, u16>> {
+    fn services_of(&self, pod: &Resource<Pod>) -> BTreeMap<Arc<str>, workload::Endpoint> {
         let namespace = &pod.meta.key.namespace;
         let from = Key {
             namespace: namespace.clone(),
             name: "".into(),
         };
+        let own = pod::health(pod);
         let selecting = self
             .objects
             .services
@@ -333,25 +365,32 @@ impl<'a> Translator<'a> {
             .filter(|service| {
                 let selector = &service.body.selector;
                 !selector.is_empty() && selects(selector, &pod.meta.labels)
-            });
+            })
+            .map(|service| (service, own));
         let names = self.named.get(&pod.meta.key).into_iter().flatten();
         let naming = names
-            .filter(|(uid, _)| uid.is_empty() || *uid == &*pod.meta.uid)
-            .filter_map(|(_, key)| self.objects.services.get(*key));
+            .filter(|(uid, ..)| uid.is_empty() || *uid == &*pod.meta.uid)
+            .filter_map(|(_, key, health)| {
+                Some((self.objects.services.get(*key)?, own.min(*health)))
+            });
         selecting
             .chain(naming)
-            .filter(|service| !service.body.external)
-            .map(|service| {
-                (
-                    self.key(&service.meta.key),
-                    service.body.ports_in(&pod.body),
-                )
+            .filter(|(service, _)| !service.body.external)
+            .map(|(service, health)| {
+                let ports = service.body.ports_in(&pod.body);
+                let endpoint = workload::Endpoint { ports, health };
+                (self.key(&service.meta.key), endpoint)
             })
             .collect()
     }
 
-    /// The endpoints that are no pods.
-    fn endpoints(&self, slice: &Resource<EndpointSlice>, workloads: &mut Vec<Workload>) {
+    /// The endpoints that are no pods, and those that are and do not say so.
+    fn endpoints(
+        &self,
+        slice: &Resource<EndpointSlice>,
+        workloads: &mut Vec<Workload>,
+        pods_at: &HashMap<IpAddr, usize>,
+    ) {
         let Some(service) = service_of(self.objects, slice).filter(|s| !s.body.external) else {
             return;
         };
@@ -368,23 +407,21 @@ impl<'a> Translator<'a> {
                 Some((port.port, *there))
             })
             .collect();
-        let services = BTreeMap::from([(self.key(&service.meta.key), ports)]);
+        let key = self.key(&service.meta.key);
         let no_object = |endpoint: &&Endpoint| endpoint.pod.is_none() && !endpoint.other_object;
         for endpoint in slice.body.endpoints.iter().filter(no_object) {
+            let of_service = |health| workload::Endpoint {
+                ports: ports.clone(),
+                health,
+            };
             for address in &endpoint.addresses {
-                // Written by hand for a pod: it is that pod that is dialled, with its identity.
-                let of_pod = |other: &&mut Workload| {
-                    !other.host_network && other.addresses.contains(address)
-                };
-                if let Some(pod) = workloads.iter_mut().find(of_pod) {
-                    for (service, ports) in &services {
-                        pod.services
-                            .entry(service.clone())
-                            .or_insert_with(|| ports.clone());
-                    }
+                if let Some(pod) = pods_at.get(address).map(|&number| &mut workloads[number]) {
+                    let of_service = of_service(endpoint.health.min(pod.health));
+                    pod.services.entry(key.clone()).or_insert(of_service);
                     continue;
                 }
-                workloads.push(self.bare(slice, endpoint, *address, services.clone()));
+                let services = BTreeMap::from([(key.clone(), of_service(endpoint.health))]);
+                workloads.push(self.bare(slice, endpoint, *address, services));
             }
         }
     }
@@ -394,7 +431,7 @@ impl<'a> Translator<'a> {
         slice: &Resource<EndpointSlice>,
         endpoint: &Endpoint,
         address: IpAddr,
-        services: BTreeMap<Arc<str>, BTreeMap<u16, u16>>,
+        services: BTreeMap<Arc<str>, workload::Endpoint>,
     ) -> Workload {
         let Key { namespace, name } = &slice.meta.key;
         let cluster = &self.cluster_id;
@@ -408,11 +445,12 @@ impl<'a> Translator<'a> {
             trust_domain: self.trust_domain.clone(),
             node: node.into(),
             cluster_id: cluster.clone(),
-            network: "".into(),
+            network: self.network_of(None, node),
+            network_gateway: None,
             addresses: vec![address],
             protocol: Protocol::Tcp,
             host_network: true,
-            healthy: endpoint.ready,
+            health: endpoint.health,
             workload_name: name.clone(),
             workload_type: WorkloadType::Pod,
             canonical_name: name.clone(),
@@ -422,35 +460,58 @@ impl<'a> Translator<'a> {
             services,
             locality: self.locality(node),
             capacity: 1,
+            unsupported: None,
         }
     }
 
-    fn services(&self, problems: &mut Vec<String>) -> Vec<Service> {
+    fn services(&self, workloads: &[Workload], problems: &mut Vec<String>) -> Vec<Service> {
+        // A service's addresses are the cluster's: known in each of its networks.
+        let networks = workloads.iter().map(|workload| &workload.network);
+        let networks: BTreeSet<&Arc<str>> = networks.chain([&self.network]).collect();
+        let in_networks = |addresses: &[IpAddr]| {
+            let of = |address: &IpAddr| {
+                let address = *address;
+                networks.iter().map(move |network| NetworkAddress {
+                    network: Arc::clone(network),
+                    address,
+                })
+            };
+            addresses.iter().flat_map(of).collect::<Vec<_>>()
+        };
+        let all = self.objects.services.values();
+        let mut by_age: Vec<_> = all.filter(|found| !found.body.external).collect();
+        by_age.sort_by_key(|found| (found.age, &found.meta.key));
         let mut services = Vec::new();
-        for found in self
-            .objects
-            .services
-            .values()
-            .filter(|found| !found.body.external)
-        {
-            let key = &found.meta.key;
-            if found.body.vips.is_empty() && !found.body.headless {
+        for (seniority, found) in by_age.into_iter().enumerate() {
+            let (key, body) = (&found.meta.key, &found.body);
+            if body.vips.is_empty() && !body.headless {
                 problems.push(format!(
                     "Service {key}: has no clusterIP, only its pods' own addresses reach it"
                 ));
             }
+            let notes = body.notes.iter();
+            problems.extend(notes.map(|note| format!("Service {key}: {note}")));
             services.push(Service {
                 name: key.name.clone(),
                 namespace: key.namespace.clone(),
                 hostname: self.hostname(key).into(),
-                vips: found.body.vips.clone(),
-                ports: found.body.port_map(),
+                vips: in_networks(&body.vips),
+                balanced: in_networks(&body.ingress),
+                external: in_networks(&body.external_ips),
+                cidrs: Vec::new(),
+                ports: body.port_map(),
                 subject_alt_names: Vec::new(),
                 waypoint: self.waypoint(Asker::Service, "Service", &found.meta, problems),
-                publish_not_ready: found.body.publish_not_ready,
+                publish_not_ready: body.publish_not_ready,
+                family: body.family,
+                private: false,
+                canonical: true,
+                seniority,
+                unsupported: None,
                 load_balancing: service::load_balancing(found, self.objects),
             });
         }
+        services.sort_by_cached_key(Service::key);
         services
     }
 
@@ -458,7 +519,7 @@ impl<'a> Translator<'a> {
         &self,
         asker: Asker,
         kind: &str,
-        meta: &super::object::Meta,
+        meta: &Meta,
         problems: &mut Vec<String>,
     ) -> Option<Arc<str>> {
         let waypoint = gateway::waypoint(asker, meta, self.objects, &self.mesh.cluster_domain)?;
@@ -479,15 +540,23 @@ impl<'a> Translator<'a> {
         format!("{}/{}", service.namespace, self.hostname(service)).into()
     }
 
-    fn locality(&self, node: &str) -> Locality {
+    /// The network of an object on a node; its own label says it, or its node's, or the mesh's.
+    fn network_of(&self, own: Option<&Meta>, node: &str) -> Arc<str> {
+        let own = own.and_then(|own| own.label(NETWORK_LABEL));
+        let network = own.or_else(|| self.node_label(node, NETWORK_LABEL));
+        network.map_or_else(|| self.network.clone(), Arc::from)
+    }
+
+    fn node_label(&self, node: &str, name: &str) -> Option<&str> {
         let key = Key {
             namespace: "".into(),
             name: node.into(),
         };
-        let label = |name| {
-            let node = self.objects.nodes.get(&key)?;
-            node.meta.label(name).map(Arc::from)
-        };
+        self.objects.nodes.get(&key)?.meta.label(name)
+    }
+
+    fn locality(&self, node: &str) -> Locality {
+        let label = |name| self.node_label(node, name).map(Arc::from);
         Locality {
             region: label("topology.kubernetes.io/region").unwrap_or_default(),
             zone: label("topology.kubernetes.io/zone").unwrap_or_default(),
@@ -507,15 +576,8 @@ fn service_of<'a>(
     })
 }
 
-/// Who is at an address must be clear; two pods with one are a fault of the manifests.
-fn tell_shared_addresses(workloads: &[Workload], problems: &mut Vec<String>) {
-    let mut seen: HashMap<IpAddr, &Workload> = HashMap::new();
-    for workload in workloads.iter().filter(|workload| !workload.host_network) {
-        for address in &workload.addresses {
-            if let Some(other) = seen.insert(*address, workload) {
-                let (one, two) = (&other.uid, &workload.uid);
-                problems.push(format!("{one} and {two} both have the address {address}"));
-            }
-        }
-    }
+/// The network of the cluster.
+fn network(objects: &Objects, mesh: &MeshConfig) -> Arc<str> {
+    let labelled = objects.namespace_label(&mesh.root_namespace, NETWORK_LABEL);
+    labelled.unwrap_or(&mesh.network).into()
 }

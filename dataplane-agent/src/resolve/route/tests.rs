@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::accept::LocalPod;
 use crate::resolve::mesh::store;
-use crate::resolve::service::LoadBalancing;
+use crate::resolve::service::{Family, NetworkAddress};
+use crate::resolve::workload::Endpoint;
 use crate::resolve::workload::tests::workload;
 
 const KEY: &str = "ns/svc.ns.svc.cluster.local";
@@ -26,9 +27,24 @@ fn endpoint(name: &str, address: &str) -> Workload {
         uid: format!("c//Pod/ns/{name}").into(),
         name: name.into(),
         addresses: vec![ip(address)],
-        services: BTreeMap::from([(KEY.into(), BTreeMap::from([(80, 8080)]))]),
+        services: serves(8080, Health::Healthy),
         ..workload(&[])
     }
+}
+
+/// As an endpoint of the service, at a port.
+fn serves(port: u16, health: Health) -> BTreeMap<Arc<str>, Endpoint> {
+    let ports = BTreeMap::from([(80, port)]);
+    BTreeMap::from([(KEY.into(), Endpoint { ports, health })])
+}
+
+/// Addresses in the network without a name.
+fn here(addresses: &[&str]) -> Vec<NetworkAddress> {
+    let one = |text: &&str| NetworkAddress {
+        network: "".into(),
+        address: ip(text),
+    };
+    addresses.iter().map(one).collect()
 }
 
 fn service() -> Service {
@@ -36,11 +52,19 @@ fn service() -> Service {
         name: "svc".into(),
         namespace: "ns".into(),
         hostname: "svc.ns.svc.cluster.local".into(),
-        vips: vec![ip("10.96.0.1")],
+        vips: here(&["10.96.0.1"]),
+        balanced: Vec::new(),
+        external: Vec::new(),
+        cidrs: Vec::new(),
         ports: BTreeMap::from([(80, 8080)]),
         subject_alt_names: Vec::new(),
         waypoint: None,
         publish_not_ready: false,
+        family: None,
+        private: false,
+        canonical: false,
+        seniority: 0,
+        unsupported: None,
         load_balancing: LoadBalancing::default(),
     }
 }
@@ -103,7 +127,7 @@ fn a_service_without_anybody_or_without_that_port_is_an_error_and_not_a_way_thro
         none("10.96.0.1:80")
     );
     let ill = Workload {
-        healthy: false,
+        services: serves(8080, Health::Unhealthy),
         ..endpoint("ill", "10.0.0.2")
     };
     assert_eq!(
@@ -209,7 +233,7 @@ fn a_waypoint_reaches_the_workload_behind_it_and_nobody_else_does() {
     };
     // The pod that connects is 10.0.0.1, the endpoint of a service, from whichever address.
     let pod = || Workload {
-        services: BTreeMap::from([(KEY.into(), BTreeMap::from([(80, 8080)]))]),
+        services: serves(8080, Health::Healthy),
         ..workload(&[])
     };
     let out = |waypoint, peer| {
@@ -273,7 +297,7 @@ fn an_endpoint_is_taken_at_an_address_of_the_family_that_was_asked_for() {
         ..endpoint("both", "10.0.0.2")
     };
     let service = Service {
-        vips: vec![ip("10.96.0.1"), ip("fd00:96::1")],
+        vips: here(&["10.96.0.1", "fd00:96::1"]),
         ..service()
     };
     let authority = |all: &[Workload], to| {
@@ -314,8 +338,8 @@ fn load_is_spread_by_capacity() {
     let mesh = Mesh::build(1, all.clone(), vec![service()], Vec::new());
     let mut taken: BTreeMap<Arc<str>, u32> = BTreeMap::new();
     for _ in 0..4000 {
-        let (target, port) =
-            choose(&mesh, &service(), &all[0], at("10.96.0.1:80")).expect("an endpoint");
+        let candidates = candidates(&mesh, &service(), &all[0], 80, false);
+        let (target, port) = draw(&candidates).expect("an endpoint");
         assert_eq!(port, 8080);
         *taken.entry(target.name.clone()).or_default() += 1;
     }
@@ -328,36 +352,254 @@ fn load_is_spread_by_capacity() {
         vec![service()],
         Vec::new(),
     );
-    assert!(choose(&nobody, &service(), &all[0], at("10.96.0.1:80")).is_none());
+    assert!(draw(&candidates(&nobody, &service(), &all[0], 80, false)).is_none());
 }
 
 #[test]
-fn another_network_is_the_last_choice_but_nearness_counts_there_too() {
-    let here = put(workload(&[]), &["a", "a", "a", "a"].map(str::to_owned));
-    let far = |name: &str, address, place: [&str; 4]| {
-        put(endpoint(name, address), &place.map(str::to_owned))
+fn what_another_network_has_at_an_address_is_not_who_is_meant_by_it_here() {
+    let remote = |protocol| Workload {
+        network: "far".into(),
+        protocol,
+        ..endpoint("remote", "10.0.0.2")
     };
+    let near = Workload {
+        uid: "c//Pod/ns/near".into(),
+        ..endpoint("near", "10.0.0.2")
+    };
+    for protocol in [Protocol::Tcp, Protocol::Hbone] {
+        let all = vec![workload(&[]), remote(protocol), near.clone()];
+        match go(all, Vec::new(), Direction::Outbound, "10.0.0.2:80") {
+            Ok(Hop::Hbone { target, .. }) => assert_eq!(*target.name, *"near"),
+            other => panic!("{other:?}"),
+        }
+        // Of nobody here, it is as any other address.
+        let all = vec![workload(&[]), remote(protocol)];
+        let out = go(all, Vec::new(), Direction::Outbound, "10.0.0.2:80");
+        assert_eq!(out, Ok(Hop::Plain(at("10.0.0.2:80"))));
+    }
+    // A service of another network has no address here either.
     let service = Service {
+        vips: vec![NetworkAddress {
+            network: "far".into(),
+            address: ip("10.96.0.1"),
+        }],
+        ..service()
+    };
+    let all = vec![workload(&[]), near];
+    let out = go(all, vec![service], Direction::Outbound, "10.96.0.1:80");
+    assert_eq!(out, Ok(Hop::Plain(at("10.96.0.1:80"))));
+}
+
+#[test]
+fn an_endpoint_on_another_network_is_refused_with_its_word_and_never_dialled() {
+    let remote = |protocol, gateway: Option<&str>| Workload {
+        network: "far".into(),
+        protocol,
+        network_gateway: gateway.map(Arc::from),
+        ..endpoint("remote", "10.0.0.2")
+    };
+    let out = |all: Vec<Workload>, to| {
+        let all = all.into_iter().chain([workload(&[])]).collect();
+        go(all, vec![service()], Direction::Outbound, to)
+    };
+    for protocol in [Protocol::Tcp, Protocol::Hbone] {
+        assert_eq!(
+            out(vec![remote(protocol, None)], "10.96.0.1:80"),
+            Err(ResolveError::NoAddress("c//Pod/ns/remote".into()))
+        );
+        let error = out(vec![remote(protocol, Some("far/10.9.9.9"))], "10.96.0.1:80")
+            .expect_err("not carried yet");
+        assert_eq!(
+            error.to_string(),
+            "unsupported feature: double HBONE by network gateway far/10.9.9.9"
+        );
+        // One that is near takes it all, and a port that is none is none.
+        let near = endpoint("near", "10.0.0.3");
+        for _ in 0..50 {
+            match out(vec![remote(protocol, None), near.clone()], "10.96.0.1:80") {
+                Ok(Hop::Hbone { target, .. }) => assert_eq!(*target.name, *"near"),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(
+            out(vec![remote(protocol, None)], "10.96.0.1:81"),
+            Err(ResolveError::NoHealthyUpstream(at("10.96.0.1:81")))
+        );
+    }
+}
+
+#[test]
+fn an_endpoint_that_terminates_takes_load_only_where_no_other_does() {
+    let is = |name: &str, address, health| Workload {
+        services: serves(8080, health),
+        ..endpoint(name, address)
+    };
+    let ends = || is("ends", "10.0.0.2", Health::Terminating);
+    let ill = || is("ill", "10.0.0.3", Health::Unhealthy);
+    let names = |all: &[Workload], service: &Service| {
+        let mesh = Mesh::build(1, all.to_vec(), vec![service.clone()], Vec::new());
+        let found = candidates(&mesh, service, &workload(&[]), 80, false);
+        let name = |(workload, _): &Candidate<'_>| workload.name.to_string();
+        found.iter().map(name).collect::<Vec<_>>()
+    };
+    let service = service();
+    let well = endpoint("well", "10.0.0.4");
+    assert_eq!(names(&[ends(), ill()], &service), ["ends"]);
+    assert_eq!(names(&[ends(), ill(), well.clone()], &service), ["well"]);
+    assert_eq!(names(&[ill()], &service), [""; 0]);
+    // By its own address it is reached all the same.
+    let all = vec![workload(&[]), ends()];
+    assert!(go(all, Vec::new(), Direction::Outbound, "10.0.0.2:80").is_ok());
+    let unready = Service {
+        publish_not_ready: true,
+        ..service.clone()
+    };
+    assert_eq!(
+        names(&[ends(), ill(), well], &unready),
+        ["ends", "ill", "well"]
+    );
+    // What is here and ends is taken before what is not here, where it has to be here.
+    let node_local = Service {
         load_balancing: LoadBalancing {
-            preferences: vec![Scope::Network, Scope::Region, Scope::Zone],
-            strict: false,
+            preferences: vec![Scope::Node],
+            strict: true,
+        },
+        ..service
+    };
+    let away = Workload {
+        node: "away".into(),
+        ..endpoint("away", "10.0.0.5")
+    };
+    assert_eq!(names(&[ends(), away], &node_local), ["ends"]);
+}
+
+#[test]
+fn an_address_from_outside_is_the_services_for_its_own_ports() {
+    let service = Service {
+        balanced: here(&["203.0.113.10"]),
+        external: here(&["203.0.113.11"]),
+        load_balancing: LoadBalancing {
+            preferences: vec![Scope::Node],
+            strict: true,
         },
         ..service()
     };
-    let names = |all: Vec<Workload>| {
-        let mesh = Mesh::build(1, all, vec![service.clone()], Vec::new());
-        let found = candidates(&mesh, &service, &here, 80);
-        found
-            .iter()
-            .map(|(workload, _)| workload.name.to_string())
-            .collect::<Vec<_>>()
+    // On another node: `internalTrafficPolicy: Local` is for the service's own address.
+    let away = || Workload {
+        node: "away".into(),
+        ..endpoint("away", "10.0.0.2")
     };
-    let near = far("near", "10.0.0.2", ["a", "b", "b", "b"]);
-    let away = far("away", "10.0.0.3", ["b", "b", "b", "b"]);
-    let own = far("own", "10.0.0.4", ["b", "b", "b", "a"]);
-    assert_eq!(names(vec![near.clone(), away.clone()]), ["near"]);
-    assert_eq!(names(vec![near, away, own.clone()]), ["own"]);
-    assert_eq!(names(vec![own]), ["own"]);
+    let out = |to| {
+        let all = vec![workload(&[]), away()];
+        go(all, vec![service.clone()], Direction::Outbound, to)
+    };
+    for to in ["203.0.113.10:80", "203.0.113.11:80"] {
+        match out(to) {
+            Ok(Hop::Hbone { authority, .. }) => assert_eq!(authority, at("10.0.0.2:8080"), "{to}"),
+            other => panic!("{to}: {other:?}"),
+        }
+    }
+    let none = Err(ResolveError::NoHealthyUpstream(at("10.96.0.1:80")));
+    assert_eq!(out("10.96.0.1:80"), none);
+    for to in ["203.0.113.10:443", "203.0.113.11:443"] {
+        assert_eq!(out(to), Ok(Hop::Plain(at(to))), "{to}");
+    }
+}
+
+#[test]
+fn a_service_that_claims_a_pods_address_does_not_get_its_connections() {
+    let service = Service {
+        vips: here(&["10.0.0.2"]),
+        balanced: here(&["10.0.0.2"]),
+        external: here(&["10.0.0.2"]),
+        ..service()
+    };
+    let thief = endpoint("thief", "10.0.0.3");
+    let victim = Workload {
+        services: BTreeMap::new(),
+        ..endpoint("victim", "10.0.0.2")
+    };
+    let all = vec![workload(&[]), thief, victim];
+    match go(all, vec![service], Direction::Outbound, "10.0.0.2:80") {
+        Ok(Hop::Hbone { target, .. }) => assert_eq!(*target.name, *"victim"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_asks_for_something_that_cannot_be_done_is_refused_with_its_word() {
+    let out = |service: Service, to| {
+        let all = vec![workload(&[]), endpoint("one", "10.0.0.2")];
+        go(all, vec![service], Direction::Outbound, to).map_err(|error| error.to_string())
+    };
+    let passthrough = Service {
+        unsupported: Some("load balancer mode PASSTHROUGH".into()),
+        ..service()
+    };
+    assert_eq!(
+        out(passthrough, "10.96.0.1:80"),
+        Err("unsupported feature: load balancer mode PASSTHROUGH".into())
+    );
+    let range = Service {
+        cidrs: vec![("".into(), "10.97.0.0/16".parse().expect("a range"))],
+        ..service()
+    };
+    let unknown = Err(format!("unsupported feature: range of addresses of {KEY}"));
+    assert_eq!(out(range.clone(), "10.97.3.4:80"), unknown);
+    assert!(out(range, "10.96.0.1:80").is_ok());
+    let private = Service {
+        namespace: "other".into(),
+        private: true,
+        ..service()
+    };
+    assert_eq!(
+        out(private, "10.96.0.1:80"),
+        Err("no service for target address: 10.96.0.1:80".into())
+    );
+    // An app that wants to be told of its client first gets no connection without it.
+    let wants = Workload {
+        unsupported: Some("applicationTunnel PROXY".into()),
+        ..workload(&[])
+    };
+    let inbound = Direction::InboundHbone {
+        at: ip("10.0.0.1"),
+        identity: Identity::new("td", "ns", "other"),
+        service: None,
+    };
+    for direction in [Direction::InboundPlain, inbound] {
+        let error = go(vec![wants.clone()], Vec::new(), direction, "10.0.0.1:80");
+        assert_eq!(
+            error,
+            Err(ResolveError::Unsupported("applicationTunnel PROXY".into()))
+        );
+    }
+}
+
+#[test]
+fn a_service_of_one_family_reaches_its_endpoints_in_no_other() {
+    let both = Workload {
+        addresses: vec![ip("10.0.0.2"), ip("fd00::2")],
+        ..endpoint("both", "10.0.0.2")
+    };
+    let out = |family, to| {
+        let service = Service {
+            vips: here(&["10.96.0.1", "fd00:96::1"]),
+            family,
+            ..service()
+        };
+        let all = vec![workload(&[]), both.clone(), endpoint("four", "10.0.0.3")];
+        go(all, vec![service], Direction::Outbound, to)
+    };
+    for to in ["10.96.0.1:80", "[fd00:96::1]:80"] {
+        match out(Some(Family::V6), to) {
+            Ok(Hop::Hbone { authority, .. }) => assert_eq!(authority, at("[fd00::2]:8080")),
+            other => panic!("{other:?}"),
+        }
+        match out(Some(Family::V4), to) {
+            Ok(Hop::Hbone { authority, .. }) => assert!(authority.is_ipv4(), "{authority}"),
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 fn scopes() -> impl Strategy<Value = Vec<Scope>> {
@@ -384,22 +626,31 @@ fn put(mut workload: Workload, [region, zone, node, network]: &[String; 4]) -> W
     workload
 }
 
+fn health() -> impl Strategy<Value = Health> {
+    prop_oneof![
+        Just(Health::Healthy),
+        Just(Health::Terminating),
+        Just(Health::Unhealthy)
+    ]
+}
+
 proptest! {
-    /// The slow way: an endpoint is taken only if no other one that is able shares more.
+    /// The slow way: an endpoint is taken only if no other one that is able is in better health, or
+    /// in the same and shares more.
     #[test]
     fn the_preferred_endpoints_are_the_candidates(
-        here in place(),
-        others in vec((place(), any::<bool>(), prop_oneof![Just(0_u16), Just(8080)]), 0..6),
+        own in place(),
+        others in vec((place(), health(), prop_oneof![Just(0_u16), Just(8080)]), 0..6),
         preferences in scopes(),
         strict: bool,
+        external: bool,
         publish_not_ready: bool,
     ) {
-        let source = put(workload(&[]), &here);
+        let source = put(workload(&[]), &own);
         let mut all = vec![source.clone()];
-        for (number, (place, healthy, port)) in others.iter().enumerate() {
+        for (number, (place, health, port)) in others.iter().enumerate() {
             let mut other = put(endpoint(&format!("e{number}"), &format!("10.0.1.{number}")), place);
-            other.healthy = *healthy;
-            other.services = BTreeMap::from([(KEY.into(), BTreeMap::from([(80, *port)]))]);
+            other.services = serves(*port, *health);
             all.push(other);
         }
         let service = Service {
@@ -409,43 +660,47 @@ proptest! {
             ..service()
         };
         let mesh = Mesh::build(1, all.clone(), vec![service.clone()], Vec::new());
-        let found: Vec<Arc<str>> = candidates(&mesh, &service, &source, 80)
+        let found: Vec<Arc<str>> = candidates(&mesh, &service, &source, 80, external)
             .iter()
             .map(|(workload, _)| workload.uid.clone())
             .collect();
         let shares = |other: &Workload| {
             let mut count = 0;
-            for (place, scope) in preferences.iter().enumerate() {
+            for scope in &preferences {
                 let same = match scope {
                     Scope::Region => source.locality.region == other.locality.region,
                     Scope::Zone => source.locality.zone == other.locality.zone,
                     Scope::Node => source.node == other.node,
                     _ => source.network == other.network,
                 };
-                if same {
-                    count += 1;
-                } else if place > 0 || *scope != Scope::Network {
+                if !same {
                     break;
                 }
+                count += 1;
             }
             count
         };
-        let rank = |other: &Workload| {
-            let first = preferences.first() == Some(&Scope::Network);
-            let bonus = if first && source.network == other.network { 10 } else { 0 };
-            shares(other) + bonus
+        let health = |other: &Workload| match other.services[KEY].health {
+            _ if publish_not_ready => 2,
+            Health::Healthy => 2,
+            Health::Terminating => 1,
+            Health::Unhealthy => 0,
         };
         let able: Vec<&Workload> = all[1..]
             .iter()
-            .filter(|other| other.services[KEY][&80] != 0)
-            .filter(|other| other.healthy || publish_not_ready)
-            .filter(|other| !strict || shares(other) == preferences.len())
+            .filter(|other| other.network == source.network)
+            .filter(|other| other.services[KEY].ports[&80] != 0)
+            .filter(|other| health(other) > 0)
+            .filter(|other| !strict || external || shares(other) == preferences.len())
             .collect();
-        let best = able.iter().map(|other| rank(other)).max();
+        let better = |one: &Workload, other: &Workload| {
+            health(one) > health(other)
+                || (health(one) == health(other) && shares(one) > shares(other))
+        };
         let expected: Vec<Arc<str>> = able
             .iter()
-            .filter(|other| Some(rank(other)) == best)
-            .map(|other| other.uid.clone())
+            .filter(|one| !able.iter().any(|other| better(other, one)))
+            .map(|one| one.uid.clone())
             .collect();
         prop_assert_eq!(found, expected);
     }

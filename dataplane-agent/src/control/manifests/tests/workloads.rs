@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use super::super::translate::{Enrolled, MeshConfig, PodKey, Wanted, translate};
 use super::{objects, translation};
 use crate::resolve::service::Scope;
-use crate::resolve::workload::Protocol;
+use crate::resolve::workload::{Health, Protocol};
 
 const SHOP: &str = r#"
 apiVersion: v1
@@ -88,15 +88,15 @@ fn a_pod_becomes_a_workload() {
     );
     assert_eq!((&*pod.locality.region, &*pod.locality.zone), ("r", "z"));
     assert_eq!(
-        (pod.addresses.len(), pod.healthy, pod.protocol),
-        (2, true, Protocol::Tcp)
+        (pod.addresses.len(), pod.health, pod.protocol),
+        (2, Health::Healthy, Protocol::Tcp)
     );
     assert_eq!(
-        pod.services["shop/till.shop.svc.cluster.local"],
+        pod.services["shop/till.shop.svc.cluster.local"].ports,
         BTreeMap::from([(80, 8080), (81, 81)])
     );
     assert_eq!(
-        pod.services["shop/bank.shop.svc.cluster.local"],
+        pod.services["shop/bank.shop.svc.cluster.local"].ports,
         BTreeMap::from([(443, 443)])
     );
 }
@@ -143,9 +143,10 @@ fn an_endpoint_without_a_pod_is_a_workload_without_identity_of_its_address() {
         &*bare.uid,
         "Kubernetes/discovery.k8s.io/EndpointSlice/shop/bank-1/192.0.2.1"
     );
-    assert!(bare.host_network && !bare.healthy && bare.policies.is_empty());
+    assert!(bare.host_network && bare.policies.is_empty());
+    assert_eq!(bare.health, Health::Unhealthy);
     assert_eq!(
-        bare.services["shop/bank.shop.svc.cluster.local"],
+        bare.services["shop/bank.shop.svc.cluster.local"].ports,
         BTreeMap::from([(443, 8443)])
     );
 }

@@ -1,0 +1,104 @@
+//! Addresses that more than one object has. Whose they are is decided where they are looked up; here
+//! it is told.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use crate::resolve::service::{NetworkAddress, Service};
+use crate::resolve::workload::Workload;
+
+/// By network and address.
+type At<'a> = (&'a str, IpAddr);
+
+/// Tells of each such address, in the order of the addresses.
+pub(crate) fn tell(workloads: &[Workload], services: &[Service], problems: &mut Vec<String>) {
+    let pods = pods(workloads);
+    for ((_, address), uids) in pods.iter().filter(|(_, uids)| uids.len() > 1) {
+        problems.push(format!(
+            "address {address}: is that of {}",
+            uids.join(" and ")
+        ));
+    }
+    let mut services: Vec<&Service> = services.iter().collect();
+    services.sort_by_cached_key(|service| (service.seniority, service.key()));
+    let mut own: BTreeMap<At<'_>, Vec<String>> = BTreeMap::new();
+    for service in &services {
+        for vip in &service.vips {
+            own.entry(at(vip)).or_default().push(service.key());
+        }
+    }
+    for (at, keys) in &own {
+        if let Some(uids) = pods.get(at) {
+            tell_of(at.1, &uids.join(" and "), keys, problems);
+        } else if let [first, others @ ..] = keys.as_slice()
+            && !others.is_empty()
+        {
+            tell_of(at.1, &format!("service {first}"), others, problems);
+        }
+    }
+    for ((at, port), keys) in outside(&services) {
+        let address = SocketAddr::new(at.1, port);
+        if let Some(uids) = pods.get(&at) {
+            tell_of(address, &uids.join(" and "), &keys, problems);
+        } else if let Some(own) = own.get(&at) {
+            tell_of(
+                address,
+                &format!("service {}", own.join(" and ")),
+                &keys,
+                problems,
+            );
+        } else if let [first, others @ ..] = keys.as_slice()
+            && !others.is_empty()
+        {
+            tell_of(address, &format!("service {first}"), others, problems);
+        }
+    }
+}
+
+fn tell_of(
+    address: impl std::fmt::Display,
+    holds: &str,
+    others: &[String],
+    problems: &mut Vec<String>,
+) {
+    let others = others.join(" and ");
+    problems.push(format!(
+        "address {address}: is that of {holds}; service {others} claims it too, and does not get it"
+    ));
+}
+
+fn pods(workloads: &[Workload]) -> BTreeMap<At<'_>, Vec<&str>> {
+    let mut pods: BTreeMap<At<'_>, Vec<&str>> = BTreeMap::new();
+    for workload in workloads.iter().filter(|workload| !workload.host_network) {
+        for address in &workload.addresses {
+            let at = (&*workload.network, address.to_canonical());
+            let uids = pods.entry(at).or_default();
+            if !uids.contains(&&*workload.uid) {
+                uids.push(&workload.uid);
+            }
+        }
+    }
+    pods
+}
+
+/// Who claims an address from outside, with a port; who holds it comes first.
+fn outside<'a>(services: &[&'a Service]) -> BTreeMap<(At<'a>, u16), Vec<String>> {
+    let mut all: BTreeMap<(At<'a>, u16), Vec<String>> = BTreeMap::new();
+    let balanced = services.iter().map(|service| (service, &service.balanced));
+    let external = services.iter().map(|service| (service, &service.external));
+    for (service, addresses) in balanced.chain(external) {
+        for address in addresses {
+            for port in service.ports.keys() {
+                let keys = all.entry((at(address), *port)).or_default();
+                if !keys.contains(&service.key()) {
+                    keys.push(service.key());
+                }
+            }
+        }
+    }
+    all
+}
+
+fn at(of: &NetworkAddress) -> At<'_> {
+    (&of.network, of.address.to_canonical())
+}
