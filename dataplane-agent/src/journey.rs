@@ -14,7 +14,7 @@ use crate::authorize::{Authorizer, Denied};
 use crate::capture::{LocalPod, named};
 use crate::drain::Scope;
 use crate::identity::{Certs, Identity};
-use crate::limits::{Kind, NodePlaces, Place, Turn};
+use crate::limits::{Kind, NodePlaces, Place, Turns};
 use crate::observe::{Facts, Observer, Reporter};
 use crate::resolve::{self, Hop, MeshReader, ResolveError, Resolved};
 use crate::sys::socket::canonical;
@@ -63,7 +63,7 @@ enum Placed {
     Outbound(Place),
     InClear(Place),
     /// Anybody's, until it is known who the peer is.
-    Hbone(Turn),
+    Hbone(Turns),
 }
 
 impl Admitted {
@@ -102,7 +102,7 @@ pub fn admit(
         ),
         Entrance::Hbone => (
             Reporter::Destination,
-            Ok(Placed::Hbone(pod.handshakes.begin(peer.ip()))),
+            Ok(Placed::Hbone(places.begin(&pod.handshakes, peer.ip()))),
         ),
     };
     match place {
@@ -136,7 +136,9 @@ pub async fn walk(corridor: Corridor, scope: Scope, pod: Arc<LocalPod>, admitted
         }
     };
     let (_place, direction) = match place {
-        Placed::Hbone(turn) => return tunnel(corridor, scope, pod, tcp, (peer, local), turn).await,
+        Placed::Hbone(turns) => {
+            return tunnel(corridor, scope, pod, tcp, (peer, local), turns).await;
+        }
         Placed::Outbound(place) => (place, Direction::Outbound),
         Placed::InClear(place) => (place, Direction::InboundPlain),
     };
@@ -161,7 +163,7 @@ async fn tunnel(
     pod: Arc<LocalPod>,
     tcp: TcpStream,
     (peer, local): (SocketAddr, SocketAddr),
-    turn: Turn,
+    turns: Turns,
 ) {
     let refused = |error: &AcceptError| {
         corridor
@@ -169,7 +171,7 @@ async fn tunnel(
             .refused(peer, local, Reporter::Destination, error);
     };
     let places = &corridor.places;
-    let tunnel = match tunnels::handshake(tcp, &pod, &corridor.certs, turn, places).await {
+    let tunnel = match tunnels::handshake(tcp, &pod, &corridor.certs, turns, places).await {
         Ok(tunnel) => tunnel,
         Err(error) => return refused(&error),
     };

@@ -18,7 +18,7 @@ use super::{Accepted, Direction, Io, LocalPod};
 use crate::hbone::readahead::ReadAhead;
 use crate::hbone::{self, headers, keepalive};
 use crate::identity::{Certs, Identity, IdentityError, tls};
-use crate::limits::{Full, Kind, NodePlaces, Place, Turn};
+use crate::limits::{Full, Kind, NodePlaces, Place, Turns};
 use crate::observe::{Failure, Flag};
 
 /// Why a tunnel, or a request in it, is refused.
@@ -96,7 +96,7 @@ impl std::fmt::Debug for Tunnel {
     }
 }
 
-/// Shakes hands in the pod's name. Until the peer has shown who it is it only has its `turn`; then it
+/// Shakes hands in the pod's name. Until the peer has shown who it is it only has its `turns`; then it
 /// takes a place as a connection does.
 ///
 /// # Errors
@@ -106,19 +106,19 @@ pub async fn handshake(
     tcp: TcpStream,
     pod: &LocalPod,
     certs: &Certs,
-    mut turn: Turn,
+    mut turns: Turns,
     places: &NodePlaces,
 ) -> Result<Tunnel, AcceptError> {
     let deadline = Instant::now() + hbone::TIMEOUT;
     let (tls, identity) = tokio::select! {
         biased;
-        () = turn.over() => return Err(AcceptError::GaveWay),
+        () = turns.over() => return Err(AcceptError::GaveWay),
         shown = timeout_at(deadline, authenticate(tcp, pod, certs)) => {
             shown.unwrap_or(Err(AcceptError::Slow))?
         }
     };
     let place = places.take(&pod.places, Kind::Tunnelled)?;
-    drop(turn);
+    drop(turns);
     let connection = timeout_at(deadline, hbone::server().handshake(tls))
         .await
         .map_err(|_| AcceptError::Slow)?

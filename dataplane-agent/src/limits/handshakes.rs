@@ -1,4 +1,5 @@
-//! Places for handshakes of tunnels to one pod, of peers that have not shown yet who they are.
+//! Places for handshakes of tunnels, of peers that have not shown yet who they are: of one pod, so that
+//! one that is attacked takes nothing from another, and of the node, for its memory.
 //!
 //! Anybody can connect and be silent, so a new handshake is never refused for want of a place: the
 //! oldest one of the source that has the most gives way. Who holds many loses its own; a peer, which
@@ -12,10 +13,12 @@ use tokio::sync::oneshot;
 
 use super::source;
 
-/// How many there are at once.
-pub const MOST: usize = 256;
+/// How many there are at once with one pod.
+pub const OF_POD: usize = 256;
+/// How many there are at once with all pods.
+pub const OF_NODE: usize = 2048;
 
-/// The handshakes of one pod, of all workers. Clones are the same.
+/// The handshakes of one pod, or of all, of all workers. Clones are the same.
 #[derive(Clone, Debug)]
 pub struct Handshakes {
     most: usize,
@@ -71,7 +74,7 @@ impl Handshakes {
 
 impl Default for Handshakes {
     fn default() -> Self {
-        Self::new(MOST)
+        Self::new(OF_POD)
     }
 }
 
@@ -99,6 +102,23 @@ impl Going {
         }
         if of.is_empty() {
             self.of.remove(&source);
+        }
+    }
+}
+
+/// The place of a handshake among those of its pod and those of the node.
+#[derive(Debug)]
+pub struct Turns {
+    pub(super) of_pod: Turn,
+    pub(super) of_node: Turn,
+}
+
+impl Turns {
+    /// Completes when it has to give way to another one.
+    pub async fn over(&mut self) {
+        tokio::select! {
+            () = self.of_pod.over() => {}
+            () = self.of_node.over() => {}
         }
     }
 }

@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-pub use handshakes::{Handshakes, Turn};
+pub use handshakes::{Handshakes, Turns};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// How many there may be of one pod and one [`Kind`].
@@ -32,6 +32,7 @@ pub struct NodePlaces {
     all: usize,
     /// The most that were taken at once, since that was asked for.
     peak: Arc<AtomicUsize>,
+    handshakes: Handshakes,
 }
 
 /// Which connections of a pod have a bound together: those that one party can open do not keep out
@@ -95,6 +96,7 @@ impl NodePlaces {
             free: Arc::new(Semaphore::new(all)),
             all,
             peak: Arc::default(),
+            handshakes: Handshakes::new(handshakes::OF_NODE),
         }
     }
 
@@ -126,6 +128,14 @@ impl NodePlaces {
     /// The most that there have been at once since this was asked before.
     pub fn peak(&self) -> usize {
         self.peak.swap(self.taken(), Ordering::Relaxed)
+    }
+
+    /// A place for one more handshake with a pod; others give way if there are too many.
+    pub fn begin(&self, of_pod: &Handshakes, peer: IpAddr) -> Turns {
+        Turns {
+            of_pod: of_pod.begin(peer),
+            of_node: self.handshakes.begin(peer),
+        }
     }
 
     /// A place for one more connection of a pod.
@@ -221,6 +231,23 @@ mod tests {
         assert!(node.take(&late, Kind::Tunnelled).is_ok());
         drop((first, peers, others));
         assert_eq!(node.taken(), 0);
+    }
+
+    #[test]
+    fn handshakes_with_many_pods_have_a_bound_together() {
+        use futures_util::FutureExt;
+        let node = NodePlaces::new(1);
+        let peer = |last: u8| IpAddr::from([192, 0, 2, last]);
+        let over = |turns: &mut Turns| turns.over().now_or_never().is_some();
+        let mut known = node.begin(&Handshakes::default(), peer(1));
+        let mut silent: Vec<Turns> = (0..handshakes::OF_NODE + 100)
+            .map(|_| node.begin(&Handshakes::default(), peer(2)))
+            .collect();
+        let ended = silent
+            .iter_mut()
+            .filter_map(|turns| over(turns).then_some(()));
+        assert_eq!(ended.count(), 101);
+        assert!(!over(&mut known));
     }
 
     #[test]
