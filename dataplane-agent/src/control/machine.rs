@@ -273,3 +273,62 @@ fn may_hold(path: &Path, inode: u64) -> bool {
         Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::{PodState, PodStatus};
+
+    fn machine() -> Machine {
+        Machine {
+            root: "/c".into(),
+            pods: "/c".into(),
+            agent: "/c/agent".into(),
+            hosts: BTreeSet::new(),
+            looks: 0,
+            since: BTreeMap::new(),
+            places: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            sights: BTreeMap::new(),
+        }
+    }
+
+    /// Looks, and sees the processes of namespace 1, or none of it.
+    fn look(machine: &mut Machine, processes: &[u32], hidden: &[u32]) -> BTreeSet<u64> {
+        let pod = PodStatus {
+            uid: "pod".into(),
+            inode: 1,
+            cgroup: 0,
+            state: PodState::Adopted,
+        };
+        let mut look = processes::Look::default();
+        if !processes.is_empty() {
+            let namespace = look.namespaces.entry(1).or_default();
+            namespace.processes = processes.to_vec();
+        }
+        look.hidden = hidden.iter().copied().collect();
+        machine.looks += 1;
+        machine.sight(
+            &Seen::new(look, &BTreeSet::new()),
+            &Status::from([(7, pod)]),
+        );
+        machine.gone()
+    }
+
+    #[test]
+    fn a_namespace_is_gone_after_several_looks_and_not_once_it_is_seen_again() {
+        let mut machine = machine();
+        for _ in 0..2 {
+            assert_eq!(look(&mut machine, &[100], &[]), [].into());
+            for _ in 1..MISSES {
+                assert_eq!(look(&mut machine, &[], &[]), [].into());
+            }
+            assert_eq!(look(&mut machine, &[], &[]), [7].into());
+        }
+        // Its process is there, and may not be looked at any more.
+        look(&mut machine, &[100], &[]);
+        for _ in 0..=MISSES {
+            assert_eq!(look(&mut machine, &[], &[100]), [].into());
+        }
+    }
+}

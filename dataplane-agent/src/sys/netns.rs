@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
@@ -38,7 +39,11 @@ impl Netns {
     /// # Errors
     /// It is not there, or is not a network namespace.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
+        // Whatever somebody put there is not waited for.
+        let file = File::options()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
         // SAFETY: the descriptor is open; this request takes no argument.
         let kind = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
         if kind != libc::CLONE_NEWNET {
@@ -68,11 +73,21 @@ impl Netns {
     /// The host's: the agent's own, and the first process' if it can be seen.
     ///
     /// # Errors
-    /// As [`Netns::own`].
+    /// As [`Netns::own`]; something else than a lack of rights kept it from seeing the other one.
     pub fn of_host() -> io::Result<Vec<Self>> {
         let own = Self::own()?;
-        let first = Self::open(Path::new("/proc/1/ns/net")).ok();
-        Ok(std::iter::once(own).chain(first).collect())
+        match Self::open(Path::new("/proc/1/ns/net")) {
+            Ok(first) => Ok(vec![own, first]),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound
+                ) =>
+            {
+                Ok(vec![own])
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The cookies of [`Netns::of_host`]; 0 is none.
@@ -192,9 +207,11 @@ fn interfaces() -> io::Result<Interfaces> {
         if entry.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
             continue;
         }
-        // It may have gone since.
-        let Ok(index) = nix::net::if_::if_nametoindex(entry.interface_name.as_str()) else {
-            continue;
+        let index = match nix::net::if_::if_nametoindex(entry.interface_name.as_str()) {
+            Ok(index) => index,
+            // It has gone since.
+            Err(Errno::ENODEV | Errno::ENXIO) => continue,
+            Err(error) => return Err(error.into()),
         };
         let of_link = found.links.entry(index).or_default();
         let Some(address) = entry.address else {
@@ -217,4 +234,19 @@ fn interfaces() -> io::Result<Interfaces> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_namespace_is_refused_and_not_waited_for() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let fifo = folder.path().join("fifo");
+        let mode = nix::sys::stat::Mode::S_IRWXU;
+        nix::unistd::mkfifo(&fifo, mode).expect("a fifo");
+        assert!(Netns::open(&fifo).is_err());
+        assert!(Netns::open(folder.path()).is_err());
+    }
 }
