@@ -98,11 +98,12 @@ pub fn start(directives: &str, format: Format, waiting: usize) -> Result<Level, 
     std::panic::set_hook(Box::new(|panic| {
         let what = panic.payload_as_str().unwrap_or("a panic");
         let place = panic.location().map(tracing::field::display);
-        tracing::error!(
-            place,
-            thread = std::thread::current().name(),
-            "panic: {what}"
-        );
+        let thread = std::thread::current();
+        tracing::error!(place, thread = thread.name(), "panic: {what}");
+        // It may be the end of the process. Connections' threads do not wait for a reader.
+        if thread.name() == Some("main") {
+            flush();
+        }
     }));
     let set = move |directives: &str| {
         let filter = parse(directives)?;
