@@ -134,6 +134,8 @@ struct Condition {
 #[derive(Clone, Copy, PartialEq)]
 enum Sort {
     Text,
+    /// A text with at most one `*`, at its beginning or its end.
+    Pattern,
     Account,
     Ip,
     Port,
@@ -228,7 +230,11 @@ fn check_lists(path: &str, lists: &[(&str, &Values, Sort)]) -> Result<(), (Strin
         }
         for (at, value) in values.iter().enumerate() {
             let what = match sort {
-                Sort::Text if value.is_empty() => "is empty",
+                Sort::Text | Sort::Pattern if value.is_empty() => "is empty",
+                // It would be compared as it stands, and match nobody: a DENY would let all pass.
+                Sort::Pattern if !is_pattern(value) => {
+                    "has a `*` that is neither at its beginning nor at its end"
+                }
                 Sort::Account if account("", value).is_none() => "is not a service account",
                 Sort::Ip if ip(value).is_none() => "is not an IP address or block",
                 Sort::Port if port(value).is_none() => "is not a port",
@@ -243,24 +249,24 @@ fn check_lists(path: &str, lists: &[(&str, &Values, Sort)]) -> Result<(), (Strin
 impl Source {
     fn lists(&self) -> [(&'static str, &Values, Sort); 14] {
         [
-            ("principals", &self.principals, Sort::Text),
-            ("notPrincipals", &self.not_principals, Sort::Text),
+            ("principals", &self.principals, Sort::Pattern),
+            ("notPrincipals", &self.not_principals, Sort::Pattern),
             ("requestPrincipals", &self.request_principals, Sort::Text),
             (
                 "notRequestPrincipals",
                 &self.not_request_principals,
                 Sort::Text,
             ),
-            ("namespaces", &self.namespaces, Sort::Text),
-            ("notNamespaces", &self.not_namespaces, Sort::Text),
+            ("namespaces", &self.namespaces, Sort::Pattern),
+            ("notNamespaces", &self.not_namespaces, Sort::Pattern),
             ("serviceAccounts", &self.service_accounts, Sort::Account),
             (
                 "notServiceAccounts",
                 &self.not_service_accounts,
                 Sort::Account,
             ),
-            ("trustDomains", &self.trust_domains, Sort::Text),
-            ("notTrustDomains", &self.not_trust_domains, Sort::Text),
+            ("trustDomains", &self.trust_domains, Sort::Pattern),
+            ("notTrustDomains", &self.not_trust_domains, Sort::Pattern),
             ("ipBlocks", &self.ip_blocks, Sort::Ip),
             ("notIpBlocks", &self.not_ip_blocks, Sort::Ip),
             ("remoteIpBlocks", &self.remote_ip_blocks, Sort::Ip),
@@ -329,7 +335,8 @@ impl Attribute {
             Attribute::SourceIp | Attribute::DestinationIp => Sort::Ip,
             Attribute::DestinationPort => Sort::Port,
             Attribute::SourceAccount => Sort::Account,
-            _ => Sort::Text,
+            Attribute::SourceNamespace | Attribute::SourcePrincipal => Sort::Pattern,
+            Attribute::L7 => Sort::Text,
         }
     }
 }
@@ -556,6 +563,11 @@ fn each<T>(values: &Values, parse: impl Fn(&str) -> Option<T>) -> Vec<T> {
         .flatten()
         .filter_map(|value| parse(value))
         .collect()
+}
+
+fn is_pattern(value: &str) -> bool {
+    let rest = value.strip_prefix('*').or_else(|| value.strip_suffix('*'));
+    !rest.unwrap_or(value).contains('*')
 }
 
 fn text(value: &str) -> Option<StringMatch> {
