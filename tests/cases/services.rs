@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use dataplane_tests::{Node, Pair, Pod, Wire, World, eventually};
+use dataplane_tests::{Agent, Node, Pair, Pod, Wire, World, eventually};
 
 const PORT: u16 = 7000;
 
@@ -138,4 +138,50 @@ fn a_pod_that_terminates_keeps_what_it_has_and_gets_more_only_where_it_is_alone(
     live.say("still here");
     assert_eq!(live.line(), format!("{} still here", client.v4));
     drop(live);
+}
+
+#[test]
+fn who_has_the_address_of_another_networks_endpoint_here_is_not_dialled_for_it() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let client = one.bare(&world, "demo", "client");
+    let namesake = two.bare(&world, "outside", "namesake");
+    let _app = namesake.serve(PORT);
+    let workload = |name: &str, at: &Pod, more: &str| {
+        format!(
+            "- name: {name}\n  namespace: demo\n  serviceAccount: {name}\n  workloadIps: [{}]\n{more}",
+            at.v4
+        )
+    };
+    let file = world.folder().join("local.yaml");
+    let text = format!(
+        "workloads:\n{}{}services:\n- name: far\n  namespace: demo\n  hostname: far.demo.svc\n  vips: [/10.96.3.1]\n  ports: {{80: {PORT}}}\n",
+        workload(
+            "client",
+            &client,
+            "  node: one\n  protocol: HBONE\n  services: {}\n"
+        ),
+        workload(
+            "far",
+            &namesake,
+            &format!("  network: far\n  services: {{demo/far.demo.svc: {{80: {PORT}}}}}\n")
+        ),
+    );
+    std::fs::write(&file, text).expect("a file");
+    let mut setup = world.setup(&one);
+    let is_manifests = |word: &String| word == "--manifests";
+    let manifests = setup.arguments.iter().position(is_manifests);
+    let manifests = manifests.expect("it is there");
+    setup.arguments.drain(manifests..manifests + 2);
+    let source = ("LOCAL_XDS_PATH".into(), file.display().to_string());
+    setup.variables.push(source);
+    let agent = Agent::start(setup);
+    agent.up(&["client"]);
+    let wire = Wire::watch(one.netns.file(), "wire", &["marker-far"]);
+    let answer = client.ask(address("10.96.3.1:80"), "marker-far");
+    assert_eq!(answer, Err("reset".into()));
+    agent.logs(&["no valid routing destination for workload: Kubernetes//Pod/demo/far"]);
+    assert_eq!(wire.count().0[0].1, 0);
+    // By the address alone it is whoever has it here, as without a mesh.
+    assert!(client.ask(namesake.at(PORT), "x").is_ok());
 }
