@@ -24,8 +24,6 @@ use workload::Workload;
 pub struct Resolved<I> {
     /// The connection.
     pub accepted: Accepted<I>,
-    /// What it was resolved with.
-    pub mesh: Arc<Mesh>,
     /// Who connects; none if it is in no mesh. Of an inbound connection it is told by the address,
     /// for logs: what counts there is the peer's certificate.
     pub source: Option<Arc<Workload>>,

@@ -39,7 +39,6 @@ pub fn resolve<I>(
             hop,
         }) => Ok(Resolved {
             accepted,
-            mesh,
             source,
             target,
             service,
