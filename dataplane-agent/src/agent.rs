@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::authorize::Authorizer;
-use crate::capture::node_folder::{Mark, NodeFolder};
+use crate::capture::node_folder::{self, Mark, NodeFolder};
 use crate::capture::uninstall::canonical;
 use crate::capture::{self, CaptureError, Instance, PodEvent, Room, room};
 use crate::cli::check;
@@ -118,6 +118,17 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         state: canonical(&options.state),
     };
     let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
+    let captured = node_folder::captured(&options.places.run_dir, &options.node);
+    if captured > 0
+        && let Source::Manifests { folder, .. } = &source
+        && folder.is_empty()
+    {
+        return Err(AgentError::Settings(format!(
+            "--manifests: there are none, as if the folder were not mounted, and {captured} pods of \
+             this node are captured; to say that they shall be let go put a manifest in it, if only an \
+             empty List"
+        )));
+    }
     let bpffs = &options.places.bpffs;
     bpffs::ensure(bpffs).map_err(|error| {
         AgentError::Machine(format!(
@@ -304,7 +315,10 @@ fn source(options: &RunOptions) -> Result<Source, AgentError> {
     let Some(folder) = &options.manifests else {
         return Err(wrong("--manifests or LOCAL_XDS_PATH is wanted".into()));
     };
-    let dir = config::folder("--manifests", folder).map_err(wrong)?;
+    config::folder("--manifests", folder).map_err(wrong)?;
+    // As it was given, and not what it leads to: another folder may take its place.
+    let dir =
+        std::path::absolute(folder).map_err(|error| wrong(format!("--manifests: {error}")))?;
     let records = enrolled::Records::open(&options.state, options.node.as_str())
         .map_err(|error| wrong(format!("--state: {}: {error}", options.state.display())))?;
     Ok(Source::Manifests {
@@ -412,6 +426,7 @@ fn processors() -> usize {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
@@ -420,6 +435,7 @@ impl Signals {
         Ok(Self {
             terminate: of(SignalKind::terminate())?,
             interrupt: of(SignalKind::interrupt())?,
+            hangup: of(SignalKind::hangup())?,
         })
     }
 
@@ -427,6 +443,7 @@ impl Signals {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
+            _ = self.hangup.recv() => "SIGHUP",
         }
     }
 }

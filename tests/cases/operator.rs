@@ -12,7 +12,7 @@ use std::process::{Command, ExitStatus};
 use dataplane_tests::agent::{CAPABILITIES, Setup};
 use dataplane_tests::process::{output, place};
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Node, Pod, World, eventually, program};
+use dataplane_tests::{Agent, Node, Pod, Process, World, eventually, program};
 
 const PORT: u16 = 7000;
 
@@ -448,4 +448,180 @@ fn who_reads_no_output_gets_no_panic() {
             }
         }
     }
+}
+
+/// What says that nothing is meant.
+const NOTHING: &str = "apiVersion: v1\nkind: List\nitems: []\n";
+
+impl One {
+    /// One whose server nobody may reach.
+    fn closed() -> (Self, Process) {
+        let one = Self::new();
+        let app = one.server.serve(PORT);
+        assert!(!one.denies(), "nothing is said yet");
+        let (manifests, nobody) = (&one.world.manifests, "cluster.local/ns/x/sa/y");
+        manifests.policy("demo", "nobody", "ALLOW", "server", nobody);
+        eventually("denied", 10, || one.denies());
+        (one, app)
+    }
+
+    fn denies(&self) -> bool {
+        self.outsider.ask(self.server.at(PORT), "x").is_err()
+    }
+
+    fn policy(&self) -> PathBuf {
+        self.world.manifests.folder.join("policy-demo-nobody.yaml")
+    }
+
+    fn problems(&self) -> String {
+        let status = self.agent.status().unwrap_or_default();
+        status["problems"].to_string()
+    }
+}
+
+#[test]
+fn a_policy_that_is_misspelt_or_commented_out_denies_still_and_that_is_told() {
+    let (one, _app) = One::closed();
+    let good = fs::read_to_string(one.policy()).expect("a policy");
+    let commented: String = good.lines().map(|line| format!("# {line}\n")).collect();
+    for (bad, told) in [
+        (
+            good.replace("security.istio.io/v1", "security.istio/v1"),
+            "did you mean `security.istio.io/v1`",
+        ),
+        (
+            good.replace("security.istio.io/v1", "security.istio.io/v3"),
+            "`security.istio.io/v3` is not read",
+        ),
+        (
+            good.replace("AuthorizationPolicy", "AuthorisationPolicy"),
+            "did you mean `AuthorizationPolicy`",
+        ),
+        (
+            good.replace("namespace: demo", "namspace: demo"),
+            "did you mean `namespace`",
+        ),
+        (commented, "has no objects in it"),
+    ] {
+        fs::write(one.policy(), &bad).expect("a file");
+        eventually(told, 10, || one.problems().contains(told));
+        assert!(one.denies(), "{bad}");
+        one.agent
+            .logs(&["policy-demo-nobody.yaml", told, "what it said before holds"]);
+    }
+    fs::write(one.policy(), good).expect("a file");
+    eventually("good again", 10, || one.problems() == "[]");
+    assert!(one.denies());
+    one.world.manifests.remove("policy-demo-nobody.yaml");
+    eventually("allowed, as its file was removed", 10, || !one.denies());
+}
+
+#[test]
+fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
+    let (mut one, _app) = One::closed();
+    let folder = one.world.manifests.folder.clone();
+    let away = folder.with_extension("away");
+    let empty = |one: &One| {
+        // As an unmount leaves it.
+        fs::rename(&folder, &away).expect("a folder");
+        fs::create_dir(&folder).expect("a folder");
+        eventually("it is told", 10, || {
+            one.problems().contains("has no manifests any more")
+        });
+        one.agent
+            .logs(&["has no manifests any more", "what it said before holds"]);
+        assert!(one.is_captured() && one.denies());
+        assert_eq!(one.agent.pod("server").0, "up");
+    };
+    empty(&one);
+    fs::remove_dir(&folder).expect("it is empty");
+    fs::rename(&away, &folder).expect("a folder");
+    eventually("it is there again", 10, || one.problems() == "[]");
+    empty(&one);
+    // Nor does a successor that knows of nothing.
+    one.agent.kill();
+    one.agent.restart();
+    eventually("it ends by itself", 20, || !one.agent.runs());
+    assert_eq!(one.agent.wait().code(), Some(2));
+    let said = one.agent.log();
+    assert!(said.contains("1 pods of this node are captured"), "{said}");
+    assert!(one.is_captured());
+    fs::write(folder.join("nothing.yaml"), NOTHING).expect("a file");
+    one.agent.restart();
+    eventually("it was said, and the pod is let go", 20, || {
+        one.server.netns.show("rule show").lines().count() == 3
+    });
+}
+
+#[test]
+fn a_policy_is_read_wherever_a_link_leads_and_whichever_folder_is_there() {
+    let mut one = One::new();
+    let _app = one.server.serve(PORT);
+    let revisions = one.world.folder().join("revisions");
+    let first = revisions.join("first");
+    fs::create_dir(&revisions).expect("a folder");
+    fs::rename(&one.world.manifests.folder, &first).expect("a folder");
+    symlink(&first, &one.world.manifests.folder).expect("a link");
+    one.agent.kill();
+    one.agent.restart();
+    one.agent.up(&["server"]);
+    assert!(!one.denies());
+    // A file that is a link, to what is edited elsewhere.
+    let elsewhere = one.world.folder().join("gate.yaml");
+    let gate = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: gate, namespace: demo}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"1\"]}}]}]}\n";
+    fs::write(&elsewhere, gate).expect("a file");
+    symlink(&elsewhere, first.join("gate.yaml")).expect("a link");
+    eventually("it is read", 10, || {
+        one.agent.get("/config_dump").contains("gate")
+    });
+    assert!(!one.denies());
+    fs::write(&elsewhere, gate.replace("\"1\"", "\"7000\"")).expect("a file");
+    eventually("what is edited behind a link holds", 10, || one.denies());
+    // The whole folder is a link, to another revision.
+    let second = revisions.join("second");
+    fs::create_dir(&second).expect("a folder");
+    for entry in fs::read_dir(&first).expect("a folder").flatten() {
+        if entry.file_name() != "gate.yaml" {
+            fs::copy(entry.path(), second.join(entry.file_name())).expect("a file");
+        }
+    }
+    let new = one.world.folder().join("new");
+    symlink(&second, &new).expect("a link");
+    fs::rename(&new, &one.world.manifests.folder).expect("a link");
+    eventually("another revision holds", 10, || !one.denies());
+    // The folder is removed, and made again.
+    fs::remove_dir_all(&second).expect("a folder");
+    eventually("that is told", 10, || {
+        one.problems().contains("No such file")
+    });
+    fs::rename(&first, &second).expect("a folder");
+    eventually("what is there now holds", 10, || one.denies());
+    assert_eq!(one.agent.pod("server").0, "up");
+}
+
+#[test]
+fn a_hangup_drains_as_a_request_to_end_does() {
+    let mut one = One::new();
+    let mut hangup = Command::new("kill");
+    let (status, said) = run(hangup.args(["-HUP", &one.agent.pid().to_string()]));
+    assert!(status.success(), "{said}");
+    assert_eq!(one.agent.wait().code(), Some(0));
+    assert!(one.agent.log().contains("draining"), "{}", one.agent.log());
+    assert!(one.is_captured());
+}
+
+#[test]
+fn what_kubernetes_sets_for_a_service_of_our_name_stops_no_command() {
+    let world = World::new();
+    let mut status = dataplane("status");
+    status
+        .arg("--run-dir")
+        .arg(world.folder())
+        .env("DATAPLANE_SERVICE_HOST", "10.0.0.1")
+        .env("DATAPLANE_PORT_15020_TCP_ADDR", "10.0.0.1");
+    let (ended, said) = run(&mut status);
+    assert_eq!(ended.code(), Some(5), "{said}");
+    let (ended, said) = run(status.env("DATAPLANE_RUNDIR", "/"));
+    assert_eq!(ended.code(), Some(2), "{said}");
+    assert!(said.contains("DATAPLANE_RUNDIR is no setting"), "{said}");
 }

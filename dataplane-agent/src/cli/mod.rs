@@ -38,7 +38,7 @@ pub struct Cli {
 /// What can be done.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Runs the daemon of one node, until SIGTERM or SIGINT.
+    /// Runs the daemon of one node, until SIGTERM, SIGINT or SIGHUP.
     ///
     /// A signal drains: connections go on for as long as --drain, then they are cut. Pods stay
     /// captured, so that nothing of theirs passes in clear while no agent runs; the next one takes

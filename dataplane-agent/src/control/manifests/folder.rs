@@ -2,8 +2,12 @@
 //!
 //! At the start a bad file is an error. Later it is not: whatever cannot be read, or not yet, leaves
 //! what the file said before. A file that is being written cannot be told from a finished one by its
-//! text alone, since half of a policy may well be a policy; so a change, and a file's absence too,
-//! counts only once it has not changed for [`SETTLE`].
+//! text alone, since half of a policy may well be a policy; so a change counts only once it has not
+//! changed for [`SETTLE`], and a file's absence once the whole folder has not.
+//!
+//! A file that is gone was removed; a folder that is there and has no manifests any more was more likely
+//! unmounted, or is being filled. So what was in it holds until that is said: by removing the folder, or by
+//! any manifest in it, if only an empty List.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
@@ -15,10 +19,13 @@ use std::time::{Duration, Instant, SystemTime};
 use time::OffsetDateTime;
 
 use super::object::{self, Age, Item, Key, Objects, Parsed};
-use super::{ManifestError, Watch};
+use super::{ManifestError, ManifestErrors, Watch};
 
 /// How long a file must have been left alone before it is read again.
 pub const SETTLE: Duration = Duration::from_millis(300);
+/// A folder in which something always changes does not keep a file that is gone for longer than this many
+/// times that.
+const UNSETTLED: u32 = 10;
 /// How often files are looked at that have not settled yet.
 const RETRY: Duration = Duration::from_millis(100);
 /// Deeper folders are not looked into: a loop of mounts ends here.
@@ -38,6 +45,12 @@ pub struct Folder {
     objects: Objects,
     told: Vec<ManifestError>,
     settling: bool,
+    /// When to look at what has not settled; kept here as who waits may be called away.
+    again: Option<tokio::time::Instant>,
+    /// What was there at the last look, and since when it is so.
+    there: (BTreeMap<PathBuf, Stamp>, Instant),
+    /// What is passed over, and why.
+    notes: Vec<String>,
 }
 
 /// What reading again brought.
@@ -87,12 +100,13 @@ impl Folder {
     /// Reads a folder for the first time.
     ///
     /// # Errors
-    /// The folder or a file cannot be read; a file is not right; an object is in two files.
-    pub fn open(dir: &Path) -> Result<Self, ManifestError> {
+    /// The folder or a file cannot be read; a file is not right; an object is in two files. All of it.
+    pub fn open(dir: &Path) -> Result<Self, ManifestErrors> {
         Self::open_settling(dir, SETTLE)
     }
 
-    pub(crate) fn open_settling(dir: &Path, settle: Duration) -> Result<Self, ManifestError> {
+    pub(crate) fn open_settling(dir: &Path, settle: Duration) -> Result<Self, ManifestErrors> {
+        let found = scan(dir);
         let mut folder = Self {
             dir: dir.to_owned(),
             settle,
@@ -102,26 +116,39 @@ impl Folder {
             objects: Objects::default(),
             told: Vec::new(),
             settling: false,
+            again: None,
+            there: (found.files.clone(), Instant::now()),
+            notes: found.notes,
         };
-        let found = scan(dir).map_err(|error| ManifestError::of_file(dir, error))?;
-        for (name, stamp) in found {
-            let mut file = File {
-                stamp: Some(stamp),
-                ..File::default()
-            };
-            // An empty file has nothing to lose yet.
-            file.good = read(dir, &name)?.unwrap_or_default();
-            file.latest = Some(Ok(file.good.clone()));
-            folder.files.insert(name, file);
+        let mut wrong: Vec<ManifestError> =
+            found.faults.into_iter().map(|(_, error)| error).collect();
+        for (name, stamp) in found.files {
+            match read(dir, &name) {
+                Ok(parsed) => {
+                    let file = File {
+                        stamp: Some(stamp),
+                        latest: Some(Ok(parsed.clone())),
+                        good: parsed,
+                        looks: None,
+                    };
+                    folder.files.insert(name, file);
+                }
+                Err(error) => wrong.push(error),
+            }
         }
-        if let Some((_, error)) = conflicts(&folder.files, |file| &file.good)
-            .into_iter()
-            .next()
-        {
-            return Err(error);
+        let twice = conflicts(&folder.files, |file| &file.good);
+        // Of two files that have an object the later one is told of.
+        wrong.extend(twice.into_iter().step_by(2).map(|(_, error)| error));
+        if !wrong.is_empty() {
+            return Err(ManifestErrors(wrong));
         }
         folder.rebuild();
         Ok(folder)
+    }
+
+    /// Whether there is no manifest in it.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
     }
 
     /// The objects that hold now.
@@ -133,11 +160,14 @@ impl Folder {
     pub fn reload(&mut self) -> Reload {
         self.settling = false;
         let mut problems = Vec::new();
-        match scan(&self.dir) {
-            Ok(found) => self.look(&found),
-            // The folder is away: that is no word about what is in it.
-            Err(error) => problems.push(ManifestError::of_file(&self.dir, error)),
+        let found = scan(&self.dir);
+        if self.there.0 != found.files {
+            self.there = (found.files.clone(), Instant::now());
         }
+        problems.extend(self.look(&found));
+        // What could not be looked at is no word about what is in it.
+        problems.extend(found.faults.into_iter().map(|(_, error)| error));
+        self.notes = found.notes;
         problems.extend(self.accept());
         let changed = self.rebuild();
         self.told.clone_from(&problems);
@@ -152,7 +182,9 @@ impl Folder {
     pub async fn next(&mut self, watch: &mut Watch) -> Reload {
         loop {
             if self.settling {
-                tokio::time::sleep(RETRY.min(self.settle)).await;
+                let soon = tokio::time::Instant::now() + RETRY.min(self.settle);
+                tokio::time::sleep_until(*self.again.get_or_insert(soon)).await;
+                self.again = None;
             } else {
                 watch.changed().await;
             }
@@ -164,15 +196,21 @@ impl Folder {
         }
     }
 
-    /// Compares what is there with what was read, and reads what has settled.
-    fn look(&mut self, found: &BTreeMap<PathBuf, Stamp>) {
+    /// Compares what is there with what was read, and reads what has settled; the folders that have
+    /// nothing in them any more.
+    fn look(&mut self, found: &Scan) -> Vec<ManifestError> {
         let now = Instant::now();
-        for name in found.keys() {
+        let quiet = now.duration_since(self.there.1) >= self.settle;
+        for name in found.files.keys() {
             self.files.entry(name.clone()).or_default();
         }
         let mut gone = Vec::new();
         for (name, file) in &mut self.files {
-            let stamp = found.get(name).copied();
+            if found.cannot_tell(name) {
+                file.looks = None;
+                continue;
+            }
+            let stamp = found.files.get(name).copied();
             if stamp.is_some() && stamp == file.stamp {
                 file.looks = None;
                 continue;
@@ -190,17 +228,14 @@ impl Folder {
                 continue;
             }
             let Some(stamp) = stamp else {
-                gone.push(name.clone());
+                if quiet || now.duration_since(since) >= self.settle * UNSETTLED {
+                    gone.push(name.clone());
+                } else {
+                    self.settling = true;
+                }
                 continue;
             };
-            let latest = match read(&self.dir, name) {
-                Ok(Some(parsed)) => Ok(parsed),
-                Ok(None) => Err(ManifestError::of_file(
-                    name,
-                    "is empty; delete it to remove its objects",
-                )),
-                Err(error) => Err(error),
-            };
+            let latest = read(&self.dir, name);
             // Written to while it was read: what was read may be half of each.
             if fs::metadata(self.dir.join(name))
                 .ok()
@@ -218,9 +253,24 @@ impl Folder {
             }
             file.latest = Some(latest);
         }
+        let mut emptied = BTreeSet::new();
         for name in gone {
-            self.files.remove(&name);
+            // One that was new and went before it was read says nothing.
+            let held = self
+                .files
+                .get(&name)
+                .is_some_and(|file| file.stamp.is_some());
+            match found.emptied(&name).filter(|_| held) {
+                Some(folder) => _ = emptied.insert(at(&self.dir, folder)),
+                None => _ = self.files.remove(&name),
+            }
         }
+        let told = "has no manifests any more, as if it were not mounted; to say that this is meant, put \
+                    one in it, if only an empty List, or remove the folder";
+        emptied
+            .into_iter()
+            .map(|folder| ManifestError::of_file(folder, told))
+            .collect()
     }
 
     /// Makes what is right the state that holds, and says of the rest why it is not.
@@ -266,7 +316,10 @@ impl Folder {
 
     /// Puts the objects together; true if they are others than before.
     fn rebuild(&mut self) -> bool {
-        let mut objects = Objects::default();
+        let mut objects = Objects {
+            warnings: self.notes.clone(),
+            ..Objects::default()
+        };
         let mut present = BTreeSet::new();
         let now = OffsetDateTime::now_utc();
         for parsed in self.files.values().map(|file| &file.good) {
@@ -324,8 +377,7 @@ fn clashes(files: &BTreeMap<&PathBuf, &Parsed>) -> Vec<(PathBuf, ManifestError)>
     found
 }
 
-/// None for a file with nothing in it.
-fn read(dir: &Path, name: &Path) -> Result<Option<Parsed>, ManifestError> {
+fn read(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
     let fault = |what: &dyn std::fmt::Display| ManifestError::of_file(name, what);
     let path = dir.join(name);
     let size = fs::metadata(&path).map_err(|error| fault(&error))?.len();
@@ -335,46 +387,127 @@ fn read(dir: &Path, name: &Path) -> Result<Option<Parsed>, ManifestError> {
         )));
     }
     let text = fs::read_to_string(&path).map_err(|error| fault(&error))?;
-    if text.trim().is_empty() {
-        return Ok(None);
-    }
-    object::parse(name, &text).map(Some)
+    object::parse(name, &text)
 }
+
+/// What is there; paths are below the folder, and its own is empty.
+#[derive(Debug, Default)]
+struct Scan {
+    files: BTreeMap<PathBuf, Stamp>,
+    /// Folders that were looked into.
+    folders: BTreeSet<PathBuf>,
+    /// What could not be looked at: of it, and of what is below it, nothing is known.
+    faults: Vec<(PathBuf, ManifestError)>,
+    /// What is passed over, and why.
+    notes: Vec<String>,
+}
+
+impl Scan {
+    fn cannot_tell(&self, name: &Path) -> bool {
+        self.faults.iter().any(|(path, _)| name.starts_with(path))
+    }
+
+    /// The uppermost folder above `name` that is there and has no manifest in it.
+    fn emptied<'a>(&self, name: &'a Path) -> Option<&'a Path> {
+        let has_none = |folder: &&Path| !self.files.keys().any(|file| file.starts_with(folder));
+        let above = name.ancestors().skip(1);
+        above
+            .filter(|folder| self.folders.contains(*folder))
+            .filter(has_none)
+            .last()
+    }
+}
+
+/// Where a folder below `dir` is; `dir` itself is shown as it was given.
+fn at(dir: &Path, below: &Path) -> PathBuf {
+    match below.as_os_str().is_empty() {
+        true => dir.to_owned(),
+        false => dir.join(below),
+    }
+}
+
+const ENDINGS: [&str; 3] = ["yaml", "yml", "json"];
 
 /// The manifests below `dir`. What begins with a dot is not one; neither are a mounted ConfigMap's
 /// `..data` folders, whose files are there as links.
-fn scan(dir: &Path) -> io::Result<BTreeMap<PathBuf, Stamp>> {
-    let mut found = BTreeMap::new();
+fn scan(dir: &Path) -> Scan {
+    let mut found = Scan::default();
     let mut folders = vec![(PathBuf::new(), 0)];
     while let Some((below, depth)) = folders.pop() {
-        for entry in fs::read_dir(dir.join(&below))? {
-            let entry = entry?;
-            let name = below.join(entry.file_name());
-            if entry.file_name().as_encoded_bytes().starts_with(b".") {
-                continue;
-            }
-            if entry.file_type()?.is_dir() {
-                if depth < DEPTH {
-                    folders.push((name, depth + 1));
+        let listed =
+            fs::read_dir(dir.join(&below)).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        match listed {
+            Ok(entries) => {
+                found.folders.insert(below.clone());
+                for entry in entries {
+                    let name = below.join(entry.file_name());
+                    if !entry.file_name().as_encoded_bytes().starts_with(b".")
+                        && let Err(error) = found.entry(dir, &name, depth, &mut folders)
+                    {
+                        let told = ManifestError::of_file(&name, error);
+                        found.faults.push((name, told));
+                    }
                 }
-                continue;
             }
-            let known = ["yaml", "yml", "json"];
-            if !name
-                .extension()
-                .is_some_and(|ending| known.iter().any(|known| ending == *known))
-            {
-                continue;
-            }
-            match fs::metadata(dir.join(&name)) {
-                Ok(metadata) if metadata.is_file() => {
-                    found.insert(name, Stamp::from(&metadata));
-                }
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
+            // It went while it was looked for.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && depth > 0 => {}
+            Err(error) => {
+                let told = ManifestError::of_file(at(dir, &below), error);
+                found.faults.push((below, told));
             }
         }
     }
-    Ok(found)
+    found.notes.sort();
+    found.faults.sort_by(|(one, _), (other, _)| one.cmp(other));
+    found
+}
+
+impl Scan {
+    fn entry(
+        &mut self,
+        dir: &Path,
+        name: &Path,
+        depth: usize,
+        folders: &mut Vec<(PathBuf, usize)>,
+    ) -> io::Result<()> {
+        let path = dir.join(name);
+        let own = match fs::symlink_metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            own => own?,
+        };
+        let mut note = |why: &str| {
+            self.notes
+                .push(format!("{}: {why}, passed over", name.display()));
+        };
+        if own.is_dir() {
+            match depth < DEPTH {
+                true => folders.push((name.to_owned(), depth + 1)),
+                false => note("is more than 8 folders deep"),
+            }
+            return Ok(());
+        }
+        let ending = name.extension().and_then(|ending| ending.to_str());
+        let ending = ending.unwrap_or_default();
+        if !ENDINGS.contains(&ending) {
+            if ENDINGS.contains(&ending.to_ascii_lowercase().as_str()) {
+                note("has an ending that is not in lower case");
+            } else if own.is_symlink() && fs::metadata(&path).is_ok_and(|to| to.is_dir()) {
+                note("is a link to a folder");
+            }
+            return Ok(());
+        }
+        // A link to nothing is an error: it may lead to something again.
+        let metadata = fs::metadata(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => io::Error::other("is a link that leads nowhere"),
+            _ => error,
+        })?;
+        if metadata.is_file() {
+            self.files.insert(name.to_owned(), Stamp::from(&metadata));
+        } else if metadata.is_dir() {
+            note("is a link to a folder");
+        } else {
+            note("is no file");
+        }
+        Ok(())
+    }
 }

@@ -11,6 +11,8 @@ use serde::de::{
 };
 use serde::{Deserialize, Deserializer, forward_to_deserialize_any};
 
+use super::spelling;
+
 /// One YAML node.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Node {
@@ -162,6 +164,17 @@ impl Node {
     }
 }
 
+impl Node {
+    /// The names of a map's fields.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
+        let fields: &[(String, Node)] = match &self.value {
+            Value::Map(fields) => fields,
+            _ => &[],
+        };
+        fields.iter().map(|(key, _)| key.as_str())
+    }
+}
+
 impl NodeError {
     fn at(mut self, line: u64) -> Self {
         if self.line.is_none() && line > 0 {
@@ -200,6 +213,14 @@ impl de::Error for NodeError {
             field: String::new(),
             what: one_line(&what.to_string()),
         }
+    }
+
+    fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
+        Self::custom(spelling::unknown("field", field, expected))
+    }
+
+    fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
+        Self::custom(spelling::unknown("variant", variant, expected))
     }
 }
 
@@ -350,7 +371,7 @@ impl<'de> Deserializer<'de> for Reader<'de> {
                     .iter()
                     .filter(|(key, _)| !fields.contains(&key.as_str()))
                 {
-                    if let Some(meant) = fields.iter().find(|field| is_slip(key, field)) {
+                    if let Some(meant) = fields.iter().find(|field| spelling::is_slip(key, field)) {
                         let what = format!("unknown field `{key}`, did you mean `{meant}`?");
                         let error: NodeError = de::Error::custom(what);
                         return Err(error.at(node.line).below(key));
@@ -394,27 +415,6 @@ impl<'de> Deserializer<'de> for Reader<'de> {
         bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char bytes byte_buf unit unit_struct
         seq tuple tuple_struct map identifier ignored_any
     }
-}
-
-/// Whether a name is another one in other letters, or a long one with one letter more, less,
-/// changed, or swapped with its neighbour.
-fn is_slip(name: &str, meant: &str) -> bool {
-    let (name, meant) = (name.to_lowercase(), meant.to_lowercase());
-    if name == meant {
-        return true;
-    }
-    if meant.len() < 6 {
-        return false;
-    }
-    let (one, other): (Vec<char>, Vec<char>) = (name.chars().collect(), meant.chars().collect());
-    let same = one.iter().zip(&other).take_while(|(a, b)| a == b).count();
-    let (one, other) = (&one[same..], &other[same..]);
-    let after = |of: &[char], skip: usize| of.get(skip..).map(<[char]>::to_vec);
-    let swapped = matches!((one, other), ([a, b, ..], [c, d, ..]) if (a, b) == (d, c));
-    (after(one, 1).as_deref() == Some(other))
-        || (after(other, 1).as_deref() == Some(one))
-        || (after(one, 1).is_some() && after(one, 1) == after(other, 1))
-        || (swapped && after(one, 2) == after(other, 2))
 }
 
 struct Elements<'a> {

@@ -16,6 +16,7 @@ use super::node::{self, Node, NodeError};
 use super::peer_authentication::PeerAuthentication;
 use super::pod::Pod;
 use super::service::Service;
+use super::spelling;
 
 /// Namespace and name; the namespace is empty for objects of the whole cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -201,7 +202,16 @@ impl Body {
 /// One file's text.
 pub(crate) fn parse(file: &Path, text: &str) -> Result<Parsed, ManifestError> {
     let mut parsed = Parsed::default();
-    for document in node::documents(text).map_err(|error| ManifestError::at(file, error))? {
+    let documents = node::documents(text).map_err(|error| ManifestError::at(file, error))?;
+    // As kubectl has it. It is what a crash or a full disk leaves of a file, and what is commented out may
+    // be a policy; an empty List says that nothing is meant.
+    if documents.is_empty() {
+        return Err(ManifestError::of_file(
+            file,
+            "has no objects in it; delete it to remove what it said",
+        ));
+    }
+    for document in documents {
         take(file, &document, 0, &mut parsed).map_err(|error| ManifestError::at(file, error))?;
     }
     let mut seen = BTreeMap::new();
@@ -228,6 +238,8 @@ fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(
         kind: String,
     }
     let head: Head = node.read()?;
+    let known = spelling::kind(&head.api_version, &head.kind)
+        .map_err(|(field, what)| wrong(node, field, what))?;
     let group = head
         .api_version
         .rsplit_once('/')
@@ -248,6 +260,9 @@ fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(
         return Ok(());
     }
 
+    if known {
+        spelling::check(node, &head.kind)?;
+    }
     let body = match (group, head.kind.as_str()) {
         ("", "Namespace") => Body::Namespace,
         ("", "ServiceAccount") => Body::ServiceAccount,

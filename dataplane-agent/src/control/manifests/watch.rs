@@ -1,12 +1,16 @@
 //! Says when to look at the folder again: shortly after the kernel reports a change in it, and every
-//! few seconds in any case, since not every file system reports.
+//! few seconds in any case, since not every file system reports, nothing reports what a link leads to,
+//! and a folder that was replaced reports of the one that it was.
 
-use std::path::Path;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use notify::{RecursiveMode, Watcher};
 use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 /// What comes within this time of a change is one change.
@@ -16,35 +20,37 @@ const RESYNC: Duration = Duration::from_secs(3);
 
 /// A watch on a folder and what is below it.
 pub struct Watch {
+    dir: PathBuf,
     told: Arc<Notify>,
-    /// Reports as long as it lives; none where the kernel has no more of them to give.
-    _watcher: Option<notify::RecommendedWatcher>,
+    /// When to look without having been told. It is kept here: who waits may be called away, and comes
+    /// back for the rest of the time.
+    next: Instant,
+    /// Reports as long as it lives, of the folder with this device and inode; none where the kernel has no
+    /// more of them to give.
+    watcher: Option<(Identity, notify::RecommendedWatcher)>,
+    /// Whether it was said that there is none.
+    warned: bool,
 }
 
+type Identity = (u64, u64);
+
 impl Watch {
-    /// Watches `dir`. Where that is not possible the regular look has to do.
+    /// Watches what is at `dir`, also when it is another folder later. Where that is not possible the
+    /// regular look has to do.
     pub fn new(dir: &Path) -> Self {
-        let told = Arc::new(Notify::new());
-        let teller = Arc::clone(&told);
-        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Reading the folder is reported too, and would keep us reading.
-            if !event.is_ok_and(|event| event.kind.is_access()) {
-                teller.notify_one();
-            }
-        })
-        .and_then(|mut watcher| {
-            watcher.watch(dir, RecursiveMode::Recursive)?;
-            Ok(watcher)
-        });
-        let _watcher = watcher
-            .inspect_err(
-                |error| warn!(folder = %dir.display(), %error, "cannot watch, looking regularly"),
-            )
-            .ok();
-        Self { told, _watcher }
+        let mut watch = Self {
+            dir: dir.to_owned(),
+            told: Arc::new(Notify::new()),
+            next: Instant::now() + RESYNC,
+            watcher: None,
+            warned: false,
+        };
+        watch.follow();
+        watch
     }
 
-    /// Waits until it is worth looking. Cancelling it loses nothing: the next call returns at once.
+    /// Waits until it is worth looking. Cancelling it loses nothing: neither what was told nor how long it
+    /// has waited.
     pub async fn changed(&mut self) {
         struct Again<'a>(Option<&'a Notify>);
         impl Drop for Again<'_> {
@@ -54,13 +60,51 @@ impl Watch {
                 }
             }
         }
-        if tokio::time::timeout(RESYNC, self.told.notified())
-            .await
-            .is_ok()
-        {
+        if timeout_at(self.next, self.told.notified()).await.is_ok() {
             let mut cancelled = Again(Some(&self.told));
             tokio::time::sleep(DEBOUNCE).await;
             cancelled.0 = None;
+        }
+        self.next = Instant::now() + RESYNC;
+        self.follow();
+    }
+
+    /// Watches the folder that is there now, if it is another one.
+    fn follow(&mut self) {
+        let Ok(found) = fs::metadata(&self.dir) else {
+            return; // it is away; who looks will say so
+        };
+        let identity = (found.dev(), found.ino());
+        if self
+            .watcher
+            .as_ref()
+            .is_some_and(|(known, _)| *known == identity)
+        {
+            return;
+        }
+        let teller = Arc::clone(&self.told);
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Reading the folder is reported too, and would keep us reading.
+            if !event.is_ok_and(|event| event.kind.is_access()) {
+                teller.notify_one();
+            }
+        })
+        .and_then(|mut watcher| {
+            watcher.watch(&self.dir, RecursiveMode::Recursive)?;
+            Ok(watcher)
+        });
+        match watcher {
+            Ok(watcher) => {
+                self.watcher = Some((identity, watcher));
+                self.warned = false;
+            }
+            Err(error) => {
+                self.watcher = None;
+                if !self.warned {
+                    warn!(folder = %self.dir.display(), %error, "cannot watch, looking regularly");
+                    self.warned = true;
+                }
+            }
         }
     }
 }
@@ -68,5 +112,39 @@ impl Watch {
 impl std::fmt::Debug for Watch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Watch").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_is_called_away_looks_regularly_all_the_same() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut watch = Watch::new(dir.path());
+        let begin = Instant::now();
+        // As whoever looks at the machine in between.
+        while tokio::time::timeout(RESYNC / 6, watch.changed())
+            .await
+            .is_err()
+        {
+            assert!(begin.elapsed() < 2 * RESYNC, "it never looks");
+        }
+        assert!(begin.elapsed() >= RESYNC);
+    }
+
+    #[tokio::test]
+    async fn a_folder_in_its_place_is_watched_in_its_place() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let at = dir.path().join("manifests");
+        fs::create_dir(&at).expect("a folder");
+        let mut watch = Watch::new(&at);
+        let first = watch.watcher.as_ref().map(|(identity, _)| *identity);
+        fs::rename(&at, dir.path().join("old")).expect("a folder");
+        fs::create_dir(&at).expect("a folder");
+        watch.changed().await;
+        let now = watch.watcher.as_ref().map(|(identity, _)| *identity);
+        assert!(now.is_some() && now != first);
     }
 }

@@ -9,12 +9,17 @@ use super::super::watch::Watch;
 
 const POLICY: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: gate\nspec:\n  action: DENY\n  rules:\n  - from:\n    - source:\n        namespaces: [a]\n";
 
+/// What says that nothing is meant.
+const NOTHING: &str = "apiVersion: v1\nkind: List\nitems: []\n";
+
 fn namespace(name: &str) -> String {
     format!("apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n")
 }
 
 fn put(dir: &TempDir, name: &str, text: &str) {
-    fs::write(dir.path().join(name), text).expect("write");
+    let path = dir.path().join(name);
+    fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+    fs::write(path, text).expect("write");
 }
 
 /// A folder for which every change has settled at once.
@@ -85,11 +90,191 @@ fn a_bad_half_or_empty_file_leaves_what_it_said() {
     let reload = folder.reload();
     assert_eq!(
         told(&reload),
-        ["gate.yaml: is empty; delete it to remove its objects"]
+        ["gate.yaml: has no objects in it; delete it to remove what it said"]
     );
     assert_eq!(*folder.objects(), before);
     put(&dir, "gate.yaml", POLICY);
     assert_eq!(folder.reload(), Reload::default());
+}
+
+#[test]
+fn a_file_in_which_all_is_commented_out_leaves_what_it_said() {
+    let (dir, mut folder) = folder(&[("gate.yaml", POLICY), ("a.yaml", &namespace("a"))]);
+    let before = folder.objects().clone();
+    let commented: String = POLICY.lines().map(|line| format!("# {line}\n")).collect();
+    for nothing in [commented.as_str(), "---\n---\n", " \n", "# gate\n"] {
+        put(&dir, "gate.yaml", nothing);
+        let reload = folder.reload();
+        assert!(!reload.changed, "{nothing}");
+        assert_eq!(
+            told(&reload),
+            ["gate.yaml: has no objects in it; delete it to remove what it said"]
+        );
+        assert_eq!(*folder.objects(), before);
+        let error = Folder::open(dir.path()).expect_err("and stops a start");
+        assert!(
+            error.to_string().contains("gate.yaml: has no objects"),
+            "{error}"
+        );
+    }
+    put(&dir, "gate.yaml", NOTHING);
+    let reload = folder.reload();
+    assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
+    assert!(
+        folder.objects().authorization_policies.is_empty(),
+        "it was said"
+    );
+}
+
+#[test]
+fn a_folder_that_is_suddenly_empty_keeps_what_was_in_it_until_that_is_said() {
+    let files = [
+        ("gate.yaml", POLICY),
+        ("below/a.yaml", &namespace("a")),
+        ("below/deep/b.yaml", &namespace("b")),
+    ];
+    let (dir, mut folder) = folder(&files);
+    let before = folder.objects().clone();
+    let remove = |name: &str| fs::remove_file(dir.path().join(name)).expect("a file");
+    // A mount below that is gone.
+    remove("below/a.yaml");
+    remove("below/deep/b.yaml");
+    for _ in 0..3 {
+        let reload = folder.reload();
+        assert!(!reload.changed);
+        let told = told(&reload);
+        let below = dir.path().join("below").display().to_string();
+        assert!(told.len() == 1 && told[0].starts_with(&below), "{told:?}");
+        assert_eq!(*folder.objects(), before);
+    }
+    // All of it.
+    remove("gate.yaml");
+    let reload = folder.reload();
+    assert!(!reload.changed);
+    let whole = format!("{}: has no manifests any more", dir.path().display());
+    assert!(told(&reload)[0].starts_with(&whole), "{:?}", told(&reload));
+    assert_eq!(*folder.objects(), before);
+    // It is there again, and one was removed meanwhile.
+    for (name, text) in &files[..2] {
+        put(&dir, name, text);
+    }
+    fs::remove_dir(dir.path().join("below/deep")).expect("a folder");
+    let reload = folder.reload();
+    assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
+    assert_eq!(folder.objects().namespaces.len(), 1);
+    // Meant.
+    remove("gate.yaml");
+    fs::remove_dir_all(dir.path().join("below")).expect("a folder");
+    assert!(!folder.reload().changed);
+    put(&dir, "nothing.yaml", NOTHING);
+    let reload = folder.reload();
+    assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
+    assert_eq!(*folder.objects(), Default::default());
+}
+
+#[test]
+fn files_that_are_removed_one_by_one_are_removed() {
+    let (dir, mut folder) = folder(&[("a.yaml", &namespace("a")), ("b.yaml", &namespace("b"))]);
+    fs::remove_file(dir.path().join("a.yaml")).expect("a file");
+    assert!(folder.reload().changed);
+    assert_eq!(folder.objects().namespaces.len(), 1);
+}
+
+#[test]
+fn what_cannot_be_looked_at_keeps_what_it_said_and_nothing_else() {
+    let (dir, mut folder) = folder(&[
+        ("gate.yaml", POLICY),
+        ("linked/a.yaml", &namespace("a")),
+        ("b.yaml", &namespace("b")),
+    ]);
+    // A link into a folder that is away, and one to itself.
+    let away = dir.path().join("away");
+    fs::rename(dir.path().join("gate.yaml"), dir.path().join("gate.txt")).expect("a file");
+    std::os::unix::fs::symlink(&away, dir.path().join("gate.yaml")).expect("a link");
+    std::os::unix::fs::symlink("loop.yaml", dir.path().join("loop.yaml")).expect("a link");
+    put(&dir, "b.yaml", &namespace("c"));
+    let reload = folder.reload();
+    assert!(reload.changed, "what can be read is read: {reload:?}");
+    let told = told(&reload);
+    assert!(
+        told.len() == 2 && told[0].starts_with("gate.yaml: ") && told[1].starts_with("loop.yaml: "),
+        "{told:?}"
+    );
+    assert_eq!(folder.objects().authorization_policies.len(), 1);
+    let names: Vec<String> = folder
+        .objects()
+        .namespaces
+        .keys()
+        .map(ToString::to_string)
+        .collect();
+    assert_eq!(names, ["a", "c"]);
+    assert_eq!(
+        Folder::open(dir.path())
+            .expect_err("a start tells of all")
+            .0
+            .len(),
+        2
+    );
+}
+
+#[test]
+fn what_is_passed_over_is_told() {
+    let (dir, mut folder) = folder(&[("a.yaml", &namespace("a")), ("b.YAML", "kind: [")]);
+    let other = tempfile::tempdir().expect("a folder");
+    std::os::unix::fs::symlink(other.path(), dir.path().join("other")).expect("a link");
+    fs::create_dir_all(dir.path().join("1/2/3/4/5/6/7/8/9")).expect("a folder");
+    let _socket =
+        std::os::unix::net::UnixListener::bind(dir.path().join("s.yaml")).expect("a socket");
+    assert!(folder.reload().changed);
+    let notes = &folder.objects().warnings;
+    for name in [
+        "b.YAML: ",
+        "other: is a link",
+        "1/2/3/4/5/6/7/8/9: ",
+        "s.yaml: is no file",
+    ] {
+        assert!(
+            notes.iter().any(|note| note.starts_with(name)),
+            "{name}: {notes:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_folder_in_its_place_and_what_a_link_leads_to_are_looked_at() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for (revision, name) in [("one", "a"), ("two", "b")] {
+        fs::create_dir(dir.path().join(revision)).expect("a folder");
+        fs::write(dir.path().join(revision).join("a.yaml"), namespace(name)).expect("a file");
+    }
+    let current = dir.path().join("current");
+    std::os::unix::fs::symlink("one", &current).expect("a link");
+    let mut folder = Folder::open(&current).expect("good");
+    let mut watch = Watch::new(&current);
+    let name = |folder: &Folder| {
+        folder
+            .objects()
+            .namespaces
+            .keys()
+            .next()
+            .map(ToString::to_string)
+    };
+    let swap = |to: &str| {
+        std::os::unix::fs::symlink(to, dir.path().join("new")).expect("a link");
+        fs::rename(dir.path().join("new"), &current).expect("a link");
+    };
+    swap("two");
+    assert!(folder.next(&mut watch).await.changed);
+    assert_eq!(name(&folder).as_deref(), Some("b"));
+    // A file that is a link, to where nobody watches.
+    let elsewhere = dir.path().join("elsewhere.yaml");
+    fs::write(&elsewhere, namespace("c")).expect("a file");
+    fs::remove_file(dir.path().join("two/a.yaml")).expect("a file");
+    std::os::unix::fs::symlink(&elsewhere, dir.path().join("two/a.yaml")).expect("a link");
+    assert!(folder.next(&mut watch).await.changed);
+    fs::write(&elsewhere, namespace("d")).expect("a file");
+    assert!(folder.next(&mut watch).await.changed);
+    assert_eq!(name(&folder).as_deref(), Some("d"));
 }
 
 #[test]

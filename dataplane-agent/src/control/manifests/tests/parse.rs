@@ -61,7 +61,7 @@ fn errors_name_file_line_and_field() {
         (policy("  rules:\n  - from:\n    - source:\n        notNamespaces: [\"*a*\"]\n"), "test.yaml:9: spec.rules[0].from[0].source.notNamespaces[0]: `*a*` has a `*`"),
         (policy("  rules:\n  - when:\n    - key: source.principal\n      values: [\"a*b\"]\n"), "test.yaml:9: spec.rules[0].when[0].values[0]: `a*b` has a `*`"),
         (policy("  rules:\n  - from:\n    - source: [[a]]\n"), "test.yaml:8: spec.rules[0].from[0].source: invalid type: sequence, expected a map"),
-        ("apiVersion: security.istio.io/v1\nkind: Autho\n".into(), "test.yaml:1: metadata.name: a Autho without a name"),
+        ("apiVersion: security.istio.io/v1\nkind: Autho\n".into(), "test.yaml:2: kind: unknown kind `Autho`, did you mean `AuthorizationPolicy`?"),
         ("kind: Pod\n".into(), "test.yaml:1: missing field `apiVersion`"),
         ("apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: a}\nspec:\n  mtls: {mode: LAX}\n".into(), "test.yaml:5: spec.mtls.mode: unknown variant `LAX`"),
         ("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: a}\n".into(), "test.yaml:1: missing field `spec`"),
@@ -70,6 +70,137 @@ fn errors_name_file_line_and_field() {
         let told = refusal(&text);
         assert!(told.starts_with(expected), "{told}\nis not\n{expected}");
     }
+}
+
+#[test]
+fn a_near_miss_of_what_is_read_is_a_fault_and_not_passed_over() {
+    let object = |version: &str, kind: &str| {
+        format!("apiVersion: {version}\nkind: {kind}\nmetadata: {{name: a}}\nspec: {{}}\n")
+    };
+    for (version, kind, told) in [
+        (
+            "security.istio/v1",
+            "AuthorizationPolicy",
+            "did you mean `security.istio.io/v1`?",
+        ),
+        (
+            "security.istio.io",
+            "AuthorizationPolicy",
+            "did you mean `security.istio.io/v1`?",
+        ),
+        (
+            "security.istio.io/v1alpha1",
+            "PeerAuthentication",
+            "`security.istio.io/v1` is",
+        ),
+        (
+            "authentication.istio.io/v1",
+            "PeerAuthentication",
+            "did you mean `security.istio.io/v1`?",
+        ),
+        (
+            "v1",
+            "AuthorizationPolicy",
+            "did you mean `security.istio.io/v1`?",
+        ),
+        (
+            "security.istio.io/v1",
+            "AuthorisationPolicy",
+            "did you mean `AuthorizationPolicy`?",
+        ),
+        (
+            "security.istio.io/v1",
+            "peerauthentication",
+            "did you mean `PeerAuthentication`?",
+        ),
+        (
+            "security.istio.io/v1",
+            "Nonsense",
+            "known are AuthorizationPolicy, PeerAuthentication",
+        ),
+        ("v1", "Pods", "did you mean `Pod`?"),
+        ("v1", "pod", "did you mean `Pod`?"),
+        ("v1", "Namepace", "did you mean `Namespace`?"),
+        ("V1", "Pod", "did you mean `v1`?"),
+        ("v2", "Pod", "`v1` is"),
+        ("core/v1", "Pod", "did you mean `v1`?"),
+        (
+            "gateway.networking.k8s/v1",
+            "Gateway",
+            "did you mean `gateway.networking.k8s.io/v1`?",
+        ),
+        (
+            "discovery.k8s.io/v1",
+            "EndpointSlices",
+            "did you mean `EndpointSlice`?",
+        ),
+        (
+            "gateway.networking.k8s.io/v1",
+            "HTTPRoutes",
+            "did you mean `HTTPRoute`?",
+        ),
+    ] {
+        let error = refusal(&object(version, kind));
+        assert!(error.contains(told), "{version} {kind}: {error}");
+        let line = if error.contains("apiVersion: ") { 1 } else { 2 };
+        assert!(error.starts_with(&format!("test.yaml:{line}: ")), "{error}");
+    }
+    for (version, kind) in [
+        ("networking.istio.io/v1", "Gateway"),
+        ("networking.istio.io/v1", "VirtualService"),
+        ("security.istio.io/v1", "RequestAuthentication"),
+        ("policy.linkerd.io/v1alpha1", "AuthorizationPolicy"),
+        ("serving.knative.dev/v1", "Service"),
+        ("metrics.k8s.io/v1beta1", "PodMetrics"),
+        ("gateway.networking.k8s.io/v1alpha2", "TCPRoute"),
+        ("gateway.networking.k8s.io/v1", "GRPCRoute"),
+        ("gateway.networking.k8s.io/v1", "GatewayClass"),
+        ("gateway.networking.k8s.io/v1alpha3", "BackendTLSPolicy"),
+        ("apps/v1", "Deployment"),
+        ("v1", "Endpoints"),
+        ("example.com/v1", "Thing"),
+    ] {
+        let made = translation(&object(version, kind));
+        assert_eq!(
+            made.problems.len(),
+            1,
+            "{version} {kind}: told and passed over"
+        );
+    }
+}
+
+#[test]
+fn a_near_miss_of_a_field_that_is_read_is_a_fault() {
+    let pod = |spec: &str| format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: a}}\n{spec}");
+    let service =
+        |spec: &str| format!("apiVersion: v1\nkind: Service\nmetadata: {{name: a}}\n{spec}");
+    let policy =
+        |rest: &str| format!("apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n{rest}");
+    for (text, expected) in [
+        (pod("spec:\n  serviceaccountName: b\n"), "test.yaml:5: spec.serviceaccountName: unknown field `serviceaccountName`, did you mean `serviceAccountName`?"),
+        (pod("spec:\n  nodename: b\n"), "test.yaml:5: spec.nodename: unknown field `nodename`, did you mean `nodeName`?"),
+        (pod("spec: {}\nstatuss: {}\n"), "test.yaml:5: statuss: unknown field `statuss`, did you mean `status`?"),
+        (pod("spec: {}\nstatus:\n  podIps: []\n"), "test.yaml:6: status.podIps: unknown field `podIps`, did you mean `podIPs`?"),
+        (pod("spec:\n  containers:\n  - ports:\n    - containerPort: 80\n      protocol: tcp\n"), "test.yaml:8: spec.containers[0].ports[0].protocol: unknown variant `tcp`, did you mean `TCP`?"),
+        (service("spec:\n  ports:\n  - port: 80\n    protocol: tcp\n"), "test.yaml:7: spec.ports[0].protocol: unknown variant `tcp`, did you mean `TCP`?"),
+        (service("spec:\n  selectors: {a: b}\n"), "test.yaml:5: spec.selectors: unknown field `selectors`, did you mean `selector`?"),
+        (policy("metadata: {name: a, namspace: b}\nspec: {}\n"), "test.yaml:3: metadata.namspace: unknown field `namspace`, did you mean `namespace`?"),
+        (policy("metadata: {name: a}\nspec: {}\nrules: []\n"), "test.yaml:5: rules: unknown field `rules`"),
+        (policy("metadata: {name: a}\nspec:\n  rule: []\n"), "test.yaml:5: spec.rule: unknown field `rule`, did you mean `rules`?"),
+        (policy("metadata: {name: a}\nspec:\n  action: Deny\n"), "test.yaml:5: spec.action: unknown variant `Deny`, did you mean `DENY`?"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n  labels: {istio.io/dataplane-mode: Ambient}\n".into(), "test.yaml:5: metadata.labels: unknown mode `Ambient`, did you mean `ambient`?"),
+        ("apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n  labels: {istio.io/dataplane-mod: ambient}\n".into(), "test.yaml:5: metadata.labels: unknown label `istio.io/dataplane-mod`"),
+    ] {
+        let told = refusal(&text);
+        assert!(told.starts_with(expected), "{told}\nis not\n{expected}");
+    }
+    // What there is besides is nobody's fault.
+    objects(&pod(
+        "spec: {hostname: a, serviceAccount: a, nodeSelector: {}, hostPID: true, containers: [{name: a, image: b, ports: [{containerPort: 1, hostPort: 2}]}]}\nstatus: {hostIP: 10.0.0.1, hostIPs: [], qosClass: x}\n",
+    ));
+    objects(&service(
+        "spec: {externalTrafficPolicy: Local, externalIPs: [], ports: [{port: 1, nodePort: 2, appProtocol: x}]}\n",
+    ));
 }
 
 #[test]

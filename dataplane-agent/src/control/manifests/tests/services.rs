@@ -338,7 +338,7 @@ fn a_slip_of_the_pen_is_refused_and_other_fields_are_passed_over() {
         (pod("hostNetwrok: true"), "did you mean `hostNetwork`?"),
         (pod("nodename: here"), "did you mean `nodeName`?"),
         (pod("containers: [{ports: [{containerPort: 80, protocol: tcp}]}]"), "spec.containers[0].ports[0].protocol: unknown variant `tcp`"),
-        (service("s", "", "clusterIP: 10.96.0.1", "").replace("{port: 80}", "{port: 80, protocol: tcp}"), "spec.ports[0].protocol: unknown variant `tcp`, expected one of `TCP`, `UDP`, `SCTP`"),
+        (service("s", "", "clusterIP: 10.96.0.1", "").replace("{port: 80}", "{port: 80, protocol: tcp}"), "spec.ports[0].protocol: unknown variant `tcp`, did you mean `TCP`?"),
         ("apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: b}\nports: [{port: 1, protocol: Tcp}]\n".into(), "ports[0].protocol: unknown variant `Tcp`"),
         ("apiVersion: v1\nkind: Pod\nmetadata: {name: p, lables: {a: b}}\nspec: {}\n".into(), "metadata.lables: unknown field `lables`, did you mean `labels`?"),
         ("apiVersion: v1\nKind: Pod\nmetadata: {name: p}\nspec: {}\n".into(), "did you mean `kind`?"),
@@ -378,12 +378,12 @@ fn the_older_name_of_the_service_account_counts_and_an_address_given_twice_is_on
 #[test]
 fn a_mode_that_is_not_known_is_told() {
     let made = translation(
-        "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio.io/dataplane-mode: Ambient}}\n",
+        "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {istio.io/dataplane-mode: mesh}}\n",
     );
     assert_eq!(
         made.problems,
         [
-            "Namespace shop: label istio.io/dataplane-mode: `Ambient` is not known; ambient and none are"
+            "Namespace shop: label istio.io/dataplane-mode: `mesh` is not known; ambient and none are"
         ]
     );
 }

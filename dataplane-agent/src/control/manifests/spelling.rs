@@ -1,0 +1,231 @@
+//! Near misses of the words that are read. What nobody reads is passed over, so a word that is written
+//! almost as one that matters would take away what it says without a trace: a policy with another group, a
+//! pod with another account. It is a fault of the file instead, told with the word that was likely meant.
+//!
+//! Specs of policies are strict by themselves: they deny what they do not know. Others have many fields
+//! that are not modelled here, so of them only slips are refused, by the reader of [`super::node`].
+
+use strsim::{jaro_winkler, osa_distance};
+
+use super::node::{Node, NodeError};
+use super::object::wrong;
+
+/// An API group of which something is read.
+struct Group {
+    name: &'static str,
+    versions: &'static [&'static str],
+    /// Kinds that are read.
+    read: &'static [&'static str],
+    /// Kinds that there are besides.
+    others: &'static [&'static str],
+    /// Whether these are all.
+    all: bool,
+}
+
+const GROUPS: [Group; 4] = [
+    Group {
+        name: "security.istio.io",
+        versions: &["v1", "v1beta1"],
+        read: &["AuthorizationPolicy", "PeerAuthentication"],
+        others: &["RequestAuthentication"],
+        all: true,
+    },
+    Group {
+        name: "",
+        versions: &["v1"],
+        read: &["Namespace", "ServiceAccount", "Node", "Pod", "Service"],
+        others: &[
+            "Binding",
+            "ComponentStatus",
+            "ConfigMap",
+            "Endpoints",
+            "Event",
+            "LimitRange",
+            "PersistentVolume",
+            "PersistentVolumeClaim",
+            "PodTemplate",
+            "ReplicationController",
+            "ResourceQuota",
+            "Secret",
+        ],
+        all: true,
+    },
+    Group {
+        name: "discovery.k8s.io",
+        versions: &["v1", "v1beta1"],
+        read: &["EndpointSlice"],
+        others: &[],
+        all: true,
+    },
+    Group {
+        name: "gateway.networking.k8s.io",
+        versions: &["v1", "v1beta1", "v1alpha2"],
+        read: &["Gateway", "HTTPRoute"],
+        // Those whose names are near ours; more come with every release.
+        others: &[
+            "GatewayClass",
+            "GRPCRoute",
+            "TCPRoute",
+            "TLSRoute",
+            "UDPRoute",
+        ],
+        all: false,
+    },
+];
+
+/// A list of any kind is one of objects.
+const LIST: &str = "List";
+
+/// Whether a kind is one that is read.
+///
+/// # Errors
+/// It is likely meant to be one: the field that is wrong, and what was meant.
+pub(crate) fn kind(api_version: &str, kind: &str) -> Result<bool, (&'static str, String)> {
+    let (name, version) = api_version.rsplit_once('/').unwrap_or(("", api_version));
+    if kind == LIST {
+        return Ok(false);
+    }
+    let group = GROUPS.iter().find(|group| group.name == name);
+    // A group without a version is what is written where there is no slash.
+    let Some(group) = group.filter(|group| {
+        !group.name.is_empty() || GROUPS[1].versions.contains(&version) || is_version(version)
+    }) else {
+        return match meant_group(if name.is_empty() { version } else { name }, kind) {
+            Some(group) => Err((
+                "apiVersion",
+                format!(
+                    "`{api_version}` is not read, did you mean `{}`?",
+                    shown(group)
+                ),
+            )),
+            None => Ok(false),
+        };
+    };
+    if group.read.contains(&kind) {
+        return match group.versions.contains(&version) {
+            true => Ok(true),
+            false => Err((
+                "apiVersion",
+                format!("`{api_version}` is not read, `{}` is", shown(group)),
+            )),
+        };
+    }
+    if group.others.contains(&kind) || (kind.ends_with(LIST) && group.all) {
+        return Ok(false);
+    }
+    if let Some(other) = GROUPS.iter().find(|group| group.read.contains(&kind)) {
+        let what = format!(
+            "`{api_version}` has no {kind}, did you mean `{}`?",
+            shown(other)
+        );
+        return Err(("apiVersion", what));
+    }
+    let of_all = GROUPS.iter().flat_map(|group| group.read);
+    let is_near = of_all.clone().any(|known| near(kind, known));
+    if group.all || is_near {
+        let known: Vec<&'static str> = if group.all && !is_near {
+            group.read.to_vec()
+        } else {
+            of_all.copied().collect()
+        };
+        return Err(("kind", unknown("kind", kind, &known)));
+    }
+    Ok(false)
+}
+
+/// The group that was meant by another name, for a kind that is one of its.
+fn meant_group(name: &str, kind: &str) -> Option<&'static Group> {
+    GROUPS.iter().find(|group| {
+        let has_kind = group.read.iter().any(|known| near(kind, known));
+        let is_near = match group.name {
+            "" => ["core", "v1"].iter().any(|known| near(name, known)),
+            "security.istio.io" => {
+                near(name, group.name) || name.to_ascii_lowercase().contains("istio")
+            }
+            known => near(name, known) || osa_distance(name, known) <= known.len() / 5,
+        };
+        has_kind && is_near
+    })
+}
+
+fn shown(group: &Group) -> String {
+    let version = group.versions.first().copied().unwrap_or_default();
+    match group.name {
+        "" => version.to_owned(),
+        name => format!("{name}/{version}"),
+    }
+}
+
+fn is_version(text: &str) -> bool {
+    let digits = text.strip_prefix('v').unwrap_or_default();
+    digits.starts_with(|c: char| c.is_ascii_digit())
+}
+
+/// The label by which namespaces and pods join the mesh, and what it may say.
+const MODE: (&str, &[&str]) = ("istio.io/dataplane-mode", &["ambient", "none"]);
+
+/// Checks an object of a kind that is read, as far as the types that it is read into do not.
+///
+/// # Errors
+/// A field, or the word in one, is likely meant to be another.
+pub(crate) fn check(node: &Node, kind: &str) -> Result<(), NodeError> {
+    match kind {
+        // What stands beside the spec, and not in it, was meant to be in it.
+        "AuthorizationPolicy" | "PeerAuthentication" => {
+            let known = ["apiVersion", "kind", "metadata", "spec", "status"];
+            match node.keys().find(|key| !known.contains(key)) {
+                Some(key) => Err(wrong(node, key, unknown("field", key, &known))),
+                None => Ok(()),
+            }
+        }
+        "Namespace" | "Pod" => mode(node),
+        _ => Ok(()),
+    }
+}
+
+fn mode(node: &Node) -> Result<(), NodeError> {
+    let (label, modes) = MODE;
+    let Some(labels) = node.field("metadata").and_then(|meta| meta.field("labels")) else {
+        return Ok(());
+    };
+    if let Some(key) = labels.keys().find(|key| *key != label && near(key, label)) {
+        return Err(wrong(
+            node,
+            "metadata.labels",
+            unknown("label", key, &[label]),
+        ));
+    }
+    match labels.field(label).and_then(Node::text) {
+        Some(text) if !modes.contains(&text) && modes.iter().any(|word| near(text, word)) => {
+            Err(wrong(node, "metadata.labels", unknown("mode", text, modes)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a field's name is another one in other letters, or a long one with one letter more, less,
+/// changed, or swapped with its neighbour.
+pub(crate) fn is_slip(name: &str, meant: &str) -> bool {
+    let (name, meant) = (name.to_lowercase(), meant.to_lowercase());
+    name == meant || (meant.len() >= 6 && osa_distance(&name, &meant) <= 1)
+}
+
+/// Whether a word was likely meant to be another one, of a few.
+fn near(word: &str, known: &str) -> bool {
+    let (word, known) = (word.to_ascii_lowercase(), known.to_ascii_lowercase());
+    osa_distance(&word, &known) <= (known.len() / 6).max(1)
+}
+
+/// What to say of a word that is not one of these.
+pub(crate) fn unknown(what: &str, word: &str, known: &[&str]) -> String {
+    let lower = word.to_ascii_lowercase();
+    let likeness = |known: &str| jaro_winkler(&lower, &known.to_ascii_lowercase());
+    let nearest = known
+        .iter()
+        .max_by(|one, other| likeness(one).total_cmp(&likeness(other)))
+        .filter(|nearest| likeness(nearest) > 0.7);
+    match nearest {
+        Some(nearest) => format!("unknown {what} `{word}`, did you mean `{nearest}`?"),
+        None => format!("unknown {what} `{word}`, known are {}", known.join(", ")),
+    }
+}
