@@ -1,12 +1,13 @@
 //! Sockets in a pod's network namespace, with the options that capture needs.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 
 use bytes::{BufMut, BytesMut};
 use rand::Rng;
-use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, MaybeUninitSlice, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 use dataplane_ebpf::mark;
 use tokio::io::Interest;
@@ -45,9 +46,8 @@ pub fn listener(port: u16, mark: u32) -> io::Result<std::net::TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_mark(mark)?;
     socket.set_nonblocking(true)?;
-    // Accepted sockets inherit both.
-    socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&keepalive())?;
+    // Accepted sockets inherit it.
+    relayed(&socket)?;
     match socket.bind(&SocketAddr::new(any, port).into()) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             socket.bind(&SocketAddr::new(any, 0).into())?;
@@ -122,9 +122,9 @@ pub fn accept(listener: &std::net::TcpListener) -> io::Result<std::net::TcpStrea
     Ok(unsafe { std::net::TcpStream::from_raw_fd(accepted) })
 }
 
-/// Reads what there is, at most `size` bytes, to the end of `buffer`. A read that comes back short has
-/// emptied the socket, and is taken as such: the next one waits, where it would only hear that there
-/// is nothing.
+/// Reads what there is, at most `size` bytes, to the end of `buffer`. When the kernel says that this
+/// was all, the next read waits, where it would only hear that there is nothing. It need not be all
+/// when less than `size` was read: a read ends before a byte that was sent as urgent.
 ///
 /// # Errors
 /// There is nothing yet (`WouldBlock`); the connection is broken.
@@ -132,8 +132,9 @@ pub fn read(tcp: &TcpStream, buffer: &mut BytesMut, size: usize) -> io::Result<u
     buffer.reserve(size);
     let mut read = 0;
     let done = tcp.try_io(Interest::READABLE, || {
-        read = SockRef::from(tcp).recv(&mut buffer.spare_capacity_mut()[..size])?;
-        if (1..size).contains(&read) {
+        let (bytes, more) = receive(tcp, &mut buffer.spare_capacity_mut()[..size])?;
+        read = bytes;
+        if read > 0 && !more {
             // Told to tokio inside of its call, which knows by which event the socket was readable.
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -146,6 +147,51 @@ pub fn read(tcp: &TcpStream, buffer: &mut BytesMut, size: usize) -> io::Result<u
     // SAFETY: the kernel has written that many bytes, from the end of the buffer on.
     unsafe { buffer.advance_mut(read) };
     Ok(read)
+}
+
+/// One read, and whether there may be more (`TCP_INQ`; always, on a socket that was not asked to tell).
+fn receive(tcp: &impl AsFd, into: &mut [MaybeUninit<u8>]) -> io::Result<(usize, bool)> {
+    let mut pieces = [MaybeUninitSlice::new(into)];
+    // Of whole words, as the header in it needs it. There is room for one int.
+    let mut words = [0_u64; 4];
+    // SAFETY: all zeroes are a message without parts.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = pieces.as_mut_ptr().cast();
+    message.msg_iovlen = 1;
+    message.msg_control = words.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&words) as _;
+    // SAFETY: the descriptor is open; the piece has the layout of an iovec, which socket2 promises, and
+    // it and the words are as long as is said, and outlive the call.
+    let read = unsafe { libc::recvmsg(tcp.as_fd().as_raw_fd(), &raw mut message, 0) };
+    let Ok(read) = usize::try_from(read) else {
+        return Err(io::Error::last_os_error());
+    };
+    // SAFETY: the kernel has filled the message, and its words are there still.
+    let told = unsafe { libc::CMSG_FIRSTHDR(&raw const message).as_ref() };
+    let more = match told {
+        Some(told) if (told.cmsg_level, told.cmsg_type) == (libc::SOL_TCP, libc::TCP_CM_INQ) => {
+            // SAFETY: what follows a header of this type is one int, which need not be aligned.
+            let left = unsafe { libc::CMSG_DATA(told).cast::<libc::c_int>().read_unaligned() };
+            left > 0
+        }
+        _ => true,
+    };
+    Ok((read, more))
+}
+
+/// How much of what was written is not acknowledged by the peer's kernel.
+///
+/// # Errors
+/// The socket is not connected.
+pub fn unacknowledged(tcp: &impl AsFd) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the descriptor is open; the value is ours, and the call writes no more than it.
+    let done = unsafe { libc::ioctl(tcp.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if done == 0 {
+        Ok(usize::try_from(bytes).unwrap_or(0))
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// What the kernel programs call the network namespace of a socket.
@@ -177,18 +223,27 @@ fn stream(family: IpAddr, mark: u32) -> io::Result<Socket> {
     let socket = Socket::new(domain, Type::STREAM, Some(Protocol::TCP))?;
     socket.set_mark(mark)?;
     socket.set_nonblocking(true)?;
-    socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_keepalive(&keepalive())?;
+    relayed(&socket)?;
     Ok(socket)
 }
 
-/// As ztunnel has it: a peer that is gone is noticed after some minutes.
-fn keepalive() -> TcpKeepalive {
+/// What a socket needs whose bytes are passed on. A peer that is gone is noticed within half a minute,
+/// as one of a tunnel is by its PINGs: the app's own keepalive asks no further than to us. It also
+/// finds out, of a peer that has said its end, that its kernel has forgotten it.
+///
+/// There is no limit for what is not acknowledged (`TCP_USER_TIMEOUT`): to Linux a peer that does not
+/// read for as long is the same, and such a connection may live as long as it would without us.
+fn relayed(socket: &Socket) -> io::Result<()> {
     use std::time::Duration;
-    TcpKeepalive::new()
-        .with_time(Duration::from_secs(180))
-        .with_interval(Duration::from_secs(180))
-        .with_retries(9)
+    socket.set_tcp_nodelay(true)?;
+    let keepalive = TcpKeepalive::new()
+        .with_time(Duration::from_secs(10))
+        .with_interval(Duration::from_secs(5))
+        .with_retries(4);
+    socket.set_tcp_keepalive(&keepalive)?;
+    // A tunnel has no urgent data. Left out of the stream, the byte would be lost.
+    socket.set_out_of_band_inline(true)?;
+    set(socket, libc::SOL_TCP, libc::TCP_INQ)
 }
 
 fn transparent_v4(socket: &Socket) -> io::Result<()> {
