@@ -9,6 +9,7 @@ pub mod lacks;
 pub mod manifests;
 pub mod netns;
 pub mod process;
+pub mod script;
 pub mod wire;
 pub mod world;
 

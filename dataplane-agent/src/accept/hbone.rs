@@ -1,13 +1,12 @@
 //! Server side of HBONE: TLS with a peer that shows who it is, and the CONNECT requests in it.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use h2::server::SendResponse;
-use h2::{RecvStream, server};
-use http::{Method, Request, header};
+use h2::server;
+use http::{Method, header, request};
 use rustls::server::Acceptor;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -15,8 +14,12 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::{Accepted, Direction, Io, LocalPod};
+use crate::hbone::keepalive::{self, Health};
+use crate::hbone::payload::Payload;
 use crate::hbone::readahead::ReadAhead;
-use crate::hbone::{self, headers, keepalive};
+use crate::hbone::stream::{Shared, Waiting};
+use crate::hbone::window::Windows;
+use crate::hbone::{self, headers};
 use crate::identity::{Certs, Identity, IdentityError, tls};
 use crate::limits::{Full, Kind, NodePlaces, Place, Turns};
 use crate::observe::{Failure, Flag};
@@ -79,14 +82,14 @@ impl Failure for AcceptError {
 
 /// A tunnel whose peer is known.
 pub struct Tunnel {
-    connection: server::Connection<TlsStream<ReadAhead>, Bytes>,
+    connection: server::Connection<TlsStream<ReadAhead>, Payload>,
     /// Who the peer is.
     pub identity: Identity,
     _place: Place,
 }
 
 /// A request that is not refused by its form: pass it on as an [`Accepted`].
-pub type Request1 = (Request<RecvStream>, SendResponse<Bytes>);
+pub type Request = (request::Parts, Waiting);
 
 impl std::fmt::Debug for Tunnel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -158,13 +161,12 @@ async fn authenticate(
 impl Tunnel {
     /// Hands each request to `take` until the peer leaves. When `closing` completes the peer is told
     /// to open no more (GOAWAY), and what runs goes on.
-    pub async fn serve(
-        mut self,
-        closing: impl Future<Output = ()>,
-        mut take: impl FnMut(Request1),
-    ) {
-        let lost = keepalive::lost(self.connection.ping_pong());
+    pub async fn serve(mut self, closing: impl Future<Output = ()>, mut take: impl FnMut(Request)) {
+        let health = Health::default();
+        let lost = keepalive::lost(self.connection.ping_pong(), &health);
         tokio::pin!(lost, closing);
+        let shared = Shared::default();
+        let mut windows = Windows::new(&shared.undelivered);
         let mut told = false;
         loop {
             tokio::select! {
@@ -173,8 +175,14 @@ impl Tunnel {
                     told = true;
                     self.connection.graceful_shutdown();
                 }
-                request = self.connection.accept() => match request {
-                    Some(Ok(request)) => take(request),
+                request = poll_fn(|context| {
+                    windows.keep(&mut self.connection, context);
+                    self.connection.poll_accept(context)
+                }) => match request {
+                    Some(Ok((request, respond))) => {
+                        let (parts, body) = request.into_parts();
+                        take((parts, Waiting::new(respond, body, &shared)));
+                    }
                     Some(Err(error)) => {
                         tracing::debug!(%error, peer = %self.identity, "tunnel ended");
                         return;
@@ -195,13 +203,12 @@ impl Tunnel {
 /// # Errors
 /// It is no CONNECT; what it asks for is not an address and a port.
 pub fn accept(
-    (request, respond): Request1,
+    (parts, waiting): Request,
     pod: &Arc<LocalPod>,
     (peer, at): (SocketAddr, SocketAddr),
     identity: &Identity,
 ) -> Result<Accepted<Io>, (Io, AcceptError)> {
-    let (parts, body) = request.into_parts();
-    let io = Io::Stream(respond, body);
+    let io = Io::Stream(waiting);
     if parts.method != Method::CONNECT {
         return Err((io, AcceptError::Method(parts.method)));
     }

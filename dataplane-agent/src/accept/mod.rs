@@ -9,13 +9,13 @@ pub mod listener;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use ::h2::server::SendResponse;
-use bytes::Bytes;
-use http::{Response, StatusCode};
+use http::StatusCode;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 pub use crate::capture::pods::Clients;
 pub use crate::capture::{Instance, LocalPod};
+use crate::hbone::stream::Waiting;
 use crate::identity::Identity;
 
 /// One connection of one enrolled pod, or one CONNECT stream to it: TLS finished, peer verified.
@@ -57,19 +57,16 @@ pub enum Io {
     /// A TCP connection of which nothing was read.
     Tcp(TcpStream),
     /// A stream of a tunnel, which waits for its answer.
-    Stream(SendResponse<Bytes>, ::h2::RecvStream),
+    Stream(Waiting),
 }
 
 impl Io {
-    /// Completes when the peer resets a stream that was not answered yet. A TCP connection that is
-    /// gone is met when its bytes are.
-    pub async fn reset(&mut self) -> h2::Error {
+    /// Completes when the client has reset it before it was connected.
+    pub async fn gone(&mut self) {
         match self {
-            Self::Tcp(_) => std::future::pending().await,
-            Self::Stream(respond, _) => {
-                let reset = std::future::poll_fn(|context| respond.poll_reset(context)).await;
-                reset.map_or_else(|error| error, h2::Error::from)
-            }
+            // An error means that there is no runtime any more.
+            Self::Tcp(tcp) => _ = tcp.ready(Interest::ERROR).await,
+            Self::Stream(waiting) => waiting.gone().await,
         }
     }
 
@@ -81,12 +78,7 @@ impl Io {
                 // Fails only where the socket is broken already.
                 let _ = socket2::SockRef::from(&tcp).set_linger(Some(std::time::Duration::ZERO));
             }
-            Self::Stream(mut respond, _) => {
-                let mut response = Response::new(());
-                *response.status_mut() = status;
-                // The peer may have gone.
-                let _ = respond.send_response(response, true);
-            }
+            Self::Stream(waiting) => waiting.refuse(status),
         }
     }
 }

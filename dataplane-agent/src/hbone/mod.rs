@@ -4,7 +4,10 @@
 
 pub mod headers;
 pub mod keepalive;
+pub mod payload;
 pub mod readahead;
+pub mod stream;
+pub mod window;
 
 use std::time::Duration;
 
@@ -18,12 +21,16 @@ pub const INBOUND_PORT: u16 = 15006;
 /// The protocol that both ends must choose in the TLS handshake.
 pub const ALPN: &[u8] = b"h2";
 
-/// What a stream's receiver lets be in flight.
+/// What a stream's receiver lets be in flight, while little is not delivered: see [`window`].
 pub const STREAM_WINDOW: u32 = 4 << 20;
-/// What a tunnel's receiver lets be in flight.
+/// What a tunnel's receiver lets be in flight, besides what is not delivered.
 pub const CONNECTION_WINDOW: u32 = 16 << 20;
 /// The largest DATA frame that we take.
 pub const FRAME: u32 = 1 << 20;
+/// Small DATA frames of a tunnel may cost so much memory, besides their bytes, until the connections that
+/// they are for have taken them; more end the tunnel. These take them each time that the tunnel has been
+/// read, and put them together, so that it says nothing about what an app reads.
+pub const FRAME_BUDGET: usize = 64 << 20;
 /// What one stream may have waiting to be written to the tunnel; bounds memory, not speed.
 pub const SEND_BUFFER: usize = 512 << 10;
 /// What rustls may have sealed and not yet written.
@@ -36,16 +43,28 @@ pub const CLIENT_STREAMS: usize = 100;
 pub const SERVER_HEADERS: u32 = 64 << 10;
 /// Response headers, decoded.
 pub const CLIENT_HEADERS: u32 = 16 << 10;
-/// Streams that are reset and still remembered, so that late frames of theirs are no error.
-pub const RESET_STREAMS: usize = 64;
+/// Streams that are reset and still remembered, so that late frames of theirs are no error: as many as
+/// there are, since all may end at once.
+pub const RESET_STREAMS: usize = 256;
 /// Streams that the peer reset before we looked at them (rapid reset); more end the tunnel.
 pub const PENDING_RESETS: usize = 32;
 /// Streams that we had to reset for the peer's errors; more end the tunnel.
 pub const LOCAL_ERROR_RESETS: usize = 256;
 /// A peer that connects says its first message of TLS sooner: one that is silent holds a place.
 pub const HELLO: Duration = Duration::from_secs(3);
+/// A stream that could send nothing for so long counts as stalled.
+pub const STALLED: Duration = Duration::from_millis(500);
+/// A tunnel with as many stalled streams takes no new ones: a peer that gives credit for the tunnel only
+/// as bytes are delivered has none left for them after one more.
+pub const MOST_STALLED: usize = 3;
+/// Tunnels between two pods, of one worker, that stalled streams may lead to.
+pub const TUNNELS: usize = 32;
 /// TCP connect, and TLS with HTTP/2, take no longer, each.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
+/// So long after its pod has begun to drain a tunnel that carries nothing is closed.
+pub const LEAVE: Duration = Duration::from_secs(1);
+/// A CONNECT that is not answered for so long asks whether its tunnel is alive.
+pub const DOUBT: Duration = Duration::from_secs(1);
 /// The answer to CONNECT takes no longer: the peer has [`TIMEOUT`] to reach its app, and says so.
 pub const ANSWER: Duration = Duration::from_secs(15);
 
@@ -59,6 +78,7 @@ pub fn server() -> h2::server::Builder {
         .max_concurrent_streams(SERVER_STREAMS)
         .max_header_list_size(SERVER_HEADERS)
         .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(FRAME_BUDGET)
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS));
@@ -76,6 +96,7 @@ pub fn client() -> h2::client::Builder {
         .initial_max_send_streams(CLIENT_STREAMS)
         .max_header_list_size(CLIENT_HEADERS)
         .max_send_buffer_size(SEND_BUFFER)
+        .data_frame_budget(FRAME_BUDGET)
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS));

@@ -3,7 +3,7 @@
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -16,6 +16,10 @@ const SMALL: usize = 16 << 10;
 /// The size of a read while each comes back full.
 const LARGE: usize = 256 << 10;
 
+/// After so much the tunnel's task pauses once, even if there is more: what was read is passed on before
+/// the rest comes, however many frames that is.
+const TURN: usize = 1 << 20;
+
 /// A socket with what has been read from it and not yet been taken. An idle one holds no buffer.
 #[derive(Debug)]
 pub struct ReadAhead {
@@ -25,6 +29,8 @@ pub struct ReadAhead {
     taken: usize,
     /// How much the next read asks for.
     size: usize,
+    /// How much has been read in this turn.
+    turn: usize,
 }
 
 impl ReadAhead {
@@ -35,19 +41,34 @@ impl ReadAhead {
             buffer: BytesMut::new(),
             taken: 0,
             size: SMALL,
+            turn: 0,
         }
     }
 
     /// Fills the empty buffer; `false` at the end of file.
     fn fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        if self.turn >= TURN {
+            self.turn = 0;
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         loop {
-            ready!(self.tcp.poll_read_ready(context))?;
+            if self.tcp.poll_read_ready(context)?.is_pending() {
+                self.turn = 0;
+                return Poll::Pending;
+            }
             self.buffer.clear();
             self.taken = 0;
             match read(&self.tcp, &mut self.buffer, self.size) {
                 Ok(0) => return Poll::Ready(Ok(false)),
-                Ok(length) if length == self.size => self.size = LARGE.min(self.size * 4),
-                Ok(_) => self.size = SMALL.max(self.size / 2),
+                Ok(length) => {
+                    self.turn += length;
+                    self.size = if length == self.size {
+                        LARGE.min(self.size * 4)
+                    } else {
+                        SMALL.max(self.size / 2)
+                    };
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(error) => return Poll::Ready(Err(error)),
             }

@@ -18,6 +18,7 @@ use super::labels::{Flagged, Labels};
 use super::record::Reporter;
 use super::series::{AllSeries, Counts, MOST, Series};
 use super::{Failure, Flag, log};
+use crate::hbone::window;
 use crate::limits::NodePlaces;
 use crate::load::Load;
 
@@ -223,6 +224,11 @@ impl Collector for Process {
                 "Combinations of labels of connections that are counted.",
                 self.series.list().len(),
             ),
+            (
+                "dataplane_undelivered_bytes",
+                "What has come by tunnels and its connections have not taken, to some MiB.",
+                window::held(),
+            ),
         ];
         for (name, help, value) in gauges {
             let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
@@ -275,7 +281,10 @@ mod tests {
             .text()
             .lines()
             .map(|line| match line.split_once(' ') {
-                Some(("process_open_fds", _)) => "process_open_fds N\n".to_owned(),
+                // Of the whole process, which other tests run in.
+                Some((name @ ("process_open_fds" | "dataplane_undelivered_bytes"), _)) => {
+                    format!("{name} N\n")
+                }
                 _ => format!("{line}\n"),
             })
             .collect();

@@ -3,9 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use bytes::Bytes;
-use h2::server::SendResponse;
-use http::{Response, StatusCode};
+use http::StatusCode;
 
 use super::hbone::Connect;
 use super::pool::{Key, Pool};
@@ -31,7 +29,7 @@ impl std::fmt::Debug for Carrier {
     }
 }
 
-impl Meter for observe::Bytes {
+impl Meter for Arc<observe::Bytes> {
     fn upward(&self, bytes: u64) {
         self.add_up(bytes);
     }
@@ -50,7 +48,7 @@ pub async fn carry(
     permit: Permit<Io>,
     carrier: &Carrier,
     scope: &Scope,
-    bytes: &observe::Bytes,
+    bytes: &Arc<observe::Bytes>,
 ) -> Result<(), TransportError> {
     let Permit {
         resolved,
@@ -92,17 +90,16 @@ pub async fn carry(
                         .map(|service| service.hostname.clone()),
                     baggage: resolved.source.as_deref().map(headers::baggage),
                 };
-                let (send, receive, lease) =
-                    carrier.pool.connect(&key, &pod, scope, &connect).await?;
-                Ok((End::Stream(send, receive), Some(lease)))
+                let (stream, lease) = carrier.pool.connect(&key, &pod, scope, &connect).await?;
+                Ok((End::Stream(stream), Some(lease)))
             }
         }
     };
     let upstream = tokio::select! {
         biased;
         () = revoked.wait() => Err(TransportError::Revoked),
-        // Nobody waits for it any more.
-        gone = accepted.io.reset() => Err(TransportError::H2(gone.into())),
+        // Nobody waits for it any more, which is a client's right.
+        () = accepted.io.gone() => return Ok(()),
         upstream = upstream => upstream,
     };
     let (upstream, _lease) = match upstream {
@@ -118,9 +115,13 @@ pub async fn carry(
     };
     let client = match accepted.io {
         Io::Tcp(tcp) => End::Tcp(tcp),
-        Io::Stream(respond, body) => {
+        Io::Stream(waiting) => {
             let baggage = resolved.target.as_deref().map(headers::baggage);
-            End::Stream(answer(respond, baggage.as_deref())?, body)
+            match waiting.connected(baggage.as_deref()) {
+                Ok(stream) => End::Stream(stream),
+                // It has gone just now.
+                Err(_) => return Ok(()),
+            }
         }
     };
     relay_while_allowed(client, upstream, bytes, &mut revoked).await
@@ -129,7 +130,7 @@ pub async fn carry(
 async fn relay_while_allowed(
     client: End,
     upstream: End,
-    bytes: &observe::Bytes,
+    bytes: &Arc<observe::Bytes>,
     revoked: &mut Revoked,
 ) -> Result<(), TransportError> {
     tokio::select! {
@@ -139,19 +140,4 @@ async fn relay_while_allowed(
             end.map_err(|error: RelayError| TransportError::Relay(error.into()))
         }
     }
-}
-
-/// Tells the peer that it is connected.
-fn answer(
-    mut respond: SendResponse<Bytes>,
-    baggage: Option<&str>,
-) -> Result<h2::SendStream<Bytes>, TransportError> {
-    let mut response = Response::new(());
-    // What the mesh says of a workload need not be fit for a header; then it is not told.
-    if let Some(baggage) = baggage.and_then(|baggage| baggage.parse().ok()) {
-        response.headers_mut().insert("baggage", baggage);
-    }
-    respond
-        .send_response(response, false)
-        .map_err(|error| TransportError::H2(error.into()))
 }

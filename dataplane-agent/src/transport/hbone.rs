@@ -1,22 +1,27 @@
 //! Client side of HBONE: one tunnel, and one CONNECT in it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use h2::client::SendRequest;
-use h2::{RecvStream, SendStream};
 use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
 use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Means, TransportError};
 use crate::authorize::LocalPod;
 use crate::drain::Scope;
+use crate::hbone::keepalive::{self, Health};
+use crate::hbone::payload::Payload;
 use crate::hbone::readahead::ReadAhead;
-use crate::hbone::{self, headers, keepalive};
+use crate::hbone::stream::{Shared, Stream};
+use crate::hbone::window::Windows;
+use crate::hbone::{self, headers};
 use crate::identity::Identity;
 use crate::limits::Place;
 
@@ -36,10 +41,15 @@ pub struct Connect {
 /// A tunnel to one peer.
 #[derive(Debug)]
 pub struct Tunnel {
-    send: SendRequest<Bytes>,
+    /// Until it is closed: the connection ends when nobody has this.
+    send: RefCell<Option<SendRequest<Payload>>>,
+    shared: Shared,
+    health: Rc<Health>,
     streams: Cell<usize>,
     /// No longer used for new streams.
     pub(super) closed: Cell<bool>,
+    /// To be closed when it carries nothing.
+    leaving: Cell<bool>,
     /// When the last stream ended.
     pub(super) idle_since: Cell<Instant>,
     /// Its place among the pod's connections.
@@ -49,8 +59,8 @@ pub struct Tunnel {
 /// Why a stream was not opened.
 #[derive(Debug)]
 pub enum Failed {
-    /// The tunnel was closing and the peer has not looked at the request: try another tunnel.
-    Unprocessed(TransportError),
+    /// The tunnel is no good, and no byte of the connection was sent: try another tunnel.
+    Tunnel(TransportError),
     /// Anything else.
     Final(TransportError),
 }
@@ -66,7 +76,7 @@ pub async fn dial(
     expected: &[Identity],
     place: Place,
     scope: &Scope,
-) -> Result<std::rc::Rc<Tunnel>, TransportError> {
+) -> Result<Rc<Tunnel>, TransportError> {
     let tls = means.client(pod, expected);
     let tls = tls
         .await
@@ -93,7 +103,7 @@ pub async fn dial(
             let error = io::Error::new(io::ErrorKind::InvalidData, "peer did not choose h2");
             return Err(TransportError::Tls(error.into()));
         }
-        let handshake = hbone::client().handshake::<_, Bytes>(tls);
+        let handshake = hbone::client().handshake::<_, Payload>(tls);
         handshake
             .await
             .map_err(|error| TransportError::Handshake(error.to_string().into()))
@@ -101,21 +111,46 @@ pub async fn dial(
     let (send, mut connection) = timeout(hbone::TIMEOUT, handshake).await.map_err(|_| {
         TransportError::Handshake("the peer did not finish the handshake in time".into())
     })??;
-    let tunnel = std::rc::Rc::new(Tunnel {
-        send,
+    let tunnel = Rc::new(Tunnel {
+        send: RefCell::new(Some(send)),
+        shared: Shared::default(),
+        health: Rc::default(),
         streams: Cell::new(0),
         closed: Cell::new(false),
+        leaving: Cell::new(false),
         idle_since: Cell::new(Instant::now()),
         _place: place,
     });
-    let driven = std::rc::Rc::downgrade(&tunnel);
+    // Weak: the connection ends also when nobody has the tunnel.
+    let driven = Rc::downgrade(&tunnel);
+    let mut windows = Windows::new(&tunnel.shared.undelivered);
+    let health = Rc::clone(&tunnel.health);
+    let peer = expected.iter().map(ToString::to_string);
+    let peer = peer.collect::<Vec<_>>().join(" or ");
+    let closing = scope.closing();
+    let leaves = Rc::downgrade(&tunnel);
+    let leaving = async move {
+        closing.await;
+        // Who waited for it takes it first: a pod that drains may go on to connect.
+        sleep(hbone::LEAVE).await;
+        if let Some(tunnel) = leaves.upgrade() {
+            tunnel.leaving.set(true);
+            tunnel.close_if_idle();
+        }
+        std::future::pending::<()>().await;
+    };
     scope.spawn(async move {
-        let pings = connection.ping_pong();
+        let lost = keepalive::lost(connection.ping_pong(), &health);
+        let end = poll_fn(|context| {
+            windows.keep(&mut connection, context);
+            Pin::new(&mut connection).poll(context)
+        });
         tokio::select! {
-            end = connection => if let Err(error) = end {
-                tracing::debug!(%error, "tunnel ended");
+            end = end => if let Err(error) = end {
+                tracing::debug!(%to, peer, %error, "tunnel ended");
             },
-            () = keepalive::lost(pings) => tracing::warn!("HBONE ping timeout/error"),
+            () = leaving => {}
+            () = lost => tracing::warn!(%to, peer, "HBONE ping timeout/error"),
         }
         if let Some(tunnel) = driven.upgrade() {
             tunnel.closed.set(true);
@@ -130,14 +165,31 @@ impl Tunnel {
         self.streams.get()
     }
 
-    /// Whether one more stream may be opened.
+    /// Whether one more stream should be opened here: there may be, the peer answers, and the tunnel's
+    /// window is not used up by streams that it does not read.
     pub fn has_room(&self) -> bool {
-        let peer = self.send.current_max_send_streams().max(1);
-        !self.closed.get() && self.streams.get() < hbone::CLIENT_STREAMS.min(peer)
+        let stalled = self.shared.stalls.count() >= hbone::MOST_STALLED;
+        self.may_carry() && !self.health.is_late() && !stalled
+    }
+
+    /// Whether one more stream may be opened.
+    pub fn may_carry(&self) -> bool {
+        let send = self.send.borrow();
+        let peer = send
+            .as_ref()
+            .map_or(0, SendRequest::current_max_send_streams);
+        !self.closed.get() && self.streams.get() < hbone::CLIENT_STREAMS.min(peer.max(1))
+    }
+
+    fn close_if_idle(&self) {
+        if self.leaving.get() && self.streams.get() == 0 {
+            self.closed.set(true);
+            self.send.take();
+        }
     }
 
     /// Takes a place for one stream; call it only if there [is room](Self::has_room).
-    pub fn lease(self: std::rc::Rc<Self>) -> Lease {
+    pub fn lease(self: Rc<Self>) -> Lease {
         self.streams.set(self.streams.get() + 1);
         Lease(self)
     }
@@ -145,12 +197,13 @@ impl Tunnel {
 
 /// A stream's place in a tunnel; given back when dropped.
 #[derive(Debug)]
-pub struct Lease(std::rc::Rc<Tunnel>);
+pub struct Lease(Rc<Tunnel>);
 
 impl Drop for Lease {
     fn drop(&mut self) {
         self.0.streams.set(self.0.streams.get() - 1);
         self.0.idle_since.set(Instant::now());
+        self.0.close_if_idle();
     }
 }
 
@@ -159,42 +212,50 @@ impl Lease {
     ///
     /// # Errors
     /// The peer refuses, the tunnel fails, or there is no answer in time.
-    pub async fn connect(
-        &self,
-        connect: &Connect,
-    ) -> Result<(SendStream<Bytes>, RecvStream), Failed> {
+    pub async fn connect(&self, connect: &Connect) -> Result<Stream, Failed> {
         let request = request(connect).map_err(Failed::Final)?;
+        let send = self.0.send.borrow().clone();
         let answer = async {
             let never_sent = |error: h2::Error| {
                 self.0.closed.set(true);
-                Failed::Unprocessed(TransportError::H2(error.into()))
+                Failed::Tunnel(TransportError::H2(error.into()))
             };
-            let mut ready = self.0.send.clone().ready().await.map_err(never_sent)?;
+            let gone = || never_sent(h2::Reason::CANCEL.into());
+            let mut ready = send.ok_or_else(gone)?.ready().await.map_err(never_sent)?;
             let (response, send) = ready.send_request(request, false).map_err(never_sent)?;
             let response = response.await.map_err(|error| self.failed(error))?;
             Ok((response, send))
         };
-        let (response, send) = timeout(hbone::ANSWER, answer).await.map_err(|_| {
+        let late = async {
+            sleep(hbone::DOUBT).await;
+            self.0.health.late().await;
+        };
+        let none = || {
             let error = io::Error::new(io::ErrorKind::TimedOut, "no answer to CONNECT");
-            Failed::Final(TransportError::Connect(error.into()))
-        })??;
+            TransportError::Connect(error.into())
+        };
+        let (response, send) = tokio::select! {
+            biased;
+            answer = timeout(hbone::ANSWER, answer) => {
+                answer.map_err(|_| Failed::Final(none()))??
+            }
+            () = late => return Err(Failed::Tunnel(none())),
+        };
         if response.status() != StatusCode::OK {
             return Err(Failed::Final(TransportError::Status(response.status())));
         }
-        Ok((send, response.into_body()))
+        Ok(Stream::new(send, response.into_body(), &self.0.shared))
     }
 
     fn failed(&self, error: h2::Error) -> Failed {
         let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
-        // Only streams above the last one that the peer has taken end by its GOAWAY.
-        let left =
-            error.is_go_away() && error.is_remote() && error.reason() == Some(h2::Reason::NO_ERROR);
-        if left || !error.is_reset() {
+        let tunnel = !error.is_reset();
+        if tunnel {
             self.0.closed.set(true);
         }
         let failure = TransportError::H2(error.into());
-        if refused || left {
-            Failed::Unprocessed(failure)
+        if refused || tunnel {
+            Failed::Tunnel(failure)
         } else {
             Failed::Final(failure)
         }

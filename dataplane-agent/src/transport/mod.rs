@@ -1,6 +1,7 @@
 //! Room 5: moves bytes. [`carry()`] accepts nothing without a `Permit`.
 
 pub mod carry;
+mod ends;
 pub mod hbone;
 pub mod means;
 pub mod plain;

@@ -8,21 +8,25 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use h2::{RecvStream, SendStream};
 use tokio::sync::watch;
 
 use super::hbone::{Connect, Failed, Lease, Tunnel, dial};
 use super::{Means, TransportError};
 use crate::authorize::{Instance, LocalPod};
 use crate::drain::Scope;
-use crate::hbone::CLIENT_STREAMS;
+use crate::hbone::stream::Stream;
+use crate::hbone::{CLIENT_STREAMS, TUNNELS};
 use crate::identity::Identity;
 use crate::limits::{Full, Place};
 
+/// In how many tunnels a connection is tried, where one after the other turns out to be no good.
+const TRIES: usize = 3;
+
 /// What connections must have in common to share a tunnel. The destination's uid is in it so that
-/// an address used again never gets the old pod's tunnel; the source is a pod and not an identity,
-/// since two pods of one identity have two addresses.
+/// an address used again never gets another pod's tunnel. A uid is a name, which a pod that is made
+/// anew has again: its predecessor's tunnels are ended by the agent that they go to, as it lets go of
+/// that pod, and what was to be opened in one meanwhile is tried in another. The source is a pod and
+/// not an identity, since two pods of one identity have two addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Key {
     /// The source pod.
@@ -56,9 +60,6 @@ struct Dial {
     outcome: watch::Sender<Outcome>,
 }
 
-/// A tunnel's stream, with its place in the tunnel.
-pub type Stream = (SendStream<Bytes>, RecvStream, Lease);
-
 impl Pool {
     /// Without tunnels; one that carries nothing for `idle` is closed.
     pub fn new(means: Rc<dyn Means>, idle: Duration) -> Rc<Self> {
@@ -69,24 +70,26 @@ impl Pool {
         })
     }
 
-    /// Opens a stream, in a tunnel that is there or in a new one that lives in the pod's `scope`.
+    /// Opens a stream, with its place in a tunnel: one that is there, or a new one that lives in the
+    /// pod's `scope`.
     ///
     /// # Errors
-    /// As [`dial`] and [`Lease::connect`]. A request that met a closing tunnel is tried once more.
+    /// As [`dial`] and [`Lease::connect`]. What met a tunnel that is no good is tried again in another.
     pub async fn connect(
         self: &Rc<Self>,
         key: &Key,
         pod: &Arc<LocalPod>,
         scope: &Scope,
         connect: &Connect,
-    ) -> Result<Stream, TransportError> {
-        let mut again = true;
+    ) -> Result<(Stream, Lease), TransportError> {
+        let mut tries = TRIES;
         loop {
             let lease = self.lease(key, pod, scope).await?;
+            tries -= 1;
             match lease.connect(connect).await {
-                Ok((send, receive)) => return Ok((send, receive, lease)),
-                Err(Failed::Unprocessed(_)) if again => again = false,
-                Err(Failed::Unprocessed(error) | Failed::Final(error)) => return Err(error),
+                Ok(stream) => return Ok((stream, lease)),
+                Err(Failed::Tunnel(_)) if tries > 0 => {}
+                Err(Failed::Tunnel(error) | Failed::Final(error)) => return Err(error),
             }
         }
     }
@@ -172,17 +175,19 @@ impl Pool {
         if let Some(tunnel) = least.min_by_key(|tunnel| tunnel.streams()) {
             return Found::Lease(Rc::clone(tunnel).lease());
         }
-        match way
-            .dials
-            .iter()
-            .find(|dial| dial.waiting.get() < CLIENT_STREAMS)
-        {
-            Some(dial) => {
-                dial.waiting.set(dial.waiting.get() + 1);
-                Found::Dial(Rc::clone(dial))
-            }
-            None => Found::Nothing,
+        let dial = (way.dials.iter()).find(|dial| dial.waiting.get() < CLIENT_STREAMS);
+        if let Some(dial) = dial {
+            dial.waiting.set(dial.waiting.get() + 1);
+            return Found::Dial(Rc::clone(dial));
         }
+        // Streams that a peer does not read must not lead to tunnels without end.
+        if way.tunnels.len() >= TUNNELS {
+            let least = way.tunnels.iter().filter(|tunnel| tunnel.may_carry());
+            if let Some(tunnel) = least.min_by_key(|tunnel| tunnel.streams()) {
+                return Found::Lease(Rc::clone(tunnel).lease());
+            }
+        }
+        Found::Nothing
     }
 
     /// Dials in a task of its own: the one that asked first may go away while others wait.

@@ -1,34 +1,35 @@
 //! Two-way copy between two ends, each a TCP connection or a stream of a tunnel.
 //!
-//! Each direction ends by itself (half close). A reset of one end resets the other; a relay that is
-//! dropped, because it was revoked or its worker stops, resets both: a cut connection must never
-//! look like one that came to its end.
+//! A connection through the mesh ends as it would end without. Each direction ends by itself (half
+//! close). An end that breaks is noticed whatever the relay waits for; what it had sent before is
+//! delivered, and then the other end is reset. An end that said its end and is gone later, as a server
+//! that has closed, is no news to the other end until that writes: it is closed, and its kernel is
+//! answered by ours. A relay that is dropped, because it was revoked or its worker stops, resets both:
+//! a cut connection must never look like one that came to its end.
 //!
-//! What is in memory for one direction is one read (at most `LARGE`), besides what the stream's
-//! send buffer and window bound. An idle relay holds no buffer.
+//! What is in memory for one direction is one read (at most 256 KiB), or what a stream's window lets
+//! its peer send, besides what waits in a stream's send buffer. An idle relay holds no buffer.
 
-use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::io::{self, IoSlice};
-use std::net::Shutdown;
+use std::io;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
-use futures_util::future::{Either, select};
-use h2::{Reason, RecvStream, SendStream};
-use socket2::SockRef;
+use h2::Reason;
 use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::sys::socket::read;
+pub use super::ends::reset;
+use super::ends::{Batch, Sink, Socket, Source, halves};
+use crate::hbone::payload::Told;
+use crate::hbone::stream::Stream;
 
-/// The size of a read while little comes.
-const SMALL: usize = 16 << 10;
-/// The size of a read while each comes back full.
-const LARGE: usize = 256 << 10;
-/// DATA frames that are written to a socket at once.
-const SLICES: usize = 32;
+/// An end that broke has left something to deliver: it takes no longer, then the other end is reset.
+pub const FLUSH: Duration = Duration::from_secs(2);
+/// Between two looks whether a socket's peer has acknowledged all; doubles up to 64 of it.
+const LOOK: Duration = Duration::from_millis(1);
 
 /// One end of a relay.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ pub enum End {
     /// A TCP connection.
     Tcp(TcpStream),
     /// A stream of a tunnel.
-    Stream(SendStream<Bytes>, RecvStream),
+    Stream(Stream),
 }
 
 /// Is told of bytes as they are delivered.
@@ -50,10 +51,10 @@ pub trait Meter {
 /// How a relay failed; a reset by a peer is not a failure.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
-    /// From client to upstream.
+    /// The client broke.
     #[error("send: {0}")]
     Send(Broken),
-    /// From upstream to client.
+    /// The upstream broke.
     #[error("receive: {0}")]
     Receive(Broken),
 }
@@ -70,350 +71,275 @@ pub enum Broken {
 }
 
 impl Broken {
-    /// Whether it is the ordinary end of a peer that did not say goodbye.
+    /// Whether it is the ordinary end of a peer that did not say goodbye: a reset of a connection, or
+    /// of a stream. A tunnel that is lost is none, nor is a peer that does not answer.
     fn is_reset(&self) -> bool {
-        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected, UnexpectedEof};
-        let kind = match self {
-            Self::Io(error) => error.kind(),
-            Self::H2(error) => match (error.get_io(), error.reason()) {
-                (Some(io), _) => io.kind(),
-                (None, Some(Reason::NO_ERROR | Reason::CANCEL | Reason::STREAM_CLOSED)) => {
-                    return true;
-                }
-                (None, _) => return false,
-            },
-        };
-        matches!(
-            kind,
-            NotConnected | UnexpectedEof | ConnectionReset | BrokenPipe
-        )
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+        match self {
+            Self::Io(error) => {
+                matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
+            }
+            Self::H2(error) if error.is_go_away() || error.is_io() => false,
+            Self::H2(error) => matches!(
+                error.reason(),
+                Some(
+                    Reason::NO_ERROR
+                        | Reason::CANCEL
+                        | Reason::STREAM_CLOSED
+                        | Reason::CONNECT_ERROR
+                )
+            ),
+        }
+    }
+
+    /// Itself, unless it is an ordinary end.
+    fn failure(self) -> Option<Self> {
+        (!self.is_reset()).then_some(self)
+    }
+
+    /// Whether it may be that the peer has said its end, and its kernel has forgotten the connection
+    /// since: then nobody need be told before he writes.
+    fn may_be_forgotten(&self) -> bool {
+        match self {
+            Self::Io(_) => self.is_reset(),
+            Self::H2(error) => self.is_reset() && error.reason() == Some(Reason::NO_ERROR),
+        }
     }
 }
 
-/// Copies both ways until both directions have ended, or one breaks.
+/// Copies both ways until both directions have ended, or one end breaks.
 ///
 /// # Errors
-/// A direction broke, other than by a peer's reset.
-pub async fn relay(client: End, upstream: End, meter: &impl Meter) -> Result<(), RelayError> {
-    let (client, upstream) = (Half::of(client), Half::of(upstream));
-    let ((from_client, mut to_client), (from_upstream, mut to_upstream)) = (client, upstream);
-    let end = {
-        let up = async {
-            let end = copy(from_client, &mut to_upstream, |bytes| meter.upward(bytes)).await;
-            end.map_err(|cut| cut.map(RelayError::Send))
-        };
-        let down = async {
-            let end = copy(from_upstream, &mut to_client, |bytes| meter.downward(bytes)).await;
-            end.map_err(|cut| cut.map(RelayError::Receive))
-        };
-        tokio::pin!(up, down);
-        match select(up, down).await {
-            Either::Left((first, other)) => both(first, other).await,
-            Either::Right((first, other)) => both(first, other).await,
-        }
-    };
-    match end {
-        Ok(()) => {
-            to_client.done();
-            to_upstream.done();
+/// An end broke, other than by its peer's reset.
+pub async fn relay(
+    client: End,
+    upstream: End,
+    meter: &(impl Meter + Clone + 'static),
+) -> Result<(), RelayError> {
+    let (from_client, to_client) = halves(client);
+    let (from_upstream, to_upstream) = halves(upstream);
+    let client = pin!(error(to_client.socket()));
+    let upstream = pin!(error(to_upstream.socket()));
+    let (upward, downward) = (meter.clone(), meter.clone());
+    let upward = Box::new(move |bytes| upward.upward(bytes));
+    let downward = Box::new(move |bytes| downward.downward(bytes));
+    let mut up = Way::new(from_client, to_upstream, upward);
+    let mut down = Way::new(from_upstream, to_client, downward);
+    match both(&mut up, &mut down, client, upstream).await {
+        None => {
+            up.sink.done();
+            down.sink.done();
             Ok(())
         }
-        // Dropping what is not done resets it.
-        Err(RelayError::Send(broken) | RelayError::Receive(broken)) if broken.is_reset() => Ok(()),
-        Err(error) => Err(error),
+        Some(At::Client(broken)) => {
+            let broken = wind_up(broken, &mut up, &down).await;
+            broken
+                .failure()
+                .map_or(Ok(()), |broken| Err(RelayError::Send(broken)))
+        }
+        Some(At::Upstream(broken)) => {
+            let broken = wind_up(broken, &mut down, &up).await;
+            broken
+                .failure()
+                .map_or(Ok(()), |broken| Err(RelayError::Receive(broken)))
+        }
     }
 }
 
-/// Resets a connection of which nothing is to be relayed.
-pub fn reset(tcp: TcpStream) {
-    drop(Socket {
-        tcp,
-        done: false.into(),
-    });
+/// Which end broke, and how if that is known yet.
+enum At {
+    Client(Option<Broken>),
+    Upstream(Option<Broken>),
 }
 
-/// A direction that was cut, at one of its ends.
-enum Cut<E> {
+/// Moves bytes both ways; `None` when both have ended. `client` and `upstream` complete when these
+/// sockets break.
+async fn both(
+    up: &mut Way,
+    down: &mut Way,
+    mut client: Pin<&mut impl Future<Output = ()>>,
+    mut upstream: Pin<&mut impl Future<Output = ()>>,
+) -> Option<At> {
+    poll_fn(|context| {
+        match up.poll(down.read_all, context) {
+            Poll::Ready(Err(Cut::Source(broken))) => {
+                return Poll::Ready(Some(At::Client(Some(broken))));
+            }
+            Poll::Ready(Err(Cut::Sink(broken))) => {
+                return Poll::Ready(Some(At::Upstream(Some(broken))));
+            }
+            Poll::Ready(Ok(())) | Poll::Pending => {}
+        }
+        match down.poll(up.read_all, context) {
+            Poll::Ready(Err(Cut::Source(broken))) => {
+                return Poll::Ready(Some(At::Upstream(Some(broken))));
+            }
+            Poll::Ready(Err(Cut::Sink(broken))) => {
+                return Poll::Ready(Some(At::Client(Some(broken))));
+            }
+            Poll::Ready(Ok(())) | Poll::Pending => {}
+        }
+        if up.over && down.over {
+            return Poll::Ready(None);
+        }
+        if !up.listens()
+            && let Poll::Ready(broken) = down.sink.poll_broken(client.as_mut(), context)
+        {
+            return Poll::Ready(Some(At::Client(broken)));
+        }
+        if !down.listens()
+            && let Poll::Ready(broken) = up.sink.poll_broken(upstream.as_mut(), context)
+        {
+            return Poll::Ready(Some(At::Upstream(broken)));
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+async fn error(socket: Option<Rc<Socket>>) {
+    match socket {
+        Some(socket) => socket.broken().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// An end broke. Delivers what it had sent, by `last`, and tells the other end; `back` went to it.
+/// Says how it broke.
+async fn wind_up(broken: Option<Broken>, last: &mut Way, back: &Way) -> Broken {
+    let deadline = Instant::now() + FLUSH;
+    let mut met = None;
+    // What takes longer is discarded.
+    let _ = timeout_at(deadline, last.rest(&mut met)).await;
+    let broken = broken.or(met).unwrap_or_else(|| last.source.error());
+    if last.over && broken.may_be_forgotten() && !back.moved_late() {
+        last.sink.close();
+        return broken;
+    }
+    if let Some(socket) = last.sink.socket() {
+        let mut pause = LOOK;
+        while socket.unacknowledged() > 0 && Instant::now() < deadline {
+            sleep(pause).await;
+            pause = (pause * 2).min(LOOK * 64);
+        }
+    }
+    last.sink.reset(Reason::CONNECT_ERROR);
+    broken
+}
+
+/// At which end of a way it broke.
+enum Cut {
     /// Where it reads.
-    Source(E),
+    Source(Broken),
     /// Where it writes.
-    Sink(E),
+    Sink(Broken),
 }
 
-impl<E> Cut<E> {
-    fn map<T>(self, to: impl FnOnce(E) -> T) -> Cut<T> {
-        match self {
-            Self::Source(error) => Cut::Source(to(error)),
-            Self::Sink(error) => Cut::Sink(to(error)),
+/// One direction.
+struct Way {
+    source: Source,
+    sink: Sink,
+    batch: Batch,
+    /// No more comes: the source has said its end, or is broken.
+    read_all: bool,
+    /// The source has said its end.
+    ended: bool,
+    /// That was passed on.
+    finished: bool,
+    /// All before it has been delivered as well.
+    over: bool,
+    /// Something was written after the sink had said the end of the other direction.
+    late: bool,
+    /// Is told of what is written, if it is not told elsewhere.
+    told: Option<Told>,
+}
+
+impl Way {
+    fn new(source: Source, sink: Sink, told: Told) -> Self {
+        let told = sink.tell(told);
+        Self {
+            source,
+            sink,
+            batch: Batch::default(),
+            read_all: false,
+            ended: false,
+            finished: false,
+            over: false,
+            late: false,
+            told,
         }
     }
-    fn error(self) -> E {
-        match self {
-            Self::Source(error) | Self::Sink(error) => error,
-        }
-    }
-}
 
-/// The end of both directions, of which one has ended first. Who takes no more may have answered
-/// before that, as a server that refuses an upload does: what it has sent is still passed on.
-async fn both<E>(
-    first: Result<(), Cut<E>>,
-    other: impl Future<Output = Result<(), Cut<E>>>,
-) -> Result<(), E> {
-    match first {
-        Err(Cut::Source(error)) => Err(error),
-        Err(Cut::Sink(error)) => {
-            let _ = other.await;
-            Err(error)
-        }
-        Ok(()) => other.await.map_err(Cut::error),
-    }
-}
-
-async fn copy(mut from: Source, to: &mut Sink, count: impl Fn(u64)) -> Result<(), Cut<Broken>> {
-    let mut batch = Batch::default();
-    loop {
-        tokio::select! {
-            biased;
-            // Otherwise a stream that was reset would be noticed only at the next write to it.
-            broken = to.broken() => return Err(Cut::Sink(broken)),
-            more = from.read(&mut batch) => if !more.map_err(Cut::Source)? {
-                return to.finish().map_err(Cut::Sink);
-            },
-        }
-        let bytes = batch.bytes;
-        to.write(&mut batch).await.map_err(Cut::Sink)?;
-        from.delivered(bytes).map_err(Cut::Source)?;
-        count(bytes as u64);
-        // A fast pair would keep the worker to itself: its reads and writes seldom have to wait.
-        tokio::task::coop::consume_budget().await;
-    }
-}
-
-/// What was read at once. Reused, so that a chunk costs no list.
-#[derive(Default)]
-struct Batch {
-    slices: VecDeque<Bytes>,
-    bytes: usize,
-}
-
-impl Batch {
-    fn push(&mut self, slice: Bytes) {
-        self.bytes += slice.len();
-        self.slices.push_back(slice);
-    }
-    fn advance(&mut self, mut written: usize) {
-        self.bytes -= written;
-        while let Some(first) = self.slices.front_mut() {
-            if written < first.len() {
-                first.advance(written);
-                return;
+    /// Moves what can be moved; completes at the end. What comes after an error of the source is what
+    /// was read before it; then it completes as well. `late`: the other direction has been read to its
+    /// end.
+    fn poll(&mut self, late: bool, context: &mut Context<'_>) -> Poll<Result<(), Cut>> {
+        loop {
+            let mut moved = false;
+            if !self.read_all {
+                match self.source.poll_read(&mut self.batch, context) {
+                    Poll::Ready(Ok(more)) => {
+                        moved = true;
+                        self.ended = !more;
+                        self.read_all = !more;
+                    }
+                    Poll::Ready(Err(broken)) => {
+                        self.read_all = true;
+                        return Poll::Ready(Err(Cut::Source(broken)));
+                    }
+                    Poll::Pending => {}
+                }
             }
-            written -= first.len();
-            self.slices.pop_front();
-        }
-    }
-}
-
-/// A socket that is reset when it is dropped before it is done.
-struct Socket {
-    tcp: TcpStream,
-    done: std::cell::Cell<bool>,
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if !self.done.get() {
-            // Fails only where the socket is broken already.
-            let _ = SockRef::from(&self.tcp).set_linger(Some(Duration::ZERO));
-        }
-    }
-}
-
-struct Half;
-
-impl Half {
-    fn of(end: End) -> (Source, Sink) {
-        match end {
-            End::Tcp(tcp) => {
-                let socket = Rc::new(Socket {
-                    tcp,
-                    done: false.into(),
+            if !self.batch.is_empty() {
+                match self.sink.poll_write(&mut self.batch, context) {
+                    Poll::Ready(Ok(written)) => {
+                        moved = true;
+                        self.late |= late;
+                        self.source.delivered(written);
+                        if let Some(told) = &self.told {
+                            told(written as u64);
+                        }
+                    }
+                    Poll::Ready(Err(broken)) => return Poll::Ready(Err(Cut::Sink(broken))),
+                    Poll::Pending => {}
+                }
+            }
+            if self.read_all && self.batch.is_empty() {
+                if self.ended && !self.finished {
+                    self.finished = true;
+                    if let Err(broken) = self.sink.finish() {
+                        return Poll::Ready(Err(Cut::Sink(broken)));
+                    }
+                }
+                return self.sink.poll_flushed(context).map(|()| {
+                    self.over = self.finished;
+                    Ok(())
                 });
-                let buffer = BytesMut::new();
-                let source = Source::Tcp {
-                    socket: Rc::clone(&socket),
-                    buffer,
-                    size: SMALL,
-                };
-                (source, Sink::Tcp(socket))
             }
-            End::Stream(send, receive) => (Source::Stream(receive), Sink::Stream(send, false)),
-        }
-    }
-}
-
-enum Source {
-    Tcp {
-        socket: Rc<Socket>,
-        buffer: BytesMut,
-        size: usize,
-    },
-    Stream(RecvStream),
-}
-
-impl Source {
-    /// Fills the empty batch; `false` at the end. Loses nothing when it is dropped while waiting.
-    async fn read(&mut self, batch: &mut Batch) -> Result<bool, Broken> {
-        match self {
-            Self::Tcp {
-                socket,
-                buffer,
-                size,
-            } => loop {
-                socket.tcp.readable().await?;
-                match read(&socket.tcp, buffer, *size) {
-                    Ok(0) => return Ok(false),
-                    Ok(length) => {
-                        batch.push(buffer.split().freeze());
-                        if length == *size {
-                            *size = LARGE.min(*size * 4);
-                        } else {
-                            *size = SMALL.max(*size / 2);
-                            if length < SMALL {
-                                *buffer = BytesMut::new();
-                            }
-                        }
-                        return Ok(true);
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        *buffer = BytesMut::new();
-                    }
-                    Err(error) => return Err(error.into()),
-                }
-            },
-            Self::Stream(receive) => {
-                poll_fn(|context| {
-                    while batch.slices.len() < SLICES && batch.bytes < LARGE {
-                        match receive.poll_data(context) {
-                            Poll::Ready(Some(Ok(slice))) if slice.is_empty() => {}
-                            Poll::Ready(Some(Ok(slice))) => batch.push(slice),
-                            // An end or error that follows data is met again by the next call.
-                            _ if batch.bytes > 0 => break,
-                            // The end was said, and then that no more is read (RFC 9113, 8.1).
-                            Poll::Ready(Some(Err(error)))
-                                if error.is_remote()
-                                    && error.reason() == Some(Reason::NO_ERROR) =>
-                            {
-                                return Poll::Ready(Ok(false));
-                            }
-                            Poll::Ready(Some(Err(error))) => {
-                                return Poll::Ready(Err(error.into()));
-                            }
-                            Poll::Ready(None) => return Poll::Ready(Ok(false)),
-                            Poll::Pending => return Poll::Pending,
-                        }
-                    }
-                    Poll::Ready(Ok(true))
-                })
-                .await
+            if !moved {
+                return Poll::Pending;
             }
         }
     }
 
-    /// The other end has taken what was read: the sender may send as much again.
-    fn delivered(&mut self, bytes: usize) -> Result<(), Broken> {
-        if let Self::Stream(receive) = self {
-            receive.flow_control().release_capacity(bytes)?;
-        }
-        Ok(())
-    }
-}
-
-enum Sink {
-    Tcp(Rc<Socket>),
-    /// And whether its end has been said.
-    Stream(SendStream<Bytes>, bool),
-}
-
-impl Sink {
-    /// Completes when the peer resets what we write to.
-    async fn broken(&mut self) -> Broken {
-        match self {
-            Self::Tcp(_) => std::future::pending().await,
-            Self::Stream(send, _) => match poll_fn(|context| send.poll_reset(context)).await {
-                Ok(reason) => h2::Error::from(reason).into(),
-                Err(error) => error.into(),
-            },
-        }
-    }
-
-    /// Empties the batch.
-    async fn write(&mut self, batch: &mut Batch) -> Result<(), Broken> {
-        match self {
-            Self::Tcp(socket) => {
-                while batch.bytes > 0 {
-                    let mut slices = [IoSlice::new(&[]); SLICES];
-                    let mut count = 0;
-                    for (slot, slice) in slices.iter_mut().zip(&batch.slices) {
-                        *slot = IoSlice::new(slice);
-                        count += 1;
-                    }
-                    match socket.tcp.try_write_vectored(&slices[..count]) {
-                        Ok(written) => batch.advance(written),
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                            socket.tcp.writable().await?;
-                        }
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-            }
-            Self::Stream(send, _) => {
-                while let Some(mut slice) = batch.slices.pop_front() {
-                    batch.bytes -= slice.len();
-                    while !slice.is_empty() {
-                        send.reserve_capacity(slice.len());
-                        let capacity = match send.capacity() {
-                            0 => match poll_fn(|context| send.poll_capacity(context)).await {
-                                Some(capacity) => capacity?,
-                                None => return Err(h2::Error::from(Reason::STREAM_CLOSED).into()),
-                            },
-                            capacity => capacity,
-                        };
-                        let piece = slice.split_to(capacity.min(slice.len()));
-                        if !piece.is_empty() {
-                            send.send_data(piece, false)?;
-                        }
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Says the end of this direction.
-    fn finish(&mut self) -> Result<(), Broken> {
-        match self {
-            Self::Tcp(socket) => Ok(SockRef::from(&socket.tcp).shutdown(Shutdown::Write)?),
-            Self::Stream(send, finished) => {
-                *finished = true;
-                Ok(send.send_data(Bytes::new(), true)?)
+    /// Moves what is left to move, though the source is broken, and says how it broke.
+    async fn rest(&mut self, broken: &mut Option<Broken>) {
+        loop {
+            match poll_fn(|context| self.poll(false, context)).await {
+                Err(Cut::Source(met)) => *broken = Some(met),
+                Ok(()) | Err(Cut::Sink(_)) => return,
             }
         }
     }
 
-    /// Both directions have ended: dropping it is no cut.
-    fn done(&self) {
-        if let Self::Tcp(socket) = self {
-            socket.done.set(true);
-        }
+    /// Whether it waits for its source, and so hears of it if that breaks.
+    fn listens(&self) -> bool {
+        !self.read_all && self.batch.is_empty()
     }
-}
 
-impl Drop for Sink {
-    fn drop(&mut self) {
-        if let Self::Stream(send, false) = self {
-            send.send_reset(Reason::CANCEL);
-        }
+    /// Whether something was, or would have been, written after the sink had said the end of the other
+    /// direction.
+    fn moved_late(&self) -> bool {
+        self.late || !self.batch.is_empty() || !self.sink.is_flushed()
     }
 }

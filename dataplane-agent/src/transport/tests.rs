@@ -1,14 +1,16 @@
 //! Bytes between sockets and streams, over loopback; and tunnels between peers with real certificates.
 
 use std::cell::Cell;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, LocalBoxFuture};
+use h2::Reason;
 use proptest::prelude::*;
 use rcgen::{CertificateParams, KeyPair, SanType};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -21,9 +23,13 @@ use super::relay::{End, Meter, relay, reset};
 use super::{Means, TransportError};
 use crate::authorize::LocalPod;
 use crate::drain::Scope;
+use crate::hbone::payload::Payload;
 use crate::hbone::readahead::ReadAhead;
+use crate::hbone::stream::{Shared, Stream};
+use crate::hbone::window::Windows;
 use crate::identity::{Certs, Identity, IdentityError, Issued, Issuer};
 use crate::limits::{Full, Kind, NodePlaces, Place};
+use crate::sys::socket::unacknowledged;
 
 #[derive(Default)]
 struct Counted {
@@ -31,7 +37,7 @@ struct Counted {
     down: Cell<u64>,
 }
 
-impl Meter for Counted {
+impl Meter for Rc<Counted> {
     fn upward(&self, bytes: u64) {
         self.up.set(self.up.get() + bytes);
     }
@@ -75,10 +81,10 @@ async fn exchange(mut tcp: TcpStream, pieces: Vec<Vec<u8>>) -> Vec<u8> {
 }
 
 /// An h2 stream's two ends, and what drives them.
-async fn stream() -> (End, End, impl Future<Output = ()>) {
+async fn stream() -> (Stream, Stream, impl Future<Output = ()>) {
     let (near, far) = tokio::io::duplex(1 << 20);
-    let client = crate::hbone::client().handshake::<_, Bytes>(near);
-    let server = crate::hbone::server().handshake::<_, Bytes>(far);
+    let client = crate::hbone::client().handshake::<_, Payload>(near);
+    let server = crate::hbone::server().handshake::<_, Payload>(far);
     let (client, server) = tokio::join!(client, server);
     let ((mut send, driven), mut server) = (client.expect("client"), server.expect("server"));
     let request = http::Request::connect("192.0.2.1:80")
@@ -100,13 +106,20 @@ async fn stream() -> (End, End, impl Future<Output = ()>) {
         _ = &mut driven => panic!("the client ended"),
         () = &mut server_driven => panic!("the server ended"),
     };
-    let near = End::Stream(to_server, response.into_body());
-    let far = End::Stream(to_client, request.into_body());
+    let shared = Shared::default();
+    let near = Stream::new(to_server, response.into_body(), &shared);
+    let shared = Shared::default();
+    let far = Stream::new(to_client, request.into_body(), &shared);
     let drive = async move {
         let _held = send;
         tokio::join!(driven, server_driven).0.ok();
     };
     (near, far, drive)
+}
+
+/// What comes next by a stream.
+async fn next(stream: &mut Stream) -> Option<Result<Bytes, h2::Error>> {
+    poll_fn(|context| stream.incoming.poll_read(context)).await
 }
 
 fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
@@ -122,15 +135,13 @@ fn an_answer_is_passed_on_though_its_peer_reads_no_more() {
     run(async {
         let (mut client, one) = pair().await;
         let (near, far, drive) = stream().await;
-        let counted = Counted::default();
+        let counted = Rc::<Counted>::default();
         let refuse = async {
-            let End::Stream(mut send, mut receive) = far else {
-                panic!("a stream");
-            };
-            let some = receive.data().await.expect("a beginning").expect("bytes");
+            let mut far = far;
+            let some = next(&mut far).await.expect("a beginning").expect("bytes");
             assert!(!some.is_empty());
-            send.send_data(Bytes::from_static(b"413"), true)
-                .expect("sent");
+            far.outgoing.send(Bytes::from_static(b"413")).expect("sent");
+            far.outgoing.finish().expect("ended");
         };
         let upload = async {
             client.write_all(&[7; 100_000]).await.expect("written");
@@ -138,7 +149,13 @@ fn an_answer_is_passed_on_though_its_peer_reads_no_more() {
             client.read_exact(&mut answer).await.expect("the answer");
             assert_eq!(&answer, b"413");
         };
-        let all = async { tokio::join!(upload, refuse, relay(End::Tcp(one), near, &counted)) };
+        let all = async {
+            tokio::join!(
+                upload,
+                refuse,
+                relay(End::Tcp(one), End::Stream(near), &counted)
+            )
+        };
         tokio::select! {
             _ = all => {}
             () = drive => panic!("the tunnel ended"),
@@ -156,11 +173,11 @@ proptest! {
             let (client, one) = pair().await;
             let (two, server) = pair().await;
             let (near, far, drive) = stream().await;
-            let (first, second) = (Counted::default(), Counted::default());
+            let (first, second) = (Rc::<Counted>::default(), Rc::<Counted>::default());
             let carried = async {
                 let ends = tokio::join!(
-                    relay(End::Tcp(one), near, &first),
-                    relay(far, End::Tcp(two), &second),
+                    relay(End::Tcp(one), End::Stream(near), &first),
+                    relay(End::Stream(far), End::Tcp(two), &second),
                 );
                 ends.0.expect("an orderly end");
                 ends.1.expect("an orderly end");
@@ -180,6 +197,275 @@ proptest! {
     }
 }
 
+/// What is read until the other side ends, and how it does.
+async fn rest(tcp: &mut TcpStream) -> (Vec<u8>, Option<std::io::ErrorKind>) {
+    let mut all = Vec::new();
+    let end = tcp.read_to_end(&mut all).await;
+    (all, end.err().map(|error| error.kind()))
+}
+
+async fn flushed(stream: &Stream) {
+    poll_fn(|context| stream.outgoing.poll_flushed(context)).await;
+}
+
+/// Envoy ends streams with this reason, also such as are not at their end.
+#[test]
+fn a_stream_that_is_reset_before_its_end_is_reset_whatever_the_reason() {
+    for reason in [Reason::NO_ERROR, Reason::CANCEL, Reason::CONNECT_ERROR] {
+        run(async {
+            let (mut client, one) = pair().await;
+            let (near, mut far, drive) = stream().await;
+            let counted = Rc::<Counted>::default();
+            let cut = async {
+                far.outgoing
+                    .send(Bytes::from_static(b"part"))
+                    .expect("sent");
+                flushed(&far).await;
+                far.outgoing.reset(reason);
+                let (part, end) = rest(&mut client).await;
+                assert_eq!(part, b"part");
+                assert_eq!(end, Some(std::io::ErrorKind::ConnectionReset), "{reason:?}");
+            };
+            let carried = relay(End::Tcp(one), End::Stream(near), &counted);
+            let all = async { tokio::join!(cut, carried) };
+            tokio::select! {
+                ((), carried) = all => carried.expect("a peer's reset is no failure"),
+                () = drive => panic!("the tunnel ended"),
+            }
+            assert_eq!(counted.down.get(), 4);
+        });
+    }
+}
+
+/// RFC 9113, 8.1. The client is told when it writes, as by the kernel of a server that has closed.
+#[test]
+fn a_peer_that_has_said_its_end_may_stop_reading() {
+    run(async {
+        let (mut client, one) = pair().await;
+        let (near, mut far, drive) = stream().await;
+        let counted = Rc::<Counted>::default();
+        let answered = async {
+            far.outgoing
+                .send(Bytes::from_static(b"whole"))
+                .expect("sent");
+            far.outgoing.finish().expect("ended");
+            flushed(&far).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            far.outgoing.reset(Reason::NO_ERROR);
+        };
+        let carried = relay(End::Tcp(one), End::Stream(near), &counted);
+        let all = async { tokio::join!(answered, carried) };
+        tokio::select! {
+            ((), carried) = all => carried.expect("it has ended"),
+            () = drive => panic!("the tunnel ended"),
+        }
+        assert_eq!(rest(&mut client).await, (b"whole".to_vec(), None));
+        client.write_all(b"late").await.expect("not known yet");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        client.write_all(b"later").await.expect_err("known now");
+    });
+}
+
+#[test]
+fn what_an_end_sent_before_it_broke_is_delivered_and_counted_before_the_reset() {
+    run(async {
+        let (mut client, one) = pair().await;
+        let (two, mut server) = pair().await;
+        let (near, far, drive) = stream().await;
+        let (first, second) = (Rc::<Counted>::default(), Rc::<Counted>::default());
+        let talk = async {
+            client.write_all(&[1; 100]).await.expect("written");
+            server.read_u8().await.expect("a byte");
+            server.write_all(&[2; 300_000]).await.expect("written");
+            // Its kernel would discard what is not on its way.
+            while unacknowledged(&server).expect("it is connected") > 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            // With something unread.
+            drop(server);
+            rest(&mut client).await
+        };
+        let carried = async {
+            tokio::join!(
+                relay(End::Tcp(one), End::Stream(near), &first),
+                relay(End::Stream(far), End::Tcp(two), &second),
+            )
+        };
+        let (answer, ends) = tokio::select! {
+            all = async { tokio::join!(talk, carried) } => all,
+            () = drive => panic!("the tunnel ended"),
+        };
+        assert_eq!(answer.0.len(), 300_000);
+        assert_eq!(answer.1, Some(std::io::ErrorKind::ConnectionReset));
+        assert!(ends.0.is_ok() && ends.1.is_ok(), "{ends:?}");
+        assert_eq!((first.down.get(), second.down.get()), (300_000, 300_000));
+    });
+}
+
+#[test]
+fn a_client_that_breaks_is_noticed_while_nobody_reads_what_it_sends_and_after_its_end() {
+    for half_closed in [false, true] {
+        run(async {
+            let (mut client, one) = pair().await;
+            let (near, mut far, drive) = stream().await;
+            let counted = Rc::<Counted>::default();
+            let breaks = async {
+                if half_closed {
+                    client.shutdown().await.expect("ended");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                } else {
+                    let flood = async {
+                        loop {
+                            client.write_all(&[0; 1 << 16]).await.expect("written");
+                        }
+                    };
+                    let full = tokio::time::timeout(Duration::from_millis(300), flood).await;
+                    full.expect_err("it is blocked");
+                }
+                reset(client);
+            };
+            let noticed = poll_fn(|context| far.outgoing.poll_broken(context));
+            let all = async {
+                tokio::join!(
+                    breaks,
+                    noticed,
+                    relay(End::Tcp(one), End::Stream(near), &counted)
+                )
+            };
+            tokio::select! {
+                _ = all => {}
+                () = drive => panic!("the tunnel ended"),
+            }
+        });
+    }
+}
+
+/// Streams of one tunnel from a peer that gives credit for the tunnel as bytes are delivered, as
+/// ztunnel does, and our ends of them; and what drives both.
+async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = ()>) {
+    let (near, far) = tokio::io::duplex(1 << 20);
+    let client = crate::hbone::client().handshake::<_, Payload>(near);
+    let server = crate::hbone::server().handshake::<_, Payload>(far);
+    let (client, server) = tokio::join!(client, server);
+    let ((mut send, mut driven), mut server) = (client.expect("client"), server.expect("server"));
+    let (ours, theirs) = (Shared::default(), Shared::default());
+    let mut windows = Windows::new(&ours.undelivered);
+    let mut driven = Box::pin(poll_fn(move |context| {
+        windows.keep(&mut driven, context);
+        Pin::new(&mut driven).poll(context).map(|_| ())
+    }));
+    let mut all = Vec::new();
+    for _ in 0..count {
+        let request = http::Request::connect("192.0.2.1:80").body(());
+        let sent = send.send_request(request.expect("a request"), false);
+        let (response, to_server) = sent.expect("sent");
+        let accepted = tokio::select! {
+            accepted = server.accept() => accepted.expect("a request").expect("a request"),
+            () = &mut driven => panic!("the client ended"),
+        };
+        let (request, mut respond) = accepted;
+        let to_client = respond.send_response(http::Response::new(()), false);
+        let response = tokio::select! {
+            response = response => response.expect("an answer"),
+            () = &mut driven => panic!("the client ended"),
+            _ = server.accept() => panic!("the server ended"),
+        };
+        all.push((
+            Stream::new(to_server, response.into_body(), &ours),
+            Stream::new(to_client.expect("answered"), request.into_body(), &theirs),
+        ));
+    }
+    let drive = async move {
+        let _held = send;
+        let server = async { while server.accept().await.is_some() {} };
+        tokio::join!(driven, server);
+    };
+    (all, drive)
+}
+
+/// A relay to a client that reads nothing and has little room; runs for ever.
+async fn unread(near: Stream) {
+    let (client, one) = pair().await;
+    socket2::SockRef::from(&client)
+        .set_recv_buffer_size(4096)
+        .expect("set");
+    socket2::SockRef::from(&one)
+        .set_send_buffer_size(4096)
+        .expect("set");
+    let counted = Rc::<Counted>::default();
+    let _ = relay(End::Tcp(one), End::Stream(near), &counted).await;
+    drop(client);
+}
+
+/// Sends, and waits for room only.
+async fn send(far: &mut Stream, bytes: usize) {
+    let mut left = bytes;
+    while left > 0 {
+        poll_fn(|context| far.outgoing.poll_room(context)).await;
+        let piece = left.min(1 << 16);
+        far.outgoing
+            .send(Bytes::from(vec![0; piece]))
+            .expect("sent");
+        left -= piece;
+    }
+}
+
+#[test]
+fn streams_that_nobody_reads_hold_back_no_other_of_their_tunnel() {
+    run(async {
+        let (mut all, drive) = streams(61).await;
+        let (mut near, mut far) = all.pop().expect("a stream");
+        let stalled = all.into_iter().map(|(near, mut far)| async move {
+            tokio::join!(unread(near), send(&mut far, 8 << 20));
+        });
+        let talk = async {
+            // Until they are full.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let mut got = 0;
+            let read = async {
+                while got < 20 << 20 {
+                    let bytes = next(&mut near).await.expect("more").expect("bytes");
+                    near.incoming.delivered(bytes.len());
+                    got += bytes.len();
+                }
+            };
+            tokio::join!(read, send(&mut far, 20 << 20));
+        };
+        tokio::select! {
+            () = talk => {}
+            _ = futures_util::future::join_all(stalled) => panic!("they are stalled"),
+            () = drive => panic!("the tunnel ended"),
+        }
+    });
+}
+
+#[test]
+fn small_frames_that_nobody_reads_do_not_end_their_tunnel() {
+    run(async {
+        let (mut all, drive) = streams(2).await;
+        let (mut near, mut far) = all.pop().expect("a stream");
+        let (stalled, mut many) = all.pop().expect("a stream");
+        let frames = async {
+            send(&mut many, 1 << 20).await;
+            for _ in 0..300_000 {
+                poll_fn(|context| many.outgoing.poll_room(context)).await;
+                many.outgoing.send(Bytes::from_static(b".")).expect("sent");
+            }
+            flushed(&many).await;
+            far.outgoing
+                .send(Bytes::from_static(b"alive"))
+                .expect("sent");
+            let bytes = next(&mut near).await.expect("something").expect("bytes");
+            assert_eq!(&*bytes, b"alive");
+        };
+        tokio::select! {
+            () = frames => {}
+            () = unread(stalled) => panic!("it is stalled"),
+            () = drive => panic!("the tunnel ended"),
+        }
+    });
+}
+
 async fn is_reset(tcp: &mut TcpStream) -> bool {
     let mut byte = [0];
     let read = tcp.read(&mut byte).await;
@@ -192,11 +478,11 @@ fn a_reset_of_one_end_resets_the_other_through_a_tunnel() {
         let (client, one) = pair().await;
         let (two, mut server) = pair().await;
         let (near, far, drive) = stream().await;
-        let meter = Counted::default();
+        let meter = Rc::<Counted>::default();
         let carried = async {
             let ends = tokio::join!(
-                relay(End::Tcp(one), near, &meter),
-                relay(far, End::Tcp(two), &meter)
+                relay(End::Tcp(one), End::Stream(near), &meter),
+                relay(End::Stream(far), End::Tcp(two), &meter)
             );
             assert!(
                 ends.0.is_ok() && ends.1.is_ok(),
@@ -217,7 +503,7 @@ fn a_relay_that_is_cut_resets_both_ends() {
         let (mut client, one) = pair().await;
         let (two, mut server) = pair().await;
         client.write_all(b"hello").await.expect("written");
-        let meter = Counted::default();
+        let meter = Rc::<Counted>::default();
         let mut got = [0; 5];
         tokio::select! {
             _ = relay(End::Tcp(one), End::Tcp(two), &meter) => panic!("it goes on"),
@@ -330,9 +616,11 @@ fn connect() -> Connect {
     }
 }
 
-/// A peer that answers CONNECTs with `status`, as many per tunnel as `each`, then says GOAWAY.
+/// A peer that answers CONNECTs with `status`, as many per tunnel as `each`, then says GOAWAY; or with
+/// status 0 is dead in its first tunnel.
 async fn peer(listener: TcpListener, certs: Certs, status: u16, each: usize) {
     let scope = Scope::new(None);
+    let mut dead = status == 0;
     scope.spawn(certs.clone().rotate());
     loop {
         let Ok((tcp, _)) = listener.accept().await else {
@@ -344,14 +632,20 @@ async fn peer(listener: TcpListener, certs: Certs, status: u16, each: usize) {
             .expect("a certificate")
             .server
             .clone();
+        let dies = std::mem::take(&mut dead);
+        let status = if status == 0 { 200 } else { status };
         scope.spawn(async move {
             let acceptor = tokio_rustls::TlsAcceptor::from(server);
             let Ok(tls) = acceptor.accept(ReadAhead::new(tcp)).await else {
                 return;
             };
-            let Ok(mut connection) = crate::hbone::server().handshake::<_, Bytes>(tls).await else {
+            let Ok(mut connection) = crate::hbone::server().handshake::<_, Payload>(tls).await
+            else {
                 return;
             };
+            if dies {
+                std::future::pending::<()>().await;
+            }
             let mut streams = Vec::new();
             while let Some(Ok((request, mut respond))) = connection.accept().await {
                 let mut answer = http::Response::new(());
@@ -518,8 +812,8 @@ fn a_scope_that_is_cut_takes_its_tunnels_with_it() {
             pool.forget(pod.instance);
             assert_eq!(pool.tunnels(), 0);
             scope.cut().await;
-            let (_send, mut receive, _lease) = stream;
-            let end = receive.data().await;
+            let (mut stream, _lease) = stream;
+            let end = next(&mut stream).await;
             assert!(
                 end.is_none_or(|end| end.is_err()),
                 "the stream ends with its tunnel"
@@ -527,6 +821,99 @@ fn a_scope_that_is_cut_takes_its_tunnels_with_it() {
         };
         tokio::select! {
             () = asked => {}
+            () = peer => panic!("the peer ended"),
+        }
+    });
+}
+
+#[test]
+fn a_tunnel_whose_peer_is_dead_is_left_by_what_is_not_connected_yet() {
+    run(async {
+        let (pool, means, scope, peer) = pool(0, usize::MAX).await;
+        let (pod, connect) = (pod(), connect());
+        let key = key(&pod, "server");
+        let all = (0..20).map(|_| pool.connect(&key, &pod, &scope, &connect));
+        tokio::select! {
+            all = futures_util::future::join_all(all) => {
+                assert!(all.iter().all(Result::is_ok), "{all:?}");
+                assert_eq!(means.dials.get(), 2);
+            }
+            () = peer => panic!("the peer ended"),
+        }
+    });
+}
+
+#[test]
+fn a_tunnel_whose_window_is_used_up_by_what_its_peer_does_not_read_gets_no_new_streams() {
+    run(async {
+        let (pool, means, scope, peer) = pool(200, usize::MAX).await;
+        let (pod, connect) = (pod(), connect());
+        let key = key(&pod, "server");
+        let talk = async {
+            let mut stalled = Vec::new();
+            for _ in 0..3 {
+                let stream = pool.connect(&key, &pod, &scope, &connect).await;
+                let (mut stream, lease) = stream.expect("connected");
+                let full = send(&mut stream, 16 << 20);
+                tokio::time::timeout(Duration::from_secs(1), full)
+                    .await
+                    .expect_err("nobody reads it");
+                stalled.push((stream, lease));
+            }
+            assert_eq!(means.dials.get(), 1);
+            let other = pool.connect(&key, &pod, &scope, &connect).await;
+            other.expect("connected");
+            assert_eq!(means.dials.get(), 2);
+        };
+        tokio::select! {
+            () = talk => {}
+            () = peer => panic!("the peer ended"),
+        }
+    });
+}
+
+#[test]
+fn a_pod_that_drains_keeps_no_tunnel_that_carries_nothing() {
+    run(async {
+        let (pool, _means, scope, peer) = pool(200, usize::MAX).await;
+        let (pod, connect) = (pod(), connect());
+        let key = key(&pod, "server");
+        let drained = async {
+            let stream = pool.connect(&key, &pod, &scope, &connect).await;
+            let busy = stream.expect("connected");
+            scope.close(true);
+            pool.forget(key.source);
+            let idle = tokio::time::timeout(Duration::from_millis(200), scope.idle());
+            idle.await.expect_err("it carries something");
+            drop(busy);
+            scope.idle().await;
+        };
+        tokio::select! {
+            () = drained => {}
+            () = peer => panic!("the peer ended"),
+        }
+    });
+}
+
+/// A pod that drains goes on to connect, and each time a tunnel may be made for it.
+#[test]
+fn what_connects_while_its_pod_drains_leaves_no_tunnel_behind() {
+    run(async {
+        let (pool, _means, scope, peer) = pool(200, usize::MAX).await;
+        let (pod, connect) = (pod(), connect());
+        let key = key(&pod, "server");
+        let drained = async {
+            scope.close(true);
+            pool.forget(key.source);
+            for _ in 0..2 {
+                let stream = pool.connect(&key, &pod, &scope, &connect).await;
+                drop(stream.expect("connected"));
+            }
+            let idle = tokio::time::timeout(Duration::from_secs(10), scope.idle());
+            idle.await.expect("nothing is left");
+        };
+        tokio::select! {
+            () = drained => {}
             () = peer => panic!("the peer ended"),
         }
     });

@@ -20,6 +20,8 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
                                or `late-device=NAME` does that to its socket
   end ADDRESS HOW              connects and ends it: now, sent, half, reset, unread, vanish
   flood ADDRESS BYTES          sends as much, prints what the sink answers
+  script-server PORT STEP...   does the steps of tests/src/script.rs on each connection
+  script ADDRESS TIMES STEP... the same as a client, on so many, one after the other
   rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
   many ADDRESS COUNT [silent]  opens COUNT connections and asks on each, unless silent; holds them
 options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
@@ -38,6 +40,8 @@ fn main() {
         ["talk", to] => talk(to),
         ["end", to, how] => end(to, how),
         ["flood", to, bytes] => flood(to, bytes),
+        ["script-server", port, steps @ ..] => script_server(port, steps),
+        ["script", to, times, steps @ ..] => script(to, times, steps),
         ["rate", to, seconds, each] => rate(to, seconds, each),
         ["many", to, count] => many(to, count, true),
         ["many", to, count, "silent"] => many(to, count, false),
@@ -157,6 +161,25 @@ fn end_server(port: &str, how: &str) -> io::Result<()> {
         }),
         _ => Err(io::Error::other(USAGE)),
     }
+}
+
+/// Prints what each connection saw, as it is over.
+fn script_server(port: &str, steps: &[&str]) -> io::Result<()> {
+    let steps: Vec<String> = steps.iter().map(|step| (*step).to_owned()).collect();
+    each(port, move |connection| {
+        println!("{}", dataplane_tests::script::run(&connection, &steps)?);
+        Ok(())
+    })
+}
+
+fn script(to: &str, times: &str, steps: &[&str]) -> io::Result<()> {
+    let steps: Vec<String> = steps.iter().map(|step| (*step).to_owned()).collect();
+    let to = parse(to)?;
+    for _ in 0..times.parse::<usize>().map_err(io::Error::other)? {
+        let connection = TcpStream::connect_timeout(&to, patience())?;
+        println!("{}", dataplane_tests::script::run(&connection, &steps)?);
+    }
+    Ok(())
 }
 
 fn sink(port: &str) -> io::Result<()> {

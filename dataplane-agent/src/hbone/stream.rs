@@ -1,0 +1,205 @@
+//! One stream of a tunnel, as both ends of it use it: nothing else of the house knows the engine's own
+//! types for it.
+
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream, SendStream};
+use http::{Response, StatusCode};
+
+use super::SEND_BUFFER;
+use super::payload::{Payload, Stalls, Told, Unsent};
+use super::window::Undelivered;
+
+/// What the streams of one tunnel share.
+#[derive(Clone, Debug, Default)]
+pub struct Shared {
+    /// What has come and is not delivered.
+    pub undelivered: Rc<Undelivered>,
+    /// Who cannot send.
+    pub stalls: Rc<Stalls>,
+}
+
+/// A stream that is connected.
+#[derive(Debug)]
+pub struct Stream {
+    /// To the peer.
+    pub outgoing: Outgoing,
+    /// From the peer.
+    pub incoming: Incoming,
+}
+
+impl Stream {
+    /// Of the engine's halves.
+    pub fn new(send: SendStream<Payload>, receive: RecvStream, shared: &Shared) -> Self {
+        Self {
+            outgoing: Outgoing {
+                send,
+                unsent: Unsent::new(&shared.stalls),
+                over: false,
+            },
+            incoming: Incoming {
+                receive,
+                undelivered: Rc::clone(&shared.undelivered),
+                held: 0,
+            },
+        }
+    }
+}
+
+/// What goes to the peer. It is reset when it is dropped before its end was said: a cut stream must not
+/// look like one that came to its end.
+#[derive(Debug)]
+pub struct Outgoing {
+    send: SendStream<Payload>,
+    unsent: Rc<Unsent>,
+    over: bool,
+}
+
+impl Outgoing {
+    /// Completes when more may be sent.
+    pub fn poll_room(&self, context: &Context<'_>) -> Poll<()> {
+        self.unsent.poll_at_most(SEND_BUFFER - 1, context)
+    }
+
+    /// Sends after what was sent before. What the peer's window does not take yet waits here; ask
+    /// [`Self::poll_room`] first.
+    ///
+    /// # Errors
+    /// The stream was reset, or its tunnel has ended.
+    pub fn send(&mut self, bytes: Bytes) -> Result<(), h2::Error> {
+        self.send
+            .send_data(Payload::new(bytes, &self.unsent), false)
+    }
+
+    /// Says the end, after what was sent before.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn finish(&mut self) -> Result<(), h2::Error> {
+        self.over = true;
+        self.send.send_data(Payload::empty(), true)
+    }
+
+    /// Completes when nothing waits to be written to the tunnel any more.
+    pub fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
+        self.unsent.poll_at_most(0, context)
+    }
+
+    /// Whether nothing waits to be written to the tunnel.
+    pub fn is_flushed(&self) -> bool {
+        self.unsent.is_empty()
+    }
+
+    /// Has somebody told how much is written to the tunnel, each time; once.
+    pub fn tell(&self, told: Told) {
+        self.unsent.tell(told);
+    }
+
+    /// Completes when the peer has reset the stream, or its tunnel has ended.
+    pub fn poll_broken(&mut self, context: &mut Context<'_>) -> Poll<h2::Error> {
+        let reset = self.send.poll_reset(context);
+        reset.map(|reset| reset.map_or_else(|error| error, h2::Error::from))
+    }
+
+    /// Ends both directions at once; what is not written is discarded.
+    pub fn reset(&mut self, reason: Reason) {
+        self.over = true;
+        self.send.send_reset(reason);
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        if !self.over {
+            self.send.send_reset(Reason::CANCEL);
+        }
+    }
+}
+
+/// What comes from the peer.
+#[derive(Debug)]
+pub struct Incoming {
+    receive: RecvStream,
+    undelivered: Rc<Undelivered>,
+    held: usize,
+}
+
+impl Incoming {
+    /// The next bytes; `None` at the end, and only if the peer has said it. What the peer sent before
+    /// it reset the stream comes before the error.
+    pub fn poll_read(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, h2::Error>>> {
+        let read = self.receive.poll_data(context);
+        if let Poll::Ready(Some(Ok(bytes))) = &read {
+            self.held += bytes.len();
+            self.undelivered.more(bytes.len());
+        }
+        read
+    }
+
+    /// So much was delivered: the peer may send as much again.
+    pub fn delivered(&mut self, bytes: usize) {
+        self.held -= bytes;
+        self.undelivered.less(bytes);
+        // Fails only for more than was read.
+        let _ = self.receive.flow_control().release_capacity(bytes);
+    }
+}
+
+impl Drop for Incoming {
+    fn drop(&mut self) {
+        self.undelivered.less(self.held);
+    }
+}
+
+/// A stream whose peer waits to be connected.
+#[derive(Debug)]
+pub struct Waiting {
+    respond: SendResponse<Payload>,
+    receive: RecvStream,
+    shared: Shared,
+}
+
+impl Waiting {
+    /// Of the engine's halves.
+    pub fn new(respond: SendResponse<Payload>, receive: RecvStream, shared: &Shared) -> Self {
+        Self {
+            respond,
+            receive,
+            shared: shared.clone(),
+        }
+    }
+
+    /// Completes when the peer does not wait any more.
+    pub async fn gone(&mut self) {
+        // Either way: it was reset, or the tunnel has ended.
+        let _ = std::future::poll_fn(|context| self.respond.poll_reset(context)).await;
+    }
+
+    /// Tells the peer that it is connected.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub fn connected(mut self, baggage: Option<&str>) -> Result<Stream, h2::Error> {
+        let mut response = Response::new(());
+        // What the mesh says of a workload need not be fit for a header; then it is not told.
+        if let Some(baggage) = baggage.and_then(|baggage| baggage.parse().ok()) {
+            response.headers_mut().insert("baggage", baggage);
+        }
+        let send = self.respond.send_response(response, false)?;
+        Ok(Stream::new(send, self.receive, &self.shared))
+    }
+
+    /// Tells the peer why it is not connected.
+    pub fn refuse(mut self, status: StatusCode) {
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        // The peer may have gone.
+        let _ = self.respond.send_response(response, true);
+    }
+}

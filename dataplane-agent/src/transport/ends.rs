@@ -1,0 +1,379 @@
+//! The two kinds of ends that a relay has, as it reads from one and writes to the other.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::net::Shutdown;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use h2::Reason;
+use socket2::SockRef;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use super::relay::{Broken, End};
+use crate::hbone::payload::Told;
+use crate::hbone::stream::{Incoming, Outgoing};
+use crate::sys::socket::{read, unacknowledged};
+
+/// The size of a read while little comes.
+const SMALL: usize = 16 << 10;
+/// The size of a read while each comes back full.
+const LARGE: usize = 256 << 10;
+/// Pieces that are written to a socket at once.
+const SLICES: usize = 32;
+/// A piece smaller than this is copied to the one before it when it has to wait: each costs memory
+/// besides its bytes, and the peer chooses how many there are.
+const PIECE: usize = 4 << 10;
+/// Up to how much is copied together.
+const TOGETHER: usize = 64 << 10;
+
+/// What was read and is not written yet.
+#[derive(Default)]
+pub(super) struct Batch {
+    slices: VecDeque<Bytes>,
+    /// Comes after the slices.
+    small: BytesMut,
+}
+
+impl Batch {
+    pub(super) fn is_empty(&self) -> bool {
+        self.slices.is_empty() && self.small.is_empty()
+    }
+
+    fn push(&mut self, slice: Bytes) {
+        if self.slices.len() < SLICES && self.small.is_empty() {
+            self.slices.push_back(slice);
+        } else if slice.len() < PIECE && self.small.len() < TOGETHER {
+            self.small.extend_from_slice(&slice);
+        } else {
+            self.take_small();
+            self.slices.push_back(slice);
+        }
+    }
+
+    fn take_small(&mut self) {
+        if !self.small.is_empty() {
+            self.slices
+                .push_back(std::mem::take(&mut self.small).freeze());
+        }
+    }
+
+    fn pop(&mut self) -> Option<Bytes> {
+        self.slices.pop_front()
+    }
+
+    fn advance(&mut self, mut written: usize) {
+        while let Some(first) = self.slices.front_mut() {
+            if written < first.len() {
+                first.advance(written);
+                return;
+            }
+            written -= first.len();
+            self.slices.pop_front();
+        }
+    }
+}
+
+/// A socket that is reset when it is dropped before it is done.
+pub(super) struct Socket {
+    tcp: TcpStream,
+    done: Cell<bool>,
+    /// A write was told how the connection broke, and the kernel tells it once: a read will see an end
+    /// of file that is none.
+    told: Cell<bool>,
+}
+
+impl Socket {
+    fn new(tcp: TcpStream) -> Self {
+        Self {
+            tcp,
+            done: false.into(),
+            told: false.into(),
+        }
+    }
+
+    /// Completes when the peer has reset the connection, or does not answer any more, whatever may be
+    /// waiting to be read or written.
+    pub(super) async fn broken(&self) {
+        // An error means that there is no runtime any more.
+        let _ = self.tcp.ready(Interest::ERROR).await;
+    }
+
+    /// What was written and is not acknowledged.
+    pub(super) fn unacknowledged(&self) -> usize {
+        // Fails only where the socket is broken: nothing will go out any more.
+        unacknowledged(&self.tcp).unwrap_or(0)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if !self.done.get() {
+            // Fails only where the socket is broken already.
+            let _ = SockRef::from(&self.tcp).set_linger(Some(Duration::ZERO));
+        }
+    }
+}
+
+/// Resets a connection of which nothing is to be relayed.
+pub fn reset(tcp: TcpStream) {
+    drop(Socket::new(tcp));
+}
+
+/// Both directions of an end.
+pub(super) fn halves(end: End) -> (Source, Sink) {
+    match end {
+        End::Tcp(tcp) => {
+            let socket = Rc::new(Socket::new(tcp));
+            let buffer = BytesMut::new();
+            let source = Source::Tcp {
+                socket: Rc::clone(&socket),
+                buffer,
+                size: SMALL,
+            };
+            (source, Sink::Tcp(socket))
+        }
+        End::Stream(stream) => (
+            Source::Stream(stream.incoming),
+            Sink::Stream(stream.outgoing),
+        ),
+    }
+}
+
+pub(super) enum Source {
+    Tcp {
+        socket: Rc<Socket>,
+        buffer: BytesMut,
+        size: usize,
+    },
+    Stream(Incoming),
+}
+
+impl Source {
+    /// Adds to the batch; `false` at the end. Of a socket it reads only as the batch is empty, as the
+    /// kernel holds what waits; of a stream always, as the peer's window bounds it.
+    pub(super) fn poll_read(
+        &mut self,
+        batch: &mut Batch,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<bool, Broken>> {
+        match self {
+            Self::Tcp { .. } if !batch.is_empty() => Poll::Pending,
+            Self::Tcp {
+                socket,
+                buffer,
+                size,
+            } => loop {
+                ready!(socket.tcp.poll_read_ready(context))?;
+                match read(&socket.tcp, buffer, *size) {
+                    Ok(0) if socket.told.get() => {
+                        let gone = io::Error::from(io::ErrorKind::ConnectionReset);
+                        return Poll::Ready(Err(gone.into()));
+                    }
+                    Ok(0) => return Poll::Ready(Ok(false)),
+                    Ok(length) => {
+                        batch.push(buffer.split().freeze());
+                        if length == *size {
+                            *size = LARGE.min(*size * 4);
+                        } else {
+                            *size = SMALL.max(*size / 2);
+                            if length < SMALL {
+                                *buffer = BytesMut::new();
+                            }
+                        }
+                        return Poll::Ready(Ok(true));
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        *buffer = BytesMut::new();
+                    }
+                    Err(error) => return Poll::Ready(Err(error.into())),
+                }
+            },
+            Self::Stream(incoming) => {
+                let mut some = false;
+                loop {
+                    match incoming.poll_read(context) {
+                        Poll::Ready(Some(Ok(slice))) => {
+                            some |= !slice.is_empty();
+                            if !slice.is_empty() {
+                                batch.push(slice);
+                            }
+                        }
+                        // An end or error that follows data is met again by the next call.
+                        _ if some => return Poll::Ready(Ok(true)),
+                        Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error.into())),
+                        Poll::Ready(None) => return Poll::Ready(Ok(false)),
+                        Poll::Pending => return Poll::Pending,
+                    }
+                }
+            }
+        }
+    }
+
+    /// How it broke, of one whose reads were not told.
+    pub(super) fn error(&self) -> Broken {
+        let kind = io::ErrorKind::ConnectionReset;
+        let error = match self {
+            Self::Tcp { socket, .. } => socket.tcp.take_error().ok().flatten(),
+            Self::Stream(_) => None,
+        };
+        error.unwrap_or_else(|| kind.into()).into()
+    }
+
+    /// The other end has taken so much of what was read.
+    pub(super) fn delivered(&mut self, bytes: usize) {
+        if let Self::Stream(incoming) = self {
+            incoming.delivered(bytes);
+        }
+    }
+}
+
+pub(super) enum Sink {
+    Tcp(Rc<Socket>),
+    Stream(Outgoing),
+}
+
+impl Sink {
+    /// Writes some of the batch, which is not empty, and takes it off it; completes with how much.
+    pub(super) fn poll_write(
+        &mut self,
+        batch: &mut Batch,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<usize, Broken>> {
+        match self {
+            Self::Tcp(socket) => {
+                if batch.slices.is_empty() {
+                    batch.take_small();
+                }
+                let mut slices = [IoSlice::new(&[]); SLICES];
+                let mut count = 0;
+                for (slot, slice) in slices.iter_mut().zip(&batch.slices) {
+                    *slot = IoSlice::new(slice);
+                    count += 1;
+                }
+                loop {
+                    match socket.tcp.try_write_vectored(&slices[..count]) {
+                        Ok(written) => {
+                            batch.advance(written);
+                            return Poll::Ready(Ok(written));
+                        }
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            ready!(socket.tcp.poll_write_ready(context))?;
+                        }
+                        Err(error) => {
+                            // EPIPE: the peer had said its end before it broke, and that one is true.
+                            let ended = error.kind() == io::ErrorKind::BrokenPipe;
+                            socket.told.set(!ended);
+                            return Poll::Ready(Err(error.into()));
+                        }
+                    }
+                }
+            }
+            Self::Stream(outgoing) => {
+                batch.take_small();
+                let mut sent = 0;
+                while !batch.is_empty() {
+                    match outgoing.poll_room(context) {
+                        Poll::Pending if sent == 0 => return Poll::Pending,
+                        Poll::Pending => break,
+                        Poll::Ready(()) => {
+                            let Some(slice) = batch.pop() else { break };
+                            sent += slice.len();
+                            outgoing.send(slice)?;
+                        }
+                    }
+                }
+                Poll::Ready(Ok(sent))
+            }
+        }
+    }
+
+    /// The socket, if it is one.
+    pub(super) fn socket(&self) -> Option<Rc<Socket>> {
+        match self {
+            Self::Tcp(socket) => Some(Rc::clone(socket)),
+            Self::Stream(_) => None,
+        }
+    }
+
+    /// Completes when the end is broken, with how if that is known; `socket` does when its socket is.
+    pub(super) fn poll_broken(
+        &mut self,
+        socket: Pin<&mut impl Future<Output = ()>>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Broken>> {
+        match self {
+            Self::Tcp(_) => socket.poll(context).map(|()| None),
+            Self::Stream(outgoing) => outgoing
+                .poll_broken(context)
+                .map(|error| Some(error.into())),
+        }
+    }
+
+    /// Completes when what was written is on its way and cannot be discarded any more, other than by
+    /// a reset of a socket: see [`Socket::unacknowledged`].
+    pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
+        match self {
+            Self::Tcp(_) => Poll::Ready(()),
+            Self::Stream(outgoing) => outgoing.poll_flushed(context),
+        }
+    }
+
+    /// Whether [`Self::poll_flushed`] would complete.
+    pub(super) fn is_flushed(&self) -> bool {
+        match self {
+            Self::Tcp(_) => true,
+            Self::Stream(outgoing) => outgoing.is_flushed(),
+        }
+    }
+
+    /// Has somebody told of bytes as they are delivered; who writes tells him of a socket's.
+    pub(super) fn tell(&self, told: Told) -> Option<Told> {
+        match self {
+            Self::Tcp(_) => Some(told),
+            Self::Stream(outgoing) => {
+                outgoing.tell(told);
+                None
+            }
+        }
+    }
+
+    /// Says the end of this direction.
+    pub(super) fn finish(&mut self) -> Result<(), Broken> {
+        match self {
+            Self::Tcp(socket) => Ok(SockRef::from(&socket.tcp).shutdown(Shutdown::Write)?),
+            Self::Stream(outgoing) => Ok(outgoing.finish()?),
+        }
+    }
+
+    /// Resets the end in both directions, with the reason if it is a stream.
+    pub(super) fn reset(&mut self, reason: Reason) {
+        match self {
+            // Dropping what is not done resets it.
+            Self::Tcp(_) => {}
+            Self::Stream(outgoing) => outgoing.reset(reason),
+        }
+    }
+
+    /// Lets go of the end, which has been told that no more comes: it is not reset, unless it has sent
+    /// what was not read.
+    pub(super) fn close(&mut self) {
+        match self {
+            Self::Tcp(_) => self.done(),
+            // What it may still send is of no use, and it has done nothing wrong (RFC 9113, 8.1).
+            Self::Stream(outgoing) => outgoing.reset(Reason::NO_ERROR),
+        }
+    }
+
+    /// Both directions have ended: dropping it is no cut.
+    pub(super) fn done(&self) {
+        if let Self::Tcp(socket) = self {
+            socket.done.set(true);
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! How connections end: through the mesh as without it. Each scenario runs between two pods that are
+//! in no mesh first, and what both apps saw there is what both must see here.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::time::Duration;
+
+use dataplane_tests::{Agent, Pair, Pod, eventually, scaled, within};
+
+const PORT: u16 = 7000;
+
+/// The pair, and two pods outside of the mesh beside them.
+struct Place {
+    pair: Pair,
+    bare: (Pod, Pod),
+}
+
+impl Place {
+    fn new() -> Self {
+        let pair = Pair::new();
+        let bare = (
+            pair.nodes.0.bare(&pair.world, "outside", "bare"),
+            pair.nodes.1.bare(&pair.world, "outside", "plain"),
+        );
+        Self { pair, bare }
+    }
+
+    /// What server and client saw, so many times.
+    fn run(
+        (client, server): (&Pod, &Pod),
+        port: u16,
+        times: usize,
+        at_server: &[&str],
+        at_client: &[&str],
+    ) -> Vec<(String, String)> {
+        let port_word = port.to_string();
+        let app = server.app(&[&["script-server", &port_word], at_server].concat());
+        assert_eq!(app.line(), "ready");
+        let to = server.at(port).to_string();
+        let times = times.to_string();
+        let (status, lines) = client
+            .app(&[&["script", &to, &times], at_client].concat())
+            .end();
+        assert!(status.success(), "{lines:?}");
+        let seen = lines.into_iter().map(|line| {
+            let server = app.line_within(scaled(Duration::from_secs(20)));
+            (server.unwrap_or_else(|| "nothing was seen".into()), line)
+        });
+        seen.collect()
+    }
+
+    /// Runs it without the mesh, in it, and from it to what is outside: all must see the same.
+    fn same(&self, port: u16, at_server: &[&str], at_client: &[&str]) -> (String, String) {
+        let Self { pair, bare } = self;
+        let run = |pods, times| Self::run(pods, port, times, at_server, at_client);
+        let without = run((&bare.0, &bare.1), 1).remove(0);
+        for seen in run((&pair.client, &pair.server), 5) {
+            assert_eq!(seen, without, "from pod to pod, (server, client)");
+        }
+        for seen in run((&pair.client, &bare.1), 2) {
+            assert_eq!(seen, without, "to what is outside, (server, client)");
+        }
+        for seen in run((&bare.0, &pair.server), 2) {
+            assert_eq!(seen, without, "from what is outside, (server, client)");
+        }
+        without
+    }
+}
+
+fn descriptors(agent: &Agent) -> usize {
+    let folder = format!("/proc/{}/fd", agent.pid());
+    std::fs::read_dir(folder).expect("it runs").count()
+}
+
+#[test]
+fn a_connection_ends_as_it_would_without_the_mesh() {
+    let place = Place::new();
+    let mut port = PORT;
+    let mut same = |server: &[&str], client: &[&str]| {
+        port += 1;
+        place.same(port, server, client)
+    };
+    // Each direction by itself.
+    let (_, client) = same(
+        &["all", "write=answer", "fin"],
+        &["write=question", "fin", "all"],
+    );
+    assert_eq!(client, "sent; fin; 6 bytes, end");
+    // The server first, and the client goes on.
+    let (server, _) = same(
+        &["write=hello", "fin", "all"],
+        &["all", "wait=300", "write=still", "fin"],
+    );
+    assert_eq!(server, "sent; fin; 5 bytes, end");
+    // A server that answers without having read all: the answer, and then the reset.
+    let (_, client) = same(&["read=1", "fill=30000"], &["fill=100", "wait=300", "all"]);
+    assert_eq!(client, "sent; 30000 bytes, ECONNRESET");
+    // A client that has sent all it had, and resets.
+    let (server, _) = same(&["wait=500", "all"], &["fill=30000", "wait=200", "reset"]);
+    assert_eq!(server, "30000 bytes, ECONNRESET");
+    // The client breaks after it has said its end.
+    let (server, _) = same(
+        &["all", "write=x", "hangup"],
+        &["write=x", "fin", "wait=500", "reset"],
+    );
+    assert_eq!(server, "1 bytes, end; sent; broken");
+    // The client breaks while the server reads nothing of what it sends.
+    let (server, client) = same(&["hangup"], &["fill=40000000", "reset"]);
+    assert_eq!((&*server, &*client), ("broken", "nothing"));
+    // The server has closed. The client, who may not know, writes.
+    let (_, client) = same(
+        &["write=bye"],
+        &[
+            "all", "write=x", "wait=500", "write=x", "wait=200", "write=x",
+        ],
+    );
+    assert_eq!(client, "3 bytes, end; sent; EPIPE; EPIPE");
+}
+
+#[test]
+fn urgent_bytes_stay_in_the_stream_and_hold_up_nothing() {
+    let Place { pair, bare } = Place::new();
+    let steps = ["write=ab", "urgent=!", "write=cd", "wait=1000"];
+    for (port, pods) in [
+        (PORT, (&pair.client, &pair.server)),
+        (PORT + 1, (&bare.0, &pair.server)),
+    ] {
+        for (server, _) in Place::run(pods, port, 5, &["read=5"], &steps) {
+            assert_eq!(server, "ab!cd");
+        }
+    }
+}
+
+#[test]
+fn connections_that_nobody_reads_hold_back_nobody_else() {
+    let pair = Pair::new();
+    let to = pair.server.at(PORT);
+    let _app = pair.server.serve(PORT);
+    for (port, server, client) in [
+        (
+            PORT + 1,
+            ["fill=64000000", "wait=30000"],
+            ["wait=30000", "wait=1"],
+        ),
+        (
+            PORT + 2,
+            ["wait=30000", "wait=1"],
+            ["fill=64000000", "wait=30000"],
+        ),
+    ] {
+        let app = pair
+            .server
+            .app(&[&["script-server", &port.to_string()], &server[..]].concat());
+        assert_eq!(app.line(), "ready");
+        let mut unread = Vec::new();
+        for number in 1..=24 {
+            let port = pair.server.at(port).to_string();
+            unread.push(
+                pair.client
+                    .app(&[&["script", &port, "1"], &client[..]].concat()),
+            );
+            if number % 6 == 0 {
+                std::thread::sleep(Duration::from_millis(1500));
+                let answer = pair.client.ask(to, "ping");
+                assert_eq!(
+                    answer,
+                    Ok(format!("{} ping", pair.client.v4)),
+                    "{number} unread"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_closed_server_leaves_is_given_back_and_what_is_half_closed_goes_on() {
+    let pair = Pair::new();
+    pair.server
+        .netns
+        .set_sysctl("net/ipv4/tcp_fin_timeout", "2");
+    pair.client
+        .netns
+        .set_sysctl("net/ipv4/tcp_fin_timeout", "2");
+    let closing = pair.server.app(&["script-server", "7001", "write=bye"]);
+    // Reads on, though it has said its end.
+    let listening = pair
+        .server
+        .app(&["script-server", "7002", "fin", "wait=22000", "read=5"]);
+    assert_eq!(
+        (closing.line(), listening.line()),
+        ("ready".into(), "ready".into())
+    );
+    let at = |port| pair.server.at(port).to_string();
+    let half = pair.client.app(&[
+        "script",
+        &at(7002),
+        "1",
+        "all",
+        "wait=22000",
+        "write=still",
+        "fin",
+    ]);
+    // The tunnel is there from here on.
+    std::thread::sleep(Duration::from_secs(1));
+    let before = (descriptors(&pair.one), descriptors(&pair.two));
+    let steps = ["1", "all", "wait=25000", "write=x", "wait=500", "write=x"];
+    let kept: Vec<_> = (0..20)
+        .map(|_| {
+            pair.client
+                .app(&[&["script", &at(7001)], &steps[..]].concat())
+        })
+        .collect();
+    eventually("they are connected", 5, || {
+        descriptors(&pair.one) >= before.0 + 20 && descriptors(&pair.two) >= before.1 + 20
+    });
+    eventually("both agents let go of them", 20, || {
+        descriptors(&pair.one) <= before.0 + 2 && descriptors(&pair.two) <= before.1 + 2
+    });
+    for kept in kept {
+        let (_, lines) = kept.end();
+        assert_eq!(lines, ["3 bytes, end; sent; EPIPE"]);
+    }
+    let (_, lines) = half.end();
+    assert_eq!(lines, ["0 bytes, end; sent; fin"]);
+    assert_eq!(listening.line(), "fin; still");
+}
+
+#[test]
+fn a_peer_in_clear_that_is_dead_is_noticed() {
+    let Place { pair, bare } = Place::new();
+    let app = bare
+        .1
+        .app(&["script-server", "7001", "write=hi", "wait=60000"]);
+    assert_eq!(app.line(), "ready");
+    let to = bare.1.at(7001).to_string();
+    let client = pair.client.app(&[
+        "script", &to, "1", "read=2", "all", "all", "all", "all", "all", "all", "all",
+    ]);
+    std::thread::sleep(Duration::from_secs(1));
+    pair.nodes.1.netns.ip("link set wire down\n");
+    let line = client.line_within(scaled(Duration::from_secs(42)));
+    let line = line.expect("told");
+    assert!(line.contains("ECONNRESET"), "{line}");
+    pair.one
+        .logs(&["direction=\"outbound\"", "Connection timed out"]);
+}
+
+#[test]
+fn a_client_that_gives_up_is_not_dialled_for_any_more() {
+    let pair = Pair::new();
+    let nobody = "10.255.255.1:80";
+    // Nothing answers there: the node drops it.
+    pair.nodes
+        .0
+        .netns
+        .ip("route add blackhole 10.255.255.1/32\n");
+    let client = pair
+        .client
+        .app(&["script", nobody, "1", "wait=500", "reset"]);
+    let (status, _) = client.end();
+    assert!(status.success());
+    let gone = || {
+        let log = pair.one.log();
+        log.lines()
+            .any(|line| line.contains("connection complete") && line.contains(nobody))
+    };
+    assert!(within(4, gone), "its connection is over");
+    let line = pair.one.logs(&["connection complete", nobody]);
+    assert!(!line.contains("error="), "{line}");
+}
+
+#[test]
+fn a_tunnel_that_is_lost_resets_its_connections_and_that_is_told_as_a_failure() {
+    let mut pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let mut talk = pair.client.talk(pair.server.at(PORT));
+    talk.say("before");
+    assert_eq!(talk.line(), format!("{} before", pair.client.v4));
+    pair.two.kill();
+    assert_eq!(
+        talk.line_within(scaled(Duration::from_secs(5))).as_deref(),
+        Some("closed: reset")
+    );
+    let hbone = format!("dst.hbone_addr={}:7000", pair.server.v4);
+    let line = pair
+        .one
+        .logs(&["connection complete", "direction=\"outbound\"", &hbone]);
+    assert!(line.contains("error="), "{line}");
+}
+
+#[test]
+fn an_agent_whose_tunnels_are_idle_ends_at_once() {
+    let mut pair = Pair::new();
+    let _apps = (pair.server.serve(PORT), pair.client.serve(PORT));
+    let resetting = pair
+        .server
+        .app(&["script-server", "7001", "read=1", "reset"]);
+    assert_eq!(resetting.line(), "ready");
+    pair.one.kill();
+    let arguments = &mut pair.one.setup().arguments;
+    let drain = arguments.iter().position(|word| word == "--drain");
+    arguments[drain.expect("it is set") + 1] = "60s".into();
+    pair.one.restart();
+    pair.one.up(&["client"]);
+    pair.know_each_other();
+    // Tunnels both ways, of connections that ended in every way.
+    let to = pair.server.at(7001).to_string();
+    let client = pair.client.app(&["script", &to, "3", "fill=100", "all"]);
+    assert!(client.end().0.success());
+    assert!(pair.server.ask(pair.client.at(PORT), "x").is_ok());
+    // It drains because of this one, and meanwhile others make tunnels.
+    let to = pair.server.at(PORT);
+    let live = pair.client.talk(to);
+    pair.one.ask_to_end();
+    pair.one.logs(&["draining; pods stay captured"]);
+    for _ in 0..3 {
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(pair.client.ask(to, "x").is_ok(), "none is refused");
+    }
+    drop(live);
+    let started = std::time::Instant::now();
+    assert!(pair.one.wait().success());
+    let took = started.elapsed();
+    assert!(took < scaled(Duration::from_secs(15)), "{took:?}");
+}

@@ -1,0 +1,106 @@
+//! A connection's life as a list of steps, for both of its ends, and what each saw in words: so that one
+//! through the mesh can be compared with one without.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use socket2::SockRef;
+
+use crate::scaled;
+
+/// The steps, for people.
+pub const STEPS: &str = "write=TEXT fill=BYTES urgent=BYTE read=BYTES all fin wait=MILLISECONDS
+  hangup (waits until the connection is broken) reset (ends it by one)";
+
+/// Does all steps until one of them breaks the script's form; what each saw, in order.
+///
+/// # Errors
+/// A step has no such form.
+pub fn run(stream: &TcpStream, steps: &[String]) -> io::Result<String> {
+    let patience = scaled(Duration::from_secs(12));
+    stream.set_read_timeout(Some(patience))?;
+    stream.set_write_timeout(Some(scaled(Duration::from_millis(700))))?;
+    stream.set_nodelay(true)?;
+    let mut both = stream;
+    let mut saw = Vec::new();
+    for step in steps {
+        let (verb, object) = step.split_once('=').unwrap_or((step, ""));
+        let number = || object.parse::<usize>().map_err(io::Error::other);
+        saw.push(match verb {
+            "write" => outcome(
+                (&*stream)
+                    .write_all(object.as_bytes())
+                    .map(|()| "sent".into()),
+            ),
+            "fill" => outcome(
+                (&*stream)
+                    .write_all(&vec![b'.'; number()?])
+                    .map(|()| "sent".into()),
+            ),
+            "urgent" => {
+                let sent = SockRef::from(stream).send_out_of_band(object.as_bytes());
+                outcome(sent.map(|_| "sent".into()))
+            }
+            "read" => {
+                let mut bytes = vec![0; number()?];
+                let read = both.read_exact(&mut bytes);
+                outcome(read.map(|()| String::from_utf8_lossy(&bytes).into_owned()))
+            }
+            "all" => {
+                let (mut bytes, mut buffer) = (0, vec![0; 1 << 16]);
+                let end = loop {
+                    match both.read(&mut buffer) {
+                        Ok(0) => break "end".to_owned(),
+                        Ok(read) => bytes += read,
+                        Err(error) => break word(&error),
+                    }
+                };
+                format!("{bytes} bytes, {end}")
+            }
+            "fin" => outcome(stream.shutdown(Shutdown::Write).map(|()| "fin".into())),
+            "wait" => {
+                std::thread::sleep(Duration::from_millis(number()? as u64));
+                continue;
+            }
+            "hangup" => hangup(stream, patience)?.into(),
+            "reset" => {
+                SockRef::from(stream).set_linger(Some(Duration::ZERO))?;
+                continue;
+            }
+            _ => return Err(io::Error::other(format!("no step: {step}"))),
+        });
+    }
+    Ok(saw.join("; "))
+}
+
+fn outcome(done: io::Result<String>) -> String {
+    done.unwrap_or_else(|error| word(&error))
+}
+
+/// As the C library's names have it: what a program sees, it may well tell apart.
+fn word(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::ECONNRESET) => "ECONNRESET".into(),
+        Some(libc::EPIPE) => "EPIPE".into(),
+        Some(libc::ETIMEDOUT) => "ETIMEDOUT".into(),
+        Some(libc::EAGAIN) => "nothing".into(),
+        _ => error.to_string(),
+    }
+}
+
+fn hangup(stream: &TcpStream, patience: Duration) -> io::Result<&'static str> {
+    let mut wanted = libc::pollfd {
+        fd: stream.as_raw_fd(),
+        events: 0,
+        revents: 0,
+    };
+    let patience = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: the descriptor is open, and it is one.
+    match unsafe { libc::poll(&raw mut wanted, 1, patience) } {
+        0 => Ok("whole"),
+        1 => Ok("broken"),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
