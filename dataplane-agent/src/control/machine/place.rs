@@ -101,7 +101,7 @@ impl Machine {
             .filter(|uid| *uid != own_uid)
             .collect();
         let (mut named, mut unnamed) = (BTreeSet::new(), BTreeSet::new());
-        let mut before = None;
+        let (mut before, mut failed) = (None, None);
         let inodes: Vec<u64> = seen.namespaces.keys().copied().collect();
         for inode in inodes {
             let is_old = lost > 0 && self.since.get(&inode).is_some_and(|since| *since <= lost);
@@ -111,7 +111,10 @@ impl Machine {
             let candidate = match seen.open(inode, &self.root) {
                 Ok(Some(candidate)) => candidate,
                 Ok(None) => continue,
-                Err(error) => return Err(error.clone()),
+                Err(error) => {
+                    failed.get_or_insert_with(|| error.clone());
+                    continue;
+                }
             };
             if !pod
                 .addresses
@@ -122,8 +125,13 @@ impl Machine {
             }
             match captured.get(&candidate.cookie) {
                 Some(is) if is.uid == pod.uid => before = Some(inode),
-                // Captured as another pod, that is still there and will be found in it.
-                Some(is) if pods.iter().any(|pod| pod.uid == is.uid) => continue,
+                // Captured as another pod, that will be found in it.
+                Some(is)
+                    if !self.places.contains_key(&is.uid)
+                        && pods.iter().any(|pod| pod.uid == is.uid) =>
+                {
+                    continue;
+                }
                 _ => {}
             }
             let another = candidate.uids.iter().any(|uid| others.contains(uid));
@@ -133,12 +141,15 @@ impl Machine {
                 unnamed.insert(inode);
             }
         }
-        let candidates = if named.is_empty() { unnamed } else { named };
-        Ok(match before {
+        let is_named = !named.is_empty();
+        let candidates = if is_named { named } else { unnamed };
+        match (before, failed) {
             // What it is captured as already.
-            Some(before) if candidates.contains(&before) => [before].into(),
-            _ => candidates,
-        })
+            (Some(before), _) if candidates.contains(&before) => Ok([before].into()),
+            // What could not be looked into may have the address too.
+            (_, Some(error)) if !is_named => Err(error),
+            _ => Ok(candidates),
+        }
     }
 
     /// The namespace that a pod's annotation names.
