@@ -10,11 +10,14 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use nix::mount::MntFlags;
 
 use crate::agent::{Agent, CAPABILITIES, Setup};
 use crate::cgroup::{self, Cgroup};
@@ -327,14 +330,17 @@ pub fn clear(id: &str) -> bool {
         .flatten()
         .flatten()
     {
-        if entry
+        let is_its = entry
             .file_name()
             .to_string_lossy()
-            .starts_with(&folder_prefix(id))
-        {
+            .starts_with(&folder_prefix(id));
+        // Anybody can put a name there: what is cleared is a folder of our own, and no link.
+        let is_ours = fs::symlink_metadata(entry.path())
+            .is_ok_and(|found| found.is_dir() && found.uid() == nix::unistd::geteuid().as_raw());
+        if is_its && is_ours {
             found = true;
-            let _ =
-                nix::mount::umount2(&entry.path().join("bpf"), nix::mount::MntFlags::MNT_DETACH);
+            let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+            let _ = nix::mount::umount2(&entry.path().join("bpf"), flags);
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -365,7 +371,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+        let _ = nix::mount::umount2(&self.0, MntFlags::MNT_DETACH);
     }
 }
 
