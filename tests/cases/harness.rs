@@ -25,6 +25,23 @@ fn pods_of_two_nodes_reach_each_other_by_both_families_and_the_wire_shows_it() {
 }
 
 #[test]
+fn a_capture_that_died_fails_its_test() {
+    let world = World::new();
+    let node = world.node("one");
+    node.netns
+        .ip("link add dead type veth peer name end\nlink set dead up\nlink set end up\n");
+    let ends = |spoil: &str| {
+        let wire = Wire::tap(node.netns.file(), "dead");
+        node.netns.ip(spoil);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| wire.end())).is_ok()
+    };
+    assert!(ends(""), "as long as nothing is wrong with it");
+    assert!(!ends("link set dead down\n"), "its interface was down");
+    node.netns.ip("link set dead up\n");
+    assert!(!ends("link del dead\n"), "its interface is gone");
+}
+
+#[test]
 fn a_process_of_a_pod_is_in_its_cgroup_and_namespace() {
     let world = World::new();
     let node = world.node("one");

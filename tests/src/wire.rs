@@ -1,17 +1,34 @@
 //! What is on a wire: every packet of one interface, as it is there.
+//!
+//! That nothing was seen proves something only of a capture that would have seen it. So each one has
+//! to see, at its end, a frame that it sends itself; and one that lost a packet, or died, fails its
+//! test.
 
 use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Socket, Type};
 
+use crate::scaled;
+
 /// `ETH_P_ALL`, in network byte order.
 const ALL: i32 = 0x0003_u16.to_be() as i32;
+
+/// The kind of a probe's frame: one that is kept free for experiments.
+const PROBE: [u8; 2] = [0x88, 0xb5];
+/// How much of what was sent and not yet read is kept.
+static BUFFER: libc::c_int = 32 << 20;
+/// A pause of this length, and everything that was sent before is there.
+const PAUSE: Duration = Duration::from_millis(200);
+/// A busy wire has no pause; its capture ends after this time.
+const BUSY: Duration = Duration::from_secs(2);
 
 /// A TCP segment that was seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +45,7 @@ pub struct Segment {
 
 /// A running capture of one interface.
 #[derive(Debug)]
+#[must_use = "nobody judges what it sees"]
 pub struct Wire {
     seen: Arc<Mutex<Seen>>,
     stop: Arc<AtomicBool>,
@@ -70,15 +88,35 @@ impl Wire {
             let socket = open(&interface);
             ready.send(()).expect("somebody waits");
             let mut buffer = vec![0_u8; 1 << 17];
+            let mut stopped = None;
+            // Until it is told to stop, and then until a pause.
             loop {
-                use std::io::Read;
-                match (&socket).read(&mut buffer) {
-                    Ok(length) => told.lock().expect("not poisoned").take(&buffer[..length]),
-                    // A pause in which nothing came: everything that was sent before is read.
-                    Err(_) if until.load(Ordering::Acquire) => return,
-                    Err(_) => {}
+                if until.load(Ordering::Acquire) {
+                    stopped.get_or_insert_with(Instant::now);
+                }
+                let frame = next(&socket, &mut buffer, &interface);
+                if let Some(frame) = frame {
+                    told.lock().expect("not poisoned").take(frame);
+                }
+                let busy = stopped.is_some_and(|at| at.elapsed() > BUSY);
+                if stopped.is_some() && (frame.is_none() || busy) {
+                    break;
                 }
             }
+            let probe = probe(&interface);
+            let deadline = Instant::now() + scaled(Duration::from_secs(5));
+            loop {
+                match next(&socket, &mut buffer, &interface) {
+                    Some(frame) if frame == probe => break,
+                    Some(frame) => told.lock().expect("not poisoned").take(frame),
+                    None => assert!(
+                        Instant::now() < deadline,
+                        "the capture of {interface} does not see what is sent there"
+                    ),
+                }
+            }
+            let lost = lost(&socket);
+            assert_eq!(lost, 0, "packets that the capture of {interface} lost");
         });
         is_ready.recv().expect("the capture starts");
         Self {
@@ -103,8 +141,10 @@ impl Wire {
 
     fn finish(&mut self) {
         self.stop.store(true, Ordering::Release);
-        if let Some(thread) = self.thread.take() {
-            thread.join().expect("the capture ends");
+        if let Some(thread) = self.thread.take()
+            && let Err(why) = thread.join()
+        {
+            std::panic::resume_unwind(why);
         }
     }
 }
@@ -117,6 +157,9 @@ impl Drop for Wire {
 
 impl Seen {
     fn take(&mut self, frame: &[u8]) {
+        if frame.get(12..14) == Some(&PROBE) {
+            return; // another capture's
+        }
         self.packets += 1;
         for (marker, count) in &mut self.markers {
             *count += usize::from(contains(frame, marker.as_bytes()));
@@ -134,14 +177,67 @@ pub fn contains(bytes: &[u8], text: &[u8]) -> bool {
     bytes.windows(text.len()).any(|window| window == text)
 }
 
+/// The next frame; none after a pause.
+///
+/// # Panics
+/// The capture has died, as it does when its interface goes.
+fn next<'a>(mut socket: &Socket, buffer: &'a mut [u8], interface: &str) -> Option<&'a [u8]> {
+    match socket.read(buffer) {
+        Ok(length) => Some(&buffer[..length]),
+        Err(error) => match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted => None,
+            _ => panic!("the capture of {interface} has died: {error}"),
+        },
+    }
+}
+
+/// Sends a frame that no other is like, from another socket: one's own are not shown to it.
+fn probe(interface: &str) -> Vec<u8> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let own = [u64::from(std::process::id()), number].map(u64::to_be_bytes);
+    // To nobody in particular, from nobody.
+    let frame = [&[0xff; 6], &[0; 6], &PROBE[..], &own.concat(), &[0; 44]].concat();
+    let sent = open(interface).send(&frame);
+    assert_eq!(sent.expect("send a frame"), frame.len());
+    frame
+}
+
+/// How many packets the kernel had no room to keep.
+fn lost(socket: &Socket) -> u32 {
+    let mut counts = [0_u32; 2]; // taken, lost
+    let mut length = size_of_val(&counts) as libc::socklen_t;
+    // SAFETY: the descriptor is open; the kernel writes as much as the length says.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            libc::PACKET_STATISTICS,
+            counts.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    counts[1]
+}
+
 fn open(interface: &str) -> Socket {
     let socket = Socket::new(Domain::PACKET, Type::RAW, None).expect("a packet socket needs root");
     let index = nix::net::if_::if_nametoindex(interface)
         .unwrap_or_else(|error| panic!("interface {interface}: {error}"));
-    socket.set_recv_buffer_size(16 << 20).expect("a size");
-    socket
-        .set_read_timeout(Some(Duration::from_millis(200)))
-        .expect("a timeout");
+    // By force: what may be asked for is less than a burst.
+    // SAFETY: the descriptor is open, and the value is of the length that is given.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVBUFFORCE,
+            (&raw const BUFFER).cast(),
+            size_of_val(&BUFFER) as libc::socklen_t,
+        )
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    socket.set_read_timeout(Some(PAUSE)).expect("a timeout");
     // SAFETY: all zeros are an address of this kind.
     let mut storage: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
     let address = libc::sockaddr_ll {
