@@ -12,8 +12,9 @@ use std::time::Duration;
 use dataplane_tests::cgroup::Cgroup;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Place, Process, output, place, said};
+use dataplane_tests::wire::Segment;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Pair, Pod, Wire, World, eventually, program, require_root, scaled};
+use dataplane_tests::{Pair, Wire, World, eventually, program, require_root, scaled};
 
 const PORT: u16 = 7000;
 
@@ -162,7 +163,7 @@ fn c1_without_an_agent_nobody_reaches_a_pod_and_nothing_of_it_leaves() {
     let _theirs = outsider.serve(PORT);
     assert!(outsider.ask(pair.server.at(PORT), "with an agent").is_ok());
     pair.two.kill();
-    let taps = Wire::tap(pair.nodes.1.netns.file(), &pair.server.veth);
+    let tap = Wire::tap(pair.nodes.1.netns.file(), &pair.server.veth);
     for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
         assert!(outsider.ask(to, "without").is_err(), "{to}");
         assert!(pair.client.ask(to, "without").is_err(), "{to}");
@@ -170,7 +171,12 @@ fn c1_without_an_agent_nobody_reaches_a_pod_and_nothing_of_it_leaves() {
     for to in [outsider.at(PORT), outsider.at6(PORT), pair.client.at6(PORT)] {
         assert!(pair.server.ask(to, "without").is_err(), "{to}");
     }
-    for segment in taps.end() {
+    let segments = tap.end();
+    for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
+        let asked = |segment: &Segment| segment.to == (to.ip(), to.port());
+        assert!(segments.iter().any(asked), "{to} was asked: {segments:?}");
+    }
+    for segment in segments {
         let out = segment.from.0 == pair.server.v4 || segment.from.0 == pair.server.v6;
         assert!(segment.payload.is_empty(), "{segment:?}");
         // It may say that nobody is there; it may not ask.
@@ -193,48 +199,60 @@ fn c2_the_apps_own_marks_stay_and_a_socket_that_is_connected_anew_is_decided_ane
     let taps = taps(&pair);
     let to = pair.server.at(PORT);
     // Bits above ours, and all of ours: they are replaced.
-    for mark in ["mark=65536", "mark=1297", "mark=273", "mark=1337"] {
-        assert!(
-            pair.client.ask_with(to, "marked", &[mark]).is_ok(),
-            "{mark}"
-        );
+    let marked = |to, options: &[&str], marked: u32| {
+        let options = [options, &["say-mark"]].concat();
+        let answer = pair.client.ask_with(to, "x", &options);
+        let expected = format!("{} x\nmark={marked:#x}", pair.client.v4);
+        assert_eq!(answer, Ok(expected), "{options:?}");
+    };
+    marked(to, &[], 0x511);
+    for (mark, becomes) in [
+        ("mark=0x10000", 0x10511),
+        ("mark=0xabcde000", 0xabcd_e511),
+        ("mark=0x511", 0x511),
+        ("mark=0x111", 0x511),
+        ("mark=0x539", 0x511),
+    ] {
+        marked(to, &[mark], becomes);
     }
-    let first = format!("twice={to}");
     let own = pair.client.at(PORT);
-    assert!(
-        pair.client.ask_with(own, "to itself", &[&first]).is_ok(),
-        "captured, then local"
-    );
-    let local = format!("twice={own}");
-    assert!(
-        pair.client.ask_with(to, "out", &[&local]).is_ok(),
-        "local, then captured"
-    );
+    let (first, local) = (format!("twice={to}"), format!("twice={own}"));
+    // Captured, then local; and local, then captured.
+    marked(own, &[&first], 0);
+    marked(own, &["mark=0x10000", &first], 0x10000);
+    marked(to, &[&local], 0x511);
+    marked(to, &["mark=0x10000", &local], 0x10511);
     nothing_leaked(taps, PORT..PORT + 1);
 }
 
 #[test]
 fn c5_every_kind_of_tcp_connection_is_captured() {
-    let pair = Pair::new();
+    let pair = Pair::prepared(|client, _| {
+        // Clients may, and every listener does, the agent's too: bits 1, 2 and 0x400.
+        client.netns.set_sysctl("net.ipv4.tcp_fastopen", "1027");
+    });
     let _app = pair.server.serve(PORT);
-    pair.client.netns.set_sysctl("net.ipv4.tcp_fastopen", "3");
-    pair.server.netns.set_sysctl("net.ipv4.tcp_fastopen", "3");
     let taps = taps(&pair);
     let before = pair.one.counter("captured");
-    let to = pair.server.at(PORT);
-    for option in ["mapped", "mptcp", "fastopen", "fastopen"] {
-        let answer = pair.client.ask_with(to, option, &[option]);
-        assert_eq!(
-            answer,
-            Ok(format!("{} {option}", pair.client.v4)),
-            "{option}"
-        );
+    let kinds = [
+        (pair.server.at(PORT), &["mapped"][..]),
+        (pair.server.at(PORT), &["mptcp"]),
+        (pair.server.at6(PORT), &["mptcp"]),
+        // The first brings a cookie, and with that the second has its data in the SYN.
+        (pair.server.at(PORT), &["fastopen"]),
+        (pair.server.at(PORT), &["fastopen", "in-syn"]),
+        (pair.server.at6(PORT), &["fastopen"]),
+        (pair.server.at6(PORT), &["fastopen", "in-syn"]),
+    ];
+    for (to, options) in kinds {
+        let client = match to.is_ipv4() {
+            true => pair.client.v4,
+            false => pair.client.v6,
+        };
+        let answer = pair.client.ask_with(to, "x", options);
+        assert_eq!(answer, Ok(format!("{client} x")), "{to} {options:?}");
     }
-    let answer = pair
-        .client
-        .ask_with(pair.server.at6(PORT), "mptcp", &["mptcp"]);
-    assert_eq!(answer, Ok(format!("{} mptcp", pair.client.v6)));
-    assert!(pair.one.counter("captured") >= before + 5);
+    assert!(pair.one.counter("captured") >= before + kinds.len() as u64);
     nothing_leaked(taps, PORT..PORT + 1);
 }
 
@@ -276,71 +294,25 @@ fn c6_a_pods_process_in_a_namespace_of_its_own_reaches_only_that_namespace() {
     pair.one.logs(&["foreign_cgroup"]);
 }
 
-/// What an enrolment leaves in a pod's namespace.
-fn traces(pod: &Pod) -> Vec<String> {
-    let mut traces = Vec::new();
-    for family in ["-4", "-6"] {
-        let rules = pod.netns.show(&format!("{family} rule show"));
-        traces.extend(
-            rules
-                .lines()
-                .filter(|line| line.contains("fwmark"))
-                .map(str::to_owned),
-        );
-        for table in ["15001", "15006"] {
-            let routes = pod
-                .netns
-                .show(&format!("{family} route show table {table}"));
-            traces.extend(routes.lines().map(|route| format!("{table}: {route}")));
-        }
-    }
-    for name in [
-        "net.ipv4.tcp_fwmark_accept",
-        "net.ipv4.fwmark_reflect",
-        "net.ipv6.fwmark_reflect",
-    ] {
-        if pod.netns.sysctl(name) != "0" {
-            traces.push(format!("{name} is not 0"));
-        }
-    }
-    let (_, listeners, _) = output(pod.command("ss").args(["-Hltn"]));
-    let ours = |line: &&str| {
-        [":15001", ":15006", ":15008"]
-            .iter()
-            .any(|port| line.contains(port))
-    };
-    traces.extend(listeners.lines().filter(ours).map(str::to_owned));
-    traces
-}
-
-fn pins(world: &World) -> Vec<String> {
-    fn walk(folder: &Path, found: &mut Vec<String>) {
-        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-            let path = entry.path();
-            // The kernel's own two files have a dot in their names.
-            if path.is_dir() {
-                walk(&path, found);
-                found.push(path.display().to_string());
-            } else if path.extension().is_none() {
-                found.push(path.display().to_string());
-            }
-        }
-    }
-    let mut found = Vec::new();
-    walk(world.bpffs(), &mut found);
-    found
-}
-
 #[test]
 fn c7_a_pod_that_leaves_has_nothing_left_of_it() {
     let mut pair = Pair::new();
     let _app = pair.server.serve(PORT);
     assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
-    assert!(
-        traces(&pair.client).len() >= 12,
-        "{:?}",
-        traces(&pair.client)
-    );
+    let traces = pair.client.traces();
+    assert!(traces.len() >= 12, "{traces:?}");
+    let kept = pair.world.traces("one");
+    for part in [
+        "/pods/",
+        "PODS",
+        "CGROUPS",
+        "ADDRESSES",
+        "run/one/pods",
+        "enrolled/",
+    ] {
+        let found = kept.iter().any(|trace| trace.contains(part));
+        assert!(found, "{part} is where it was looked for: {kept:?}");
+    }
     let mut object = pair.nodes.0.object(&pair.client);
     object
         .labels
@@ -348,29 +320,26 @@ fn c7_a_pod_that_leaves_has_nothing_left_of_it() {
     pair.world.manifests.pod(&object);
     pair.one.is("client", "ignored");
     eventually("nothing is left in the pod", 15, || {
-        traces(&pair.client).is_empty()
+        pair.client.traces().is_empty()
     });
-    let left = |names: &[String]| {
-        names
-            .iter()
-            .filter(|name| name.contains("/one/") && name.contains("/pods/"))
-            .count()
-    };
-    assert_eq!(left(&pins(&pair.world)), 0, "{:?}", pins(&pair.world));
+    eventually("nothing is left of the pod on its node", 5, || {
+        pair.world.traces("one").is_empty()
+    });
     let answer = pair.client.ask(pair.server.at(PORT), "in clear now");
     assert_eq!(answer, Ok(format!("{} in clear now", pair.client.v4)));
     // And the other node, all at once.
     pair.two.terminate();
-    assert!(!traces(&pair.server).is_empty(), "still captured");
+    assert!(!pair.server.traces().is_empty(), "still captured");
+    let kept = pair.world.traces("two");
+    assert!(kept.len() >= 4, "{kept:?}");
     let (status, out, error) = pair.two.uninstall();
     assert!(status.success(), "{error}");
     assert!(out.contains("1 pods let go"), "{out}");
-    assert_eq!(traces(&pair.server), Vec::<String>::new());
-    assert!(
-        !pins(&pair.world).iter().any(|name| name.contains("/two")),
-        "{:?}",
-        pins(&pair.world)
-    );
+    assert_eq!(pair.server.traces(), Vec::<String>::new());
+    assert_eq!(pair.world.traces("two"), Vec::<String>::new());
+    let pins = pair.world.pins();
+    let of_two = pair.world.bpffs().join("dataplane/two");
+    assert!(!pins.iter().any(|pin| pin.starts_with(&of_two)), "{pins:?}");
     let attached = |cgroup: &Path| {
         let mut check = Command::new(program("DATAPLANE_BIN"));
         let (_, text, _) = output(check.arg("check").arg("--cgroup").arg(cgroup));
@@ -491,7 +460,8 @@ fn c9_a_pod_that_leaves_keeps_inside_what_was_captured() {
         talk
     });
     pair.world.manifests.namespace("demo", false);
-    pair.one.is("client", "draining");
+    // From then on the kernel takes the pod for one that leaves.
+    pair.one.logs(&["pod leaves the mesh", "client"]);
     for talk in &mut talks {
         pair.one.counts("kept_inside", "it runs away", || {
             talk.say("late-mark=0");
@@ -571,17 +541,20 @@ fn c1_an_app_that_has_the_agents_port_gets_nothing_of_its_traffic() {
 fn the_programs_log_when_they_are_told_to_and_not_before() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
+    // What they log comes in bursts.
+    let burst = || std::thread::sleep(scaled(Duration::from_millis(300)));
     assert!(pair.client.ask(pair.server.at(PORT), "quiet").is_ok());
+    burst();
     assert!(!pair.one.log().contains("captured=1"));
     let answer = pair.one.post("/logging?kernel=on");
     assert!(answer.contains("200 OK"), "{answer}");
     assert!(pair.client.ask(pair.server.at(PORT), "told").is_ok());
     pair.one.logs(&["connect netns=", "port=7000 captured=1"]);
     pair.one.post("/logging?kernel=off");
-    std::thread::sleep(scaled(Duration::from_millis(300)));
+    burst();
     let before = pair.one.log().matches("captured=1").count();
     assert!(pair.client.ask(pair.server.at(PORT), "quiet again").is_ok());
-    std::thread::sleep(scaled(Duration::from_millis(300)));
+    burst();
     assert_eq!(pair.one.log().matches("captured=1").count(), before);
 }
 
@@ -616,8 +589,8 @@ fn a_pod_with_a_sidecar_or_that_says_no_is_left_alone_and_one_without_a_process_
         agent.pod("nowhere").1,
         "no network namespace of this machine has 10.254.254.254; until then it is not captured, and no policy holds"
     );
-    assert_eq!(traces(&sidecar), Vec::<String>::new());
-    assert_eq!(traces(&says_no), Vec::<String>::new());
+    assert_eq!(sidecar.traces(), Vec::<String>::new());
+    assert_eq!(says_no.traces(), Vec::<String>::new());
 }
 
 #[test]
@@ -630,7 +603,7 @@ fn c7_a_pod_that_comes_back_under_its_name_is_captured_at_once() {
     drop(first);
     let second = pair.nodes.0.pod(&pair.world, "again");
     eventually("the new one is captured", 10, || {
-        !traces(&second).is_empty()
+        !second.traces().is_empty()
     });
     pair.one.up(&["client", "again"]);
     let answer = second.ask(pair.server.at(PORT), "x");

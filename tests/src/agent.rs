@@ -180,7 +180,8 @@ impl Agent {
 
     /// All that it has logged.
     pub fn log(&self) -> String {
-        fs::read_to_string(&self.setup.log).unwrap_or_default()
+        let log = &self.setup.log;
+        fs::read_to_string(log).unwrap_or_else(|error| panic!("{}: {error}", log.display()))
     }
 
     /// Waits for a line that has all of these in it.
@@ -242,11 +243,15 @@ impl Agent {
     }
 
     /// What a kernel counter says.
+    ///
+    /// # Panics
+    /// The agent does not answer, or has no such counter: that is not zero.
     pub fn counter(&self, word: &str) -> u64 {
-        let status = self.status().unwrap_or_default();
-        let counters = status["counters"].as_array().cloned().unwrap_or_default();
+        let status = self.status().expect("it answers");
+        let counters = status["counters"].as_array().expect("counters");
         let of = counters.iter().find(|counter| counter[0] == word);
-        of.and_then(|counter| counter[1].as_u64()).unwrap_or(0)
+        let of = of.unwrap_or_else(|| panic!("no counter {word}: {counters:?}"));
+        of[1].as_u64().expect("a number")
     }
 
     /// Does it, and waits until a kernel counter has risen by it.
@@ -306,7 +311,9 @@ impl Drop for Agent {
             eprintln!("uninstall {}: {error}", self.setup.node);
         }
         if std::thread::panicking() {
-            eprintln!("--- log of {}:\n{}", self.setup.node, tail(&self.log(), 40));
+            // A second panic would end the process, and with it what is to be cleared up.
+            let log = fs::read_to_string(&self.setup.log).unwrap_or_default();
+            eprintln!("--- log of {}:\n{}", self.setup.node, tail(&log, 40));
         }
     }
 }

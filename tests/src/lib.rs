@@ -4,12 +4,14 @@
 //! Nothing skips: what a test cannot have, it fails for, and says so.
 
 pub mod agent;
+pub mod bpf;
 pub mod cgroup;
 pub mod lacks;
 pub mod manifests;
 pub mod netns;
 pub mod process;
 pub mod script;
+pub mod traces;
 pub mod wire;
 pub mod world;
 

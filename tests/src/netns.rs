@@ -48,12 +48,17 @@ impl Netns {
     }
 
     /// What an `ip` command says of it.
+    ///
+    /// # Panics
+    /// It fails: that is not nothing.
     pub fn show(&self, command: &str) -> String {
         let output = Command::new("ip")
             .args(["-n", &self.name])
             .args(command.split(' '))
             .output()
             .expect("ip is installed");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "ip {command}: {error}");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 

@@ -111,9 +111,15 @@ pub struct Pair {
 impl Pair {
     /// Up, and dialled by HBONE.
     pub fn new() -> Self {
+        Self::prepared(|_, _| {})
+    }
+
+    /// As [`Pair::new`]; what is done to client and server is done before they are enrolled.
+    pub fn prepared(prepare: impl FnOnce(&Pod, &Pod)) -> Self {
         let world = World::new();
         let nodes = world.two_nodes();
         let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
+        prepare(&client, &server);
         let (one, two) = (world.agent(&nodes.0), world.agent(&nodes.1));
         one.up(&["client"]);
         two.up(&["server"]);

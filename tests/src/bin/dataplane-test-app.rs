@@ -25,7 +25,8 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
   rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
   many ADDRESS COUNT [silent]  opens COUNT connections and asks on each, unless silent; holds them
 options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
-options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS";
+options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS
+                in-syn (fails unless the line went in the SYN) say-mark (prints the mark that it has then)";
 
 fn main() {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -223,7 +224,11 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
             .iter()
             .find_map(|option| option.strip_prefix(name)?.strip_prefix('='))
     };
-    let number = |text: &str| text.parse::<u32>().map_err(io::Error::other);
+    let number = |text: &str| {
+        let hex = text.strip_prefix("0x");
+        hex.map_or_else(|| text.parse(), |hex| u32::from_str_radix(hex, 16))
+            .map_err(io::Error::other)
+    };
     if options.contains(&"mapped")
         && let SocketAddr::V4(v4) = to
     {
@@ -269,8 +274,37 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
     if BufReader::new(&stream).read_line(&mut answer)? == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
+    if options.contains(&"in-syn") && !was_in_syn(&stream)? {
+        return Err(io::Error::other("it did not go in the SYN"));
+    }
     print!("{answer}");
+    if options.contains(&"say-mark") {
+        println!("mark={:#x}", SockRef::from(&stream).mark()?);
+    }
     Ok(())
+}
+
+/// Whether the server has acknowledged data of the SYN.
+fn was_in_syn(stream: &TcpStream) -> io::Result<bool> {
+    use std::os::fd::AsRawFd;
+    const TCPI_OPT_SYN_DATA: u8 = 32;
+    // SAFETY: all zeros are a value of this type of numbers alone.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the descriptor is open; the kernel writes as much as the length says.
+    let done = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut length,
+        )
+    };
+    match done {
+        0 => Ok(info.tcpi_options & TCPI_OPT_SYN_DATA != 0),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn disconnect(socket: &Socket) -> io::Result<()> {

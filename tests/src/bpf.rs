@@ -1,0 +1,94 @@
+//! What is in a pinned map of the kernel's.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
+const BPF_OBJ_GET: libc::c_long = 7;
+
+/// The keys of a map that is a hash table; none if something else is pinned there.
+pub fn keys(pin: &Path) -> Option<Vec<Vec<u8>>> {
+    let read = || {
+        let pinned = open(pin)?;
+        let Some(size) = key_size(&pinned)? else {
+            return Ok(None);
+        };
+        let mut keys: Vec<Vec<u8>> = Vec::new();
+        while let Some(key) = next(&pinned, keys.last(), size)? {
+            keys.push(key);
+        }
+        Ok(Some(keys))
+    };
+    read().unwrap_or_else(|error: io::Error| panic!("{}: {error}", pin.display()))
+}
+
+/// As the kernel tells it of the descriptor.
+fn key_size(pinned: &OwnedFd) -> io::Result<Option<usize>> {
+    const HASH: usize = 1;
+    let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", pinned.as_raw_fd()))?;
+    let number = |name: &str| {
+        let mut lines = told.lines();
+        lines.find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+    };
+    Ok(number("key_size:").filter(|_| number("map_type:") == Some(HASH)))
+}
+
+fn open(pin: &Path) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Get {
+        path: u64,
+        descriptor: u32,
+        flags: u32,
+    }
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let get = Get {
+        path: path.as_ptr() as u64,
+        descriptor: 0,
+        flags: 0,
+    };
+    let descriptor = bpf(BPF_OBJ_GET, &get)?;
+    // SAFETY: the kernel has made it for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+fn next(map: &OwnedFd, after: Option<&Vec<u8>>, size: usize) -> io::Result<Option<Vec<u8>>> {
+    #[repr(C)]
+    struct Next {
+        map: u32,
+        padding: u32,
+        key: u64,
+        next: u64,
+    }
+    let mut found = vec![0_u8; size];
+    let next = Next {
+        map: map.as_raw_fd() as u32,
+        padding: 0,
+        key: after.map_or(0, |key| key.as_ptr() as u64),
+        next: found.as_mut_ptr() as u64,
+    };
+    match bpf(BPF_MAP_GET_NEXT_KEY, &next) {
+        Ok(_) => Ok(Some(found)),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn bpf<T>(what: libc::c_long, attributes: &T) -> io::Result<i32> {
+    // SAFETY: the attributes are whole, and what they point to outlives the call.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            what,
+            std::ptr::from_ref(attributes),
+            size_of::<T>(),
+        )
+    };
+    match i32::try_from(done) {
+        Ok(done) if done >= 0 => Ok(done),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
