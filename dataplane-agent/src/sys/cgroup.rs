@@ -82,13 +82,13 @@ pub fn of_process(root: &Path, text: &str) -> Option<PathBuf> {
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
     // A group that was removed under its last process.
     let path = path.strip_suffix(" (deleted)").unwrap_or(path);
-    (!path.split('/').any(|part| part == "..")).then(|| {
-        if path.is_empty() {
-            root.to_owned()
-        } else {
-            root.join(path)
-        }
-    })
+    if path.is_empty() {
+        return Some(root.to_owned());
+    }
+    let mut parts = path.split('/');
+    // A path with an empty part at its start would be joined as one from the top of the machine.
+    let is_below = parts.all(|part| !matches!(part, "" | "." | ".."));
+    is_below.then(|| root.join(path))
 }
 
 #[cfg(test)]
@@ -104,7 +104,10 @@ mod tests {
         let of = |text| of_process(Path::new("/c"), text);
         assert_eq!(of("1:cpu:/x\n0::/a/b\n"), Some("/c/a/b".into()));
         assert_eq!(of("0::/\n"), Some("/c".into()));
-        assert_eq!(of("0::/../x\n"), None);
+        for outside in ["0::/../x\n", "0::/a/../../x\n", "0:://etc\n", "0::/./x\n"] {
+            assert_eq!(of(outside), None, "{outside}");
+        }
+        assert_eq!(of("0::/a/b (deleted)\n"), Some("/c/a/b".into()));
         assert_eq!(of("1:cpu:/x\n"), None);
     }
 }
