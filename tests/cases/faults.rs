@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::symlink;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -579,6 +580,70 @@ fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
         status["problems"].as_array().is_some_and(Vec::is_empty)
     });
     assert!(one.outsider.ask(to, "x").is_err(), "and still denied");
+}
+
+#[test]
+fn a_policy_counts_however_its_file_comes_and_changes() {
+    let one = One::new();
+    let _app = one.server.serve(PORT);
+    let manifests = &one.world.manifests;
+    let nobody = "cluster.local/ns/x/sa/y";
+    manifests.policy("demo", "nobody", "ALLOW", "server", nobody);
+    let path = manifests.folder.join("policy-demo-nobody.yaml");
+    let of_server = fs::read_to_string(&path).expect("a file");
+    // One that denies nothing of what is asked here.
+    let of_another = of_server.replace("app: server", "app: another");
+    fs::remove_file(&path).expect("a file");
+    let lets_in = |whether: bool, when: &str| {
+        eventually(when, 10, || {
+            one.outsider.ask(one.server.at(PORT), "x").is_ok() == whether
+        });
+    };
+    lets_in(true, "there is no policy yet");
+
+    fs::write(&path, &of_server).expect("a file");
+    lets_in(false, "written in place");
+    fs::write(&path, &of_another).expect("a file");
+    lets_in(true, "written over in place");
+    fs::remove_file(&path).expect("a file");
+
+    // A link to a file of another folder, of whose changes the kernel says nothing.
+    let elsewhere = one.world.folder().join("elsewhere.yaml");
+    fs::write(&elsewhere, &of_server).expect("a file");
+    symlink(&elsewhere, &path).expect("a link");
+    lets_in(false, "linked");
+    fs::write(&elsewhere, &of_another).expect("a file");
+    lets_in(true, "written over where the link leads");
+    fs::remove_file(&path).expect("a link");
+
+    // As a mounted ConfigMap: all at once, by a link that is replaced.
+    let config = manifests.folder.join("config");
+    for (version, text) in [("..1", &of_server), ("..2", &of_another)] {
+        fs::create_dir_all(config.join(version)).expect("a folder");
+        fs::write(config.join(version).join("policy.yaml"), text).expect("a file");
+    }
+    symlink("..1", config.join("..data")).expect("a link");
+    symlink("..data/policy.yaml", config.join("policy.yaml")).expect("a link");
+    lets_in(false, "mounted");
+    symlink("..2", config.join("..new")).expect("a link");
+    fs::rename(config.join("..new"), config.join("..data")).expect("a link");
+    lets_in(true, "another version is mounted");
+
+    // The folder itself is away, which is no word about what is in it; then there is another one.
+    let away = one.world.folder().join("away");
+    fs::write(&path, &of_server).expect("a file");
+    fs::remove_dir_all(&config).expect("a folder");
+    lets_in(false, "written in place again");
+    fs::rename(&manifests.folder, &away).expect("a folder");
+    one.agent
+        .logs(&["what it said before holds", "No such file"]);
+    lets_in(false, "the folder is away");
+    fs::create_dir(&manifests.folder).expect("a folder");
+    for entry in fs::read_dir(&away).expect("a folder").flatten() {
+        fs::copy(entry.path(), manifests.folder.join(entry.file_name())).expect("a file");
+    }
+    fs::write(&path, &of_another).expect("a file");
+    lets_in(true, "another folder is in its place");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! istiod's own pairs of policies and what it makes of them, where they are beside the checkout.
+//! istiod's own pairs of policies and what it makes of them. They are its own and not kept here:
+//! `ISTIOD_PAIRS` names their folder, a file `X-in.yaml` and what istiod makes of it, `X.yaml`.
 
 use std::fs;
 use std::path::Path;
@@ -140,13 +141,15 @@ impl Authorization {
 }
 
 #[test]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "what a test is told, and no setting"
+)]
+#[ignore = "ISTIOD_PAIRS has to name the folder of istiod's pairs of policies"]
 fn istiods_pairs_come_out_the_same() {
-    let dir =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/authorization-policies");
-    let Ok(entries) = fs::read_dir(&dir) else {
-        println!("istiod's policy pairs: not run, they are not beside the checkout");
-        return;
-    };
+    let dir = std::env::var_os("ISTIOD_PAIRS").expect("ISTIOD_PAIRS names a folder");
+    let dir = Path::new(&dir);
+    let entries = fs::read_dir(dir).expect("a folder");
     let mut ran = 0;
     for path in entries.map(|entry| entry.expect("an entry").path()) {
         let name = path
@@ -175,6 +178,5 @@ fn istiods_pairs_come_out_the_same() {
         assert_eq!(made, expected, "{name}");
         ran += 1;
     }
-    assert!(ran > 0, "the folder is there and empty");
-    println!("istiod's policy pairs: {ran} run");
+    assert!(ran > 0, "the folder has none");
 }
