@@ -14,6 +14,7 @@ use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
 use crate::authorize::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
+use crate::identity::Identity;
 use crate::resolve::service::{Family, LoadBalancing, NetworkAddress, Scope, Service};
 use crate::resolve::workload::{Endpoint, Health, Locality, Protocol, Workload, WorkloadType};
 
@@ -59,7 +60,28 @@ pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, Manifes
             });
         }
     };
-    Ok(config.translate(node))
+    let made = config.translate(node);
+    told_apart(&made.workloads).map_err(|(at, what)| ManifestError {
+        field: format!("workloads[{at}]"),
+        ..ManifestError::of_file(file, what)
+    })?;
+    Ok(made)
+}
+
+/// Refuses a workload that could be taken for another: what is kept of one is kept by its uid, and
+/// who it is by an identity, of which a name with a slash in it would make another one.
+fn told_apart(workloads: &[Workload]) -> Result<(), (usize, String)> {
+    let mut first = HashMap::new();
+    for (at, workload) in workloads.iter().enumerate() {
+        if let Err(error) = workload.identity().to_string().parse::<Identity>() {
+            return Err((at, error.to_string()));
+        }
+        if let Some(other) = first.insert(&workload.uid, at) {
+            let uid = &workload.uid;
+            return Err((at, format!("uid {uid} is that of workloads[{other}] too")));
+        }
+    }
+    Ok(())
 }
 
 #[derive(Default, Deserialize)]

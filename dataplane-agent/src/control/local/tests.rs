@@ -288,6 +288,34 @@ fn errors_name_file_line_and_field() {
 }
 
 #[test]
+fn a_workload_that_could_be_taken_for_another_is_refused() {
+    let workload = |words: &str| format!("- {{workloadIps: [], services: {{}}, {words}}}\n");
+    for (words, expected) in [
+        (
+            ["namespace: a/sa/b", "namespace: a"],
+            "local.yaml: workloads[0]: invalid spiffe identity: spiffe://cluster.local/ns/a/sa/b/sa/default",
+        ),
+        (
+            ["namespace: a", "namespace: b, serviceAccount: ../c"],
+            "local.yaml: workloads[1]: invalid spiffe identity: spiffe://cluster.local/ns/b/sa/../c",
+        ),
+        (
+            ["namespace: a, trustDomain: x/ns/y", "namespace: a"],
+            "local.yaml: workloads[0]: invalid spiffe identity: spiffe://x/ns/y/ns/a/sa/default",
+        ),
+        (
+            ["namespace: a, name: x", "namespace: a, name: x"],
+            "local.yaml: workloads[1]: uid Kubernetes//Pod/a/x is that of workloads[0] too",
+        ),
+    ] {
+        let text = format!("workloads:\n{}", words.map(workload).concat());
+        let told = parse(Path::new("local.yaml"), &text, "here").expect_err(&text);
+        let told = told.to_string();
+        assert!(told.starts_with(expected), "{told}\nis not\n{expected}");
+    }
+}
+
+#[test]
 fn an_empty_file_is_an_empty_mesh() {
     assert_eq!(parsed(""), Translation::default());
 }
