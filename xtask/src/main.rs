@@ -6,6 +6,7 @@ mod command;
 mod compiler;
 mod demo;
 mod doors;
+mod fuzz;
 mod linker;
 mod load;
 mod progress;
@@ -31,6 +32,7 @@ enum Xtask {
     Test(test::Options),
     Demo(demo::Options),
     Check(check::Options),
+    Fuzz(fuzz::Options),
     Vm(vm::Options),
 }
 
@@ -42,6 +44,7 @@ fn main() -> ExitCode {
         Xtask::Test(options) => test::run(&options),
         Xtask::Demo(options) => demo::run(&options),
         Xtask::Check(options) => check::run(&options),
+        Xtask::Fuzz(options) => fuzz::run(&options),
         Xtask::Vm(options) => vm::run(&options),
     };
     match done {

@@ -110,6 +110,26 @@ pub struct Objects {
 }
 
 impl Objects {
+    /// The objects of one file's text; of those without a creation timestamp the first is the oldest.
+    ///
+    /// # Errors
+    /// The text, or an object in it, is not right.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ManifestError> {
+        let parsed = parse(file, text)?;
+        let mut objects = Self {
+            warnings: parsed.warnings,
+            ..Self::default()
+        };
+        for (order, item) in (1..).zip(parsed.items) {
+            let age = match item.meta.created {
+                Some(created) => Age::new(created, 0),
+                None => Age::new(OffsetDateTime::UNIX_EPOCH, order),
+            };
+            objects.insert(item, age);
+        }
+        Ok(objects)
+    }
+
     /// The labels of a namespace; none if it has no object.
     pub fn namespace_label(&self, namespace: &str, label: &str) -> Option<&str> {
         let key = Key {

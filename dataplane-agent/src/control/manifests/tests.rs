@@ -10,25 +10,12 @@ mod workloads;
 
 use std::path::Path;
 
-use super::object::{self, Age, Objects};
+use super::object::{self, Objects};
 use super::translate::{Enrolled, MeshConfig, Translation, translate};
 use crate::authorize::policy::Policy;
 
-/// The objects of a text, the first the oldest.
 fn objects(text: &str) -> Objects {
-    let parsed = object::parse(Path::new("test.yaml"), text).expect("the test's own manifests");
-    let mut objects = Objects {
-        warnings: parsed.warnings,
-        ..Objects::default()
-    };
-    for (order, item) in (1..).zip(parsed.items) {
-        let age = match item.meta.created {
-            Some(created) => Age::new(created, 0),
-            None => Age::new(time::OffsetDateTime::UNIX_EPOCH, order),
-        };
-        objects.insert(item, age);
-    }
-    objects
+    Objects::parse(Path::new("test.yaml"), text).expect("the test's own manifests")
 }
 
 fn refusal(text: &str) -> String {

@@ -1,0 +1,252 @@
+//! The targets.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::LazyLock;
+use std::{fs, str};
+
+use arbitrary::Unstructured;
+use dataplane_agent::capture::undo;
+use dataplane_agent::control::enrolled;
+use dataplane_agent::control::local as local_file;
+use dataplane_agent::control::manifests::{Enrolled, MeshConfig, Objects, Translation, translate};
+use dataplane_agent::hbone::headers as words;
+use dataplane_agent::identity::Identity;
+use dataplane_agent::identity::tls::peer_identity;
+use dataplane_agent::resolve::workload::Protocol;
+use dataplane_agent::sys::cgroup as groups;
+use dataplane_ebpf::address::Ip;
+use dataplane_ebpf::decide::{Asked, Connect, Owns, Steer, connect, connect_elsewhere, steer};
+use dataplane_ebpf::event::Reason;
+use tempfile::TempDir;
+
+/// The certificate that a peer shows.
+pub fn certificate(input: &[u8]) {
+    if let Ok(identity) = peer_identity(&[input.into()]) {
+        let uri = identity.to_string();
+        assert!(
+            input.windows(uri.len()).any(|part| part == uri.as_bytes()),
+            "{uri} is not in it"
+        );
+    }
+}
+
+/// The text of `/proc/<pid>/cgroup`, and of `/proc/self/mounts`.
+pub fn cgroup(input: &[u8]) {
+    let Ok(text) = str::from_utf8(input) else {
+        return;
+    };
+    let root = Path::new("/sys/fs/cgroup");
+    if let Some(folder) = groups::of_process(root, text) {
+        let below = folder.strip_prefix(root);
+        let mut parts = below.expect("what is outside is nobody's").components();
+        assert!(
+            parts.all(|part| matches!(part, std::path::Component::Normal(_))),
+            "{} leads out",
+            folder.display()
+        );
+    }
+    let _ = groups::mount_of(text, "cgroup2");
+}
+
+/// What the kernel programs decide of addresses.
+pub fn decide(input: &[u8]) {
+    type Case = ([Choice; 4], Choice, Choice, u16, [bool; 4]);
+    let Ok((own, from, to, port, [by_lo, foreign, of_pod, interface])) =
+        Unstructured::new(input).arbitrary::<Case>()
+    else {
+        return;
+    };
+    let (from, to) = (from.0, to.0);
+    let has = |ip: Ip| ip != Ip::NONE && own.iter().any(|choice| choice.0 == ip);
+    let owns = Owns {
+        from: has(from),
+        to: has(to),
+    };
+    let family = |choice: &Choice| choice.0 != Ip::NONE && choice.0.is_v4() == to.is_v4();
+    let is_here = to.is_loopback() || to.is_unspecified();
+    let asked = Asked {
+        foreign,
+        own: owns.to,
+        family: own.iter().any(family),
+        interface,
+    };
+    match connect(asked, &to) {
+        Connect::Local => {
+            assert!(!foreign, "another's process is in nobody's place");
+            assert!(is_here || owns.to, "what leaves the pod is captured");
+        }
+        Connect::Capture => {
+            assert!(!foreign && !is_here && !owns.to, "what stays is left alone");
+            assert!(asked.family && interface, "there is a route for it");
+        }
+        Connect::Refuse(Reason::ForeignCgroup) => assert!(foreign),
+        Connect::Refuse(_) => assert!(!(asked.family && interface)),
+    }
+    let elsewhere = connect_elsewhere(&to, of_pod);
+    assert_eq!(elsewhere == Connect::Local, !of_pod || is_here);
+    assert_ne!(elsewhere, Connect::Capture, "no route is there for it");
+    let steered = steer(owns, &from, &to, port, by_lo);
+    // From an address to itself is the pod's own, whether the agent knows the address or not.
+    if steered == Steer::App && !to.is_loopback() && from != to {
+        assert!(
+            owns.to && (by_lo || owns.from),
+            "nobody else reaches the app past the agent"
+        );
+    }
+    if steered == Steer::Outbound {
+        assert!(by_lo || owns.from, "only the pod asks to get out");
+    }
+}
+
+/// One of a few addresses, so that they meet, or any other.
+#[derive(Debug)]
+struct Choice(Ip);
+
+impl<'a> arbitrary::Arbitrary<'a> for Choice {
+    fn arbitrary(bytes: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
+        let octets = match bytes.arbitrary::<u8>()? {
+            0 => return Ok(Self(Ip::NONE)),
+            few @ 1..16 => [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, few],
+            few @ 16..32 => [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 0, 0, few],
+            few @ 32..40 => [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 127, 0, 0, few],
+            40 => [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+            41 => [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0],
+            _ => bytes.arbitrary()?,
+        };
+        Ok(Self(Ip::from_octets(octets)))
+    }
+}
+
+/// What a peer writes into a CONNECT request.
+pub fn headers(input: &[u8]) {
+    let Ok(text) = str::from_utf8(input) else {
+        return;
+    };
+    if let Some(address) = words::authority(text) {
+        assert_ne!(address.port(), 0);
+        // Only one spelling of an address is taken, up to IPv6's abbreviations.
+        assert_eq!(words::authority(&address.to_string()), Some(address));
+    }
+    if let Some(host) = words::forwarded_host(text) {
+        assert!(!host.is_empty() && text.contains(host));
+    }
+}
+
+/// The text of an identity.
+pub fn identity(input: &[u8]) {
+    let Ok(text) = str::from_utf8(input) else {
+        return;
+    };
+    if let Ok(identity) = text.parse::<Identity>() {
+        assert_eq!(identity.to_string(), text);
+        let parts = [
+            identity.trust_domain(),
+            identity.namespace(),
+            identity.service_account(),
+        ];
+        assert!(
+            parts
+                .iter()
+                .all(|part| !part.is_empty() && !part.contains('/'))
+        );
+    }
+}
+
+/// ztunnel's local file.
+pub fn local(input: &[u8]) {
+    let Ok(text) = str::from_utf8(input) else {
+        return;
+    };
+    match local_file::parse(Path::new("fuzzed"), text, "here") {
+        // A policy that is named may be missing here: whoever wrote the file named it, and it
+        // refuses.
+        Ok(made) => sound(&made),
+        Err(error) => assert!(error.to_string().starts_with("fuzzed"), "{error}"),
+    }
+}
+
+/// A file of Kubernetes manifests, and the mesh that it makes.
+pub fn manifests(input: &[u8]) {
+    let Ok(text) = str::from_utf8(input) else {
+        return;
+    };
+    let objects = match Objects::parse(Path::new("fuzzed"), text) {
+        Ok(objects) => objects,
+        Err(error) => return assert!(error.to_string().starts_with("fuzzed"), "{error}"),
+    };
+    let mesh = MeshConfig::of_node("here");
+    let made = translate(&objects, &Enrolled::new(), &mesh);
+    sound(&made);
+    let keys: BTreeSet<String> = made.policies.iter().map(|policy| policy.key()).collect();
+    assert_eq!(keys.len(), made.policies.len(), "one policy of each name");
+    for workload in &made.workloads {
+        for key in &workload.policies {
+            assert!(keys.contains(&**key), "{key} is attached and not there");
+        }
+    }
+    let here = objects.pods.values();
+    let here = here.filter(|pod| *pod.body.node == *mesh.node);
+    assert_eq!(
+        made.local.len(),
+        here.count(),
+        "no pod of this node is lost"
+    );
+}
+
+/// The records of pods that other nodes, or predecessors, have left.
+pub fn records(input: &[u8]) {
+    static FOLDER: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
+    let folder = FOLDER.path();
+    let enrolled = enrolled::Records::open(folder, "here").expect("a folder");
+    fs::write(enrolled.folder().join("one.json"), input).expect("a file");
+    match enrolled.read() {
+        Ok(read) => {
+            assert_eq!(read.len(), 1, "what can be read is a record");
+            let own = enrolled.own().expect("a folder");
+            assert!(own.is_subset(&read));
+        }
+        Err(error) => {
+            assert!(error.to_string().contains("one.json"), "{error}");
+            assert!(enrolled.own().expect("a folder").is_empty());
+        }
+    }
+    let undo = undo::Records::open(&folder.join("pods")).expect("a folder");
+    fs::write(undo.folder().join("4096.json"), input).expect("a file");
+    match undo.all() {
+        Ok(read) => {
+            let written = serde_json::to_vec(&read[0]).expect("JSON");
+            let again: undo::Record = serde_json::from_slice(&written).expect("its own words");
+            assert_eq!(read, [again]);
+        }
+        Err(error) => assert!(error.to_string().contains("4096.json"), "{error}"),
+    }
+}
+
+/// What holds of every mesh.
+fn sound(made: &Translation) {
+    let uids: BTreeSet<_> = made
+        .workloads
+        .iter()
+        .map(|workload| &workload.uid)
+        .collect();
+    assert_eq!(uids.len(), made.workloads.len(), "one workload of each uid");
+    for workload in &made.workloads {
+        if workload.service_account.is_empty() {
+            // An address outside of the mesh.
+            assert_eq!(
+                workload.protocol,
+                Protocol::Tcp,
+                "nobody is dialled as nobody"
+            );
+            continue;
+        }
+        let text = workload.identity().to_string();
+        let parsed = text.parse::<Identity>();
+        assert_eq!(
+            parsed.as_ref(),
+            Ok(&workload.identity()),
+            "no other's identity"
+        );
+    }
+}

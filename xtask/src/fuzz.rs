@@ -1,0 +1,283 @@
+//! Fuzzes what reads bytes from outside.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::command::{self, cargo, find_program, foreign, output, target, variable, workspace};
+use crate::progress::{Steps, run_quietly, say};
+
+/// Fuzzes what reads bytes from outside: each target of tests/fuzz, or one of them.
+///
+/// Builds cargo-fuzz into target/tools when the machine has none (some minutes, once), and the
+/// targets with the compiler that everything else is built with. Starts from the inputs in
+/// tests/fuzz/corpus, which `cargo xtask check tests` replays, and keeps what it finds in
+/// target/fuzz/corpus, to go on from there the next time. An input that breaks a target is told with
+/// its path.
+///
+/// Examples: `cargo xtask fuzz --list`; `cargo xtask fuzz headers --for 10m`; `cargo xtask fuzz
+/// headers --input target/fuzz/artifacts/headers/crash-…` runs one input again; `cargo xtask fuzz
+/// headers --keep` adds to tests/fuzz/corpus the least of what was found that reaches more code.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// The target; all of them by default, which share the time.
+    target: Option<String>,
+    /// How long, such as 90s, 10m or 2h.
+    #[arg(long = "for", value_name = "TIME", default_value = "1m", value_parser = time)]
+    time: Duration,
+    /// Runs the target once, on this file.
+    #[arg(long, value_name = "FILE", requires = "target")]
+    input: Option<PathBuf>,
+    /// Adds to the corpus that is in the repository what reaches code that it does not.
+    #[arg(long, conflicts_with = "input")]
+    keep: bool,
+    /// Lists the targets.
+    #[arg(long)]
+    list: bool,
+}
+
+/// The version that the targets are run with.
+const VERSION: &str = "0.13.2";
+/// Larger inputs find little that smaller ones do not, and are slow.
+const LONGEST: u32 = 4096;
+/// An input that takes longer is as bad as one that crashes.
+const SECONDS_PER_INPUT: u32 = 10;
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let all = targets()?;
+    if options.list {
+        all.iter().for_each(|name| say(name));
+        return Ok(());
+    }
+    let chosen = match &options.target {
+        None => all,
+        Some(name) if all.contains(name) => vec![name.clone()],
+        Some(name) => bail!("no target `{name}`; there are: {}", all.join(" ")),
+    };
+    let tool = match find()? {
+        Some(tool) => tool,
+        None => install()?,
+    };
+    let mut steps = Steps::new(chosen.len());
+    let share = options.time / u32::try_from(chosen.len())?;
+    for name in &chosen {
+        steps.begin(name);
+        let fuzzed = Target { tool: &tool, name };
+        run_quietly(&format!("fuzz-build-{name}"), &mut fuzzed.fuzz("build"))?;
+        steps.end(&match (&options.input, options.keep) {
+            (Some(input), _) => fuzzed.repeat(input)?,
+            (None, true) => fuzzed.keep()?,
+            (None, false) => fuzzed.search(share)?,
+        });
+    }
+    Ok(())
+}
+
+/// One target.
+struct Target<'a> {
+    tool: &'a Path,
+    name: &'a str,
+}
+
+impl Target<'_> {
+    /// Makes up inputs for so long.
+    fn search(&self, time: Duration) -> Result<String> {
+        let (found, crashes) = (self.found()?, self.crashes()?);
+        let before = files(&crashes)?;
+        let log = format!("fuzz-{}", self.name);
+        let done = run_quietly(
+            &log,
+            self.fuzz("run")
+                .args([&found, &self.kept()])
+                .arg("--")
+                .arg(format!("-max_total_time={}", time.as_secs().max(1)))
+                .arg(format!("-artifact_prefix={}/", crashes.display()))
+                .arg(format!("-max_len={LONGEST}"))
+                .arg(format!("-timeout={SECONDS_PER_INPUT}")),
+        );
+        let after = files(&crashes)?;
+        match (after.difference(&before).next(), done) {
+            (Some(input), done) => Err(self.broken(input, done.err())),
+            (None, Err(error)) => Err(error),
+            (None, Ok(())) => Ok(format!(
+                "nothing found; {} inputs in {}",
+                files(&found)?.len(),
+                found.display()
+            )),
+        }
+    }
+
+    /// Runs it on one input.
+    fn repeat(&self, input: &Path) -> Result<String> {
+        let input = std::path::absolute(input)?;
+        ensure!(input.is_file(), "{} is no file", input.display());
+        command::run(self.fuzz("run").arg(&input))?;
+        Ok("it holds".to_owned())
+    }
+
+    /// Adds to the repository what was found.
+    fn keep(&self) -> Result<String> {
+        let (found, kept) = (self.found()?, self.kept());
+        let before = files(&kept)?.len();
+        run_quietly(
+            &format!("fuzz-keep-{}", self.name),
+            self.fuzz("run")
+                .args([&kept, &found])
+                .args(["--", "-set_cover_merge=1"])
+                .arg(format!("-max_len={LONGEST}")),
+        )?;
+        let more = files(&kept)?.len() - before;
+        Ok(format!("{more} more in {}", kept.display()))
+    }
+
+    /// cargo-fuzz at this target.
+    fn fuzz(&self, what: &str) -> Command {
+        let mut fuzz = Command::new(self.tool);
+        fuzz.current_dir(folder())
+            .env("CARGO", cargo().get_program())
+            // Coverage is asked of LLVM by settings that this compiler has and does not promise.
+            .env("RUSTC_BOOTSTRAP", "1")
+            // What is shipped is optimised as a whole; here that is minutes for nothing.
+            .env("CARGO_PROFILE_RELEASE_LTO", "off")
+            .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
+            .args(["fuzz", what, "--fuzz-dir", "."])
+            // No sanitizer: those need a library that is built with them, and this code is safe.
+            .args(["--sanitizer", "none", "--features", "libfuzzer", "--target-dir"])
+            .arg(own().join("build"))
+            .arg(self.name);
+        fuzz
+    }
+
+    /// What the repository has.
+    fn kept(&self) -> PathBuf {
+        folder().join("corpus").join(self.name)
+    }
+
+    /// What was found on this machine.
+    fn found(&self) -> Result<PathBuf> {
+        made(own().join("corpus").join(self.name))
+    }
+
+    /// Inputs that broke it.
+    fn crashes(&self) -> Result<PathBuf> {
+        made(own().join("artifacts").join(self.name))
+    }
+
+    fn broken(&self, input: &Path, error: Option<anyhow::Error>) -> anyhow::Error {
+        let (name, input) = (self.name, input.display());
+        let error = error.map_or_else(String::new, |error| format!("{error:#}\n\n"));
+        anyhow::anyhow!(
+            "{error}target {name} breaks on {input}\n\
+             again: cargo xtask fuzz {name} --input {input}\n\
+             once it is mended: cp {input} tests/fuzz/corpus/{name}/, for all checks to replay it"
+        )
+    }
+}
+
+fn folder() -> PathBuf {
+    workspace().join("tests/fuzz")
+}
+
+fn own() -> PathBuf {
+    target().join("fuzz")
+}
+
+fn made(folder: PathBuf) -> Result<PathBuf> {
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    Ok(folder)
+}
+
+/// The names of the files in tests/fuzz/targets.
+fn targets() -> Result<Vec<String>> {
+    let files = files(&folder().join("targets"))?;
+    let names = files.iter().filter_map(|path| path.file_stem()?.to_str());
+    Ok(names.map(str::to_owned).collect())
+}
+
+fn files(folder: &Path) -> Result<BTreeSet<PathBuf>> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    entries.map(|entry| Ok(entry?.path())).collect()
+}
+
+/// The project's own cargo-fuzz, or one of the same version that is on the machine.
+fn find() -> Result<Option<PathBuf>> {
+    let home = variable("CARGO_HOME").or_else(|| Some(variable("HOME")?.join(".cargo")));
+    let places = [
+        Some(target().join("tools/bin/cargo-fuzz")),
+        find_program("cargo-fuzz"),
+        home.map(|home| home.join("bin/cargo-fuzz")),
+    ];
+    for tool in places.into_iter().flatten().filter(|tool| tool.is_file()) {
+        let version = output(foreign(&tool).args(["fuzz", "--version"]))?;
+        if version.split_whitespace().nth(1) == Some(VERSION) {
+            return Ok(Some(tool));
+        }
+    }
+    Ok(None)
+}
+
+/// Builds it into the project's cache.
+fn install() -> Result<PathBuf> {
+    say("cargo-fuzz");
+    let tools = target().join("tools");
+    let build = tools.join("build-cargo-fuzz");
+    run_quietly(
+        "cargo-fuzz",
+        cargo()
+            .args(["install", "--locked", "--force", "--root"])
+            .arg(&tools)
+            .arg(format!("cargo-fuzz@{VERSION}"))
+            .env("CARGO_TARGET_DIR", &build),
+    )?;
+    fs::remove_dir_all(&build).with_context(|| format!("cannot remove {}", build.display()))?;
+    Ok(tools.join("bin/cargo-fuzz"))
+}
+
+/// `90s`, `10m`, `2h`.
+fn time(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("`{text}` is no time: write it as 90s, 10m or 2h");
+    let (number, unit) = text
+        .split_at_checked(text.len().saturating_sub(1))
+        .ok_or_else(wrong)?;
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let seconds = match unit {
+        "s" => Some(1),
+        "m" => Some(60),
+        "h" => Some(3600),
+        _ => None,
+    };
+    let seconds = seconds
+        .and_then(|of| number.checked_mul(of))
+        .ok_or_else(wrong)?;
+    Ok(Duration::from_secs(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_has_a_number_and_a_unit() {
+        for (text, seconds) in [("90s", 90), ("10m", 600), ("2h", 7200)] {
+            assert_eq!(time(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in [
+            "",
+            "s",
+            "10",
+            "10 m",
+            "-1s",
+            "1d",
+            "1é",
+            "99999999999999999999s",
+            "9999999999999999999h",
+        ] {
+            assert!(time(text).is_err(), "{text}");
+        }
+    }
+}
