@@ -163,9 +163,10 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let count = options.workers.map_or_else(processors, usize::from);
     let threads = Threads::new(count).context("cannot start workers")?;
     let places = places(&options)?;
-    let counters = window.clone();
+    let (counters, repairs) = (window.clone(), window.clone());
     let metrics = Arc::new(Metrics::new(metrics::Sources {
         kernel: Box::new(move || counters.counters()),
+        repairs: Box::new(move || repairs.repairs()),
         places: places.clone(),
         workers: threads.loads(),
     }));
@@ -359,10 +360,15 @@ fn sources(
                 .pods
                 .iter()
                 .any(|pod| pod.state == State::Waiting && pod.netns.is_some());
-            match (view.looked, pending) {
-                (false, _) => Err("pods".into()),
-                (true, true) => Err("enrolment".into()),
-                (true, false) => Ok(()),
+            let broken = view.pods.iter().any(|pod| pod.state == State::Broken);
+            if !view.looked {
+                Err("pods".into())
+            } else if pending {
+                Err("enrolment".into())
+            } else if broken {
+                Err("capture".into())
+            } else {
+                Ok(())
             }
         }),
         kernel_log: Arc::new(move |on| programs.set_log(on).map_err(|error| error.to_string())),

@@ -64,6 +64,39 @@ fn a_socket_that_is_bound_to_an_interface_goes_by_its_network() {
 }
 
 #[test]
+fn an_interface_and_addresses_that_come_later_are_taken_over() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let mut old = pair.client.talk(pair.server.at(PORT));
+    old.say("before");
+    old.line();
+    let second = network(&pair.client, &pair.server, 79);
+    for options in [&[][..], &["device=net79"]] {
+        eventually(&format!("by the new interface, {options:?}"), 10, || {
+            pair.client.ask_with(second, "x", options) == Ok("192.168.79.1 x".into())
+        });
+    }
+    // Another address: the source of what is bound to the interface, and the pod's own.
+    pair.client.netns.ip("addr del 192.168.79.1/24 dev net79\n\
+         addr add 192.168.79.3/24 dev net79\n");
+    eventually("by the new address", 10, || {
+        pair.client.ask_with(second, "x", &["device=net79"]) == Ok("192.168.79.3 x".into())
+    });
+    let _own = pair.client.serve(PORT);
+    let captured = pair.one.counter("captured");
+    let own = SocketAddr::from(([192, 168, 79, 3], PORT));
+    assert!(pair.client.ask(own, "to itself").is_ok());
+    assert_eq!(pair.one.counter("captured"), captured);
+    // And what it has no more is not its own: it is captured, as any other.
+    let before = SocketAddr::from(([192, 168, 79, 1], PORT));
+    let _ = pair.client.ask(before, "no more");
+    assert_eq!(pair.one.counter("captured"), captured + 1);
+    old.say("after");
+    assert_eq!(old.line(), format!("{} after", pair.client.v4));
+    assert_eq!(pair.one.pod("client").0, "up");
+}
+
+#[test]
 fn an_interface_without_an_address_refuses_at_once_what_is_bound_to_it() {
     let (pair, _) = pair_with_a_network();
     let _app = pair.server.serve(PORT);
@@ -166,8 +199,11 @@ fn a_family_without_an_address_is_unreachable_as_it_is_without_a_mesh() {
     let client = one.bare(&world, "demo", "client");
     let bare = one.bare(&world, "outside", "bare");
     for pod in [&client, &bare] {
-        let own = format!("addr del {}/128 dev eth0\n", pod.v6);
-        pod.netns.ip(&own);
+        // As a pod of one family has it: neither an address nor a way.
+        pod.netns.ip(&format!(
+            "addr del {}/128 dev eth0\nroute del default via fe80::1 dev eth0\n",
+            pod.v6
+        ));
     }
     let mut object = one.object(&client);
     object.addresses.truncate(1);

@@ -24,6 +24,20 @@ use crate::sys::socket;
 /// Ports of the listeners in a pod: outbound, inbound in clear, HBONE.
 pub const PORTS: [u16; 3] = [15001, 15006, 15008];
 
+/// A pod that was entered.
+pub struct Entered {
+    /// What the corridor is told of.
+    pub pod: Arc<LocalPod>,
+    /// Its listeners.
+    pub listeners: Listeners,
+    /// Its program, attached.
+    pub program: PodProgram,
+    /// What it has on its interfaces.
+    pub interfaces: Interfaces,
+    /// What was put in place for them.
+    pub routing: Routing,
+}
+
 /// Prepares the namespace, makes the listeners, and attaches the pod's program: from here on what
 /// comes to the pod goes to the agent.
 ///
@@ -35,7 +49,7 @@ pub async fn enter(
     records: &Records,
     pins: &Pins,
     window: &Window,
-) -> Result<(Arc<LocalPod>, Listeners, PodProgram), CaptureError> {
+) -> Result<Entered, CaptureError> {
     let netns = &desired.netns;
     attached::refuse_in_pod(netns, desired.cookie, pins).await?;
     let interfaces = interfaces(desired)?;
@@ -73,7 +87,13 @@ pub async fn enter(
         netns: netns.clone(),
         clients: Clients::default(),
     };
-    Ok((Arc::new(pod), listeners, program))
+    Ok(Entered {
+        pod: Arc::new(pod),
+        listeners,
+        program,
+        interfaces,
+        routing,
+    })
 }
 
 /// What the pod has on its interfaces now.

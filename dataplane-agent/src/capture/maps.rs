@@ -10,6 +10,7 @@ use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::pod::{Node, Owned, Steered, listener};
 
+use super::pins::Pins;
 use super::{CaptureError, Listeners};
 use crate::sys::cgroup::CgroupId;
 
@@ -109,6 +110,35 @@ impl NodeMaps {
         Ok(())
     }
 
+    /// Puts back what somebody has removed of a pod that is enrolled; whether there was something.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn restore(
+        &mut self,
+        cookie: u64,
+        first: Option<IpAddr>,
+        groups: &[CgroupId],
+    ) -> Result<bool, CaptureError> {
+        let mut lost = !has(&self.pods, "PODS", cookie)? || has(&self.leaving, "LEAVING", cookie)?;
+        for group in groups {
+            lost |= !has(&self.cgroups, "CGROUPS", group.id)?;
+        }
+        for ip in self.owned.get(&cookie).into_iter().flatten() {
+            let key = Owned {
+                netns: cookie,
+                ip: *ip,
+            };
+            if !has(&self.addresses, "ADDRESSES", key)? {
+                let done = self.addresses.insert(key, 1, 0);
+                done.map_err(failed("ADDRESSES"))?;
+                lost = true;
+            }
+        }
+        self.enrol(cookie, first, groups)?;
+        Ok(lost)
+    }
+
     /// From now on these are the pod's own addresses, [`dataplane_ebpf::pod::ADDRESSES`] at most, and
     /// by these interfaces it is captured.
     ///
@@ -198,6 +228,41 @@ impl NodeMaps {
     }
 }
 
+/// The maps that are pinned, held to be pinned again.
+pub struct PinnedMaps(Vec<(&'static str, MapData)>);
+
+impl PinnedMaps {
+    /// From where they are pinned.
+    ///
+    /// # Errors
+    /// One is not.
+    pub fn open(pins: &Pins) -> Result<Self, CaptureError> {
+        let open = |name: &'static str| {
+            let map = MapData::from_pin(pins.maps().join(name)).map_err(failed(name))?;
+            Ok((name, map))
+        };
+        let names = SHARED.into_iter().chain(OF_NODE);
+        names.map(open).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Pins what is not pinned any more; whether there was something.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn restore(&self, pins: &Pins) -> Result<bool, CaptureError> {
+        let mut lost = false;
+        for (name, map) in &self.0 {
+            let path = pins.maps().join(name);
+            if !path.exists() {
+                map.pin(&path)
+                    .map_err(|error| CaptureError::file(&path)(std::io::Error::other(error)))?;
+                lost = true;
+            }
+        }
+        Ok(lost)
+    }
+}
+
 /// The ring buffer of reports.
 ///
 /// # Errors
@@ -236,10 +301,10 @@ pub fn fill_pod(
 }
 
 /// Whether a key is there.
-fn has<V: aya::Pod>(
-    map: &HashMap<MapData, u64, V>,
+fn has<K: aya::Pod, V: aya::Pod>(
+    map: &HashMap<MapData, K, V>,
     name: &'static str,
-    key: u64,
+    key: K,
 ) -> Result<bool, CaptureError> {
     match map.get(&key, 0) {
         Ok(_) => Ok(true),

@@ -17,6 +17,7 @@ pub mod pins;
 pub mod pods;
 pub mod programs;
 pub mod reconcile;
+pub mod repair;
 pub mod room;
 pub mod routes;
 pub mod routing;

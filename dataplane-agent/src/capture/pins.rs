@@ -69,6 +69,22 @@ impl Pins {
         Ok(lock)
     }
 
+    /// Makes again what of the folders is gone, and mounts what was unmounted; `lock` is what
+    /// [`Pins::make`] returned.
+    ///
+    /// # Errors
+    /// As [`Pins::make`].
+    pub fn restore(&self, lock: &mut File) -> Result<(), CaptureError> {
+        bpffs::ensure(&self.bpffs).map_err(CaptureError::file(&self.bpffs))?;
+        if !self.node.is_dir() {
+            *lock = self.make()?;
+        }
+        for folder in [self.maps(), self.links(), self.pods()] {
+            fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
+        }
+        Ok(())
+    }
+
     /// Makes this process the owner of what is pinned, if something is.
     ///
     /// # Errors

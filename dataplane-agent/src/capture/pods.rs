@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use socket2::SockRef;
 use tokio::sync::oneshot;
 
 use crate::identity::Identity;
@@ -96,6 +97,27 @@ pub struct Listeners {
     pub inbound: TcpListener,
     /// What comes to the pod in HBONE (15008).
     pub hbone: TcpListener,
+}
+
+impl Listeners {
+    /// The same sockets, held by others too.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn share(&self) -> io::Result<Self> {
+        Ok(Self {
+            outbound: self.outbound.try_clone()?,
+            inbound: self.inbound.try_clone()?,
+            hbone: self.hbone.try_clone()?,
+        })
+    }
+
+    /// Whether all of them listen: who may administer the pod's network can end a socket in it.
+    pub fn alive(&self) -> bool {
+        [&self.outbound, &self.inbound, &self.hbone]
+            .into_iter()
+            .all(|listener| SockRef::from(listener).is_listener().unwrap_or(false))
+    }
 }
 
 /// What happens to the set of enrolled pods, in order. Two of one name may be among them: one drains,

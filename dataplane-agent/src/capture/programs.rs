@@ -16,7 +16,7 @@ use super::maps::{self, NodeMaps, chain};
 use super::pins::Pins;
 use super::{CaptureError, Listeners};
 use crate::sys::netns::Netns;
-use crate::sys::verifier;
+use crate::sys::{hooks, verifier};
 
 /// The object of the node's programs.
 pub static NODE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/node"));
@@ -111,13 +111,41 @@ impl Loader {
 ///
 /// # Errors
 /// The cgroup is not there; the kernel refuses.
-pub fn attach(ebpf: &mut Ebpf, cgroup: &Path, pins: &Pins) -> Result<(), CaptureError> {
+pub fn attach(
+    ebpf: &mut Ebpf,
+    cgroup: &Path,
+    pins: &Pins,
+    names: &[&'static str],
+) -> Result<(), CaptureError> {
     let folder = File::open(cgroup).map_err(CaptureError::file(cgroup))?;
-    for name in OF_NODE {
+    for &name in names {
         let link = attach_one(ebpf, name, &folder)?;
         Pins::replace(link, &pins.links().join(name))?;
     }
     Ok(())
+}
+
+/// Those of the node's programs that are not attached, or not pinned.
+///
+/// # Errors
+/// The cgroup is not there; the kernel refuses to tell.
+pub fn detached(
+    ebpf: &Ebpf,
+    cgroup: &Path,
+    pins: &Pins,
+) -> Result<Vec<&'static str>, CaptureError> {
+    let folder = File::open(cgroup).map_err(CaptureError::file(cgroup))?;
+    let attached = hooks::of_cgroup(&folder).map_err(CaptureError::file(cgroup))?;
+    let mut lost = Vec::new();
+    for name in OF_NODE {
+        let own = ebpf.program(name).map(Program::info);
+        let own = own.and_then(Result::ok).map(|info| info.id());
+        let attached = own.is_some_and(|own| attached.contains(&own));
+        if !attached || !pins.links().join(name).exists() {
+            lost.push(name);
+        }
+    }
+    Ok(lost)
 }
 
 fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<FdLink, CaptureError> {
@@ -166,6 +194,20 @@ impl PodProgram {
         let link = program.attach(netns).map_err(refused(OF_POD))?;
         let link = program.take_link(link).map_err(refused(OF_POD))?;
         Pins::replace(link.into(), pin)
+    }
+
+    /// Whether it is attached there, and pinned.
+    ///
+    /// # Errors
+    /// The kernel refuses to tell.
+    pub fn is_attached(&self, netns: &Netns, pin: &Path) -> Result<bool, CaptureError> {
+        let own = self.ebpf.program(OF_POD).map(Program::info);
+        let own = own.and_then(Result::ok).map(|info| info.id());
+        let all = hooks::of_netns(netns).map_err(|error| CaptureError::Namespace {
+            what: "ask for the programs",
+            why: error.to_string(),
+        })?;
+        Ok(own.is_some_and(|own| all.contains(&own)) && pin.exists())
     }
 
     /// What was loaded.

@@ -1,11 +1,13 @@
 //! The room itself: hears what control wants, takes the steps, and tells how far each pod is.
 
 mod leave;
+mod look;
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Poll;
 use std::time::Duration;
 
 use aya::Ebpf;
@@ -13,16 +15,20 @@ use dataplane_ebpf::pod::Node;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::maps::NodeMaps;
+use self::look::Looks;
+use super::enrol::Entered;
+use super::maps::{NodeMaps, PinnedMaps};
 use super::node_folder::NodeFolder;
 use super::pins::Pins;
 use super::programs::{self, Loader, PodProgram};
 use super::reconcile::{Has, Phase, Step, Want, diff};
+use super::repair::Repairs;
+use super::routing::Routing;
 use super::undo::{self, Record, Records};
 use super::wanted::{Desired, PodState, PodStatus, Status, Wanted};
-use super::{CaptureError, LocalPod, PodEvent, attached, enrol, named};
+use super::{CaptureError, Listeners, LocalPod, PodEvent, attached, enrol, named};
 use crate::config::NodeName;
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Changes, Interfaces, Netns};
 
 /// How long listeners stay after their pod has left: handshakes that had begun end in them.
 const LINGER: Duration = Duration::from_secs(1);
@@ -46,12 +52,20 @@ pub struct Config {
 
 /// Hands on the running room, for whoever watches it.
 #[derive(Clone)]
-pub struct Window(Arc<Mutex<NodeMaps>>);
+pub struct Window {
+    maps: Arc<Mutex<NodeMaps>>,
+    repairs: Arc<Repairs>,
+}
 
 impl Window {
     /// What the programs counted.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.maps().counters()
+    }
+
+    /// How often each part of capture was gone and was put back.
+    pub fn repairs(&self) -> Vec<(&'static str, u64)> {
+        self.repairs.all()
     }
 
     /// Turns the programs' logging on or off.
@@ -63,7 +77,7 @@ impl Window {
     }
 
     pub(super) fn maps(&self) -> std::sync::MutexGuard<'_, NodeMaps> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -80,8 +94,13 @@ pub struct Room {
     again: Option<Instant>,
     events: mpsc::Sender<PodEvent>,
     status: watch::Sender<Status>,
-    /// Programs and locks of the node, which go with the room. What is pinned stays.
-    _held: (Ebpf, NodeFolder, File),
+    /// When the node's programs are looked at.
+    looks: Looks,
+    /// Programs, maps and locks of the node, which go with the room. What is pinned stays.
+    node: Ebpf,
+    pinned: PinnedMaps,
+    pins_lock: File,
+    _folder: NodeFolder,
 }
 
 struct Failure {
@@ -116,11 +135,30 @@ struct Served {
     desired: Desired,
     local: Arc<LocalPod>,
     program: PodProgram,
+    /// What it had on its interfaces as it was looked at last.
+    interfaces: Interfaces,
+    /// Whether its own addresses are those of these interfaces.
+    told: bool,
+    /// What was put in place for them.
+    routing: Routing,
+    /// The corridor's listeners, to see whether they are alive.
+    listeners: Listeners,
+    changes: Changes,
+    looks: Looks,
 }
 
 impl InPhase {
     /// What the corridor has of it.
     fn served(&self) -> Option<&Served> {
+        match self {
+            Self::Adopted => None,
+            Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
+                Some(served)
+            }
+        }
+    }
+
+    fn served_mut(&mut self) -> Option<&mut Served> {
         match self {
             Self::Adopted => None,
             Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
@@ -170,7 +208,7 @@ impl Room {
             events: super::maps::events(&mut node.ebpf)?,
             log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
         };
-        programs::attach(&mut node.ebpf, &config.cgroup, &pins)?;
+        programs::attach(&mut node.ebpf, &config.cgroup, &pins, &programs::OF_NODE)?;
         // Of two that looked at once, one at least sees the other now.
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         let pods = adopt(records.all()?);
@@ -181,11 +219,13 @@ impl Room {
             }
         }
         pins.sweep(|cookie| pods.contains_key(&cookie))?;
-        let window = Window(Arc::new(Mutex::new(node.maps)));
+        let window = Window {
+            maps: Arc::new(Mutex::new(node.maps)),
+            repairs: Arc::default(),
+        };
         let (status, told) = watch::channel(Status::new());
         let room = Self {
             config,
-            pins,
             records,
             loader,
             window: window.clone(),
@@ -194,7 +234,12 @@ impl Room {
             again: None,
             events,
             status,
-            _held: (node.ebpf, folder, lock),
+            looks: Looks::begin(0),
+            pinned: PinnedMaps::open(&pins)?,
+            node: node.ebpf,
+            pins,
+            pins_lock: lock,
+            _folder: folder,
         };
         Ok((room, window, reports, told))
     }
@@ -218,9 +263,10 @@ impl Room {
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return Ok(()) },
                 () = until(next) => {}
-                () = leave::idle(&mut self.pods) => {}
+                () = idle_or_changed(&mut self.pods) => {}
             }
             self.go_on().await?;
+            self.look().await?;
         }
     }
 
@@ -344,14 +390,14 @@ impl Room {
             &self.window,
         )
         .await;
-        let entered = match entered {
-            Ok((pod, listeners, program)) => self
-                .mark(&desired, &pod)
-                .map(|record| (pod, listeners, program, record)),
-            Err(error) => Err(error),
-        };
+        let entered = entered.and_then(|entered| {
+            let watched = watched(&desired, &entered)?;
+            let record = self.mark(&desired, &entered.pod)?;
+            Ok((entered, watched, record))
+        });
         match entered {
-            Ok((pod, listeners, program, record)) => {
+            Ok((entered, (listeners, changes), record)) => {
+                let pod = entered.pod;
                 tracing::info!(
                     pod = %format_args!("{}/{}", desired.namespace, desired.name),
                     netns = cookie,
@@ -366,11 +412,17 @@ impl Room {
                     phase: InPhase::Serving(Box::new(Served {
                         desired,
                         local: Arc::clone(&pod),
-                        program,
+                        program: entered.program,
+                        interfaces: entered.interfaces,
+                        told: true,
+                        routing: entered.routing,
+                        listeners,
+                        changes,
+                        looks: Looks::begin(cookie),
                     })),
                 };
                 self.pods.insert(cookie, pod_in_room);
-                self.send(PodEvent::Up(pod, listeners)).await
+                self.send(PodEvent::Up(pod, entered.listeners)).await
             }
             Err(error) => {
                 tracing::warn!(
@@ -427,8 +479,13 @@ impl Room {
     fn tell(&self) {
         let mut status = Status::new();
         for (&cookie, pod) in &self.pods {
+            let broken = pod.phase.served().and_then(|of| of.looks.broken.clone());
+            let broken = broken.or_else(|| self.looks.broken.clone());
             let state = match (pod.phase.phase(), self.failed.get(&cookie)) {
-                (Phase::Serving, _) => PodState::Up,
+                (Phase::Serving, _) => match broken {
+                    Some(why) => PodState::Broken { why },
+                    None => PodState::Up,
+                },
                 (Phase::Draining, _) => PodState::Draining,
                 (Phase::Adopted, None) => PodState::Adopted,
                 (Phase::Adopted, Some(failed)) => PodState::Failed {
@@ -469,8 +526,33 @@ impl Room {
             InPhase::Adopted | InPhase::Serving(_) => None,
         });
         let failed = self.failed.values().map(|failed| failed.again);
-        leaving.chain(failed).chain(self.again).min()
+        let served = self.pods.values().filter_map(|pod| pod.phase.served());
+        let looks = served.map(|served| served.looks.next());
+        let looks = looks.chain([self.looks.next()]);
+        leaving.chain(failed).chain(looks).chain(self.again).min()
     }
+}
+
+/// Completes when a pod that drains is idle, or the namespace of one that is served changes.
+async fn idle_or_changed(pods: &mut BTreeMap<u64, Pod>) {
+    std::future::poll_fn(|context| {
+        let idle = leave::idle(pods, context).is_ready();
+        if idle || look::changed(pods, context).is_ready() {
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    })
+    .await;
+}
+
+/// What shows whether a pod's listeners are alive, and whether something changes in its namespace.
+fn watched(desired: &Desired, entered: &Entered) -> Result<(Listeners, Changes), CaptureError> {
+    let listeners = entered.listeners.share();
+    let both = listeners.and_then(|listeners| Ok((listeners, Changes::of(&desired.netns)?)));
+    both.map_err(|error| CaptureError::Namespace {
+        what: "watch what is changed",
+        why: error.to_string(),
+    })
 }
 
 async fn until(when: Option<Instant>) {

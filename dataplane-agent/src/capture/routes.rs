@@ -77,17 +77,19 @@ pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError>
     with(netns, "set routes", async |handle| {
         let is = read(handle, want).await?;
         let lacks = want.lacks(&is);
+        // What fails for one family is no reason to leave the other without.
+        let mut done = Ok(());
         for route in &lacks.routes {
-            let request = handle.route().add(message(route));
-            request.replace().execute().await?;
+            let request = handle.route().add(message(route)).replace();
+            done = done.and(request.execute().await);
         }
         for rule in &lacks.rules {
-            there(add_rule(handle, rule).await)?;
+            done = done.and(there(add_rule(handle, rule).await));
         }
         for route in want.stale(&is) {
-            gone(handle.route().del(message(&route)).execute().await)?;
+            done = done.and(gone(handle.route().del(message(&route)).execute().await));
         }
-        Ok(lacks)
+        done.map(|()| lacks)
     })
     .await
 }

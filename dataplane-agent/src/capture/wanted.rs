@@ -69,6 +69,11 @@ pub enum PodState {
     Adopted,
     /// Captured and served.
     Up,
+    /// Served, and something that keeps it captured is gone and cannot be put back. It is tried again.
+    Broken {
+        /// What the kernel says.
+        why: String,
+    },
     /// No longer captured; what runs goes on.
     Draining,
     /// It cannot be captured or served, and why; it is tried again. One that was captured stays so.

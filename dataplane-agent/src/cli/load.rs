@@ -34,7 +34,7 @@ fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
     let _lock = pins.make()?;
     let mut loader = Loader::new(&pins);
     let mut node = loader.node()?;
-    programs::attach(&mut node.ebpf, cgroup, &pins)?;
+    programs::attach(&mut node.ebpf, cgroup, &pins, &programs::OF_NODE)?;
     let listeners = enrol::listen(netns)?;
     let mut pod = loader.pod(netns.cookie()?, None, &listeners)?;
     pod.attach(netns, &pins.pod(netns.cookie()?))?;

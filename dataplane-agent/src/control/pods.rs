@@ -88,6 +88,8 @@ pub struct PodView {
 pub enum State {
     /// Captured and served.
     Up,
+    /// Captured, and does not work: what is gone of its capture cannot be put back.
+    Broken,
     /// Wanted, and not captured yet.
     Waiting,
     /// Leaving; what runs goes on.
@@ -101,6 +103,7 @@ impl State {
     pub fn word(self) -> &'static str {
         match self {
             Self::Up => "up",
+            Self::Broken => "broken",
             Self::Waiting => "waiting",
             Self::Draining => "draining",
             Self::Ignored => "ignored",
@@ -239,7 +242,11 @@ impl Pods {
                 .iter()
                 .any(|other| other.uid == workload.uid);
             let served = |pod: &PodStatus| {
-                pod.uid == workload.uid && matches!(pod.state, PodState::Up | PodState::Draining)
+                pod.uid == workload.uid
+                    && matches!(
+                        pod.state,
+                        PodState::Up | PodState::Broken { .. } | PodState::Draining
+                    )
             };
             if !known && status.values().any(served) {
                 let mut last = workload.clone();
@@ -312,7 +319,8 @@ impl Pods {
             let mut own_status = status.iter().filter(|(_, of)| of.uid == pod.uid);
             let adopted = own_status.clone().all(|(_, of)| is_adopted(&of.state));
             let served = own_status.any(|(cookie, of)| {
-                of.state == PodState::Up && found.is_none_or(|found| found == *cookie)
+                matches!(of.state, PodState::Up | PodState::Broken { .. })
+                    && found.is_none_or(|found| found == *cookie)
             });
             if served && !own.contains(&key) {
                 match records.write(pod) {
@@ -392,7 +400,12 @@ fn problems(files: &[String], translation: &Translation, look: &Look) -> Vec<Str
 /// How far a pod is, and why it is not up.
 fn state(pod: &LocalPodSpec, look: &Look, status: &Status) -> (State, Option<String>) {
     let of_uid = || status.iter().filter(|(_, of)| of.uid == pod.uid);
-    let served = |of: &PodStatus| matches!(of.state, PodState::Up | PodState::Draining);
+    let served = |of: &PodStatus| {
+        matches!(
+            of.state,
+            PodState::Up | PodState::Broken { .. } | PodState::Draining
+        )
+    };
     if let manifests::Wanted::No(why) = &pod.wanted {
         return match of_uid().any(|(_, of)| served(of)) {
             true => (State::Draining, None),
@@ -410,6 +423,9 @@ fn state(pod: &LocalPodSpec, look: &Look, status: &Status) -> (State, Option<Str
     });
     let why = match is {
         Some((_, of)) if of.state == PodState::Up => return (State::Up, None),
+        Some((_, of)) if let PodState::Broken { why } = &of.state => {
+            return (State::Broken, Some(why.clone()));
+        }
         Some((_, of)) if let PodState::Failed { why, .. } = &of.state => Some(why),
         _ => look.waiting.get(&pod.uid),
     };

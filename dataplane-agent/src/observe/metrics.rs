@@ -30,13 +30,15 @@ pub struct Metrics {
     failed: Family<Failed, Counter>,
 }
 
-/// What the kernel programs have counted.
-pub type Kernel = dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync;
+/// What others have counted, by word.
+pub type Counted = dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync;
 
 /// What is read when the metrics are asked for.
 pub struct Sources {
     /// Counters of the kernel programs.
-    pub kernel: Box<Kernel>,
+    pub kernel: Box<Counted>,
+    /// How often each part of capture was put back.
+    pub repairs: Box<Counted>,
     /// Places of connections.
     pub places: NodePlaces,
     /// The workers' loads.
@@ -69,7 +71,18 @@ impl Metrics {
             "Connections that failed, by the reason in the log",
             failed.clone(),
         );
-        registry.register_collector(Box::new(FromKernel(sources.kernel)));
+        registry.register_collector(Box::new(FromCapture {
+            name: "dataplane_kernel_decisions",
+            help: "What the kernel programs decided.",
+            label: "decision",
+            counted: sources.kernel,
+        }));
+        registry.register_collector(Box::new(FromCapture {
+            name: "dataplane_repairs",
+            help: "How often a part of what keeps pods captured was gone and was put back.",
+            label: "part",
+            counted: sources.repairs,
+        }));
         registry.register_collector(Box::new(Process {
             places: sources.places,
             workers: sources.workers,
@@ -171,25 +184,27 @@ impl Collector for Connections {
     }
 }
 
-struct FromKernel(Box<Kernel>);
+/// What capture counts, read when the metrics are asked for.
+struct FromCapture {
+    name: &'static str,
+    help: &'static str,
+    label: &'static str,
+    counted: Box<Counted>,
+}
 
-impl fmt::Debug for FromKernel {
+impl fmt::Debug for FromCapture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("FromKernel")
+        f.write_str(self.name)
     }
 }
 
-impl Collector for FromKernel {
+impl Collector for FromCapture {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let counter = ConstCounter::new(0_u64);
-        let mut encoder = encoder.encode_descriptor(
-            "dataplane_kernel_decisions",
-            "What the kernel programs decided.",
-            None,
-            counter.metric_type(),
-        )?;
-        for (decision, count) in (self.0)() {
-            let labels = [("decision", decision)];
+        let kind = counter.metric_type();
+        let mut encoder = encoder.encode_descriptor(self.name, self.help, None, kind)?;
+        for (word, count) in (self.counted)() {
+            let labels = [(self.label, word)];
             ConstCounter::new(count).encode(encoder.encode_family(&labels)?)?;
         }
         Ok(())
@@ -268,6 +283,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let metrics = Metrics::new(Sources {
             kernel: Box::new(|| vec![("captured", 3)]),
+            repairs: Box::new(|| vec![("rule", 1)]),
             places: NodePlaces::new(100),
             workers: vec![Load::of(runtime.expect("a runtime").metrics())],
         });

@@ -26,7 +26,7 @@ pub struct PodStatus {
     pub name: String,
     /// The workload's uid.
     pub uid: String,
-    /// `up`, `waiting`, `draining` or `ignored`.
+    /// `up`, `broken`, `waiting`, `draining` or `ignored`.
     pub state: String,
     /// Why it is not up.
     pub reason: Option<String>,

@@ -8,11 +8,16 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
 
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
 use nix::net::if_::InterfaceFlags;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+};
+use tokio::io::unix::AsyncFd;
 
 /// The initial user namespace has this inode number on every machine (`PROC_USER_INIT_INO`).
 const INIT_USER_NS: u64 = 0xEFFF_FFFD;
@@ -187,6 +192,54 @@ impl Netns {
     /// As [`Netns::enter`].
     pub fn interfaces(&self) -> io::Result<Interfaces> {
         self.enter(interfaces)?
+    }
+}
+
+/// Tells that something has changed in a namespace's interfaces, addresses, rules or routes.
+#[derive(Debug)]
+pub struct Changes(AsyncFd<OwnedFd>);
+
+/// `RTMGRP_LINK`, `_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`, and the
+/// one of `RTNLGRP_IPV6_RULE`, which has no name as a bit.
+const CHANGES: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
+
+impl Changes {
+    /// From now on, on this thread's runtime.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered; no socket can be made.
+    pub fn of(netns: &Netns) -> io::Result<Self> {
+        let socket = netns.enter(|| {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let protocol = SockProtocol::NetlinkRoute;
+            let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+            bind(socket.as_raw_fd(), &NetlinkAddr::new(0, CHANGES))?;
+            io::Result::Ok(socket)
+        })??;
+        super::readiness::readable(socket).map(Self)
+    }
+
+    /// Ready when something has changed since; what it was is not told.
+    pub fn poll(&self, context: &mut Context<'_>) -> Poll<()> {
+        let Poll::Ready(ready) = self.0.poll_read_ready(context) else {
+            return Poll::Pending;
+        };
+        let mut told = false;
+        // Cut to nothing: that there was one is enough. One that found no room is an error, once.
+        while !matches!(
+            recv(self.0.as_raw_fd(), &mut [0; 16], MsgFlags::empty()),
+            Err(Errno::EAGAIN)
+        ) {
+            told = true;
+        }
+        if let Ok(mut ready) = ready {
+            ready.clear_ready();
+        }
+        if told {
+            return Poll::Ready(());
+        }
+        // To be woken by the next one.
+        self.0.poll_read_ready(context).map(|_| ())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
@@ -12,6 +12,7 @@ use tokio::io::unix::AsyncFd;
 /// What keeps one descriptor open, the same one, as long as it lives.
 pub trait Owner: AsRawFd {}
 
+impl Owner for OwnedFd {}
 impl Owner for TcpListener {}
 impl Owner for RingBuf<MapData> {}
 impl<T: log::Log> Owner for EbpfLogger<T> {}

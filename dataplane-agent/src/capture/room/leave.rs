@@ -1,6 +1,8 @@
 //! The way out: a pod is let go, its connections end, and what was changed is put back.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -157,18 +159,15 @@ impl Room {
     }
 }
 
-/// Completes when a pod that drains has nothing that runs any more.
-pub(super) async fn idle(pods: &mut BTreeMap<u64, Pod>) {
-    std::future::poll_fn(|context| {
-        for pod in pods.values_mut() {
-            if let InPhase::Draining { idle, until, .. } = &mut pod.phase
-                && std::future::Future::poll(std::pin::Pin::new(idle), context).is_ready()
-            {
-                *until = Instant::now();
-                return std::task::Poll::Ready(());
-            }
+/// Ready when a pod that drains has nothing that runs any more.
+pub(super) fn idle(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
+    for pod in pods.values_mut() {
+        if let InPhase::Draining { idle, until, .. } = &mut pod.phase
+            && Pin::new(idle).poll(context).is_ready()
+        {
+            *until = Instant::now();
+            return Poll::Ready(());
         }
-        std::task::Poll::Pending
-    })
-    .await;
+    }
+    Poll::Pending
 }

@@ -45,6 +45,7 @@ fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
     let subscriber = tracing_subscriber::registry().with(lines);
     let observer = Observer::new(Arc::new(Metrics::new(Sources {
         kernel: Box::new(Vec::new),
+        repairs: Box::new(Vec::new),
         places: crate::limits::NodePlaces::new(1),
         workers: Vec::new(),
     })));

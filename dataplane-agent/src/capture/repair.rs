@@ -1,0 +1,158 @@
+//! What keeps a pod captured, as parts that can be lost while the agent runs: anybody with
+//! CAP_NET_ADMIN in the pod, or root on the machine, may flush, detach or remove them. Each look puts
+//! back what is gone, and counts it here.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::routing::Routing;
+
+/// A part of capture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Part {
+    /// A policy rule in the pod.
+    Rule,
+    /// A route in the pod.
+    Route,
+    /// A setting below `/proc/sys` of the pod.
+    Setting,
+    /// The pod's program, attached and pinned.
+    Steer,
+    /// One of the agent's listeners in the pod.
+    Listener,
+    /// An entry of the pod in a kernel map.
+    Entry,
+    /// A program of the node, attached and pinned.
+    Program,
+    /// The pin of a map.
+    Pin,
+}
+
+impl Part {
+    /// All, in the order of their slots.
+    pub const ALL: [Self; 8] = [
+        Self::Rule,
+        Self::Route,
+        Self::Setting,
+        Self::Steer,
+        Self::Listener,
+        Self::Entry,
+        Self::Program,
+        Self::Pin,
+    ];
+
+    /// Its word in logs and metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Rule => "rule",
+            Self::Route => "route",
+            Self::Setting => "setting",
+            Self::Steer => "steer",
+            Self::Listener => "listener",
+            Self::Entry => "entry",
+            Self::Program => "program",
+            Self::Pin => "pin",
+        }
+    }
+}
+
+/// Parts that were found gone.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Gone(BTreeSet<Part>);
+
+impl Gone {
+    /// This one too.
+    pub fn add(&mut self, part: Part) {
+        self.0.insert(part);
+    }
+
+    /// Of rules and routes that were lacking, those that had been there: what an interface that has
+    /// just come has not yet was never lost.
+    pub fn of_routing(&mut self, lacked: &Routing, before: &Routing) {
+        if !lacked.rules.is_disjoint(&before.rules) {
+            self.add(Part::Rule);
+        }
+        if !lacked.routes.is_disjoint(&before.routes) {
+            self.add(Part::Route);
+        }
+    }
+
+    /// Whether this one is.
+    pub fn has(&self, part: Part) -> bool {
+        self.0.contains(&part)
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl std::fmt::Display for Gone {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (place, part) in self.0.iter().enumerate() {
+            let comma = if place == 0 { "" } else { ", " };
+            write!(f, "{comma}{}", part.word())?;
+        }
+        Ok(())
+    }
+}
+
+/// How often each part was put back.
+#[derive(Debug, Default)]
+pub struct Repairs([AtomicU64; Part::ALL.len()]);
+
+impl Repairs {
+    /// Counts what was put back.
+    pub fn count(&self, gone: &Gone) {
+        for part in &gone.0 {
+            self.0[*part as usize].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// All counts, by the parts' words.
+    pub fn all(&self) -> Vec<(&'static str, u64)> {
+        let count = |part: Part| self.0[part as usize].load(Ordering::Relaxed);
+        let parts = Part::ALL.into_iter();
+        parts.map(|part| (part.word(), count(part))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+    use crate::sys::netns::Interfaces;
+
+    fn routing(links: &[u32]) -> Routing {
+        let own: IpAddr = "10.1.0.5".parse().expect("an address");
+        let links = links.iter().map(|index| (*index, vec![own]));
+        let interfaces = Interfaces {
+            links: links.collect(),
+            ..Interfaces::default()
+        };
+        Routing::of(&[own], &interfaces)
+    }
+
+    #[test]
+    fn a_new_interfaces_route_was_not_lost() {
+        let (before, after) = (routing(&[2]), routing(&[2, 3]));
+        let mut gone = Gone::default();
+        gone.of_routing(&after.lacks(&before), &before);
+        assert!(gone.is_empty(), "{gone}");
+        gone.of_routing(&after.lacks(&Routing::default()), &before);
+        assert_eq!(gone.to_string(), "rule, route");
+    }
+
+    #[test]
+    fn each_part_is_counted_under_its_word() {
+        let repairs = Repairs::default();
+        for part in Part::ALL {
+            let mut gone = Gone::default();
+            gone.add(part);
+            repairs.count(&gone);
+            assert!(repairs.all().contains(&(part.word(), 1)), "{gone}");
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Looks at what keeps pods captured, again and again, and puts back what is gone.
+//!
+//! Every pod is looked at every few seconds, each at a time of its own, and soon after its namespace
+//! tells of a change. Interfaces and addresses that have come or gone since are taken over on the way.
+
+use std::collections::BTreeMap;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::super::pins::Pins;
+use super::super::programs;
+use super::super::repair::{Gone, Part};
+use super::super::routing::Routing;
+use super::super::undo::Record;
+use super::super::{CaptureError, PodEvent, enrol, named, routes};
+use super::{InPhase, Pod, Room, Served, Window};
+
+/// Between two looks at one pod, and at the node's programs.
+const LOOK: Duration = Duration::from_secs(3);
+/// A pod that changes all the time is looked at no more often than this.
+const SETTLE: Duration = Duration::from_millis(250);
+
+/// When a pod is looked at, and what was found.
+pub(super) struct Looks {
+    next: Instant,
+    last: Instant,
+    /// Why the pod does not work, as of the last look.
+    pub(super) broken: Option<String>,
+}
+
+impl Looks {
+    /// Of one that has just been put in place; `spread` sets it apart from others.
+    pub(super) fn begin(spread: u64) -> Self {
+        let now = Instant::now();
+        let apart = Duration::from_millis(spread.wrapping_mul(367) % 1000);
+        Self {
+            next: now + LOOK - apart,
+            last: now,
+            broken: None,
+        }
+    }
+
+    pub(super) fn next(&self) -> Instant {
+        self.next
+    }
+
+    fn done(&mut self, broken: Option<String>) {
+        self.last = Instant::now();
+        self.next = self.last + LOOK;
+        self.broken = broken;
+    }
+
+    /// Something has changed: it is looked at soon.
+    fn hurry(&mut self) {
+        self.next = self.next.min(self.last + SETTLE);
+    }
+
+    fn hurries(&self) -> bool {
+        self.next <= self.last + SETTLE
+    }
+}
+
+impl Room {
+    /// Looks at what is due.
+    pub(super) async fn look(&mut self) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        if self.looks.next <= now {
+            self.look_at_node();
+        }
+        let due = self.pods.iter().filter_map(|(cookie, pod)| {
+            let served = pod.phase.served()?;
+            (served.looks.next <= now).then_some(*cookie)
+        });
+        for cookie in due.collect::<Vec<u64>>() {
+            self.look_at(cookie).await?;
+        }
+        Ok(())
+    }
+
+    /// The node's programs, and where all is pinned.
+    fn look_at_node(&mut self) {
+        let mut gone = Gone::default();
+        let mended = self.mend_node(&mut gone);
+        let broken = told("the node", &gone, mended, self.looks.broken.as_deref());
+        self.window.repairs.count(&gone);
+        self.looks.done(broken);
+    }
+
+    fn mend_node(&mut self, gone: &mut Gone) -> Result<(), CaptureError> {
+        self.pins.restore(&mut self.pins_lock)?;
+        if self.pinned.restore(&self.pins)? {
+            gone.add(Part::Pin);
+        }
+        let lost = programs::detached(&self.node, &self.config.cgroup, &self.pins)?;
+        if !lost.is_empty() {
+            programs::attach(&mut self.node, &self.config.cgroup, &self.pins, &lost)?;
+            gone.add(Part::Program);
+        }
+        Ok(())
+    }
+
+    async fn look_at(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return Ok(());
+        };
+        let serving = matches!(pod.phase, InPhase::Serving(_));
+        let (name, record) = (named(&pod.uid).to_owned(), &pod.record);
+        let Some(served) = pod.phase.served_mut() else {
+            return Ok(());
+        };
+        let mut gone = Gone::default();
+        let mended = match mend(served, record, &mut gone).await {
+            Ok(()) if serving => captured(served, &self.window, &self.pins, &mut gone),
+            done => done,
+        };
+        let broken = told(&name, &gone, mended, served.looks.broken.as_deref());
+        self.window.repairs.count(&gone);
+        served.looks.done(broken);
+        if gone.has(Part::Listener) {
+            // It is enrolled anew, with others; what runs is cut.
+            let (told, done) = oneshot::channel();
+            let down = PodEvent::Down(served.local.instance, told);
+            pod.phase = InPhase::Adopted;
+            self.send(down).await?;
+            let _ = done.await;
+        }
+        Ok(())
+    }
+}
+
+/// What keeps inside whatever the pod has, as long as it is known to the kernel.
+async fn mend(served: &mut Served, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
+    let desired = &served.desired;
+    let interfaces = enrol::interfaces(desired)?;
+    if interfaces != served.interfaces {
+        // What is its own is told by `captured`.
+        served.interfaces = interfaces;
+        served.told = false;
+    }
+    let addresses = enrol::addresses(desired, &served.interfaces);
+    let routing = Routing::of(&addresses, &served.interfaces);
+    let lacked = routes::put(&desired.netns, &routing).await?;
+    gone.of_routing(&lacked, &served.routing);
+    served.routing = routing;
+    let is = routes::sysctls(&desired.netns)?;
+    let lost = record.sysctls.keys().filter(|name| {
+        let value = is.get(*name);
+        value.is_some_and(|value| value != "1")
+    });
+    let lost: Vec<&String> = lost.collect();
+    if !lost.is_empty() {
+        routes::set_sysctls(&desired.netns, lost.into_iter().map(|name| (name, "1")))?;
+        gone.add(Part::Setting);
+    }
+    Ok(())
+}
+
+/// What takes new connections of it to the agent.
+fn captured(
+    served: &mut Served,
+    window: &Window,
+    pins: &Pins,
+    gone: &mut Gone,
+) -> Result<(), CaptureError> {
+    let desired = &served.desired;
+    let cookie = desired.cookie;
+    if !served.told {
+        let (addresses, _) = enrol::own(desired, &served.interfaces, window)?;
+        if addresses != served.local.addresses() {
+            tracing::info!(
+                pod = %named(&desired.uid),
+                ?addresses,
+                "pod has other addresses than it had"
+            );
+        }
+        served.local.set_addresses(addresses);
+        served.told = true;
+    }
+    let first = served.local.addresses().first().copied();
+    if window.maps().restore(cookie, first, &desired.groups)? {
+        gone.add(Part::Entry);
+    }
+    let pin = pins.pod(cookie);
+    if !served.program.is_attached(&desired.netns, &pin)? {
+        served.program.attach(&desired.netns, &pin)?;
+        gone.add(Part::Steer);
+    }
+    if !served.listeners.alive() {
+        gone.add(Part::Listener);
+    }
+    Ok(())
+}
+
+/// Says what a look has brought, once; why it does not work, if it does not.
+fn told(
+    whose: &str,
+    gone: &Gone,
+    mended: Result<(), CaptureError>,
+    before: Option<&str>,
+) -> Option<String> {
+    let broken = mended.err().map(|error| error.to_string());
+    match &broken {
+        Some(why) if before != Some(why) => {
+            tracing::error!(pod = whose, gone = %gone, error = %why, "what keeps a pod captured cannot be put back; it is tried again");
+        }
+        Some(_) => {}
+        None if !gone.is_empty() => {
+            tracing::warn!(pod = whose, gone = %gone, "what keeps a pod captured was gone, and is put back");
+        }
+        None if before.is_some() => tracing::info!(pod = whose, "it is captured as it is to be"),
+        None => {}
+    }
+    broken
+}
+
+/// Ready when the namespace of a pod that is served tells of a change.
+pub(super) fn changed(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
+    let mut told = Poll::Pending;
+    for pod in pods.values_mut() {
+        if let Some(served) = pod.phase.served_mut()
+            && !served.looks.hurries()
+            && served.changes.poll(context).is_ready()
+        {
+            served.looks.hurry();
+            told = Poll::Ready(());
+        }
+    }
+    told
+}
