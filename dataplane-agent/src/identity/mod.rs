@@ -179,6 +179,31 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_identity_is_as_long_as_spiffe_allows_and_no_longer() {
+        let of_length = |length: usize| {
+            let start = "spiffe://t/ns/a/sa/";
+            format!("{start}{}", "b".repeat(length - start.len()))
+        };
+        let identity = of_length(2048).parse::<Identity>();
+        assert_eq!(identity.expect("long enough").to_string().len(), 2048);
+        let error = of_length(2049).parse::<Identity>().expect_err("too long");
+        assert_eq!(error.why, "is too long");
+        assert_eq!(error.text.len(), 256, "not all of it is told");
+    }
+
+    #[test]
+    fn each_part_is_read_from_its_place() {
+        let identity: Identity = "spiffe://t/ns/n/sa/s".parse().expect("an identity");
+        let parts = (
+            identity.trust_domain(),
+            identity.namespace(),
+            identity.service_account(),
+        );
+        assert_eq!(parts, ("t", "n", "s"));
+        assert_eq!(format!("{identity:?}"), "spiffe://t/ns/n/sa/s");
+    }
+
     proptest! {
         #[test]
         fn what_is_printed_is_parsed(td in "[a-z][a-z0-9.-]{0,20}", ns in "[a-z][a-z0-9-]{0,20}", sa in "[a-z][a-z0-9.-]{0,20}") {
