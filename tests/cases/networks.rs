@@ -216,3 +216,24 @@ fn a_family_without_an_address_is_unreachable_as_it_is_without_a_mesh() {
     assert_eq!(with, without);
     assert!(agent.counter("refused") > 0);
 }
+
+#[test]
+fn c10_thousands_of_connections_of_one_client_to_one_port_meet_no_taken_one() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let server = one.pod(&world, "server");
+    let outsider = two.bare(&world, "outside", "outsider");
+    let agent = world.agent(&one);
+    agent.up(&["server"]);
+    let _app = server.serve(PORT);
+    let hold = outsider.app(&["hold", &server.at(PORT).to_string(), "4000"]);
+    let held = hold.line();
+    let refused: Vec<String> = agent
+        .log()
+        .lines()
+        .filter(|line| line.contains("error="))
+        .take(3)
+        .map(str::to_owned)
+        .collect();
+    assert_eq!(held, "4000 good, 0 bad", "{refused:#?}");
+}

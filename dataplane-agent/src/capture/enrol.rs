@@ -11,6 +11,7 @@ use dataplane_ebpf::pod::ADDRESSES;
 
 use super::pins::{self, Pins};
 use super::pods::Clients;
+use super::ports::Ports;
 use super::programs::{Loader, PodProgram};
 use super::room::Window;
 use super::routing::Routing;
@@ -86,6 +87,7 @@ pub async fn enter(
         addresses: RwLock::new(addresses),
         netns: netns.clone(),
         clients: Clients::default(),
+        spoofed: Ports::default(),
     };
     Ok(Entered {
         pod: Arc::new(pod),

@@ -15,6 +15,7 @@ pub mod maps;
 pub mod node_folder;
 pub mod pins;
 pub mod pods;
+pub mod ports;
 pub mod programs;
 pub mod reconcile;
 pub mod repair;

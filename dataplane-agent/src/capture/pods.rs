@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use socket2::SockRef;
 use tokio::sync::oneshot;
 
+use super::ports::{self, Ports, SPOOFED_PORTS};
 use crate::identity::Identity;
 use crate::limits::{Handshakes, PodPlaces};
 use crate::sys::netns::Netns;
@@ -53,6 +54,8 @@ pub struct LocalPod {
     pub places: PodPlaces,
     /// Clients that are connected in clear from a port that the agent might take in their name.
     pub clients: Clients,
+    /// Which port is taken next in a client's name.
+    pub spoofed: Ports,
 }
 
 /// Clients of a pod, each with how many connections it has from this port.
@@ -136,6 +139,9 @@ pub enum PodEvent {
 }
 
 impl LocalPod {
+    /// How many ports are tried for one connection in a client's name.
+    pub const PORT_TRIES: usize = ports::TRIES;
+
     /// One whose namespace is that of the tests.
     #[cfg(test)]
     pub fn example(uid: &str, identity: Identity, addresses: Vec<IpAddr>) -> Arc<Self> {
@@ -151,6 +157,7 @@ impl LocalPod {
             addresses: RwLock::new(addresses.into()),
             netns: Netns::own().expect("/proc is there"),
             clients: Clients::default(),
+            spoofed: Ports::default(),
         })
     }
 
@@ -174,7 +181,7 @@ impl LocalPod {
     /// Remembers a client that is connected in clear, as long as the answer lives. Nothing is to be
     /// remembered where its port is none that the agent would take.
     pub fn connected(self: &Arc<Self>, client: SocketAddr) -> Option<Connected> {
-        socket::SPOOFED_PORTS.contains(&client.port()).then(|| {
+        SPOOFED_PORTS.contains(&client.port()).then(|| {
             *self.clients.lock().entry(client).or_default() += 1;
             Connected(Arc::clone(self), client)
         })
@@ -190,7 +197,7 @@ impl LocalPod {
     }
 
     /// As [`LocalPod::socket`], for the pod's app at `to`: bound to the client's own address `from`
-    /// (transparent, a random port of a range that clients do not use), to `lo`, and marked RETURN,
+    /// (transparent, a port of a range that clients do not use), to `lo`, and marked RETURN,
     /// so that the app sees its client. Where `from` is the pod's own address it is a plain socket.
     ///
     /// # Errors
@@ -204,11 +211,26 @@ impl LocalPod {
         let plain = self.owns(from) || from.is_loopback() || from.is_ipv4() != to.is_ipv4();
         self.netns.enter(|| {
             if plain {
-                socket::client(to)
-            } else {
-                socket::client_as(from, |port| self.clients.has(SocketAddr::new(from, port)))
+                return socket::client(to);
             }
+            for _ in 0..Self::PORT_TRIES {
+                let client = SocketAddr::new(from, self.spoofed.next(from, to));
+                // A live connection of the client's own is found before any program runs.
+                if !self.clients.has(client) {
+                    match socket::client_as(client) {
+                        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                        made => return made,
+                    }
+                }
+                self.spoofed.jump(from, to);
+            }
+            Err(io::ErrorKind::AddrInUse.into())
         })?
+    }
+
+    /// The kernel had a connection from the port of the last socket: another one is tried elsewhere.
+    pub fn port_was_taken(&self, from: IpAddr, to: SocketAddr) {
+        self.spoofed.jump(from, to);
     }
 }
 

@@ -6,18 +6,12 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 
 use bytes::{BufMut, BytesMut};
-use rand::Rng;
 use socket2::{Domain, MaybeUninitSlice, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 use dataplane_ebpf::mark;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-/// Ports that the agent takes when it connects in a client's name: none that clients take
-/// themselves, since an established socket is found before any program runs.
-pub const SPOOFED_PORTS: std::ops::RangeInclusive<u16> = 10000..=32767;
-/// How often another port is tried.
-const PORT_TRIES: usize = 16;
 /// How many connections wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 /// `SO_NETNS_COOKIE` of `asm-generic/socket.h`.
@@ -72,32 +66,21 @@ pub fn client(to: SocketAddr) -> io::Result<std::net::TcpStream> {
     Ok(stream(to.ip(), mark::AGENT)?.into())
 }
 
-/// A socket that connects in the name of `from` to an app of this namespace: bound to that address
-/// and to `lo`, mark RETURN, on none of the ports that are `taken`. Non-blocking, not connected.
+/// A socket that connects in the name of `from` to an app of this namespace: bound to that address and
+/// port, and to `lo`, mark RETURN. Non-blocking, not connected.
 ///
 /// # Errors
-/// As [`client`]; no port is free for `from`.
-pub fn client_as(from: IpAddr, taken: impl Fn(u16) -> bool) -> io::Result<std::net::TcpStream> {
-    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
-    for _ in 0..PORT_TRIES {
-        let port = rand::rng().random_range(SPOOFED_PORTS);
-        if taken(port) {
-            continue;
-        }
-        let socket = stream(from, mark::RETURN)?;
-        match from {
-            IpAddr::V4(_) => transparent_v4(&socket)?,
-            IpAddr::V6(_) => transparent_v6(&socket)?,
-        }
-        socket.set_reuse_address(true)?;
-        socket.bind_device(Some(b"lo"))?;
-        match socket.bind(&SocketAddr::new(from, port).into()) {
-            Ok(()) => return Ok(socket.into()),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => last = error,
-            Err(error) => return Err(error),
-        }
+/// As [`client`]; an app has the port (`AddrInUse`).
+pub fn client_as(from: SocketAddr) -> io::Result<std::net::TcpStream> {
+    let socket = stream(from.ip(), mark::RETURN)?;
+    match from {
+        SocketAddr::V4(_) => transparent_v4(&socket)?,
+        SocketAddr::V6(_) => transparent_v6(&socket)?,
     }
-    Err(last)
+    socket.set_reuse_address(true)?;
+    socket.bind_device(Some(b"lo"))?;
+    socket.bind(&from.into())?;
+    Ok(socket.into())
 }
 
 /// Takes a connection that waits; it is non-blocking.

@@ -33,17 +33,17 @@ pub async fn to_app(
     to: SocketAddr,
 ) -> Result<TcpStream, TransportError> {
     // The port is one of ours, but a live connection of the client may have the same.
-    for _ in 0..3 {
-        match in_time(means.connect_as(pod, from, to)).await {
+    let mut end = in_time(means.connect_as(pod, from, to)).await;
+    for _ in 1..LocalPod::PORT_TRIES {
+        match &end {
             Err(TransportError::Connect(error))
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable
-                ) => {}
-            end => return end,
+                if error.kind() == io::ErrorKind::AddrNotAvailable && pod.owns(to.ip()) => {}
+            _ => break,
         }
+        pod.port_was_taken(from, to);
+        end = in_time(means.connect_as(pod, from, to)).await;
     }
-    in_time(means.connect_as(pod, from, to)).await
+    end
 }
 
 async fn in_time(

@@ -22,6 +22,7 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
   flood ADDRESS BYTES          sends as much, prints what the sink answers
   script-server PORT STEP...   does the steps of tests/src/script.rs on each connection
   script ADDRESS TIMES STEP... the same as a client, on so many, one after the other
+  hold ADDRESS COUNT           opens COUNT connections, asks on each, and counts, with all of them open
   rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
   many ADDRESS COUNT [silent]  opens COUNT connections and asks on each, unless silent; holds them
 options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
@@ -43,6 +44,7 @@ fn main() {
         ["flood", to, bytes] => flood(to, bytes),
         ["script-server", port, steps @ ..] => script_server(port, steps),
         ["script", to, times, steps @ ..] => script(to, times, steps),
+        ["hold", to, count] => hold(to, count),
         ["rate", to, seconds, each] => rate(to, seconds, each),
         ["many", to, count] => many(to, count, true),
         ["many", to, count, "silent"] => many(to, count, false),
@@ -419,6 +421,47 @@ fn flood(to: &str, bytes: &str) -> io::Result<()> {
         )));
     }
     println!("{sent} arrived");
+    Ok(())
+}
+
+/// Opens connections that stay open, some at a time, and counts those that work.
+fn hold(to: &str, count: &str) -> io::Result<()> {
+    let (to, count): (SocketAddr, usize) = (parse(to)?, count.parse().map_err(io::Error::other)?);
+    let once = move || {
+        let stream = patient(TcpStream::connect_timeout(&to, patience())?)?;
+        (&stream).write_all(b"hello\n")?;
+        let mut answer = [0; 256];
+        match (&stream).read(&mut answer)? {
+            0 => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
+            _ => Ok(stream),
+        }
+    };
+    let workers = 16;
+    let threads: Vec<_> = (0..workers)
+        .map(|_| {
+            std::thread::spawn(move || {
+                let all: Vec<_> = (0..count / workers).map(|_| once()).collect();
+                all
+            })
+        })
+        .collect();
+    let mut held = Vec::new();
+    let mut bad = 0;
+    for thread in threads {
+        for end in thread
+            .join()
+            .map_err(|_| io::Error::other("a thread panicked"))?
+        {
+            match end {
+                Ok(stream) => held.push(stream),
+                Err(error) => {
+                    bad += 1;
+                    println!("{}", word(&error));
+                }
+            }
+        }
+    }
+    println!("{} good, {bad} bad", held.len());
     Ok(())
 }
 
