@@ -1,6 +1,8 @@
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::*;
+use crate::resolve::workload::Health;
 
 const FILE: &str = r#"
 policies:
