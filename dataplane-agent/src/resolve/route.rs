@@ -195,7 +195,8 @@ fn local<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Arc<Workload>, Resolv
 }
 
 /// Whether `source`, which connects from `address`, is that waypoint: what it has let through goes
-/// on to the workload. By identity and by address, as others may have the same service account.
+/// on to the workload. By identity and by address in its network, as others may have the same service
+/// account.
 fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) -> bool {
     let address = address.to_canonical();
     let is_source = |pod: &Arc<Workload>| {
@@ -203,12 +204,11 @@ fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) 
             .addresses
             .iter()
             .any(|own| own.to_canonical() == address);
-        own && pod.identity() == source.identity()
+        own && pod.network == source.network && pod.identity() == source.identity()
     };
     let serves = |service: &Arc<Service>| mesh.endpoints(service).iter().any(is_source);
     match waypoint.split_once('/') {
         Some((network, name)) => match name.parse::<IpAddr>() {
-            Ok(_) if *network != *source.network => false,
             Ok(at) => match mesh.workload_at(network, at) {
                 Some(workload) => is_source(workload),
                 // Of several services with the address nobody knows which one is meant.

@@ -263,6 +263,39 @@ fn a_waypoint_reaches_the_workload_behind_it_and_nobody_else_does() {
 }
 
 #[test]
+fn a_pod_is_not_the_waypoint_that_has_its_address_on_another_network() {
+    let behind = |waypoint: &str| Workload {
+        waypoint: Some(waypoint.into()),
+        ..endpoint("behind", "10.0.0.2")
+    };
+    // Of the same service account as the pod that connects, which is no waypoint.
+    let waypoint = Workload {
+        uid: "c//Pod/ns/waypoint".into(),
+        network: "far".into(),
+        services: serves(8080, Health::Healthy),
+        ..workload(&[])
+    };
+    let service = Service {
+        vips: vec![NetworkAddress {
+            network: "far".into(),
+            address: ip("10.96.0.1"),
+        }],
+        ..service()
+    };
+    for name in ["far/10.0.0.1", "far/10.96.0.1", KEY] {
+        let (writer, reader) = store();
+        let all = vec![workload(&[]), waypoint.clone(), behind(name)];
+        writer.publish(Mesh::build(1, all, vec![service.clone()], Vec::new()));
+        let accepted = Accepted {
+            peer: at("10.0.0.1:4000"),
+            ..accepted(Direction::Outbound, "10.0.0.2:80")
+        };
+        let (_, error) = resolve(&reader, accepted).expect_err("it is not passed");
+        assert_eq!(error, ResolveError::UnknownWaypoint(name.into()));
+    }
+}
+
+#[test]
 fn errors_are_told_in_ztunnels_words() {
     let words = |error: ResolveError| error.to_string();
     let error = go(Vec::new(), Vec::new(), Direction::Outbound, "192.0.2.1:80");
