@@ -170,14 +170,14 @@ fn by_service(
 fn nobody(mesh: &Mesh, service: &Service, source: &Workload, to: SocketAddr) -> ResolveError {
     let elsewhere = |endpoint: &&Arc<Workload>| endpoint.network != source.network;
     let found = mesh.endpoints(service).iter().find(elsewhere);
-    match found.map(|endpoint| (endpoint, &endpoint.network_gateway)) {
-        Some((_, Some(gateway))) if service.ports.contains_key(&to.port()) => {
-            ResolveError::Unsupported(format!("double HBONE by network gateway {gateway}").into())
-        }
-        Some((endpoint, None)) if service.ports.contains_key(&to.port()) => {
-            ResolveError::NoAddress(endpoint.uid.clone())
-        }
-        _ => ResolveError::NoHealthyUpstream(to),
+    match found.filter(|_| service.ports.contains_key(&to.port())) {
+        None => ResolveError::NoHealthyUpstream(to),
+        Some(endpoint) => match &endpoint.network_gateway {
+            Some(gateway) => ResolveError::Unsupported(
+                format!("double HBONE by network gateway {gateway}").into(),
+            ),
+            None => ResolveError::NoAddress(endpoint.uid.clone()),
+        },
     }
 }
 

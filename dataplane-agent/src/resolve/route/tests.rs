@@ -190,6 +190,101 @@ fn inbound_goes_to_the_pod_itself_and_nowhere_else() {
 }
 
 #[test]
+fn a_tunnel_reaches_the_address_that_it_came_to_and_no_other_of_the_pods() {
+    let pod = Workload {
+        addresses: vec![ip("10.0.0.1"), ip("fd00::1")],
+        ..workload(&[])
+    };
+    let (writer, reader) = store();
+    writer.publish(Mesh::build(1, vec![pod.clone()], Vec::new(), Vec::new()));
+    let go = |direction, to: &str| {
+        let accepted = accepted(direction, to);
+        accepted.pod.set_addresses(pod.addresses.clone().into());
+        let found = resolve(&reader, accepted);
+        found.map(|found| found.hop).map_err(|(_, error)| error)
+    };
+    for (own, other) in [("10.0.0.1", "fd00::1"), ("fd00::1", "10.0.0.1")] {
+        let to = SocketAddr::new(ip(own), 80).to_string();
+        let came_to = |at| Direction::InboundHbone {
+            at: ip(at),
+            identity: Identity::new("td", "ns", "other"),
+            service: None,
+        };
+        assert_eq!(go(came_to(own), &to), Ok(Hop::App(at(&to))));
+        let (pod, asked) = (ip(other), ip(own));
+        let refused = Err(ResolveError::IpMismatch { pod, asked });
+        assert_eq!(go(came_to(other), &to), refused);
+        // In clear it came to where it goes.
+        assert_eq!(go(Direction::InboundPlain, &to), Ok(Hop::App(at(&to))));
+    }
+}
+
+#[test]
+fn the_agents_ports_in_a_pod_are_not_its_apps_wherever_its_listeners_are() {
+    let (writer, reader) = store();
+    writer.publish(Mesh::build(1, vec![workload(&[])], Vec::new(), Vec::new()));
+    let hbone = Direction::InboundHbone {
+        at: ip("10.0.0.1"),
+        identity: Identity::new("td", "ns", "other"),
+        service: None,
+    };
+    for direction in [Direction::InboundPlain, hbone] {
+        let to = |port| {
+            let mut accepted = accepted(direction.clone(), &format!("10.0.0.1:{port}"));
+            let pod = Arc::get_mut(&mut accepted.pod).expect("nobody else has it");
+            pod.ports = [40001, 40002, 40003];
+            let found = resolve(&reader, accepted);
+            found.map(|found| found.hop).map_err(|(_, error)| error)
+        };
+        for port in [15001, 15006, 15008, 40001, 40002, 40003] {
+            assert_eq!(to(port), Err(ResolveError::SelfCall), "{port}");
+        }
+        assert_eq!(to(40004), Ok(Hop::App(at("10.0.0.1:40004"))));
+    }
+}
+
+#[test]
+fn the_service_that_a_peer_asked_for_is_told_if_the_pod_serves_it() {
+    let named = |name: &str| Service {
+        name: name.into(),
+        hostname: format!("{name}.ns.svc.cluster.local").into(),
+        vips: Vec::new(),
+        ..service()
+    };
+    // One has the port that the service says, two has one of its own.
+    let serves = |name: &str, own: &[(u16, u16)]| {
+        let ports = own.iter().copied().collect();
+        let health = Health::Healthy;
+        (Arc::from(named(name).key()), Endpoint { ports, health })
+    };
+    let pod = Workload {
+        services: BTreeMap::from([serves("one", &[]), serves("two", &[(80, 9191)])]),
+        ..workload(&[])
+    };
+    let services = ["one", "two", "other"].map(named);
+    let (writer, reader) = store();
+    writer.publish(Mesh::build(1, vec![pod], services.to_vec(), Vec::new()));
+    let told = |asked: Option<&str>, port| {
+        let direction = Direction::InboundHbone {
+            at: ip("10.0.0.1"),
+            identity: Identity::new("td", "ns", "other"),
+            service: asked.map(|name| named(name).hostname),
+        };
+        let found = resolve(&reader, accepted(direction, &format!("10.0.0.1:{port}")));
+        let service = found.expect("it goes to the app").service;
+        service.map(|service| service.name.to_string())
+    };
+    assert_eq!(told(Some("one"), 8080).as_deref(), Some("one"));
+    assert_eq!(told(Some("two"), 8080).as_deref(), Some("two"));
+    // What it asked for of another pod says nothing: the port tells.
+    assert_eq!(told(Some("other"), 8080).as_deref(), Some("one"));
+    assert_eq!(told(None, 8080).as_deref(), Some("one"));
+    assert_eq!(told(None, 9191).as_deref(), Some("two"));
+    assert_eq!(told(None, 9090), None);
+    assert_eq!(told(Some("two"), 9090).as_deref(), Some("two"));
+}
+
+#[test]
 fn a_pod_that_is_not_in_the_mesh_or_is_somebody_else_there_goes_nowhere() {
     let other = Workload {
         service_account: "other".into(),
@@ -454,10 +549,12 @@ fn an_endpoint_on_another_network_is_refused_with_its_word_and_never_dialled() {
                 other => panic!("{other:?}"),
             }
         }
-        assert_eq!(
-            out(vec![remote(protocol, None)], "10.96.0.1:81"),
-            Err(ResolveError::NoHealthyUpstream(at("10.96.0.1:81")))
-        );
+        for gateway in [None, Some("far/10.9.9.9")] {
+            assert_eq!(
+                out(vec![remote(protocol, gateway)], "10.96.0.1:81"),
+                Err(ResolveError::NoHealthyUpstream(at("10.96.0.1:81")))
+            );
+        }
     }
 }
 
