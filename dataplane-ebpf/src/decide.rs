@@ -275,6 +275,18 @@ mod tests {
     }
 
     #[test]
+    fn each_way_to_the_agent_ends_at_its_own_listener() {
+        for (steer, place) in [
+            (Steer::App, None),
+            (Steer::Outbound, Some(listener::OUTBOUND)),
+            (Steer::Inbound, Some(listener::INBOUND)),
+            (Steer::Hbone, Some(listener::HBONE)),
+        ] {
+            assert_eq!(steer.listener(), place, "{steer:?}");
+        }
+    }
+
+    #[test]
     fn loopback_and_unspecified_agree_with_the_standard_library() {
         proptest!(|(octets: [u8; 16], v4: bool)| {
             let address = if v4 {
