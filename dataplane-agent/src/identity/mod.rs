@@ -76,20 +76,6 @@ pub enum IdentityError {
     Peer(Arc<str>),
 }
 
-impl IdentityError {
-    /// The stable word for it.
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Unknown(_) => "unknown",
-            Self::Signing(_) => "signing",
-            Self::Expired(_) => "expired",
-            Self::Slow(_) => "slow",
-            Self::Unusable(_) => "unusable",
-            Self::Peer(_) => "peer",
-        }
-    }
-}
-
 impl FromStr for Identity {
     type Err = NotAnIdentity;
 

@@ -256,3 +256,6 @@ impl ClientCertVerifier for OfTrustDomain {
 fn refuse(error: IdentityError) -> rustls::Error {
     rustls::Error::InvalidCertificate(CertificateError::Other(rustls::OtherError(Arc::new(error))))
 }
+
+#[cfg(test)]
+mod tests;
