@@ -17,6 +17,11 @@ use nix::unistd::Pid;
 
 const PORT: u16 = 7000;
 const UID: &str = "0f8fad5b-d9cb-469f-a165-70867728950e";
+/// What the kubelet knows a pod of a file by: the annotation, and its cgroup's name.
+const HASH: &str = "c7c6e3a1f4b2d05e8a97b6c5d4e3f201";
+/// A cgroup as a container engine names it.
+const CONTAINER: &str =
+    "docker-5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef.scope";
 
 /// An agent that drains as long as something runs.
 fn patient(world: &World, node: &Node) -> Agent {
@@ -54,10 +59,21 @@ fn processes(cgroup: &Cgroup) -> Vec<i32> {
 /// Puts what runs in a pod into a cgroup below its own, as an engine does with each container.
 fn into(pod: &Pod, name: &str) -> Cgroup {
     let inner = Cgroup::new(&pod.cgroup.folder.join(name));
-    for pid in processes(&pod.cgroup) {
-        fs::write(inner.folder.join("cgroup.procs"), pid.to_string()).expect("it is moved");
-    }
+    move_to(pod, &inner.folder);
     inner
+}
+
+fn move_to(pod: &Pod, folder: &Path) {
+    for pid in processes(&pod.cgroup) {
+        fs::write(folder.join("cgroup.procs"), pid.to_string()).expect("it is moved");
+    }
+}
+
+/// The cgroup that the kubelet gives a pod of this uid, with what runs in the pod.
+fn kubelets(kubepods: &Cgroup, pod: &Pod, uid: &str) {
+    let folder = kubepods.folder.join("besteffort").join(format!("pod{uid}"));
+    fs::create_dir_all(&folder).expect("a cgroup");
+    move_to(pod, &folder);
 }
 
 /// Gives itself another pod's addresses, as anybody may with the right to change their own network.
@@ -266,6 +282,40 @@ fn c6_a_container_that_comes_later_is_its_pods_from_then_on_and_after_a_restart(
 }
 
 #[test]
+fn c6_who_names_a_cgroup_of_its_own_after_another_pod_gains_nothing() {
+    let world = World::new();
+    let node = world.node("one");
+    let bare = |name| node.bare(&world, "demo", name);
+    let (victim, fixed) = (bare("victim"), bare("fixed"));
+    let kubepods = Cgroup::new(&node.cgroup.folder.join("kubepods"));
+    kubelets(&kubepods, &victim, UID);
+    kubelets(&kubepods, &fixed, HASH);
+    let thieves = ["plain", "container"].map(|name| node.bare(&world, "outside", name));
+    for thief in &thieves {
+        take_addresses(thief, &victim);
+        take_addresses(thief, &fixed);
+    }
+    let [plain, container] = &thieves;
+    let _inner = into(plain, &format!("pod{UID}"));
+    let group = Cgroup::new(&node.cgroup.folder.join(CONTAINER));
+    let folder = group.folder.join(format!("pod{UID}"));
+    fs::create_dir(&folder).expect("a cgroup");
+    move_to(container, &folder);
+    let agent = world.agent(&node);
+    let mut object = node.object(&victim);
+    object.uid = UID;
+    world.manifests.pod(&object);
+    let mut object = node.object(&fixed);
+    object.uid = "9d3f1c5e-2f0b-4a43-9a52-6a1f1d1d7b11";
+    let hash = ("kubernetes.io/config.hash".to_owned(), HASH.to_owned());
+    object.annotations.push(hash);
+    world.manifests.pod(&object);
+    agent.up(&["victim", "fixed"]);
+    assert!(is_captured(&victim) && is_captured(&fixed));
+    assert!(!thieves.iter().any(is_captured));
+}
+
+#[test]
 fn c6_who_takes_a_new_pods_address_does_not_keep_it_out_of_the_mesh() {
     let world = World::new();
     let node = world.node("one");
@@ -281,7 +331,8 @@ fn c6_who_takes_a_new_pods_address_does_not_keep_it_out_of_the_mesh() {
     world.manifests.pod(&node.object(&known));
     take_addresses(&known, &plain);
     take_addresses(&unknown, &named);
-    let _inner = into(&named, &format!("pod{UID}"));
+    let kubepods = Cgroup::new(&node.cgroup.folder.join("kubepods"));
+    kubelets(&kubepods, &named, UID);
     let agent = world.agent(&node);
     world.manifests.pod(&node.object(&plain));
     let mut object = node.object(&named);

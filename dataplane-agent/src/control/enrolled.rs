@@ -149,6 +149,7 @@ mod tests {
         LocalPodSpec {
             uid: format!("c//Pod/ns/{name}").into(),
             pod_uid: uid.into(),
+            config_hash: None,
             namespace: "ns".into(),
             name: name.into(),
             service_account: "default".into(),

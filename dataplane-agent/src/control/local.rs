@@ -143,6 +143,7 @@ fn local(workload: &Workload) -> LocalPodSpec {
     LocalPodSpec {
         uid: workload.uid.clone(),
         pod_uid: "".into(),
+        config_hash: None,
         namespace: workload.namespace.clone(),
         name: workload.name.clone(),
         service_account: workload.service_account.clone(),

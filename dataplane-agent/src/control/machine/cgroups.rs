@@ -3,7 +3,7 @@
 //! Container engines and the kubelet give each pod, or each container of it, a cgroup that they name
 //! so; the outermost one of such a name is taken, whichever containers were there first. Where nothing
 //! is named, it is the lowest cgroup that has all processes of the pod and no others. What is the pod's
-//! once stays so: more may come.
+//! once stays so until it is removed: more may come.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -152,11 +152,17 @@ pub(super) fn named(process: &Path, pods: &Path) -> Option<PathBuf> {
     None
 }
 
-/// The uids of the pods that the names on the way to a process speak of.
-pub(super) fn pod_uids(process: &Path) -> impl Iterator<Item = String> + '_ {
-    process
+/// The uid of the pod that the kubelet made a process's cgroup for. It is believed of the outermost
+/// name alone, and where nothing but the kubelet's own is above it: what is below a cgroup of its own
+/// a pod may name as it likes.
+pub(super) fn uid_of(process: &Path, pods: &Path) -> Option<String> {
+    let group = named(process, pods)?;
+    let above = group.parent()?.strip_prefix(pods).ok()?;
+    let is_its = above
         .iter()
-        .filter_map(|name| pod_uid(name.to_str()?).map(normal))
+        .all(|name| name.to_str().is_some_and(is_kubelets));
+    let uid = pod_uid(group.file_name()?.to_str()?)?;
+    is_its.then(|| normal(uid))
 }
 
 /// A pod's uid, as it is compared: systemd's names have another sign between its parts.
@@ -175,6 +181,13 @@ fn pod_uid(name: &str) -> Option<&str> {
             .chars()
             .all(|c| c.is_ascii_hexdigit() || c == '-' || c == '_');
     is_uid.then_some(uid)
+}
+
+/// Whether it is a cgroup in which the kubelet makes those of pods: `kubepods`, one of a class of
+/// quality in it, or `kubelet` around it; with systemd, a slice of these words.
+fn is_kubelets(name: &str) -> bool {
+    let mut words = name.strip_suffix(".slice").unwrap_or(name).split('-');
+    words.all(|word| matches!(word, "kubelet" | "kubepods" | "burstable" | "besteffort"))
 }
 
 /// As engines name the cgroup of a container, or Podman that of a pod: by an id of 64 digits, with

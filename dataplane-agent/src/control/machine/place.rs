@@ -94,11 +94,11 @@ impl Machine {
             .get(&pod.uid)
             .filter(|(key, _)| *key == Key::of(pod))
             .map_or(0, |(_, last)| *last);
-        let own_uid = cgroups::normal(&pod.pod_uid);
+        let own = BTreeSet::from_iter(pod.cgroup_uids().map(cgroups::normal));
         let others: BTreeSet<String> = pods
             .iter()
-            .map(|other| cgroups::normal(&other.pod_uid))
-            .filter(|uid| *uid != own_uid)
+            .flat_map(|other| other.cgroup_uids().map(cgroups::normal))
+            .filter(|uid| !own.contains(uid))
             .collect();
         let (mut named, mut unnamed) = (BTreeSet::new(), BTreeSet::new());
         let (mut before, mut failed) = (None, None);
@@ -108,7 +108,7 @@ impl Machine {
             if taken.contains(&inode) || self.hosts.contains(&inode) || is_old {
                 continue;
             }
-            let candidate = match seen.open(inode, &self.root) {
+            let candidate = match seen.open(inode, &self.root, &self.pods) {
                 Ok(Some(candidate)) => candidate,
                 Ok(None) => continue,
                 Err(error) => {
@@ -134,10 +134,11 @@ impl Machine {
                 }
                 _ => {}
             }
-            let another = candidate.uids.iter().any(|uid| others.contains(uid));
-            if !own_uid.is_empty() && candidate.uids.contains(&own_uid) {
+            if !candidate.uids.is_disjoint(&own) {
                 named.insert(inode);
-            } else if !another && (own_uid.is_empty() || candidate.uids.is_empty()) {
+            } else if candidate.uids.is_disjoint(&others)
+                && (own.is_empty() || candidate.uids.is_empty())
+            {
                 unnamed.insert(inode);
             }
         }

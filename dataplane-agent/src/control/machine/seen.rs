@@ -31,7 +31,7 @@ pub(super) struct Candidate {
     pub netns: Netns,
     pub cookie: u64,
     pub addresses: Vec<IpAddr>,
-    /// The uids of the pods that its processes' cgroups are named after.
+    /// The uids of the pods that the kubelet made its processes' cgroups for.
     pub uids: BTreeSet<String>,
 }
 
@@ -49,7 +49,12 @@ impl Seen {
     }
 
     /// Opens a namespace, once in a look.
-    pub(super) fn open(&mut self, inode: u64, root: &Path) -> Result<Option<&Candidate>, &String> {
+    pub(super) fn open(
+        &mut self,
+        inode: u64,
+        root: &Path,
+        pods: &Path,
+    ) -> Result<Option<&Candidate>, &String> {
         let Some(namespace) = self.namespaces.get(&inode) else {
             return Ok(None);
         };
@@ -60,7 +65,7 @@ impl Seen {
                     namespace.path.display()
                 )
             };
-            open(namespace, inode, root).map_err(wrong)
+            open(namespace, inode, root, pods).map_err(wrong)
         });
         opened.as_ref().map(Option::as_ref)
     }
@@ -91,7 +96,12 @@ impl Seen {
     }
 }
 
-fn open(namespace: &Namespace, inode: u64, root: &Path) -> io::Result<Option<Candidate>> {
+fn open(
+    namespace: &Namespace,
+    inode: u64,
+    root: &Path,
+    pods: &Path,
+) -> io::Result<Option<Candidate>> {
     let netns = match Netns::open(&namespace.path) {
         Err(error) if processes::has_ended(&error) => return Ok(None),
         netns => netns?,
@@ -106,7 +116,7 @@ fn open(namespace: &Namespace, inode: u64, root: &Path) -> io::Result<Option<Can
             Err(error) if processes::has_ended(&error) => {}
             text => {
                 if let Some(folder) = cgroup::of_process(root, &text?) {
-                    uids.extend(cgroups::pod_uids(&folder));
+                    uids.extend(cgroups::uid_of(&folder, pods));
                 }
             }
         }

@@ -16,6 +16,8 @@ use crate::resolve::workload::Health;
 
 /// The annotation that names a pod's network namespace by path.
 pub const NETNS_ANNOTATION: &str = "ambient.dataplane/netns";
+/// The kubelet's own uid of a pod that it has from a file; in the API the object has another one.
+const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
 const MODE_LABEL: &str = "istio.io/dataplane-mode";
 const SIDECAR_ANNOTATION: &str = "sidecar.istio.io/status";
 
@@ -136,6 +138,12 @@ pub(crate) fn wanted(pod: &Resource<Pod>, objects: &Objects, enrolled: bool) -> 
 /// Where its network namespace is, if it says so.
 pub(crate) fn netns_path(meta: &Meta) -> Option<PathBuf> {
     meta.annotations.get(NETNS_ANNOTATION).map(PathBuf::from)
+}
+
+/// The uid that the kubelet knows it by, if it is one of a file.
+pub(crate) fn config_hash(meta: &Meta) -> Option<Arc<str>> {
+    let hash = meta.annotations.get(HASH_ANNOTATION)?;
+    Some(hash.as_str().into())
 }
 
 /// The name of what owns the pod, or its own.

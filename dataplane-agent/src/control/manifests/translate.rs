@@ -72,6 +72,8 @@ pub struct LocalPodSpec {
     pub uid: Arc<str>,
     /// The pod's own uid; empty if its manifest has none.
     pub pod_uid: Arc<str>,
+    /// What the kubelet knows it by instead, if it is one of a file of the kubelet's.
+    pub config_hash: Option<Arc<str>>,
     /// Its namespace.
     pub namespace: Arc<str>,
     /// Its name.
@@ -86,6 +88,17 @@ pub struct LocalPodSpec {
     pub netns_path: Option<PathBuf>,
     /// Whether it is to be enrolled.
     pub wanted: Wanted,
+}
+
+impl LocalPodSpec {
+    /// The uids that the kubelet may have named its cgroup after; none if its manifest has none.
+    pub fn cgroup_uids(&self) -> impl Iterator<Item = &str> {
+        let uids = [Some(&self.pod_uid), self.config_hash.as_ref()];
+        uids.into_iter()
+            .flatten()
+            .map(|uid| &**uid)
+            .filter(|uid| !uid.is_empty())
+    }
 }
 
 /// Whether a pod is to be enrolled.
@@ -266,6 +279,7 @@ impl<'a> Translator<'a> {
         LocalPodSpec {
             uid: self.uid(pod),
             pod_uid: pod.meta.uid.clone(),
+            config_hash: pod::config_hash(&pod.meta),
             namespace: pod.meta.key.namespace.clone(),
             name: pod.meta.key.name.clone(),
             service_account: pod.body.service_account.clone(),

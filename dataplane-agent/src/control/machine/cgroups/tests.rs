@@ -165,5 +165,30 @@ fn only_what_is_named_as_a_pods_or_a_containers_is_one() {
         named(Path::new(&nested), Path::new("/c/p")),
         Some(outer.into())
     );
-    assert_eq!(pod_uids(Path::new(&nested)).collect::<Vec<_>>(), [UID]);
+}
+
+#[test]
+fn a_pods_uid_is_what_the_kubelet_named_and_nobody_else() {
+    let uid = |at: String| uid_of(&Path::new("/c/p").join(at), Path::new("/c/p"));
+    let slice = format!("pod{}.slice", UID.replace('-', "_"));
+    for kubelets in [
+        format!("pod{UID}"),
+        format!("kubepods/pod{UID}/{ID}"),
+        format!("kubelet/kubepods/burstable/pod{UID}"),
+        format!("kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-{slice}/x.scope"),
+        format!("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-{slice}"),
+    ] {
+        assert_eq!(uid(kubelets.clone()).as_deref(), Some(UID), "{kubelets}");
+    }
+    let own = UID.replace('0', "1");
+    for (theirs, expected) in [
+        (format!("docker-{ID}.scope/kubepods/pod{UID}"), None),
+        (format!("web/pod{UID}"), None),
+        (format!("web/kubepods/pod{UID}"), None),
+        (format!("kubepods/web/pod{UID}"), None),
+        (format!("user.slice/kubepods-{slice}"), None),
+        (format!("kubepods/pod{own}/{ID}/pod{UID}"), Some(own)),
+    ] {
+        assert_eq!(uid(theirs.clone()), expected, "{theirs}");
+    }
 }
