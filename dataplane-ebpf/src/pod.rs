@@ -9,6 +9,9 @@ use crate::address::Ip;
 
 /// How many pods a node has enrolled at once; a further one waits.
 pub const PODS: u32 = 1024;
+/// How many cgroups of one pod are known to be its own: each of its containers may have one, where no
+/// cgroup holds them all. What is in a further one counts as outside of the pod's cgroups.
+pub const CGROUPS: u32 = 16;
 /// How many addresses of one pod are known to be its own. What a pod has beyond that is nobody's: it
 /// is captured like any other destination, and refused to who connects to it from outside.
 pub const ADDRESSES: usize = 64;

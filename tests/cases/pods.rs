@@ -282,6 +282,38 @@ fn c6_a_container_that_comes_later_is_its_pods_from_then_on_and_after_a_restart(
 }
 
 #[test]
+fn c6_a_containers_cgroup_that_is_made_again_is_its_pods_again() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    let nested = node.bare(&world, "outside", "nested");
+    let outsider = node.bare(&world, "outside", "outsider");
+    let _app = outsider.serve(PORT);
+    let agent = world.agent(&node);
+    agent.up(&["client"]);
+    let folder = node.cgroup.folder.join(CONTAINER);
+    let is_its = || {
+        let status = agent.status().unwrap_or_default();
+        let groups = status["pods"][0]["cgroup"].to_string();
+        groups.contains(CONTAINER)
+    };
+    for _ in 0..3 {
+        let container = Cgroup::new(&folder);
+        let inside = Process::start(&mut app(&client.netns, &folder, &["pause"]));
+        assert_eq!(inside.line(), "ready");
+        eventually("a namespace inside of the container is refused", 10, || {
+            let to = outsider.at(PORT).to_string();
+            let asked = said(&mut app(&nested.netns, &folder, &["ask", &to, "x"]));
+            asked.is_err_and(|why| why == "denied")
+        });
+        assert!(is_its());
+        drop((inside, container));
+    }
+    eventually("what is gone is nobody's", 5, || !is_its());
+    agent.up(&["client"]);
+}
+
+#[test]
 fn c6_who_names_a_cgroup_of_its_own_after_another_pod_gains_nothing() {
     let world = World::new();
     let node = world.node("one");

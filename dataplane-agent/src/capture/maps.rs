@@ -90,7 +90,7 @@ impl NodeMaps {
         first: Option<IpAddr>,
         groups: &[CgroupId],
     ) -> Result<(), CaptureError> {
-        self.adopt(cookie, groups)?;
+        self.stamp(cookie, groups)?;
         // For reports alone: not written again where another address was first.
         if !has(&self.pods, "PODS", cookie)? {
             let first = first.map_or(Ip::NONE, Ip::from);
@@ -99,11 +99,16 @@ impl NodeMaps {
         absent(self.leaving.remove(&cookie)).map_err(failed("LEAVING"))
     }
 
-    /// From now on these cgroups are the pod's too.
+    /// From now on these cgroups are the pod's, and no others.
     ///
     /// # Errors
     /// The kernel refuses; the map is full.
     pub fn adopt(&mut self, cookie: u64, groups: &[CgroupId]) -> Result<(), CaptureError> {
+        self.disown(cookie, groups)?;
+        self.stamp(cookie, groups)
+    }
+
+    fn stamp(&mut self, cookie: u64, groups: &[CgroupId]) -> Result<(), CaptureError> {
         for group in groups {
             ensure(&mut self.cgroups, "CGROUPS", group.id, cookie)?;
         }
@@ -179,15 +184,18 @@ impl NodeMaps {
         if has(&self.pods, "PODS", cookie)? {
             ensure(&mut self.leaving, "LEAVING", cookie, 1)?;
         }
-        self.disown(cookie)
+        self.disown(cookie, &[])
     }
 
-    fn disown(&mut self, cookie: u64) -> Result<(), CaptureError> {
+    /// Takes from a pod all cgroups but these.
+    fn disown(&mut self, cookie: u64, but: &[CgroupId]) -> Result<(), CaptureError> {
         let owned: Vec<u64> = self
             .cgroups
             .iter()
             .filter_map(|entry| entry.ok())
-            .filter_map(|(cgroup, owner)| (owner == cookie).then_some(cgroup))
+            .filter(|(_, owner)| *owner == cookie)
+            .map(|(cgroup, _)| cgroup)
+            .filter(|cgroup| but.iter().all(|group| group.id != *cgroup))
             .collect();
         for cgroup in owned {
             absent(self.cgroups.remove(&cgroup)).map_err(failed("CGROUPS"))?;
@@ -204,7 +212,7 @@ impl NodeMaps {
         absent(self.leaving.remove(&cookie)).map_err(failed("LEAVING"))?;
         self.own(cookie, &[], [])?;
         self.owned.remove(&cookie);
-        self.disown(cookie)
+        self.disown(cookie, &[])
     }
 
     /// The cookies of all pods that the kernel knows.

@@ -343,7 +343,8 @@ impl Room {
         Ok(more)
     }
 
-    /// Adds the cgroups that pods have had since: what runs is not touched.
+    /// Adds the cgroups that pods have had since, and takes away those that are gone: what runs is not
+    /// touched.
     fn grow(&mut self, wanted: &BTreeMap<u64, &Desired>) {
         for (cookie, pod) in &mut self.pods {
             if let (InPhase::Serving(served), Some(want)) = (&mut pod.phase, wanted.get(cookie))
@@ -353,7 +354,7 @@ impl Room {
                 match self.window.maps().adopt(*cookie, &want.groups) {
                     Ok(()) => served.desired.groups.clone_from(&want.groups),
                     Err(error) => {
-                        tracing::warn!(pod = %named(&pod.uid), %error, "the pod's further cgroups are not known to the kernel");
+                        tracing::warn!(pod = %named(&pod.uid), %error, "the pod's cgroups are not all known to the kernel");
                     }
                 }
             }
@@ -456,6 +457,8 @@ impl Room {
     /// The last step in: from here on the pod's own connections are captured.
     fn mark(&self, desired: &Desired, pod: &LocalPod) -> Result<Record, CaptureError> {
         let mut maps = self.window.maps();
+        // A predecessor may have known others, that are gone since.
+        maps.adopt(desired.cookie, &desired.groups)?;
         maps.enrol(
             desired.cookie,
             pod.addresses().first().copied(),

@@ -22,7 +22,8 @@ pub(crate) static LEAVING: HashMap<u64, u32> = HashMap::with_max_entries(pod::PO
 /// see the owner of the next cgroup in place of one that has just left, and refuses what it could
 /// have let pass a moment later.
 #[map]
-pub(crate) static CGROUPS: HashMap<u64, u64> = HashMap::with_max_entries(1024, 0);
+pub(crate) static CGROUPS: HashMap<u64, u64> =
+    HashMap::with_max_entries(pod::PODS * pod::CGROUPS, 0);
 
 /// On sockets that may send by `lo` only: 1. Written and read by the programs; gone with the socket.
 /// A mark alone says nothing: it may be somebody else's.

@@ -1,10 +1,12 @@
-//! Finds the cgroups of a pod, and those that it has later.
+//! Finds the cgroups of a pod, and those that it has later, and lets go of those that are gone.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+use dataplane_ebpf::pod::CGROUPS;
 
 use super::cgroups::{Asked, NoGroup};
 use super::seen::Seen;
@@ -14,7 +16,9 @@ use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::processes;
 
 impl Machine {
-    /// Finds the cgroups that are a pod's alone: more than before, if processes came in others.
+    /// Finds the cgroups that are a pod's alone: more than before, if processes came in others, and
+    /// without those that were removed. A pod that has had some keeps the last ones: nobody is in them
+    /// any more, and it stays found.
     pub(super) fn regroup(
         &mut self,
         uid: &Arc<str>,
@@ -43,7 +47,8 @@ impl Machine {
                 .as_ref()
                 .is_some_and(|folder| groups.iter().any(|(group, _)| folder.starts_with(group)))
         };
-        let mut groups = place.groups.clone();
+        let mut groups = self.remaining(&place.groups);
+        let is_new = place.groups.is_empty();
         if folders.iter().any(|folder| !is_covered(&groups, folder)) || groups.is_empty() {
             let asked = Asked {
                 pods: &self.pods,
@@ -53,29 +58,47 @@ impl Machine {
                 members: &cgroup::members,
             };
             let found = asked.of_pod(&folders.iter().flatten().cloned().collect());
-            match found {
-                Ok(found) => groups = self.grown(uid, groups, found, captured)?,
+            let grown = match found {
+                Ok(found) => self.grown(uid, &groups, found, captured),
                 Err(NoGroup::Failed(error)) => return Err(failed(error)),
-                Err(NoGroup::Wrong(why)) if groups.is_empty() => return Err(why),
-                Err(NoGroup::Wrong(_)) => {}
+                Err(NoGroup::Wrong(why)) => Err(why),
+            };
+            match grown {
+                Ok(grown) => groups = grown,
+                Err(why) if is_new => return Err(why),
+                Err(_) => {}
             }
         }
         let outside = folders.iter().filter(|folder| !is_covered(&groups, folder));
         look.outside.insert(uid.clone(), outside.count());
-        if let Some(place) = self.places.get_mut(uid) {
+        if let Some(place) = self.places.get_mut(uid)
+            && !groups.is_empty()
+        {
             place.groups = groups;
         }
         Ok(())
     }
 
-    /// What a pod has with what it had: nothing is taken from it, nor from another pod.
+    /// Those that are still there. A folder that was made again is another cgroup, with another id, and
+    /// may be anybody's: whose it is is asked anew.
+    fn remaining(&self, groups: &[(PathBuf, CgroupId)]) -> Vec<(PathBuf, CgroupId)> {
+        let remains = |(folder, was): &&(PathBuf, CgroupId)| match cgroup::id(&self.root, folder) {
+            Ok(is) => is == *was,
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        };
+        groups.iter().filter(remains).cloned().collect()
+    }
+
+    /// What a pod has with what it had, as many as a pod may have: nothing is taken from it, nor from
+    /// another pod.
     fn grown(
         &self,
         uid: &Arc<str>,
-        mut groups: Vec<(PathBuf, CgroupId)>,
+        groups: &[(PathBuf, CgroupId)],
         found: Vec<PathBuf>,
         captured: &Status,
     ) -> Result<Vec<(PathBuf, CgroupId)>, String> {
+        let mut groups = groups.to_vec();
         let mut why = None;
         for folder in found {
             let id = match cgroup::id(&self.root, &folder) {
@@ -86,7 +109,7 @@ impl Machine {
                 }
             };
             let placed = self.places.iter().find(|(other, place)| {
-                *other != uid && place.groups.iter().any(|(group, _)| *group == folder)
+                *other != uid && place.groups.iter().any(|(_, group)| group.id == id.id)
             });
             let owner = placed.map(|(other, _)| other).or_else(|| {
                 captured.values().find_map(|pod| {
@@ -99,7 +122,9 @@ impl Machine {
                 why.get_or_insert(taken);
             } else if !groups.iter().any(|(group, _)| folder.starts_with(group)) {
                 groups.retain(|(group, _)| !group.starts_with(&folder));
-                groups.push((folder, id));
+                if groups.len() < CGROUPS as usize {
+                    groups.push((folder, id));
+                }
             }
         }
         match (groups.is_empty(), why) {
