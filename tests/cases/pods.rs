@@ -314,6 +314,21 @@ fn c6_a_containers_cgroup_that_is_made_again_is_its_pods_again() {
 }
 
 #[test]
+fn a_pod_whose_namespace_is_gone_is_dialled_by_hbone_no_more() {
+    let world = World::new();
+    let node = world.node("one");
+    let pod = node.pod(&world, "pod");
+    let agent = world.agent(&node);
+    agent.up(&["pod"]);
+    eventually("it is dialled by HBONE", 10, || agent.tunnelled() == 1);
+    // Its object stays, and so does what waits for it.
+    drop(pod);
+    agent.logs(&["pod left the mesh"]);
+    agent.is("pod", "waiting");
+    eventually("it is not any more", 5, || agent.tunnelled() == 0);
+}
+
+#[test]
 fn c6_who_names_a_cgroup_of_its_own_after_another_pod_gains_nothing() {
     let world = World::new();
     let node = world.node("one");

@@ -241,6 +241,8 @@ impl Room {
             pins_lock: lock,
             _folder: folder,
         };
+        // Whoever asks before the first step knows of what a predecessor has captured.
+        room.tell();
         Ok((room, window, reports, told))
     }
 

@@ -19,6 +19,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use self::seen::Seen;
 use super::manifests::{LocalPodSpec, Wanted};
@@ -29,6 +30,9 @@ use crate::sys::processes;
 
 /// So many whole looks in a row must miss a namespace until it counts as gone.
 const MISSES: u32 = 3;
+/// Looks that come sooner after the last miss than this count for nothing: a change of the configuration
+/// or of capture may bring several within a moment. A little less than the time between regular ones.
+const APART: Duration = Duration::from_millis(900);
 
 /// A pod's namespace and cgroups.
 #[derive(Clone, Debug)]
@@ -89,6 +93,8 @@ struct Sight {
     processes: BTreeSet<u32>,
     /// How many looks in a row have missed it since.
     misses: u32,
+    /// When the last of them did.
+    missed: Option<Instant>,
     /// The last look that saw it.
     last: u64,
 }
@@ -133,11 +139,12 @@ impl Machine {
 
     /// Looks for the pods of this node. `captured` is what capture has of them.
     pub fn look(&mut self, pods: &[LocalPodSpec], captured: &Status) -> Look {
+        let now = Instant::now();
         let failed = match processes::namespaces() {
             Ok(look) => {
                 self.looks += 1;
                 let mut seen = Seen::new(look, &self.hosts);
-                self.sight(&seen, captured);
+                self.sight(&seen, captured, now);
                 self.forget(pods);
                 return self.find(pods, captured, &mut seen);
             }
@@ -158,7 +165,7 @@ impl Machine {
     }
 
     /// Notes which namespaces are there.
-    fn sight(&mut self, seen: &Seen, captured: &Status) {
+    fn sight(&mut self, seen: &Seen, captured: &Status, now: Instant) {
         let looks = self.looks;
         self.since
             .retain(|inode, _| seen.namespaces.contains_key(inode));
@@ -182,13 +189,14 @@ impl Machine {
             });
             if let Some(namespace) = seen.namespaces.get(&sight.inode) {
                 sight.processes = namespace.processes.iter().copied().collect();
-                (sight.misses, sight.last) = (0, looks);
+                (sight.misses, sight.missed, sight.last) = (0, None, looks);
             } else if path.is_some_and(|path| may_hold(path, sight.inode))
                 || !sight.processes.is_disjoint(&seen.hidden)
             {
-                (sight.misses, sight.last) = (0, looks);
-            } else {
+                (sight.misses, sight.missed, sight.last) = (0, None, looks);
+            } else if sight.missed.is_none_or(|missed| now - missed >= APART) {
                 sight.misses += 1;
+                sight.missed = Some(now);
             }
         }
     }
@@ -293,8 +301,19 @@ mod tests {
         }
     }
 
-    /// Looks, and sees the processes of namespace 1, or none of it.
+    /// Looks a second later, and sees the processes of namespace 1, or none of it.
     fn look(machine: &mut Machine, processes: &[u32], hidden: &[u32]) -> BTreeSet<u64> {
+        let last = machine.sights.get(&7).and_then(|sight| sight.missed);
+        let now = last.unwrap_or_else(Instant::now) + Duration::from_secs(1);
+        look_at(machine, processes, hidden, now)
+    }
+
+    fn look_at(
+        machine: &mut Machine,
+        processes: &[u32],
+        hidden: &[u32],
+        now: Instant,
+    ) -> BTreeSet<u64> {
         let pod = PodStatus {
             uid: "pod".into(),
             inode: 1,
@@ -311,8 +330,22 @@ mod tests {
         machine.sight(
             &Seen::new(look, &BTreeSet::new()),
             &Status::from([(7, pod)]),
+            now,
         );
         machine.gone()
+    }
+
+    #[test]
+    fn looks_within_a_moment_miss_a_namespace_once() {
+        let mut machine = machine();
+        look(&mut machine, &[100], &[]);
+        let now = Instant::now();
+        for _ in 0..2 * MISSES {
+            assert_eq!(look_at(&mut machine, &[], &[], now), [].into());
+        }
+        let later = |looks| now + Duration::from_secs(looks);
+        assert_eq!(look_at(&mut machine, &[], &[], later(1)), [].into());
+        assert_eq!(look_at(&mut machine, &[], &[], later(2)), [7].into());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dataplane_ebpf::pod::CGROUPS;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -236,19 +237,13 @@ impl Pods {
         let mut translation = translation;
         // A pod whose object is gone is known for as long as it is served: it drains.
         let status = self.status.borrow();
+        let served = status.values().filter(|pod| is_served(pod));
+        let mut unknown: BTreeSet<&Arc<str>> = served.map(|pod| &pod.uid).collect();
+        for workload in &translation.workloads {
+            unknown.remove(&workload.uid);
+        }
         for workload in &self.translation.workloads {
-            let known = translation
-                .workloads
-                .iter()
-                .any(|other| other.uid == workload.uid);
-            let served = |pod: &PodStatus| {
-                pod.uid == workload.uid
-                    && matches!(
-                        pod.state,
-                        PodState::Up | PodState::Broken { .. } | PodState::Draining
-                    )
-            };
-            if !known && status.values().any(served) {
+            if unknown.contains(&workload.uid) {
                 let mut last = workload.clone();
                 last.services.clear();
                 translation.workloads.push(last);
@@ -316,12 +311,13 @@ impl Pods {
                 uid: pod.pod_uid.clone(),
             };
             let found = look.found.get(&pod.uid).map(|found| found.cookie);
-            let mut own_status = status.iter().filter(|(_, of)| of.uid == pod.uid);
-            let adopted = own_status.clone().all(|(_, of)| is_adopted(&of.state));
-            let served = own_status.any(|(cookie, of)| {
-                matches!(of.state, PodState::Up | PodState::Broken { .. })
-                    && found.is_none_or(|found| found == *cookie)
+            let mut of_pod = status.iter().filter(|(cookie, of)| {
+                of.uid == pod.uid && found.is_none_or(|found| found == **cookie)
             });
+            // What is captured is in the status from the first one on.
+            let adopted = of_pod.clone().any(|(_, of)| is_adopted(&of.state));
+            let served =
+                of_pod.any(|(_, of)| matches!(of.state, PodState::Up | PodState::Broken { .. }));
             if served && !own.contains(&key) {
                 match records.write(pod) {
                     Ok(()) => _ = keep.insert(key),
@@ -381,7 +377,11 @@ impl Pods {
                     tracing::info!(pod = %format_args!("{}/{}", pod.namespace, pod.name), reason, "pod waits");
                 }
                 if pod.outside > 0 && was.is_none_or(|was| was.outside != pod.outside) {
-                    tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), processes = pod.outside, "processes in the pod's network namespace are outside of its cgroup");
+                    let reason = match pod.cgroups.len() < CGROUPS as usize {
+                        true => "outside_of_cgroups",
+                        false => "too_many_cgroups",
+                    };
+                    tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), reason, processes = pod.outside, "processes in the pod's network namespace are outside of its cgroups");
                 }
             }
             let changed = *old != view;
@@ -400,14 +400,8 @@ fn problems(files: &[String], translation: &Translation, look: &Look) -> Vec<Str
 /// How far a pod is, and why it is not up.
 fn state(pod: &LocalPodSpec, look: &Look, status: &Status) -> (State, Option<String>) {
     let of_uid = || status.iter().filter(|(_, of)| of.uid == pod.uid);
-    let served = |of: &PodStatus| {
-        matches!(
-            of.state,
-            PodState::Up | PodState::Broken { .. } | PodState::Draining
-        )
-    };
     if let manifests::Wanted::No(why) = &pod.wanted {
-        return match of_uid().any(|(_, of)| served(of)) {
+        return match of_uid().any(|(_, of)| is_served(of)) {
             true => (State::Draining, None),
             false => (State::Ignored, Some(why.to_string())),
         };
@@ -437,6 +431,13 @@ fn state(pod: &LocalPodSpec, look: &Look, status: &Status) -> (State, Option<Str
         }
     };
     (State::Waiting, Some(reason))
+}
+
+fn is_served(pod: &PodStatus) -> bool {
+    matches!(
+        pod.state,
+        PodState::Up | PodState::Broken { .. } | PodState::Draining
+    )
 }
 
 fn is_adopted(state: &PodState) -> bool {
