@@ -5,7 +5,8 @@
 
 use std::net::SocketAddr;
 
-use dataplane_tests::{Pair, Pod, World, eventually};
+use dataplane_tests::wire::Segment;
+use dataplane_tests::{Pair, Pod, Wire, World, eventually};
 
 const PORT: u16 = 7000;
 
@@ -94,6 +95,66 @@ fn an_interface_and_addresses_that_come_later_are_taken_over() {
     old.say("after");
     assert_eq!(old.line(), format!("{} after", pair.client.v4));
     assert_eq!(pair.one.pod("client").0, "up");
+}
+
+#[test]
+fn c1_an_address_that_a_pod_has_no_more_is_not_its_own() {
+    let pair = Pair::prepared(|client, _| client.netns.ip("addr add 10.100.0.1/32 dev eth0\n"));
+    let (_theirs, _own) = (pair.server.serve(PORT), pair.client.serve(PORT));
+    let node = &pair.nodes.0;
+    let thief = node.bare(&pair.world, "outside", "thief");
+    let _thieves = thief.serve(PORT);
+    pair.world.manifests.policy(
+        "demo",
+        "nobody",
+        "ALLOW",
+        "client",
+        "cluster.local/ns/x/sa/y",
+    );
+    pair.knows("nobody");
+    // What the mesh knows the pod by is given to somebody else.
+    let moved = pair.client.v4;
+    pair.client
+        .netns
+        .ip(&format!("addr del {moved}/32 dev eth0\n"));
+    thief.netns.ip(&format!(
+        "addr add {moved}/32 dev eth0\n\
+         route replace default via 169.254.1.1 dev eth0 onlink src {moved}\n"
+    ));
+    node.netns.ip(&format!(
+        "route replace {moved}/32 dev {}\n\
+         route add 10.100.0.1/32 dev {}\n",
+        thief.veth, pair.client.veth
+    ));
+    eventually("it is captured, as any other", 10, || {
+        let captured = pair.one.counter("captured");
+        let _ = pair.client.ask(pair.client.at(PORT), "to whom");
+        pair.one.counter("captured") > captured
+    });
+    pair.one.is("client", "broken");
+    let why = pair.one.pod("client").1;
+    assert!(why.contains(&moved.to_string()), "{why}");
+    let tap = Wire::tap(node.netns.file(), &pair.client.veth);
+    let _ = pair.client.ask(pair.client.at(PORT), "to whom");
+    let segments = tap.end();
+    let left = |segment: &Segment| segment.to == (moved, PORT);
+    assert!(!segments.iter().any(left), "{segments:?}");
+    // And who has it is asked for what anybody is.
+    let at = SocketAddr::from(([10, 100, 0, 1], PORT));
+    let answer = thief.ask(at, "let me in");
+    assert!(answer.is_err(), "{answer:?}");
+    // It is served as before once it has it again.
+    pair.client.netns.ip(&format!(
+        "addr add {moved}/32 dev eth0\n\
+         route replace default via 169.254.1.1 dev eth0 onlink src {moved}\n"
+    ));
+    node.netns.ip(&format!(
+        "route replace {moved}/32 dev {}\n",
+        pair.client.veth
+    ));
+    pair.one.up(&["client"]);
+    let answer = pair.client.ask(pair.server.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{moved} x")));
 }
 
 #[test]

@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use dataplane_tests::{Agent, Pair, Pod, eventually, scaled, within};
+use dataplane_tests::{Agent, Pair, Pod, bpf, eventually, scaled, within};
 
 const PORT: u16 = 7000;
 
@@ -134,18 +134,44 @@ fn a_listener_that_is_ended_is_replaced() {
     }
 }
 
+/// Of what takes the client's connections to its agent, while something else cannot be put back.
+fn all_else_is_put_back(pair: &Pair) {
+    for part in ["steer", "entry"] {
+        let before = repairs(&pair.one, part);
+        if part == "steer" {
+            remove(&pinned(pair, "one", "pods"));
+        } else {
+            let maps = pinned(pair, "one", "maps");
+            let pods = maps.iter().find(|map| map.ends_with("PODS"));
+            assert_eq!(bpf::clear(pods.expect("a map")), 1);
+        }
+        eventually(&format!("{part} is put back"), 10, || {
+            repairs(&pair.one, part) > before
+        });
+    }
+    assert_eq!(pair.one.pod("client").0, "broken");
+}
+
 #[test]
 fn c1_a_pod_that_cannot_be_mended_is_not_up_and_is_when_it_can() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    let own = format!("{}/32 dev eth0", pair.client.v4);
-    // A route from an address that is not there is one that the kernel does not take.
-    pair.client
-        .netns
-        .ip(&format!("addr del {own}\nroute flush table 15001\n"));
+    // A route by an interface that is down is one that the kernel does not take.
+    pair.client.netns.ip("link set lo down\n");
     pair.one.is("client", "broken");
     let why = pair.one.pod("client").1;
     assert!(why.contains("set routes"), "{why}");
+    all_else_is_put_back(&pair);
+    pair.client.netns.ip("link set lo up\n");
+    pair.one.up(&["client"]);
+    assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+    // So is one that has not the address that the mesh knows it by.
+    let own = format!("{}/32 dev eth0", pair.client.v4);
+    pair.client.netns.ip(&format!("addr del {own}\n"));
+    pair.one.is("client", "broken");
+    let why = pair.one.pod("client").1;
+    assert!(why.contains("on none of its interfaces"), "{why}");
+    all_else_is_put_back(&pair);
     let ready = pair.one.get("/healthz/ready");
     assert!(
         !ready.contains(" 200 ") && ready.contains("capture"),

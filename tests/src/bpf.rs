@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
 
@@ -24,6 +25,27 @@ pub fn keys(pin: &Path) -> Option<Vec<Vec<u8>>> {
         Ok(Some(keys))
     };
     read().unwrap_or_else(|error: io::Error| panic!("{}: {error}", pin.display()))
+}
+
+/// Removes all entries of a map that is a hash table; how many there were.
+pub fn clear(pin: &Path) -> usize {
+    #[repr(C)]
+    struct Delete {
+        map: u32,
+        padding: u32,
+        key: u64,
+    }
+    let keys = keys(pin).expect("a hash table");
+    let pinned = open(pin).expect("a map");
+    for key in &keys {
+        let delete = Delete {
+            map: pinned.as_raw_fd() as u32,
+            padding: 0,
+            key: key.as_ptr() as u64,
+        };
+        bpf(BPF_MAP_DELETE_ELEM, &delete).expect("a key");
+    }
+    keys.len()
 }
 
 /// As the kernel tells it of the descriptor.

@@ -110,17 +110,27 @@ pub fn interfaces(desired: &Desired) -> Result<Interfaces, CaptureError> {
     })
 }
 
-/// The pod's addresses, as many as are known to be its own: those that the mesh knows it by first,
-/// since connections come from the first one of their family.
+/// The addresses that the pod has on its interfaces, as many as are known to be its own: those that the
+/// mesh knows it by first, since connections come from the first one of their family. One that it has
+/// no more is not its own, whatever its object says: somebody else may have it.
 pub fn addresses(desired: &Desired, interfaces: &Interfaces) -> Arc<[IpAddr]> {
-    let mut addresses = desired.addresses.clone();
-    for address in &interfaces.addresses {
-        if !addresses.contains(address) {
-            addresses.push(*address);
-        }
+    let known = desired.addresses.iter();
+    let known = known.filter(|address| interfaces.addresses.contains(address));
+    let others = interfaces.addresses.iter();
+    let others = others.filter(|address| !desired.addresses.contains(address));
+    known.chain(others).copied().take(ADDRESSES).collect()
+}
+
+/// Whether the pod has the addresses that the mesh knows it by.
+///
+/// # Errors
+/// One is on none of its interfaces.
+pub fn has_known(desired: &Desired, interfaces: &Interfaces) -> Result<(), CaptureError> {
+    let mut known = desired.addresses.iter();
+    match known.find(|address| !interfaces.addresses.contains(address)) {
+        None => Ok(()),
+        Some(address) => Err(CaptureError::NoAddress(*address)),
     }
-    addresses.truncate(ADDRESSES);
-    addresses.into()
 }
 
 /// Tells the kernel what is the pod's own.

@@ -90,13 +90,30 @@ impl NodeMaps {
         first: Option<IpAddr>,
         groups: &[CgroupId],
     ) -> Result<(), CaptureError> {
-        self.stamp(cookie, groups)?;
+        let adopted = self.stamp(cookie, groups);
+        self.capture(cookie, first).and(adopted)
+    }
+
+    /// From now on the pod's connections are captured, whatever else is known of it: where nobody takes
+    /// them they fail.
+    ///
+    /// # Errors
+    /// The kernel refuses; the map is full.
+    pub fn capture(&mut self, cookie: u64, first: Option<IpAddr>) -> Result<(), CaptureError> {
         // For reports alone: not written again where another address was first.
         if !has(&self.pods, "PODS", cookie)? {
             let first = first.map_or(Ip::NONE, Ip::from);
             self.pods.insert(cookie, first, 0).map_err(failed("PODS"))?;
         }
         absent(self.leaving.remove(&cookie)).map_err(failed("LEAVING"))
+    }
+
+    /// Whether the pod's new connections are captured.
+    ///
+    /// # Errors
+    /// The kernel refuses to tell.
+    pub fn captures(&self, cookie: u64) -> Result<bool, CaptureError> {
+        Ok(has(&self.pods, "PODS", cookie)? && !has(&self.leaving, "LEAVING", cookie)?)
     }
 
     /// From now on these cgroups are the pod's, and no others.
@@ -109,10 +126,11 @@ impl NodeMaps {
     }
 
     fn stamp(&mut self, cookie: u64, groups: &[CgroupId]) -> Result<(), CaptureError> {
+        let mut done = Ok(());
         for group in groups {
-            ensure(&mut self.cgroups, "CGROUPS", group.id, cookie)?;
+            done = done.and(ensure(&mut self.cgroups, "CGROUPS", group.id, cookie));
         }
-        Ok(())
+        done
     }
 
     /// Puts back what somebody has removed of a pod that is enrolled; whether there was something.
@@ -125,23 +143,23 @@ impl NodeMaps {
         first: Option<IpAddr>,
         groups: &[CgroupId],
     ) -> Result<bool, CaptureError> {
-        let mut lost = !has(&self.pods, "PODS", cookie)? || has(&self.leaving, "LEAVING", cookie)?;
+        let mut lost = !self.captures(cookie)?;
         for group in groups {
             lost |= !has(&self.cgroups, "CGROUPS", group.id)?;
         }
+        let mut done = self.enrol(cookie, first, groups);
         for ip in self.owned.get(&cookie).into_iter().flatten() {
             let key = Owned {
                 netns: cookie,
                 ip: *ip,
             };
             if !has(&self.addresses, "ADDRESSES", key)? {
-                let done = self.addresses.insert(key, 1, 0);
-                done.map_err(failed("ADDRESSES"))?;
+                let put = self.addresses.insert(key, 1, 0);
+                done = done.and(put.map_err(failed("ADDRESSES")));
                 lost = true;
             }
         }
-        self.enrol(cookie, first, groups)?;
-        Ok(lost)
+        done.map(|()| lost)
     }
 
     /// From now on these are the pod's own addresses, [`dataplane_ebpf::pod::ADDRESSES`] at most, and
@@ -164,14 +182,16 @@ impl NodeMaps {
             netns: cookie,
             ip: *ip,
         };
+        // First what it has no more, which may be somebody else's: that there is no room for what it has
+        // by now is no reason to keep it.
+        for ip in owned.clone().difference(&want) {
+            absent(self.addresses.remove(&key(ip))).map_err(failed("ADDRESSES"))?;
+            owned.remove(ip);
+        }
         for ip in want.difference(&owned.clone()) {
             let done = self.addresses.insert(key(ip), 1, 0);
             done.map_err(failed("ADDRESSES"))?;
             owned.insert(*ip);
-        }
-        for ip in owned.clone().difference(&want) {
-            absent(self.addresses.remove(&key(ip))).map_err(failed("ADDRESSES"))?;
-            owned.remove(ip);
         }
         Ok(())
     }

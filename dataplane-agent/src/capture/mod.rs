@@ -27,6 +27,7 @@ pub mod uninstall;
 pub mod wanted;
 
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::config::NodeName;
@@ -120,6 +121,9 @@ pub enum CaptureError {
         /// What the kernel says.
         why: String,
     },
+    /// The mesh knows a pod by an address that it does not have.
+    #[error("{0}, which the mesh knows the pod by, is on none of its interfaces")]
+    NoAddress(IpAddr),
     /// The rooms behind this one are gone.
     #[error("the agent is stopping")]
     Stopping,
@@ -140,6 +144,7 @@ impl CaptureError {
             Self::UnknownNode { .. } => "unknown_node",
             Self::File { .. } => "file",
             Self::Namespace { .. } => "namespace",
+            Self::NoAddress(_) => "no_address",
             Self::Stopping => "stopping",
         }
     }

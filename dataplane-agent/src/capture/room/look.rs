@@ -4,6 +4,7 @@
 //! tells of a change. Interfaces and addresses that have come or gone since are taken over on the way.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use super::super::routing::Routing;
 use super::super::undo::Record;
 use super::super::{CaptureError, PodEvent, enrol, named, routes};
 use super::{InPhase, Pod, Room, Served, Window};
+use crate::sys::netns::Netns;
 
 /// Between two looks at one pod, and at the node's programs.
 const LOOK: Duration = Duration::from_secs(3);
@@ -112,10 +114,13 @@ impl Room {
             return Ok(());
         };
         let mut gone = Gone::default();
-        let mended = match mend(served, record, &mut gone).await {
-            Ok(()) if serving => captured(served, &self.window, &self.pins, &mut gone),
-            done => done,
-        };
+        // What fails of one is no reason to leave the others as they are. What somebody else may have by
+        // now is taken away first.
+        let mut mended = own(served, &self.window);
+        mended = mended.and(inside(served, record, &mut gone).await);
+        if serving {
+            mended = mended.and(captured(served, &self.window, &self.pins, &mut gone));
+        }
         let broken = told(&name, &gone, mended, served.looks.broken.as_deref());
         self.window.repairs.count(&gone);
         served.looks.done(broken);
@@ -131,28 +136,52 @@ impl Room {
     }
 }
 
-/// What keeps inside whatever the pod has, as long as it is known to the kernel.
-async fn mend(served: &mut Served, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
+/// What is the pod's own: what it has on its interfaces now.
+fn own(served: &mut Served, window: &Window) -> Result<(), CaptureError> {
     let desired = &served.desired;
     let interfaces = enrol::interfaces(desired)?;
     if interfaces != served.interfaces {
-        // What is its own is told by `captured`.
         served.interfaces = interfaces;
         served.told = false;
     }
+    if !served.told {
+        let (addresses, _) = enrol::own(desired, &served.interfaces, window)?;
+        if addresses != served.local.addresses() {
+            tracing::info!(
+                pod = %named(&desired.uid),
+                ?addresses,
+                "pod has other addresses than it had"
+            );
+        }
+        served.local.set_addresses(addresses);
+        served.told = true;
+    }
+    enrol::has_known(desired, &served.interfaces)
+}
+
+/// What keeps inside whatever the pod has, as long as it is known to the kernel.
+async fn inside(served: &mut Served, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
+    let desired = &served.desired;
     let addresses = enrol::addresses(desired, &served.interfaces);
     let routing = Routing::of(&addresses, &served.interfaces);
-    let lacked = routes::put(&desired.netns, &routing).await?;
-    gone.of_routing(&lacked, &served.routing);
-    served.routing = routing;
-    let is = routes::sysctls(&desired.netns)?;
+    let routed = routes::put(&desired.netns, &routing).await;
+    let routed = routed.map(|lacked| {
+        gone.of_routing(&lacked, &served.routing);
+        served.routing = routing;
+    });
+    routed.and(set(&desired.netns, record, gone))
+}
+
+/// The settings of the pod's namespace that capture needs.
+fn set(netns: &Netns, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
+    let is = routes::sysctls(netns)?;
     let lost = record.sysctls.keys().filter(|name| {
         let value = is.get(*name);
         value.is_some_and(|value| value != "1")
     });
     let lost: Vec<&String> = lost.collect();
     if !lost.is_empty() {
-        routes::set_sysctls(&desired.netns, lost.into_iter().map(|name| (name, "1")))?;
+        routes::set_sysctls(netns, lost.into_iter().map(|name| (name, "1")))?;
         gone.add(Part::Setting);
     }
     Ok(())
@@ -167,29 +196,25 @@ fn captured(
 ) -> Result<(), CaptureError> {
     let desired = &served.desired;
     let cookie = desired.cookie;
-    if !served.told {
-        let (addresses, _) = enrol::own(desired, &served.interfaces, window)?;
-        if addresses != served.local.addresses() {
-            tracing::info!(
-                pod = %named(&desired.uid),
-                ?addresses,
-                "pod has other addresses than it had"
-            );
-        }
-        served.local.set_addresses(addresses);
-        served.told = true;
-    }
     let first = served.local.addresses().first().copied();
-    if window.maps().restore(cookie, first, &desired.groups)? {
-        gone.add(Part::Entry);
-    }
-    let pin = pins.pod(cookie);
-    if !served.program.is_attached(&desired.netns, &pin)? {
-        served.program.attach(&desired.netns, &pin)?;
-        gone.add(Part::Steer);
-    }
+    let restored = window.maps().restore(cookie, first, &desired.groups);
+    let restored = restored.map(|lost| {
+        if lost {
+            gone.add(Part::Entry);
+        }
+    });
     if !served.listeners.alive() {
         gone.add(Part::Listener);
+    }
+    restored.and(steered(served, &pins.pod(cookie), gone))
+}
+
+/// The pod's program, attached and pinned.
+fn steered(served: &mut Served, pin: &Path, gone: &mut Gone) -> Result<(), CaptureError> {
+    let netns = &served.desired.netns;
+    if !served.program.is_attached(netns, pin)? {
+        served.program.attach(netns, pin)?;
+        gone.add(Part::Steer);
     }
     Ok(())
 }
