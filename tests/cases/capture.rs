@@ -155,6 +155,50 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
 }
 
 #[test]
+fn c1_a_pod_that_left_and_is_wanted_again_is_captured_before_it_is_served() {
+    let mut pair = Pair::new();
+    let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
+    let _apps = (pair.server.serve(PORT), outsider.serve(PORT));
+    pair.one.kill();
+    let drain = pair.one.setup().arguments.iter_mut();
+    let mut drain = drain.skip_while(|word| *word != "--drain");
+    *drain.nth(1).expect("it is set") = "60s".into();
+    pair.one.restart();
+    pair.one.up(&["client"]);
+    // It leaves, and its agent is killed before it has left.
+    let _live = pair.client.talk(pair.server.at(PORT));
+    let mut object = pair.nodes.0.object(&pair.client);
+    object
+        .labels
+        .push(("istio.io/dataplane-mode".into(), "none".into()));
+    pair.world.manifests.pod(&object);
+    pair.one.logs(&["pod leaves the mesh"]);
+    pair.one.kill();
+    let answer = pair.client.ask(outsider.at(PORT), "x");
+    assert!(answer.is_ok(), "it is not captured any more: {answer:?}");
+    // The next one does not find it.
+    let mut object = pair.nodes.0.object(&pair.client);
+    object.addresses = vec!["10.254.254.254".into()];
+    pair.world.manifests.pod(&object);
+    pair.one.restart();
+    eventually("it is told that it is not found", 20, || {
+        pair.one.pod("client").1.contains("no network namespace")
+    });
+    for to in [outsider.at(PORT), outsider.at6(PORT)] {
+        let answer = pair.client.ask(to, "x");
+        assert!(answer.is_err(), "{to}: {answer:?}");
+    }
+    let (state, why) = pair.one.pod("client");
+    assert!(
+        state == "waiting" && why.contains("stays captured"),
+        "{state}: {why}"
+    );
+    pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
+    pair.one.up(&["client"]);
+    assert!(pair.client.ask(outsider.at(PORT), "x").is_ok());
+}
+
+#[test]
 fn c1_without_an_agent_nobody_reaches_a_pod_and_nothing_of_it_leaves() {
     let mut pair = Pair::new();
     let app = pair.server.serve(PORT);

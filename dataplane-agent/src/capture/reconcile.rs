@@ -14,6 +14,21 @@ pub struct Want {
     pub gone: BTreeSet<u64>,
 }
 
+impl Want {
+    /// Whether what is served by nobody is to be captured all the same: it is on its way to be served.
+    pub fn holds(&self, cookie: u64, uid: &Arc<str>) -> bool {
+        let wanted = self.pods.contains_key(&cookie) || self.undecided(uid);
+        wanted && !self.gone.contains(&cookie)
+    }
+
+    /// Whether a pod was taken over from a predecessor, or lost from sight: passing in clear would be
+    /// wrong, and the pod that is wanted may well be this one.
+    fn undecided(&self, uid: &Arc<str>) -> bool {
+        let elsewhere = self.pods.values().any(|other| other == uid);
+        self.waiting.contains(uid) && !elsewhere
+    }
+}
+
 /// What there is of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Has {
@@ -62,10 +77,7 @@ pub fn diff(want: &Want, have: &BTreeMap<u64, Has>) -> Vec<Step> {
     let mut steps = Vec::new();
     for (&cookie, has) in have {
         let wanted = want.pods.contains_key(&cookie);
-        // Taken over from a predecessor, or lost from sight: passing in clear would be wrong, and
-        // the pod that is wanted may well be this one.
-        let elsewhere = want.pods.values().any(|other| *other == has.uid);
-        let undecided = want.waiting.contains(&has.uid) && !elsewhere;
+        let undecided = want.undecided(&has.uid);
         let gone = want.gone.contains(&cookie);
         match has.phase {
             Phase::Adopted if gone => steps.push(Step::Undo(cookie)),

@@ -305,6 +305,7 @@ impl Room {
             })
             .collect();
         let mut more = false;
+        self.hold(&want);
         self.grow(&by_cookie);
         for step in diff(&want, &have) {
             match step {
@@ -343,6 +344,19 @@ impl Room {
             }
         }
         Ok(more)
+    }
+
+    /// Captures what is on its way to be served and is served by nobody yet. That there is a record of it
+    /// does not say that: its predecessor may have ended before the last step in, or while the pod left.
+    fn hold(&self, want: &Want) {
+        for (cookie, pod) in &self.pods {
+            if matches!(pod.phase, InPhase::Adopted)
+                && want.holds(*cookie, &pod.uid)
+                && let Err(error) = self.window.maps().capture(*cookie, None)
+            {
+                tracing::error!(pod = %named(&pod.uid), %error, "pod is not captured");
+            }
+        }
     }
 
     /// Adds the cgroups that pods have had since, and takes away those that are gone: what runs is not
@@ -433,7 +447,7 @@ impl Room {
                     %error,
                     "pod cannot be enrolled; it is tried again"
                 );
-                // A predecessor's capture stays: what cannot be served must not pass in clear.
+                // A predecessor's capture stays (see `hold`): what cannot be served must not pass in clear.
                 let adopted = self.pods.contains_key(&cookie);
                 if !adopted && let Ok(Some(record)) = self.records.of(cookie) {
                     self.release(cookie);
@@ -492,10 +506,12 @@ impl Room {
                     None => PodState::Up,
                 },
                 (Phase::Draining, _) => PodState::Draining,
-                (Phase::Adopted, None) => PodState::Adopted,
+                (Phase::Adopted, None) => PodState::Adopted {
+                    captured: self.captures(cookie),
+                },
                 (Phase::Adopted, Some(failed)) => PodState::Failed {
                     why: failed.why.clone(),
-                    captured: true,
+                    captured: self.captures(cookie),
                 },
             };
             let is = PodStatus {
@@ -513,7 +529,7 @@ impl Room {
                 cgroup: failed.desired.groups.first().map_or(0, |group| group.id),
                 state: PodState::Failed {
                     why: failed.why.clone(),
-                    captured: false,
+                    captured: self.captures(cookie),
                 },
             });
         }
@@ -522,6 +538,11 @@ impl Room {
             *old = status;
             changed
         });
+    }
+
+    /// Whether the kernel captures it, whatever was meant.
+    fn captures(&self, cookie: u64) -> bool {
+        self.window.maps().captures(cookie).unwrap_or(false)
     }
 
     /// When there is something to do by itself.

@@ -65,8 +65,11 @@ pub struct PodStatus {
 /// How far one pod is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodState {
-    /// Captured by a predecessor, or by what it was before; not served by anybody yet.
-    Adopted,
+    /// Taken over from a predecessor, or from what it was before; not served by anybody yet.
+    Adopted {
+        /// Whether it is captured.
+        captured: bool,
+    },
     /// Captured and served.
     Up,
     /// Served, and something that keeps it captured is gone and cannot be put back. It is tried again.

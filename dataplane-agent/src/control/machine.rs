@@ -318,7 +318,7 @@ mod tests {
             uid: "pod".into(),
             inode: 1,
             cgroup: 0,
-            state: PodState::Adopted,
+            state: PodState::Adopted { captured: true },
         };
         let mut look = processes::Look::default();
         if !processes.is_empty() {

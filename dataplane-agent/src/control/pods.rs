@@ -412,8 +412,12 @@ fn state(pod: &LocalPodSpec, look: &Look, status: &Status) -> (State, Option<Str
         .find(|(cookie, _)| found == Some(**cookie))
         .or_else(|| of_uid().find(|_| found.is_none()));
     let captured = is.is_some_and(|(_, of)| {
-        matches!(of.state, PodState::Up | PodState::Adopted)
-            || matches!(of.state, PodState::Failed { captured: true, .. })
+        matches!(
+            of.state,
+            PodState::Up
+                | PodState::Adopted { captured: true }
+                | PodState::Failed { captured: true, .. }
+        )
     });
     let why = match is {
         Some((_, of)) if of.state == PodState::Up => return (State::Up, None),
@@ -443,7 +447,7 @@ fn is_served(pod: &PodStatus) -> bool {
 fn is_adopted(state: &PodState) -> bool {
     matches!(
         state,
-        PodState::Adopted | PodState::Failed { captured: true, .. }
+        PodState::Adopted { .. } | PodState::Failed { captured: true, .. }
     )
 }
 
