@@ -43,13 +43,22 @@ pub const CLIENT_STREAMS: usize = 100;
 pub const SERVER_HEADERS: u32 = 64 << 10;
 /// Response headers, decoded.
 pub const CLIENT_HEADERS: u32 = 16 << 10;
-/// Streams that are reset and still remembered, so that late frames of theirs are no error: as many as
-/// there are, since all may end at once.
-pub const RESET_STREAMS: usize = 256;
-/// Streams that the peer reset before we looked at them (rapid reset); more end the tunnel.
-pub const PENDING_RESETS: usize = 32;
-/// Streams that we had to reset for the peer's errors; more end the tunnel.
-pub const LOCAL_ERROR_RESETS: usize = 256;
+/// For so long a stream that we reset is remembered: what its peer sent before it heard of that is no
+/// error. A peer that hears of it later answers no PING either, and its tunnel has ended.
+pub const RESET_MEMORY: Duration = Duration::from_secs(30);
+/// Streams that we reset and still remember; each costs about half a KiB.
+pub const RESET_STREAMS: usize = 8192;
+/// Streams that the peer reset before we looked at them (rapid reset); more end the tunnel. All of a
+/// tunnel's may be given up at once, and others after them, while we are busy: several times as many
+/// as there may be.
+pub const PENDING_RESETS: usize = 1024;
+/// Streams that we had to reset for the peer's errors in a tunnel's life, and forgotten ones that more
+/// came for; more end the tunnel. A peer that does not read lets as many resets wait in memory.
+pub const LOCAL_ERROR_RESETS: usize = 4096;
+/// A CONNECT that nobody waits for any more is reset when it is answered, or after this. A peer that
+/// has not looked at it might count the reset as one of a flood, and end the tunnel; one that has not
+/// looked for so long has not answered a PING either.
+pub const ABANDONED: Duration = Duration::from_secs(40);
 /// A peer that connects says its first message of TLS sooner: one that is silent holds a place.
 pub const HELLO: Duration = Duration::from_secs(3);
 /// A stream that could send nothing for so long counts as stalled.
@@ -80,6 +89,7 @@ pub fn server() -> h2::server::Builder {
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(FRAME_BUDGET)
         .max_concurrent_reset_streams(RESET_STREAMS)
+        .reset_stream_duration(RESET_MEMORY)
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS));
     builder
@@ -98,6 +108,7 @@ pub fn client() -> h2::client::Builder {
         .max_send_buffer_size(SEND_BUFFER)
         .data_frame_budget(FRAME_BUDGET)
         .max_concurrent_reset_streams(RESET_STREAMS)
+        .reset_stream_duration(RESET_MEMORY)
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS));
     builder

@@ -8,8 +8,9 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use h2::client::SendRequest;
-use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
+use h2::client::{ResponseFuture, SendRequest};
+use h2::{RecvStream, SendStream};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -208,11 +209,12 @@ impl Drop for Lease {
 }
 
 impl Lease {
-    /// Asks the peer to connect, and waits for its answer.
+    /// Asks the peer to connect, and waits for its answer. If this is dropped before, a task in `scope`
+    /// waits for it.
     ///
     /// # Errors
     /// The peer refuses, the tunnel fails, or there is no answer in time.
-    pub async fn connect(&self, connect: &Connect) -> Result<Stream, Failed> {
+    pub async fn connect(&self, connect: &Connect, scope: &Scope) -> Result<Stream, Failed> {
         let request = request(connect).map_err(Failed::Final)?;
         let send = self.0.send.borrow().clone();
         let answer = async {
@@ -222,9 +224,13 @@ impl Lease {
             };
             let gone = || never_sent(h2::Reason::CANCEL.into());
             let mut ready = send.ok_or_else(gone)?.ready().await.map_err(never_sent)?;
-            let (response, send) = ready.send_request(request, false).map_err(never_sent)?;
-            let response = response.await.map_err(|error| self.failed(error))?;
-            Ok((response, send))
+            let asked = ready.send_request(request, false).map_err(never_sent)?;
+            let asked = Asked {
+                lease: self,
+                scope,
+                asked: Some(asked),
+            };
+            asked.answer().await.map_err(|error| self.failed(error))
         };
         let late = async {
             sleep(hbone::DOUBT).await;
@@ -258,6 +264,37 @@ impl Lease {
             Failed::Tunnel(failure)
         } else {
             Failed::Final(failure)
+        }
+    }
+}
+
+/// A CONNECT that is not answered. When nobody waits for it any more it keeps its place in the tunnel,
+/// as it does in the peer's, and is reset when it is answered: see [`hbone::ABANDONED`].
+struct Asked<'a> {
+    lease: &'a Lease,
+    scope: &'a Scope,
+    asked: Option<(ResponseFuture, SendStream<Payload>)>,
+}
+
+impl Asked<'_> {
+    async fn answer(mut self) -> Result<(Response<RecvStream>, SendStream<Payload>), h2::Error> {
+        let gone = || h2::Error::from(h2::Reason::CANCEL);
+        let (response, _) = self.asked.as_mut().ok_or_else(gone)?;
+        let response = response.await;
+        let (_, send) = self.asked.take().ok_or_else(gone)?;
+        Ok((response?, send))
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if let Some((response, mut send)) = self.asked.take() {
+            let lease = Rc::clone(&self.lease.0).lease();
+            self.scope.spawn(async move {
+                let answered = timeout(hbone::ABANDONED, response).await;
+                send.send_reset(h2::Reason::CANCEL);
+                drop((answered, lease));
+            });
         }
     }
 }

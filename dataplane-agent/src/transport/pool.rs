@@ -86,7 +86,7 @@ impl Pool {
         loop {
             let lease = self.lease(key, pod, scope).await?;
             tries -= 1;
-            match lease.connect(connect).await {
+            match lease.connect(connect, scope).await {
                 Ok(stream) => return Ok((stream, lease)),
                 Err(Failed::Tunnel(_)) if tries > 0 => {}
                 Err(Failed::Tunnel(error) | Failed::Final(error)) => return Err(error),

@@ -377,7 +377,7 @@ async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = (
     }
     let drive = async move {
         let _held = send;
-        let server = async { while server.accept().await.is_some() {} };
+        let server = async { while let Some(Ok(_)) = server.accept().await {} };
         tokio::join!(driven, server);
     };
     (all, drive)
@@ -815,8 +815,8 @@ fn a_scope_that_is_cut_takes_its_tunnels_with_it() {
             let (mut stream, _lease) = stream;
             let end = next(&mut stream).await;
             assert!(
-                end.is_none_or(|end| end.is_err()),
-                "the stream ends with its tunnel"
+                matches!(end, Some(Err(_))),
+                "the stream ends with its tunnel, and not as if its peer had said so"
             );
         };
         tokio::select! {
@@ -915,6 +915,170 @@ fn what_connects_while_its_pod_drains_leaves_no_tunnel_behind() {
         tokio::select! {
             () = drained => {}
             () = peer => panic!("the peer ended"),
+        }
+    });
+}
+
+/// Opens a connection by the pool and then `count` at once, and gives them up while the peer, which has
+/// h2's own settings, is busy. What the peer saw of those, and what the first one got afterwards.
+async fn give_up(count: usize) -> (usize, Option<Result<Bytes, h2::Error>>) {
+    let certs = Certs::new(Arc::new(Ca::new()));
+    certs.hold(&who("client"));
+    certs.hold(&who("server"));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+    let means = Rc::new(Loopback {
+        certs: certs.clone(),
+        peer: listener.local_addr().expect("an address"),
+        dials: Cell::new(0),
+        places: NodePlaces::new(100),
+    });
+    let pool = Pool::new(means, Duration::from_secs(60));
+    let scope = Scope::new(None);
+    scope.spawn(certs.clone().rotate());
+    let (pod, connect) = (pod(), connect());
+    let key = key(&pod, "server");
+    let busy = tokio::sync::Notify::new();
+    let stock = async {
+        let (tcp, _) = listener.accept().await.expect("a connection");
+        let server = certs.current(&who("server")).await.expect("a certificate");
+        let tls = tokio_rustls::TlsAcceptor::from(server.server.clone());
+        let tls = tls.accept(ReadAhead::new(tcp)).await.expect("a handshake");
+        let mut connection = h2::server::handshake(tls).await.expect("a handshake");
+        let (_, mut respond) = (connection.accept().await)
+            .expect("a request")
+            .expect("a request");
+        let answer = respond.send_response(http::Response::new(()), false);
+        let mut live = answer.expect("answered");
+        let _ = tokio::time::timeout(Duration::from_millis(100), connection.accept()).await;
+        busy.notified().await;
+        let mut seen = 0;
+        while let Ok(Some(Ok((_, mut respond)))) =
+            tokio::time::timeout(Duration::from_secs(1), connection.accept()).await
+        {
+            seen += 1;
+            // It may be reset already.
+            let _ = respond.send_response(http::Response::new(()), true);
+        }
+        let _ = live.send_data(Bytes::from_static(b"still"), false);
+        let _ = tokio::time::timeout(Duration::from_secs(1), connection.accept()).await;
+        seen
+    };
+    let client = async {
+        let first = pool.connect(&key, &pod, &scope, &connect).await;
+        let (mut first, _lease) = first.expect("connected");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let all = (0..count).map(|_| pool.connect(&key, &pod, &scope, &connect));
+        let all = futures_util::future::join_all(all);
+        let given_up = tokio::time::timeout(Duration::from_millis(200), all).await;
+        given_up.expect_err("the peer is busy");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        busy.notify_one();
+        next(&mut first).await
+    };
+    tokio::join!(stock, client)
+}
+
+#[test]
+fn connections_that_are_given_up_at_once_do_not_end_their_tunnel() {
+    run(async {
+        let (seen, first) = give_up(60).await;
+        let first = first.expect("no end").expect("the tunnel goes on");
+        assert_eq!((seen, &*first), (60, &b"still"[..]));
+    });
+}
+
+/// An h2 client that reads nothing by itself: each call is a frame.
+struct Frames(tokio::io::DuplexStream);
+
+impl Frames {
+    async fn write(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+        let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+        frame.extend([kind, flags]);
+        frame.extend(stream.to_be_bytes());
+        frame.extend(payload);
+        self.0.write_all(&frame).await.expect("written");
+    }
+
+    /// Asks for a connection, by the stream of this number.
+    async fn connect(&mut self, stream: u32) {
+        // Literals of the names 2 and 1 of HPACK's table.
+        let request = [b"\x02\x07CONNECT\x01\x0c", &b"192.0.2.1:80"[..]].concat();
+        self.write(1, 4, stream, &request).await;
+    }
+
+    /// The kinds of what comes, up to the answer to a PING.
+    async fn until_pong(&mut self) -> Vec<u8> {
+        self.write(6, 0, 0, b"12345678").await;
+        let mut kinds = Vec::new();
+        loop {
+            let mut head = [0; 9];
+            self.0.read_exact(&mut head).await.expect("a frame");
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            let mut payload = vec![0; length as usize];
+            self.0.read_exact(&mut payload).await.expect("a frame");
+            kinds.push(head[3]);
+            // GOAWAY, or a PING's answer.
+            if head[3] == 7 || (head[3], head[4]) == (6, 1) {
+                return kinds;
+            }
+        }
+    }
+}
+
+/// A tunnel's server end with our settings, and a client of frames.
+async fn framed() -> (
+    h2::server::Connection<tokio::io::DuplexStream, Payload>,
+    Frames,
+) {
+    let (near, far) = tokio::io::duplex(1 << 20);
+    let mut frames = Frames(near);
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    frames.0.write_all(preface).await.expect("written");
+    frames.write(4, 0, 0, &[]).await;
+    let server = crate::hbone::server().handshake::<_, Payload>(far).await;
+    (server.expect("a handshake"), frames)
+}
+
+#[test]
+fn a_peer_may_give_up_all_that_it_asked_for_while_we_are_busy() {
+    run(async {
+        let (mut server, mut frames) = framed().await;
+        for number in 0..400 {
+            frames.connect(2 * number + 1).await;
+            frames
+                .write(3, 0, 2 * number + 1, &8_u32.to_be_bytes())
+                .await;
+        }
+        let served = async { while let Some(Ok(_)) = server.accept().await {} };
+        tokio::select! {
+            kinds = frames.until_pong() => assert!(!kinds.contains(&7), "{kinds:?}"),
+            () = served => panic!("the tunnel ended"),
+        }
+    });
+}
+
+#[test]
+fn what_a_peer_sends_before_it_hears_of_a_reset_does_not_end_its_tunnel() {
+    run(async {
+        let (mut server, mut frames) = framed().await;
+        for number in 0..400 {
+            frames.connect(2 * number + 1).await;
+            let asked = server.accept().await;
+            let (_, mut respond) = asked.expect("a request").expect("a request");
+            respond.send_reset(Reason::CANCEL);
+        }
+        let served = async { while let Some(Ok(_)) = server.accept().await {} };
+        let sent = async {
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            frames.until_pong().await;
+            for number in 0..400 {
+                frames.write(0, 0, 2 * number + 1, b"late").await;
+            }
+            frames.until_pong().await
+        };
+        tokio::select! {
+            kinds = sent => assert!(!kinds.contains(&7), "{kinds:?}"),
+            () = served => panic!("the tunnel ended"),
         }
     });
 }
