@@ -93,11 +93,6 @@ impl Config {
             .into_iter()
             .map(|raw| raw.translate(&mut problems))
             .collect();
-        tell_twice(
-            "workload",
-            workloads.iter().map(|one| &*one.uid),
-            &mut problems,
-        );
         let mut by_uid: HashMap<Arc<str>, usize> = HashMap::new();
         for (at, workload) in workloads.iter().enumerate() {
             by_uid.insert(workload.uid.clone(), at);
@@ -107,7 +102,12 @@ impl Config {
             services.push(raw.translate(&mut workloads, &by_uid, &mut problems));
         }
         let keys: Vec<String> = services.iter().map(Service::key).collect();
-        tell_twice("service", keys.iter().map(String::as_str), &mut problems);
+        let mut seen = HashSet::new();
+        for key in keys.iter().filter(|key| !seen.insert(*key)) {
+            problems.push(format!(
+                "service {key}: is there twice, the later one holds"
+            ));
+        }
         let local = workloads
             .iter()
             .filter(|workload| *workload.node == *node && !node.is_empty())
@@ -126,15 +126,6 @@ impl Config {
             policies,
             local,
             problems,
-        }
-    }
-}
-
-fn tell_twice<'a>(what: &str, keys: impl Iterator<Item = &'a str>, problems: &mut Vec<String>) {
-    let mut seen = HashSet::new();
-    for key in keys {
-        if !seen.insert(key) {
-            problems.push(format!("{what} {key}: is there twice, the later one holds"));
         }
     }
 }

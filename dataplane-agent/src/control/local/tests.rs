@@ -217,7 +217,7 @@ fn an_endpoint_is_as_healthy_as_the_worse_of_what_is_said_of_it() {
 }
 
 #[test]
-fn what_is_there_twice_and_who_shares_an_address_is_told() {
+fn a_service_that_is_there_twice_and_who_shares_an_address_is_told() {
     let one = |uid: &str, network: &str| {
         format!(
             "- {{uid: {uid}, namespace: a, network: '{network}', workloadIps: [10.0.0.1], services: {{}}}}\n"
@@ -230,9 +230,10 @@ fn what_is_there_twice_and_who_shares_an_address_is_told() {
         told(&[one("w", ""), one("v", "")]),
         ["address 10.0.0.1: is that of w and v"]
     );
+    let service = "- {name: s, namespace: a, hostname: s.a, vips: [], ports: {}}\n";
     assert_eq!(
-        told(&[one("w", ""), one("w", "")]),
-        ["workload w: is there twice, the later one holds"]
+        parsed(&format!("services:\n{service}{service}")).problems,
+        ["service a/s.a: is there twice, the later one holds"]
     );
 }
 
