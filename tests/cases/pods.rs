@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use dataplane_tests::bpf::keys;
 use dataplane_tests::cgroup::Cgroup;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Place, Process, place, said};
@@ -311,6 +312,42 @@ fn c6_a_containers_cgroup_that_is_made_again_is_its_pods_again() {
     }
     eventually("what is gone is nobody's", 5, || !is_its());
     agent.up(&["client"]);
+}
+
+#[test]
+fn a_pod_has_so_many_cgroups_and_others_when_they_are_gone() {
+    const MOST: usize = 16;
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    // With the pod's own, two more than it may have.
+    let mut containers: Vec<(Process, Cgroup)> = (0..=MOST)
+        .map(|number| {
+            let id = format!("{number:064x}.scope");
+            let cgroup = Cgroup::new(&node.cgroup.folder.join(id));
+            let inside = Process::start(&mut app(&client.netns, &cgroup.folder, &["pause"]));
+            assert_eq!(inside.line(), "ready");
+            (inside, cgroup)
+        })
+        .collect();
+    let agent = world.agent(&node);
+    agent.up(&["client"]);
+    agent.logs(&["too_many_cgroups", "processes=2"]);
+    let outside = || agent.status().unwrap_or_default()["pods"][0]["outside"].clone();
+    let known = || {
+        let layouts = fs::read_dir(world.bpffs().join("dataplane/one")).expect("pins");
+        let mut maps = layouts.map(|layout| layout.expect("a folder").path().join("maps/CGROUPS"));
+        let pin = maps.find(|pin| pin.exists()).expect("it is pinned");
+        keys(&pin).expect("a hash table").len()
+    };
+    assert_eq!((outside(), known()), (2.into(), MOST));
+    containers.drain(..2);
+    eventually("the others are the pod's too", 10, || outside() == 0);
+    eventually("and the kernel knows of them", 5, || known() == MOST);
+    containers.drain(..8);
+    eventually("those that are gone are forgotten", 10, || {
+        known() == MOST - 8
+    });
 }
 
 #[test]
