@@ -253,6 +253,11 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
             }
         }
     }
+    // What capture has handed on before: the listeners of a pod that has just come are in there.
+    while let Ok(event) = pod_events.try_recv() {
+        hold(&certs, &mut held, &event);
+        workers.apply(event);
+    }
     // Capture rests: no pod is enrolled or let go any more. What is configured goes on to hold, for what
     // runs and for what comes.
     draining.cancel();
