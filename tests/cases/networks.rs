@@ -202,6 +202,13 @@ fn a_pod_with_many_addresses_is_captured_and_all_are_its_own() {
             .netns
             .ip(&format!("addr add 10.100.0.{number}/32 dev eth0\n"));
     }
+    // A label stands in its link's place; a tunnel has no address as a link.
+    client
+        .netns
+        .ip("addr add 10.100.0.41/32 dev eth0 label eth0:41\n\
+         tuntap add dev tunnel mode tun\n\
+         addr add 10.100.0.42/32 dev tunnel\n\
+         link set tunnel up\n");
     world.manifests.pod(&one.object(&client));
     world.manifests.pod(&two.object(&server));
     let mut agent = world.agent(&one);
@@ -210,11 +217,16 @@ fn a_pod_with_many_addresses_is_captured_and_all_are_its_own() {
     other.up(&["server"]);
     let (_app, _own) = (server.serve(PORT), client.serve(PORT));
     eventually("both are in the mesh", 10, || agent.tunnelled() >= 2);
-    let own: SocketAddr = format!("10.100.0.40:{PORT}").parse().expect("an address");
     for _ in 0..2 {
         let captured = agent.counter("captured");
-        assert!(client.ask(own, "to itself").is_ok());
-        assert_eq!(agent.counter("captured"), captured, "its own address");
+        for number in 40..=42 {
+            let own = SocketAddr::from(([10, 100, 0, number], PORT));
+            assert!(client.ask(own, "to itself").is_ok(), "{own}");
+        }
+        assert_eq!(agent.counter("captured"), captured, "its own addresses");
+        let by = client.ask_with(server.at(PORT), "x", &["device=tunnel"]);
+        assert!(by.is_ok(), "{by:?}");
+        let captured = agent.counter("captured");
         assert!(client.ask(server.at(PORT), "out").is_ok());
         assert_eq!(agent.counter("captured"), captured + 1);
         agent.kill();

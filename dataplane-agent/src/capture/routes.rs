@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::future::ready;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
@@ -124,9 +125,7 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     with(netns, "remove routes", async |handle| {
         for version in [IpVersion::V4, IpVersion::V6] {
             for rule in rules(handle, version.clone()).await? {
-                if rule_of(&rule).is_some() {
-                    gone(handle.rule().del(rule).execute().await)?;
-                }
+                gone(handle.rule().del(rule).execute().await)?;
             }
             for route in routes(handle, version).await? {
                 // It may have gone with its interface.
@@ -152,10 +151,12 @@ async fn read(handle: &Handle, want: &Routing) -> Result<Routing, rtnetlink::Err
     Ok(is)
 }
 
-/// All rules of a family; none where the kernel does not have it.
+/// All rules of a family that are ours; none where the kernel does not have it.
 async fn rules(handle: &Handle, version: IpVersion) -> Result<Vec<RuleMessage>, rtnetlink::Error> {
-    let rules = handle.rule().get(version).execute().try_collect().await;
-    match rules {
+    let all = handle.rule().get(version).execute();
+    // Of however many there are of the pod's own none is kept.
+    let ours = all.try_filter(|rule| ready(rule_of(rule).is_some()));
+    match ours.try_collect().await {
         Err(error) if is(&error, libc::EAFNOSUPPORT) || is(&error, libc::EOPNOTSUPP) => {
             Ok(Vec::new())
         }
@@ -172,9 +173,9 @@ async fn routes(
         IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
         IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
     };
-    let mut routes: Vec<RouteMessage> = handle.route().get(all).execute().try_collect().await?;
-    routes.retain(|route| table_of(route).is_some());
-    Ok(routes)
+    let all = handle.route().get(all).execute();
+    let ours = all.try_filter(|route| ready(table_of(route).is_some()));
+    ours.try_collect().await
 }
 
 /// The netlink message of a route.

@@ -19,6 +19,7 @@ use std::net::IpAddr;
 
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::mark;
+use dataplane_ebpf::pod::ADDRESSES;
 
 use crate::sys::netns::Interfaces;
 
@@ -112,10 +113,7 @@ impl Routing {
             routing
                 .rules
                 .extend(RuleKind::ALL.map(|kind| Rule { v4, kind }));
-            let known = |own: &[IpAddr]| -> Vec<IpAddr> {
-                let own = own.iter().filter(|own| addresses.contains(own));
-                own.copied().collect()
-            };
+            let known = |own: &IpAddr| own.is_ipv4() == v4 && addresses.contains(own);
             let captured = |output, source| Route {
                 v4,
                 table: CAPTURE,
@@ -123,11 +121,11 @@ impl Routing {
                 source: Some(source),
             };
             routing.routes.insert(captured(LO, source));
-            for (&index, own) in &interfaces.links {
-                routing
-                    .routes
-                    .extend(first(&known(own)).map(|source| captured(index, source)));
-            }
+            let links = interfaces.links.iter().filter_map(|(&index, own)| {
+                let source = own.iter().copied().find(known)?;
+                Some(captured(index, source))
+            });
+            routing.routes.extend(links.take(ADDRESSES));
             routing.routes.insert(Route {
                 v4,
                 table: RETURN,

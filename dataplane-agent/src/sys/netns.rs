@@ -1,6 +1,6 @@
 //! Network namespaces: held by descriptor, entered by a thread for the length of a call.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
@@ -12,10 +12,11 @@ use std::task::{Context, Poll};
 
 use nix::errno::Errno;
 use nix::ifaddrs::getifaddrs;
-use nix::net::if_::InterfaceFlags;
+use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, SockaddrStorage, bind,
+    recv, socket,
 };
 use tokio::io::unix::AsyncFd;
 
@@ -203,6 +204,10 @@ pub struct Changes(AsyncFd<OwnedFd>);
 /// one of `RTNLGRP_IPV6_RULE`, which has no name as a bit.
 const CHANGES: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
 
+/// How many of them are heard at once: a pod that makes them as fast as they are heard keeps nobody
+/// else waiting.
+const AT_ONCE: usize = 64;
+
 impl Changes {
     /// From now on, on this thread's runtime.
     ///
@@ -225,15 +230,17 @@ impl Changes {
             return Poll::Pending;
         };
         let mut told = false;
-        // Cut to nothing: that there was one is enough. One that found no room is an error, once.
-        while !matches!(
-            recv(self.0.as_raw_fd(), &mut [0; 16], MsgFlags::empty()),
-            Err(Errno::EAGAIN)
-        ) {
-            told = true;
-        }
-        if let Ok(mut ready) = ready {
-            ready.clear_ready();
+        for _ in 0..AT_ONCE {
+            // Cut to nothing: that there was one is enough. One that found no room is an error, once.
+            let received = recv(self.0.as_raw_fd(), &mut [0; 16], MsgFlags::empty());
+            if received != Err(Errno::EAGAIN) {
+                told = true;
+                continue;
+            }
+            if let Ok(mut ready) = ready {
+                ready.clear_ready();
+            }
+            break;
         }
         if told {
             return Poll::Ready(());
@@ -256,18 +263,34 @@ impl AsFd for Netns {
 
 fn interfaces() -> io::Result<Interfaces> {
     let mut found = Interfaces::default();
+    // A pod may have many thousands of addresses: nothing takes longer with each that there is already.
+    let mut numbers: HashMap<String, u32> = HashMap::new();
+    let mut seen = HashSet::new();
+    // The links come first, and then what is on them.
     for entry in getifaddrs()? {
         if entry.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
             continue;
         }
-        let index = match nix::net::if_::if_nametoindex(entry.interface_name.as_str()) {
-            Ok(index) => index,
-            // It has gone since.
-            Err(Errno::ENODEV | Errno::ENXIO) => continue,
-            Err(error) => return Err(error.into()),
-        };
-        let of_link = found.links.entry(index).or_default();
-        let Some(address) = entry.address else {
+        let link = entry.address.as_ref().map(SockaddrStorage::as_link_addr);
+        if let None | Some(Some(_)) = link {
+            let index = match link.flatten() {
+                Some(link) => u32::try_from(link.ifindex()).map_err(io::Error::other)?,
+                // A link without an address of its own, such as a tunnel.
+                None => match if_nametoindex(entry.interface_name.as_str()) {
+                    Ok(index) => index,
+                    // It has gone since.
+                    Err(Errno::ENODEV | Errno::ENXIO) => continue,
+                    Err(error) => return Err(error.into()),
+                },
+            };
+            found.links.entry(index).or_default();
+            numbers.insert(entry.interface_name, index);
+            continue;
+        }
+        // An address may have a label in its link's place, `<link>:<word>`.
+        let name = entry.interface_name.as_str();
+        let name = name.split_once(':').map_or(name, |(link, _)| link);
+        let (Some(index), Some(address)) = (numbers.get(name), entry.address) else {
             continue;
         };
         let address = if let Some(v4) = address.as_sockaddr_in() {
@@ -281,8 +304,8 @@ fn interfaces() -> io::Result<Interfaces> {
         if of_one_link || address.is_loopback() {
             continue;
         }
-        of_link.push(address);
-        if !found.addresses.contains(&address) {
+        found.links.entry(*index).or_default().push(address);
+        if seen.insert(address) {
             found.addresses.push(address);
         }
     }
