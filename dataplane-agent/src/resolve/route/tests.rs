@@ -391,6 +391,153 @@ fn a_pod_is_not_the_waypoint_that_has_its_address_on_another_network() {
 }
 
 #[test]
+fn a_waypoint_is_known_at_its_address_in_either_spelling() {
+    let behind = Workload {
+        waypoint: Some("/10.0.0.1".into()),
+        ..endpoint("behind", "10.0.0.2")
+    };
+    for own in ["10.0.0.1", "::ffff:10.0.0.1"] {
+        let waypoint = Workload {
+            addresses: vec![ip(own)],
+            ..workload(&[])
+        };
+        for peer in ["10.0.0.1:4000", "[::ffff:10.0.0.1]:4000"] {
+            let (writer, reader) = store();
+            let all = vec![waypoint.clone(), behind.clone()];
+            writer.publish(Mesh::build(1, all, Vec::new(), Vec::new()));
+            let accepted = Accepted {
+                peer: at(peer),
+                ..accepted(Direction::Outbound, "10.0.0.2:80")
+            };
+            assert!(resolve(&reader, accepted).is_ok(), "{own} from {peer}");
+        }
+    }
+}
+
+#[test]
+fn who_has_a_waypoints_address_and_is_somebody_else_is_not_the_waypoint() {
+    let behind = |waypoint: &str| Workload {
+        waypoint: Some(waypoint.into()),
+        ..endpoint("behind", "10.0.0.2")
+    };
+    // It had the address before the pod that connects.
+    let former = Workload {
+        uid: "c//Pod/ns/former".into(),
+        service_account: "waypoint".into(),
+        services: serves(8080, Health::Healthy),
+        ..workload(&[])
+    };
+    // Another service claims the waypoint's address, and the pod is its endpoint.
+    let other: Arc<str> = "ns/other.ns.svc.cluster.local".into();
+    let pod = Workload {
+        services: BTreeMap::from([(Arc::clone(&other), Endpoint::default())]),
+        ..workload(&[])
+    };
+    let claims = Service {
+        name: "other".into(),
+        hostname: "other.ns.svc.cluster.local".into(),
+        ..service()
+    };
+    for waypoint in [KEY, "/10.96.0.1"] {
+        let (writer, reader) = store();
+        let all = vec![pod.clone(), former.clone(), behind(waypoint)];
+        let services = vec![service(), claims.clone()];
+        writer.publish(Mesh::build(1, all, services, Vec::new()));
+        let accepted = Accepted {
+            peer: at("10.0.0.1:4000"),
+            ..accepted(Direction::Outbound, "10.0.0.2:80")
+        };
+        let (_, error) = resolve(&reader, accepted).expect_err("it is not passed");
+        assert_eq!(error, ResolveError::UnknownWaypoint(waypoint.into()));
+    }
+}
+
+#[test]
+fn a_connection_to_the_address_that_it_comes_from_goes_nowhere() {
+    // An address that the pod got a moment ago: it is not known as its own yet.
+    for peer in ["10.0.0.9:4000", "[::ffff:10.0.0.9]:4000"] {
+        for to in ["10.0.0.9:80", "[::ffff:10.0.0.9]:80"] {
+            let (writer, reader) = store();
+            writer.publish(Mesh::build(1, vec![workload(&[])], Vec::new(), Vec::new()));
+            let accepted = Accepted {
+                peer: at(peer),
+                ..accepted(Direction::Outbound, to)
+            };
+            let (_, error) = resolve(&reader, accepted).expect_err("it would come back");
+            assert_eq!(error, ResolveError::SelfCall, "{peer} to {to}");
+        }
+    }
+}
+
+#[test]
+fn a_client_is_who_has_its_address_in_the_pods_network() {
+    let at_peer = |name: &str, network: &str| Workload {
+        network: network.into(),
+        ..endpoint(name, "10.0.0.9")
+    };
+    let pod = Workload {
+        network: "far".into(),
+        ..workload(&[])
+    };
+    let (writer, reader) = store();
+    let all = vec![pod, at_peer("far", "far"), at_peer("near", "")];
+    writer.publish(Mesh::build(1, all, Vec::new(), Vec::new()));
+    let found = resolve(&reader, accepted(Direction::InboundPlain, "10.0.0.1:80"));
+    let source = found.expect("it goes to the app").source;
+    assert_eq!(source.expect("who it is").name.as_ref(), "far");
+}
+
+#[test]
+fn an_endpoint_has_the_services_port_unless_it_has_its_own_and_may_show_the_services_names() {
+    let service = Service {
+        subject_alt_names: vec!["spiffe://td/ns/x/sa/y".into(), "y.example".into()],
+        ..service()
+    };
+    for (own, port) in [(0, 8080), (9191, 9191)] {
+        let one = Workload {
+            services: serves(own, Health::Healthy),
+            ..endpoint("one", "10.0.0.2")
+        };
+        let all = vec![workload(&[]), one];
+        match go(
+            all,
+            vec![service.clone()],
+            Direction::Outbound,
+            "10.96.0.1:80",
+        ) {
+            Ok(Hop::Hbone {
+                authority,
+                expected,
+                ..
+            }) => {
+                assert_eq!(authority, SocketAddr::new(ip("10.0.0.2"), port));
+                let names = [("ns", "sa"), ("x", "y")];
+                assert_eq!(expected, names.map(|(ns, sa)| Identity::new("td", ns, sa)));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_workload_is_reached_at_the_one_of_its_addresses_that_was_asked_for() {
+    let two = Workload {
+        addresses: vec![ip("10.0.0.2"), ip("10.0.0.3")],
+        ..endpoint("two", "10.0.0.2")
+    };
+    for own in ["10.0.0.2", "10.0.0.3"] {
+        let all = vec![workload(&[]), two.clone()];
+        let asked = SocketAddr::new(ip(own), 80);
+        match go(all, Vec::new(), Direction::Outbound, &asked.to_string()) {
+            Ok(Hop::Hbone { to, authority, .. }) => {
+                assert_eq!((to, authority), (SocketAddr::new(ip(own), 15008), asked));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
 fn errors_are_told_in_ztunnels_words() {
     let words = |error: ResolveError| error.to_string();
     let error = go(Vec::new(), Vec::new(), Direction::Outbound, "192.0.2.1:80");
