@@ -177,6 +177,85 @@ mod tests {
         }
     }
 
+    /// What is wanted of a pod, or of its namespace.
+    #[derive(Clone, Copy, Debug)]
+    enum Is {
+        Wanted,
+        WantedAsAnother,
+        OutOfSight,
+        WantedElsewhere,
+        Gone,
+        GoneAndWanted,
+        NotWanted,
+    }
+
+    #[test]
+    fn each_step_fits_how_far_the_pod_is() {
+        use Is::*;
+        use Phase::*;
+        let next = |phase, is| {
+            let mut want = Want::default();
+            if let Wanted | WantedAsAnother | GoneAndWanted = is {
+                want.pods.insert(1, uid(1));
+            }
+            if let Gone | GoneAndWanted = is {
+                want.gone.insert(1);
+            }
+            if let OutOfSight | WantedElsewhere = is {
+                want.waiting.insert(uid(1));
+            }
+            let mut have = BTreeMap::new();
+            if let WantedElsewhere = is {
+                want.pods.insert(2, uid(1));
+                let (uid, phase) = (uid(1), Serving);
+                have.insert(
+                    2,
+                    Has {
+                        uid,
+                        phase,
+                        same: true,
+                    },
+                );
+            }
+            let same = !matches!(is, WantedAsAnother);
+            have.insert(
+                1,
+                Has {
+                    uid: uid(1),
+                    phase,
+                    same,
+                },
+            );
+            diff(&want, &have)
+        };
+        for (phase, is, step) in [
+            (Adopted, Wanted, Some(Step::Enrol(1))),
+            (Adopted, WantedAsAnother, Some(Step::Enrol(1))),
+            (Adopted, OutOfSight, None),
+            (Adopted, WantedElsewhere, Some(Step::Undo(1))),
+            (Adopted, Gone, Some(Step::Undo(1))),
+            (Adopted, GoneAndWanted, Some(Step::Undo(1))),
+            (Adopted, NotWanted, Some(Step::Undo(1))),
+            (Serving, Wanted, None),
+            (Serving, WantedAsAnother, Some(Step::Renew(1))),
+            (Serving, OutOfSight, None),
+            (Serving, WantedElsewhere, Some(Step::Leave(1))),
+            (Serving, Gone, Some(Step::Cut(1))),
+            (Serving, GoneAndWanted, Some(Step::Cut(1))),
+            (Serving, NotWanted, Some(Step::Leave(1))),
+            (Draining, Wanted, Some(Step::Revive(1))),
+            (Draining, WantedAsAnother, Some(Step::Renew(1))),
+            (Draining, OutOfSight, None),
+            (Draining, WantedElsewhere, None),
+            (Draining, Gone, Some(Step::Cut(1))),
+            (Draining, GoneAndWanted, Some(Step::Cut(1))),
+            (Draining, NotWanted, None),
+        ] {
+            let expected: Vec<Step> = step.into_iter().collect();
+            assert_eq!(next(phase, is), expected, "{phase:?}, {is:?}");
+        }
+    }
+
     proptest! {
         /// Draining pods end by themselves; then nothing is left to do, and it is what was wanted.
         #[test]
