@@ -24,7 +24,6 @@ use crate::control::machine::Machine;
 use crate::control::manifests::{Folder, MeshConfig, Watch};
 use crate::control::pods::{Ends, Pods, Source, State, View};
 use crate::exit::Exit;
-use crate::hbone::window;
 use crate::identity::{Certs, Identity};
 use crate::limits::NodePlaces;
 use crate::observe::admin::{self, Sources};
@@ -417,10 +416,7 @@ fn places(options: &RunOptions) -> Result<NodePlaces, AgentError> {
     let wanted = options
         .connections
         .and_then(|wanted| wanted.try_into().ok());
-    let memory = limits::memory();
-    // As much again as is set aside for connections that deliver what comes.
-    window::hold_at_most(memory / 4);
-    Ok(NodePlaces::fitting(wanted, memory, files))
+    Ok(NodePlaces::fitting(wanted, limits::memory(), files))
 }
 
 /// Gives back what connections took that have ended; never returns.

@@ -21,6 +21,7 @@ use crate::hbone::stream::{Shared, Waiting};
 use crate::hbone::window::Windows;
 use crate::hbone::{self, headers};
 use crate::identity::{Certs, Identity, IdentityError, tls};
+use crate::limits::memory::Share;
 use crate::limits::{Full, Kind, NodePlaces, Place, Turns};
 use crate::observe::{Failure, Flag};
 
@@ -85,6 +86,8 @@ pub struct Tunnel {
     connection: server::Connection<TlsStream<ReadAhead>, Payload>,
     /// Who the peer is.
     pub identity: Identity,
+    /// What it may have brought that is not delivered.
+    share: Share,
     _place: Place,
 }
 
@@ -129,6 +132,7 @@ pub async fn handshake(
     Ok(Tunnel {
         connection,
         identity,
+        share: places.undelivered(&pod.places),
         _place: place,
     })
 }
@@ -166,7 +170,7 @@ impl Tunnel {
         let lost = keepalive::lost(self.connection.ping_pong(), &health);
         tokio::pin!(lost, closing);
         let shared = Shared::default();
-        let mut windows = Windows::new(&shared.undelivered);
+        let mut windows = Windows::new(&shared.undelivered, &self.share);
         let mut told = false;
         loop {
             tokio::select! {

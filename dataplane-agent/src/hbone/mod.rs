@@ -31,8 +31,13 @@ pub const FRAME: u32 = 1 << 20;
 /// they are for have taken them; more end the tunnel. These take them each time that the tunnel has been
 /// read, and put them together, so that it says nothing about what an app reads.
 pub const FRAME_BUDGET: usize = 64 << 20;
-/// What one stream may have waiting to be written to the tunnel; bounds memory, not speed.
+/// What one stream may have waiting to be written to the tunnel, beyond which it takes no more; bounds
+/// memory, not speed.
 pub const SEND_BUFFER: usize = 512 << 10;
+/// The same, while its pod has little memory left.
+pub const SEND_LESS: usize = 64 << 10;
+/// The same, while its pod has none left.
+pub const SEND_LEAST: usize = 16 << 10;
 /// What rustls may have sealed and not yet written.
 pub const TLS_BUFFER: usize = 256 << 10;
 /// Streams that a peer may have open in one tunnel to us.

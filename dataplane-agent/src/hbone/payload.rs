@@ -8,21 +8,31 @@ use std::task::{Context, Poll, Waker};
 use bytes::{Buf, Bytes};
 use tokio::time::Instant;
 
-use super::SEND_BUFFER;
+use super::{SEND_BUFFER, SEND_LEAST, SEND_LESS};
+use crate::limits::memory::{Hold, Level, Share};
+
+/// What a piece costs besides its bytes. A peer that makes many small ones pays for them.
+const PIECE: usize = 512;
+/// What each stream may have waiting at least: what [`SEND_LEAST`] lets begin, and one piece as large.
+const FREE: usize = 2 * (SEND_LEAST + PIECE);
 
 /// Bytes of one stream, which tell as they are written to the tunnel.
 #[derive(Debug)]
 pub struct Payload {
     bytes: Bytes,
+    /// What it takes of memory, until its last byte is written: a part of it frees nothing.
+    cost: usize,
     /// The end of a stream has no bytes, and nothing to tell.
     unsent: Option<Rc<Unsent>>,
 }
 
 impl Payload {
     pub(super) fn new(bytes: Bytes, unsent: &Rc<Unsent>) -> Self {
-        unsent.bytes.set(unsent.bytes.get() + bytes.len());
+        let cost = bytes.len() + PIECE;
+        unsent.hold(unsent.bytes.get() + cost);
         Self {
             bytes,
+            cost,
             unsent: Some(Rc::clone(unsent)),
         }
     }
@@ -31,6 +41,7 @@ impl Payload {
     pub(super) fn empty() -> Self {
         Self {
             bytes: Bytes::new(),
+            cost: 0,
             unsent: None,
         }
     }
@@ -49,7 +60,10 @@ impl Buf for Payload {
             if let Some(told) = unsent.told.get() {
                 told(count as u64);
             }
-            unsent.less(count);
+            unsent.moving();
+            if self.bytes.is_empty() {
+                unsent.less(std::mem::take(&mut self.cost));
+            }
         }
     }
 }
@@ -58,9 +72,9 @@ impl Drop for Payload {
     /// What is left was discarded: the stream was reset, or its tunnel has ended.
     fn drop(&mut self) {
         if let Some(unsent) = &self.unsent
-            && !self.bytes.is_empty()
+            && self.cost > 0
         {
-            unsent.less(self.bytes.len());
+            unsent.less(self.cost);
         }
     }
 }
@@ -70,9 +84,14 @@ pub type Told = Box<dyn Fn(u64)>;
 
 /// What of one stream waits to be written to the tunnel.
 pub(super) struct Unsent {
+    /// With what each piece costs besides.
     bytes: Cell<usize>,
+    /// Counts it among what the pod's connections hold.
+    held: OnceCell<Hold>,
     told: OnceCell<Told>,
     waiting: RefCell<Option<Waker>>,
+    /// At how much the one that waits is woken.
+    enough: Cell<usize>,
     /// Since when nothing of a full buffer was written.
     stalled: Cell<Option<Instant>>,
     stalls: Rc<Stalls>,
@@ -82,8 +101,10 @@ impl Unsent {
     pub(super) fn new(stalls: &Rc<Stalls>) -> Rc<Self> {
         Rc::new(Self {
             bytes: Cell::new(0),
+            held: OnceCell::new(),
             told: OnceCell::new(),
             waiting: RefCell::default(),
+            enough: Cell::new(0),
             stalled: Cell::new(None),
             stalls: Rc::clone(stalls),
         })
@@ -99,11 +120,41 @@ impl Unsent {
         let _ = self.told.set(told);
     }
 
-    /// Completes when at most `most` bytes wait.
-    pub(super) fn poll_at_most(&self, most: usize, context: &Context<'_>) -> Poll<()> {
-        if self.bytes.get() <= most {
+    /// Counts what waits in a pod's share, and keeps to it; once.
+    pub(super) fn share(&self, share: &Share) {
+        // Who was first stays.
+        let held = self.held.get_or_init(|| Hold::new(share, FREE));
+        held.set(self.bytes.get());
+    }
+
+    /// Completes when one more piece may wait. At the bound of its pod a stream still sends as its own
+    /// bytes leave.
+    pub(super) fn poll_room(&self, context: &Context<'_>) -> Poll<()> {
+        let bytes = self.bytes.get();
+        if bytes < SEND_LEAST {
             return Poll::Ready(());
         }
+        let most = match self.held.get().map(Hold::level) {
+            None | Some(Level::Plenty) => SEND_BUFFER,
+            Some(Level::Little) => SEND_LESS,
+            Some(Level::Nothing) => SEND_LEAST,
+        };
+        if bytes < most {
+            return Poll::Ready(());
+        }
+        self.wait(most / 4 * 3, context)
+    }
+
+    /// Completes when nothing waits.
+    pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
+        if self.is_empty() {
+            return Poll::Ready(());
+        }
+        self.wait(0, context)
+    }
+
+    fn wait(&self, enough: usize, context: &Context<'_>) -> Poll<()> {
+        self.enough.set(enough);
         if self.stalled.get().is_none() {
             let now = Instant::now();
             self.stalled.set(Some(now));
@@ -117,10 +168,17 @@ impl Unsent {
         Poll::Pending
     }
 
-    fn less(&self, count: usize) {
-        self.bytes.set(self.bytes.get() - count);
+    fn hold(&self, bytes: usize) {
+        self.bytes.set(bytes);
+        if let Some(held) = self.held.get() {
+            held.set(bytes);
+        }
+    }
+
+    fn less(&self, cost: usize) {
+        self.hold(self.bytes.get() - cost);
         self.moving();
-        if self.bytes.get() <= SEND_BUFFER / 2
+        if self.bytes.get() <= self.enough.get()
             && let Some(waker) = self.waiting.take()
         {
             waker.wake();

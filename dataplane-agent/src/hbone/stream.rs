@@ -9,9 +9,9 @@ use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::{Response, StatusCode};
 
-use super::SEND_BUFFER;
 use super::payload::{Payload, Stalls, Told, Unsent};
 use super::window::Undelivered;
+use crate::limits::memory::Share;
 
 /// What the streams of one tunnel share.
 #[derive(Clone, Debug, Default)]
@@ -59,9 +59,14 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
+    /// Counts what waits to be written in a pod's share of memory, and keeps to it; once.
+    pub fn share(&self, share: &Share) {
+        self.unsent.share(share);
+    }
+
     /// Completes when more may be sent.
     pub fn poll_room(&self, context: &Context<'_>) -> Poll<()> {
-        self.unsent.poll_at_most(SEND_BUFFER - 1, context)
+        self.unsent.poll_room(context)
     }
 
     /// Sends after what was sent before. What the peer's window does not take yet waits here; ask
@@ -85,7 +90,7 @@ impl Outgoing {
 
     /// Completes when nothing waits to be written to the tunnel any more.
     pub fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
-        self.unsent.poll_at_most(0, context)
+        self.unsent.poll_flushed(context)
     }
 
     /// Whether nothing waits to be written to the tunnel.

@@ -12,19 +12,27 @@
 //! What was under way before the peer heard of the smaller window is at most the tunnel's window. So a
 //! tunnel holds at most 32 MiB, 16 MiB that were under way, and 64 KiB of each of 200 streams: 61 MiB.
 //!
-//! All tunnels of the process together have a bound as well. From half of it on, every stream's window is
-//! 64 KiB; over it no tunnel's window grows any more, so that streams of one tunnel may wait for each
-//! other, but the daemon is not killed for its memory.
+//! All tunnels of a pod together have a bound as well, their share of the node's memory for it. From half
+//! of it on, every stream's window is 64 KiB; at it no tunnel's window grows any more, so that streams of
+//! one tunnel may wait for each other, but the daemon is not killed for its memory. What was not granted
+//! is looked at again, until it is granted or not needed any more.
 
 use std::cell::{Cell, RefCell};
+use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Waker};
+use std::time::Duration;
+
+use tokio::time::{Sleep, sleep};
 
 use super::{CONNECTION_WINDOW, STREAM_WINDOW};
+use crate::limits::memory::{Hold, Level, Share};
 
 /// By how much what is not delivered must change before the tunnel's window follows.
 const STEP: usize = 1 << 20;
+/// When what was not granted is looked at again. Others' memory becomes free on other threads, and a look
+/// is cheaper than word of it.
+const AGAIN: Duration = Duration::from_millis(100);
 /// From how many bytes that are not delivered a stream's window is how large.
 const WINDOWS: [(usize, u32); 3] = [
     (0, STREAM_WINDOW),
@@ -33,28 +41,12 @@ const WINDOWS: [(usize, u32); 3] = [
 ];
 const SMALLEST: u32 = 64 << 10;
 
-/// What the tunnels of this process hold, in steps, and what they may. It is about the process's memory,
-/// which all workers share.
-static HELD: AtomicUsize = AtomicUsize::new(0);
-static MOST: AtomicUsize = AtomicUsize::new(256 << 20);
-
-/// All tunnels of this process are to hold no more than this, at least 64 MiB.
-pub fn hold_at_most(bytes: u64) {
-    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-    MOST.store(bytes.max(64 << 20), Ordering::Relaxed);
-}
-
-/// What all tunnels of this process hold and have not delivered, to some MiB.
-pub fn held() -> usize {
-    HELD.load(Ordering::Relaxed)
-}
-
 /// What has come by a tunnel, of all its streams, and is not delivered.
 #[derive(Debug, Default)]
 pub struct Undelivered {
     bytes: Cell<usize>,
-    /// What it was as the windows were last set, and is in [`HELD`].
-    told: Cell<usize>,
+    /// What it was as it was last looked at.
+    seen: Cell<usize>,
     driver: RefCell<Option<Waker>>,
 }
 
@@ -69,7 +61,7 @@ impl Undelivered {
 
     fn set(&self, bytes: usize) {
         self.bytes.set(bytes);
-        if bytes.abs_diff(self.told.get()) >= STEP
+        if bytes.abs_diff(self.seen.get()) >= STEP
             && let Some(driver) = self.driver.take()
         {
             driver.wake();
@@ -118,44 +110,48 @@ where
 #[derive(Debug)]
 pub struct Windows {
     undelivered: Rc<Undelivered>,
+    /// What was counted of it in the pod's share.
+    held: Hold,
+    /// By how much the tunnel's window was last set to be larger than it is at first.
+    granted: usize,
+    /// More was wanted than the pod has left.
+    again: Option<Pin<Box<Sleep>>>,
     streams: u32,
 }
 
-impl Drop for Windows {
-    fn drop(&mut self) {
-        self.count(0);
-    }
-}
-
 impl Windows {
-    /// Of a connection with the settings of [`super::client`] or [`super::server`].
-    pub fn new(undelivered: &Rc<Undelivered>) -> Self {
+    /// Of a connection with the settings of [`super::client`] or [`super::server`], and of a pod that has
+    /// this share.
+    pub fn new(undelivered: &Rc<Undelivered>, share: &Share) -> Self {
         Self {
             undelivered: Rc::clone(undelivered),
+            held: Hold::new(share, 0),
+            granted: 0,
+            again: None,
             streams: STREAM_WINDOW,
         }
     }
 
-    fn count(&self, bytes: usize) {
-        HELD.fetch_add(bytes, Ordering::Relaxed);
-        HELD.fetch_sub(self.undelivered.told.replace(bytes), Ordering::Relaxed);
-    }
-
     /// Sets what must be changed, and has the driver woken when more must.
-    pub fn keep(&mut self, connection: &mut impl Connection, context: &Context<'_>) {
-        let all = &self.undelivered;
+    pub fn keep(&mut self, connection: &mut impl Connection, context: &mut Context<'_>) {
+        let all = Rc::clone(&self.undelivered);
         let bytes = all.bytes.get();
-        let (held, most) = (held(), MOST.load(Ordering::Relaxed));
-        if bytes.abs_diff(all.told.get()) >= STEP {
-            let grows = bytes > all.told.get();
-            self.count(bytes);
-            if !grows || held <= most {
-                // 61 MiB at most, besides: far from where it would not fit.
-                let bytes = u32::try_from(bytes).unwrap_or(u32::MAX >> 2);
-                connection.set_tunnel(CONNECTION_WINDOW + bytes.min(u32::MAX >> 2));
-            }
+        if bytes.abs_diff(all.seen.get()) >= STEP {
+            all.seen.set(bytes);
+            self.held.set(bytes);
         }
-        let wanted = stream_window(bytes, held > most / 2, self.streams);
+        // Rounded as it is counted: the window follows in steps.
+        let wanted = all.seen.get();
+        let level = self.held.level();
+        let denied = wanted > self.granted && level == Level::Nothing;
+        if wanted != self.granted && !denied {
+            self.granted = wanted;
+            // 61 MiB at most, besides: far from where it would not fit.
+            let wanted = u32::try_from(wanted).unwrap_or(u32::MAX >> 2);
+            connection.set_tunnel(CONNECTION_WINDOW + wanted.min(u32::MAX >> 2));
+        }
+        self.look_again(denied, context);
+        let wanted = stream_window(bytes, level != Level::Plenty, self.streams);
         if wanted != self.streams && connection.set_streams(wanted).is_ok() {
             self.streams = wanted;
         }
@@ -167,7 +163,21 @@ impl Windows {
     }
 }
 
-/// The window of a stream when so much is not delivered, and of the process's tunnels together `much`. It
+impl Windows {
+    /// Has the driver woken for another look, as long as it is `denied` what it wants.
+    fn look_again(&mut self, denied: bool, context: &mut Context<'_>) {
+        if !denied {
+            self.again = None;
+            return;
+        }
+        let again = self.again.get_or_insert_with(|| Box::pin(sleep(AGAIN)));
+        while again.as_mut().poll(context).is_ready() {
+            again.set(sleep(AGAIN));
+        }
+    }
+}
+
+/// The window of a stream when so much is not delivered, and of the pod's tunnels together `much`. It
 /// grows again only when half of what made it small is gone: each change is a message to the peer.
 fn stream_window(undelivered: usize, much: bool, now: u32) -> u32 {
     if much {
@@ -188,9 +198,12 @@ fn stream_window(undelivered: usize, much: bool, now: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::task::Poll;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::memory::{Memory, PodMemory};
 
     #[test]
     fn a_stream_may_send_less_the_more_is_not_delivered_and_more_again_when_half_is_gone() {
@@ -206,11 +219,40 @@ mod tests {
         assert_eq!(stream_window(0, false, SMALLEST), STREAM_WINDOW);
     }
 
-    /// A peer that sends what it may, on as many streams as it may, of which none is ever read.
+    /// A peer that sends what it may, on as many streams as it may, of which none is ever read; and how
+    /// the engine gives it credit.
     #[derive(Default)]
     struct Peer {
         tunnel: u32,
         streams: u32,
+        /// What it has sent.
+        sent: usize,
+        /// What it may still send by the tunnel, as far as it has heard.
+        credit: usize,
+    }
+
+    impl Peer {
+        fn new() -> Self {
+            Self {
+                tunnel: CONNECTION_WINDOW,
+                streams: STREAM_WINDOW,
+                sent: 0,
+                credit: CONNECTION_WINDOW as usize,
+            }
+        }
+
+        fn send(&mut self, bytes: usize) {
+            self.sent += bytes;
+            self.credit -= bytes;
+        }
+
+        /// The engine tells of new credit when it is at least half of what the peer has.
+        fn hear(&mut self) {
+            let may = (self.tunnel as usize).saturating_sub(self.sent);
+            if may.saturating_sub(self.credit) >= self.credit / 2 {
+                self.credit = self.credit.max(may);
+            }
+        }
     }
 
     impl Connection for Peer {
@@ -223,6 +265,85 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn what_a_pod_has_no_memory_for_is_granted_when_there_is_some_and_others_get_theirs() {
+        let mib = 1 << 20;
+        let memory = Memory::new(64 << 20);
+        let pods: [PodMemory; 2] = Default::default();
+        let tunnel = |pod| {
+            let undelivered = Rc::new(Undelivered::default());
+            let windows = Windows::new(&undelivered, &memory.share(pod));
+            (undelivered, windows, Peer::new())
+        };
+        let mut none = Context::from_waker(Waker::noop());
+        let (greedy, mut windows, mut peer) = tunnel(&pods[0]);
+        greedy.more(40 * mib);
+        windows.keep(&mut peer, &mut none);
+        assert_eq!((peer.tunnel, peer.streams), (CONNECTION_WINDOW, SMALLEST));
+
+        let (late, mut late_windows, mut late_peer) = tunnel(&pods[0]);
+        late.more(5 * mib);
+        late_windows.keep(&mut late_peer, &mut none);
+        assert_eq!(late_peer.tunnel, CONNECTION_WINDOW, "nothing is left");
+        late.less(mib);
+        late_windows.keep(&mut late_peer, &mut none);
+        assert_eq!(late_peer.tunnel, CONNECTION_WINDOW, "less is no grant");
+
+        let (other, mut other_windows, mut other_peer) = tunnel(&pods[1]);
+        other.more(5 * mib);
+        other_windows.keep(&mut other_peer, &mut none);
+        let grown = CONNECTION_WINDOW + (5 << 20);
+        assert_eq!(
+            (other_peer.tunnel, other_peer.streams),
+            (grown, STREAM_WINDOW)
+        );
+
+        greedy.less(40 * mib);
+        windows.keep(&mut peer, &mut none);
+        assert_eq!(memory.held(), 9 * mib);
+        // Nothing happens in that tunnel, and its driver is woken all the same.
+        let granted = std::future::poll_fn(|context| {
+            late_windows.keep(&mut late_peer, context);
+            let grown = CONNECTION_WINDOW + (4 << 20);
+            match late_peer.tunnel == grown && late_peer.streams == STREAM_WINDOW {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        });
+        granted.await;
+        assert!(late_windows.again.is_none(), "it has what it wants");
+        drop((windows, late_windows, other_windows));
+        assert_eq!(memory.held(), 0);
+    }
+
+    #[tokio::test]
+    async fn who_was_denied_is_woken_when_others_let_go() {
+        let memory = Memory::new(64 << 20);
+        let share = memory.share(&PodMemory::default());
+        let (greedy, denied) = (Hold::new(&share, 0), Rc::new(Undelivered::default()));
+        greedy.set(40 << 20);
+        denied.more(5 << 20);
+        let (mut windows, mut peer) = (Windows::new(&denied, &share), Peer::new());
+        let granted = std::future::poll_fn(|context| {
+            windows.keep(&mut peer, context);
+            match peer.tunnel > CONNECTION_WINDOW {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        });
+        // As a worker does that this one knows nothing of.
+        let released = std::thread::spawn(move || {
+            std::thread::sleep(AGAIN * 3);
+            drop(greedy);
+        });
+        tokio::select! {
+            biased;
+            () = sleep(AGAIN * 100) => panic!("nobody has woken it"),
+            () = granted => {}
+        }
+        released.join().expect("released");
+    }
+
     proptest! {
         #[test]
         fn no_stream_waits_for_another_and_what_a_tunnel_holds_is_bounded(
@@ -230,20 +351,21 @@ mod tests {
             late in 0..16_usize,
         ) {
             let undelivered = Rc::new(Undelivered::default());
-            let mut windows = Windows::new(&undelivered);
-            let mut peer = Peer { tunnel: CONNECTION_WINDOW, streams: STREAM_WINDOW };
+            let mut windows = Windows::new(&undelivered, &Share::default());
+            let mut peer = Peer::new();
             // What the peer has heard of, some turns later.
             let mut heard = std::collections::VecDeque::from(vec![STREAM_WINDOW; late]);
             let mut sent = vec![0; 200];
             for (stream, bytes) in turns {
                 heard.push_back(peer.streams);
                 let window = heard.pop_front().unwrap_or(peer.streams) as usize;
-                let all: usize = sent.iter().sum();
                 let may = window.saturating_sub(sent[stream]).min(bytes);
-                prop_assert!(all + may <= peer.tunnel as usize, "a stream waits for the tunnel");
+                prop_assert!(may <= peer.credit, "a stream waits for the tunnel");
                 sent[stream] += may;
+                peer.send(may);
                 undelivered.more(may);
-                windows.keep(&mut peer, &Context::from_waker(Waker::noop()));
+                windows.keep(&mut peer, &mut Context::from_waker(Waker::noop()));
+                peer.hear();
                 prop_assert!(undelivered.bytes.get() <= 61 << 20);
             }
         }

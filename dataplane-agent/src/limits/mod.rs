@@ -4,24 +4,29 @@
 //! a tunnel itself, idle ones included: each takes memory and descriptors. The node's bound keeps the
 //! daemon from being killed for its memory. Nobody can take all of it: what a pod has of one kind is
 //! never more than what is left for all others, so one greedy pod gets half, two get a third each, and
-//! whoever has nothing yet gets in.
+//! whoever has nothing yet gets in. It is so with the [`memory`] that connections need while they are busy.
 
 pub mod handshakes;
+pub mod memory;
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use handshakes::{Handshakes, Turns};
+use memory::{Memory, PodMemory, Share};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// How many there may be of one pod and one [`Kind`].
 pub const EACH: usize = 16_384;
 
-/// What is reckoned for a connection. An idle one takes some 20 KiB and a busy one up to some MiB.
+/// What is reckoned for a connection: an idle one takes some 20 KiB, and each may always hold up to 48 KiB
+/// to be sent and 64 KiB that have come by a tunnel. What busy ones hold besides has its own [`memory`].
 const MEMORY: u64 = 128 << 10;
 /// Descriptors of a connection: its two ends.
 const DESCRIPTORS: u64 = 2;
+/// However little memory there is, this is for what waits.
+const LEAST: u64 = 64 << 20;
 /// Descriptors that are for other things: listeners, programs, maps, namespaces.
 const OTHERS: u64 = 1024;
 
@@ -33,6 +38,10 @@ pub struct NodePlaces {
     /// The most that were taken at once, since that was asked for.
     peak: Arc<AtomicUsize>,
     handshakes: Handshakes,
+    /// What waits to be sent.
+    unsent: Memory,
+    /// What has come by tunnels and is not delivered.
+    undelivered: Memory,
 }
 
 /// Which connections of a pod have a bound together: those that one party can open do not keep out
@@ -47,9 +56,13 @@ pub enum Kind {
     Tunnelled,
 }
 
-/// How many connections one pod has, by kind.
+/// How many connections one pod has, by kind, and what they hold.
 #[derive(Debug, Default)]
-pub struct PodPlaces([Arc<AtomicUsize>; 3]);
+pub struct PodPlaces {
+    taken: [Arc<AtomicUsize>; 3],
+    unsent: PodMemory,
+    undelivered: PodMemory,
+}
 
 /// The place of a connection or a tunnel; free again when dropped.
 #[derive(Debug)]
@@ -97,11 +110,24 @@ impl NodePlaces {
             all,
             peak: Arc::default(),
             handshakes: Handshakes::new(handshakes::OF_NODE),
+            unsent: Memory::default(),
+            undelivered: Memory::default(),
+        }
+    }
+
+    /// With so many bytes for what waits to be sent, and for what is not delivered.
+    #[must_use]
+    pub fn with_memory(self, unsent: u64, undelivered: u64) -> Self {
+        Self {
+            unsent: Memory::new(unsent),
+            undelivered: Memory::new(undelivered),
+            ..self
         }
     }
 
     /// As many as fit into half of the `memory`, or as are `wanted`, and never more than there are
-    /// descriptors for.
+    /// descriptors for. An eighth of the memory besides is for what waits to be sent, and a quarter for
+    /// what is not delivered.
     pub fn fitting(wanted: Option<usize>, memory: u64, descriptors: u64) -> Self {
         // Where there are few, most are for connections still.
         let others = OTHERS.min(descriptors / 4);
@@ -113,6 +139,23 @@ impl NodePlaces {
                 .min(by_descriptors)
                 .clamp(1, Semaphore::MAX_PERMITS),
         )
+        .with_memory((memory / 8).max(LEAST), (memory / 4).max(LEAST))
+    }
+
+    /// What the connections of a pod may have waiting to be sent.
+    pub fn unsent(&self, pod: &PodPlaces) -> Share {
+        self.unsent.share(&pod.unsent)
+    }
+
+    /// What tunnels of a pod may have brought that is not delivered.
+    pub fn undelivered(&self, pod: &PodPlaces) -> Share {
+        self.undelivered.share(&pod.undelivered)
+    }
+
+    /// What waits to be sent, and what is not delivered, of all pods, besides what each connection may
+    /// always hold.
+    pub fn held(&self) -> (usize, usize) {
+        (self.unsent.held(), self.undelivered.held())
     }
 
     /// How many there may be.
@@ -146,7 +189,7 @@ impl NodePlaces {
         let of_node = Arc::clone(&self.free).try_acquire_owned();
         let of_node = of_node.map_err(|_| Full::Node)?;
         let left = self.free.available_permits() + 1;
-        let of_pod = Arc::clone(&pod.0[kind as usize]);
+        let of_pod = Arc::clone(&pod.taken[kind as usize]);
         let has = of_pod.fetch_add(1, Ordering::Relaxed);
         let place = Place {
             of_pod,

@@ -12,6 +12,7 @@ use super::{Means, TransportError, plain};
 use crate::authorize::{Hop, Io, Permit, Revoked};
 use crate::drain::Scope;
 use crate::hbone::headers;
+use crate::limits::memory::Share;
 use crate::observe;
 
 /// What connections of one worker are carried with.
@@ -58,6 +59,7 @@ pub async fn carry(
     let mut accepted = resolved.accepted;
     let peer = accepted.peer;
     let pod = Arc::clone(&accepted.pod);
+    let share = carrier.means.unsent(&pod);
     let upstream = async {
         match &resolved.hop {
             Hop::App(to) => {
@@ -124,19 +126,20 @@ pub async fn carry(
             }
         }
     };
-    relay_while_allowed(client, upstream, bytes, &mut revoked).await
+    relay_while_allowed(client, upstream, &share, bytes, &mut revoked).await
 }
 
 async fn relay_while_allowed(
     client: End,
     upstream: End,
+    share: &Share,
     bytes: &Arc<observe::Bytes>,
     revoked: &mut Revoked,
 ) -> Result<(), TransportError> {
     tokio::select! {
         biased;
         () = revoked.wait() => Err(TransportError::Revoked),
-        end = relay(client, upstream, bytes) => {
+        end = relay(client, upstream, share, bytes) => {
             end.map_err(|error: RelayError| TransportError::Relay(error.into()))
         }
     }

@@ -18,12 +18,15 @@ use tokio::net::TcpStream;
 use super::relay::{Broken, End};
 use crate::hbone::payload::Told;
 use crate::hbone::stream::{Incoming, Outgoing};
+use crate::limits::memory::{Hold, Level, Share};
 use crate::sys::socket::{read, unacknowledged};
 
 /// The size of a read while little comes.
 const SMALL: usize = 16 << 10;
 /// The size of a read while each comes back full.
 const LARGE: usize = 256 << 10;
+/// The same, while the pod has little memory left; then it is `SMALL`.
+const MEDIUM: usize = 64 << 10;
 /// Pieces that are written to a socket at once.
 const SLICES: usize = 32;
 /// A piece smaller than this is copied to the one before it when it has to wait: each costs memory
@@ -126,30 +129,36 @@ pub fn reset(tcp: TcpStream) {
 }
 
 /// Both directions of an end.
-pub(super) fn halves(end: End) -> (Source, Sink) {
+pub(super) fn halves(end: End, share: &Share) -> (Source, Sink) {
     match end {
         End::Tcp(tcp) => {
             let socket = Rc::new(Socket::new(tcp));
-            let buffer = BytesMut::new();
             let source = Source::Tcp {
                 socket: Rc::clone(&socket),
-                buffer,
                 size: SMALL,
+                unwritten: 0,
+                // One small read is what each may always hold.
+                held: Hold::new(share, SMALL),
             };
             (source, Sink::Tcp(socket))
         }
-        End::Stream(stream) => (
-            Source::Stream(stream.incoming),
-            Sink::Stream(stream.outgoing),
-        ),
+        End::Stream(stream) => {
+            stream.outgoing.share(share);
+            (
+                Source::Stream(stream.incoming),
+                Sink::Stream(stream.outgoing),
+            )
+        }
     }
 }
 
 pub(super) enum Source {
     Tcp {
         socket: Rc<Socket>,
-        buffer: BytesMut,
         size: usize,
+        /// What was read and is not delivered.
+        unwritten: usize,
+        held: Hold,
     },
     Stream(Incoming),
 }
@@ -166,31 +175,31 @@ impl Source {
             Self::Tcp { .. } if !batch.is_empty() => Poll::Pending,
             Self::Tcp {
                 socket,
-                buffer,
                 size,
+                unwritten,
+                held,
             } => loop {
                 ready!(socket.tcp.poll_read_ready(context))?;
-                match read(&socket.tcp, buffer, *size) {
+                *size = may_read(*size, held);
+                let mut buffer = BytesMut::new();
+                match read(&socket.tcp, &mut buffer, *size) {
                     Ok(0) if socket.told.get() => {
                         let gone = io::Error::from(io::ErrorKind::ConnectionReset);
                         return Poll::Ready(Err(gone.into()));
                     }
                     Ok(0) => return Poll::Ready(Ok(false)),
                     Ok(length) => {
-                        batch.push(buffer.split().freeze());
+                        *unwritten = length;
+                        held.set(length);
+                        batch.push(piece(buffer));
                         if length == *size {
                             *size = LARGE.min(*size * 4);
                         } else {
                             *size = SMALL.max(*size / 2);
-                            if length < SMALL {
-                                *buffer = BytesMut::new();
-                            }
                         }
                         return Poll::Ready(Ok(true));
                     }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        *buffer = BytesMut::new();
-                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => return Poll::Ready(Err(error.into())),
                 }
             },
@@ -227,9 +236,40 @@ impl Source {
 
     /// The other end has taken so much of what was read.
     pub(super) fn delivered(&mut self, bytes: usize) {
-        if let Self::Stream(incoming) = self {
-            incoming.delivered(bytes);
+        match self {
+            Self::Tcp {
+                unwritten, held, ..
+            } => {
+                *unwritten -= bytes;
+                // It is one piece: a part of it frees nothing.
+                if *unwritten == 0 {
+                    held.set(0);
+                }
+            }
+            Self::Stream(incoming) => incoming.delivered(bytes),
         }
+    }
+}
+
+/// How much of a wanted size may be read, by what the pod has left.
+fn may_read(wanted: usize, held: &Hold) -> usize {
+    if wanted <= SMALL {
+        return wanted;
+    }
+    wanted.min(match held.level() {
+        Level::Plenty => LARGE,
+        Level::Little => MEDIUM,
+        Level::Nothing => SMALL,
+    })
+}
+
+/// What was read, as what may wait for long: it takes no more than twice its bytes. A client that sends
+/// byte by byte would have us keep a whole buffer for each.
+fn piece(read: BytesMut) -> Bytes {
+    if read.len() < read.capacity() / 2 {
+        Bytes::copy_from_slice(&read)
+    } else {
+        read.freeze()
     }
 }
 
@@ -374,6 +414,21 @@ impl Sink {
     pub(super) fn done(&self) {
         if let Self::Tcp(socket) = self {
             socket.done.set(true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_takes_no_more_than_twice_its_bytes() {
+        for length in [1, SMALL / 2 - 1, SMALL / 2, SMALL] {
+            let mut read = BytesMut::with_capacity(SMALL);
+            read.resize(length, 7);
+            let piece = piece(read).try_into_mut().expect("nobody else has it");
+            assert!(piece.len() == length && piece.capacity() <= 2 * length);
         }
     }
 }

@@ -124,7 +124,7 @@ pub async fn dial(
     });
     // Weak: the connection ends also when nobody has the tunnel.
     let driven = Rc::downgrade(&tunnel);
-    let mut windows = Windows::new(&tunnel.shared.undelivered);
+    let mut windows = Windows::new(&tunnel.shared.undelivered, &means.undelivered(pod));
     let health = Rc::clone(&tunnel.health);
     let peer = expected.iter().map(ToString::to_string);
     let peer = peer.collect::<Vec<_>>().join(" or ");

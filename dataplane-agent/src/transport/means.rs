@@ -10,6 +10,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::Means;
 use crate::authorize::LocalPod;
 use crate::identity::{Certs, Identity};
+use crate::limits::memory::Share;
 use crate::limits::{Full, Kind, NodePlaces, Place};
 
 /// Of this node.
@@ -60,5 +61,11 @@ impl Means for OfNode {
     }
     fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
         self.places.take(&pod.places, Kind::Outbound)
+    }
+    fn unsent(&self, pod: &LocalPod) -> Share {
+        self.places.unsent(&pod.places)
+    }
+    fn undelivered(&self, pod: &LocalPod) -> Share {
+        self.places.undelivered(&pod.places)
     }
 }

@@ -22,6 +22,7 @@ pub use pool::Pool;
 
 use crate::authorize::LocalPod;
 use crate::identity::Identity;
+use crate::limits::memory::Share;
 use crate::limits::{Full, Place};
 use crate::observe::{Failure, Flag};
 
@@ -51,6 +52,10 @@ pub trait Means {
     /// # Errors
     /// There are as many connections as may be.
     fn place(&self, pod: &LocalPod) -> Result<Place, Full>;
+    /// What the pod's connections may have waiting to be sent.
+    fn unsent(&self, pod: &LocalPod) -> Share;
+    /// What the pod's tunnels may have brought that is not delivered.
+    fn undelivered(&self, pod: &LocalPod) -> Share;
 }
 
 /// Why a connection was not carried to its end. Cloned to all that waited for the same tunnel.

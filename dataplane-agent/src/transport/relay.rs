@@ -8,7 +8,8 @@
 //! a cut connection must never look like one that came to its end.
 //!
 //! What is in memory for one direction is one read (at most 256 KiB), or what a stream's window lets
-//! its peer send, besides what waits in a stream's send buffer. An idle relay holds no buffer.
+//! its peer send, besides what waits in a stream's send buffer (512 KiB). Reads and send buffers are
+//! smaller, down to 16 KiB, the less memory the pod has left. An idle relay holds no buffer.
 
 use std::future::poll_fn;
 use std::io;
@@ -25,6 +26,7 @@ pub use super::ends::reset;
 use super::ends::{Batch, Sink, Socket, Source, halves};
 use crate::hbone::payload::Told;
 use crate::hbone::stream::Stream;
+use crate::limits::memory::Share;
 
 /// An end that broke has left something to deliver: it takes no longer, then the other end is reset.
 pub const FLUSH: Duration = Duration::from_secs(2);
@@ -107,17 +109,19 @@ impl Broken {
     }
 }
 
-/// Copies both ways until both directions have ended, or one end breaks.
+/// Copies both ways until both directions have ended, or one end breaks. What waits to be sent keeps to
+/// the pod's `share` of memory.
 ///
 /// # Errors
 /// An end broke, other than by its peer's reset.
 pub async fn relay(
     client: End,
     upstream: End,
+    share: &Share,
     meter: &(impl Meter + Clone + 'static),
 ) -> Result<(), RelayError> {
-    let (from_client, to_client) = halves(client);
-    let (from_upstream, to_upstream) = halves(upstream);
+    let (from_client, to_client) = halves(client, share);
+    let (from_upstream, to_upstream) = halves(upstream, share);
     let client = pin!(error(to_client.socket()));
     let upstream = pin!(error(to_upstream.socket()));
     let (upward, downward) = (meter.clone(), meter.clone());

@@ -19,7 +19,7 @@ use tokio::task::LocalSet;
 
 use super::hbone::Connect;
 use super::pool::{Key, Pool};
-use super::relay::{End, Meter, relay, reset};
+use super::relay::{self, End, Meter, RelayError, reset};
 use super::{Means, TransportError};
 use crate::authorize::LocalPod;
 use crate::drain::Scope;
@@ -28,6 +28,7 @@ use crate::hbone::readahead::ReadAhead;
 use crate::hbone::stream::{Shared, Stream};
 use crate::hbone::window::Windows;
 use crate::identity::{Certs, Identity, IdentityError, Issued, Issuer};
+use crate::limits::memory::{Memory, PodMemory, Share};
 use crate::limits::{Full, Kind, NodePlaces, Place};
 use crate::sys::socket::unacknowledged;
 
@@ -44,6 +45,15 @@ impl Meter for Rc<Counted> {
     fn downward(&self, bytes: u64) {
         self.down.set(self.down.get() + bytes);
     }
+}
+
+/// Of a pod that has plenty of memory.
+async fn relay(
+    client: End,
+    upstream: End,
+    meter: &(impl Meter + Clone + 'static),
+) -> Result<(), RelayError> {
+    relay::relay(client, upstream, &Share::default(), meter).await
 }
 
 fn run<T>(test: impl Future<Output = T>) -> T {
@@ -349,7 +359,7 @@ async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = (
     let (client, server) = tokio::join!(client, server);
     let ((mut send, mut driven), mut server) = (client.expect("client"), server.expect("server"));
     let (ours, theirs) = (Shared::default(), Shared::default());
-    let mut windows = Windows::new(&ours.undelivered);
+    let mut windows = Windows::new(&ours.undelivered, &Share::default());
     let mut driven = Box::pin(poll_fn(move |context| {
         windows.keep(&mut driven, context);
         Pin::new(&mut driven).poll(context).map(|_| ())
@@ -436,6 +446,93 @@ fn streams_that_nobody_reads_hold_back_no_other_of_their_tunnel() {
             _ = futures_util::future::join_all(stalled) => panic!("they are stalled"),
             () = drive => panic!("the tunnel ended"),
         }
+    });
+}
+
+#[test]
+fn what_connections_that_nobody_reads_hold_is_bounded_and_others_go_on() {
+    run(async {
+        let most = 4 << 20;
+        let (memory, pods) = (Memory::new(most), [(); 2].map(|()| PodMemory::default()));
+        let (all, drive) = streams(60).await;
+        // By another tunnel: they use up the window of theirs.
+        let (near, mut far, drive_other) = stream().await;
+        let (greedy, other) = (memory.share(&pods[0]), memory.share(&pods[1]));
+        let counted = Rc::<Counted>::default();
+        // To streams that get no credit, and to sockets.
+        let into_streams = all.into_iter().map(|(near, far)| async {
+            let (client, one) = pair().await;
+            let carried = relay::relay(End::Tcp(one), End::Stream(near), &greedy, &counted);
+            tokio::join!(endless(client), carried).1.ok();
+            drop(far);
+        });
+        let into_sockets = (0..60).map(|_| async {
+            let ((client, one), (two, server)) = (pair().await, pair().await);
+            let carried = relay::relay(End::Tcp(one), End::Tcp(two), &greedy, &counted);
+            tokio::join!(endless(client), carried).1.ok();
+            drop(server);
+        });
+        let talk = async {
+            // Until they are full.
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            let held = memory.held();
+            assert!(held > most as usize / 4, "they hold {held}");
+            let (mut client, one) = pair().await;
+            let carried = async {
+                let end = End::Stream(near);
+                relay::relay(End::Tcp(one), end, &other, &counted)
+                    .await
+                    .ok();
+            };
+            let sent = vec![7; 20 << 20];
+            let read = async {
+                let mut got = 0;
+                while got < sent.len() {
+                    let bytes = next(&mut far).await.expect("more").expect("bytes");
+                    far.incoming.delivered(bytes.len());
+                    got += bytes.len();
+                    let held = memory.held();
+                    // One read more, of the one that looked last.
+                    assert!(held <= most as usize + (256 << 10), "they hold {held}");
+                }
+            };
+            tokio::select! {
+                _ = async { tokio::join!(client.write_all(&sent), read) } => {}
+                () = carried => panic!("it ended"),
+            }
+        };
+        tokio::select! {
+            () = talk => {}
+            _ = futures_util::future::join_all(into_streams) => panic!("nobody reads them"),
+            _ = futures_util::future::join_all(into_sockets) => panic!("nobody reads them"),
+            () = drive => panic!("the tunnel ended"),
+            () = drive_other => panic!("the tunnel ended"),
+        }
+        assert_eq!(memory.held(), 0, "what has ended holds nothing");
+    });
+}
+
+/// Writes for ever.
+async fn endless(mut tcp: TcpStream) {
+    while tcp.write_all(&[7; 64 << 10]).await.is_ok() {}
+}
+
+#[test]
+fn what_is_sent_byte_by_byte_fills_the_send_buffer_by_what_it_costs() {
+    run(async {
+        // Nobody drives the tunnel: nothing leaves.
+        let (mut near, _far, _drive) = stream().await;
+        let mut pieces = 0;
+        let room = |stream: &Stream| {
+            let none = std::task::Context::from_waker(std::task::Waker::noop());
+            stream.outgoing.poll_room(&none).is_ready()
+        };
+        while room(&near) {
+            near.outgoing.send(Bytes::from_static(b".")).expect("sent");
+            pieces += 1;
+            assert!(pieces <= 1024, "each takes some hundred bytes");
+        }
+        assert!(pieces > 0);
     });
 }
 
@@ -587,6 +684,12 @@ impl Means for Loopback {
     }
     fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
         self.places.take(&pod.places, Kind::Outbound)
+    }
+    fn unsent(&self, pod: &LocalPod) -> Share {
+        self.places.unsent(&pod.places)
+    }
+    fn undelivered(&self, pod: &LocalPod) -> Share {
+        self.places.undelivered(&pod.places)
     }
 }
 
