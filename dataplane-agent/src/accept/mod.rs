@@ -6,6 +6,7 @@
 pub mod hbone;
 pub mod listener;
 
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -61,11 +62,18 @@ pub enum Io {
 }
 
 impl Io {
-    /// Completes when the client has reset it before it was connected.
+    /// Completes when the client has reset it before it was connected, and has left nothing to deliver.
     pub async fn gone(&mut self) {
         match self {
-            // An error means that there is no runtime any more.
-            Self::Tcp(tcp) => _ = tcp.ready(Interest::ERROR).await,
+            Self::Tcp(tcp) => {
+                // An error means that there is no runtime any more.
+                let _ = tcp.ready(Interest::ERROR).await;
+                let left = socket2::SockRef::from(&*tcp).peek(&mut [MaybeUninit::uninit()]);
+                if left.is_ok_and(|bytes| bytes > 0) {
+                    // Connected, it breaks where that was read.
+                    std::future::pending::<()>().await;
+                }
+            }
             Self::Stream(waiting) => waiting.gone().await,
         }
     }

@@ -21,7 +21,7 @@ use super::hbone::Connect;
 use super::pool::{Key, Pool};
 use super::relay::{self, End, Meter, RelayError, reset};
 use super::{Means, TransportError};
-use crate::authorize::LocalPod;
+use crate::authorize::{Io, LocalPod};
 use crate::drain::Scope;
 use crate::hbone::payload::Payload;
 use crate::hbone::readahead::ReadAhead;
@@ -609,6 +609,37 @@ fn a_relay_that_is_cut_resets_both_ends() {
             }
         }
         assert!(is_reset(&mut client).await && is_reset(&mut server).await);
+    });
+}
+
+#[test]
+fn what_a_client_sent_before_it_broke_is_delivered_though_nothing_was_connected_yet() {
+    run(async {
+        let (mut client, one) = pair().await;
+        let (two, mut server) = pair().await;
+        client.write_all(b"a line").await.expect("written");
+        reset(client);
+        let mut io = Io::Tcp(one);
+        let gone = tokio::time::timeout(Duration::from_millis(200), io.gone());
+        gone.await.expect_err("it has left something to deliver");
+        let Io::Tcp(one) = io else {
+            panic!("it is a TCP connection")
+        };
+        let meter = Rc::<Counted>::default();
+        let relayed = relay(End::Tcp(one), End::Tcp(two), &meter);
+        let (end, got) = tokio::join!(relayed, rest(&mut server));
+        end.expect("a reset is no failure");
+        let reset = std::io::ErrorKind::ConnectionReset;
+        assert_eq!(got, (b"a line".to_vec(), Some(reset)));
+    });
+}
+
+#[test]
+fn a_client_that_broke_and_left_nothing_is_gone() {
+    run(async {
+        let (client, one) = pair().await;
+        reset(client);
+        Io::Tcp(one).gone().await;
     });
 }
 
