@@ -33,7 +33,7 @@ use crate::observe::{Metrics, Observer, dump, kernel, metrics};
 use crate::resolve::MeshReader;
 use crate::resolve::mesh;
 use crate::sys::netns::Netns;
-use crate::sys::{bpffs, caps, cgroup, limits, memory};
+use crate::sys::{bpffs, caps, cgroup, limits, memory, processes};
 use crate::workers::{Shared, Threads};
 
 /// How often it is looked whether memory can be given back.
@@ -87,6 +87,7 @@ pub fn privileges() -> Result<(), AgentError> {
             .collect();
         return Err(AgentError::Machine(lines.join("\n")));
     }
+    processes::refuse_in_other_namespace().map_err(AgentError::Machine)?;
     caps::drop_others().map_err(|error| AgentError::Machine(format!("capabilities: {error}")))
 }
 

@@ -600,6 +600,80 @@ fn a_policy_is_read_wherever_a_link_leads_and_whichever_folder_is_there() {
 }
 
 #[test]
+fn c1_pods_stay_with_the_places_that_their_agent_was_given() {
+    let mut one = One::new();
+    assert_eq!(one.agent.terminate().code(), Some(0));
+    assert!(one.is_captured());
+    let before = one.traces();
+    let (cgroup, state) = (
+        one.world.node("two").cgroup,
+        one.world.folder().join("other"),
+    );
+    let at = one.world.setup(&one.node);
+    let there = [one.node.cgroup.folder.clone(), at.state];
+    let other = [cgroup.folder.clone(), state.clone()];
+    for (number, setting) in ["--cgroup", "--state"].into_iter().enumerate() {
+        let mut setup = one.world.setup(&one.node);
+        match setting {
+            "--state" => setup.state.clone_from(&state),
+            _ => {
+                let at = setup.arguments.iter().position(|word| word == setting);
+                setup.arguments[at.expect("it is there") + 1] = cgroup.folder.display().to_string();
+            }
+        }
+        let (status, said) = run(&mut under(&[], &setup.command(), &setup));
+        assert_eq!(status.code(), Some(2), "{said}");
+        let (there, other) = (there[number].display(), other[number].display());
+        assert!(
+            said.contains(&format!("{setting} {there}, not {other}")),
+            "{said}"
+        );
+        assert_eq!(one.traces(), before, "{setting}");
+    }
+    one.agent.restart();
+    one.agent.up(&["server"]);
+}
+
+/// The same command as a child of others, and ended if it does not end: an agent that is dropped would
+/// uninstall what it shall leave as it is.
+fn under(others: &[&str], command: &Command, at: &Setup) -> Command {
+    let mut under = Command::new("timeout");
+    under
+        .args(["--signal=KILL", "20"])
+        .args(others)
+        .arg(command.get_program())
+        .args(command.get_args());
+    place(&mut under, &at.place);
+    under
+}
+
+#[test]
+fn c1_who_cannot_see_the_pods_processes_lets_nobody_go() {
+    let mut one = One::new();
+    assert_eq!(one.agent.terminate().code(), Some(0));
+    assert!(one.is_captured());
+    let (before, setup) = (one.traces(), one.world.setup(&one.node));
+    let check = dataplane("check");
+    // As in a container that has not the node's processes.
+    let alone = [
+        "unshare",
+        "--mount",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "--kill-child",
+    ];
+    for command in [setup.command(), one.uninstall(&[]), check] {
+        let (status, said) = run(&mut under(&alone, &command, &setup));
+        assert_eq!(status.code(), Some(3), "{command:?}: {said}");
+        assert!(said.contains("hostPID"), "{command:?}: {said}");
+        assert_eq!(one.traces(), before, "{command:?}");
+    }
+    one.agent.restart();
+    one.agent.up(&["server"]);
+}
+
+#[test]
 fn a_hangup_drains_as_a_request_to_end_does() {
     let mut one = One::new();
     let mut hangup = Command::new("kill");

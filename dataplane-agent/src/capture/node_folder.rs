@@ -35,6 +35,31 @@ pub struct Mark {
     pub state: PathBuf,
 }
 
+impl Mark {
+    /// Which settings are not those that pods were captured with. Programs that are pinned in one place
+    /// are not seen from another; attached to another cgroup they miss what the pods send; and from
+    /// another state the nodes cannot be told that a pod leaves.
+    fn differs_from(&self, found: &Self) -> String {
+        let differ: Vec<String> = [
+            ("--bpffs", &found.bpffs, &self.bpffs),
+            ("--cgroup", &found.cgroup, &self.cgroup),
+            ("--state", &found.state, &self.state),
+        ]
+        .iter()
+        .filter(|(_, there, given)| there != given)
+        .map(|(setting, there, given)| {
+            format!("{setting} {}, not {}", there.display(), given.display())
+        })
+        .collect();
+        format!(
+            "pods of node {} are captured by an agent that was started with {}: start it so again, or \
+             uninstall it first",
+            self.node,
+            differ.join(", and with ")
+        )
+    }
+}
+
 /// The folder, held by this process alone.
 #[derive(Debug)]
 pub struct NodeFolder {
@@ -63,16 +88,10 @@ impl NodeFolder {
             return Err(CaptureError::NotOurs { path, what });
         }
         let folder = Self::lock(path)?;
-        if let Some(found) = read(&folder.path)?.filter(|found| found.bpffs != mark.bpffs)
+        if let Some(found) = read(&folder.path)?.filter(|found| found != mark)
             && !folder.records()?.each()?.is_empty()
         {
-            return Err(CaptureError::OtherPlace(format!(
-                "--bpffs: pods of node {} are captured by what is pinned in {}, not in {}: start it \
-                 there, or uninstall it first",
-                mark.node,
-                found.bpffs.display(),
-                mark.bpffs.display()
-            )));
+            return Err(CaptureError::OtherPlace(mark.differs_from(&found)));
         }
         folder.mark(mark)?;
         Ok(folder)
@@ -290,18 +309,27 @@ mod tests {
         assert!(NodeFolder::claim(run.path(), &mark("two")).is_ok());
         let pods = first.path().join("pods");
         drop(first);
-        let moved = Mark {
-            bpffs: "/other".into(),
-            ..mark("one")
-        };
-        drop(NodeFolder::claim(run.path(), &moved).expect("nothing is captured"));
-        fs::create_dir_all(&pods).expect("a folder");
-        fs::write(pods.join("7.json"), "{}").expect("a file");
-        let error = NodeFolder::claim(run.path(), &mark("one")).expect_err("captured there");
-        assert!(
-            error.to_string().contains("pinned in /other, not in /bpf"),
-            "{error}"
-        );
+        let others = [
+            ("--bpffs /other, not /bpf", "/other", "/cgroup", "/state"),
+            ("--cgroup /other, not /cgroup", "/bpf", "/other", "/state"),
+            ("--state /other, not /state", "/bpf", "/cgroup", "/other"),
+        ];
+        for (told, bpffs, cgroup, state) in others {
+            let moved = Mark {
+                bpffs: bpffs.into(),
+                cgroup: cgroup.into(),
+                state: state.into(),
+                ..mark("one")
+            };
+            drop(NodeFolder::claim(run.path(), &moved).expect("nothing is captured"));
+            fs::create_dir_all(&pods).expect("a folder");
+            fs::write(pods.join("7.json"), "{}").expect("a file");
+            let error = NodeFolder::claim(run.path(), &mark("one")).expect_err("captured there");
+            assert!(matches!(error, CaptureError::OtherPlace(_)), "{error}");
+            assert!(error.to_string().contains(told), "{error}");
+            drop(NodeFolder::claim(run.path(), &moved).expect("as it was"));
+            fs::remove_file(pods.join("7.json")).expect("a file");
+        }
         assert_eq!(known(run.path()).len(), 2);
     }
 }

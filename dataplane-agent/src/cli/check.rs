@@ -12,7 +12,7 @@ use crate::capture::pins::Pins;
 use crate::capture::programs::{self, Loader};
 use crate::capture::{CaptureError, Listeners, enrol, routes};
 use crate::sys::netns::Netns;
-use crate::sys::{bpffs, caps, cgroup, socket};
+use crate::sys::{bpffs, caps, cgroup, processes, socket};
 
 /// Kernels from this on have all that is used; 6.1 is the oldest that is tested.
 const FLOOR: (u32, u32) = (5, 17);
@@ -73,6 +73,10 @@ pub async fn run(options: &CheckOptions) -> (String, bool) {
 async fn lines(options: &CheckOptions) -> Vec<Line> {
     let mut lines = vec![version()];
     lines.extend(capabilities());
+    lines.push(match processes::refuse_in_other_namespace() {
+        Ok(()) => line(Verdict::Good, "processes", "those of the machine are seen"),
+        Err(why) => line(Verdict::Lacks, "processes", why),
+    });
     let root = cgroup::root();
     lines.push(match (&root, &options.cgroup) {
         (Err(error), _) => line(Verdict::Lacks, "cgroup v2", error.to_string()),

@@ -14,6 +14,31 @@ use super::caps;
 /// Where named network namespaces are.
 const NAMES: &str = "/run/netns";
 
+/// Where the kernel tells of the process namespace that this process is in.
+const OWN: &str = "/proc/self/ns/pid";
+/// The inode of the machine's first one, `PROC_PID_INIT_INO`, the same since Linux 3.8:
+/// <https://github.com/torvalds/linux/blob/v6.1/include/linux/proc_ns.h>.
+const FIRST: u64 = 0xEFFF_FFFC;
+
+/// Refuses where the processes of the machine are not seen. From within another process namespace those
+/// of the pods are not there, and pods whose processes are gone are let go.
+///
+/// # Errors
+/// It is another one, or none can be seen; what to set.
+pub fn refuse_in_other_namespace() -> Result<(), String> {
+    match fs::metadata(OWN) {
+        Ok(own) if own.ino() == FIRST => Ok(()),
+        Ok(own) => Err(format!(
+            "{OWN} is pid:[{}], not the machine's own pid:[{FIRST}]: the processes of the pods are not \
+             seen from there; start it with `hostPID: true` (Kubernetes) or `--pid=host` (podman, docker)",
+            own.ino()
+        )),
+        Err(error) => Err(format!(
+            "{OWN}: {error}: cannot tell whether the processes of the pods are seen from here"
+        )),
+    }
+}
+
 /// What one look found.
 #[derive(Debug, Default)]
 pub struct Look {
