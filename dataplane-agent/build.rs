@@ -1,5 +1,8 @@
 //! Takes the kernel programs that `cargo xtask build` made. Without them empty objects are built in,
 //! so that all that needs no kernel still builds; the loader refuses those by name.
+//!
+//! While `cargo xtask` makes them it holds the lock beside them, and this waits: it may build the
+//! agent's dependencies at the same time.
 
 use std::path::{Path, PathBuf};
 use std::{env, fs};
@@ -8,6 +11,12 @@ fn main() {
     println!("cargo::rerun-if-env-changed=DATAPLANE_EBPF_OBJECTS");
     let made = setting("DATAPLANE_EBPF_OBJECTS");
     let out = setting("OUT_DIR").expect("cargo sets OUT_DIR");
+    // Without a lock nobody makes them now.
+    let lock = made.as_ref().map(|folder| folder.join("lock"));
+    let lock = lock.and_then(|lock| fs::File::open(lock).ok());
+    if let Some(Err(error)) = lock.as_ref().map(fs::File::lock_shared) {
+        panic!("cannot wait for the kernel programs: {error}");
+    }
     for name in ["node", "pod"] {
         let object = made.as_ref().map(|folder| folder.join(name));
         if let Some(object) = &object {

@@ -1,9 +1,10 @@
 //! The kernel programs, then the agent.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context, Result};
 
@@ -36,14 +37,58 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Builds everything that is shipped; returns the agent's path.
 pub(crate) fn agent(release: bool) -> Result<PathBuf> {
-    kernel_programs(&setup::ensure()?)?;
-    say("agent");
-    run_command(host("build", release).args(["--package", "dataplane-agent"]))?;
+    with_kernel_programs(|| {
+        say("agent");
+        run_command(host("build", release).args(["--package", "dataplane-agent"]))
+    })?;
     Ok(binary("dataplane", release))
 }
 
+/// Builds the kernel programs and what `host` builds, which takes them into the agent.
+///
+/// The first time both are built beside each other: the agent's build script waits for the lock
+/// that is held meanwhile. Later the kernel programs come first, since cargo decides as it starts
+/// whether the script has to run again.
+pub(crate) fn with_kernel_programs<T>(host: impl FnOnce() -> Result<T>) -> Result<T> {
+    let mut steps = setup::packages()?;
+    let mut programs = || kernel_programs(&setup::toolchain(&mut steps)?);
+    if OBJECTS.iter().all(|name| objects().join(name).exists()) {
+        programs()?;
+        return host();
+    }
+    let lock = lock()?;
+    thread::scope(|scope| {
+        let programs = scope.spawn(move || {
+            let done = programs();
+            drop(lock);
+            if let Err(error) = &done {
+                // The rest goes on for minutes.
+                say(&format!("the kernel programs cannot be built: {error:#}"));
+            }
+            done
+        });
+        let built = host();
+        match programs.join() {
+            Ok(done) => done.and(built),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// Keeps the agent's build script from taking the kernel programs until it is dropped.
+fn lock() -> Result<File> {
+    let path = objects().join("lock");
+    let lock = || -> std::io::Result<File> {
+        fs::create_dir_all(objects())?;
+        let file = File::create(&path)?;
+        file.lock()?;
+        Ok(file)
+    };
+    lock().with_context(|| format!("cannot lock {}", path.display()))
+}
+
 /// Builds the kernel programs, and puts those that changed where the agent's build takes them.
-pub(crate) fn kernel_programs(toolchain: &Toolchain) -> Result<()> {
+fn kernel_programs(toolchain: &Toolchain) -> Result<()> {
     say("kernel programs");
     run_command(for_bpf(toolchain.compiler.cargo().arg("build"), &toolchain.linker).arg("--bins"))?;
     fs::create_dir_all(objects())

@@ -5,9 +5,9 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
+use crate::build;
 use crate::command::{require_root, run as run_command, shown};
 use crate::progress::say;
-use crate::{build, setup};
 
 /// Shows the dataplane at work on this machine: two nodes, their pods, a mesh and its policies.
 ///
@@ -26,16 +26,17 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     require_root("the demo", "network namespaces, cgroups, bpf(2)")?;
-    build::kernel_programs(&setup::ensure()?)?;
-    say("agent and demo");
-    // Both in one build: cargo would choose the features of what they share anew for each.
-    run_command(build::host("build", options.release).args([
-        "--package",
-        "dataplane-agent",
-        "--package",
-        "dataplane-tests",
-        "--bins",
-    ]))?;
+    build::with_kernel_programs(|| {
+        say("agent and demo");
+        // Both in one build: cargo would choose the features of what they share anew for each.
+        run_command(build::host("build", options.release).args([
+            "--package",
+            "dataplane-agent",
+            "--package",
+            "dataplane-tests",
+            "--bins",
+        ]))
+    })?;
     say("demo");
     let binary = |name| build::binary(name, options.release);
     let mut demo = Command::new(binary("demo"));

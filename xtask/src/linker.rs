@@ -55,6 +55,10 @@ pub(crate) fn install(compiler: &Compiler) -> Result<PathBuf> {
             .arg(format!("bpf-linker@{VERSION}"))
             .args(["--no-default-features", "--features", "llvm-22"])
             .env("LLVM_PREFIX", LLVM)
+            // LLVM does the work, and comes optimised: what is compiled here only calls it, and would
+            // take five times as long to build.
+            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0")
+            .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
             // A stated folder, so that an interrupted build goes on where it was.
             .env("CARGO_TARGET_DIR", &build),
     )?;

@@ -14,8 +14,8 @@ use crate::progress::{Steps, run_quietly, say};
 ///
 /// Host tools (C compiler, cmake, iproute2, curl, procps) and the kernel programs' toolchain: a
 /// nightly of rustup's that has rust-src and a linker that works with it, or else Debian's own
-/// compiler, and bpf-linker, which is built into target/tools when the machine has none (some four
-/// minutes, once). Changes no default toolchain. Installs Debian packages only as root; otherwise
+/// compiler, and bpf-linker, which is built into target/tools when the machine has none (half a
+/// minute, once). Changes no default toolchain. Installs Debian packages only as root; otherwise
 /// it says which command would. The other chores call it, so there is rarely a need to.
 #[derive(clap::Args, Default)]
 pub(crate) struct Options {}
@@ -51,12 +51,16 @@ pub(crate) fn run(_options: &Options) -> Result<()> {
 
 /// Does the chore, and hands on what it found.
 pub(crate) fn ensure() -> Result<Toolchain> {
+    toolchain(&mut packages()?)
+}
+
+/// Its first half: the packages. Hands on the steps, of which one is left.
+pub(crate) fn packages() -> Result<Steps> {
     let mut steps = Steps::new(3);
 
     steps.begin("what is here");
     let mut missing = missing_programs(PROGRAMS);
-    let found = find();
-    if found.is_none() {
+    if find().is_none() {
         let debian = Compiler::debian();
         if debian.is_none() {
             missing.extend(compiler::DEBIAN);
@@ -78,9 +82,13 @@ pub(crate) fn ensure() -> Result<Toolchain> {
         install(&missing)?;
         steps.end("installed");
     }
+    Ok(steps)
+}
 
+/// Its second half: what the kernel programs are built with.
+pub(crate) fn toolchain(steps: &mut Steps) -> Result<Toolchain> {
     steps.begin("compiler and linker for the kernel programs");
-    let toolchain = match found.or_else(find) {
+    let toolchain = match find() {
         Some(found) => found,
         None => build_linker()?,
     };

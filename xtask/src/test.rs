@@ -8,9 +8,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use crate::build;
 use crate::command::{output, require_root, shown};
 use crate::progress::say;
-use crate::{build, setup};
 
 /// Runs all tests on this machine, as root: unit tests, then those on the real kernel.
 ///
@@ -38,8 +38,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         "testing",
         "network namespaces, cgroups, bpf(2); nothing is skipped",
     )?;
-    build::kernel_programs(&setup::ensure()?)?;
-    say("agent and tests");
     let built = Built::new(options.release)?;
     let (tests, filter) = built.chosen(options.filter.as_deref());
 
@@ -103,6 +101,11 @@ impl Built {
     /// One build for all: asked for package by package, cargo would choose the features of shared
     /// dependencies anew, and build those twice.
     pub(crate) fn new(release: bool) -> Result<Self> {
+        build::with_kernel_programs(|| Self::build(release))
+    }
+
+    fn build(release: bool) -> Result<Self> {
+        say("agent and tests");
         let mut cargo = build::host("build", release);
         cargo
             .args(["--workspace", "--lib", "--bins", "--tests"])

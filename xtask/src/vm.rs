@@ -12,8 +12,8 @@ use anyhow::{Result, bail, ensure};
 
 use crate::command::require_root;
 use crate::progress::say;
+use crate::setup;
 use crate::test::{self, Built};
-use crate::{build, setup};
 use kernel::Kernel;
 use machine::Accelerator;
 use matrix::Column;
@@ -25,6 +25,9 @@ use matrix::Column;
 /// of ours. Prints what the tests print, then a table: the programs and what the verifier says of
 /// them, what the agent finds of the kernel, the tests passed. Fails when a test does, or when one
 /// that exists did not run.
+///
+/// `cargo xtask vm invariants` runs those tests that are named after an invariant of the design, such
+/// as `c1_…`: what CI runs on the oldest kernel, where the whole suite takes half an hour.
 ///
 /// Examples: `cargo xtask vm` is the oldest kernel; `cargo xtask vm all` is this machine's and all;
 /// `cargo xtask vm --kernel 6.12 --append ipv6.disable=1 check` boots one without IPv6, and only
@@ -54,6 +57,8 @@ pub(crate) struct Options {
 enum What {
     /// The tests, on each kernel that is named.
     Tests,
+    /// Of the tests those that are named after an invariant of the design.
+    Invariants,
     /// The tests here and on every kernel.
     All,
     /// Only `dataplane check` and `dataplane load`, which takes seconds.
@@ -81,17 +86,23 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.what == What::All {
         require_root("testing", "network namespaces, cgroups, bpf(2)")?;
     }
-    build::kernel_programs(&setup::ensure()?)?;
-    setup::ensure_vm()?;
-    say("agent and tests");
     let built = Built::new(false)?;
+    setup::ensure_vm()?;
     let kernels: Vec<Kernel> = names.into_iter().map(Kernel::find).collect::<Result<_>>()?;
     let accelerator = Accelerator::find(&kernels[0], built.program("init")?)?;
     let cases = match options.what {
         What::Check => Vec::new(),
-        What::Tests | What::All => built.cases(),
+        What::Tests | What::Invariants | What::All => built.cases(),
     };
-    let filter = options.only.as_deref();
+    // Each test that shall run, by executable.
+    let mut chosen = BTreeMap::new();
+    for case in &cases {
+        let mut names = case.list(options.only.as_deref())?;
+        if options.what == What::Invariants {
+            names.retain(|name| is_of_an_invariant(name));
+        }
+        chosen.insert(case.name.clone(), names);
+    }
 
     let mut columns = Vec::new();
     if options.what == What::All {
@@ -104,7 +115,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             kernel.name, kernel.release
         ));
         let append = &options.append;
-        let column = Column::inside(kernel, &built, accelerator, append, &cases, filter)?;
+        let column = Column::inside(kernel, &built, accelerator, append, &cases, &chosen)?;
         say(&format!(
             "{}: {:.0} s",
             kernel.name,
@@ -112,13 +123,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         ));
         columns.push(column);
     }
-    // Each test that there is, on each kernel.
-    let mut all = BTreeMap::new();
-    for case in &cases {
-        all.insert(case.name.clone(), case.list(filter)?);
-    }
     for column in &mut columns {
-        column.demand(&all);
+        column.demand(&chosen);
     }
     let table = matrix::table(&columns);
     say(&format!("\n{}", table.text()));
@@ -138,4 +144,32 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         table.write()?;
     }
     Ok(())
+}
+
+/// Whether a test is named after an invariant: a letter and a number, as `c10_a_port_…`.
+fn is_of_an_invariant(name: &str) -> bool {
+    let word = name.rsplit("::").next().unwrap_or(name);
+    let number = word.strip_prefix(['c', 'd', 'h', 's']);
+    let number = number.and_then(|rest| rest.split_once('_'));
+    number.is_some_and(|(number, _)| number.parse::<u8>().is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_of_an_invariant;
+
+    #[test]
+    fn invariants_are_told_by_a_letter_and_a_number() {
+        for (name, is) in [
+            ("c1_nothing_passes", true),
+            ("module::c10_a_port", true),
+            ("d2_destroyed", true),
+            ("captured_1_time", false),
+            ("c_nothing", false),
+            ("c1", false),
+            ("a_c1_thing", false),
+        ] {
+            assert_eq!(is_of_an_invariant(name), is, "{name}");
+        }
+    }
 }

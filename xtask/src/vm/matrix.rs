@@ -74,7 +74,7 @@ impl Column {
         Ok(column)
     }
 
-    /// A machine with this kernel, and these tests.
+    /// A machine with this kernel, and the tests of these executables that are chosen.
     ///
     /// # Errors
     /// No machine can be made. What goes wrong with it is the column's.
@@ -84,8 +84,13 @@ impl Column {
         accelerator: Accelerator,
         append: &str,
         cases: &[&Executable],
-        filter: Option<&str>,
+        chosen: &BTreeMap<String, Vec<String>>,
     ) -> Result<Self> {
+        let cases: Vec<_> = cases
+            .iter()
+            .copied()
+            .filter(|case| !chosen[&case.name].is_empty())
+            .collect();
         let mut image = machine::image(built.program("init")?)?;
         image.modules(&kernel.modules()?)?;
         let (agent, app) = ("/dataplane", "/dataplane-test-app");
@@ -98,16 +103,16 @@ impl Column {
         for (number, case) in cases.iter().enumerate() {
             let place = format!("/case-{number}");
             image.program(&case.path, &place)?;
-            let words = [place.as_str(), "--color", "never"]
+            let words = [place.as_str(), "--color", "never", "--exact"]
                 .into_iter()
-                .chain(filter);
+                .chain(chosen[&case.name].iter().map(String::as_str));
             plan.push(words.collect::<Vec<_>>().join("\t"));
         }
         let image = image.pack(&plan)?;
         let append =
             format!("DATAPLANE_BIN={agent} DATAPLANE_TEST_APP={app} RUST_BACKTRACE=0 {append}");
 
-        let mut column = Self::new(&kernel.name, &kernel.release, "virtual", cases);
+        let mut column = Self::new(&kernel.name, &kernel.release, "virtual", &cases);
         let (mut current, mut ended, mut started) = (None, 0, Instant::now());
         let off = machine::boot(kernel, accelerator, &image, &append, PATIENCE, |line| {
             if let Some(number) = line.strip_prefix(">>> ") {
@@ -200,10 +205,10 @@ impl Column {
         self.wrong.is_empty()
     }
 
-    /// Counts as failed what did not pass of the tests that there are, by executable.
-    pub(crate) fn demand(&mut self, all: &BTreeMap<String, Vec<String>>) {
+    /// Counts as failed what did not pass of the tests that were chosen, by executable.
+    pub(crate) fn demand(&mut self, chosen: &BTreeMap<String, Vec<String>>) {
         for (case, outcome) in &mut self.tests {
-            let names = &all[case.as_str()];
+            let names = &chosen[case.as_str()];
             let passed = |name: &&String| outcome.names.contains(name);
             let missing: Vec<&str> = names
                 .iter()
