@@ -65,6 +65,36 @@ fn a_socket_that_is_bound_to_an_interface_goes_by_its_network() {
 }
 
 #[test]
+fn the_source_that_an_app_has_bound_is_what_the_server_sees() {
+    let (pair, second) = pair_with_a_network();
+    let _app = pair.server.serve(PORT);
+    let server = pair.server.at(PORT);
+    // Another address of the client's, which its node finds as it does the first.
+    let first = pair.client.v4.to_string();
+    let (network, _) = first.rsplit_once('.').expect("four numbers");
+    let other = format!("{network}.200");
+    pair.client
+        .netns
+        .ip(&format!("addr add {other}/32 dev eth0\n"));
+    pair.nodes
+        .0
+        .netns
+        .ip(&format!("route add {other}/32 dev {}\n", pair.client.veth));
+    let seen = |to: SocketAddr, source: &str| {
+        pair.client
+            .ask_with(to, "x", &[&format!("source={source}")])
+            .map(|answer| answer.replace(" x", ""))
+    };
+    eventually("the server sees the other address", 10, || {
+        seen(server, &other) == Ok(other.clone())
+    });
+    assert_eq!(seen(server, &first), Ok(first.clone()));
+    assert_eq!(seen(second, "192.168.77.1"), Ok("192.168.77.1".into()));
+    let answer = pair.client.ask(server, "x");
+    assert_eq!(answer, Ok(format!("{first} x")), "none is bound");
+}
+
+#[test]
 fn an_interface_and_addresses_that_come_later_are_taken_over() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);

@@ -187,13 +187,27 @@ impl LocalPod {
         })
     }
 
-    /// A new stream socket in the pod's namespace: non-blocking, Nagle off, keepalive on, mark AGENT.
+    /// The address that a connection to `to` has to be made from, for one that the pod made from
+    /// `client`: what its app has bound its socket to, or has by the interface that it is bound to.
+    /// None where the pod's routes are to choose, as for an app that has bound nothing: that one is
+    /// captured from the pod's first address.
+    pub fn source_of(&self, client: IpAddr, to: SocketAddr) -> Option<IpAddr> {
+        let addresses = self.addresses();
+        let mut same = addresses
+            .iter()
+            .filter(|own| own.is_ipv4() == client.is_ipv4());
+        let chosen = same.next() != Some(&client) && same.any(|own| *own == client);
+        (chosen && to.is_ipv4() == client.is_ipv4()).then_some(client)
+    }
+
+    /// A new stream socket in the pod's namespace, which connects to `to`: bound to `from` if that is
+    /// given, non-blocking, Nagle off, keepalive on, mark AGENT.
     /// Connect it with `tokio::net::TcpSocket::from_std_stream`.
     ///
     /// # Errors
-    /// The namespace cannot be entered, or the socket cannot be made.
-    pub fn socket(&self, to: SocketAddr) -> io::Result<TcpStream> {
-        self.netns.enter(|| socket::client(to))?
+    /// The namespace cannot be entered, or the socket cannot be made; the pod no longer has `from`.
+    pub fn socket(&self, from: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
+        self.netns.enter(|| socket::client(from, to))?
     }
 
     /// As [`LocalPod::socket`], for the pod's app at `to`: bound to the client's own address `from`
@@ -211,7 +225,7 @@ impl LocalPod {
         let plain = self.owns(from) || from.is_loopback() || from.is_ipv4() != to.is_ipv4();
         self.netns.enter(|| {
             if plain {
-                return socket::client(to);
+                return socket::client(None, to);
             }
             for _ in 0..Self::PORT_TRIES {
                 let client = SocketAddr::new(from, self.spoofed.next(from, to));

@@ -1,6 +1,6 @@
 //! Standard error for the log, without ever waiting for who reads it.
 //!
-//! Writer wait in a buffer of bounded size for a thread that writes them. A line that does not fit is
+//! Lines wait in a buffer of bounded size for a thread that writes them. A line that does not fit is
 //! lost and counted, and the log says how many were lost as soon as there is room again. So a reader
 //! that has stopped cannot stop a worker. A library's queue would be bounded by lines, of any length;
 //! this one is bounded by bytes, and writes what has gathered at once.
@@ -37,7 +37,7 @@ struct Queue {
     bytes: Vec<u8>,
     /// The thread has taken what waited, and has not written all of it yet.
     writing: bool,
-    /// Writer that did not fit, in all.
+    /// Lines that did not fit, in all.
     lost: u64,
     /// Of these, those that the log has not told of yet.
     untold: u64,

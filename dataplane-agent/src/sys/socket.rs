@@ -58,12 +58,19 @@ pub fn has_ipv6() -> bool {
     !socket.is_err_and(|error| error.raw_os_error() == Some(libc::EAFNOSUPPORT))
 }
 
-/// A socket for a connection of the agent's own to `to`: mark AGENT. Non-blocking, not connected.
+/// A socket for a connection of the agent's own to `to`: mark AGENT, and bound to the address `from`
+/// if that is given. Non-blocking, not connected.
 ///
 /// # Errors
-/// No socket can be made; CAP_NET_ADMIN is missing.
-pub fn client(to: SocketAddr) -> io::Result<std::net::TcpStream> {
-    Ok(stream(to.ip(), mark::AGENT)?.into())
+/// No socket can be made; CAP_NET_ADMIN is missing; the namespace does not have `from`.
+pub fn client(from: Option<IpAddr>, to: SocketAddr) -> io::Result<std::net::TcpStream> {
+    let socket = stream(to.ip(), mark::AGENT)?;
+    if let Some(from) = from {
+        // The port is chosen as it connects: taken now, it would be taken from all destinations.
+        set(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT)?;
+        socket.bind(&SocketAddr::new(from, 0).into())?;
+    }
+    Ok(socket.into())
 }
 
 /// A socket that connects in the name of `from` to an app of this namespace: bound to that address and

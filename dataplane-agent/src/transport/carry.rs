@@ -68,7 +68,8 @@ pub async fn carry(
                 Ok((End::Tcp(tcp), None))
             }
             Hop::Plain(to) => {
-                let tcp = plain::to_peer(&*carrier.means, &pod, *to).await?;
+                let from = pod.source_of(peer.ip(), *to);
+                let tcp = plain::to_peer(&*carrier.means, &pod, from, *to).await?;
                 Ok((End::Tcp(tcp), None))
             }
             Hop::Hbone {
@@ -79,6 +80,7 @@ pub async fn carry(
             } => {
                 let key = Key {
                     source: pod.instance,
+                    from: pod.source_of(peer.ip(), *to),
                     target: target.uid.clone(),
                     to: *to,
                     expected: expected.clone(),

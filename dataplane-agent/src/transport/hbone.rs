@@ -14,6 +14,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
 use tokio::time::{Instant, sleep, timeout};
 
+use super::pool::Key;
 use super::{Means, TransportError};
 use crate::authorize::LocalPod;
 use crate::drain::Scope;
@@ -23,7 +24,6 @@ use crate::hbone::readahead::ReadAhead;
 use crate::hbone::stream::{Shared, Stream};
 use crate::hbone::window::Windows;
 use crate::hbone::{self, headers};
-use crate::identity::Identity;
 use crate::limits::Place;
 
 /// What a CONNECT says.
@@ -73,16 +73,16 @@ pub enum Failed {
 pub async fn dial(
     means: &dyn Means,
     pod: &LocalPod,
-    to: SocketAddr,
-    expected: &[Identity],
+    key: &Key,
     place: Place,
     scope: &Scope,
 ) -> Result<Rc<Tunnel>, TransportError> {
-    let tls = means.client(pod, expected);
+    let Key { to, expected, .. } = key;
+    let (to, tls) = (*to, means.client(pod, expected));
     let tls = tls
         .await
         .map_err(|error| TransportError::Identity(error.into()))?;
-    let tcp = super::plain::to_peer(means, pod, to)
+    let tcp = super::plain::to_peer(means, pod, key.from, to)
         .await
         .map_err(|error| match error {
             TransportError::Connect(error) if error.kind() == io::ErrorKind::TimedOut => {

@@ -26,10 +26,11 @@ impl Means for OfNode {
     fn connect<'a>(
         &'a self,
         pod: &'a LocalPod,
+        from: Option<IpAddr>,
         to: SocketAddr,
     ) -> LocalBoxFuture<'a, io::Result<TcpStream>> {
         Box::pin(async move {
-            TcpSocket::from_std_stream(pod.socket(to)?)
+            TcpSocket::from_std_stream(pod.socket(from, to)?)
                 .connect(to)
                 .await
         })

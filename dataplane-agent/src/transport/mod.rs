@@ -28,10 +28,11 @@ use crate::observe::{Failure, Flag};
 
 /// What transport borrows: connections from a pod's network namespace, and TLS in its name.
 pub trait Means {
-    /// Connects from the pod.
+    /// Connects from the pod: from this address of it, or from the one that its routes choose.
     fn connect<'a>(
         &'a self,
         pod: &'a LocalPod,
+        from: Option<IpAddr>,
         to: SocketAddr,
     ) -> LocalBoxFuture<'a, io::Result<tokio::net::TcpStream>>;
     /// Connects to the pod's app, as the client at `from`.

@@ -10,16 +10,17 @@ use super::{Means, TransportError};
 use crate::authorize::LocalPod;
 use crate::hbone::TIMEOUT;
 
-/// To a peer, from the pod.
+/// To a peer, from the pod: from this address of it, or from the one that its routes choose.
 ///
 /// # Errors
 /// It refuses, cannot be reached or does not answer in time.
 pub async fn to_peer(
     means: &dyn Means,
     pod: &LocalPod,
+    from: Option<IpAddr>,
     to: SocketAddr,
 ) -> Result<TcpStream, TransportError> {
-    in_time(means.connect(pod, to)).await
+    in_time(means.connect(pod, from, to)).await
 }
 
 /// To the pod's app, from the client's own address.

@@ -3,7 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,9 @@ const TRIES: usize = 3;
 pub struct Key {
     /// The source pod.
     pub source: Instance,
+    /// Which of its addresses the tunnel comes from, where its routes do not choose: it is what the
+    /// destination sees as the client's.
+    pub from: Option<IpAddr>,
     /// The destination workload.
     pub target: Arc<str>,
     /// Where the tunnel goes.
@@ -209,10 +212,9 @@ impl Pool {
         };
         let (pod, in_scope) = (Arc::clone(pod), scope.clone());
         scope.spawn(async move {
-            let Key { to, expected, .. } = &guard.key;
             let means = &*guard.pool.means;
             let end = match guard.pool.place(&pod) {
-                Ok(place) => dial(means, &pod, *to, expected, place, &in_scope).await,
+                Ok(place) => dial(means, &pod, &guard.key, place, &in_scope).await,
                 Err(full) => Err(full.into()),
             };
             if let Ok(tunnel) = &end

@@ -688,6 +688,7 @@ impl Means for Loopback {
     fn connect<'a>(
         &'a self,
         _: &'a LocalPod,
+        _: Option<IpAddr>,
         _: SocketAddr,
     ) -> LocalBoxFuture<'a, std::io::Result<TcpStream>> {
         self.dials.set(self.dials.get() + 1);
@@ -699,7 +700,7 @@ impl Means for Loopback {
         _: IpAddr,
         to: SocketAddr,
     ) -> LocalBoxFuture<'a, std::io::Result<TcpStream>> {
-        self.connect(pod, to)
+        self.connect(pod, None, to)
     }
     fn client<'a>(
         &'a self,
@@ -735,6 +736,7 @@ fn pod() -> Arc<LocalPod> {
 fn key(pod: &LocalPod, expected: &str) -> Key {
     Key {
         source: pod.instance,
+        from: None,
         target: "c//Pod/ns/server".into(),
         to: "192.0.2.1:15008".parse().expect("an address"),
         expected: vec![who(expected)],

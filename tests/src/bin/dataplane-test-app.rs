@@ -4,7 +4,7 @@
 
 use std::env;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
@@ -26,7 +26,7 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
   rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
   many ADDRESS COUNT [silent]  opens COUNT connections and asks on each, unless silent; holds them
 options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
-options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS
+options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen source=ADDRESS device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS
                 in-syn (fails unless the line went in the SYN) say-mark (prints the mark that it has then)";
 
 fn main() {
@@ -242,6 +242,10 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
         Protocol::TCP
     };
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
+    if let Some(source) = option("source") {
+        let source: IpAddr = source.parse().map_err(io::Error::other)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+    }
     if let Some(device) = option("device") {
         socket.bind_device(Some(device.as_bytes()))?;
     }
