@@ -101,25 +101,27 @@ impl Pool {
     pub async fn release_idle(self: Rc<Self>) {
         loop {
             tokio::time::sleep(self.idle / 4).await;
-            self.release(self.idle);
+            self.release(self.idle, |_| true);
         }
     }
 
-    /// Closes what has carried nothing for so long.
-    fn release(&self, long: Duration) {
-        self.ways.borrow_mut().retain(|_, way| {
+    /// Closes what has carried nothing for so long, of the pods of which this says so.
+    fn release(&self, long: Duration, of: impl Fn(Instance) -> bool) {
+        self.ways.borrow_mut().retain(|key, way| {
+            let of = of(key.source);
             way.tunnels.retain(|tunnel| {
-                let idle = tunnel.streams() == 0 && tunnel.idle_since.get().elapsed() >= long;
+                let idle = of && tunnel.streams() == 0 && tunnel.idle_since.get().elapsed() >= long;
                 !tunnel.closed.get() && !idle
             });
             !way.tunnels.is_empty() || !way.dials.is_empty()
         });
     }
 
-    /// A place for one more tunnel: where there is none, idle ones give way.
+    /// A place for one more tunnel: where there is none, the pod's own idle ones give way, and never
+    /// another pod's, which would dial theirs anew for what this one does.
     fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
         self.means.place(pod).or_else(|_| {
-            self.release(Duration::ZERO);
+            self.release(Duration::ZERO, |source| source == pod.instance);
             self.means.place(pod)
         })
     }

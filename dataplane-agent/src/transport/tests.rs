@@ -862,22 +862,35 @@ fn an_idle_tunnel_gives_its_place_to_a_new_one_and_a_busy_one_does_not() {
             certs: usual.certs.clone(),
             peer: usual.peer,
             dials: Cell::new(0),
-            // Of four a pod has two: as many as are left.
-            places: NodePlaces::new(4),
+            // Of six a pod has two where another one has two: as many as are left.
+            places: NodePlaces::new(6),
         });
         let pool = Pool::new(means.clone(), Duration::from_secs(60));
-        let (pod, connect) = (pod(), connect());
+        let (pod, other, connect) = (pod(), pod(), connect());
         let to = |port: u16| Key {
             to: SocketAddr::new([192, 0, 2, 1].into(), port),
             ..key(&pod, "server")
         };
         let asked = async {
+            for port in [1, 2] {
+                let key = Key {
+                    source: other.instance,
+                    ..to(port)
+                };
+                let idle = pool.connect(&key, &other, &scope, &connect).await;
+                drop(idle.expect("connected"));
+            }
+            means.dials.set(0);
             let busy = pool.connect(&to(1), &pod, &scope, &connect).await;
             let idle = pool.connect(&to(2), &pod, &scope, &connect).await;
             drop(idle.expect("connected"));
             let third = pool.connect(&to(3), &pod, &scope, &connect).await;
             assert!(busy.is_ok() && third.is_ok());
-            assert_eq!((means.dials.get(), pool.tunnels()), (3, 2));
+            assert_eq!(
+                (means.dials.get(), pool.tunnels()),
+                (3, 4),
+                "the other pod's stay"
+            );
             let full = pool.connect(&to(4), &pod, &scope, &connect).await;
             let full = full.expect_err("none is idle");
             assert!(matches!(full, TransportError::Full(Full::Node)), "{full}");
