@@ -20,23 +20,34 @@ const OWN: &str = "/proc/self/ns/pid";
 /// <https://github.com/torvalds/linux/blob/v6.1/include/linux/proc_ns.h>.
 const FIRST: u64 = 0xEFFF_FFFC;
 
-/// Refuses where the processes of the machine are not seen. From within another process namespace those
-/// of the pods are not there, and pods whose processes are gone are let go.
+/// Refuses where the processes of the machine are not seen. From within a container's process namespace
+/// those of the pods are not there, and pods whose processes are gone are let go. A node that is itself
+/// a container (kind, LXC) has another first process than the machine; whoever sees that one sees the
+/// node's pods, and is in another cgroup than it.
 ///
 /// # Errors
-/// It is another one, or none can be seen; what to set.
+/// The first process that is seen is of our own container, or none can be seen; what to set.
 pub fn refuse_in_other_namespace() -> Result<(), String> {
-    match fs::metadata(OWN) {
-        Ok(own) if own.ino() == FIRST => Ok(()),
-        Ok(own) => Err(format!(
-            "{OWN} is pid:[{}], not the machine's own pid:[{FIRST}]: the processes of the pods are not \
-             seen from there; start it with `hostPID: true` (Kubernetes) or `--pid=host` (podman, docker)",
-            own.ino()
-        )),
-        Err(error) => Err(format!(
-            "{OWN}: {error}: cannot tell whether the processes of the pods are seen from here"
-        )),
+    let unknown = |what: &str, error: io::Error| {
+        format!("{what}: {error}: cannot tell whether the processes of the pods are seen from here")
+    };
+    let own = fs::metadata(OWN).map_err(|error| unknown(OWN, error))?;
+    if own.ino() == FIRST {
+        return Ok(());
     }
+    let group = |process: &str| {
+        let path = format!("/proc/{process}/cgroup");
+        fs::read_to_string(&path).map_err(|error| unknown(&path, error))
+    };
+    if group("1")? != group("self")? {
+        return Ok(());
+    }
+    Err(format!(
+        "{OWN} is pid:[{}], not the machine's own pid:[{FIRST}], and its first process is in our own \
+         cgroup: the processes of the pods are not seen from there; start it with `hostPID: true` \
+         (Kubernetes) or `--pid=host` (podman, docker)",
+        own.ino()
+    ))
 }
 
 /// What one look found.
