@@ -1,6 +1,7 @@
 //! PeerAuthentication: the DENY policies that keep out who comes in clear.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde::Deserialize;
@@ -104,11 +105,63 @@ impl<'a> PeerAuthentications<'a> {
         this
     }
 
-    /// The oldest one for a whole namespace.
+    /// The one that holds for a whole namespace.
     fn level(&self, namespace: &str) -> Option<&'a Resource<PeerAuthentication>> {
-        oldest(self.all.values().filter(|found| {
+        first(self.level_all(namespace), self.mesh)
+    }
+
+    fn level_all(&self, namespace: &str) -> Vec<&'a Resource<PeerAuthentication>> {
+        let all = self.all.values().filter(|found| {
             &*found.meta.key.namespace == namespace && found.body.labels().is_none()
-        }))
+        });
+        all.collect()
+    }
+
+    /// Those for a pod alone.
+    fn of_pod(&self, pod: &Meta) -> Vec<&'a Resource<PeerAuthentication>> {
+        let namespace = &*pod.key.namespace;
+        let all = self.all.values().filter(|found| {
+            let labels = found.body.labels();
+            *found.meta.key.namespace == *namespace
+                && namespace != self.root
+                && labels.is_some_and(|labels| selects(labels, &pod.labels))
+        });
+        all.collect()
+    }
+
+    /// Says where several are for the same pods, and which of them holds.
+    pub(crate) fn tell<'p>(
+        &self,
+        pods: impl Iterator<Item = &'p Meta>,
+        problems: &mut Vec<String>,
+    ) {
+        let namespaces: BTreeSet<&str> = self.all.keys().map(|key| &*key.namespace).collect();
+        let levels = namespaces.into_iter().map(|namespace| {
+            let parent = namespace != self.root && self.mesh;
+            (self.level_all(namespace), parent)
+        });
+        let pods = pods.map(|pod| (self.of_pod(pod), self.inherited(&pod.key.namespace)));
+        let mut told = BTreeSet::new();
+        for (found, parent) in levels.chain(pods) {
+            let Some(holds) = first(found.iter().copied(), parent) else {
+                continue;
+            };
+            for other in found
+                .iter()
+                .filter(|other| other.meta.key != holds.meta.key)
+            {
+                let dated = found.iter().all(|found| found.meta.created.is_some());
+                let why = match dated {
+                    true => "is the older one",
+                    false => "is the stricter one, and not all have a creationTimestamp",
+                };
+                let (holds, other) = (&holds.meta.key, &other.meta.key);
+                told.insert(format!(
+                    "PeerAuthentication {other}: {holds} is for the same pods and holds in its stead: it {why}"
+                ));
+            }
+        }
+        problems.extend(told);
     }
 
     /// What holds in a namespace for pods of which nothing else is said.
@@ -122,12 +175,7 @@ impl<'a> PeerAuthentications<'a> {
     pub(crate) fn key(&self, pod: &Meta) -> Option<Arc<str>> {
         let namespace = &*pod.key.namespace;
         let parent = self.inherited(namespace);
-        let own = oldest(self.all.values().filter(|found| {
-            let labels = found.body.labels();
-            *found.meta.key.namespace == *namespace
-                && namespace != self.root
-                && labels.is_some_and(|labels| selects(labels, &pod.labels))
-        }));
+        let own = first(self.of_pod(pod), parent);
         let mode = own.map_or(Mode::Unset, |own| own.body.mode());
         let strict = mode.strict().unwrap_or(parent);
         if let Some(own) = own {
@@ -214,10 +262,33 @@ impl<'a> PeerAuthentications<'a> {
     }
 }
 
-fn oldest<'a>(
-    found: impl Iterator<Item = &'a Resource<PeerAuthentication>>,
+/// Of those for the same pods the one that holds: the oldest. Which that is nobody can say where a
+/// manifest has no creation timestamp (when it was first seen is forgotten with a restart): then it is the
+/// one that lets in the least in clear.
+fn first<'a>(
+    found: impl IntoIterator<Item = &'a Resource<PeerAuthentication>>,
+    inherited: bool,
 ) -> Option<&'a Resource<PeerAuthentication>> {
-    found.min_by(|a, b| (a.age, &a.meta.key).cmp(&(b.age, &b.meta.key)))
+    let found: Vec<_> = found.into_iter().collect();
+    if found.iter().all(|found| found.meta.created.is_some()) {
+        let age =
+            |found: &&Resource<PeerAuthentication>| (found.meta.created, found.meta.key.clone());
+        return found.into_iter().min_by_key(age);
+    }
+    found.into_iter().min_by_key(|found| {
+        let ports = |strict| {
+            let all = found.body.port_level_mtls.values();
+            all.filter(|port| port.mode.strict() == Some(strict))
+                .count()
+        };
+        let is_open = !found.body.mode().strict().unwrap_or(inherited);
+        (
+            is_open,
+            ports(false),
+            Reverse(ports(true)),
+            found.meta.key.clone(),
+        )
+    })
 }
 
 fn converted_name(found: &Resource<PeerAuthentication>) -> String {

@@ -200,6 +200,7 @@ fn policies<'a>(
             .into_iter()
             .map(|policy| (policy, None)),
     );
+    peers.tell(objects.pods.values().map(|pod| &pod.meta), problems);
     policies.sort_by_key(|(policy, _)| policy.key());
     policies
 }

@@ -197,6 +197,57 @@ const STATIC: &str = "istio-system/istio_converted_static_strict";
 const CONVERTED: &str = "shop/converted_peer_authentication_w";
 
 #[test]
+fn of_two_for_the_same_pods_the_oldest_holds_or_else_the_strict_one() {
+    for (namespace, selector) in [
+        ("istio-system", ""),
+        ("shop", ""),
+        ("shop", "selector: {matchLabels: {app: till}}, "),
+    ] {
+        let one = |name: &str, mode: &str, created: &str| {
+            let spec = format!("{{{selector}mtls: {{mode: {mode}}}}}");
+            let created = match created {
+                "" => String::new(),
+                day => format!(", creationTimestamp: '2026-01-{day}T00:00:00Z'"),
+            };
+            let namespaced = format!("namespace: {namespace}");
+            peer(name, namespace, &spec).replace(&namespaced, &format!("{namespaced}{created}"))
+        };
+        // Strict or not, and which one is told to be without effect.
+        for (strict, open, is_strict) in [
+            ("", "", true),
+            ("02", "", true),
+            ("", "01", true),
+            ("02", "03", true),
+            ("02", "01", false),
+        ] {
+            for (first, second) in [("a", "b"), ("b", "a")] {
+                let text = one(first, "STRICT", strict) + &one(second, "PERMISSIVE", open) + POD;
+                let made = translation(&text);
+                let policies = &made.workloads[0].policies;
+                let said = format!("{text}\n{:?}", made.problems);
+                assert_eq!(
+                    policies.iter().any(|key| **key == *STATIC),
+                    is_strict,
+                    "{said}"
+                );
+                let (holds, other) = match is_strict {
+                    true => (first, second),
+                    false => (second, first),
+                };
+                let told = format!("{namespace}/{other}: {namespace}/{holds} is for the same pods");
+                let problems = made
+                    .problems
+                    .iter()
+                    .filter(|problem| problem.contains(&told));
+                assert_eq!(problems.count(), 1, "{said}");
+            }
+        }
+        let made = translation(&(one("a", "STRICT", "") + POD));
+        assert!(made.problems.is_empty(), "{:?}", made.problems);
+    }
+}
+
+#[test]
 fn strict_is_inherited_and_overridden() {
     let mesh = |mode: &str| peer("m", "istio-system", &format!("{{mtls: {{mode: {mode}}}}}"));
     let space = |mode: &str| peer("ns", "shop", &format!("{{mtls: {{mode: {mode}}}}}"));
@@ -261,14 +312,6 @@ fn strict_is_inherited_and_overridden() {
             assert!(!made.rules.is_empty());
         }
     }
-}
-
-#[test]
-fn the_oldest_wins() {
-    let strict = peer("z", "shop", "{mtls: {mode: STRICT}}");
-    let lax = peer("a", "shop", "{mtls: {mode: PERMISSIVE}}");
-    assert_eq!(given(&(strict.clone() + &lax)), [STATIC]);
-    assert!(given(&(lax + &strict)).is_empty());
 }
 
 #[test]
