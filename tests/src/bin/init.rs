@@ -18,6 +18,7 @@ use std::process::{Command, ExitStatus};
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::resource::{Resource, setrlimit};
 
 /// What is mounted: of what kind, where.
 const MOUNTS: &[(&str, &str)] = &[
@@ -29,6 +30,8 @@ const MOUNTS: &[(&str, &str)] = &[
     ("cgroup2", "/sys/fs/cgroup"),
     ("bpf", "/sys/fs/bpf"),
 ];
+/// Descriptors that a process may have: a service manager gives as many, the kernel alone 4096.
+const FILES: u64 = 65_536;
 /// The line that the outside listens to.
 const LINE: &str = "/dev/ttyS1";
 
@@ -53,6 +56,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         // SAFETY: takes no pointers; both are descriptors, the standard ones or one that is open.
         nix::errno::Errno::result(unsafe { libc::dup2(line.as_raw_fd(), own) })?;
     }
+    setrlimit(Resource::RLIMIT_NOFILE, FILES, FILES)?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     println!("Linux {}", release.trim());
     for module in read("/etc/modules")?.lines() {

@@ -13,7 +13,7 @@ use super::kernel::Module;
 use crate::command::{all_output, find_program, run as run_command};
 
 /// Programs of this machine that the tests call.
-const PROGRAMS: &[&str] = &["ip", "ss", "cat"];
+const PROGRAMS: &[&str] = &["ip", "ss", "cat", "timeout", "unshare"];
 
 /// What is in a memory image, while it is put together.
 pub(crate) struct Initramfs {
