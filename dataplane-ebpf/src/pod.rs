@@ -2,8 +2,9 @@
 //!
 //! The kernel gives an element of a hash map that is removed or replaced to the next update at once,
 //! also while a program on another CPU still holds a reference to it, whether elements are allocated
-//! ahead or not (`bpf_mem_alloc`, since 6.1). So programs decide by whether a key is there, which no
-//! reuse can change, and never by a value; and an entry of a pod that stays is never written anew.
+//! ahead or not (`bpf_mem_alloc`, since 6.1). So programs decide about a pod by whether a key is there,
+//! which no reuse can change; and an entry of a pod that stays is never written anew. The one value
+//! of a hash map that is read is a cgroup's owner, and a wrong one refuses a connect.
 
 use crate::address::Ip;
 
