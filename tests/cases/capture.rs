@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use dataplane_tests::cgroup::Cgroup;
 use dataplane_tests::netns::Netns;
-use dataplane_tests::process::{Place, Process, output, place, said};
+use dataplane_tests::process::{Process, app, output, said};
 use dataplane_tests::wire::Segment;
 use dataplane_tests::world::Mounted;
 use dataplane_tests::{Pair, Wire, World, eventually, program, require_root, scaled};
@@ -32,20 +32,6 @@ fn taps(pair: &Pair) -> [(&'static str, Wire); 3] {
         ),
         ("the wire", Wire::tap(one.file(), "wire")),
     ]
-}
-
-/// The tests' app in a namespace and a cgroup that need not be one pod's.
-fn app(netns: &Netns, cgroup: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
-    command.args(arguments);
-    let of = Place {
-        netns: netns.file(),
-        cgroup: cgroup.to_owned(),
-        hosts: None,
-        capabilities: None,
-    };
-    place(&mut command, &of);
-    command
 }
 
 /// Fails if a segment from or to one of these ports was seen; and if nothing was seen at all.

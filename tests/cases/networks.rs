@@ -30,26 +30,9 @@ fn network(one: &Pod, two: &Pod, number: u8) -> SocketAddr {
 
 /// Both pods on two networks from the start.
 fn pair_with_a_network() -> (Pair, SocketAddr) {
-    let world = World::new();
-    let nodes = world.two_nodes();
-    let client = nodes.0.bare(&world, "demo", "client");
-    let server = nodes.1.bare(&world, "demo", "server");
-    let second = network(&client, &server, 77);
-    world.manifests.pod(&nodes.0.object(&client));
-    world.manifests.pod(&nodes.1.object(&server));
-    let (one, two) = (world.agent(&nodes.0), world.agent(&nodes.1));
-    one.up(&["client"]);
-    two.up(&["server"]);
-    let pair = Pair {
-        client,
-        server,
-        one,
-        two,
-        nodes,
-        world,
-    };
-    pair.know_each_other();
-    (pair, second)
+    let mut second = None;
+    let pair = Pair::prepared(|client, server| second = Some(network(client, server, 77)));
+    (pair, second.expect("it was prepared"))
 }
 
 #[test]

@@ -11,8 +11,8 @@ use std::time::Duration;
 use dataplane_tests::bpf::keys;
 use dataplane_tests::cgroup::Cgroup;
 use dataplane_tests::netns::Netns;
-use dataplane_tests::process::{Place, Process, place, said};
-use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, program, scaled};
+use dataplane_tests::process::{Process, app, said};
+use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, scaled};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -35,20 +35,6 @@ fn patient(world: &World, node: &Node) -> Agent {
 /// Whether what an enrolment leaves in a namespace is there.
 fn is_captured(pod: &Pod) -> bool {
     pod.netns.show("rule show").contains("fwmark")
-}
-
-/// The tests' app in a namespace and a cgroup.
-fn app(netns: &Netns, cgroup: &Path, arguments: &[&str]) -> Command {
-    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
-    command.args(arguments);
-    let of = Place {
-        netns: netns.file(),
-        cgroup: cgroup.to_owned(),
-        hosts: None,
-        capabilities: None,
-    };
-    place(&mut command, &of);
-    command
 }
 
 fn processes(cgroup: &Cgroup) -> Vec<i32> {

@@ -12,7 +12,8 @@ use std::time::Duration;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
-use crate::scaled;
+use crate::netns::Netns;
+use crate::{program, scaled};
 
 /// Where a process is put.
 #[derive(Debug)]
@@ -33,6 +34,20 @@ pub struct Process {
     child: Child,
     stdin: Option<ChildStdin>,
     lines: Receiver<String>,
+}
+
+/// The tests' app in a namespace and a cgroup that need not be one pod's.
+pub fn app(netns: &Netns, cgroup: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program("DATAPLANE_TEST_APP"));
+    command.args(arguments);
+    let of = Place {
+        netns: netns.file(),
+        cgroup: cgroup.to_owned(),
+        hosts: None,
+        capabilities: None,
+    };
+    place(&mut command, &of);
+    command
 }
 
 /// Puts what a command will start in its place.
