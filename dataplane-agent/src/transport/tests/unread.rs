@@ -1,0 +1,160 @@
+//! Connections that nobody reads: what they hold is bounded, and others go on.
+
+use super::*;
+
+/// A relay to a client that reads nothing and has little room; runs for ever.
+async fn unread(near: Stream) {
+    let (client, one) = pair().await;
+    socket2::SockRef::from(&client)
+        .set_recv_buffer_size(4096)
+        .expect("set");
+    socket2::SockRef::from(&one)
+        .set_send_buffer_size(4096)
+        .expect("set");
+    let counted = Rc::<Counted>::default();
+    let _ = relay(End::Tcp(one), End::Stream(near), &counted).await;
+    drop(client);
+}
+
+#[test]
+fn streams_that_nobody_reads_hold_back_no_other_of_their_tunnel() {
+    run(async {
+        let (mut all, drive) = streams(61).await;
+        let (mut near, mut far) = all.pop().expect("a stream");
+        let stalled = all.into_iter().map(|(near, mut far)| async move {
+            tokio::join!(unread(near), send(&mut far, 8 << 20));
+        });
+        let talk = async {
+            // Until they are full.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let mut got = 0;
+            let read = async {
+                while got < 20 << 20 {
+                    let bytes = next(&mut near).await.expect("more").expect("bytes");
+                    near.incoming.delivered(bytes.len());
+                    got += bytes.len();
+                }
+            };
+            tokio::join!(read, send(&mut far, 20 << 20));
+        };
+        tokio::select! {
+            () = talk => {}
+            _ = futures_util::future::join_all(stalled) => panic!("they are stalled"),
+            () = drive => panic!("the tunnel ended"),
+        }
+    });
+}
+
+#[test]
+fn what_connections_that_nobody_reads_hold_is_bounded_and_others_go_on() {
+    run(async {
+        let most = 4 << 20;
+        let (memory, pods) = (Memory::new(most), [(); 2].map(|()| PodMemory::default()));
+        let (all, drive) = streams(60).await;
+        // By another tunnel: they use up the window of theirs.
+        let (near, mut far, drive_other) = stream().await;
+        let (greedy, other) = (memory.share(&pods[0]), memory.share(&pods[1]));
+        let counted = Rc::<Counted>::default();
+        // To streams that get no credit, and to sockets.
+        let into_streams = all.into_iter().map(|(near, far)| async {
+            let (client, one) = pair().await;
+            let carried = relay::relay(End::Tcp(one), End::Stream(near), &greedy, &counted);
+            tokio::join!(endless(client), carried).1.ok();
+            drop(far);
+        });
+        let into_sockets = (0..60).map(|_| async {
+            let ((client, one), (two, server)) = (pair().await, pair().await);
+            let carried = relay::relay(End::Tcp(one), End::Tcp(two), &greedy, &counted);
+            tokio::join!(endless(client), carried).1.ok();
+            drop(server);
+        });
+        let talk = async {
+            // Until they are full.
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            let held = memory.held();
+            assert!(held > most as usize / 4, "they hold {held}");
+            let (mut client, one) = pair().await;
+            let carried = async {
+                let end = End::Stream(near);
+                relay::relay(End::Tcp(one), end, &other, &counted)
+                    .await
+                    .ok();
+            };
+            let sent = vec![7; 20 << 20];
+            let read = async {
+                let mut got = 0;
+                while got < sent.len() {
+                    let bytes = next(&mut far).await.expect("more").expect("bytes");
+                    far.incoming.delivered(bytes.len());
+                    got += bytes.len();
+                    let held = memory.held();
+                    // One read more, of the one that looked last.
+                    assert!(held <= most as usize + (256 << 10), "they hold {held}");
+                }
+            };
+            tokio::select! {
+                _ = async { tokio::join!(client.write_all(&sent), read) } => {}
+                () = carried => panic!("it ended"),
+            }
+        };
+        tokio::select! {
+            () = talk => {}
+            _ = futures_util::future::join_all(into_streams) => panic!("nobody reads them"),
+            _ = futures_util::future::join_all(into_sockets) => panic!("nobody reads them"),
+            () = drive => panic!("the tunnel ended"),
+            () = drive_other => panic!("the tunnel ended"),
+        }
+        assert_eq!(memory.held(), 0, "what has ended holds nothing");
+    });
+}
+
+/// Writes for ever.
+async fn endless(mut tcp: TcpStream) {
+    while tcp.write_all(&[7; 64 << 10]).await.is_ok() {}
+}
+
+#[test]
+fn what_is_sent_byte_by_byte_fills_the_send_buffer_by_what_it_costs() {
+    run(async {
+        // Nobody drives the tunnel: nothing leaves.
+        let (mut near, _far, _drive) = stream().await;
+        let mut pieces = 0;
+        let room = |stream: &Stream| {
+            let none = std::task::Context::from_waker(std::task::Waker::noop());
+            stream.outgoing.poll_room(&none).is_ready()
+        };
+        while room(&near) {
+            near.outgoing.send(Bytes::from_static(b".")).expect("sent");
+            pieces += 1;
+            assert!(pieces <= 1024, "each takes some hundred bytes");
+        }
+        assert!(pieces > 0);
+    });
+}
+
+#[test]
+fn small_frames_that_nobody_reads_do_not_end_their_tunnel() {
+    run(async {
+        let (mut all, drive) = streams(2).await;
+        let (mut near, mut far) = all.pop().expect("a stream");
+        let (stalled, mut many) = all.pop().expect("a stream");
+        let frames = async {
+            send(&mut many, 1 << 20).await;
+            for _ in 0..300_000 {
+                poll_fn(|context| many.outgoing.poll_room(context)).await;
+                many.outgoing.send(Bytes::from_static(b".")).expect("sent");
+            }
+            flushed(&many).await;
+            far.outgoing
+                .send(Bytes::from_static(b"alive"))
+                .expect("sent");
+            let bytes = next(&mut near).await.expect("something").expect("bytes");
+            assert_eq!(&*bytes, b"alive");
+        };
+        tokio::select! {
+            () = frames => {}
+            () = unread(stalled) => panic!("it is stalled"),
+            () = drive => panic!("the tunnel ended"),
+        }
+    });
+}
