@@ -26,7 +26,7 @@ use tokio::task::LocalSet;
 
 use super::hbone::Connect;
 use super::pool::{Key, Pool};
-use super::relay::{self, End, Meter, RelayError, reset};
+use super::relay::{self, End, Meter, RelayError};
 use super::{Means, TransportError};
 use crate::authorize::{Io, LocalPod};
 use crate::drain::Scope;
@@ -37,7 +37,7 @@ use crate::hbone::window::Windows;
 use crate::identity::{Certs, Identity, IdentityError, Issued, Issuer};
 use crate::limits::memory::{Memory, PodMemory, Share};
 use crate::limits::{Full, Kind, NodePlaces, Place};
-use crate::sys::socket::unacknowledged;
+use crate::sys::socket::{close_by_reset, unacknowledged};
 
 #[derive(Default)]
 struct Counted {
@@ -54,12 +54,17 @@ impl Meter for Rc<Counted> {
     }
 }
 
-/// Of a pod that has plenty of memory.
+/// Of sockets as they come to a relay, and of a pod that has plenty of memory.
 async fn relay(
     client: End,
     upstream: End,
     meter: &(impl Meter + Clone + 'static),
 ) -> Result<(), RelayError> {
+    for end in [&client, &upstream] {
+        if let End::Tcp(tcp) = end {
+            close_by_reset(tcp).expect("a socket");
+        }
+    }
     relay::relay(client, upstream, &Share::default(), meter).await
 }
 

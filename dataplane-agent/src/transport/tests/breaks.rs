@@ -134,6 +134,11 @@ fn a_client_that_breaks_is_noticed_while_nobody_reads_what_it_sends_and_after_it
     }
 }
 
+fn reset(tcp: TcpStream) {
+    close_by_reset(&tcp).expect("a socket");
+    drop(tcp);
+}
+
 async fn is_reset(tcp: &mut TcpStream) -> bool {
     let mut byte = [0];
     let read = tcp.read(&mut byte).await;
