@@ -3,6 +3,9 @@
 pub mod certs;
 pub mod tls;
 
+#[cfg(test)]
+pub(crate) mod test_ca;
+
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;

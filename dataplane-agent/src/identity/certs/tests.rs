@@ -7,14 +7,14 @@ use futures_util::FutureExt;
 use futures_util::future::join_all;
 use tokio::sync::Semaphore;
 
+use super::super::test_ca::{Ca, uri};
 use super::*;
 
 const DAY: time::Duration = time::Duration::DAY;
 
 /// An issuer that answers as often as it is let, counts how often it is asked, and can refuse.
 struct Gate {
-    signer: rcgen::Issuer<'static, rcgen::KeyPair>,
-    root: CertificateDer<'static>,
+    ca: Ca,
     life: time::Duration,
     open: Semaphore,
     refuses: AtomicBool,
@@ -23,13 +23,8 @@ struct Gate {
 
 impl Gate {
     fn new(life: time::Duration, open: usize) -> Arc<Self> {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let mut params = rcgen::CertificateParams::default();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let root = params.self_signed(&key).expect("a root").der().clone();
         Arc::new(Self {
-            signer: rcgen::Issuer::from_ca_cert_der(&root, key).expect("a CA"),
-            root,
+            ca: Ca::new(),
             life,
             open: Semaphore::new(open),
             refuses: AtomicBool::default(),
@@ -40,20 +35,6 @@ impl Gate {
     fn asked(&self) -> BTreeMap<Identity, usize> {
         lock(&self.asked).clone()
     }
-
-    fn sign(&self, identity: &Identity) -> Issued {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let mut params = rcgen::CertificateParams::default();
-        let uri = identity.to_string().try_into().expect("a URI");
-        params.subject_alt_names = vec![rcgen::SanType::URI(uri)];
-        params.not_after = time::OffsetDateTime::now_utc() + self.life;
-        let leaf = params.signed_by(&key, &self.signer).expect("a certificate");
-        Issued {
-            chain: vec![leaf.der().clone()],
-            key: key.serialize_der().into(),
-            roots: vec![self.root.clone()],
-        }
-    }
 }
 
 impl Issuer for Gate {
@@ -63,7 +44,7 @@ impl Issuer for Gate {
             self.open.acquire().await.expect("it is open").forget();
             match self.refuses.load(Ordering::Relaxed) {
                 true => Err(IdentityError::Signing("refused".into())),
-                false => Ok(self.sign(identity)),
+                false => Ok(self.ca.sign(vec![uri(&identity.to_string())], self.life)),
             }
         })
     }

@@ -9,10 +9,12 @@ use rustls::crypto::aws_lc_rs::cipher_suite;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{HandshakeKind, ProtocolVersion, ServerConnection, SupportedCipherSuite};
 use rustls_pki_types::PrivatePkcs8KeyDer;
-use time::{Duration, OffsetDateTime};
+use time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use super::super::Issued;
+use super::super::test_ca::{Ca, uri};
 use super::*;
 
 fn alice() -> Identity {
@@ -23,42 +25,21 @@ fn bob() -> Identity {
     Identity::new("td", "b", "bob")
 }
 
-/// A root, and who signs with it.
-struct Ca {
-    signer: rcgen::Issuer<'static, rcgen::KeyPair>,
-    root: CertificateDer<'static>,
-}
-
 impl Ca {
-    fn new() -> Self {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let mut params = rcgen::CertificateParams::default();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let root = params.self_signed(&key).expect("a root").der().clone();
-        let signer = rcgen::Issuer::from_ca_cert_der(&root, key).expect("a CA");
-        Self { signer, root }
-    }
-
     fn roots(&self) -> Arc<RootCertStore> {
         let mut roots = RootCertStore::empty();
         roots.add(self.root.clone()).expect("a root");
         Arc::new(roots)
     }
 
-    fn sign(&self, names: Vec<SanType>, until: Duration) -> Shown {
-        let key = rcgen::KeyPair::generate().expect("a key");
-        let mut params = rcgen::CertificateParams::default();
-        params.subject_alt_names = names;
-        params.not_before = OffsetDateTime::now_utc() - Duration::DAY;
-        params.not_after = OffsetDateTime::now_utc() + until;
-        let leaf = params.signed_by(&key, &self.signer).expect("a certificate");
-        let chain = vec![leaf.der().clone()];
-        let key = key.serialize_der();
+    fn shown(&self, names: Vec<SanType>, until: Duration) -> Shown {
+        let Issued { chain, key, .. } = self.sign(names, until);
+        let key = key.to_vec();
         Shown { chain, key }
     }
 
     fn of(&self, identity: &Identity) -> Shown {
-        self.sign(vec![uri(&identity.to_string())], Duration::DAY)
+        self.shown(vec![uri(&identity.to_string())], Duration::DAY)
     }
 
     /// Our settings of a server with this certificate.
@@ -72,10 +53,6 @@ impl Ca {
         let shown = self.of(identity);
         client(expected, shown.chain.clone(), shown.key(), self.roots()).expect("settings")
     }
-}
-
-fn uri(text: &str) -> SanType {
-    SanType::URI(text.try_into().expect("a URI"))
 }
 
 /// What a peer that knows this suite alone makes TLS with.
@@ -259,13 +236,13 @@ fn impostors(ca: &Ca, who: &Identity) -> Vec<(Shown, &'static str)> {
         (stolen, "BadSignature"),
         // Of a root that has the name of ours.
         (Ca::new().of(who), "BadSignature"),
-        (ca.sign(vec![name()], -Duration::HOUR), "xpired"),
+        (ca.shown(vec![name()], -Duration::HOUR), "xpired"),
         (
-            ca.sign(vec![name(), uri("spiffe://td/ns/c/sa/c")], Duration::DAY),
+            ca.shown(vec![name(), uri("spiffe://td/ns/c/sa/c")], Duration::DAY),
             "more than one URI SAN",
         ),
         (
-            ca.sign(vec![uri("https://td/ns/c/sa/c")], Duration::DAY),
+            ca.shown(vec![uri("https://td/ns/c/sa/c")], Duration::DAY),
             "invalid spiffe identity",
         ),
     ]
@@ -412,7 +389,7 @@ async fn a_client_that_has_several_certificates_is_told_which_root_counts() {
 #[test]
 fn a_peer_is_who_the_one_uri_of_its_leaf_says() {
     let ca = Ca::new();
-    let of = |names| ca.sign(names, Duration::DAY).chain.remove(0);
+    let of = |names| ca.shown(names, Duration::DAY).chain.remove(0);
     let dns = || SanType::DnsName("td.example".try_into().expect("a name"));
     let (alice, bob) = (alice(), bob());
     let (one, other) = (|| uri(&alice.to_string()), || uri(&bob.to_string()));
