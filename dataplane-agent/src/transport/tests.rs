@@ -9,35 +9,22 @@ mod whole;
 
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
-use std::net::{IpAddr, SocketAddr};
+use std::io::ErrorKind;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::future::{BoxFuture, LocalBoxFuture};
-use h2::Reason;
-use proptest::prelude::*;
-use rcgen::{CertificateParams, KeyPair, SanType};
+use futures_util::future::join_all;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::LocalSet;
 
-use super::hbone::Connect;
-use super::pool::{Key, Pool};
 use super::relay::{self, End, Meter, RelayError};
-use super::{Means, TransportError};
-use crate::authorize::{Io, LocalPod};
-use crate::drain::Scope;
 use crate::hbone::payload::Payload;
-use crate::hbone::readahead::ReadAhead;
 use crate::hbone::stream::{Shared, Stream};
 use crate::hbone::window::Windows;
-use crate::identity::{Certs, Identity, IdentityError, Issued, Issuer};
-use crate::limits::memory::{Memory, PodMemory, Share};
-use crate::limits::{Full, Kind, NodePlaces, Place};
-use crate::sys::socket::{close_by_reset, unacknowledged};
+use crate::limits::memory::Share;
 
 #[derive(Default)]
 struct Counted {
@@ -54,20 +41,6 @@ impl Meter for Rc<Counted> {
     }
 }
 
-/// Of sockets as they come to a relay, and of a pod that has plenty of memory.
-async fn relay(
-    client: End,
-    upstream: End,
-    meter: &(impl Meter + Clone + 'static),
-) -> Result<(), RelayError> {
-    for end in [&client, &upstream] {
-        if let End::Tcp(tcp) = end {
-            close_by_reset(tcp).expect("a socket");
-        }
-    }
-    relay::relay(client, upstream, &Share::default(), meter).await
-}
-
 fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -79,6 +52,14 @@ fn run<T>(test: impl Future<Output = T>) -> T {
     LocalSet::new().block_on(&runtime.expect("a runtime"), in_time)
 }
 
+/// What a test comes to while its tunnel, or its peer, goes on.
+async fn beside<T>(tunnel: impl Future<Output = ()>, test: impl Future<Output = T>) -> T {
+    tokio::select! {
+        outcome = test => outcome,
+        () = tunnel => panic!("the tunnel ended"),
+    }
+}
+
 /// Two ends of one TCP connection.
 async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
@@ -87,61 +68,8 @@ async fn pair() -> (TcpStream, TcpStream) {
     (near.expect("connected"), far.expect("accepted").0)
 }
 
-/// An h2 stream's two ends, and what drives them.
-async fn stream() -> (Stream, Stream, impl Future<Output = ()>) {
-    let (near, far) = tokio::io::duplex(1 << 20);
-    let client = crate::hbone::client().handshake::<_, Payload>(near);
-    let server = crate::hbone::server().handshake::<_, Payload>(far);
-    let (client, server) = tokio::join!(client, server);
-    let ((mut send, driven), mut server) = (client.expect("client"), server.expect("server"));
-    let request = http::Request::connect("192.0.2.1:80")
-        .body(())
-        .expect("a request");
-    let (response, to_server) = send.send_request(request, false).expect("sent");
-    let mut driven = Box::pin(driven);
-    let accepted = tokio::select! {
-        accepted = server.accept() => accepted.expect("a request").expect("a request"),
-        _ = &mut driven => panic!("the client ended"),
-    };
-    let (request, mut respond) = accepted;
-    let to_client = respond
-        .send_response(http::Response::new(()), false)
-        .expect("answered");
-    let mut server_driven = Box::pin(async move { while server.accept().await.is_some() {} });
-    let response = tokio::select! {
-        response = response => response.expect("an answer"),
-        _ = &mut driven => panic!("the client ended"),
-        () = &mut server_driven => panic!("the server ended"),
-    };
-    let shared = Shared::default();
-    let near = Stream::new(to_server, response.into_body(), &shared);
-    let shared = Shared::default();
-    let far = Stream::new(to_client, request.into_body(), &shared);
-    let drive = async move {
-        let _held = send;
-        tokio::join!(driven, server_driven).0.ok();
-    };
-    (near, far, drive)
-}
-
-/// What comes next by a stream.
-async fn next(stream: &mut Stream) -> Option<Result<Bytes, h2::Error>> {
-    poll_fn(|context| stream.incoming.poll_read(context)).await
-}
-
-/// What is read until the other side ends, and how it does.
-async fn rest(tcp: &mut TcpStream) -> (Vec<u8>, Option<std::io::ErrorKind>) {
-    let mut all = Vec::new();
-    let end = tcp.read_to_end(&mut all).await;
-    (all, end.err().map(|error| error.kind()))
-}
-
-async fn flushed(stream: &Stream) {
-    poll_fn(|context| stream.outgoing.poll_flushed(context)).await;
-}
-
 /// Streams of one tunnel from a peer that gives credit for the tunnel as bytes are delivered, as
-/// ztunnel does, and our ends of them; and what drives both.
+/// ztunnel does: our ends of them, and the peer's; and what drives both.
 async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = ()>) {
     let (near, far) = tokio::io::duplex(1 << 20);
     let client = crate::hbone::client().handshake::<_, Payload>(near);
@@ -159,19 +87,13 @@ async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = (
         let request = http::Request::connect("192.0.2.1:80").body(());
         let sent = send.send_request(request.expect("a request"), false);
         let (response, to_server) = sent.expect("sent");
-        let accepted = tokio::select! {
-            accepted = server.accept() => accepted.expect("a request").expect("a request"),
-            () = &mut driven => panic!("the client ended"),
-        };
-        let (request, mut respond) = accepted;
+        let accepted = beside(&mut driven, server.accept()).await;
+        let (request, mut respond) = accepted.expect("a request").expect("a request");
         let to_client = respond.send_response(http::Response::new(()), false);
-        let response = tokio::select! {
-            response = response => response.expect("an answer"),
-            () = &mut driven => panic!("the client ended"),
-            _ = server.accept() => panic!("the server ended"),
-        };
+        let server = async { drop(server.accept().await) };
+        let response = beside(&mut driven, beside(server, response)).await;
         all.push((
-            Stream::new(to_server, response.into_body(), &ours),
+            Stream::new(to_server, response.expect("an answer").into_body(), &ours),
             Stream::new(to_client.expect("answered"), request.into_body(), &theirs),
         ));
     }
@@ -181,6 +103,61 @@ async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = (
         tokio::join!(driven, server);
     };
     (all, drive)
+}
+
+/// The only stream of a tunnel.
+async fn stream() -> (Stream, Stream, impl Future<Output = ()>) {
+    let (mut all, drive) = streams(1).await;
+    let (near, far) = all.pop().expect("a stream");
+    (near, far, drive)
+}
+
+/// Of a pod that has plenty of memory.
+async fn relay(
+    client: End,
+    upstream: End,
+    meter: &(impl Meter + Clone + 'static),
+) -> Result<(), RelayError> {
+    relay::relay(client, upstream, &Share::default(), meter).await
+}
+
+/// What one relay counted, and how it ended.
+struct Relayed {
+    counted: Rc<Counted>,
+    end: Result<(), RelayError>,
+}
+
+impl Relayed {
+    async fn between(client: End, upstream: End) -> Self {
+        let counted = Rc::default();
+        let end = relay(client, upstream, &counted).await;
+        Self { counted, end }
+    }
+}
+
+/// client ═ relay ═ stream, with the ends that are not the relay's.
+async fn into_stream<T>(talk: impl AsyncFnOnce(TcpStream, Stream) -> T) -> (T, Relayed) {
+    let (client, one) = pair().await;
+    let (near, far, drive) = stream().await;
+    let relayed = Relayed::between(End::Tcp(one), End::Stream(near));
+    beside(drive, async { tokio::join!(talk(client, far), relayed) }).await
+}
+
+/// client ═ relay ═ stream ═ relay ═ server, with the ends that are not the relays'.
+async fn through_stream<T>(talk: impl AsyncFnOnce(TcpStream, TcpStream) -> T) -> (T, [Relayed; 2]) {
+    let (client, one) = pair().await;
+    let (two, server) = pair().await;
+    let (near, far, drive) = stream().await;
+    let first = Relayed::between(End::Tcp(one), End::Stream(near));
+    let second = Relayed::between(End::Stream(far), End::Tcp(two));
+    let all = async { tokio::join!(talk(client, server), first, second) };
+    let (talked, first, second) = beside(drive, all).await;
+    (talked, [first, second])
+}
+
+/// What comes next by a stream.
+async fn next(stream: &mut Stream) -> Option<Result<Bytes, h2::Error>> {
+    poll_fn(|context| stream.incoming.poll_read(context)).await
 }
 
 /// Sends, and waits for room only.
@@ -194,4 +171,15 @@ async fn send(far: &mut Stream, bytes: usize) {
             .expect("sent");
         left -= piece;
     }
+}
+
+async fn flushed(stream: &Stream) {
+    poll_fn(|context| stream.outgoing.poll_flushed(context)).await;
+}
+
+/// What is read until the other side ends, and how it does.
+async fn rest(tcp: &mut TcpStream) -> (Vec<u8>, Option<ErrorKind>) {
+    let mut all = Vec::new();
+    let end = tcp.read_to_end(&mut all).await;
+    (all, end.err().map(|error| error.kind()))
 }

@@ -1,5 +1,7 @@
 //! What a peer may send to our end of a tunnel, frame by frame.
 
+use h2::Reason;
+
 use super::*;
 
 /// An h2 client that reads nothing by itself: each call is a frame.
@@ -65,10 +67,8 @@ fn a_peer_may_give_up_all_that_it_asked_for_while_we_are_busy() {
                 .await;
         }
         let served = async { while let Some(Ok(_)) = server.accept().await {} };
-        tokio::select! {
-            kinds = frames.until_pong() => assert!(!kinds.contains(&7), "{kinds:?}"),
-            () = served => panic!("the tunnel ended"),
-        }
+        let kinds = beside(served, frames.until_pong()).await;
+        assert!(!kinds.contains(&7), "{kinds:?}");
     });
 }
 
@@ -91,9 +91,7 @@ fn what_a_peer_sends_before_it_hears_of_a_reset_does_not_end_its_tunnel() {
             }
             frames.until_pong().await
         };
-        tokio::select! {
-            kinds = sent => assert!(!kinds.contains(&7), "{kinds:?}"),
-            () = served => panic!("the tunnel ended"),
-        }
+        let kinds = beside(served, sent).await;
+        assert!(!kinds.contains(&7), "{kinds:?}");
     });
 }

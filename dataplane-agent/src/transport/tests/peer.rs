@@ -1,46 +1,110 @@
 //! A pod and its tunnels to a peer with a real certificate, over loopback.
 
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use futures_util::future::LocalBoxFuture;
+use tokio_rustls::server::TlsStream;
+
+use super::super::hbone::{Connect, Lease};
+use super::super::pool::{Key, Pool};
+use super::super::{Means, TransportError};
 use super::*;
+use crate::authorize::LocalPod;
+use crate::drain::Scope;
+use crate::hbone::readahead::ReadAhead;
+use crate::identity::test_ca::Ca;
+use crate::identity::{Certs, Identity};
+use crate::limits::{Full, Kind, NodePlaces, Place};
 
-/// Issues certificates under a root of its own.
-pub(super) struct Ca {
-    signer: rcgen::Issuer<'static, KeyPair>,
-    root: rustls_pki_types::CertificateDer<'static>,
+/// A pod with tunnels of its own.
+pub(super) struct Client {
+    pub(super) pool: Rc<Pool>,
+    pub(super) pod: Arc<LocalPod>,
+    pub(super) scope: Scope,
+    means: Rc<Loopback>,
 }
 
-impl Ca {
-    pub(super) fn new() -> Self {
-        let key = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::default();
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let root = params.self_signed(&key).expect("a root").der().clone();
-        let signer = rcgen::Issuer::from_ca_cert_der(&root, key).expect("a CA");
-        Self { signer, root }
-    }
-}
-
-impl Issuer for Ca {
-    fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, IdentityError>> {
-        let key = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::default();
-        let uri = identity.to_string().try_into().expect("a URI");
-        params.subject_alt_names = vec![SanType::URI(uri)];
-        let leaf = params.signed_by(&key, &self.signer).expect("a certificate");
-        let issued = Issued {
-            chain: vec![leaf.der().clone()],
-            key: key.serialize_der().into(),
-            roots: vec![self.root.clone()],
+impl Client {
+    /// Of a node with so many places, and the peer that it connects to.
+    pub(super) async fn new(places: usize) -> (Self, Peer) {
+        let certs = Certs::new(Arc::new(Ca::new()));
+        certs.hold(&who("client"));
+        certs.hold(&who("server"));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        let means = Rc::new(Loopback {
+            certs: certs.clone(),
+            peer: listener.local_addr().expect("an address"),
+            dials: Cell::new(0),
+            places: NodePlaces::new(places),
+        });
+        let client = Self {
+            pool: Pool::new(means.clone(), Duration::from_secs(60)),
+            pod: pod(),
+            scope: Scope::new(None),
+            means,
         };
-        Box::pin(std::future::ready(Ok(issued)))
+        (client, Peer::new(listener, certs))
     }
+
+    /// Connects to the server.
+    pub(super) async fn connect(&self) -> Result<(Stream, Lease), TransportError> {
+        self.connect_by(&self.pod, &key(&self.pod)).await
+    }
+
+    pub(super) async fn connect_by(
+        &self,
+        pod: &Arc<LocalPod>,
+        key: &Key,
+    ) -> Result<(Stream, Lease), TransportError> {
+        let connect = Connect {
+            authority: "192.0.2.1:80".parse().expect("an address"),
+            client: "192.0.2.9:4000".parse().expect("an address"),
+            host: None,
+            baggage: None,
+        };
+        self.pool.connect(key, pod, &self.scope, &connect).await
+    }
+
+    /// Connects so often at once.
+    pub(super) async fn connect_all(
+        &self,
+        count: usize,
+    ) -> Vec<Result<(Stream, Lease), TransportError>> {
+        join_all((0..count).map(|_| self.connect())).await
+    }
+
+    /// How many tunnels it has asked for.
+    pub(super) fn dials(&self) -> usize {
+        self.means.dials.get()
+    }
+}
+
+pub(super) fn pod() -> Arc<LocalPod> {
+    LocalPod::example("c//Pod/ns/client", who("client"), Vec::new())
+}
+
+/// From this pod to the server.
+pub(super) fn key(pod: &LocalPod) -> Key {
+    Key {
+        source: pod.instance,
+        from: None,
+        target: "c//Pod/ns/server".into(),
+        to: "192.0.2.1:15008".parse().expect("an address"),
+        expected: vec![who("server")],
+    }
+}
+
+pub(super) fn who(account: &str) -> Identity {
+    Identity::new("td", "ns", account)
 }
 
 /// Connects by loopback, whatever address is asked for.
-pub(super) struct Loopback {
-    pub(super) certs: Certs,
-    pub(super) peer: SocketAddr,
-    pub(super) dials: Cell<usize>,
-    pub(super) places: NodePlaces,
+struct Loopback {
+    certs: Certs,
+    peer: SocketAddr,
+    dials: Cell<usize>,
+    places: NodePlaces,
 }
 
 impl Means for Loopback {
@@ -84,96 +148,93 @@ impl Means for Loopback {
     }
 }
 
-pub(super) fn who(account: &str) -> Identity {
-    Identity::new("td", "ns", account)
+/// Where the server's tunnels come to.
+pub(super) struct Peer {
+    listener: TcpListener,
+    certs: Certs,
+    tasks: Scope,
 }
 
-pub(super) fn pod() -> Arc<LocalPod> {
-    LocalPod::example("c//Pod/ns/client", who("client"), Vec::new())
-}
-
-pub(super) fn key(pod: &LocalPod, expected: &str) -> Key {
-    Key {
-        source: pod.instance,
-        from: None,
-        target: "c//Pod/ns/server".into(),
-        to: "192.0.2.1:15008".parse().expect("an address"),
-        expected: vec![who(expected)],
+impl Peer {
+    fn new(listener: TcpListener, certs: Certs) -> Self {
+        let tasks = Scope::new(None);
+        tasks.spawn(certs.clone().rotate());
+        Self {
+            listener,
+            certs,
+            tasks,
+        }
     }
-}
 
-pub(super) fn connect() -> Connect {
-    Connect {
-        authority: "192.0.2.1:80".parse().expect("an address"),
-        client: "192.0.2.9:4000".parse().expect("an address"),
-        host: None,
-        baggage: None,
+    /// The next connection, and its handshake, which may fail.
+    pub(super) async fn accept(
+        &self,
+    ) -> impl Future<Output = std::io::Result<TlsStream<ReadAhead>>> + 'static {
+        let (tcp, _) = self.listener.accept().await.expect("a connection");
+        let own = self.certs.current(&who("server")).await;
+        let server = own.expect("a certificate").server.clone();
+        tokio_rustls::TlsAcceptor::from(server).accept(ReadAhead::new(tcp))
     }
-}
 
-/// A peer that answers CONNECTs with `status`, as many per tunnel as `each`, then says GOAWAY; or with
-/// status 0 is dead in its first tunnel.
-pub(super) async fn peer(listener: TcpListener, certs: Certs, status: u16, each: usize) {
-    let scope = Scope::new(None);
-    let mut dead = status == 0;
-    scope.spawn(certs.clone().rotate());
-    loop {
-        let Ok((tcp, _)) = listener.accept().await else {
-            return;
-        };
-        let server = certs
-            .current(&who("server"))
-            .await
-            .expect("a certificate")
-            .server
-            .clone();
-        let dies = std::mem::take(&mut dead);
-        let status = if status == 0 { 200 } else { status };
-        scope.spawn(async move {
-            let acceptor = tokio_rustls::TlsAcceptor::from(server);
-            let Ok(tls) = acceptor.accept(ReadAhead::new(tcp)).await else {
-                return;
-            };
-            let Ok(mut connection) = crate::hbone::server().handshake::<_, Payload>(tls).await
-            else {
-                return;
-            };
-            if dies {
-                std::future::pending::<()>().await;
-            }
-            let mut streams = Vec::new();
-            while let Some(Ok((request, mut respond))) = connection.accept().await {
-                let mut answer = http::Response::new(());
-                *answer.status_mut() = http::StatusCode::from_u16(status).expect("a status");
-                let end = status != 200;
-                streams.push((respond.send_response(answer, end), request));
-                if streams.len() == each {
-                    connection.graceful_shutdown();
+    /// Answers all CONNECTs; does not return.
+    async fn serve(self, answers: Answers) {
+        let mut dead = answers.dead_at_first;
+        loop {
+            let tls = self.accept().await;
+            let dies = std::mem::take(&mut dead);
+            self.tasks.spawn(async move {
+                let Ok(tls) = tls.await else {
+                    return;
+                };
+                let handshake = crate::hbone::server().handshake::<_, Payload>(tls);
+                let Ok(mut connection) = handshake.await else {
+                    return;
+                };
+                if dies {
+                    std::future::pending::<()>().await;
                 }
-            }
-        });
+                let mut streams = Vec::new();
+                while let Some(Ok((request, mut respond))) = connection.accept().await {
+                    let mut answer = http::Response::new(());
+                    *answer.status_mut() = answers.status;
+                    let end = answers.status != http::StatusCode::OK;
+                    streams.push((respond.send_response(answer, end), request));
+                    if streams.len() == answers.each {
+                        connection.graceful_shutdown();
+                    }
+                }
+            });
+        }
     }
 }
 
-pub(super) async fn pool(
-    status: u16,
-    each: usize,
-) -> (Rc<Pool>, Rc<Loopback>, Scope, impl Future<Output = ()>) {
-    let certs = Certs::new(Arc::new(Ca::new()));
-    certs.hold(&who("client"));
-    certs.hold(&who("server"));
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
-    let means = Rc::new(Loopback {
-        certs: certs.clone(),
-        peer: listener.local_addr().expect("an address"),
-        dials: Cell::new(0),
-        places: NodePlaces::new(100),
+/// What a peer answers to CONNECTs.
+#[derive(Clone, Copy)]
+pub(super) struct Answers {
+    pub(super) status: http::StatusCode,
+    /// After so many a tunnel says GOAWAY.
+    pub(super) each: usize,
+    /// Its first tunnel takes none.
+    pub(super) dead_at_first: bool,
+    /// Of the node that connects to it.
+    pub(super) places: usize,
+}
+
+impl Default for Answers {
+    fn default() -> Self {
+        Self {
+            status: http::StatusCode::OK,
+            each: usize::MAX,
+            dead_at_first: false,
+            places: 100,
+        }
+    }
+}
+
+/// Runs a test of a client whose peer answers like this.
+pub(super) fn with_peer(answers: Answers, test: impl AsyncFnOnce(&Client)) {
+    run(async {
+        let (client, peer) = Client::new(answers.places).await;
+        beside(peer.serve(answers), test(&client)).await;
     });
-    let pool = Pool::new(means.clone(), Duration::from_secs(60));
-    (
-        pool,
-        means,
-        Scope::new(None),
-        peer(listener, certs, status, each),
-    )
 }

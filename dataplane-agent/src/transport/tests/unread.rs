@@ -1,6 +1,7 @@
 //! Connections that nobody reads: what they hold is bounded, and others go on.
 
 use super::*;
+use crate::limits::memory::{Memory, PodMemory};
 
 /// A relay to a client that reads nothing and has little room; runs for ever.
 async fn unread(near: Stream) {
@@ -16,6 +17,22 @@ async fn unread(near: Stream) {
     drop(client);
 }
 
+/// Writes for ever.
+async fn endless(mut tcp: TcpStream) {
+    while tcp.write_all(&[7; 64 << 10]).await.is_ok() {}
+}
+
+/// Reads so many bytes, and looks after each piece.
+async fn read(stream: &mut Stream, bytes: usize, look: impl Fn()) {
+    let mut got = 0;
+    while got < bytes {
+        let piece = next(stream).await.expect("more").expect("bytes");
+        stream.incoming.delivered(piece.len());
+        got += piece.len();
+        look();
+    }
+}
+
 #[test]
 fn streams_that_nobody_reads_hold_back_no_other_of_their_tunnel() {
     run(async {
@@ -27,20 +44,11 @@ fn streams_that_nobody_reads_hold_back_no_other_of_their_tunnel() {
         let talk = async {
             // Until they are full.
             tokio::time::sleep(Duration::from_secs(3)).await;
-            let mut got = 0;
-            let read = async {
-                while got < 20 << 20 {
-                    let bytes = next(&mut near).await.expect("more").expect("bytes");
-                    near.incoming.delivered(bytes.len());
-                    got += bytes.len();
-                }
-            };
-            tokio::join!(read, send(&mut far, 20 << 20));
+            tokio::join!(read(&mut near, 20 << 20, || {}), send(&mut far, 20 << 20));
         };
         tokio::select! {
-            () = talk => {}
-            _ = futures_util::future::join_all(stalled) => panic!("they are stalled"),
-            () = drive => panic!("the tunnel ended"),
+            () = beside(drive, talk) => {}
+            _ = join_all(stalled) => panic!("they are stalled"),
         }
     });
 }
@@ -74,43 +82,26 @@ fn what_connections_that_nobody_reads_hold_is_bounded_and_others_go_on() {
             let held = memory.held();
             assert!(held > most as usize / 4, "they hold {held}");
             let (mut client, one) = pair().await;
-            let carried = async {
-                let end = End::Stream(near);
-                relay::relay(End::Tcp(one), end, &other, &counted)
-                    .await
-                    .ok();
-            };
+            let carried = relay::relay(End::Tcp(one), End::Stream(near), &other, &counted);
             let sent = vec![7; 20 << 20];
-            let read = async {
-                let mut got = 0;
-                while got < sent.len() {
-                    let bytes = next(&mut far).await.expect("more").expect("bytes");
-                    far.incoming.delivered(bytes.len());
-                    got += bytes.len();
-                    let held = memory.held();
-                    // One read more, of the one that looked last.
-                    assert!(held <= most as usize + (256 << 10), "they hold {held}");
-                }
+            let bounded = || {
+                let held = memory.held();
+                // One read more, of the one that looked last.
+                assert!(held <= most as usize + (256 << 10), "they hold {held}");
             };
+            let read = read(&mut far, sent.len(), bounded);
             tokio::select! {
                 _ = async { tokio::join!(client.write_all(&sent), read) } => {}
-                () = carried => panic!("it ended"),
+                _ = carried => panic!("it ended"),
             }
         };
         tokio::select! {
-            () = talk => {}
-            _ = futures_util::future::join_all(into_streams) => panic!("nobody reads them"),
-            _ = futures_util::future::join_all(into_sockets) => panic!("nobody reads them"),
-            () = drive => panic!("the tunnel ended"),
-            () = drive_other => panic!("the tunnel ended"),
+            () = beside(drive, beside(drive_other, talk)) => {}
+            _ = join_all(into_streams) => panic!("nobody reads them"),
+            _ = join_all(into_sockets) => panic!("nobody reads them"),
         }
         assert_eq!(memory.held(), 0, "what has ended holds nothing");
     });
-}
-
-/// Writes for ever.
-async fn endless(mut tcp: TcpStream) {
-    while tcp.write_all(&[7; 64 << 10]).await.is_ok() {}
 }
 
 #[test]
@@ -152,9 +143,8 @@ fn small_frames_that_nobody_reads_do_not_end_their_tunnel() {
             assert_eq!(&*bytes, b"alive");
         };
         tokio::select! {
-            () = frames => {}
+            () = beside(drive, frames) => {}
             () = unread(stalled) => panic!("it is stalled"),
-            () = drive => panic!("the tunnel ended"),
         }
     });
 }

@@ -1,12 +1,14 @@
 //! What connections carry and how they end: bytes unchanged, in order, each direction by itself.
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// Writes pieces and ends; what comes back until the other side ends.
-async fn exchange(mut tcp: TcpStream, pieces: Vec<Vec<u8>>) -> Vec<u8> {
+async fn exchange(mut tcp: TcpStream, pieces: &[Vec<u8>]) -> Vec<u8> {
     let (mut read, mut write) = tcp.split();
     let writing = async {
-        for piece in &pieces {
+        for piece in pieces {
             write.write_all(piece).await.expect("written");
         }
         write.shutdown().await.expect("ended");
@@ -23,20 +25,35 @@ fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
     proptest::collection::vec(piece, 0..6)
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whole, in order, and each way ends by itself.
+    #[test]
+    fn what_goes_in_comes_out_and_each_direction_ends_by_itself(up in pieces(), down in pieces()) {
+        let talk = async |client, server| tokio::join!(exchange(client, &up), exchange(server, &down));
+        let ((to_client, to_server), both) = run(through_stream(talk));
+        assert!(to_server == up.concat(), "upwards");
+        assert!(to_client == down.concat(), "downwards");
+        for Relayed { counted, end } in both {
+            end.expect("an orderly end");
+            assert_eq!(counted.up.get(), up.concat().len() as u64);
+            assert_eq!(counted.down.get(), down.concat().len() as u64);
+        }
+    }
+}
+
 /// A peer that refuses an upload answers to the end, and resets what it does not read (RFC 9113,
 /// 8.1). Its answer reaches the client all the same.
 #[test]
 fn an_answer_is_passed_on_though_its_peer_reads_no_more() {
-    run(async {
-        let (mut client, one) = pair().await;
-        let (near, far, drive) = stream().await;
-        let counted = Rc::<Counted>::default();
+    run(into_stream(async |mut client, mut far| {
         let refuse = async {
-            let mut far = far;
             let some = next(&mut far).await.expect("a beginning").expect("bytes");
             assert!(!some.is_empty());
             far.outgoing.send(Bytes::from_static(b"413")).expect("sent");
             far.outgoing.finish().expect("ended");
+            drop(far);
         };
         let upload = async {
             client.write_all(&[7; 100_000]).await.expect("written");
@@ -44,50 +61,29 @@ fn an_answer_is_passed_on_though_its_peer_reads_no_more() {
             client.read_exact(&mut answer).await.expect("the answer");
             assert_eq!(&answer, b"413");
         };
-        let all = async {
-            tokio::join!(
-                upload,
-                refuse,
-                relay(End::Tcp(one), End::Stream(near), &counted)
-            )
-        };
-        tokio::select! {
-            _ = all => {}
-            () = drive => panic!("the tunnel ended"),
-        }
-    });
+        tokio::join!(upload, refuse);
+    }));
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
-
-    /// client ═ relay ═ (stream) ═ relay ═ server: whole, in order, and each way ends by itself.
-    #[test]
-    fn what_goes_in_comes_out_and_each_direction_ends_by_itself(up in pieces(), down in pieces()) {
-        run(async {
-            let (client, one) = pair().await;
-            let (two, server) = pair().await;
-            let (near, far, drive) = stream().await;
-            let (first, second) = (Rc::<Counted>::default(), Rc::<Counted>::default());
-            let carried = async {
-                let ends = tokio::join!(
-                    relay(End::Tcp(one), End::Stream(near), &first),
-                    relay(End::Stream(far), End::Tcp(two), &second),
-                );
-                ends.0.expect("an orderly end");
-                ends.1.expect("an orderly end");
-            };
-            let talk = async { tokio::join!(exchange(client, up.clone()), exchange(server, down.clone())) };
-            let (to_client, to_server) = tokio::select! {
-                (talked, ()) = async { tokio::join!(talk, carried) } => talked,
-                () = drive => panic!("the tunnel ended"),
-            };
-            assert!(to_server == up.concat(), "upwards");
-            assert!(to_client == down.concat(), "downwards");
-            for counted in [first, second] {
-                assert_eq!(counted.up.get(), up.concat().len() as u64);
-                assert_eq!(counted.down.get(), down.concat().len() as u64);
-            }
-        });
-    }
+/// RFC 9113, 8.1. The client is told when it writes, as by the kernel of a server that has closed.
+#[test]
+fn a_peer_that_has_said_its_end_may_stop_reading() {
+    run(async {
+        let answered = async |client, mut far: Stream| {
+            far.outgoing
+                .send(Bytes::from_static(b"whole"))
+                .expect("sent");
+            far.outgoing.finish().expect("ended");
+            flushed(&far).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            far.outgoing.reset(h2::Reason::NO_ERROR);
+            client
+        };
+        let (mut client, relayed) = into_stream(answered).await;
+        relayed.end.expect("it has ended");
+        assert_eq!(rest(&mut client).await, (b"whole".to_vec(), None));
+        client.write_all(b"late").await.expect("not known yet");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        client.write_all(b"later").await.expect_err("known now");
+    });
 }
