@@ -26,6 +26,8 @@ pub(crate) struct Options {
 
 /// The two kernel objects: attached once per node, and once per pod.
 const OBJECTS: &[&str] = &["node", "pod"];
+/// See [`host_bins`].
+pub(crate) const FEATURES_OF_TESTS: &str = "--examples";
 /// What they are built for.
 const BPF: &str = "bpfel-unknown-none";
 
@@ -39,7 +41,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     with_kernel_programs(|| {
         say("agent");
-        run_command(host("build", release).args(["--package", "dataplane-agent"]))
+        run_command(host_bins(release).args(["--package", "dataplane-agent"]))
     })?;
     Ok(binary("dataplane", release))
 }
@@ -123,6 +125,19 @@ pub(crate) fn for_bpf<'a>(cargo: &'a mut Command, linker: &Path) -> &'a mut Comm
         ])
         .env("CARGO_ENCODED_RUSTFLAGS", flags)
         .env("CARGO_TARGET_DIR", target().join("ebpf"))
+}
+
+/// Builds binaries for the host, with the features that their dependencies have in the tests' build.
+///
+/// Cargo adds what tests alone need to the features of all that it builds, if it is asked for any
+/// test or example. Without them the agent and half of what it is made of would be built once more
+/// for the demo. There are no examples. What is shipped does without what tests need.
+pub(crate) fn host_bins(release: bool) -> Command {
+    let mut cargo = host("build", release);
+    cargo
+        .arg("--bins")
+        .args((!release).then_some(FEATURES_OF_TESTS));
+    cargo
 }
 
 /// Cargo for the host, told where the kernel programs are.

@@ -89,7 +89,8 @@ impl Part {
             Self::ClippyEbpf => clippy_ebpf(),
             Self::Docs => run_command(
                 build::host("doc", false)
-                    .args(["--quiet", "--workspace", "--no-deps"])
+                    .args(["--quiet", "--workspace", "--no-deps", "--lib", "--bins"])
+                    .arg(build::FEATURES_OF_TESTS)
                     .env("RUSTDOCFLAGS", "-D warnings"),
             ),
             Self::Tests => run_command(build::host("test", false).args([

@@ -29,12 +29,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     build::with_kernel_programs(|| {
         say("agent and demo");
         // Both in one build: cargo would choose the features of what they share anew for each.
-        run_command(build::host("build", options.release).args([
+        run_command(build::host_bins(options.release).args([
             "--package",
             "dataplane-agent",
             "--package",
             "dataplane-tests",
-            "--bins",
         ]))
     })?;
     say("demo");
