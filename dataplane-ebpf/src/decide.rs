@@ -85,6 +85,17 @@ impl Steer {
             Self::Hbone => Some(listener::HBONE),
         }
     }
+
+    /// The same while the pod leaves. Who wants in reaches the app. What the pod has sent by the capture
+    /// route, and sends again until it is answered, was meant for somebody else: the app's own listener,
+    /// if it has one on that port, must not get it.
+    #[inline(always)]
+    pub const fn of_one_that_leaves(self) -> Self {
+        match self {
+            Self::Outbound => Self::Outbound,
+            Self::App | Self::Inbound | Self::Hbone => Self::App,
+        }
+    }
 }
 
 /// Whose the two ends of a SYN are.
@@ -275,6 +286,18 @@ mod tests {
                 expected,
                 "{from} > {to}:{port} by_lo={by_lo}"
             );
+        }
+    }
+
+    #[test]
+    fn of_a_pod_that_leaves_only_what_it_sent_itself_reaches_the_agent() {
+        for (steer, leaving) in [
+            (Steer::App, Steer::App),
+            (Steer::Outbound, Steer::Outbound),
+            (Steer::Inbound, Steer::App),
+            (Steer::Hbone, Steer::App),
+        ] {
+            assert_eq!(steer.of_one_that_leaves(), leaving, "{steer:?}");
         }
     }
 

@@ -145,6 +145,8 @@ fn c1_a_pod_that_left_and_is_wanted_again_is_captured_before_it_is_served() {
     let mut pair = Pair::new();
     let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
     let _apps = (pair.server.serve(PORT), outsider.serve(PORT));
+    // What it sends to others is not for this one either.
+    let _own = pair.client.serve(PORT);
     pair.one.kill();
     let drain = pair.one.setup().arguments.iter_mut();
     let mut drain = drain.skip_while(|word| *word != "--drain");

@@ -1,7 +1,8 @@
-//! What is in a pinned map of the kernel's.
+//! What the kernel has of an agent: entries of a pinned map, programs in a network namespace.
 
+use std::cell::Cell;
 use std::ffi::CString;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -10,6 +11,7 @@ use std::path::Path;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_QUERY: libc::c_long = 16;
 
 /// The keys of a map that is a hash table; none if something else is pinned there.
 pub fn keys(pin: &Path) -> Option<Vec<Vec<u8>>> {
@@ -46,6 +48,32 @@ pub fn clear(pin: &Path) -> usize {
         bpf(BPF_MAP_DELETE_ELEM, &delete).expect("a key");
     }
     keys.len()
+}
+
+/// How many programs steer in a network namespace.
+pub fn steering(netns: &File) -> u32 {
+    /// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
+    const SK_LOOKUP: u32 = 36;
+    #[repr(C)]
+    struct Query {
+        target: u32,
+        attach_type: u32,
+        flags: [u32; 2],
+        ids: u64,
+        count: u32,
+        rest: [u32; 9],
+    }
+    let query = Query {
+        target: netns.as_raw_fd() as u32,
+        attach_type: SK_LOOKUP,
+        flags: [0; 2],
+        ids: 0,
+        count: 0,
+        rest: [0; 9],
+    };
+    let query = Cell::new(query);
+    bpf(BPF_PROG_QUERY, &query).expect("a network namespace");
+    query.into_inner().count
 }
 
 /// As the kernel tells it of the descriptor.

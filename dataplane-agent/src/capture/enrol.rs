@@ -1,7 +1,8 @@
 //! One pod's way in, and its way out. Each step is safe to be the last one before a crash.
 //!
-//! In: record, settings, routes, listeners, program, and last the entry by which the pod's
-//! connections are marked. Out: the same, backwards.
+//! In: record, settings, listeners, program, routes, and last the entry by which the pod's
+//! connections are marked. Out: the same, backwards. So there is no route to `lo` without the program
+//! that takes what comes by it: the pod's own app would get it, if it listens on that port.
 
 use std::net::IpAddr;
 use std::sync::{Arc, RwLock};
@@ -68,11 +69,11 @@ pub async fn enter(
     routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;
     // Before the program is there: it takes what is not known to be the pod's for somebody else's.
     let (addresses, routing) = own(desired, &interfaces, window)?;
-    routes::put(netns, &routing).await?;
     let listeners = listen(netns)?;
     let first = addresses.first().copied();
     let mut program = loader.pod(desired.cookie, first, &listeners)?;
     program.attach(netns, &pins.pod(desired.cookie))?;
+    routes::put(netns, &routing).await?;
     let ports = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
         .map(|listener| listener.local_addr().map_or(0, |address| address.port()));
     let pod = LocalPod {
@@ -191,7 +192,6 @@ pub async fn undo(
     records: &Records,
     pins: &Pins,
 ) -> Result<(), CaptureError> {
-    pins::remove(&pins.pod(record.cookie))?;
     let netns = match held {
         Some(netns) => Some(netns.clone()),
         None => record.netns()?,
@@ -201,5 +201,6 @@ pub async fn undo(
         let values = record.sysctls.iter();
         routes::set_sysctls(&netns, values.map(|(name, value)| (name, value.as_str())))?;
     }
+    pins::remove(&pins.pod(record.cookie))?;
     records.remove(record.cookie)
 }

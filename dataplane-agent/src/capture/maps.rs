@@ -15,9 +15,16 @@ use super::{CaptureError, Listeners};
 use crate::sys::cgroup::CgroupId;
 
 /// Maps that all programs of a node share; pinned.
-pub const SHARED: [&str; 5] = ["NODE", "ADDRESSES", "COUNTERS", "EVENTS", "AYA_LOGS"];
+pub const SHARED: [&str; 6] = [
+    "NODE",
+    "ADDRESSES",
+    "LEAVING",
+    "COUNTERS",
+    "EVENTS",
+    "AYA_LOGS",
+];
 /// Maps of the programs that are attached to the cgroup; pinned.
-pub const OF_NODE: [&str; 4] = ["PODS", "LEAVING", "CGROUPS", "INSIDE"];
+pub const OF_NODE: [&str; 3] = ["PODS", "CGROUPS", "INSIDE"];
 /// Maps of one pod's program.
 pub const OF_POD: [&str; 2] = ["POD", "LISTENERS"];
 
@@ -201,9 +208,7 @@ impl NodeMaps {
     /// # Errors
     /// The kernel refuses.
     pub fn release(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        if has(&self.pods, "PODS", cookie)? {
-            ensure(&mut self.leaving, "LEAVING", cookie, 1)?;
-        }
+        ensure(&mut self.leaving, "LEAVING", cookie, 1)?;
         self.disown(cookie, &[])
     }
 
@@ -238,7 +243,8 @@ impl NodeMaps {
     /// The cookies of all pods that the kernel knows.
     pub fn enrolled(&self) -> BTreeSet<u64> {
         let owners = self.cgroups.iter().filter_map(|entry| Some(entry.ok()?.1));
-        let pods = self.pods.keys().filter_map(Result::ok);
+        let pods = self.pods.keys().chain(self.leaving.keys());
+        let pods = pods.filter_map(Result::ok);
         let owned = self.owned.keys().copied();
         pods.chain(owners).chain(owned).collect()
     }

@@ -196,11 +196,19 @@ impl PodProgram {
         Pins::replace(link.into(), pin)
     }
 
-    /// Whether it is attached there, and pinned.
+    /// Attaches it again if it is not attached, or not pinned any more; whether that was so.
     ///
     /// # Errors
-    /// The kernel refuses to tell.
-    pub fn is_attached(&self, netns: &Netns, pin: &Path) -> Result<bool, CaptureError> {
+    /// The kernel refuses.
+    pub fn restore(&mut self, netns: &Netns, pin: &Path) -> Result<bool, CaptureError> {
+        let is_attached = self.is_attached(netns, pin)?;
+        if !is_attached {
+            self.attach(netns, pin)?;
+        }
+        Ok(!is_attached)
+    }
+
+    fn is_attached(&self, netns: &Netns, pin: &Path) -> Result<bool, CaptureError> {
         let own = self.ebpf.program(OF_POD).map(Program::info);
         let own = own.and_then(Result::ok).map(|info| info.id());
         let all = hooks::of_netns(netns).map_err(|error| CaptureError::Namespace {

@@ -14,8 +14,8 @@ use dataplane_ebpf::event::{Event, Reason};
 use dataplane_ebpf::mark;
 
 use crate::context;
-use crate::maps::{count, node, owns, report};
-use crate::node_maps::{CGROUPS, INSIDE, LEAVING, PODS};
+use crate::maps::{count, leaves, node, owns, report};
+use crate::node_maps::{CGROUPS, INSIDE, PODS};
 
 const ALLOW: i32 = 1;
 const DENY: i32 = 0;
@@ -54,7 +54,7 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     if cgroup == node.agent_cgroup {
         return ALLOW;
     }
-    let is_pod = PODS.get_ptr(netns).is_some() && LEAVING.get_ptr(netns).is_none();
+    let is_pod = PODS.get_ptr(netns).is_some() && !leaves(netns);
     let is_hosts = node.hosts[0] == netns || node.hosts[1] == netns;
     let other = if is_hosts { 0 } else { other(netns) };
     let foreign = other != 0;

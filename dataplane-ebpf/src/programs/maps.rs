@@ -17,6 +17,12 @@ static NODE: Array<Node> = Array::with_max_entries(1, 0);
 #[map]
 static ADDRESSES: HashMap<Owned, u32> = HashMap::with_max_entries(pod::OWNED, BPF_F_NO_PREALLOC);
 
+/// Pods that leave, by the cookie of their network namespace: nothing new of such a pod is captured any
+/// more, and what was stays inside. Written by the agent: first at leaving. When it is full, the pod
+/// stays captured.
+#[map]
+static LEAVING: HashMap<u64, u32> = HashMap::with_max_entries(pod::PODS, 0);
+
 /// Counts, a slot per [`Counter`]; written here, read by the agent.
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
@@ -36,6 +42,12 @@ pub(crate) fn node() -> Node {
 #[inline(always)]
 pub(crate) fn owns(netns: u64, ip: Ip) -> bool {
     ADDRESSES.get_ptr(Owned { netns, ip }).is_some()
+}
+
+/// Whether the pod of this network namespace leaves.
+#[inline(always)]
+pub(crate) fn leaves(netns: u64) -> bool {
+    LEAVING.get_ptr(netns).is_some()
 }
 
 /// Counts one.

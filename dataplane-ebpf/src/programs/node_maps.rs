@@ -12,11 +12,6 @@ use dataplane_ebpf::pod;
 #[map]
 pub(crate) static PODS: HashMap<u64, Ip> = HashMap::with_max_entries(pod::PODS, 0);
 
-/// Those of them that leave: nothing new of such a pod is captured any more, and what was stays
-/// inside. When it is full, the pod stays captured.
-#[map]
-pub(crate) static LEAVING: HashMap<u64, u32> = HashMap::with_max_entries(pod::PODS, 0);
-
 /// Cgroups of enrolled pods, with the cookie of the network namespace that they belong to. The value
 /// is read, unlike those of others: a program that is interrupted between the look and the read may
 /// see the owner of the next cgroup in place of one that has just left, and refuses what it could

@@ -12,7 +12,7 @@ use dataplane_ebpf::event::{Event, Reason};
 use dataplane_ebpf::pod::{Steered, listener};
 
 use crate::context::{self, Syn};
-use crate::maps::{count, node, owns, report};
+use crate::maps::{count, leaves, node, owns, report};
 
 /// The agent's listeners in this pod. Written by the agent; a listener that is closed leaves.
 #[map]
@@ -42,7 +42,10 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
         from: owns(pod.netns, from),
         to: owns(pod.netns, to),
     };
-    let steer = decide::steer(owns, &from, &to, to_port, by_lo);
+    let mut steer = decide::steer(owns, &from, &to, to_port, by_lo);
+    if leaves(pod.netns) {
+        steer = steer.of_one_that_leaves();
+    }
     if node().log != 0 {
         info!(
             &ctx,

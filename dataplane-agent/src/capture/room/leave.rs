@@ -9,17 +9,15 @@ use tokio::time::Instant;
 
 use super::super::undo::Record;
 use super::super::wanted::Desired;
-use super::super::{CaptureError, PodEvent, enrol, named, pins};
+use super::super::{CaptureError, PodEvent, enrol, named};
 use super::{InPhase, LINGER, Pod, RETRY, Room, Served};
 use crate::sys::netns::Netns;
 
 impl Room {
-    /// The first step out.
+    /// The first step out: the kernel programs let pass what is new. All else stays until the pod has
+    /// left, since what it has sent by the capture route may still be on its way, or be sent again.
     pub(super) fn release(&self, cookie: u64) {
         if let Err(error) = self.window.maps().release(cookie) {
-            tracing::error!(%error, netns = cookie, "pod stays captured");
-        }
-        if let Err(error) = pins::remove(&self.pins.pod(cookie)) {
             tracing::error!(%error, netns = cookie, "pod stays captured");
         }
     }
@@ -78,7 +76,7 @@ impl Room {
         let interfaces = enrol::interfaces(desired)?;
         let (addresses, _) = enrol::own(desired, &interfaces, &self.window)?;
         let pin = self.pins.pod(desired.cookie);
-        served.program.attach(&desired.netns, &pin)?;
+        served.program.restore(&desired.netns, &pin)?;
         let first = addresses.first().copied();
         local.set_addresses(addresses);
         let mut maps = self.window.maps();

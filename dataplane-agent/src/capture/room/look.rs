@@ -11,7 +11,6 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::super::pins::Pins;
 use super::super::programs;
 use super::super::repair::{Gone, Part};
 use super::super::routing::Routing;
@@ -117,9 +116,9 @@ impl Room {
         // What fails of one is no reason to leave the others as they are. What somebody else may have by
         // now is taken away first.
         let mut mended = own(served, &self.window);
-        mended = mended.and(inside(served, record, &mut gone).await);
+        mended = mended.and(inside(served, record, &self.pins.pod(cookie), &mut gone).await);
         if serving {
-            mended = mended.and(captured(served, &self.window, &self.pins, &mut gone));
+            mended = mended.and(captured(served, &self.window, &mut gone));
         }
         let broken = told(&name, &gone, mended, served.looks.broken.as_deref());
         self.window.repairs.count(&gone);
@@ -160,16 +159,37 @@ fn own(served: &mut Served, window: &Window) -> Result<(), CaptureError> {
 }
 
 /// What keeps inside whatever the pod has, as long as it is known to the kernel.
-async fn inside(served: &mut Served, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
+async fn inside(
+    served: &mut Served,
+    record: &Record,
+    pin: &Path,
+    gone: &mut Gone,
+) -> Result<(), CaptureError> {
+    let routed = match steered(served, pin, gone) {
+        Ok(()) => routed(served, gone).await,
+        // What comes by the routes would go to the pod's own app.
+        Err(error) => Err(error),
+    };
+    routed.and(set(&served.desired.netns, record, gone))
+}
+
+/// The pod's program, attached and pinned.
+fn steered(served: &mut Served, pin: &Path, gone: &mut Gone) -> Result<(), CaptureError> {
+    if served.program.restore(&served.desired.netns, pin)? {
+        gone.add(Part::Steer);
+    }
+    Ok(())
+}
+
+/// Its rules and routes.
+async fn routed(served: &mut Served, gone: &mut Gone) -> Result<(), CaptureError> {
     let desired = &served.desired;
     let addresses = enrol::addresses(desired, &served.interfaces);
     let routing = Routing::of(&addresses, &served.interfaces);
-    let routed = routes::put(&desired.netns, &routing).await;
-    let routed = routed.map(|lacked| {
-        gone.of_routing(&lacked, &served.routing);
-        served.routing = routing;
-    });
-    routed.and(set(&desired.netns, record, gone))
+    let lacked = routes::put(&desired.netns, &routing).await?;
+    gone.of_routing(&lacked, &served.routing);
+    served.routing = routing;
+    Ok(())
 }
 
 /// The settings of the pod's namespace that capture needs.
@@ -188,33 +208,15 @@ fn set(netns: &Netns, record: &Record, gone: &mut Gone) -> Result<(), CaptureErr
 }
 
 /// What takes new connections of it to the agent.
-fn captured(
-    served: &mut Served,
-    window: &Window,
-    pins: &Pins,
-    gone: &mut Gone,
-) -> Result<(), CaptureError> {
-    let desired = &served.desired;
-    let cookie = desired.cookie;
-    let first = served.local.addresses().first().copied();
-    let restored = window.maps().restore(cookie, first, &desired.groups);
-    let restored = restored.map(|lost| {
-        if lost {
-            gone.add(Part::Entry);
-        }
-    });
+fn captured(served: &Served, window: &Window, gone: &mut Gone) -> Result<(), CaptureError> {
     if !served.listeners.alive() {
         gone.add(Part::Listener);
     }
-    restored.and(steered(served, &pins.pod(cookie), gone))
-}
-
-/// The pod's program, attached and pinned.
-fn steered(served: &mut Served, pin: &Path, gone: &mut Gone) -> Result<(), CaptureError> {
-    let netns = &served.desired.netns;
-    if !served.program.is_attached(netns, pin)? {
-        served.program.attach(netns, pin)?;
-        gone.add(Part::Steer);
+    let desired = &served.desired;
+    let first = served.local.addresses().first().copied();
+    let mut maps = window.maps();
+    if maps.restore(desired.cookie, first, &desired.groups)? {
+        gone.add(Part::Entry);
     }
     Ok(())
 }

@@ -1,0 +1,174 @@
+//! Pods that leave the mesh and come back while they connect: what a pod has sent elsewhere reaches
+//! nobody else, and its own app least of all.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use dataplane_tests::bpf::steering;
+use dataplane_tests::netns::Netns;
+use dataplane_tests::process::Process;
+use dataplane_tests::{Pair, eventually, program, scaled};
+
+const PORT: u16 = 7000;
+
+/// An app of the client on the server's port, which says `own` to whoever reaches it, and prints a line.
+fn own(pair: &Pair) -> Process {
+    let own = pair
+        .client
+        .app(&["script-server", &PORT.to_string(), "write=own", "fin"]);
+    assert_eq!(own.line(), "ready");
+    own
+}
+
+/// Whether the client is in the mesh.
+fn in_mesh(pair: &Pair, is: bool) {
+    let mut object = pair.nodes.0.object(&pair.client);
+    if !is {
+        object
+            .labels
+            .push(("istio.io/dataplane-mode".into(), "none".into()));
+    }
+    pair.world.manifests.pod(&object);
+}
+
+/// Connections from the client, some hundred a second.
+fn flood(pair: &Pair, to: SocketAddr, seconds: u32) -> Process {
+    let mut flood = pair.client.command(program("DATAPLANE_TEST_APP"));
+    Process::start(flood.args(["rate", &to.to_string(), &seconds.to_string(), "150"]))
+}
+
+/// Whether what is captured is routed to `lo` in a pod's namespace.
+fn is_routed(netns: &Netns) -> bool {
+    let shown = |command: &str| netns.show(command);
+    shown("rule").contains("0x511") && shown("route show table 15001").contains("dev lo")
+}
+
+#[test]
+fn c1_what_a_pod_sent_before_it_left_never_reaches_its_own_app() {
+    let pair = Pair::new();
+    let (_app, own) = (pair.server.serve(PORT), own(&pair));
+    // Something runs, so that it has not left before this is over.
+    let _live = pair.client.talk(pair.server.at(PORT));
+    // Without its routes by `lo` what is captured is dropped, and sent again a second later, and then
+    // two more.
+    pair.client.netns.ip("link set lo down\n");
+    pair.one.is("client", "broken");
+    let ask = |to: SocketAddr| {
+        let mut command = pair.client.command(program("DATAPLANE_TEST_APP"));
+        Process::start(command.args(["ask", &to.to_string(), "x"]))
+    };
+    let asks = [
+        (pair.client.v6, ask(pair.server.at6(PORT))),
+        (pair.client.v4, ask(pair.server.at(PORT))),
+    ];
+    in_mesh(&pair, false);
+    pair.one.logs(&["pod leaves the mesh"]);
+    pair.client.netns.ip("link set lo up\n");
+    eventually("it has its routes again", 5, || {
+        is_routed(&pair.client.netns)
+    });
+    for (client, ask) in asks {
+        let (_, said) = ask.end();
+        assert_eq!(said, [format!("{client} x")]);
+    }
+    assert_eq!(own.line_within(Duration::ZERO), None);
+}
+
+#[test]
+fn c1_a_pod_that_leaves_and_comes_back_under_load_reaches_who_it_asks_for() {
+    let pair = Pair::new();
+    let (_app, own) = (pair.server.serve(PORT), own(&pair));
+    let floods = [pair.server.at(PORT), pair.server.at6(PORT)].map(|to| flood(&pair, to, 25));
+    // While something runs it does not leave to the end, and goes on with what it has.
+    let live = pair.client.talk(pair.server.at(PORT));
+    for turn in 0..4 {
+        let lo = |state: &str| pair.client.netns.ip(&format!("link set lo {state}\n"));
+        // What is sent without routes is sent again when it leaves.
+        lo("down");
+        in_mesh(&pair, false);
+        eventually("it leaves", 10, || {
+            pair.one.log().matches("pod leaves the mesh").count() > turn
+        });
+        lo("up");
+        std::thread::sleep(scaled(Duration::from_millis(1500)));
+        in_mesh(&pair, true);
+        pair.one.up(&["client"]);
+    }
+    drop(live);
+    for _ in 0..4 {
+        in_mesh(&pair, false);
+        pair.one.is("client", "ignored");
+        in_mesh(&pair, true);
+        pair.one.up(&["client"]);
+    }
+    for flood in floods {
+        let (_, said) = flood.end();
+        assert!(said[0].ends_with(" 0 bad"), "{said:?}");
+    }
+    assert_eq!(own.line_within(Duration::ZERO), None);
+}
+
+#[test]
+fn c1_no_route_leads_to_lo_without_the_program_that_takes_what_comes_by_it() {
+    let pair = Pair::new();
+    let over = AtomicBool::new(false);
+    let (netns, file) = (&pair.client.netns, pair.client.netns.file());
+    let looks = || {
+        let (mut with, mut without) = (0, 0);
+        while !over.load(Ordering::Relaxed) {
+            let before = steering(&file);
+            if is_routed(netns) {
+                with += 1;
+                without += u32::from(before + steering(&file) == 0);
+            }
+        }
+        (with, without)
+    };
+    let (with, without) = std::thread::scope(|scope| {
+        let looks = scope.spawn(looks);
+        for _ in 0..6 {
+            in_mesh(&pair, false);
+            pair.one.is("client", "ignored");
+            in_mesh(&pair, true);
+            pair.one.up(&["client"]);
+        }
+        over.store(true, Ordering::Relaxed);
+        looks.join().expect("it looked")
+    });
+    assert!(with > 10, "it was seen {with} times");
+    assert_eq!(without, 0, "of {with}");
+}
+
+#[test]
+fn c1_what_was_sent_while_no_agent_ran_never_reaches_the_pods_own_app() {
+    let mut pair = Pair::new();
+    let (_app, own) = (pair.server.serve(PORT), own(&pair));
+    for turn in 0..4 {
+        pair.one.kill();
+        let to = [pair.server.at(PORT), pair.server.at6(PORT)];
+        let floods = to.map(|to| flood(&pair, to, 3));
+        in_mesh(&pair, turn % 2 == 1);
+        std::thread::sleep(scaled(Duration::from_millis(1500)));
+        pair.one.restart();
+        match turn % 2 {
+            0 => pair.one.is("client", "ignored"),
+            _ => pair.one.up(&["client"]),
+        }
+        floods.into_iter().for_each(|flood| _ = flood.end());
+        assert_eq!(own.line_within(Duration::ZERO), None, "turn {turn}");
+    }
+    // Nor as all is taken away.
+    pair.one.kill();
+    let to = [pair.server.at(PORT), pair.server.at6(PORT)];
+    let floods = to.map(|to| flood(&pair, to, 3));
+    std::thread::sleep(scaled(Duration::from_millis(1500)));
+    let (status, _, error) = pair.one.uninstall();
+    assert!(status.success(), "{error}");
+    floods.into_iter().for_each(|flood| _ = flood.end());
+    assert_eq!(own.line_within(Duration::ZERO), None);
+    let answer = pair.client.ask(pair.server.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", pair.client.v4)));
+}
