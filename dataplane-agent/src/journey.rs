@@ -3,7 +3,6 @@
 
 use std::net::{self, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::StatusCode;
 use tokio::net::TcpStream;
@@ -66,18 +65,6 @@ enum Placed {
     Hbone(Turns),
 }
 
-impl Admitted {
-    /// Ends it without having carried anything.
-    pub fn refuse(self) {
-        reset(&self.tcp);
-    }
-}
-
-/// Fails only where the socket is broken already.
-fn reset(tcp: &net::TcpStream) {
-    let _ = socket2::SockRef::from(tcp).set_linger(Some(Duration::ZERO));
-}
-
 /// Gives a connection its place; one for which there is none is refused, and told of.
 pub fn admit(
     corridor: &Corridor,
@@ -113,7 +100,6 @@ pub fn admit(
             place,
         }),
         Err(full) => {
-            reset(&tcp);
             let error = AcceptError::Full(full);
             corridor.observer.refused(peer, local, reporter, &error);
             None

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use dataplane_tests::process::Process;
 use dataplane_tests::{Agent, Pair, Pod, eventually, scaled, within};
 
 const PORT: u16 = 7000;
@@ -286,6 +287,80 @@ fn a_tunnel_that_is_lost_resets_its_connections_and_that_is_told_as_a_failure() 
         .one
         .logs(&["connection complete", "direction=\"outbound\"", &hbone]);
     assert!(line.contains("error="), "{line}");
+}
+
+/// Connections between two pods that live as an agent ends: idle, half closed, and full of bytes that
+/// nobody reads, either way.
+struct Living(Vec<(Process, Process)>);
+
+impl Living {
+    fn new((client, server): (&Pod, &Pod), port: u16) -> Self {
+        const MUCH: &str = "fill=30000000";
+        let steps: [(&[&str], &[&str]); 4] = [
+            (&["write=hello", "all"], &["read=5", "all"]),
+            (&["write=hello", "fin", "all"], &["read=5", "hangup"]),
+            (&[MUCH, "all"], &["read=1000", "wait=5000", "all"]),
+            (&["read=1000", "wait=5000", "all"], &[MUCH, "all"]),
+        ];
+        let ends = (port..).zip(steps).map(|(port, (at_server, at_client))| {
+            let word = port.to_string();
+            let at_server = server.app(&[&["script-server", &word], at_server].concat());
+            assert_eq!(at_server.line(), "ready");
+            let to = server.at(port).to_string();
+            let at_client = client.app(&[&["script", &to, "1"], at_client].concat());
+            (at_server, at_client)
+        });
+        Self(ends.collect())
+    }
+
+    /// All of them, at both ends, see a reset and no end.
+    fn are_reset(self, how: &str) {
+        for (server, client) in self.0 {
+            for (end, app) in [("server", server), ("client", client)] {
+                let line = app.line_within(Duration::from_secs(15));
+                let line = line.unwrap_or_else(|| "nothing".into());
+                let reset = line.ends_with("ECONNRESET") || line.ends_with("broken");
+                assert!(reset, "{how}: the {end} saw: {line}");
+            }
+        }
+    }
+}
+
+#[test]
+fn whoever_an_agent_leaves_by_dying_sees_a_reset_and_no_end() {
+    let Place { mut pair, bare } = Place::new();
+    let near = pair.nodes.0.pod(&pair.world, "near");
+    pair.one.up(&["near"]);
+    pair.knows(&near.v4.to_string());
+    let settle = || std::thread::sleep(Duration::from_millis(2500));
+
+    let across = Living::new((&pair.client, &pair.server), PORT);
+    let into = Living::new((&bare.0, &pair.server), PORT + 10);
+    settle();
+    pair.two.kill();
+    across.are_reset("the server's agent is killed");
+    into.are_reset("the server's agent is killed, client in clear");
+    pair.two.restart();
+    pair.two.up(&["server"]);
+
+    let across = Living::new((&pair.client, &pair.server), PORT + 20);
+    let beside = Living::new((&pair.client, &near), PORT + 30);
+    let out = Living::new((&pair.client, &bare.1), PORT + 40);
+    settle();
+    pair.one.kill();
+    across.are_reset("the client's agent is killed");
+    beside.are_reset("the agent of both is killed");
+    out.are_reset("the client's agent is killed, server in clear");
+    pair.one.restart();
+    pair.one.up(&["client", "near"]);
+
+    let across = Living::new((&pair.client, &pair.server), PORT + 50);
+    settle();
+    pair.one.ask_to_end();
+    pair.one.logs(&["draining; pods stay captured"]);
+    pair.one.ask_to_end();
+    assert!(pair.one.wait().success());
+    across.are_reset("the client's agent is told twice to end");
 }
 
 #[test]

@@ -82,10 +82,8 @@ impl Io {
     /// reset, and not an end of file: the client must not take it for an answer.
     pub fn refuse(self, status: StatusCode) {
         match self {
-            Self::Tcp(tcp) => {
-                // Fails only where the socket is broken already.
-                let _ = socket2::SockRef::from(&tcp).set_linger(Some(std::time::Duration::ZERO));
-            }
+            // Dropping it resets it, as it was made.
+            Self::Tcp(_) => {}
             Self::Stream(waiting) => waiting.refuse(status),
         }
     }

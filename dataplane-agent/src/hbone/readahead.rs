@@ -9,7 +9,7 @@ use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::sys::socket::read;
+use crate::sys::socket::{close_by_end, read};
 
 /// The size of a read while little comes.
 const SMALL: usize = 16 << 10;
@@ -34,8 +34,11 @@ pub struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// Around a socket.
+    /// Around a socket. Closing it ends the tunnel without a reset, which would discard what was written
+    /// and is not sent: that a tunnel was cut is told by the TLS in it, which has not said its end.
     pub fn new(tcp: TcpStream) -> Self {
+        // Fails for no socket.
+        let _ = close_by_end(&tcp);
         Self {
             tcp,
             buffer: BytesMut::new(),

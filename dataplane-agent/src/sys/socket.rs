@@ -4,9 +4,10 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd};
+use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
-use socket2::{Domain, MaybeUninitSlice, Protocol, SockAddr, Socket, TcpKeepalive, Type};
+use socket2::{Domain, MaybeUninitSlice, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 
 use dataplane_ebpf::mark;
 use tokio::io::Interest;
@@ -169,6 +170,23 @@ fn receive(tcp: &impl AsFd, into: &mut [MaybeUninit<u8>]) -> io::Result<(usize, 
     Ok((read, more))
 }
 
+/// From now on the socket is reset when it is closed, by whomever: by the kernel too, for a process that
+/// dies. What was not sent is discarded.
+///
+/// # Errors
+/// It is no socket.
+pub fn close_by_reset(tcp: &impl AsFd) -> io::Result<()> {
+    SockRef::from(tcp).set_linger(Some(Duration::ZERO))
+}
+
+/// From now on closing the socket says the end of what it sends, after all that was written.
+///
+/// # Errors
+/// It is no socket.
+pub fn close_by_end(tcp: &impl AsFd) -> io::Result<()> {
+    SockRef::from(tcp).set_linger(None)
+}
+
 /// How much of what was written is not acknowledged by the peer's kernel.
 ///
 /// # Errors
@@ -223,8 +241,11 @@ fn stream(family: IpAddr, mark: u32) -> io::Result<Socket> {
 ///
 /// There is no limit for what is not acknowledged (`TCP_USER_TIMEOUT`): to Linux a peer that does not
 /// read for as long is the same, and such a connection may live as long as it would without us.
+///
+/// Until its end is known to be one it is closed by a reset, however we let go of it: an app must not take
+/// half of a download for the whole.
 fn relayed(socket: &Socket) -> io::Result<()> {
-    use std::time::Duration;
+    close_by_reset(socket)?;
     socket.set_tcp_nodelay(true)?;
     let keepalive = TcpKeepalive::new()
         .with_time(Duration::from_secs(10))

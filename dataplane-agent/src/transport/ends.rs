@@ -7,7 +7,6 @@ use std::net::Shutdown;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use h2::Reason;
@@ -19,7 +18,7 @@ use super::relay::{Broken, End};
 use crate::hbone::payload::Told;
 use crate::hbone::stream::{Incoming, Outgoing};
 use crate::limits::memory::{Hold, Level, Share};
-use crate::sys::socket::{read, unacknowledged};
+use crate::sys::socket::{close_by_end, read, unacknowledged};
 
 /// The size of a read while little comes.
 const SMALL: usize = 16 << 10;
@@ -82,10 +81,9 @@ impl Batch {
     }
 }
 
-/// A socket that is reset when it is dropped before it is done.
+/// A socket that is reset when it is dropped before it is [done](Sink::done), as it was made.
 pub(super) struct Socket {
     tcp: TcpStream,
-    done: Cell<bool>,
     /// A write was told how the connection broke, and the kernel tells it once: a read will see an end
     /// of file that is none.
     told: Cell<bool>,
@@ -95,7 +93,6 @@ impl Socket {
     fn new(tcp: TcpStream) -> Self {
         Self {
             tcp,
-            done: false.into(),
             told: false.into(),
         }
     }
@@ -112,20 +109,6 @@ impl Socket {
         // Fails only where the socket is broken: nothing will go out any more.
         unacknowledged(&self.tcp).unwrap_or(0)
     }
-}
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if !self.done.get() {
-            // Fails only where the socket is broken already.
-            let _ = SockRef::from(&self.tcp).set_linger(Some(Duration::ZERO));
-        }
-    }
-}
-
-/// Resets a connection of which nothing is to be relayed.
-pub fn reset(tcp: TcpStream) {
-    drop(Socket::new(tcp));
 }
 
 /// Both directions of an end.
@@ -413,7 +396,8 @@ impl Sink {
     /// Both directions have ended: dropping it is no cut.
     pub(super) fn done(&self) {
         if let Self::Tcp(socket) = self {
-            socket.done.set(true);
+            // Fails for no socket.
+            let _ = close_by_end(&socket.tcp);
         }
     }
 }

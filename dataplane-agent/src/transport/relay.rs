@@ -22,7 +22,6 @@ use h2::Reason;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
-pub use super::ends::reset;
 use super::ends::{Batch, Sink, Socket, Source, halves};
 use crate::hbone::payload::Told;
 use crate::hbone::stream::Stream;

@@ -25,6 +25,7 @@ use crate::hbone::payload::Payload;
 use crate::hbone::stream::{Shared, Stream};
 use crate::hbone::window::Windows;
 use crate::limits::memory::Share;
+use crate::sys::socket::close_by_reset;
 
 #[derive(Default)]
 struct Counted {
@@ -112,12 +113,17 @@ async fn stream() -> (Stream, Stream, impl Future<Output = ()>) {
     (near, far, drive)
 }
 
-/// Of a pod that has plenty of memory.
+/// Of sockets as they come to a relay, and of a pod that has plenty of memory.
 async fn relay(
     client: End,
     upstream: End,
     meter: &(impl Meter + Clone + 'static),
 ) -> Result<(), RelayError> {
+    for end in [&client, &upstream] {
+        if let End::Tcp(tcp) = end {
+            close_by_reset(tcp).expect("a socket");
+        }
+    }
     relay::relay(client, upstream, &Share::default(), meter).await
 }
 

@@ -2,12 +2,16 @@
 
 use h2::Reason;
 
-use super::super::relay::reset;
 use super::*;
 use crate::authorize::Io;
 use crate::sys::socket::unacknowledged;
 
 const RESET: Option<ErrorKind> = Some(ErrorKind::ConnectionReset);
+
+fn reset(tcp: TcpStream) {
+    close_by_reset(&tcp).expect("a socket");
+    drop(tcp);
+}
 
 /// Envoy ends streams with this reason, also such as are not at their end.
 #[test]
