@@ -207,6 +207,14 @@ impl Source {
         }
     }
 
+    /// Takes over what waits to be read of a stream, which nobody is going to take: counted as not
+    /// delivered it holds up no other stream of its tunnel. What a socket has waits in the kernel.
+    pub(super) fn hold(&mut self, batch: &mut Batch, context: &mut Context<'_>) {
+        if let Self::Stream(_) = self {
+            while let Poll::Ready(Ok(true)) = self.poll_read(batch, context) {}
+        }
+    }
+
     /// How it broke, of one whose reads were not told.
     pub(super) fn error(&self) -> Broken {
         let kind = io::ErrorKind::ConnectionReset;

@@ -135,13 +135,13 @@ pub async fn relay(
             Ok(())
         }
         Some(At::Client(broken)) => {
-            let broken = wind_up(broken, &mut up, &down).await;
+            let broken = wind_up(broken, &mut up, &mut down).await;
             broken
                 .failure()
                 .map_or(Ok(()), |broken| Err(RelayError::Send(broken)))
         }
         Some(At::Upstream(broken)) => {
-            let broken = wind_up(broken, &mut down, &up).await;
+            let broken = wind_up(broken, &mut down, &mut up).await;
             broken
                 .failure()
                 .map_or(Ok(()), |broken| Err(RelayError::Receive(broken)))
@@ -209,11 +209,11 @@ async fn error(socket: Option<Rc<Socket>>) {
 
 /// An end broke. Delivers what it had sent, by `last`, and tells the other end; `back` went to it.
 /// Says how it broke.
-async fn wind_up(broken: Option<Broken>, last: &mut Way, back: &Way) -> Broken {
+async fn wind_up(broken: Option<Broken>, last: &mut Way, back: &mut Way) -> Broken {
     let deadline = Instant::now() + FLUSH;
     let mut met = None;
     // What takes longer is discarded.
-    let _ = timeout_at(deadline, last.rest(&mut met)).await;
+    let _ = timeout_at(deadline, last.rest(back, &mut met)).await;
     let broken = broken.or(met).unwrap_or_else(|| last.source.error());
     if last.over && broken.may_be_forgotten() && !back.moved_late() {
         last.sink.close();
@@ -325,10 +325,15 @@ impl Way {
         }
     }
 
-    /// Moves what is left to move, though the source is broken, and says how it broke.
-    async fn rest(&mut self, broken: &mut Option<Broken>) {
+    /// Moves what is left to move, though the source is broken, and says how it broke. Meanwhile what comes
+    /// `back` has nowhere to go.
+    async fn rest(&mut self, back: &mut Self, broken: &mut Option<Broken>) {
+        let mut step = |context: &mut Context<'_>| {
+            back.source.hold(&mut back.batch, context);
+            self.poll(false, context)
+        };
         loop {
-            match poll_fn(|context| self.poll(false, context)).await {
+            match poll_fn(&mut step).await {
                 Err(Cut::Source(met)) => *broken = Some(met),
                 Ok(()) | Err(Cut::Sink(_)) => return,
             }

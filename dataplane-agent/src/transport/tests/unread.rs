@@ -54,6 +54,46 @@ fn streams_that_nobody_reads_hold_back_no_other_of_their_tunnel() {
 }
 
 #[test]
+fn streams_whose_clients_broke_hold_back_no_other_of_their_tunnel() {
+    run(async {
+        let (mut all, drive) = streams(6).await;
+        let (mut near, mut far) = all.pop().expect("a stream");
+        let counted = Rc::<Counted>::default();
+        // What they had sent waits for a server that does not read, and meanwhile that one sends.
+        let broken = all.into_iter().map(|(near, mut far)| {
+            let counted = Rc::clone(&counted);
+            async move {
+                let (mut client, one) = pair().await;
+                let breaks = async {
+                    let endless = async { while client.write_all(&[0; 1 << 16]).await.is_ok() {} };
+                    let full = tokio::time::timeout(Duration::from_millis(500), endless).await;
+                    full.expect_err("it is blocked");
+                    close_by_reset(&client).expect("a socket");
+                    drop(client);
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    send(&mut far, 4 << 20).await;
+                };
+                let _ = tokio::join!(relay(End::Tcp(one), End::Stream(near), &counted), breaks);
+            }
+        });
+        let talk = async {
+            tokio::time::sleep(Duration::from_millis(1200)).await;
+            far.outgoing
+                .send(Bytes::from_static(b"alive"))
+                .expect("sent");
+            let read = tokio::time::timeout(Duration::from_millis(700), next(&mut near)).await;
+            let bytes = read.expect("in time").expect("something").expect("bytes");
+            assert_eq!(&*bytes, b"alive");
+        };
+        tokio::select! {
+            () = talk => {}
+            _ = futures_util::future::join_all(broken) => panic!("they wait for their server"),
+            () = drive => panic!("the tunnel ended"),
+        }
+    });
+}
+
+#[test]
 fn what_connections_that_nobody_reads_hold_is_bounded_and_others_go_on() {
     run(async {
         let most = 4 << 20;
