@@ -10,11 +10,11 @@ use tokio::net::TcpStream;
 use crate::accept::hbone::{self as tunnels, AcceptError};
 use crate::accept::{Accepted, Direction, Io};
 use crate::authorize::{Authorizer, Denied};
-use crate::capture::{LocalPod, named};
+use crate::capture::LocalPod;
 use crate::drain::Scope;
 use crate::identity::{Certs, Identity};
 use crate::limits::{Kind, NodePlaces, Place, Turns};
-use crate::observe::{Facts, Observer, Reporter};
+use crate::observe::{Arrival, Facts, Observer, Reporter};
 use crate::resolve::{self, Hop, MeshReader, ResolveError, Resolved};
 use crate::sys::socket::canonical;
 use crate::transport::{Carrier, carry};
@@ -51,8 +51,7 @@ pub enum Entrance {
 #[derive(Debug)]
 pub struct Admitted {
     tcp: net::TcpStream,
-    peer: SocketAddr,
-    local: SocketAddr,
+    arrival: Arrival,
     place: Placed,
 }
 
@@ -75,33 +74,26 @@ pub fn admit(
     // A connection that is gone already has no addresses; nobody is left to tell.
     let (peer, local) = (tcp.peer_addr().ok()?, tcp.local_addr().ok()?);
     let (peer, local) = (canonical(peer), canonical(local));
+    let reporter = match entrance {
+        Entrance::Outbound => Reporter::Source,
+        Entrance::Inbound | Entrance::Hbone => Reporter::Destination,
+    };
+    let arrival = corridor.observer.arrived(peer, local, reporter);
     let places = &corridor.places;
-    let (reporter, place) = match entrance {
-        Entrance::Outbound => (
-            Reporter::Source,
-            places
-                .take(&pod.places, Kind::Outbound)
-                .map(Placed::Outbound),
-        ),
-        Entrance::Inbound => (
-            Reporter::Destination,
-            places.take(&pod.places, Kind::InClear).map(Placed::InClear),
-        ),
-        Entrance::Hbone => (
-            Reporter::Destination,
-            Ok(Placed::Hbone(places.begin(&pod.handshakes, peer.ip()))),
-        ),
+    let take = |kind| places.take(&pod.places, kind);
+    let place = match entrance {
+        Entrance::Outbound => take(Kind::Outbound).map(Placed::Outbound),
+        Entrance::Inbound => take(Kind::InClear).map(Placed::InClear),
+        Entrance::Hbone => Ok(Placed::Hbone(places.begin(&pod.handshakes, peer.ip()))),
     };
     match place {
         Ok(place) => Some(Admitted {
             tcp,
-            peer,
-            local,
+            arrival,
             place,
         }),
         Err(full) => {
-            let error = AcceptError::Full(full);
-            corridor.observer.refused(peer, local, reporter, &error);
+            arrival.refuse(&AcceptError::Full(full));
             None
         }
     }
@@ -111,19 +103,17 @@ pub fn admit(
 pub async fn walk(corridor: Corridor, scope: Scope, pod: Arc<LocalPod>, admitted: Admitted) {
     let Admitted {
         tcp,
-        peer,
-        local,
+        arrival,
         place,
     } = admitted;
     let tcp = match TcpStream::from_std(tcp) {
         Ok(tcp) => tcp,
-        Err(error) => {
-            return tracing::warn!(pod = %named(&pod.uid), %error, "cannot take a connection");
-        }
+        Err(error) => return arrival.refuse(&AcceptError::Watch(error)),
     };
+    let (peer, local) = (arrival.src, arrival.dst);
     let (_place, direction) = match place {
         Placed::Hbone(turns) => {
-            return tunnel(corridor, scope, pod, tcp, (peer, local), turns).await;
+            return tunnel(corridor, scope, pod, tcp, arrival, turns).await;
         }
         Placed::Outbound(place) => (place, Direction::Outbound),
         Placed::InClear(place) => (place, Direction::InboundPlain),
@@ -139,7 +129,7 @@ pub async fn walk(corridor: Corridor, scope: Scope, pod: Arc<LocalPod>, admitted
         destination: local,
         direction,
     };
-    pass(&corridor, &scope, accepted, local).await;
+    pass(&corridor, &scope, accepted, arrival, local).await;
 }
 
 /// Takes a tunnel's requests, each of which is a connection.
@@ -148,23 +138,22 @@ async fn tunnel(
     scope: Scope,
     pod: Arc<LocalPod>,
     tcp: TcpStream,
-    (peer, local): (SocketAddr, SocketAddr),
+    arrival: Arrival,
     turns: Turns,
 ) {
-    let refused = |error: &AcceptError| {
-        corridor
-            .observer
-            .refused(peer, local, Reporter::Destination, error);
-    };
+    let (peer, local) = (arrival.src, arrival.dst);
     let places = &corridor.places;
     let tunnel = match tunnels::handshake(tcp, &pod, &corridor.certs, turns, places).await {
         Ok(tunnel) => tunnel,
-        Err(error) => return refused(&error),
+        Err(error) => return arrival.refuse(&error),
     };
+    arrival.is_tunnel();
     let identity: Identity = tunnel.identity.clone();
     let closing = scope.closing();
     tunnel
         .serve(closing, |request| {
+            let observer = &corridor.observer;
+            let mut arrival = observer.arrived(peer, local, Reporter::Destination);
             let accepted = tunnels::accept(request, &pod, (peer, local), &identity);
             let placed =
                 accepted.and_then(|accepted| match places.take(&pod.places, Kind::Tunnelled) {
@@ -173,10 +162,11 @@ async fn tunnel(
                 });
             match placed {
                 Ok((accepted, place)) => {
+                    arrival.dst = accepted.destination;
                     let (corridor, in_scope) = (corridor.clone(), scope.clone());
                     scope.spawn(async move {
                         let _place = place;
-                        pass(&corridor, &in_scope, accepted, local).await;
+                        pass(&corridor, &in_scope, accepted, arrival, local).await;
                     });
                 }
                 Err((io, error)) => {
@@ -184,7 +174,7 @@ async fn tunnel(
                         AcceptError::Full(_) => StatusCode::SERVICE_UNAVAILABLE,
                         _ => StatusCode::BAD_REQUEST,
                     });
-                    refused(&error);
+                    arrival.refuse(&error);
                 }
             }
         })
@@ -192,21 +182,22 @@ async fn tunnel(
 }
 
 /// Room by room. `local` is what was connected to.
-async fn pass(corridor: &Corridor, scope: &Scope, accepted: Accepted<Io>, local: SocketAddr) {
-    let reporter = match accepted.direction {
-        Direction::Outbound => Reporter::Source,
-        Direction::InboundPlain | Direction::InboundHbone { .. } => Reporter::Destination,
-    };
+async fn pass(
+    corridor: &Corridor,
+    scope: &Scope,
+    accepted: Accepted<Io>,
+    arrival: Arrival,
+    local: SocketAddr,
+) {
     let resolved = match resolve::resolve(&corridor.mesh, accepted) {
         Ok(resolved) => resolved,
         Err((accepted, error)) => {
-            corridor
-                .observer
-                .refused(accepted.peer, accepted.destination, reporter, &error);
+            arrival.refuse(&error);
             return accepted.io.refuse(status_of(&error));
         }
     };
-    let record = corridor.observer.open(facts(&resolved, reporter, local));
+    let facts = facts(&resolved, arrival.reporter, local);
+    let record = arrival.open(facts);
     let permit = match corridor.authorizer.authorize(resolved) {
         Ok(permit) => permit,
         Err((resolved, denied)) => {

@@ -310,7 +310,7 @@ impl Worker {
                 Order::Up(pod, listeners) => self.up(&pod, listeners),
                 Order::Take(pod, admitted, _begun) => match self.pods.get(&pod.instance) {
                     Some(here) => take(&self.corridor, &here.scope, &pod, admitted),
-                    // It went down meanwhile; dropping it resets it.
+                    // It went down meanwhile; dropping it resets it, and tells.
                     None => drop(admitted),
                 },
                 Order::Drain(instance, answer) => self.drain(instance, answer),

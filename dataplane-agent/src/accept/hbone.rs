@@ -28,6 +28,9 @@ use crate::observe::{Failure, Flag};
 /// Why a tunnel, or a request in it, is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum AcceptError {
+    /// Its worker cannot watch its socket.
+    #[error("cannot take a connection: {0}")]
+    Watch(io::Error),
     /// The handshake failed: these are no TLS bytes, or not a peer that we take.
     #[error("tls error: tls handshake error: {0:?}")]
     Tls(io::Error),
@@ -63,11 +66,12 @@ impl Failure for AcceptError {
             Self::Tls(_) | Self::Silent | Self::Slow | Self::GaveWay => Flag::TlsFailure,
             Self::Identity(_) => Flag::IdentityError,
             Self::Handshake(_) => Flag::H2HandshakeFailure,
-            Self::Full(_) | Self::Method(_) | Self::Authority(_) => Flag::Connect,
+            Self::Watch(_) | Self::Full(_) | Self::Method(_) | Self::Authority(_) => Flag::Connect,
         }
     }
     fn reason(&self) -> &'static str {
         match self {
+            Self::Watch(_) => "watch",
             Self::Tls(_) => "tls",
             Self::Silent => "no_client_hello",
             Self::Slow => "slow_handshake",

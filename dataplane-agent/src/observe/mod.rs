@@ -16,7 +16,7 @@ pub mod status;
 pub mod writer;
 
 pub use metrics::Metrics;
-pub use record::{Bytes, Facts, Observer, Record, Reporter};
+pub use record::{Arrival, Bytes, Facts, Observer, Record, Reporter};
 
 /// Why a connection failed, for the log and the metrics.
 pub trait Failure: std::fmt::Display {

@@ -1,5 +1,5 @@
 //! One connection's record: it ends in exactly one access-log line and one count, however the
-//! connection ends.
+//! connection ends. So does one that ends before there is a record: until then it is an [`Arrival`].
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -72,7 +72,7 @@ pub struct Facts {
     pub mutual_tls: bool,
 }
 
-/// Opens records. Clones are the same one.
+/// Is told of connections as they arrive. Clones are the same one.
 #[derive(Clone, Debug)]
 pub struct Observer {
     metrics: Arc<Metrics>,
@@ -100,6 +100,20 @@ impl Bytes {
         self.down.fetch_add(bytes, Ordering::Relaxed);
         self.series.add_down(bytes);
     }
+}
+
+/// A connection of which it is not known yet who it is of or where it goes. One that is dropped was cut, and
+/// says so.
+#[derive(Debug)]
+pub struct Arrival {
+    observer: Observer,
+    /// The client.
+    pub src: SocketAddr,
+    /// What was connected to.
+    pub dst: SocketAddr,
+    /// Which end we are.
+    pub reporter: Reporter,
+    told: bool,
 }
 
 /// A connection's record. One that is dropped was cut, and says so.
@@ -139,8 +153,18 @@ impl Observer {
         }
     }
 
-    /// Of a connection that is about to go somewhere.
-    pub fn open(&self, facts: Facts) -> Record {
+    /// A connection from `src` to `dst`.
+    pub fn arrived(&self, src: SocketAddr, dst: SocketAddr, reporter: Reporter) -> Arrival {
+        Arrival {
+            observer: self.clone(),
+            src,
+            dst,
+            reporter,
+            told: false,
+        }
+    }
+
+    fn open(&self, facts: Facts) -> Record {
         let series = self.metrics.series(Labels::of(&facts));
         series.open();
         let record = Record {
@@ -158,17 +182,13 @@ impl Observer {
         record
     }
 
-    /// Of a connection that ends before it is known who it is of or where it goes. Each is counted; of
-    /// one reason and source some are told of, with how many there were besides.
-    pub fn refused(
-        &self,
-        src: SocketAddr,
-        dst: SocketAddr,
-        reporter: Reporter,
-        failure: &dyn Failure,
-    ) {
-        self.metrics.failed(reporter, failure);
-        let kind = (reporter, failure.reason(), source(src.ip()));
+    /// Each is counted; of one reason and source some are told of, with how many there were besides.
+    fn refused(&self, arrival: &Arrival, failure: &dyn Failure) {
+        let Arrival {
+            src, dst, reporter, ..
+        } = arrival;
+        self.metrics.failed(*reporter, failure);
+        let kind = (*reporter, failure.reason(), source(src.ip()));
         let Some(times) = self.refusals.times(kind) else {
             return;
         };
@@ -183,6 +203,33 @@ impl Observer {
             times = (times > 1).then_some(times),
             "connection failed"
         );
+    }
+}
+
+impl Arrival {
+    /// It goes nowhere.
+    pub fn refuse(mut self, failure: &dyn Failure) {
+        self.told = true;
+        self.observer.refused(&self, failure);
+    }
+
+    /// It is about to go somewhere.
+    pub fn open(mut self, facts: Facts) -> Record {
+        self.told = true;
+        self.observer.open(facts)
+    }
+
+    /// It is a tunnel, which is no connection itself: each of its requests arrives.
+    pub fn is_tunnel(mut self) {
+        self.told = true;
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        if !self.told {
+            self.observer.refused(self, &Drained);
+        }
     }
 }
 

@@ -167,22 +167,38 @@ fn a_record_that_nobody_closes_still_tells() {
     );
 }
 
+fn arrival(observer: &Observer) -> Arrival {
+    let at = |text: &str| text.parse().expect("an address");
+    observer.arrived(at("[fd00::1]:4"), at("10.0.0.2:80"), Reporter::Destination)
+}
+
 #[test]
 fn an_early_refusal_is_one_line() {
     let lines = logged(Format::Plain, |observer| {
-        let at = |text: &str| text.parse().expect("an address");
-        observer.refused(
-            at("[fd00::1]:4"),
-            at("10.0.0.2:80"),
-            Reporter::Destination,
-            &Refusal,
-        );
+        arrival(observer).refuse(&Refusal);
     });
     assert_eq!(
         lines,
         [
             "warn\taccess\tconnection failed\tsrc.addr=[fd00::1]:4 dst.addr=10.0.0.2:80 \
          direction=\"inbound\" error=\"http status: 401 Unauthorized\" reason=\"status\""
+        ]
+    );
+}
+
+#[test]
+fn what_is_cut_before_it_is_known_where_it_goes_still_tells() {
+    let lines = logged(Format::Plain, |observer| {
+        drop(arrival(observer));
+        arrival(observer).is_tunnel();
+        arrival(observer).open(facts()).close(Ok(()));
+    });
+    let failed = lines.iter().filter(|line| line.contains("failed"));
+    assert_eq!(
+        failed.collect::<Vec<_>>(),
+        [
+            "warn\taccess\tconnection failed\tsrc.addr=[fd00::1]:4 dst.addr=10.0.0.2:80 \
+         direction=\"inbound\" error=\"connection closed due to connection drain\" reason=\"drain\""
         ]
     );
 }
