@@ -23,6 +23,7 @@ use crate::control::local;
 use crate::control::machine::Machine;
 use crate::control::manifests::{Folder, MeshConfig, Watch};
 use crate::control::pods::{Ends, Pods, Source, State, View};
+use crate::control::recording::Recording;
 use crate::exit::Exit;
 use crate::identity::{Certs, Identity};
 use crate::limits::NodePlaces;
@@ -188,8 +189,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         mesh: mesh_writer,
         view: view_writer,
     };
-    let pods = Pods::new(source, machine, ends)
-        .map_err(|error| AgentError::Settings(format!("--state: {error}")))?;
+    let pods = Pods::new(source, machine, ends);
 
     // Who watches.
     let socket = options.places.socket(&options.node);
@@ -328,11 +328,12 @@ fn source(options: &RunOptions) -> Result<Source, AgentError> {
         std::path::absolute(folder).map_err(|error| wrong(format!("--manifests: {error}")))?;
     let records = enrolled::Records::open(&options.state, options.node.as_str())
         .map_err(|error| wrong(format!("--state: {}: {error}", options.state.display())))?;
+    let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
     Ok(Source::Manifests {
         watch: Watch::new(&dir),
         folder: Folder::open(&dir).map_err(|error| wrong(error.to_string()))?,
-        records_watch: Watch::new(records.folder()),
-        records,
+        records_watch,
+        records: Recording::new(records).map_err(|error| wrong(format!("--state: {error}")))?,
         mesh: MeshConfig {
             cluster_id: options.cluster_id.clone(),
             cluster_domain: options.cluster_domain.clone(),

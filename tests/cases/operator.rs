@@ -8,11 +8,12 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::time::Duration;
 
 use dataplane_tests::agent::{CAPABILITIES, Setup};
 use dataplane_tests::process::{output, place};
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Node, Pod, Process, World, eventually, program};
+use dataplane_tests::{Agent, Node, Pod, Process, World, eventually, program, scaled};
 
 const PORT: u16 = 7000;
 
@@ -698,4 +699,46 @@ fn what_kubernetes_sets_for_a_service_of_our_name_stops_no_command() {
     let (ended, said) = run(status.env("DATAPLANE_RUNDIR", "/"));
     assert_eq!(ended.code(), Some(2), "{said}");
     assert!(said.contains("DATAPLANE_RUNDIR is no setting"), "{said}");
+}
+
+#[test]
+fn a_pod_of_which_other_nodes_cannot_be_told_is_not_up_until_they_can() {
+    let world = World::new();
+    let node = world.node("one");
+    let disk = Mounted::small(world.state.clone());
+    let _first = node.pod(&world, "first");
+    let mut agent = world.agent(&node);
+    agent.up(&["first"]);
+    let ready = |agent: &Agent| agent.get("/healthz/ready");
+    eventually("it is ready", 10, || ready(&agent).contains(" 200 "));
+    let filler = disk.path().join("filler");
+    fs::write(&filler, vec![0; 1 << 20]).expect_err("the disk is full");
+    let _second = node.pod(&world, "second");
+    let full = "enrolled/demo.second.json: No space left on device (os error 28)";
+    for _ in 0..2 {
+        eventually("it waits, and says why", 20, || {
+            let (state, why) = agent.pod("second");
+            state == "waiting" && why.contains(full)
+        });
+        let status = agent.status().unwrap_or_default();
+        assert!(status["problems"].to_string().contains(full), "{status}");
+        assert!(!ready(&agent).contains(" 200 "));
+        agent.up(&["first"]);
+        agent.kill();
+        fs::remove_file(agent.log_file()).expect("a log");
+        agent.restart();
+    }
+    std::thread::sleep(scaled(Duration::from_secs(5)));
+    let log = agent.log();
+    let told = log.matches("No space left").count();
+    assert!((1..=2).contains(&told), "{log}");
+    assert_eq!(agent.tunnelled(), 1);
+    fs::remove_file(&filler).expect("a file");
+    agent.up(&["first", "second"]);
+    assert_eq!(
+        agent.status().unwrap_or_default()["problems"],
+        serde_json::json!([])
+    );
+    assert!(ready(&agent).contains(" 200 "));
+    eventually("it is dialled by HBONE", 5, || agent.tunnelled() == 2);
 }

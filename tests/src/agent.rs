@@ -178,6 +178,11 @@ impl Agent {
         assert!(held, "{why}: {what}; log: {log}");
     }
 
+    /// Where it logs to.
+    pub fn log_file(&self) -> &Path {
+        &self.setup.log
+    }
+
     /// All that it has logged.
     pub fn log(&self) -> String {
         let log = &self.setup.log;

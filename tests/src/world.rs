@@ -353,17 +353,26 @@ pub fn clear(id: &str) -> bool {
     found
 }
 
-/// A mounted BPF file system.
+/// A mounted file system.
 #[derive(Debug)]
 pub struct Mounted(PathBuf);
 
 impl Mounted {
-    /// Mounts it on a folder that it makes.
+    /// Mounts a BPF file system on a folder that it makes.
     pub fn new(folder: PathBuf) -> Self {
+        Self::of("bpf", folder, None)
+    }
+
+    /// Mounts a small disk, of 256 KiB, on a folder that it makes.
+    pub fn small(folder: PathBuf) -> Self {
+        Self::of("tmpfs", folder, Some("size=256k"))
+    }
+
+    fn of(kind: &str, folder: PathBuf, options: Option<&str>) -> Self {
         fs::create_dir(&folder).expect("a folder");
         let none = nix::mount::MsFlags::empty();
-        nix::mount::mount(Some("bpf"), &folder, Some("bpf"), none, None::<&str>)
-            .expect("mount a BPF file system");
+        nix::mount::mount(Some(kind), &folder, Some(kind), none, options)
+            .unwrap_or_else(|error| panic!("mount {kind} on {}: {error}", folder.display()));
         Self(folder)
     }
 }

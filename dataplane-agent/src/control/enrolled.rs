@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use super::manifests::{Enrolled, LocalPodSpec, PodKey};
 
+/// What a record's file ends in while it is written.
+pub const UNFINISHED: &str = "new";
+
 /// The folder.
 #[derive(Clone, Debug)]
 pub struct Records {
@@ -69,7 +72,7 @@ impl Records {
     /// Says that a pod can be dialled.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// It cannot be written; the file is named.
     pub fn write(&self, pod: &LocalPodSpec) -> io::Result<()> {
         let record = Record {
             namespace: pod.namespace.clone(),
@@ -79,25 +82,34 @@ impl Records {
             addresses: pod.addresses.clone(),
         };
         let path = self.path(&record.namespace, &record.name);
-        let new = path.with_extension("new");
-        let mut file = fs::File::create(&new)?;
-        file.write_all(&serde_json::to_vec(&record)?)?;
-        file.sync_all()?;
-        fs::rename(new, path)
+        let new = path.with_extension(UNFINISHED);
+        let write = || {
+            let mut file = fs::File::create(&new)?;
+            file.write_all(&serde_json::to_vec(&record)?)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(|error| {
+            let _ = fs::remove_file(&new);
+            of_file(&path, &error)
+        })
     }
 
     /// Says that it cannot any more. A record that another node has written since stays.
     ///
     /// # Errors
-    /// It cannot be removed.
+    /// It cannot be removed; the file is named.
     pub fn remove(&self, pod: &PodKey) -> io::Result<()> {
         let path = self.path(&pod.namespace, &pod.name);
-        match read(&path) {
-            Ok(record) if record.node == self.node && key(&record) == *pod => fs::remove_file(path),
+        let removed = match read(&path) {
+            Ok(record) if record.node == self.node && key(&record) == *pod => {
+                fs::remove_file(&path)
+            }
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
-        }
+        };
+        removed.map_err(|error| of_file(&path, &error))
     }
 
     fn all(&self) -> io::Result<Vec<Record>> {
@@ -106,7 +118,8 @@ impl Records {
 
     fn each(&self) -> io::Result<Vec<io::Result<Record>>> {
         let mut all = Vec::new();
-        for entry in fs::read_dir(&self.folder)? {
+        let listed = fs::read_dir(&self.folder).map_err(|error| of_file(&self.folder, &error))?;
+        for entry in listed {
             let path = entry?.path();
             if path.extension().is_none_or(|extension| extension != "json") {
                 continue; // one that is being written
@@ -114,10 +127,7 @@ impl Records {
             match read(&path) {
                 Ok(record) => all.push(Ok(record)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    let text = format!("{}: {error}", path.display());
-                    all.push(Err(io::Error::new(error.kind(), text)));
-                }
+                Err(error) => all.push(Err(of_file(&path, &error))),
             }
         }
         Ok(all)
@@ -126,6 +136,10 @@ impl Records {
     fn path(&self, namespace: &str, name: &str) -> PathBuf {
         self.folder.join(format!("{namespace}.{name}.json"))
     }
+}
+
+fn of_file(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 fn read(path: &Path) -> io::Result<Record> {
@@ -141,11 +155,11 @@ fn key(record: &Record) -> PodKey {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::super::manifests::Wanted;
     use super::*;
 
-    fn pod(name: &str, uid: &str) -> LocalPodSpec {
+    pub fn pod(name: &str, uid: &str) -> LocalPodSpec {
         LocalPodSpec {
             uid: format!("c//Pod/ns/{name}").into(),
             pod_uid: uid.into(),
@@ -160,7 +174,7 @@ mod tests {
         }
     }
 
-    fn key_of(name: &str, uid: &str) -> PodKey {
+    pub fn key_of(name: &str, uid: &str) -> PodKey {
         PodKey {
             namespace: "ns".into(),
             name: name.into(),

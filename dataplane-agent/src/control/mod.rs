@@ -7,3 +7,4 @@ pub mod local;
 pub mod machine;
 pub mod manifests;
 pub mod pods;
+pub mod recording;

@@ -5,7 +5,6 @@
 //! it serves the pod, and removed before capture is told to let it go.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,11 +15,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::enrolled::Records;
 use super::machine::{Look, Machine};
 use super::manifests::{
-    self, Enrolled, Folder, LocalPodSpec, MeshConfig, PodKey, Translation, Watch, translate,
+    self, Folder, LocalPodSpec, MeshConfig, PodKey, Translation, Watch, translate,
 };
+use super::recording::Recording;
 use crate::capture::{self, Desired, PodState, PodStatus, Status, named};
 use crate::identity::Identity;
 use crate::resolve::mesh::{Mesh, MeshWriter};
@@ -40,7 +39,7 @@ pub enum Source {
         /// What tells of its changes.
         watch: Watch,
         /// The records.
-        records: Records,
+        records: Recording,
         /// What tells of theirs.
         records_watch: Watch,
         /// Names of the mesh.
@@ -91,7 +90,7 @@ pub enum State {
     Up,
     /// Captured, and does not work: what is gone of its capture cannot be put back.
     Broken,
-    /// Wanted, and not captured yet.
+    /// Wanted, and not captured yet, or other nodes are not told of it yet.
     Waiting,
     /// Leaving; what runs goes on.
     Draining,
@@ -121,7 +120,6 @@ pub struct Pods {
     mesh: MeshWriter,
     view: watch::Sender<View>,
     generation: u64,
-    enrolled: Enrolled,
     translation: Translation,
     problems: Vec<String>,
     /// Pods whose record is removed, and that are let go then; by the cookies of their namespaces, since
@@ -143,14 +141,7 @@ pub struct Ends {
 
 impl Pods {
     /// Publishes the mesh as it is configured; no pod is looked for yet.
-    ///
-    /// # Errors
-    /// A record of an enrolled pod cannot be read.
-    pub fn new(source: Source, machine: Machine, ends: Ends) -> io::Result<Self> {
-        let enrolled = match &source {
-            Source::Manifests { records, .. } => records.read()?,
-            Source::Local(_) => Enrolled::new(),
-        };
+    pub fn new(source: Source, machine: Machine, ends: Ends) -> Self {
         let mut pods = Self {
             source,
             machine,
@@ -159,13 +150,12 @@ impl Pods {
             mesh: ends.mesh,
             view: ends.view,
             generation: 0,
-            enrolled,
             translation: Translation::default(),
             problems: Vec::new(),
             leaving: BTreeMap::new(),
         };
         pods.publish();
-        Ok(pods)
+        pods
     }
 
     /// Follows the configuration, the machine and capture, until capture is gone. Once the agent drains
@@ -186,7 +176,7 @@ impl Pods {
         }
         loop {
             self.publish();
-            let problems = problems(&self.problems, &self.translation, &Look::default());
+            let problems = self.problems(&self.translation, &Look::default());
             self.view.send_modify(|view| view.problems = problems);
             changed(&mut self.source, &mut self.problems).await;
         }
@@ -217,21 +207,13 @@ impl Pods {
 
     /// Translates what is configured, and publishes it if it says something new.
     fn publish(&mut self) {
-        let translation = match &self.source {
+        let translation = match &mut self.source {
             Source::Manifests {
                 folder,
                 records,
                 mesh,
                 ..
-            } => {
-                match records.read() {
-                    Ok(enrolled) => self.enrolled = enrolled,
-                    Err(error) => {
-                        tracing::warn!(%error, "records of enrolled pods: the last good ones hold");
-                    }
-                }
-                translate(folder.objects(), &self.enrolled, mesh)
-            }
+            } => translate(folder.objects(), records.enrolled(), mesh),
             Source::Local(translation) => translation.clone(),
         };
         let mut translation = translation;
@@ -294,53 +276,50 @@ impl Pods {
         wanted
     }
 
-    /// Writes records of pods that are served, and removes those of all others.
-    fn record(&self, here: &[&LocalPodSpec], status: &Status, look: &Look) {
-        let Source::Manifests { records, .. } = &self.source else {
+    /// Has records of pods that are served, and of no others.
+    fn record(&mut self, here: &[&LocalPodSpec], status: &Status, look: &Look) {
+        let Source::Manifests { records, .. } = &mut self.source else {
             return;
         };
-        let own = match records.own() {
-            Ok(own) => own,
-            Err(error) => return tracing::warn!(%error, "records of enrolled pods"),
-        };
-        let mut keep = BTreeSet::new();
+        let (mut served, mut adopted) = (BTreeMap::new(), BTreeSet::new());
         for pod in here {
-            let key = PodKey {
-                namespace: pod.namespace.clone(),
-                name: pod.name.clone(),
-                uid: pod.pod_uid.clone(),
-            };
             let found = look.found.get(&pod.uid).map(|found| found.cookie);
             let mut of_pod = status.iter().filter(|(cookie, of)| {
                 of.uid == pod.uid && found.is_none_or(|found| found == **cookie)
             });
             // What is captured is in the status from the first one on.
-            let adopted = of_pod.clone().any(|(_, of)| is_adopted(&of.state));
-            let served =
-                of_pod.any(|(_, of)| matches!(of.state, PodState::Up | PodState::Broken { .. }));
-            if served && !own.contains(&key) {
-                match records.write(pod) {
-                    Ok(()) => _ = keep.insert(key),
-                    Err(error) => {
-                        tracing::error!(pod = %named(&pod.uid), %error, "cannot tell other nodes of the pod");
-                    }
-                }
-            } else if served || (own.contains(&key) && adopted) {
-                // Served; or a predecessor's, captured and on its way to be served again.
-                keep.insert(key);
+            if of_pod.clone().any(|(_, of)| is_adopted(&of.state)) {
+                adopted.insert(key(pod));
+            }
+            if of_pod.any(|(_, of)| matches!(of.state, PodState::Up | PodState::Broken { .. })) {
+                served.insert(key(pod), *pod);
             }
         }
-        for key in own.difference(&keep) {
-            if let Err(error) = records.remove(key) {
-                tracing::error!(pod = %format_args!("{}/{}", key.namespace, key.name), %error, "cannot tell other nodes that the pod leaves");
-            }
+        records.update(&served, &adopted, Instant::now());
+    }
+
+    /// What is wrong now: with the configuration, with the machine, and with the records.
+    fn problems(&self, translation: &Translation, look: &Look) -> Vec<String> {
+        let problems = self.problems.iter().chain(&translation.problems);
+        let problems = problems.chain(&look.failed).cloned();
+        match &self.source {
+            Source::Manifests { records, .. } => problems.chain(records.problems()).collect(),
+            Source::Local(_) => problems.collect(),
+        }
+    }
+
+    /// Why other nodes do not know that a pod is served, if that is so.
+    fn unrecorded(&self, pod: &LocalPodSpec) -> Option<String> {
+        match &self.source {
+            Source::Manifests { records, .. } => records.why_not(&key(pod)),
+            Source::Local(_) => None,
         }
     }
 
     fn tell(&self, translation: &Translation, look: &Look, status: &Status) {
         let pods = translation.local.iter().map(|pod| {
             let found = look.found.get(&pod.uid);
-            let (state, reason) = state(pod, look, status);
+            let (state, reason) = state(pod, look, status, self.unrecorded(pod));
             PodView {
                 uid: pod.uid.clone(),
                 namespace: pod.namespace.clone(),
@@ -361,7 +340,7 @@ impl Pods {
         });
         let view = View {
             pods: pods.collect(),
-            problems: problems(&self.problems, translation, look),
+            problems: self.problems(translation, look),
             looked: true,
         };
         self.view.send_if_modified(|old| {
@@ -391,14 +370,21 @@ impl Pods {
     }
 }
 
-/// What is wrong now: with the configuration, and with the machine.
-fn problems(files: &[String], translation: &Translation, look: &Look) -> Vec<String> {
-    let problems = files.iter().chain(&translation.problems);
-    problems.chain(&look.failed).cloned().collect()
+fn key(pod: &LocalPodSpec) -> PodKey {
+    PodKey {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        uid: pod.pod_uid.clone(),
+    }
 }
 
-/// How far a pod is, and why it is not up.
-fn state(pod: &LocalPodSpec, look: &Look, status: &Status) -> (State, Option<String>) {
+/// How far a pod is, and why it is not up. `unrecorded`: why other nodes do not know of one that is.
+fn state(
+    pod: &LocalPodSpec,
+    look: &Look,
+    status: &Status,
+    unrecorded: Option<String>,
+) -> (State, Option<String>) {
     let of_uid = || status.iter().filter(|(_, of)| of.uid == pod.uid);
     if let manifests::Wanted::No(why) = &pod.wanted {
         return match of_uid().any(|(_, of)| is_served(of)) {
@@ -420,7 +406,13 @@ fn state(pod: &LocalPodSpec, look: &Look, status: &Status) -> (State, Option<Str
         )
     });
     let why = match is {
-        Some((_, of)) if of.state == PodState::Up => return (State::Up, None),
+        Some((_, of)) if of.state == PodState::Up => {
+            let Some(why) = unrecorded else {
+                return (State::Up, None);
+            };
+            let why = format!("{why}; until then it is captured, and they connect to it in clear");
+            return (State::Waiting, Some(why));
+        }
         Some((_, of)) if let PodState::Broken { why } = &of.state => {
             return (State::Broken, Some(why.clone()));
         }

@@ -2,6 +2,7 @@
 //! few seconds in any case, since not every file system reports, nothing reports what a link leads to,
 //! and a folder that was replaced reports of the one that it was.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,8 @@ pub struct Watch {
     watcher: Option<(Identity, notify::RecommendedWatcher)>,
     /// Whether it was said that there is none.
     warned: bool,
+    /// What names of files end in that nobody reads.
+    unread: Option<&'static str>,
 }
 
 type Identity = (u64, u64);
@@ -38,12 +41,22 @@ impl Watch {
     /// Watches what is at `dir`, also when it is another folder later. Where that is not possible the
     /// regular look has to do.
     pub fn new(dir: &Path) -> Self {
+        Self::of(dir, None)
+    }
+
+    /// As [`Watch::new`]; files with this ending tell nothing.
+    pub fn without(dir: &Path, ending: &'static str) -> Self {
+        Self::of(dir, Some(ending))
+    }
+
+    fn of(dir: &Path, unread: Option<&'static str>) -> Self {
         let mut watch = Self {
             dir: dir.to_owned(),
             told: Arc::new(Notify::new()),
             next: Instant::now() + RESYNC,
             watcher: None,
             warned: false,
+            unread,
         };
         watch.follow();
         watch
@@ -82,10 +95,10 @@ impl Watch {
         {
             return;
         }
-        let teller = Arc::clone(&self.told);
+        let (teller, unread) = (Arc::clone(&self.told), self.unread);
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // Reading the folder is reported too, and would keep us reading.
-            if !event.is_ok_and(|event| event.kind.is_access()) {
+            if !event.is_ok_and(|event| event.kind.is_access() || is_unread(&event, unread)) {
                 teller.notify_one();
             }
         })
@@ -107,6 +120,15 @@ impl Watch {
             }
         }
     }
+}
+
+/// Whether an event is of nothing but files with this ending. One without a path is of everything.
+fn is_unread(event: &notify::Event, ending: Option<&str>) -> bool {
+    let has_ending = |path: &PathBuf| {
+        path.extension()
+            .is_some_and(|of| Some(of) == ending.map(OsStr::new))
+    };
+    !event.paths.is_empty() && event.paths.iter().all(has_ending)
 }
 
 impl std::fmt::Debug for Watch {
@@ -132,6 +154,22 @@ mod tests {
             }
         }
         panic!("it never looks");
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_being_written_wakes_nobody_until_it_has_its_name() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let watch = Watch::without(dir.path(), "new");
+        let told = || tokio::time::timeout(RESYNC / 6, watch.told.notified());
+        let new = dir.path().join("record.new");
+        for _ in 0..3 {
+            fs::write(&new, "record").expect("a file");
+            fs::remove_file(&new).expect("a file");
+        }
+        assert!(told().await.is_err(), "nothing is there to read");
+        fs::write(&new, "record").expect("a file");
+        fs::rename(&new, dir.path().join("record.json")).expect("a file");
+        assert!(told().await.is_ok());
     }
 
     #[tokio::test]

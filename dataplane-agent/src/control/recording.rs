@@ -1,0 +1,247 @@
+//! Keeps the records of enrolled pods true: one for each pod of this node that is served, and none for
+//! another. What could not be written or removed is told once, and tried again less and less often.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::enrolled::Records;
+use super::manifests::{Enrolled, LocalPodSpec, PodKey};
+
+/// What did not work is tried again after this time,
+const FIRST: Duration = Duration::from_secs(1);
+/// and after twice as long each time that it fails again, up to this.
+const LONGEST: Duration = Duration::from_secs(30);
+
+/// The records, and what is not as it should be with them.
+#[derive(Debug)]
+pub struct Recording {
+    records: Records,
+    /// The pods of all nodes, as they could be read last.
+    enrolled: Enrolled,
+    /// Why they cannot be read now.
+    unread: Option<String>,
+    /// Those of this node, as they could be read last.
+    own: Enrolled,
+    /// What could not be written, or removed.
+    failed: BTreeMap<PodKey, Failure>,
+}
+
+#[derive(Debug)]
+struct Failure {
+    what: &'static str,
+    why: String,
+    wait: Duration,
+    again: Instant,
+}
+
+const NOT_WRITTEN: &str = "other nodes cannot be told of it";
+const NOT_REMOVED: &str = "other nodes cannot be told that it leaves";
+
+impl Recording {
+    /// Reads the records for the first time.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    pub fn new(records: Records) -> io::Result<Self> {
+        Ok(Self {
+            enrolled: records.read()?,
+            own: records.own()?,
+            records,
+            unread: None,
+            failed: BTreeMap::new(),
+        })
+    }
+
+    /// The enrolled pods of all nodes; the last that could be read, if they cannot be now.
+    pub fn enrolled(&mut self) -> &Enrolled {
+        match self.records.read() {
+            Ok(enrolled) => {
+                self.enrolled = enrolled;
+                self.unread = None;
+            }
+            Err(error) => {
+                let told = format!("records of enrolled pods: {error}; the last good ones hold");
+                if self.unread.as_ref() != Some(&told) {
+                    tracing::warn!("{told}");
+                }
+                self.unread = Some(told);
+            }
+        }
+        &self.enrolled
+    }
+
+    /// Writes the records of pods that are served, and removes those of all others but `adopted` ones: a
+    /// predecessor's, which are captured and on their way to be served again.
+    pub fn update(
+        &mut self,
+        served: &BTreeMap<PodKey, &LocalPodSpec>,
+        adopted: &BTreeSet<PodKey>,
+        now: Instant,
+    ) {
+        // That they cannot be read is told by who reads those of all nodes.
+        if let Ok(own) = self.records.own() {
+            self.own = own;
+        }
+        let own = &self.own;
+        let write: Vec<_> = served
+            .iter()
+            .filter(|(key, _)| !own.contains(key))
+            .collect();
+        let stays = |key: &PodKey| served.contains_key(key) || adopted.contains(key);
+        let remove: Vec<PodKey> = own.iter().filter(|key| !stays(key)).cloned().collect();
+        self.failed.retain(|key, _| {
+            !own.contains(key) && served.contains_key(key) || remove.contains(key)
+        });
+        for (key, pod) in write {
+            if self.is_due(key, now) {
+                let written = self.records.write(pod);
+                if written.is_ok() {
+                    self.own.insert(key.clone());
+                }
+                self.note(key, NOT_WRITTEN, written, now);
+            }
+        }
+        for key in &remove {
+            if self.is_due(key, now) {
+                let removed = self.records.remove(key);
+                if removed.is_ok() {
+                    self.own.remove(key);
+                }
+                self.note(key, NOT_REMOVED, removed, now);
+            }
+        }
+    }
+
+    /// Why a pod that is served has no record, if that is so.
+    pub fn why_not(&self, pod: &PodKey) -> Option<String> {
+        let failure = self.failed.get(pod)?;
+        (failure.what == NOT_WRITTEN).then(|| failure.told())
+    }
+
+    /// What is wrong now.
+    pub fn problems(&self) -> impl Iterator<Item = String> {
+        let failed = self.failed.iter();
+        let failed = failed.map(|(key, failure)| format!("Pod {}: {}", named(key), failure.told()));
+        self.unread.iter().cloned().chain(failed)
+    }
+
+    fn is_due(&self, key: &PodKey, now: Instant) -> bool {
+        self.failed
+            .get(key)
+            .is_none_or(|failure| failure.again <= now)
+    }
+
+    fn note(&mut self, key: &PodKey, what: &'static str, done: io::Result<()>, now: Instant) {
+        let before = self.failed.remove(key);
+        let Err(error) = done else {
+            if before.is_some() {
+                tracing::info!(pod = %named(key), "other nodes are told");
+            }
+            return;
+        };
+        let why = error.to_string();
+        let is_new = before
+            .as_ref()
+            .is_none_or(|before| (before.what, &before.why) != (what, &why));
+        if is_new {
+            tracing::error!(pod = %named(key), error = %why, "{what}; it is tried again");
+        }
+        let wait = before.map_or(FIRST, |before| (before.wait * 2).min(LONGEST));
+        let failure = Failure {
+            what,
+            why,
+            wait,
+            again: now + wait,
+        };
+        self.failed.insert(key.clone(), failure);
+    }
+}
+
+impl Failure {
+    fn told(&self) -> String {
+        format!("{}: {}", self.what, self.why)
+    }
+}
+
+fn named(key: &PodKey) -> String {
+    format!("{}/{}", key.namespace, key.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::super::enrolled::tests::{key_of, pod};
+    use super::*;
+
+    fn recording(state: &Path) -> Recording {
+        Recording::new(Records::open(state, "one").expect("a folder")).expect("no record yet")
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_told_and_tried_again_less_and_less_often() {
+        let state = tempfile::tempdir().expect("a folder");
+        let mut recording = recording(state.path());
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        let served = BTreeMap::from([(key.clone(), &pod)]);
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        // Where the file would be made.
+        let in_the_way = state.path().join("enrolled/ns.a.new");
+        fs::create_dir(&in_the_way).expect("a folder");
+        recording.update(&served, &BTreeSet::new(), at(0));
+        let why = recording.why_not(&key).expect("it is not written");
+        assert!(
+            why.contains("enrolled/ns.a.json: ") && why.contains("os error"),
+            "{why}"
+        );
+        assert!(
+            recording
+                .problems()
+                .any(|problem| problem.contains("Pod ns/a: "))
+        );
+        recording.update(&served, &BTreeSet::new(), at(1));
+        fs::remove_dir(&in_the_way).expect("a folder");
+        recording.update(&served, &BTreeSet::new(), at(2));
+        assert!(recording.why_not(&key).is_some(), "it waits twice as long");
+        recording.update(&served, &BTreeSet::new(), at(3));
+        assert_eq!(recording.why_not(&key), None);
+        assert!(recording.enrolled().contains(&key));
+    }
+
+    #[test]
+    fn who_leaves_before_its_record_was_written_is_no_problem_any_more() {
+        let state = tempfile::tempdir().expect("a folder");
+        let mut recording = recording(state.path());
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        fs::create_dir(state.path().join("enrolled/ns.a.new")).expect("a folder");
+        let served = BTreeMap::from([(key, &pod)]);
+        recording.update(&served, &BTreeSet::new(), Instant::now());
+        assert_eq!(recording.problems().count(), 1);
+        recording.update(&BTreeMap::new(), &BTreeSet::new(), Instant::now());
+        assert_eq!(recording.problems().count(), 0);
+    }
+
+    #[test]
+    fn records_that_cannot_be_read_are_a_problem_and_the_last_ones_hold() {
+        let state = tempfile::tempdir().expect("a folder");
+        let mut recording = recording(state.path());
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        let served = BTreeMap::from([(key.clone(), &pod)]);
+        recording.update(&served, &BTreeSet::new(), Instant::now());
+        assert!(recording.enrolled().contains(&key));
+        fs::rename(state.path().join("enrolled"), state.path().join("away")).expect("a folder");
+        assert!(recording.enrolled().contains(&key));
+        recording.update(&served, &BTreeSet::new(), Instant::now());
+        assert_eq!(recording.why_not(&key), None, "it was told");
+        let problems: Vec<String> = recording.problems().collect();
+        assert!(
+            problems[0].contains("the last good ones hold"),
+            "{problems:?}"
+        );
+    }
+}
