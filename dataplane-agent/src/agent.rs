@@ -360,26 +360,28 @@ fn sources(
     Sources {
         config_dump: Arc::new(move || dump::dump(&mesh.current(), &certs, &for_dump())),
         status,
-        ready: Arc::new(move || {
-            let view = seen.borrow();
-            let pending = view
-                .pods
-                .iter()
-                .any(|pod| pod.state == State::Waiting && pod.netns.is_some());
-            let broken = view.pods.iter().any(|pod| pod.state == State::Broken);
-            if !view.looked {
-                Err("pods".into())
-            } else if pending {
-                Err("enrolment".into())
-            } else if broken {
-                Err("capture".into())
-            } else {
-                Ok(())
-            }
-        }),
+        ready: Arc::new(move || ready(&seen.borrow())),
         kernel_log: Arc::new(move |on| programs.set_log(on).map_err(|error| error.to_string())),
         level,
         metrics,
+    }
+}
+
+/// Ready is a node that has captured and serves every pod of its own that is here, and of which other
+/// nodes know that. One that may not run yet does not count: it may never.
+///
+/// # Errors
+/// What is waited for: the first look at the machine, an enrolment, or a capture that is broken.
+fn ready(view: &View) -> Result<(), String> {
+    let any = |state| view.pods.iter().any(|pod| pod.state == state && pod.here);
+    if !view.looked {
+        Err("pods".into())
+    } else if any(State::Waiting) {
+        Err("enrolment".into())
+    } else if any(State::Broken) {
+        Err("capture".into())
+    } else {
+        Ok(())
     }
 }
 

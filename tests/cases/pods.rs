@@ -480,3 +480,40 @@ fn limit_files(pid: u32, most: u64) -> u64 {
     assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
     old.rlim_cur
 }
+
+#[test]
+fn a_node_is_ready_when_every_pod_that_is_here_is_captured() {
+    let world = World::new();
+    let node = world.node("one");
+    let _up = node.pod(&world, "up");
+    let late = node.bare(&world, "demo", "late");
+    let mut object = node.object(&late);
+    let own = std::mem::take(&mut object.addresses);
+    world.manifests.pod(&object);
+    let agent = world.agent(&node);
+    let ready = || agent.get("/healthz/ready").contains(" 200 ");
+    let problems = || agent.status().unwrap_or_default()["problems"].to_string();
+    agent.up(&["up"]);
+    agent.is("late", "waiting");
+    eventually("who has no address yet holds nobody up", 5, ready);
+    assert_eq!(problems(), "[]");
+    // Nor one of which nothing is here; that is told, since its object may be wrong.
+    object.addresses = vec!["10.254.0.1".into()];
+    world.manifests.pod(&object);
+    eventually("that is a problem", 5, || {
+        problems().contains("demo/late: no network namespace of this machine has 10.254.0.1")
+    });
+    assert!(ready());
+    // It is here, and which it is cannot be told.
+    let thief = node.bare(&world, "outside", "thief");
+    take_addresses(&thief, &late);
+    object.addresses.clone_from(&own);
+    world.manifests.pod(&object);
+    eventually("it is not ready", 5, || {
+        !ready() && problems().contains("demo/late: more than one network namespace has")
+    });
+    drop(thief);
+    agent.up(&["late"]);
+    eventually("ready again", 5, ready);
+    assert_eq!(problems(), "[]");
+}

@@ -159,7 +159,7 @@ pub(crate) mod tests {
     use super::super::manifests::Wanted;
     use super::*;
 
-    pub fn pod(name: &str, uid: &str) -> LocalPodSpec {
+    pub(crate) fn pod(name: &str, uid: &str) -> LocalPodSpec {
         LocalPodSpec {
             uid: format!("c//Pod/ns/{name}").into(),
             pod_uid: uid.into(),
@@ -174,7 +174,7 @@ pub(crate) mod tests {
         }
     }
 
-    pub fn key_of(name: &str, uid: &str) -> PodKey {
+    pub(crate) fn key_of(name: &str, uid: &str) -> PodKey {
         PodKey {
             namespace: "ns".into(),
             name: name.into(),

@@ -99,13 +99,33 @@ struct Sight {
     last: u64,
 }
 
+/// Why a pod was not found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// It does not run yet.
+    NotYet(String),
+    /// Nothing on this machine has what it should have: it does not run here, or is said to be another.
+    Nowhere(String),
+    /// It may be here, and cannot be told from others, or not be looked at.
+    Doubtful(String),
+}
+
+impl Missing {
+    /// For people.
+    pub fn why(&self) -> &str {
+        match self {
+            Self::NotYet(why) | Self::Nowhere(why) | Self::Doubtful(why) => why,
+        }
+    }
+}
+
 /// What a look brought.
 #[derive(Clone, Debug, Default)]
 pub struct Look {
     /// The pods that were found, by uid.
     pub found: BTreeMap<Arc<str>, Found>,
     /// Those that were not, and why.
-    pub waiting: BTreeMap<Arc<str>, String>,
+    pub waiting: BTreeMap<Arc<str>, Missing>,
     /// Cookies of the namespaces of pods that are gone.
     pub gone: BTreeSet<u64>,
     /// How many processes of a pod's namespace are outside of its cgroups: what they send is not
@@ -156,7 +176,10 @@ impl Machine {
                 Some(place) if place.key == Key::of(pod) && !place.groups.is_empty() => {
                     look.found.insert(pod.uid.clone(), place.found());
                 }
-                _ => _ = look.waiting.insert(pod.uid.clone(), failed.clone()),
+                _ => {
+                    let why = Missing::Doubtful(failed.clone());
+                    look.waiting.insert(pod.uid.clone(), why);
+                }
             }
         }
         look.gone = self.gone();
@@ -245,7 +268,8 @@ impl Machine {
                     look.found.insert(uid.clone(), place.found());
                 }
                 _ => {
-                    let reason = why.remove(uid).unwrap_or_default();
+                    let reason = why.remove(uid);
+                    let reason = reason.unwrap_or_else(|| Missing::Doubtful(String::new()));
                     look.waiting.insert(uid.clone(), reason);
                 }
             }

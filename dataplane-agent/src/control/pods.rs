@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Look, Machine};
+use super::machine::{Look, Machine, Missing};
 use super::manifests::{
     self, Folder, LocalPodSpec, MeshConfig, PodKey, Translation, Watch, translate,
 };
@@ -71,6 +71,8 @@ pub struct PodView {
     pub name: Arc<str>,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
+    /// Whether it is on this machine, or may be.
+    pub here: bool,
     /// How far it is.
     pub state: State,
     /// Why it is not up.
@@ -300,8 +302,17 @@ impl Pods {
 
     /// What is wrong now: with the configuration, with the machine, and with the records.
     fn problems(&self, translation: &Translation, look: &Look) -> Vec<String> {
+        let missing = look
+            .waiting
+            .iter()
+            .filter_map(|(uid, missing)| match missing {
+                Missing::NotYet(_) => None,
+                Missing::Nowhere(why) | Missing::Doubtful(why) => {
+                    Some(format!("Pod {}: {why}", named(uid)))
+                }
+            });
         let problems = self.problems.iter().chain(&translation.problems);
-        let problems = problems.chain(&look.failed).cloned();
+        let problems = problems.chain(&look.failed).cloned().chain(missing);
         match &self.source {
             Source::Manifests { records, .. } => problems.chain(records.problems()).collect(),
             Source::Local(_) => problems.collect(),
@@ -325,6 +336,12 @@ impl Pods {
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
                 addresses: pod.addresses.clone(),
+                here: match look.waiting.get(&pod.uid) {
+                    Some(Missing::NotYet(_) | Missing::Nowhere(_)) => {
+                        status.values().any(|of| of.uid == pod.uid)
+                    }
+                    Some(Missing::Doubtful(_)) | None => true,
+                },
                 state,
                 reason,
                 netns: found.map(|found| found.cookie),
@@ -416,8 +433,8 @@ fn state(
         Some((_, of)) if let PodState::Broken { why } = &of.state => {
             return (State::Broken, Some(why.clone()));
         }
-        Some((_, of)) if let PodState::Failed { why, .. } = &of.state => Some(why),
-        _ => look.waiting.get(&pod.uid),
+        Some((_, of)) if let PodState::Failed { why, .. } = &of.state => Some(why.as_str()),
+        _ => look.waiting.get(&pod.uid).map(Missing::why),
     };
     let reason = match (why, captured) {
         (None, _) => "it is being enrolled".into(),

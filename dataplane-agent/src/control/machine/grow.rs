@@ -10,7 +10,7 @@ use dataplane_ebpf::pod::CGROUPS;
 
 use super::cgroups::{Asked, NoGroup};
 use super::seen::Seen;
-use super::{Look, Machine};
+use super::{Look, Machine, Missing};
 use crate::capture::{PodState, Status};
 use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::processes;
@@ -25,7 +25,7 @@ impl Machine {
         captured: &Status,
         seen: &Seen,
         look: &mut Look,
-    ) -> Result<(), String> {
+    ) -> Result<(), Missing> {
         let Some(place) = self.places.get(uid) else {
             return Ok(());
         };
@@ -34,7 +34,9 @@ impl Machine {
             .get(&place.netns.inode())
             .map(|namespace| namespace.processes.iter().copied().collect())
             .unwrap_or_default();
-        let failed = |error: io::Error| format!("its processes cannot be looked at: {error}");
+        let failed = |error: io::Error| {
+            Missing::Doubtful(format!("its processes cannot be looked at: {error}"))
+        };
         let mut folders = Vec::new();
         for pid in &own {
             // Outside of what our cgroup namespace shows is outside of what is captured.
@@ -59,9 +61,12 @@ impl Machine {
             };
             let found = asked.of_pod(&folders.iter().flatten().cloned().collect());
             let grown = match found {
-                Ok(found) => self.grown(uid, &groups, found, captured),
+                Ok(found) => self
+                    .grown(uid, &groups, found, captured)
+                    .map_err(Missing::Doubtful),
                 Err(NoGroup::Failed(error)) => return Err(failed(error)),
-                Err(NoGroup::Wrong(why)) => Err(why),
+                Err(NoGroup::Wrong(why)) if folders.is_empty() => Err(Missing::NotYet(why)),
+                Err(NoGroup::Wrong(why)) => Err(Missing::Doubtful(why)),
             };
             match grown {
                 Ok(grown) => groups = grown,

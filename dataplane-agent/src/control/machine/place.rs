@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::super::manifests::LocalPodSpec;
 use super::cgroups;
-use super::claims::{self, Claims};
+use super::claims::{self, Claims, Doubt};
 use super::seen::{Candidate, Seen};
-use super::{Key, Machine, Place, Sight};
+use super::{Key, Machine, Missing, Place, Sight};
 use crate::capture::Status;
 use crate::sys::netns::Netns;
 
@@ -20,7 +20,7 @@ impl Machine {
         pods: &[LocalPodSpec],
         captured: &Status,
         seen: &mut Seen,
-    ) -> BTreeMap<Arc<str>, String> {
+    ) -> BTreeMap<Arc<str>, Missing> {
         let mut why = BTreeMap::new();
         let mut claims = Claims::new();
         let taken: BTreeSet<u64> = self
@@ -34,7 +34,7 @@ impl Machine {
             }
             if pod.addresses.is_empty() {
                 let reason = "it has no address yet (status.podIPs)".to_owned();
-                why.insert(pod.uid.clone(), reason);
+                why.insert(pod.uid.clone(), Missing::NotYet(reason));
                 continue;
             }
             match self.candidates(pod, pods, captured, &taken, seen) {
@@ -63,7 +63,14 @@ impl Machine {
                         self.places.insert(uid, place);
                     }
                 }
-                Err(doubt) => _ = why.insert(uid, seen.told(pod, &doubt)),
+                Err(doubt) => {
+                    let told = seen.told(pod, &doubt);
+                    let missing = match doubt {
+                        Doubt::None => Missing::Nowhere(told),
+                        Doubt::Several(_) | Doubt::Shared(..) => Missing::Doubtful(told),
+                    };
+                    why.insert(uid, missing);
+                }
             }
         }
         why
@@ -77,7 +84,7 @@ impl Machine {
         captured: &Status,
         taken: &BTreeSet<u64>,
         seen: &mut Seen,
-    ) -> Result<BTreeSet<u64>, String> {
+    ) -> Result<BTreeSet<u64>, Missing> {
         if let Some(path) = &pod.netns_path {
             let inode = self.named(path, pod, seen)?;
             let owner = self
@@ -85,7 +92,9 @@ impl Machine {
                 .iter()
                 .find(|(_, place)| place.netns.inode() == inode);
             return match owner {
-                Some((uid, _)) => Err(format!("its network namespace is that of {uid}")),
+                Some((uid, _)) => Err(Missing::Doubtful(format!(
+                    "its network namespace is that of {uid}"
+                ))),
                 None => Ok([inode].into()),
             };
         }
@@ -148,21 +157,25 @@ impl Machine {
             // What it is captured as already.
             (Some(before), _) if candidates.contains(&before) => Ok([before].into()),
             // What could not be looked into may have the address too.
-            (_, Some(error)) if !is_named => Err(error),
+            (_, Some(error)) if !is_named => Err(Missing::Doubtful(error)),
             _ => Ok(candidates),
         }
     }
 
     /// The namespace that a pod's annotation names.
-    fn named(&self, path: &Path, pod: &LocalPodSpec, seen: &mut Seen) -> Result<u64, String> {
-        let wrong = |error: io::Error| format!("{}: {error}", path.display());
+    fn named(&self, path: &Path, pod: &LocalPodSpec, seen: &mut Seen) -> Result<u64, Missing> {
+        let wrong = |error: io::Error| {
+            let told = format!("{}: {error}", path.display());
+            match error.kind() {
+                io::ErrorKind::NotFound => Missing::Nowhere(told),
+                _ => Missing::Doubtful(told),
+            }
+        };
         let netns = Netns::open(path).map_err(wrong)?;
         let inode = netns.inode();
         if self.hosts.contains(&inode) {
-            return Err(format!(
-                "{} is the host's network namespace",
-                path.display()
-            ));
+            let told = format!("{} is the host's network namespace", path.display());
+            return Err(Missing::Doubtful(told));
         }
         let addresses = netns.interfaces().map_err(wrong)?.addresses;
         if let Some(address) = pod
@@ -170,7 +183,8 @@ impl Machine {
             .iter()
             .find(|address| !addresses.contains(address))
         {
-            return Err(format!("{} does not have {address}", path.display()));
+            let told = format!("{} does not have {address}", path.display());
+            return Err(Missing::Doubtful(told));
         }
         let cookie = netns.cookie().map_err(wrong)?;
         let candidate = Candidate {
