@@ -1,0 +1,155 @@
+//! Which manifests are in a folder, as far as its file system says.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Metadata};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use super::ManifestError;
+
+/// Deeper folders are not looked into: a loop of mounts ends here.
+const DEPTH: usize = 8;
+
+/// What is there; paths are below the folder, and its own is empty.
+#[derive(Debug, Default)]
+pub(super) struct Scan {
+    pub(super) files: BTreeMap<PathBuf, Stamp>,
+    /// Folders that were looked into.
+    folders: BTreeSet<PathBuf>,
+    /// What could not be looked at: of it, and of what is below it, nothing is known.
+    pub(super) faults: Vec<(PathBuf, ManifestError)>,
+    /// What is passed over, and why.
+    pub(super) notes: Vec<String>,
+}
+
+impl Scan {
+    pub(super) fn cannot_tell(&self, name: &Path) -> bool {
+        self.faults.iter().any(|(path, _)| name.starts_with(path))
+    }
+
+    /// The uppermost folder above `name` that is there and has no manifest in it.
+    pub(super) fn emptied<'a>(&self, name: &'a Path) -> Option<&'a Path> {
+        let has_none = |folder: &&Path| !self.files.keys().any(|file| file.starts_with(folder));
+        let above = name.ancestors().skip(1);
+        above
+            .filter(|folder| self.folders.contains(*folder))
+            .filter(has_none)
+            .last()
+    }
+}
+
+/// Where a folder below `dir` is; `dir` itself is shown as it was given.
+pub(super) fn at(dir: &Path, below: &Path) -> PathBuf {
+    match below.as_os_str().is_empty() {
+        true => dir.to_owned(),
+        false => dir.join(below),
+    }
+}
+
+const ENDINGS: [&str; 3] = ["yaml", "yml", "json"];
+
+/// The manifests below `dir`. What begins with a dot is not one; neither are a mounted ConfigMap's
+/// `..data` folders, whose files are there as links.
+pub(super) fn scan(dir: &Path) -> Scan {
+    let mut found = Scan::default();
+    let mut folders = vec![(PathBuf::new(), 0)];
+    while let Some((below, depth)) = folders.pop() {
+        let listed =
+            fs::read_dir(dir.join(&below)).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+        match listed {
+            Ok(entries) => {
+                found.folders.insert(below.clone());
+                for entry in entries {
+                    let name = below.join(entry.file_name());
+                    if !entry.file_name().as_encoded_bytes().starts_with(b".")
+                        && let Err(error) = found.entry(dir, &name, depth, &mut folders)
+                    {
+                        let told = ManifestError::of_file(&name, error);
+                        found.faults.push((name, told));
+                    }
+                }
+            }
+            // It went while it was looked for.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && depth > 0 => {}
+            Err(error) => {
+                let told = ManifestError::of_file(at(dir, &below), error);
+                found.faults.push((below, told));
+            }
+        }
+    }
+    found.notes.sort();
+    found.faults.sort_by(|(one, _), (other, _)| one.cmp(other));
+    found
+}
+
+impl Scan {
+    fn entry(
+        &mut self,
+        dir: &Path,
+        name: &Path,
+        depth: usize,
+        folders: &mut Vec<(PathBuf, usize)>,
+    ) -> io::Result<()> {
+        let path = dir.join(name);
+        let own = match fs::symlink_metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            own => own?,
+        };
+        let mut note = |why: &str| {
+            self.notes
+                .push(format!("{}: {why}, passed over", name.display()));
+        };
+        if own.is_dir() {
+            match depth < DEPTH {
+                true => folders.push((name.to_owned(), depth + 1)),
+                false => note("is more than 8 folders deep"),
+            }
+            return Ok(());
+        }
+        let ending = name.extension().and_then(|ending| ending.to_str());
+        let ending = ending.unwrap_or_default();
+        if !ENDINGS.contains(&ending) {
+            if ENDINGS.contains(&ending.to_ascii_lowercase().as_str()) {
+                note("has an ending that is not in lower case");
+            } else if own.is_symlink() && fs::metadata(&path).is_ok_and(|to| to.is_dir()) {
+                note("is a link to a folder");
+            }
+            return Ok(());
+        }
+        // A link to nothing is an error: it may lead to something again.
+        let metadata = fs::metadata(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => io::Error::other("is a link that leads nowhere"),
+            _ => error,
+        })?;
+        if metadata.is_file() {
+            self.files.insert(name.to_owned(), Stamp::from(&metadata));
+        } else if metadata.is_dir() {
+            note("is a link to a folder");
+        } else {
+            note("is no file");
+        }
+        Ok(())
+    }
+}
+
+/// Changes whenever the file does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    inode: u64,
+    size: u64,
+    pub(super) modified: Option<SystemTime>,
+    changed: (i64, i64),
+}
+
+impl From<&Metadata> for Stamp {
+    fn from(of: &Metadata) -> Self {
+        Self {
+            inode: of.ino(),
+            size: of.len(),
+            modified: of.modified().ok(),
+            changed: (of.ctime(), of.ctime_nsec()),
+        }
+    }
+}
