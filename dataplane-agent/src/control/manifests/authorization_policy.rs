@@ -381,6 +381,10 @@ pub(crate) fn translate(
     } else {
         PolicyScope::Namespace
     };
+    // An ALLOW without rules is how one denies all.
+    if action == Action::Deny && spec.rules.is_empty() {
+        report("is a DENY without rules, which denies nothing");
+    }
     let mut rules = Vec::new();
     for (at, raw) in spec.rules.iter().enumerate() {
         let mut dropped = Vec::new();

@@ -324,3 +324,23 @@ fn one_with_a_selector_in_the_root_namespace_has_no_effect() {
     assert!(given(&text).is_empty());
     assert!(translation(&text).problems[0].contains("no effect"));
 }
+
+#[test]
+fn a_deny_that_denies_nothing_is_told_and_an_allow_that_allows_nobody_is_not() {
+    for (spec, told) in [
+        ("{action: DENY}", true),
+        ("{action: DENY, rules: []}", true),
+        ("{action: DENY, rules: [{}]}", false),
+        ("{}", false),
+        ("{action: ALLOW}", false),
+    ] {
+        let problems = translation(&authorization("shop", spec)).problems;
+        let problem =
+            "AuthorizationPolicy shop/gate: is a DENY without rules, which denies nothing";
+        assert_eq!(
+            problems.iter().any(|told| told == problem),
+            told,
+            "{spec}: {problems:?}"
+        );
+    }
+}
