@@ -12,3 +12,4 @@ pub mod processes;
 pub mod readiness;
 pub mod socket;
 pub mod verifier;
+pub mod writers;

@@ -2,8 +2,10 @@
 //!
 //! At the start a bad file is an error. Later it is not: whatever cannot be read, or not yet, leaves
 //! what the file said before. A file that is being written cannot be told from a finished one by its
-//! text alone, since half of a policy may well be a policy; so a change counts only once it has not
-//! changed for [`SETTLE`], and a file's absence once the whole folder has not.
+//! text alone, since half of a policy may well be a policy, and some of a file's policies are some
+//! policies; so a change counts only once it has not changed for [`SETTLE`] and nobody has the file open
+//! for writing. Where that cannot be told, objects that are missing in it count later still. A file's
+//! absence counts once the whole folder has not changed.
 //!
 //! A file that is gone was removed; a folder that is there and has no manifests any more was more likely
 //! unmounted, or is being filled. So what was in it holds until that is said: by removing the folder, or by
@@ -19,12 +21,14 @@ use time::OffsetDateTime;
 use super::object::{self, Age, Item, Key, Objects, Parsed};
 use super::scan::{Scan, Stamp, at, scan};
 use super::{ManifestError, ManifestErrors, Watch};
+use crate::sys::writers::has_writers;
 
 /// How long a file must have been left alone before it is read again.
 pub const SETTLE: Duration = Duration::from_millis(300);
-/// A folder in which something always changes does not keep a file that is gone for longer than this many
-/// times that.
-const UNSETTLED: u32 = 10;
+/// This many times that is how long a file must have been left alone that lacks objects which it had, if
+/// one cannot tell whether it is being written, or a file that is gone from a folder in which something
+/// always changes. A file that is open for longer is told of.
+const LONG: u32 = 10;
 /// How often files are looked at that have not settled yet.
 const RETRY: Duration = Duration::from_millis(100);
 /// A larger file is a mistake.
@@ -100,7 +104,7 @@ impl Folder {
         let mut wrong: Vec<ManifestError> =
             found.faults.into_iter().map(|(_, error)| error).collect();
         for (name, stamp) in found.files {
-            match read(dir, &name) {
+            match read_closed(dir, &name) {
                 Ok(parsed) => {
                     let file = File {
                         stamp: Some(stamp),
@@ -197,22 +201,34 @@ impl Folder {
                 _ => now,
             };
             file.looks = Some((stamp, since));
-            let left_alone = stamp
-                .and_then(|stamp| stamp.modified?.elapsed().ok())
-                .is_some_and(|age| age >= self.settle);
-            if now.duration_since(since) < self.settle && !left_alone {
+            let age = stamp.and_then(|stamp| stamp.modified?.elapsed().ok());
+            let still = now.duration_since(since).max(age.unwrap_or_default());
+            if still < self.settle {
                 self.settling = true;
                 continue;
             }
             let Some(stamp) = stamp else {
-                if quiet || now.duration_since(since) >= self.settle * UNSETTLED {
+                if quiet || still >= self.settle * LONG {
                     gone.push(name.clone());
                 } else {
                     self.settling = true;
                 }
                 continue;
             };
+            let writers = has_writers(&self.dir.join(name)).ok();
+            if writers == Some(true) {
+                // That it is closed is reported.
+                if now.duration_since(since) >= self.settle * LONG {
+                    file.latest = Some(Err(open_for_writing(name)));
+                }
+                continue;
+            }
             let latest = read(&self.dir, name);
+            let has_all = |latest: &Parsed| latest.has_all_of(&file.good);
+            if !latest.as_ref().map_or(true, has_all) && !may_lack(writers, still, self.settle) {
+                self.settling = true;
+                continue;
+            }
             // Written to while it was read: what was read may be half of each.
             if fs::metadata(self.dir.join(name))
                 .ok()
@@ -257,9 +273,12 @@ impl Folder {
     fn accept(&mut self) -> Vec<ManifestError> {
         let mut held: BTreeMap<PathBuf, ManifestError> = BTreeMap::new();
         for (name, file) in &self.files {
-            if let Some(Err(error)) = &file.latest {
-                held.insert(name.clone(), error.clone());
-            }
+            let fault = match &file.latest {
+                Some(Ok(latest)) => latest.may_follow(&file.good, name).err(),
+                Some(Err(error)) => Some(error.clone()),
+                None => None,
+            };
+            held.extend(fault.map(|fault| (name.clone(), fault)));
         }
         loop {
             let candidates: BTreeMap<&PathBuf, &Parsed> = self
@@ -354,6 +373,25 @@ fn clashes(files: &BTreeMap<&PathBuf, &Parsed>) -> Vec<(PathBuf, ManifestError)>
     found
 }
 
+/// As [`read`], and refuses a file of which more may come.
+fn read_closed(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
+    match has_writers(&dir.join(name)) {
+        Ok(true) => Err(open_for_writing(name)),
+        // What keeps us from asking keeps us from reading too, or says nothing about the file.
+        Ok(false) | Err(_) => read(dir, name),
+    }
+}
+
+/// Whether a file may lack objects that it had, after it was left alone for so long. `writers`: whether
+/// it is open for writing, if that can be told.
+fn may_lack(writers: Option<bool>, still: Duration, settle: Duration) -> bool {
+    writers == Some(false) || still >= settle * LONG
+}
+
+fn open_for_writing(name: &Path) -> ManifestError {
+    ManifestError::of_file(name, "is open for writing, and counts when it is closed")
+}
+
 fn read(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
     let fault = |what: &dyn std::fmt::Display| ManifestError::of_file(name, what);
     let path = dir.join(name);
@@ -365,4 +403,17 @@ fn read(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
     }
     let text = fs::read_to_string(&path).map_err(|error| fault(&error))?;
     object::parse(name, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_counts_later_where_writers_cannot_be_seen() {
+        let times = |times| SETTLE * times;
+        assert!(may_lack(Some(false), times(1), SETTLE));
+        assert!(!may_lack(None, times(LONG - 1), SETTLE));
+        assert!(may_lack(None, times(LONG), SETTLE));
+    }
 }

@@ -193,6 +193,73 @@ pub(crate) enum Body {
 pub(crate) struct Parsed {
     pub(crate) items: Vec<Item>,
     pub(crate) warnings: Vec<String>,
+    /// What is not read.
+    passed_over: Vec<PassedOver>,
+    /// Whether an empty List says that nothing is meant.
+    nothing: bool,
+}
+
+/// An object of a kind that is not read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct PassedOver {
+    line: u64,
+    api_version: String,
+    kind: String,
+    /// What it would be known by; of an object of the whole cluster as if it were of the default namespace.
+    key: Key,
+}
+
+impl Parsed {
+    /// Whether each object of the other is one of these.
+    pub(crate) fn has_all_of(&self, other: &Self) -> bool {
+        other.items.iter().all(|item| self.has(item))
+    }
+
+    fn has(&self, item: &Item) -> bool {
+        self.items
+            .iter()
+            .any(|own| own.identity() == item.identity())
+    }
+
+    /// Whether what is read here may take the place of what the file said before. An object that is not
+    /// read and has come in the place of one that was, by its name or as all that is left, is no word that
+    /// the old one shall go: it is what a slip in a kind or a group does.
+    ///
+    /// # Errors
+    /// There is one.
+    pub(crate) fn may_follow(&self, before: &Self, file: &Path) -> Result<(), ManifestError> {
+        let was_there = |new: &&PassedOver| {
+            let mut others = before.passed_over.iter();
+            others.any(|old| (&old.kind, &old.key) == (&new.kind, &new.key))
+        };
+        let came = || self.passed_over.iter().filter(|new| !was_there(new));
+        for item in before.items.iter().filter(|item| !self.has(item)) {
+            let (was, key) = item.identity();
+            let is_named = |new: &&PassedOver| {
+                let same = key.namespace.is_empty() || new.key.namespace == key.namespace;
+                same && new.key.name == key.name
+            };
+            let is_all = self.items.is_empty() && !self.nothing;
+            let Some(new) = came().find(|new| is_all || is_named(new)) else {
+                continue;
+            };
+            let PassedOver {
+                line,
+                api_version,
+                kind,
+                ..
+            } = new;
+            let what = format!(
+                "{api_version} {kind} is not read, and stands in the place of {was} {key}; to remove that, \
+                 delete the file or put an empty List in it"
+            );
+            return Err(ManifestError {
+                line: Some(*line),
+                ..ManifestError::of_file(file, what)
+            });
+        }
+        Ok(())
+    }
 }
 
 impl Item {
@@ -265,7 +332,15 @@ fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(
         .rsplit_once('/')
         .map_or("", |(group, _)| group);
 
-    if let Some(items) = node.field("items").filter(|_| head.kind.ends_with("List")) {
+    let of_list = node.field("items");
+    if head.kind == spelling::LIST && of_list.is_none() {
+        return Err(wrong(
+            node,
+            "items",
+            "a List without items; an empty one says `items: []`",
+        ));
+    }
+    if let Some(items) = of_list.filter(|_| head.kind.ends_with(spelling::LIST)) {
         let items = items
             .list()
             .filter(|_| depth < LIST_DEPTH)
@@ -274,6 +349,7 @@ fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(
                 field: "items".into(),
                 what: "expected a list of objects".into(),
             })?;
+        parsed.nothing |= items.is_empty();
         for (at, item) in items.iter().enumerate() {
             take(file, item, depth + 1, parsed).map_err(|e| e.below(&format!("items[{at}]")))?;
         }
@@ -300,6 +376,12 @@ fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(
         ("gateway.networking.k8s.io", "Gateway") => Body::Gateway(Gateway::read(node)?),
         (group, kind) => {
             parsed.warnings.push(passed_over(file, node, group, kind)?);
+            parsed.passed_over.push(PassedOver {
+                line: node.line,
+                kind: kind.to_owned(),
+                key: Meta::key(node).unwrap_or_default(),
+                api_version: head.api_version.clone(),
+            });
             return Ok(());
         }
     };
@@ -337,6 +419,16 @@ fn passed_over(file: &Path, node: &Node, group: &str, kind: &str) -> Result<Stri
 }
 
 impl Meta {
+    /// What an object of a kind that is not read would be known by.
+    fn key(node: &Node) -> Option<Key> {
+        let meta = node.field("metadata")?;
+        let text = |name| meta.field(name).and_then(Node::text);
+        Some(Key {
+            namespace: text("namespace").unwrap_or("default").into(),
+            name: text("name")?.into(),
+        })
+    }
+
     fn read(node: &Node, cluster_wide: bool) -> Result<Self, NodeError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]

@@ -74,7 +74,7 @@ const GROUPS: [Group; 4] = [
 ];
 
 /// A list of any kind is one of objects.
-const LIST: &str = "List";
+pub(crate) const LIST: &str = "List";
 
 /// Whether a kind is one that is read.
 ///

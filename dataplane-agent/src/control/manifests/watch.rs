@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use notify::{RecursiveMode, Watcher};
+use notify::event::{AccessKind, AccessMode};
+use notify::{EventKind, RecursiveMode, Watcher};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
@@ -98,7 +99,7 @@ impl Watch {
         let (teller, unread) = (Arc::clone(&self.told), self.unread);
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // Reading the folder is reported too, and would keep us reading.
-            if !event.is_ok_and(|event| event.kind.is_access() || is_unread(&event, unread)) {
+            if !event.is_ok_and(|event| is_of_readers(&event) || is_unread(&event, unread)) {
                 teller.notify_one();
             }
         })
@@ -120,6 +121,12 @@ impl Watch {
             }
         }
     }
+}
+
+/// Whether an event is what whoever reads does. One who closes what it has written does not.
+fn is_of_readers(event: &notify::Event) -> bool {
+    let closed = EventKind::Access(AccessKind::Close(AccessMode::Write));
+    event.kind.is_access() && event.kind != closed
 }
 
 /// Whether an event is of nothing but files with this ending. One without a path is of everything.

@@ -127,6 +127,90 @@ fn a_file_in_which_all_is_commented_out_leaves_what_it_said() {
 }
 
 #[test]
+fn what_is_not_read_takes_nothing_away_in_whose_place_it_comes() {
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {}\n";
+    let deployment = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: web}\n";
+    let both = format!("{POLICY}---\n{service}---\n{deployment}");
+    for before in [POLICY.to_owned(), both.clone()] {
+        let (dir, mut folder) = folder(&[("gate.yaml", &before)]);
+        let good = folder.objects().clone();
+        for (slip, told_of) in [
+            (
+                before.replace("security.istio.io/v1", "policy.example.com/v1"),
+                "gate.yaml:1: policy.example.com/v1 AuthorizationPolicy is not read, and stands in the place of AuthorizationPolicy default/gate",
+            ),
+            (
+                before.replace("kind: AuthorizationPolicy", "kind: RequestAuthentication"),
+                "gate.yaml:1: security.istio.io/v1 RequestAuthentication is not read",
+            ),
+            (
+                "apiVersion: v1\nkind: List\n".into(),
+                "gate.yaml:1: items: a List without items",
+            ),
+        ] {
+            put(&dir, "gate.yaml", &slip);
+            let reload = folder.reload();
+            assert!(!reload.changed, "{slip}");
+            let told = told(&reload);
+            assert!(told[0].starts_with(told_of), "{told:?}");
+            assert_eq!(*folder.objects(), good);
+        }
+    }
+    // All that is left, by whatever name.
+    let (dir, mut folder) = folder(&[("gate.yaml", &both)]);
+    put(&dir, "gate.yaml", &deployment.replace("web", "other"));
+    assert!(!folder.reload().changed);
+    // What was not read before either says nothing about what is removed beside it.
+    put(&dir, "gate.yaml", &format!("{POLICY}---\n{deployment}"));
+    let reload = folder.reload();
+    assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
+    put(&dir, "gate.yaml", deployment);
+    let reload = folder.reload();
+    assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
+    assert!(folder.objects().authorization_policies.is_empty());
+}
+
+#[tokio::test]
+async fn a_file_that_is_being_written_counts_when_it_is_closed() {
+    use std::io::Write;
+    let both = format!("{}---\n{POLICY}", namespace("shop"));
+    let (dir, _) = folder(&[("gate.yaml", &both)]);
+    let settle = Duration::from_millis(20);
+    let mut folder = Folder::open_settling(dir.path(), settle).expect("good files");
+    let mut watch = Watch::new(dir.path());
+    let before = folder.objects().clone();
+    // Its first document, and for long nothing more.
+    let mut writing = fs::File::create(dir.path().join("gate.yaml")).expect("a file");
+    writing
+        .write_all(namespace("shop").as_bytes())
+        .expect("a file");
+    let mut problems = Vec::new();
+    for _ in 0..15 {
+        std::thread::sleep(settle);
+        let reload = folder.reload();
+        assert!(!reload.changed);
+        problems = told(&reload);
+    }
+    assert_eq!(
+        problems,
+        ["gate.yaml: is open for writing, and counts when it is closed"]
+    );
+    let error = Folder::open(dir.path()).expect_err("nor does a start take it");
+    assert!(error.to_string().contains("is open for writing"), "{error}");
+    assert_eq!(*folder.objects(), before);
+    let second = format!("---\n{}", POLICY.replace("[a]", "[b]"));
+    writing.write_all(second.as_bytes()).expect("a file");
+    std::thread::sleep(settle * 2);
+    assert!(!folder.reload().changed);
+    let begin = Instant::now();
+    drop(writing);
+    let reload = folder.next(&mut watch).await;
+    assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
+    assert!(begin.elapsed() < Duration::from_secs(1), "told, not found");
+    assert_eq!(folder.objects().authorization_policies.len(), 1);
+}
+
+#[test]
 fn a_folder_that_is_suddenly_empty_keeps_what_was_in_it_until_that_is_said() {
     let files = [
         ("gate.yaml", POLICY),
