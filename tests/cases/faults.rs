@@ -7,245 +7,22 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::symlink;
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use dataplane_tests::agent::CAPABILITIES;
 use dataplane_tests::lacks::Lacks;
+use dataplane_tests::peer::Peer;
 use dataplane_tests::process::output;
-use dataplane_tests::{Agent, Node, Pod, Wire, World, eventually, scaled};
-use http::{Method, Request};
-use rcgen::{CertificateParams, Issuer, KeyPair, SanType};
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use dataplane_tests::{Agent, Node, One, Wire, World, eventually, scaled};
+use http::Method;
 
 const PORT: u16 = 7000;
 
-struct One {
-    server: Pod,
-    outsider: Pod,
-    agent: Agent,
-    node: Node,
-    world: World,
-}
-
-impl One {
-    fn new() -> Self {
-        let world = World::new();
-        let node = world.node("one");
-        let server = node.pod(&world, "server");
-        let outsider = node.bare(&world, "outside", "outsider");
-        let agent = world.agent(&node);
-        agent.up(&["server"]);
-        Self {
-            server,
-            outsider,
-            agent,
-            node,
-            world,
-        }
-    }
-
-    /// A peer under the mesh's own CA.
-    fn peer(&self, identity: &str) -> Peer {
-        let read = |file: &str| {
-            fs::read_to_string(self.world.state.join("ca").join(file)).expect("the CA")
-        };
-        Peer::signed(&read("root.pem"), &read("key.pem"), identity)
-    }
-}
-
-/// A peer that speaks HBONE by other libraries' plain means.
-struct Peer {
-    /// Its certificates and its key, if it has any.
-    shows: Option<(Vec<CertificateDer<'static>>, Vec<u8>)>,
-}
-
-impl Peer {
-    fn signed(root: &str, key: &str, identity: &str) -> Self {
-        let root = CertificateDer::from_pem_slice(root.as_bytes()).expect("PEM");
-        let signer =
-            Issuer::from_ca_cert_der(&root, KeyPair::from_pem(key).expect("a key")).expect("a CA");
-        let own = KeyPair::generate().expect("a key");
-        let mut params = CertificateParams::default();
-        params.distinguished_name = rcgen::DistinguishedName::new();
-        params.subject_alt_names = vec![SanType::URI(identity.try_into().expect("a URI"))];
-        let leaf = params.signed_by(&own, &signer).expect("a certificate");
-        Self {
-            shows: Some((vec![leaf.der().clone()], own.serialize_der())),
-        }
-    }
-
-    /// Under a CA that nobody knows.
-    fn stranger() -> Self {
-        let key = KeyPair::generate().expect("a key");
-        let mut root = CertificateParams::default();
-        root.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        let root = root.self_signed(&key).expect("a certificate");
-        Self::signed(
-            &root.pem(),
-            &key.serialize_pem(),
-            "spiffe://cluster.local/ns/demo/sa/peer",
-        )
-    }
-
-    /// Asks, in a tunnel to a pod; the status, or what went wrong before there was one.
-    fn request(
-        &self,
-        from: &Pod,
-        to: SocketAddr,
-        method: &Method,
-        authority: &str,
-    ) -> Result<u16, String> {
-        self.tunnel(from, to)?.request(method, authority)
-    }
-
-    /// Opens a tunnel to a pod.
-    fn tunnel(&self, from: &Pod, to: SocketAddr) -> Result<Tunnel, String> {
-        let tcp = from
-            .netns
-            .run(|| std::net::TcpStream::connect_timeout(&to, scaled(Duration::from_secs(5))));
-        let tcp = tcp.map_err(|error| error.to_string())?;
-        tcp.set_nonblocking(true).expect("a socket");
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .expect("a runtime");
-        let (send, connection) = runtime.block_on(patient(self.handshake(tcp)))?;
-        Ok(Tunnel {
-            runtime,
-            send,
-            connection,
-            streams: Vec::new(),
-        })
-    }
-
-    async fn handshake(&self, tcp: std::net::TcpStream) -> Result<(Sender, Connection), String> {
-        let text = |error: &dyn std::fmt::Display| error.to_string();
-        let tcp = tokio::net::TcpStream::from_std(tcp).map_err(|error| text(&error))?;
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let config = rustls::ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .expect("TLS 1.3")
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anybody));
-        let mut config = match &self.shows {
-            Some((chain, key)) => {
-                let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.clone()));
-                let config = config.with_client_auth_cert(chain.clone(), key);
-                config.expect("a certificate")
-            }
-            None => config.with_no_client_auth(),
-        };
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        let name = ServerName::try_from("0.0.0.0").expect("a name");
-        let tls = tokio_rustls::TlsConnector::from(Arc::new(config))
-            .connect(name, tcp)
-            .await;
-        h2::client::Builder::new()
-            .handshake(tls.map_err(|error| text(&error))?)
-            .await
-            .map_err(|error| text(&error))
-    }
-}
-
-type Sender = h2::client::SendRequest<Bytes>;
-type Connection = h2::client::Connection<tokio_rustls::client::TlsStream<tokio::net::TcpStream>>;
-
-/// A peer's tunnel, which rests unless it is asked.
-struct Tunnel {
-    runtime: tokio::runtime::Runtime,
-    send: Sender,
-    connection: Connection,
-    /// Open until the tunnel ends.
-    streams: Vec<h2::SendStream<Bytes>>,
-}
-
-impl Tunnel {
-    fn request(&mut self, method: &Method, authority: &str) -> Result<u16, String> {
-        let text = |error: &dyn std::fmt::Display| error.to_string();
-        let uri = match *method {
-            Method::CONNECT => http::Uri::builder().authority(authority).build(),
-            _ => http::Uri::builder()
-                .scheme("http")
-                .authority(authority)
-                .path_and_query("/")
-                .build(),
-        };
-        let request = Request::builder()
-            .method(method)
-            .uri(uri.map_err(|error| text(&error))?);
-        let (response, body) = self
-            .send
-            .send_request(request.body(()).expect("a request"), false)
-            .map_err(|error| text(&error))?;
-        self.streams.push(body);
-        let connection = &mut self.connection;
-        self.runtime.block_on(patient(async {
-            tokio::select! {
-                end = connection => Err(format!("closed: {end:?}")),
-                response = response => response.map(|response| response.status().as_u16()).map_err(|error| text(&error)),
-            }
-        }))
-    }
-
-    /// Says something in the last stream that was asked for, and lets the tunnel work for a while.
-    fn say(&mut self, line: &'static str, time: Duration) {
-        let stream = self.streams.last_mut().expect("one was asked for");
-        stream
-            .send_data(Bytes::from_static(line.as_bytes()), false)
-            .expect("it is open");
-        let connection = &mut self.connection;
-        let _ = self
-            .runtime
-            .block_on(async { tokio::time::timeout(time, connection).await });
-    }
-}
-
-/// With an end.
-async fn patient<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
-    let done = tokio::time::timeout(scaled(Duration::from_secs(10)), work).await;
-    done.unwrap_or_else(|_| Err("no answer".to_owned()))
-}
-
-/// Takes any server: the test is the client that the agent has to judge.
-#[derive(Debug)]
-struct Anybody;
-
-impl rustls::client::danger::ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: rustls_pki_types::UnixTime,
-    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-        Ok(rustls::client::danger::ServerCertVerified::assertion())
-    }
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::General("TLS 1.3 alone".into()))
-    }
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
-    }
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
-        provider
-            .signature_verification_algorithms
-            .supported_schemes()
-    }
+/// A peer under the mesh's own CA.
+fn peer_of(one: &One, identity: &str) -> Peer {
+    let read =
+        |file: &str| fs::read_to_string(one.world.state.join("ca").join(file)).expect("the CA");
+    Peer::signed(&read("root.pem"), &read("key.pem"), identity)
 }
 
 #[test]
@@ -253,7 +30,7 @@ fn c9_what_a_pod_accepts_while_it_leaves_stays_inside() {
     let one = One::new();
     let app = one.server.app(&["serve", "7000", "late-device=eth0"]);
     assert_eq!(app.line(), "ready");
-    let peer = one.peer("spiffe://cluster.local/ns/demo/sa/peer");
+    let peer = peer_of(&one, "spiffe://cluster.local/ns/demo/sa/peer");
     let wire = Wire::tap(one.node.netns.file(), &one.server.veth);
     let own = one.server.at(PORT).to_string();
     // Tunnels take new streams for a second then, which a slow machine may miss.
@@ -289,7 +66,7 @@ fn a_peer_is_let_in_by_its_certificate_and_to_the_pod_alone() {
     let one = One::new();
     let _app = one.server.serve(PORT);
     let _theirs = one.outsider.serve(PORT);
-    let peer = one.peer("spiffe://cluster.local/ns/demo/sa/peer");
+    let peer = peer_of(&one, "spiffe://cluster.local/ns/demo/sa/peer");
     let tunnel = one.server.at(15008);
     let connect =
         |authority: &str| peer.request(&one.outsider, tunnel, &Method::CONNECT, authority);
@@ -349,7 +126,7 @@ fn a_peer_of_another_mesh_or_without_a_certificate_is_not_let_in() {
         "spiffe://cluster.local/ns/demo",
         "https://cluster.local/ns/demo/sa/peer",
     ] {
-        let refused = connect(&one.peer(identity));
+        let refused = connect(&peer_of(&one, identity));
         assert!(refused.is_err(), "{identity}: {refused:?}");
     }
     assert!(connect(&Peer::stranger()).is_err());
@@ -359,7 +136,7 @@ fn a_peer_of_another_mesh_or_without_a_certificate_is_not_let_in() {
     assert!(refused.is_err(), "{refused:?}");
     one.agent
         .logs(&["tls handshake error", "NoCertificatesPresented"]);
-    let peer = one.peer("spiffe://cluster.local/ns/demo/sa/peer");
+    let peer = peer_of(&one, "spiffe://cluster.local/ns/demo/sa/peer");
     assert_eq!(connect(&peer), Ok(200), "and who has one is let in");
     one.agent.logs(&["connection complete"]);
     let dialled = one.agent.log().matches("connection complete").count();

@@ -3,7 +3,6 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -11,99 +10,38 @@ use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use dataplane_tests::agent::{CAPABILITIES, Setup};
+use dataplane_tests::one::tree;
 use dataplane_tests::process::{output, place};
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Node, Pod, Process, World, eventually, program, scaled};
+use dataplane_tests::{Agent, One, Process, World, eventually, program, scaled};
 
 const PORT: u16 = 7000;
 
-struct One {
-    server: Pod,
-    outsider: Pod,
-    agent: Agent,
-    node: Node,
-    world: World,
-}
-
-impl One {
-    fn new() -> Self {
-        let world = World::new();
-        let node = world.node("one");
-        let server = node.pod(&world, "server");
-        let outsider = node.bare(&world, "outside", "outsider");
-        let agent = world.agent(&node);
-        agent.up(&["server"]);
-        Self {
-            server,
-            outsider,
-            agent,
-            node,
-            world,
-        }
+/// `uninstall` with the places of this node, and with others in their stead.
+fn uninstall(one: &One, others: &[(&str, &Path)]) -> Command {
+    let mut uninstall = dataplane("uninstall");
+    let (run, bpffs, state) = (
+        one.world.folder().join("run"),
+        one.world.bpffs().to_owned(),
+        one.world.state.clone(),
+    );
+    for (name, place) in [
+        ("--node", Path::new("one")),
+        ("--run-dir", &run),
+        ("--bpffs", &bpffs),
+        ("--state", &state),
+    ] {
+        let other = others.iter().find(|(other, _)| *other == name);
+        let place = other.map_or(place, |(_, other)| *other);
+        uninstall.arg(name).arg(place);
     }
-
-    /// The node's folder for what is running.
-    fn folder(&self) -> PathBuf {
-        self.world.folder().join("run/one")
-    }
-
-    /// What keeps the pod captured: its rules, the pins, the record.
-    fn traces(&self) -> (String, usize, usize) {
-        let rules = self.server.netns.show("rule show");
-        let pins = tree(self.world.bpffs()).len();
-        let records = fs::read_dir(self.folder().join("pods")).map_or(0, Iterator::count);
-        (rules, pins, records)
-    }
-
-    fn is_captured(&self) -> bool {
-        let (rules, pins, records) = self.traces();
-        rules.lines().count() > 3 && pins > 7 && records == 1
-    }
-
-    /// `uninstall` with the places of this node, and with others in their stead.
-    fn uninstall(&self, others: &[(&str, &Path)]) -> Command {
-        let mut uninstall = dataplane("uninstall");
-        let (run, bpffs, state) = (
-            self.world.folder().join("run"),
-            self.world.bpffs().to_owned(),
-            self.world.state.clone(),
-        );
-        for (name, place) in [
-            ("--node", Path::new("one")),
-            ("--run-dir", &run),
-            ("--bpffs", &bpffs),
-            ("--state", &state),
-        ] {
-            let other = others.iter().find(|(other, _)| *other == name);
-            let place = other.map_or(place, |(_, other)| *other);
-            uninstall.arg(name).arg(place);
-        }
-        uninstall
-    }
+    uninstall
 }
 
 fn dataplane(command: &str) -> Command {
     let mut dataplane = Command::new(program("DATAPLANE_BIN"));
     dataplane.arg(command).env_remove("NODE_NAME");
     dataplane
-}
-
-/// All that is below a folder: what it is, and what is in it.
-fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
-    let mut found = BTreeMap::new();
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let (path, kind) = (entry.path(), entry.file_type().expect("a kind"));
-        let what = match () {
-            () if kind.is_dir() => {
-                found.append(&mut tree(&path));
-                "folder".into()
-            }
-            () if kind.is_symlink() => format!("to {:?}", fs::read_link(&path)),
-            () => format!("file {:?}", fs::read_to_string(&path).ok()),
-        };
-        found.insert(path, what);
-    }
-    found
 }
 
 /// How an agent ended that must not start, and what it said.
@@ -211,7 +149,7 @@ fn uninstall_without_a_privilege_says_which_and_changes_nothing() {
     assert!(one.is_captured());
     let before = one.traces();
     for (name, number) in CAPABILITIES {
-        let mut uninstall = one.uninstall(&[]);
+        let mut uninstall = uninstall(&one, &[]);
         let mut setup = one.world.setup(&one.node);
         if let Some(keep) = &mut setup.place.capabilities {
             keep.retain(|kept| *kept != number);
@@ -222,7 +160,7 @@ fn uninstall_without_a_privilege_says_which_and_changes_nothing() {
         assert!(said.contains(&format!("{name} is missing")), "{said}");
         assert_eq!(one.traces(), before, "{name}");
     }
-    let (status, said) = run(&mut one.uninstall(&[]));
+    let (status, said) = run(&mut uninstall(&one, &[]));
     assert!(
         status.success() && said.contains("1 pods let go, nothing is left"),
         "{said}"
@@ -237,7 +175,7 @@ fn uninstall_with_other_places_than_its_agents_says_so_and_changes_nothing() {
     let other = Mounted::new(scratch.path().join("bpf"));
     let before = one.traces();
     let unchanged = |one: &One, others: &[(&str, &Path)], code: i32, told: &[&str]| {
-        let (status, said) = run(&mut one.uninstall(others));
+        let (status, said) = run(&mut uninstall(one, others));
         assert_eq!(status.code(), Some(code), "{others:?}: {said}");
         for part in told {
             assert!(said.contains(part), "{others:?}: {said}");
@@ -289,7 +227,7 @@ fn uninstall_with_other_places_than_its_agents_says_so_and_changes_nothing() {
     fs::write(&moved, mark.replace(&own, &theirs)).expect("a file");
     unchanged(&one, &[("--bpffs", other.path())], 4, &["not pinned in"]);
     fs::write(&moved, mark).expect("a file");
-    let (status, said) = run(&mut one.uninstall(&[]));
+    let (status, said) = run(&mut uninstall(&one, &[]));
     assert!(status.success(), "{said}");
 }
 
@@ -304,7 +242,7 @@ fn what_cannot_be_taken_back_is_told_and_its_record_stays() {
     for file in [&stranger, &broken] {
         fs::write(file, "{").expect("a file");
     }
-    let (status, said) = run(&mut one.uninstall(&[]));
+    let (status, said) = run(&mut uninstall(&one, &[]));
     assert_eq!(status.code(), Some(1), "{said}");
     assert!(said.contains("1 pods let go, 2 things are left"), "{said}");
     for file in [&stranger, &broken] {
@@ -317,7 +255,7 @@ fn what_cannot_be_taken_back_is_told_and_its_record_stays() {
         3,
         "the pod itself is let go"
     );
-    let (status, said) = run(&mut one.uninstall(&[]));
+    let (status, said) = run(&mut uninstall(&one, &[]));
     assert!(
         status.success() && said.contains("nothing is left"),
         "{said}"
@@ -362,7 +300,7 @@ fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
     };
     assert_eq!(status.code(), Some(2), "{said}");
     assert!(said.contains("say the --run-dir"), "{said}");
-    let (status, said) = run(&mut one.uninstall(&[("--run-dir", &run_dir)]));
+    let (status, said) = run(&mut uninstall(&one, &[("--run-dir", &run_dir)]));
     assert_eq!(status.code(), Some(2), "{said}");
     assert_eq!(one.traces(), before);
     one.agent.restart();
@@ -454,36 +392,25 @@ fn who_reads_no_output_gets_no_panic() {
 /// What says that nothing is meant.
 const NOTHING: &str = "apiVersion: v1\nkind: List\nitems: []\n";
 
-impl One {
-    /// One whose server nobody may reach.
-    fn closed() -> (Self, Process) {
-        let one = Self::new();
-        let app = one.server.serve(PORT);
-        assert!(!one.denies(), "nothing is said yet");
-        let (manifests, nobody) = (&one.world.manifests, "cluster.local/ns/x/sa/y");
-        manifests.policy("demo", "nobody", "ALLOW", "server", nobody);
-        eventually("denied", 10, || one.denies());
-        (one, app)
-    }
+fn policy(one: &One) -> PathBuf {
+    one.world.manifests.folder.join("policy-demo-nobody.yaml")
+}
 
-    fn denies(&self) -> bool {
-        self.outsider.ask(self.server.at(PORT), "x").is_err()
-    }
-
-    fn policy(&self) -> PathBuf {
-        self.world.manifests.folder.join("policy-demo-nobody.yaml")
-    }
-
-    fn problems(&self) -> String {
-        let status = self.agent.status().unwrap_or_default();
-        status["problems"].to_string()
-    }
+/// One whose server nobody may reach.
+fn closed() -> (One, Process) {
+    let one = One::new();
+    let app = one.server.serve(PORT);
+    assert!(!one.denies(PORT), "nothing is said yet");
+    let (manifests, nobody) = (&one.world.manifests, "cluster.local/ns/x/sa/y");
+    manifests.policy("demo", "nobody", "ALLOW", "server", nobody);
+    eventually("denied", 10, || one.denies(PORT));
+    (one, app)
 }
 
 #[test]
 fn a_policy_that_is_misspelt_or_commented_out_denies_still_and_that_is_told() {
-    let (one, _app) = One::closed();
-    let good = fs::read_to_string(one.policy()).expect("a policy");
+    let (one, _app) = closed();
+    let good = fs::read_to_string(policy(&one)).expect("a policy");
     let commented: String = good.lines().map(|line| format!("# {line}\n")).collect();
     for (bad, told) in [
         (
@@ -504,22 +431,22 @@ fn a_policy_that_is_misspelt_or_commented_out_denies_still_and_that_is_told() {
         ),
         (commented, "has no objects in it"),
     ] {
-        fs::write(one.policy(), &bad).expect("a file");
+        fs::write(policy(&one), &bad).expect("a file");
         eventually(told, 10, || one.problems().contains(told));
-        assert!(one.denies(), "{bad}");
+        assert!(one.denies(PORT), "{bad}");
         one.agent
             .logs(&["policy-demo-nobody.yaml", told, "what it said before holds"]);
     }
-    fs::write(one.policy(), good).expect("a file");
+    fs::write(policy(&one), good).expect("a file");
     eventually("good again", 10, || one.problems() == "[]");
-    assert!(one.denies());
+    assert!(one.denies(PORT));
     one.world.manifests.remove("policy-demo-nobody.yaml");
-    eventually("allowed, as its file was removed", 10, || !one.denies());
+    eventually("allowed, as its file was removed", 10, || !one.denies(PORT));
 }
 
 #[test]
 fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
-    let (mut one, _app) = One::closed();
+    let (mut one, _app) = closed();
     let folder = one.world.manifests.folder.clone();
     let away = folder.with_extension("away");
     let empty = |one: &One| {
@@ -531,7 +458,7 @@ fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
         });
         one.agent
             .logs(&["has no manifests any more", "what it said before holds"]);
-        assert!(one.is_captured() && one.denies());
+        assert!(one.is_captured() && one.denies(PORT));
         assert_eq!(one.agent.pod("server").0, "up");
     };
     empty(&one);
@@ -566,7 +493,7 @@ fn a_policy_is_read_wherever_a_link_leads_and_whichever_folder_is_there() {
     one.agent.kill();
     one.agent.restart();
     one.agent.up(&["server"]);
-    assert!(!one.denies());
+    assert!(!one.denies(PORT));
     // A file that is a link, to what is edited elsewhere.
     let elsewhere = one.world.folder().join("gate.yaml");
     let gate = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: gate, namespace: demo}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"1\"]}}]}]}\n";
@@ -575,9 +502,11 @@ fn a_policy_is_read_wherever_a_link_leads_and_whichever_folder_is_there() {
     eventually("it is read", 10, || {
         one.agent.get("/config_dump").contains("gate")
     });
-    assert!(!one.denies());
+    assert!(!one.denies(PORT));
     fs::write(&elsewhere, gate.replace("\"1\"", "\"7000\"")).expect("a file");
-    eventually("what is edited behind a link holds", 10, || one.denies());
+    eventually("what is edited behind a link holds", 10, || {
+        one.denies(PORT)
+    });
     // The whole folder is a link, to another revision.
     let second = revisions.join("second");
     fs::create_dir(&second).expect("a folder");
@@ -589,14 +518,14 @@ fn a_policy_is_read_wherever_a_link_leads_and_whichever_folder_is_there() {
     let new = one.world.folder().join("new");
     symlink(&second, &new).expect("a link");
     fs::rename(&new, &one.world.manifests.folder).expect("a link");
-    eventually("another revision holds", 10, || !one.denies());
+    eventually("another revision holds", 10, || !one.denies(PORT));
     // The folder is removed, and made again.
     fs::remove_dir_all(&second).expect("a folder");
     eventually("that is told", 10, || {
         one.problems().contains("No such file")
     });
     fs::rename(&first, &second).expect("a folder");
-    eventually("what is there now holds", 10, || one.denies());
+    eventually("what is there now holds", 10, || one.denies(PORT));
     assert_eq!(one.agent.pod("server").0, "up");
 }
 
@@ -664,7 +593,7 @@ fn c1_who_cannot_see_the_pods_processes_lets_nobody_go() {
         "--mount-proc",
         "--kill-child",
     ];
-    for command in [setup.command(), one.uninstall(&[]), check] {
+    for command in [setup.command(), uninstall(&one, &[]), check] {
         let (status, said) = run(&mut under(&alone, &command, &setup));
         assert_eq!(status.code(), Some(3), "{command:?}: {said}");
         assert!(said.contains("hostPID"), "{command:?}: {said}");

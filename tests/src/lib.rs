@@ -9,6 +9,8 @@ pub mod cgroup;
 pub mod lacks;
 pub mod manifests;
 pub mod netns;
+pub mod one;
+pub mod peer;
 pub mod process;
 pub mod script;
 pub mod traces;
@@ -19,6 +21,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use agent::Agent;
+pub use one::One;
 pub use process::Process;
 pub use wire::Wire;
 pub use world::{Node, Pair, Pod, World};
