@@ -386,6 +386,37 @@ fn c6_who_names_a_cgroup_of_its_own_after_another_pod_gains_nothing() {
 }
 
 #[test]
+fn c6_of_two_pods_in_one_cgroup_one_is_served_and_of_the_other_nothing_leaves() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (first, second) = (one.pod(&world, "first"), one.bare(&world, "demo", "second"));
+    let server = two.bare(&world, "outside", "server");
+    let _app = server.serve(PORT);
+    let agent = world.agent(&one);
+    agent.up(&["first"]);
+    let pause = processes(&second.cgroup)[0];
+    move_to(&second, &first.cgroup.folder);
+    world.manifests.pod(&one.object(&second));
+    let shared = "start its processes in one of their own";
+    eventually("the other waits, and is told why", 10, || {
+        let (state, why) = agent.pod("second");
+        state == "waiting" && why.contains("Pod/demo/first") && why.contains(shared)
+    });
+    for to in [server.at(PORT), server.at6(PORT)] {
+        let ask = ["ask", &to.to_string(), "x"];
+        let said = said(&mut app(&second.netns, &first.cgroup.folder, &ask));
+        assert_eq!(said, Err("denied".into()), "{to}");
+        assert!(first.ask(to, "x").is_ok(), "{to}");
+    }
+    agent.logs(&["foreign_cgroup", &format!("pod={}", first.v4)]);
+    // In one of its own it is served.
+    let procs = second.cgroup.folder.join("cgroup.procs");
+    fs::write(procs, pause.to_string()).expect("it is moved");
+    agent.up(&["first", "second"]);
+    assert!(second.ask(server.at(PORT), "x").is_ok());
+}
+
+#[test]
 fn c6_who_takes_a_new_pods_address_does_not_keep_it_out_of_the_mesh() {
     let world = World::new();
     let node = world.node("one");

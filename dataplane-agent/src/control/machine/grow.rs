@@ -123,7 +123,10 @@ impl Machine {
                 })
             });
             if let Some(owner) = owner {
-                let taken = format!("its cgroup {} is that of {owner}", folder.display());
+                let taken = format!(
+                    "its cgroup {} is that of {owner}: start its processes in one of their own",
+                    folder.display()
+                );
                 why.get_or_insert(taken);
             } else if !groups.iter().any(|(group, _)| folder.starts_with(group)) {
                 groups.retain(|(group, _)| !group.starts_with(&folder));
