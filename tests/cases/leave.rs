@@ -4,10 +4,12 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use dataplane_tests::bpf::steering;
+use dataplane_tests::bpf::{self, steering};
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::Process;
 use dataplane_tests::{Pair, eventually, program, scaled};
@@ -171,4 +173,54 @@ fn c1_what_was_sent_while_no_agent_ran_never_reaches_the_pods_own_app() {
     assert_eq!(own.line_within(Duration::ZERO), None);
     let answer = pair.client.ask(pair.server.at(PORT), "x");
     assert_eq!(answer, Ok(format!("{} x", pair.client.v4)));
+}
+
+/// What of an agent is pinned in a folder, held by somebody else.
+fn held(pair: &Pair, node: &str, folder: &str) -> Vec<OwnedFd> {
+    let pins = pair.world.pins();
+    let of_node = pair.world.bpffs().join("dataplane").join(node);
+    let is_in = |pin: &&PathBuf| {
+        pin.starts_with(&of_node) && pin.parent().is_some_and(|at| at.ends_with(folder))
+    };
+    let held = pins.iter().filter(is_in).map(|pin| bpf::open(pin));
+    let held: Vec<OwnedFd> = held.collect::<Result<_, _>>().expect("they are pinned");
+    assert!(!held.is_empty());
+    held
+}
+
+#[test]
+fn c7_a_pod_that_left_is_reached_whoever_holds_its_program() {
+    let pair = Pair::new();
+    let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
+    let _app = pair.client.serve(PORT);
+    let _held = held(&pair, "one", "pods");
+    in_mesh(&pair, false);
+    eventually("nothing is left of the pod", 15, || {
+        pair.client.traces().is_empty() && pair.world.traces("one").is_empty()
+    });
+    for to in [pair.client.at(PORT), pair.client.at6(PORT)] {
+        assert!(outsider.ask(to, "x").is_ok(), "{to}");
+    }
+    in_mesh(&pair, true);
+    pair.one.up(&["client"]);
+}
+
+#[test]
+fn c7_uninstall_leaves_nothing_attached_whoever_holds_it() {
+    let mut pair = Pair::new();
+    let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
+    let (_app, _theirs) = (pair.client.serve(PORT), outsider.serve(PORT));
+    let _held = ["pods", "links"].map(|folder| held(&pair, "one", folder));
+    pair.one.terminate();
+    let (status, _, error) = pair.one.uninstall();
+    assert!(status.success(), "{error}");
+    for to in [pair.client.at(PORT), pair.client.at6(PORT)] {
+        assert!(outsider.ask(to, "x").is_ok(), "{to}");
+    }
+    for to in [outsider.at(PORT), outsider.at6(PORT)] {
+        let answer = pair.client.ask_with(to, "x", &["say-mark"]);
+        assert!(answer.is_ok_and(|said| said.ends_with("mark=0x0")), "{to}");
+    }
+    pair.one.restart();
+    pair.one.up(&["client"]);
 }

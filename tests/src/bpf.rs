@@ -87,7 +87,11 @@ fn key_size(pinned: &OwnedFd) -> io::Result<Option<usize>> {
     Ok(number("key_size:").filter(|_| number("map_type:") == Some(HASH)))
 }
 
-fn open(pin: &Path) -> io::Result<OwnedFd> {
+/// Opens what is pinned, as anybody may who sees the file system.
+///
+/// # Errors
+/// Nothing is pinned there.
+pub fn open(pin: &Path) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Get {
         path: u64,

@@ -3,12 +3,15 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use aya::maps::MapInfo;
-use aya::programs::{ProgramInfo, loaded_programs};
+use aya::programs::links::LinkType;
+use aya::programs::{ProgramInfo, loaded_links, loaded_programs};
 
+use super::maps::chain;
 use super::pins::Pins;
 use super::{CaptureError, maps, programs};
 use crate::sys::hooks;
@@ -72,6 +75,95 @@ pub async fn refuse_in_pod(netns: &Netns, cookie: u64, pins: &Pins) -> Result<()
                 });
             }
         }
+    }
+}
+
+/// The ids of a node's programs, attached or not, of this agent and of those before it: they use the
+/// maps that are pinned here.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn own(pins: &Pins) -> Result<BTreeSet<u32>, CaptureError> {
+    let maps = pins.map_ids();
+    let mut own = BTreeSet::new();
+    for program in loaded_programs() {
+        let program = match program {
+            Ok(program) => program,
+            Err(error) if is_gone(&error) => continue,
+            Err(error) => return Err(untold(pins)(error)),
+        };
+        let ids = program.map_ids().ok().flatten().unwrap_or_default();
+        if ids.iter().any(|id| maps.contains(id)) {
+            own.insert(program.id());
+        }
+    }
+    Ok(own)
+}
+
+/// Detaches programs, from cgroups alone or from all that they are attached to. That their pins are
+/// removed does not do that: a process may have a link's descriptor, or another bpffs may be mounted
+/// where it has its pin.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn detach(
+    programs: &BTreeSet<u32>,
+    from: Option<LinkType>,
+    pins: &Pins,
+) -> Result<(), CaptureError> {
+    for link in loaded_links() {
+        let link = match link {
+            Ok(link) => link,
+            Err(error) if is_gone(&error) => continue,
+            Err(error) => return Err(untold(pins)(error)),
+        };
+        let is_there = from.is_none_or(|kind| link.link_type().is_ok_and(|is| is == kind));
+        if is_there && programs.contains(&link.program_id()) {
+            hooks::detach(link.id()).map_err(untold(pins))?;
+        }
+    }
+    Ok(())
+}
+
+/// Detaches this node's programs from a pod's network namespace.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn detach_from_pod(netns: &Netns, pins: &Pins) -> Result<(), CaptureError> {
+    let attached = hooks::of_netns(netns).map_err(untold(pins))?;
+    if attached.is_empty() {
+        return Ok(());
+    }
+    let mut of_pod = own(pins)?;
+    of_pod.retain(|id| attached.contains(id));
+    detach(&of_pod, None, pins)?;
+    let attached = hooks::of_netns(netns).map_err(untold(pins))?;
+    still(&attached, &of_pod).map_or(Ok(()), |why| Err(untold(pins)(why)))
+}
+
+/// What is told of those of these programs that are attached all the same.
+pub fn still(attached: &[u32], own: &BTreeSet<u32>) -> Option<io::Error> {
+    let left = attached.iter().filter(|id| own.contains(id)).count();
+    (left > 0).then(|| io::Error::other(format!("{left} are still attached")))
+}
+
+/// Whether something has ended between two calls that look for it.
+fn is_gone(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut error = Some(error);
+    while let Some(is) = error {
+        if let Some(is) = is.downcast_ref::<io::Error>() {
+            return is.kind() == io::ErrorKind::NotFound;
+        }
+        error = is.source();
+    }
+    false
+}
+
+fn untold<E: std::error::Error>(pins: &Pins) -> impl FnOnce(E) -> CaptureError {
+    let folder = pins.folder().to_owned();
+    move |error| CaptureError::Detach {
+        pins: folder,
+        why: chain(&error),
     }
 }
 

@@ -200,6 +200,7 @@ pub async fn undo(
         routes::remove(&netns).await?;
         let values = record.sysctls.iter();
         routes::set_sysctls(&netns, values.map(|(name, value)| (name, value.as_str())))?;
+        attached::detach_from_pod(&netns, pins)?;
     }
     pins::remove(&pins.pod(record.cookie))?;
     records.remove(record.cookie)

@@ -81,6 +81,14 @@ pub enum CaptureError {
         /// Where they would be pinned if they were this one's.
         pins: PathBuf,
     },
+    /// What is attached cannot be detached.
+    #[error("the programs of {pins} cannot be detached: {why}")]
+    Detach {
+        /// Where they are pinned.
+        pins: PathBuf,
+        /// What the kernel says.
+        why: String,
+    },
     /// A folder that has an agent's name and is not an agent's.
     #[error("{path} is not a dataplane agent's: {what}; nothing is changed")]
     NotOurs {
@@ -139,6 +147,7 @@ impl CaptureError {
             Self::OtherLayout(_) => "other_layout",
             Self::Held(_) => "held",
             Self::Attached { .. } => "attached",
+            Self::Detach { .. } => "detach",
             Self::NotOurs { .. } => "not_ours",
             Self::OtherPlace(_) => "other_place",
             Self::UnknownNode { .. } => "unknown_node",

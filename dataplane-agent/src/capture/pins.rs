@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use aya::maps::MapInfo;
 use aya::programs::links::{FdLink, PinnedLink};
 
 use super::CaptureError;
@@ -161,6 +162,14 @@ impl Pins {
         folders
             .flat_map(|folder| entries(&folder))
             .filter_map(|entry| program(&entry.path()))
+            .collect()
+    }
+
+    /// The ids of all maps that are pinned here.
+    pub fn map_ids(&self) -> BTreeSet<u32> {
+        entries(&self.node)
+            .flat_map(|layout| entries(&layout.path().join(MAPS)))
+            .filter_map(|pin| Some(MapInfo::from_pin(pin.path()).ok()?.id()))
             .collect()
     }
 

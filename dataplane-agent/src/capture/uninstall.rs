@@ -3,18 +3,23 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::fs::File;
 use std::path::{Path, PathBuf, absolute};
+
+use aya::programs::links::LinkType;
 
 use super::node_folder::NodeFolder;
 use super::pins::Pins;
 use super::{CaptureError, attached, enrol, named};
 use crate::config::NodeName;
+use crate::sys::hooks;
 
 /// A node whose agent has ended, and that nobody else can start or uninstall meanwhile.
 #[derive(Debug)]
 pub struct Ended {
     folder: NodeFolder,
     pins: Pins,
+    cgroup: PathBuf,
     _lock: Option<std::fs::File>,
 }
 
@@ -64,6 +69,7 @@ impl Ended {
         Ok(Self {
             folder,
             pins,
+            cgroup: mark.cgroup,
             _lock,
         })
     }
@@ -75,11 +81,10 @@ impl Ended {
     pub async fn uninstall(self) -> Result<Done, CaptureError> {
         let mut done = Done::default();
         let mut leave = |what: &dyn fmt::Display| done.left.push(what.to_string());
-        // Detached first: what is not marked any more needs no route.
-        let stays = "is not an agent's";
-        for path in self.pins.remove_all()? {
-            leave(&format_args!("{}: {stays}", path.display()));
-        }
+        let own = attached::own(&self.pins)?;
+        // First those that mark: what is not marked needs no route. Then each pod's routes, and its program
+        // after them: what it has sent by them is sent again, and its own app must not get it.
+        attached::detach(&own, Some(LinkType::Cgroup), &self.pins)?;
         let records = self.folder.records()?;
         let mut kept = Vec::new();
         for (path, record) in records.each()? {
@@ -99,6 +104,20 @@ impl Ended {
                     kept.push(path);
                 }
             }
+        }
+        attached::detach(&own, None, &self.pins)?;
+        if let Ok(folder) = File::open(&self.cgroup) {
+            let attached = hooks::of_cgroup(&folder).map_err(CaptureError::file(&self.cgroup))?;
+            if let Some(error) = attached::still(&attached, &own) {
+                leave(&format_args!(
+                    "programs on {}: {error}",
+                    self.cgroup.display()
+                ));
+            }
+        }
+        let stays = "is not an agent's";
+        for path in self.pins.remove_all()? {
+            leave(&format_args!("{}: {stays}", path.display()));
         }
         for path in self.folder.remove()? {
             if !kept.contains(&path) {

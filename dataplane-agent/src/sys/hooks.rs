@@ -1,9 +1,9 @@
-//! Which programs are attached to a cgroup or a network namespace: `BPF_PROG_QUERY`, which aya does
-//! not have for all kinds.
+//! Which programs are attached to a cgroup or a network namespace (`BPF_PROG_QUERY`), and how they are
+//! detached (`BPF_LINK_DETACH`): what of bpf(2) aya does not have, or not for all kinds.
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 /// Our hooks, with the kernel's numbers of their kinds (`enum bpf_attach_type`).
@@ -17,6 +17,10 @@ const HOOKS: [(&str, u32); 4] = [
 const SK_LOOKUP: u32 = 36;
 /// `BPF_PROG_QUERY` of `enum bpf_cmd`.
 const QUERY: libc::c_long = 16;
+/// `BPF_LINK_GET_FD_BY_ID` of `enum bpf_cmd`.
+const LINK_BY_ID: libc::c_long = 30;
+/// `BPF_LINK_DETACH` of `enum bpf_cmd`.
+const LINK_DETACH: libc::c_long = 34;
 /// `BPF_F_QUERY_EFFECTIVE`: those of the cgroups above too.
 const EFFECTIVE: u32 = 1;
 
@@ -98,6 +102,39 @@ fn query(target: impl AsFd, kind: u32, flags: u32, ids: &mut [u32]) -> io::Resul
     let done = unsafe { libc::syscall(libc::SYS_bpf, QUERY, &raw mut query, size_of::<Query>()) };
     match done {
         0 => Ok(query.program_count),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Detaches what is attached by a link, at once and whoever else has the link. One that is gone is as
+/// good as detached.
+///
+/// # Errors
+/// The kernel refuses: CAP_SYS_ADMIN is missing.
+pub fn detach(link: u32) -> io::Result<()> {
+    let opened = match by_number(LINK_BY_ID, link) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => i32::try_from(opened?).map_err(io::Error::other)?,
+    };
+    // SAFETY: the kernel has just made this descriptor for us.
+    let opened = unsafe { OwnedFd::from_raw_fd(opened) };
+    by_number(LINK_DETACH, opened.as_raw_fd().cast_unsigned()).map(|_| ())
+}
+
+/// A command that takes a number alone: the first one of `union bpf_attr`.
+fn by_number(command: libc::c_long, number: u32) -> io::Result<libc::c_long> {
+    let attributes = [number, 0, 0, 0];
+    // SAFETY: the kernel reads within the array, whose size is given, and writes nothing to it.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            attributes.as_ptr(),
+            size_of_val(&attributes),
+        )
+    };
+    match done {
+        0.. => Ok(done),
         _ => Err(io::Error::last_os_error()),
     }
 }
