@@ -118,6 +118,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         bpffs: canonical(&options.places.bpffs),
         cgroup: config.cgroup.clone(),
         state: canonical(&options.state),
+        cluster_id: options.cluster_id.clone(),
     };
     let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
     let captured = node_folder::captured(&options.places.run_dir, &options.node);

@@ -65,7 +65,7 @@ pub struct RunOptions {
         long,
         env = "CLUSTER_ID",
         value_name = "NAME",
-        default_value = "Kubernetes"
+        default_value = DEFAULT_CLUSTER
     )]
     pub cluster_id: String,
     /// Network of this node: what of the mesh has another one's label is not connected to directly.
@@ -97,6 +97,9 @@ pub struct RunOptions {
     #[command(flatten)]
     pub places: Places,
 }
+
+/// The name of a cluster that was not given one, as istiod has it.
+pub const DEFAULT_CLUSTER: &str = "Kubernetes";
 
 /// Where an agent's traces are; the same for all subcommands that look for them.
 #[derive(Args, Clone, Debug)]

@@ -482,6 +482,48 @@ fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
 }
 
 #[test]
+fn c1_a_captured_pod_that_nothing_says_at_a_start_stays_until_manifests_are_whole() {
+    let mut one = One::new();
+    let folder = &one.world.manifests.folder;
+    let (object, team) = (folder.join("pod-demo-server.yaml"), folder.join("team"));
+    one.agent.kill();
+    // As what is mounted there later.
+    fs::create_dir(&team).expect("a folder");
+    fs::rename(&object, one.world.folder().join("pod.yaml")).expect("a file");
+    one.agent.restart();
+    one.agent.logs(&["demo/server", "stays so for now"]);
+    std::thread::sleep(scaled(Duration::from_secs(8)));
+    assert!(one.is_captured());
+    let records = || tree(&one.world.state.join("enrolled")).len();
+    assert_eq!(records(), 1);
+    let team_is_empty = format!(
+        "no manifest says it; it stays so as long as {} is empty",
+        team.display()
+    );
+    assert!(
+        one.problems().contains(&team_is_empty),
+        "{}",
+        one.problems()
+    );
+    fs::rename(one.world.folder().join("pod.yaml"), team.join("pod.yaml")).expect("a file");
+    one.agent.up(&["server"]);
+    assert_eq!(one.problems(), "[]");
+    assert!(
+        !one.agent.log().contains("left the mesh"),
+        "{}",
+        one.agent.log()
+    );
+    // What is still is whole.
+    one.agent.kill();
+    fs::remove_dir_all(&team).expect("a folder");
+    one.agent.restart();
+    one.agent.logs(&["demo/server", "stays so for now"]);
+    assert!(one.is_captured());
+    one.agent.logs(&["demo/server", "it is let go"]);
+    eventually("it is let go", 20, || !one.is_captured() && records() == 0);
+}
+
+#[test]
 fn a_policy_is_read_wherever_a_link_leads_and_whichever_folder_is_there() {
     let mut one = One::new();
     let _app = one.server.serve(PORT);
@@ -560,6 +602,18 @@ fn c1_pods_stay_with_the_places_that_their_agent_was_given() {
         );
         assert_eq!(one.traces(), before, "{setting}");
     }
+    // Of another cluster it would be another pod, and be let go and taken again.
+    let mut setup = one.world.setup(&one.node);
+    setup
+        .arguments
+        .extend(["--cluster-id".into(), "other".into()]);
+    let (status, said) = run(&mut under(&[], &setup.command(), &setup));
+    assert_eq!(status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("--cluster-id Kubernetes, not other"),
+        "{said}"
+    );
+    assert_eq!(one.traces(), before);
     one.agent.restart();
     one.agent.up(&["server"]);
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::undo::{Record, Records};
 use super::{CaptureError, pins};
-use crate::config::NodeName;
+use crate::config::{DEFAULT_CLUSTER, NodeName};
 
 /// The file of the mark.
 const MARK: &str = "node.json";
@@ -33,17 +33,27 @@ pub struct Mark {
     pub cgroup: PathBuf,
     /// The state that it shares.
     pub state: PathBuf,
+    /// The cluster that its pods are of.
+    #[serde(default = "default_cluster")]
+    pub cluster_id: String,
+}
+
+/// What the setting is if it is not given, and was for all whose mark does not say it.
+fn default_cluster() -> String {
+    DEFAULT_CLUSTER.into()
 }
 
 impl Mark {
     /// Which settings are not those that pods were captured with. Programs that are pinned in one place
-    /// are not seen from another; attached to another cgroup they miss what the pods send; and from
-    /// another state the nodes cannot be told that a pod leaves.
+    /// are not seen from another; attached to another cgroup they miss what the pods send; from another
+    /// state the nodes cannot be told that a pod leaves; and of another cluster it would be another pod.
     fn differs_from(&self, found: &Self) -> String {
+        let clusters = [&found.cluster_id, &self.cluster_id].map(Path::new);
         let differ: Vec<String> = [
-            ("--bpffs", &found.bpffs, &self.bpffs),
+            ("--bpffs", found.bpffs.as_path(), self.bpffs.as_path()),
             ("--cgroup", &found.cgroup, &self.cgroup),
             ("--state", &found.state, &self.state),
+            ("--cluster-id", clusters[0], clusters[1]),
         ]
         .iter()
         .filter(|(_, there, given)| there != given)
@@ -248,6 +258,7 @@ mod tests {
             bpffs: "/bpf".into(),
             cgroup: "/cgroup".into(),
             state: "/state".into(),
+            cluster_id: DEFAULT_CLUSTER.into(),
         }
     }
 

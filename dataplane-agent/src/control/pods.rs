@@ -127,6 +127,9 @@ pub struct Pods {
     /// Pods whose record is removed, and that are let go then; by the cookies of their namespaces, since
     /// one of the same name may have come.
     leaving: BTreeMap<u64, (Desired, Instant)>,
+    /// Pods that a predecessor captured and of which nothing is said, by uid: they stay so until what is
+    /// configured is whole.
+    unsaid: BTreeSet<Arc<str>>,
 }
 
 /// What it is connected to.
@@ -155,8 +158,22 @@ impl Pods {
             translation: Translation::default(),
             problems: Vec::new(),
             leaving: BTreeMap::new(),
+            unsaid: BTreeSet::new(),
         };
         pods.publish();
+        let captured = pods
+            .status
+            .borrow()
+            .values()
+            .map(|of| Arc::clone(&of.uid))
+            .collect();
+        pods.unsaid = captured;
+        let translation = std::mem::take(&mut pods.translation);
+        pods.hear_of(&translation);
+        pods.translation = translation;
+        for uid in &pods.unsaid {
+            tracing::warn!(pod = %named(uid), "no manifest says a pod that was captured; it stays so for now");
+        }
         pods
     }
 
@@ -194,6 +211,7 @@ impl Pods {
             .collect();
         let status = self.status.borrow_and_update().clone();
         let look = self.machine.look(&translation.local, &status);
+        self.hear_of(&translation);
         let wanted = self.wanted(&here, &look);
         self.record(&here, &status, &look);
         self.tell(&translation, &look, &status);
@@ -252,12 +270,32 @@ impl Pods {
         self.translation = translation;
     }
 
+    /// Forgets of which captured pods nothing is said, as far as something is, or nothing more will be.
+    fn hear_of(&mut self, translation: &Translation) {
+        for pod in &translation.local {
+            self.unsaid.remove(&pod.uid);
+        }
+        if self.partial().is_none() {
+            for uid in std::mem::take(&mut self.unsaid) {
+                tracing::warn!(pod = %named(&uid), "no manifest says a pod that was captured; it is let go");
+            }
+        }
+    }
+
+    /// Why more may be configured than what is there yet.
+    fn partial(&self) -> Option<String> {
+        match &self.source {
+            Source::Manifests { folder, .. } => folder.is_partial(),
+            Source::Local(_) => None,
+        }
+    }
+
     /// What capture is to do: found pods, and for a while those that leave.
     fn wanted(&mut self, here: &[&LocalPodSpec], look: &Look) -> capture::Wanted {
         let now = Instant::now();
         let mut wanted = capture::Wanted {
             pods: here.iter().filter_map(|pod| desired(pod, look)).collect(),
-            waiting: look.waiting.keys().cloned().collect(),
+            waiting: look.waiting.keys().chain(&self.unsaid).cloned().collect(),
             gone: look.gone.clone(),
         };
         let before = self.wanted.borrow().clone().unwrap_or_default();
@@ -297,7 +335,13 @@ impl Pods {
                 served.insert(key(pod), *pod);
             }
         }
-        records.update(&served, &adopted, Instant::now());
+        let unsaid = &self.unsaid;
+        let is_unsaid = |key: &PodKey| {
+            let name = format!("{}/{}", key.namespace, key.name);
+            unsaid.iter().any(|uid| named(uid) == name)
+        };
+        let stays = |key: &PodKey| adopted.contains(key) || is_unsaid(key);
+        records.update(&served, stays, Instant::now());
     }
 
     /// What is wrong now: with the configuration, with the machine, and with the records.
@@ -312,7 +356,17 @@ impl Pods {
                 }
             });
         let problems = self.problems.iter().chain(&translation.problems);
-        let problems = problems.chain(&look.failed).cloned().chain(missing);
+        let unsaid = self.unsaid.iter().filter_map(|uid| {
+            let (name, why) = (named(uid), self.partial()?);
+            Some(format!(
+                "Pod {name}: was captured, and no manifest says it; it stays so as long as {why}"
+            ))
+        });
+        let problems = problems
+            .chain(&look.failed)
+            .cloned()
+            .chain(missing)
+            .chain(unsaid);
         match &self.source {
             Source::Manifests { records, .. } => problems.chain(records.problems()).collect(),
             Source::Local(_) => problems.collect(),

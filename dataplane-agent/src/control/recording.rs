@@ -1,7 +1,7 @@
 //! Keeps the records of enrolled pods true: one for each pod of this node that is served, and none for
 //! another. What could not be written or removed is told once, and tried again less and less often.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::time::Duration;
 
@@ -73,12 +73,11 @@ impl Recording {
         &self.enrolled
     }
 
-    /// Writes the records of pods that are served, and removes those of all others but `adopted` ones: a
-    /// predecessor's, which are captured and on their way to be served again.
+    /// Writes the records of pods that are served, and removes those of all others that need not stay.
     pub fn update(
         &mut self,
         served: &BTreeMap<PodKey, &LocalPodSpec>,
-        adopted: &BTreeSet<PodKey>,
+        stays: impl Fn(&PodKey) -> bool,
         now: Instant,
     ) {
         // That they cannot be read is told by who reads those of all nodes.
@@ -90,7 +89,7 @@ impl Recording {
             .iter()
             .filter(|(key, _)| !own.contains(key))
             .collect();
-        let stays = |key: &PodKey| served.contains_key(key) || adopted.contains(key);
+        let stays = |key: &PodKey| served.contains_key(key) || stays(key);
         let remove: Vec<PodKey> = own.iter().filter(|key| !stays(key)).cloned().collect();
         self.failed.retain(|key, _| {
             !own.contains(key) && served.contains_key(key) || remove.contains(key)
@@ -193,7 +192,7 @@ mod tests {
         // Where the file would be made.
         let in_the_way = state.path().join("enrolled/ns.a.new");
         fs::create_dir(&in_the_way).expect("a folder");
-        recording.update(&served, &BTreeSet::new(), at(0));
+        recording.update(&served, |_| false, at(0));
         let why = recording.why_not(&key).expect("it is not written");
         assert!(
             why.contains("enrolled/ns.a.json: ") && why.contains("os error"),
@@ -204,11 +203,11 @@ mod tests {
                 .problems()
                 .any(|problem| problem.contains("Pod ns/a: "))
         );
-        recording.update(&served, &BTreeSet::new(), at(1));
+        recording.update(&served, |_| false, at(1));
         fs::remove_dir(&in_the_way).expect("a folder");
-        recording.update(&served, &BTreeSet::new(), at(2));
+        recording.update(&served, |_| false, at(2));
         assert!(recording.why_not(&key).is_some(), "it waits twice as long");
-        recording.update(&served, &BTreeSet::new(), at(3));
+        recording.update(&served, |_| false, at(3));
         assert_eq!(recording.why_not(&key), None);
         assert!(recording.enrolled().contains(&key));
     }
@@ -220,9 +219,9 @@ mod tests {
         let (key, pod) = (key_of("a", ""), pod("a", ""));
         fs::create_dir(state.path().join("enrolled/ns.a.new")).expect("a folder");
         let served = BTreeMap::from([(key, &pod)]);
-        recording.update(&served, &BTreeSet::new(), Instant::now());
+        recording.update(&served, |_| false, Instant::now());
         assert_eq!(recording.problems().count(), 1);
-        recording.update(&BTreeMap::new(), &BTreeSet::new(), Instant::now());
+        recording.update(&BTreeMap::new(), |_| false, Instant::now());
         assert_eq!(recording.problems().count(), 0);
     }
 
@@ -232,11 +231,11 @@ mod tests {
         let mut recording = recording(state.path());
         let (key, pod) = (key_of("a", ""), pod("a", ""));
         let served = BTreeMap::from([(key.clone(), &pod)]);
-        recording.update(&served, &BTreeSet::new(), Instant::now());
+        recording.update(&served, |_| false, Instant::now());
         assert!(recording.enrolled().contains(&key));
         fs::rename(state.path().join("enrolled"), state.path().join("away")).expect("a folder");
         assert!(recording.enrolled().contains(&key));
-        recording.update(&served, &BTreeSet::new(), Instant::now());
+        recording.update(&served, |_| false, Instant::now());
         assert_eq!(recording.why_not(&key), None, "it was told");
         let problems: Vec<String> = recording.problems().collect();
         assert!(

@@ -29,6 +29,8 @@ pub const SETTLE: Duration = Duration::from_millis(300);
 /// one cannot tell whether it is being written, or a file that is gone from a folder in which something
 /// always changes. A file that is open for longer is told of.
 const LONG: u32 = 10;
+/// A folder in which nothing has changed for so long since the start has all that it will have.
+const WHOLE: Duration = Duration::from_secs(5);
 /// How often files are looked at that have not settled yet.
 const RETRY: Duration = Duration::from_millis(100);
 /// A larger file is a mistake.
@@ -52,6 +54,8 @@ pub struct Folder {
     there: (BTreeMap<PathBuf, Stamp>, Instant),
     /// What is passed over, and why.
     notes: Vec<String>,
+    /// A folder that has nothing in it.
+    empty: Option<PathBuf>,
 }
 
 /// What reading again brought.
@@ -100,6 +104,7 @@ impl Folder {
             again: None,
             there: (found.files.clone(), Instant::now()),
             notes: found.notes,
+            empty: found.empty.into_iter().next(),
         };
         let mut wrong: Vec<ManifestError> =
             found.faults.into_iter().map(|(_, error)| error).collect();
@@ -132,6 +137,16 @@ impl Folder {
         self.files.is_empty()
     }
 
+    /// Why there may be more to come than is here: what was not there at the start is no word yet.
+    pub fn is_partial(&self) -> Option<String> {
+        if let Some(empty) = &self.empty {
+            let empty = empty.display();
+            return Some(format!("{empty} is empty, as if it were not mounted"));
+        }
+        let still = self.there.1.elapsed() >= WHOLE && self.told.is_empty();
+        (!still).then(|| format!("manifests have not been right and unchanged for {WHOLE:?} yet"))
+    }
+
     /// The objects that hold now.
     pub fn objects(&self) -> &Objects {
         &self.objects
@@ -149,6 +164,7 @@ impl Folder {
         // What could not be looked at is no word about what is in it.
         problems.extend(found.faults.into_iter().map(|(_, error)| error));
         self.notes = found.notes;
+        self.empty = found.empty.into_iter().next();
         problems.extend(self.accept());
         let changed = self.rebuild();
         self.told.clone_from(&problems);

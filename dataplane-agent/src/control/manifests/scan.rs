@@ -18,6 +18,8 @@ pub(super) struct Scan {
     pub(super) files: BTreeMap<PathBuf, Stamp>,
     /// Folders that were looked into.
     folders: BTreeSet<PathBuf>,
+    /// Those of them that have nothing at all in them.
+    pub(super) empty: Vec<PathBuf>,
     /// What could not be looked at: of it, and of what is below it, nothing is known.
     pub(super) faults: Vec<(PathBuf, ManifestError)>,
     /// What is passed over, and why.
@@ -61,6 +63,9 @@ pub(super) fn scan(dir: &Path) -> Scan {
         match listed {
             Ok(entries) => {
                 found.folders.insert(below.clone());
+                if entries.is_empty() {
+                    found.empty.push(at(dir, &below));
+                }
                 for entry in entries {
                     let name = below.join(entry.file_name());
                     if !entry.file_name().as_encoded_bytes().starts_with(b".")
