@@ -2,7 +2,12 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
-use dataplane_tests::{Wire, World};
+use std::fs::File;
+use std::path::Path;
+
+use dataplane_tests::cgroup::{self, Cgroup};
+use dataplane_tests::netns::Netns;
+use dataplane_tests::{Wire, World, left};
 
 #[test]
 fn pods_of_two_nodes_reach_each_other_by_both_families_and_the_wire_shows_it() {
@@ -83,4 +88,31 @@ fn nothing_is_left_of_a_world() {
             .join(format!("dp-{id}"))
             .exists()
     );
+}
+
+#[test]
+fn what_a_killed_test_left_is_cleared_whoever_has_its_processs_number() {
+    let live = World::new();
+    let node = live.node("one");
+    // By its number the process of this one lives, which is ours.
+    let id = format!("t{:x}n{}", std::process::id(), u32::MAX);
+    let folder = tempfile::Builder::new()
+        .prefix(&format!("dataplane-{id}-"))
+        .tempdir()
+        .expect("a folder");
+    let lock = File::create(folder.path().join("lock")).expect("a file");
+    lock.lock().expect("nobody else knows of it");
+    let netns = Netns::new(&format!("dp-{id}-one"));
+    let cgroup = Cgroup::new(&cgroup::root().join(format!("dp-{id}")));
+    let there = || {
+        let netns = Path::new("/run/netns").join(&netns.name);
+        [folder.path(), &cgroup.folder, &netns].map(Path::exists)
+    };
+    left::sweep();
+    assert_eq!(there(), [true; 3], "while it is locked, it lives");
+    drop(lock);
+    left::sweep();
+    assert_eq!(there(), [false; 3]);
+    let netns = Path::new("/run/netns").join(&node.netns.name);
+    assert!(netns.exists() && live.outside().exists() && live.folder().exists());
 }

@@ -7,6 +7,7 @@ pub mod agent;
 pub mod bpf;
 pub mod cgroup;
 pub mod lacks;
+pub mod left;
 pub mod manifests;
 pub mod netns;
 pub mod one;

@@ -7,10 +7,8 @@
 //! for what they are, a doubt.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
@@ -24,7 +22,7 @@ use crate::cgroup::{self, Cgroup};
 use crate::manifests::{Manifests, PodObject};
 use crate::netns::{Netns, has_ipv6};
 use crate::process::{Place, Process, output, place, said};
-use crate::{eventually, program, require_root};
+use crate::{eventually, left, program, require_root};
 
 /// Addresses from 10.96 on are those of services, of the wire, and nobody's.
 fn process() -> u32 {
@@ -47,6 +45,8 @@ pub struct World {
     pub hosts: PathBuf,
     /// A BPF file system of its own: node names are in the pins' paths.
     bpffs: Mounted,
+    /// Says to [`left::sweep`] that its process lives.
+    _lock: File,
     folder: tempfile::TempDir,
     /// Dropped in this order: what is inside first.
     agents: Cgroup,
@@ -172,13 +172,14 @@ impl World {
     pub fn named(id: &str) -> Self {
         require_root();
         static SWEPT: Once = Once::new();
-        SWEPT.call_once(sweep);
+        SWEPT.call_once(left::sweep);
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
-        let prefix = folder_prefix(id);
+        let prefix = left::folder_prefix(id);
         let folder = tempfile::Builder::new()
             .prefix(&prefix)
             .tempdir()
             .expect("a folder");
+        let lock = left::lock(folder.path());
         let root = cgroup::root();
         let top = Rc::new(Cgroup::new(&root.join(format!("dp-{id}"))));
         let hosts = folder.path().join("hosts");
@@ -190,6 +191,7 @@ impl World {
             state: folder.path().join("state"),
             hosts,
             bpffs,
+            _lock: lock,
             agents: Cgroup::new(&top.folder.join("agents")),
             top,
             folder,
@@ -286,71 +288,6 @@ impl World {
     pub fn bpffs(&self) -> &Path {
         &self.bpffs.0
     }
-}
-
-fn folder_prefix(id: &str) -> String {
-    format!("dataplane-{id}-")
-}
-
-/// Takes away what test processes left that were killed, as by Ctrl-C.
-fn sweep() {
-    let names = |folder: PathBuf| fs::read_dir(folder).into_iter().flatten().flatten();
-    let left = names(cgroup::root()).chain(names("/run/netns".into()));
-    // `dp-t<process>n<number>`, and more where it is a namespace's.
-    let worlds: BTreeSet<String> = left
-        .filter_map(|entry| {
-            let name = entry.file_name().into_string().ok()?;
-            let id = name.strip_prefix("dp-")?.split('-').next()?;
-            let (process, _) = id.strip_prefix('t')?.split_once('n')?;
-            let process = u32::from_str_radix(process, 16).ok()?;
-            let runs = Path::new(&format!("/proc/{process}")).exists();
-            (!runs).then(|| id.to_owned())
-        })
-        .collect();
-    for id in worlds {
-        eprintln!("clearing what a killed test left: {id}");
-        clear(&id);
-    }
-}
-
-/// Takes away what is left of a world whose process was killed; whether there was something.
-pub fn clear(id: &str) -> bool {
-    let mut found = false;
-    let top = cgroup::root().join(format!("dp-{id}"));
-    if top.exists() {
-        found = true;
-        cgroup::remove(&top);
-    }
-    for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        if name.to_string_lossy().starts_with(&format!("dp-{id}-")) {
-            found = true;
-            let _ = Command::new("ip")
-                .args(["netns", "del"])
-                .arg(&name)
-                .status();
-        }
-    }
-    for entry in fs::read_dir(std::env::temp_dir())
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let is_its = entry
-            .file_name()
-            .to_string_lossy()
-            .starts_with(&folder_prefix(id));
-        // Anybody can put a name there: what is cleared is a folder of our own, and no link.
-        let is_ours = fs::symlink_metadata(entry.path())
-            .is_ok_and(|found| found.is_dir() && found.uid() == nix::unistd::geteuid().as_raw());
-        if is_its && is_ours {
-            found = true;
-            let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-            let _ = nix::mount::umount2(&entry.path().join("bpf"), flags);
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
-    found
 }
 
 /// A mounted file system.

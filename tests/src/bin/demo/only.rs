@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 
-use dataplane_tests::world;
+use dataplane_tests::left;
 use nix::fcntl::{Flock, FlockArg};
 
 const LOCK: &str = "/run/dataplane-demo.lock";
@@ -28,7 +28,7 @@ pub(crate) fn only() -> Result<Flock<File>, String> {
         .map_err(|_| format!("another demo runs (process {})", pid.trim()))?;
     lock.rewind().and_then(|()| lock.set_len(0)).map_err(text)?;
     writeln!(lock, "{}", std::process::id()).map_err(text)?;
-    if world::clear(crate::bookinfo::WORLD) {
+    if left::clear(crate::bookinfo::WORLD) {
         println!("took away what a demo left that was killed");
     }
     Ok(lock)
