@@ -72,7 +72,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             name,
             objects: &objects,
         };
-        run_quietly(&format!("fuzz-build-{name}"), &mut fuzzed.fuzz("build"))?;
+        run_quietly(&format!("fuzz-build-{name}"), &mut fuzzed.build())?;
         steps.end(&match (&options.input, options.keep) {
             (Some(input), _) => fuzzed.repeat(input)?,
             (None, true) => fuzzed.keep()?,
@@ -98,11 +98,9 @@ impl Target<'_> {
         let log = format!("fuzz-{}", self.name);
         let done = run_quietly(
             &log,
-            self.fuzz("run")
+            self.built()?
                 .args([&found, &self.kept()])
-                .arg("--")
                 .arg(format!("-max_total_time={}", time.as_secs().max(1)))
-                .arg(format!("-artifact_prefix={}/", crashes.display()))
                 .arg(format!("-max_len={LONGEST}"))
                 .arg(format!("-timeout={SECONDS_PER_INPUT}")),
         );
@@ -122,7 +120,7 @@ impl Target<'_> {
     fn repeat(&self, input: &Path) -> Result<String> {
         let input = std::path::absolute(input)?;
         ensure!(input.is_file(), "{} is no file", input.display());
-        command::run(self.fuzz("run").arg(&input))?;
+        command::run(self.built()?.arg(&input))?;
         Ok("it holds".to_owned())
     }
 
@@ -132,17 +130,30 @@ impl Target<'_> {
         let before = files(&kept)?.len();
         run_quietly(
             &format!("fuzz-keep-{}", self.name),
-            self.fuzz("run")
+            self.built()?
                 .args([&kept, &found])
-                .args(["--", "-set_cover_merge=1"])
+                .arg("-set_cover_merge=1")
                 .arg(format!("-max_len={LONGEST}")),
         )?;
         let more = files(&kept)?.len() - before;
         Ok(format!("{more} more in {}", kept.display()))
     }
 
-    /// cargo-fuzz at this target.
-    fn fuzz(&self, what: &str) -> Command {
+    /// What was built. cargo-fuzz would run it as well, and leave folders of its own in the repository.
+    fn built(&self) -> Result<Command> {
+        let platforms = files(&builds())?;
+        let mut programs = platforms
+            .iter()
+            .map(|platform| platform.join("release").join(self.name));
+        let built = programs.find(|program| program.is_file());
+        let missing = || format!("no {} in {}", self.name, builds().display());
+        let mut built = Command::new(built.with_context(missing)?);
+        built.arg(format!("-artifact_prefix={}/", self.crashes()?.display()));
+        Ok(built)
+    }
+
+    /// cargo-fuzz, which builds it.
+    fn build(&self) -> Command {
         let mut fuzz = Command::new(self.tool);
         fuzz.current_dir(folder())
             .env("CARGO", cargo().get_program())
@@ -151,10 +162,10 @@ impl Target<'_> {
             // What is shipped is optimised as a whole; here that is minutes for nothing.
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
             .env("DATAPLANE_EBPF_OBJECTS", self.objects)
-            .args(["fuzz", what, "--fuzz-dir", "."])
+            .args(["fuzz", "build", "--fuzz-dir", "."])
             // No sanitizer: those need a library that is built with them, and this code is safe.
             .args(["--sanitizer", "none", "--features", "libfuzzer", "--target-dir"])
-            .arg(own().join("build"))
+            .arg(builds())
             .arg(self.name);
         fuzz
     }
@@ -204,6 +215,11 @@ fn folder() -> PathBuf {
 
 fn own() -> PathBuf {
     target().join("fuzz")
+}
+
+/// Where cargo-fuzz builds, a folder for each platform.
+fn builds() -> PathBuf {
+    own().join("build")
 }
 
 fn made(folder: PathBuf) -> Result<PathBuf> {
