@@ -3,7 +3,10 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use std::ffi::OsStr;
 use std::fs;
+use std::net::UdpSocket;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -442,6 +445,56 @@ fn c6_who_takes_a_new_pods_address_does_not_keep_it_out_of_the_mesh() {
     agent.up(&["plain", "named"]);
     assert!(is_captured(&plain) && is_captured(&named));
     assert!(!is_captured(&known) && !is_captured(&unknown));
+}
+
+#[test]
+fn c6_what_is_odd_in_a_neighbours_namespace_keeps_no_pod_out_of_the_mesh() {
+    let world = World::new();
+    let node = world.node("one");
+    let (outside, pod) = (
+        node.bare(&world, "outside", "odd"),
+        node.bare(&world, "demo", "pod"),
+    );
+    for odd in [&outside, &pod] {
+        // No port is left to bind, and the cgroup's name is not UTF-8.
+        odd.netns
+            .set_sysctl("net.ipv4.ip_local_port_range", "40000 40000");
+    }
+    let taken = [&outside, &pod].map(|odd| odd.netns.run(|| UdpSocket::bind("0.0.0.0:40000")));
+    let inner = [&outside, &pod].map(|odd| {
+        let inner = Cgroup::new(&odd.cgroup.folder.join(OsStr::from_bytes(b"caf\xe9")));
+        move_to(odd, &inner.folder);
+        inner
+    });
+    assert!(taken.iter().all(Result::is_ok), "{taken:?}");
+    world.manifests.pod(&node.object(&pod));
+    let agent = world.agent(&node);
+    agent.up(&["pod"]);
+    assert!(is_captured(&pod) && !is_captured(&outside));
+    drop((taken, inner));
+}
+
+#[test]
+fn c6_a_neighbours_threaded_cgroup_keeps_no_pod_out_of_the_mesh() {
+    let world = World::new();
+    let node = world.node("one");
+    let (outside, pod) = (
+        node.bare(&world, "outside", "threaded"),
+        node.bare(&world, "demo", "pod"),
+    );
+    let all = Cgroup::new(&node.cgroup.folder.join("all"));
+    let [theirs, first, second] =
+        ["theirs", "first", "second"].map(|name| Cgroup::new(&all.folder.join(name)));
+    let threaded = Cgroup::new(&theirs.folder.join("threaded"));
+    fs::write(threaded.folder.join("cgroup.type"), "threaded").expect("it becomes one");
+    move_to(&outside, &theirs.folder);
+    move_to(&pod, &first.folder);
+    let also = Process::start(&mut app(&pod.netns, &second.folder, &["pause"]));
+    assert_eq!(also.line(), "ready");
+    world.manifests.pod(&node.object(&pod));
+    let agent = world.agent(&node);
+    agent.up(&["pod"]);
+    drop((also, threaded, theirs, first, second));
 }
 
 #[test]

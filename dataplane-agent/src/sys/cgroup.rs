@@ -1,7 +1,9 @@
 //! Control groups, version 2: where they are mounted, which processes are where.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -60,8 +62,13 @@ pub fn members(folder: &Path) -> io::Result<Vec<u32>> {
     let mut members: Vec<u32> = text.lines().map(|pid| pid.parse().unwrap_or(0)).collect();
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            members.extend(self::members(&entry.path())?);
+        if !entry.file_type()?.is_dir() {
+            continue;
+        }
+        match self::members(&entry.path()) {
+            // One of threads: its processes are told by the group above that it is threaded in.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+            below => members.extend(below?),
         }
     }
     Ok(members)
@@ -72,23 +79,24 @@ pub fn members(folder: &Path) -> io::Result<Vec<u32>> {
 /// # Errors
 /// `/proc` is not there.
 pub fn own(root: &Path) -> io::Result<Option<PathBuf>> {
-    let text = fs::read_to_string("/proc/self/cgroup")?;
+    let text = fs::read("/proc/self/cgroup")?;
     Ok(of_process(root, &text))
 }
 
-/// The folder of a process's group, from the text of its `/proc/<pid>/cgroup`; none if that group
-/// is outside of what our cgroup namespace shows.
-pub fn of_process(root: &Path, text: &str) -> Option<PathBuf> {
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+/// The folder of a process's group, from its `/proc/<pid>/cgroup`; none if that group is outside of
+/// what our cgroup namespace shows. A group's name is of any bytes, not only of UTF-8.
+pub fn of_process(root: &Path, text: &[u8]) -> Option<PathBuf> {
+    let mut lines = text.split(|byte| *byte == b'\n');
+    let path = lines.find_map(|line| line.strip_prefix(b"0::/"))?;
     // A group that was removed under its last process.
-    let path = path.strip_suffix(" (deleted)").unwrap_or(path);
+    let path = path.strip_suffix(b" (deleted)").unwrap_or(path);
     if path.is_empty() {
         return Some(root.to_owned());
     }
-    let mut parts = path.split('/');
+    let mut parts = path.split(|byte| *byte == b'/');
     // A path with an empty part at its start would be joined as one from the top of the machine.
-    let is_below = parts.all(|part| !matches!(part, "" | "." | ".."));
-    is_below.then(|| root.join(path))
+    let is_below = parts.all(|part| !matches!(part, b"" | b"." | b".."));
+    is_below.then(|| root.join(OsStr::from_bytes(path)))
 }
 
 #[cfg(test)]
@@ -101,7 +109,7 @@ mod tests {
         let root = mount_of(mounts, "cgroup2").expect("a mount");
         assert_eq!(root, Path::new("/sys/fs/cgroup/uni fied"));
         assert_eq!(mount_of(mounts, "bpf"), None);
-        let of = |text| of_process(Path::new("/c"), text);
+        let of = |text: &str| of_process(Path::new("/c"), text.as_bytes());
         assert_eq!(of("1:cpu:/x\n0::/a/b\n"), Some("/c/a/b".into()));
         assert_eq!(of("0::/\n"), Some("/c".into()));
         for outside in ["0::/../x\n", "0::/a/../../x\n", "0:://etc\n", "0::/./x\n"] {

@@ -159,8 +159,9 @@ impl Netns {
     /// As [`Netns::enter`]; the kernel is older than 5.14.
     pub fn cookie(&self) -> io::Result<u64> {
         self.enter(|| {
-            let socket = std::net::UdpSocket::bind("127.0.0.1:0")
-                .or_else(|_| std::net::UdpSocket::bind("0.0.0.0:0"))?;
+            // Not bound: those in the namespace may have taken all of its ports.
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let socket = socket(AddressFamily::Inet, SockType::Datagram, flags, None)?;
             super::socket::netns_cookie(&socket)
         })?
     }

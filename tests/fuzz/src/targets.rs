@@ -33,11 +33,8 @@ pub fn certificate(input: &[u8]) {
 
 /// The text of `/proc/<pid>/cgroup`, and of `/proc/self/mounts`.
 pub fn cgroup(input: &[u8]) {
-    let Ok(text) = str::from_utf8(input) else {
-        return;
-    };
     let root = Path::new("/sys/fs/cgroup");
-    if let Some(folder) = groups::of_process(root, text) {
+    if let Some(folder) = groups::of_process(root, input) {
         let below = folder.strip_prefix(root);
         let mut parts = below.expect("what is outside is nobody's").components();
         assert!(
@@ -46,7 +43,9 @@ pub fn cgroup(input: &[u8]) {
             folder.display()
         );
     }
-    let _ = groups::mount_of(text, "cgroup2");
+    if let Ok(text) = str::from_utf8(input) {
+        let _ = groups::mount_of(text, "cgroup2");
+    }
 }
 
 /// What the kernel programs decide of addresses.

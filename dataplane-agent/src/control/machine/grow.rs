@@ -147,7 +147,7 @@ impl Machine {
         reason = "one has ended, the other is elsewhere"
     )]
     fn cgroup_of(&self, pid: u32) -> io::Result<Option<Option<PathBuf>>> {
-        match fs::read_to_string(format!("/proc/{pid}/cgroup")) {
+        match fs::read(format!("/proc/{pid}/cgroup")) {
             Err(error) if processes::has_ended(&error) => Ok(None),
             text => Ok(Some(cgroup::of_process(&self.root, &text?))),
         }

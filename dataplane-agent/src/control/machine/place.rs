@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::super::manifests::LocalPodSpec;
 use super::cgroups;
 use super::claims::{self, Claims, Doubt};
-use super::seen::{Candidate, Seen};
+use super::seen::{Candidate, Seen, Who};
 use super::{Key, Machine, Missing, Place, Sight};
 use crate::capture::Status;
 use crate::sys::netns::Netns;
@@ -48,11 +48,13 @@ impl Machine {
             };
             match settled {
                 Ok(inode) => {
-                    if let Some(Ok(Some(candidate))) = seen.opened.get(&inode) {
+                    if let Some(Ok(Some(candidate))) = seen.opened.get(&inode)
+                        && let Ok(who) = &candidate.who
+                    {
                         let place = Place {
                             key: Key::of(pod),
                             netns: candidate.netns.clone(),
-                            cookie: candidate.cookie,
+                            cookie: who.cookie,
                             groups: Vec::new(),
                         };
                         self.sights.entry(place.cookie).or_insert_with(|| Sight {
@@ -132,7 +134,14 @@ impl Machine {
             {
                 continue;
             }
-            match captured.get(&candidate.cookie) {
+            let who = match &candidate.who {
+                Ok(who) => who,
+                Err(error) => {
+                    failed.get_or_insert_with(|| error.clone());
+                    continue;
+                }
+            };
+            match captured.get(&who.cookie) {
                 Some(is) if is.uid == pod.uid => before = Some(inode),
                 // Captured as another pod, that will be found in it.
                 Some(is)
@@ -143,10 +152,9 @@ impl Machine {
                 }
                 _ => {}
             }
-            if !candidate.uids.is_disjoint(&own) {
+            if !who.uids.is_disjoint(&own) {
                 named.insert(inode);
-            } else if candidate.uids.is_disjoint(&others)
-                && (own.is_empty() || candidate.uids.is_empty())
+            } else if who.uids.is_disjoint(&others) && (own.is_empty() || who.uids.is_empty())
             {
                 unnamed.insert(inode);
             }
@@ -186,12 +194,14 @@ impl Machine {
             let told = format!("{} does not have {address}", path.display());
             return Err(Missing::Doubtful(told));
         }
-        let cookie = netns.cookie().map_err(wrong)?;
+        let who = Who {
+            cookie: netns.cookie().map_err(wrong)?,
+            uids: BTreeSet::new(),
+        };
         let candidate = Candidate {
             netns,
-            cookie,
             addresses,
-            uids: BTreeSet::new(),
+            who: Ok(who),
         };
         seen.opened.insert(inode, Ok(Some(candidate)));
         Ok(inode)

@@ -29,8 +29,16 @@ pub(super) type Opened = Result<Option<Candidate>, String>;
 #[derive(Debug)]
 pub(super) struct Candidate {
     pub netns: Netns,
-    pub cookie: u64,
     pub addresses: Vec<IpAddr>,
+    /// Why it could not be had matters to a pod of these addresses alone: what is odd in a namespace may
+    /// be of its processes' making.
+    pub who: Result<Who, String>,
+}
+
+/// What tells namespaces of the same addresses apart.
+#[derive(Debug)]
+pub(super) struct Who {
+    pub cookie: u64,
     /// The uids of the pods that the kubelet made its processes' cgroups for.
     pub uids: BTreeSet<String>,
 }
@@ -65,7 +73,20 @@ impl Seen {
                     namespace.path.display()
                 )
             };
-            open(namespace, inode, root, pods).map_err(wrong)
+            let Some(netns) = open(namespace, inode).map_err(wrong)? else {
+                return Ok(None);
+            };
+            let who = || {
+                Ok(Who {
+                    cookie: netns.cookie()?,
+                    uids: uids(&namespace.processes, root, pods)?,
+                })
+            };
+            Ok(Some(Candidate {
+                addresses: netns.interfaces().map_err(wrong)?.addresses,
+                who: who().map_err(wrong),
+                netns,
+            }))
         });
         opened.as_ref().map(Option::as_ref)
     }
@@ -96,23 +117,21 @@ impl Seen {
     }
 }
 
-fn open(
-    namespace: &Namespace,
-    inode: u64,
-    root: &Path,
-    pods: &Path,
-) -> io::Result<Option<Candidate>> {
+fn open(namespace: &Namespace, inode: u64) -> io::Result<Option<Netns>> {
     let netns = match Netns::open(&namespace.path) {
         Err(error) if processes::has_ended(&error) => return Ok(None),
         netns => netns?,
     };
     // Any user can make a namespace of their own, and give it any address.
-    if netns.inode() != inode || !netns.is_the_hosts()? {
-        return Ok(None);
-    }
+    let is_its = netns.inode() == inode && netns.is_the_hosts()?;
+    Ok(is_its.then_some(netns))
+}
+
+/// The uids of the pods that the kubelet made the cgroups of these processes for.
+fn uids(processes: &[u32], root: &Path, pods: &Path) -> io::Result<BTreeSet<String>> {
     let mut uids = BTreeSet::new();
-    for pid in &namespace.processes {
-        match fs::read_to_string(format!("/proc/{pid}/cgroup")) {
+    for pid in processes {
+        match fs::read(format!("/proc/{pid}/cgroup")) {
             Err(error) if processes::has_ended(&error) => {}
             text => {
                 if let Some(folder) = cgroup::of_process(root, &text?) {
@@ -121,10 +140,5 @@ fn open(
             }
         }
     }
-    Ok(Some(Candidate {
-        cookie: netns.cookie()?,
-        addresses: netns.interfaces()?.addresses,
-        netns,
-        uids,
-    }))
+    Ok(uids)
 }
