@@ -10,6 +10,8 @@ use serde::Deserialize;
 
 use super::node::{Node, NodeError};
 use super::object::{Resource, wrong};
+use super::principal::{may_be_here, principal};
+use super::translate::MeshConfig;
 use crate::authorize::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
@@ -90,6 +92,9 @@ struct To {
 /// A list that, where it is written, has values.
 type Values = Option<Vec<String>>;
 
+/// The lists of one place, each with its name.
+type Lists<'a> = Vec<(&'static str, &'a Values, Sort)>;
+
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Source {
@@ -136,6 +141,8 @@ enum Sort {
     Text,
     /// A text with at most one `*`, at its beginning or its end.
     Pattern,
+    /// Such a text, of a principal.
+    Principal,
     Account,
     Ip,
     Port,
@@ -194,32 +201,55 @@ impl RawRule {
                 return Err((field.into(), "an empty list".into()));
             }
         }
-        for (at, from) in self.from.iter().flatten().enumerate() {
-            check_lists(&format!("from[{at}].source"), &from.source.lists())?;
-        }
-        for (at, to) in self.to.iter().flatten().enumerate() {
-            check_lists(&format!("to[{at}].operation"), &to.operation.lists())?;
-        }
         for (at, when) in self.when.iter().flatten().enumerate() {
-            let path = format!("when[{at}]");
-            let Some(attribute) = attribute(&when.key) else {
-                return Err((
-                    format!("{path}.key"),
-                    format!("unknown attribute `{}`", when.key),
-                ));
-            };
-            let sort = attribute.sort();
-            let lists = [
-                ("values", &when.values, sort),
-                ("notValues", &when.not_values, sort),
-            ];
+            if attribute(&when.key).is_none() {
+                let what = format!("unknown attribute `{}`", when.key);
+                return Err((format!("when[{at}].key"), what));
+            }
+        }
+        for (path, lists) in self.lists() {
             check_lists(&path, &lists)?;
         }
         Ok(())
     }
+
+    /// Its lists of values, with the path of where each few of them stand.
+    fn lists(&self) -> Vec<(String, Lists<'_>)> {
+        let mut lists = Vec::new();
+        for (at, from) in self.from.iter().flatten().enumerate() {
+            lists.push((format!("from[{at}].source"), from.source.lists().to_vec()));
+        }
+        for (at, to) in self.to.iter().flatten().enumerate() {
+            lists.push((format!("to[{at}].operation"), to.operation.lists().to_vec()));
+        }
+        for (at, when) in self.when.iter().flatten().enumerate() {
+            let sort = attribute(&when.key).map_or(Sort::Text, Attribute::sort);
+            let values = ("values", &when.values, sort);
+            let nots = ("notValues", &when.not_values, sort);
+            lists.push((format!("when[{at}]"), vec![values, nots]));
+        }
+        lists
+    }
+
+    /// The principals that no workload of the mesh can be, with their paths.
+    fn strangers(&self, trust_domain: &str) -> Vec<(String, &str)> {
+        let mut strangers = Vec::new();
+        for (path, lists) in self.lists() {
+            for (name, values, sort) in lists {
+                for (at, value) in values.iter().flatten().enumerate() {
+                    if sort == Sort::Principal
+                        && !may_be_here(&principal(value, trust_domain), trust_domain)
+                    {
+                        strangers.push((format!("{path}.{name}[{at}]"), value.as_str()));
+                    }
+                }
+            }
+        }
+        strangers
+    }
 }
 
-fn check_lists(path: &str, lists: &[(&str, &Values, Sort)]) -> Result<(), (String, String)> {
+fn check_lists(path: &str, lists: &Lists<'_>) -> Result<(), (String, String)> {
     if lists.iter().all(|(_, values, _)| values.is_none()) {
         return Err((path.into(), "says nothing".into()));
     }
@@ -230,9 +260,9 @@ fn check_lists(path: &str, lists: &[(&str, &Values, Sort)]) -> Result<(), (Strin
         }
         for (at, value) in values.iter().enumerate() {
             let what = match sort {
-                Sort::Text | Sort::Pattern if value.is_empty() => "is empty",
+                Sort::Text | Sort::Pattern | Sort::Principal if value.is_empty() => "is empty",
                 // It would be compared as it stands, and match nobody: a DENY would let all pass.
-                Sort::Pattern if !is_pattern(value) => {
+                Sort::Pattern | Sort::Principal if !is_pattern(value) => {
                     "has a `*` that is neither at its beginning nor at its end"
                 }
                 Sort::Account if account("", value).is_none() => "is not a service account",
@@ -249,8 +279,8 @@ fn check_lists(path: &str, lists: &[(&str, &Values, Sort)]) -> Result<(), (Strin
 impl Source {
     fn lists(&self) -> [(&'static str, &Values, Sort); 14] {
         [
-            ("principals", &self.principals, Sort::Pattern),
-            ("notPrincipals", &self.not_principals, Sort::Pattern),
+            ("principals", &self.principals, Sort::Principal),
+            ("notPrincipals", &self.not_principals, Sort::Principal),
             ("requestPrincipals", &self.request_principals, Sort::Text),
             (
                 "notRequestPrincipals",
@@ -335,7 +365,8 @@ impl Attribute {
             Attribute::SourceIp | Attribute::DestinationIp => Sort::Ip,
             Attribute::DestinationPort => Sort::Port,
             Attribute::SourceAccount => Sort::Account,
-            Attribute::SourceNamespace | Attribute::SourcePrincipal => Sort::Pattern,
+            Attribute::SourceNamespace => Sort::Pattern,
+            Attribute::SourcePrincipal => Sort::Principal,
             Attribute::L7 => Sort::Text,
         }
     }
@@ -344,7 +375,7 @@ impl Attribute {
 /// The L4 policy, if the node is to enforce any; what was dropped goes to `problems`.
 pub(crate) fn translate(
     policy: &Resource<AuthorizationPolicy>,
-    root_namespace: &str,
+    mesh: &MeshConfig,
     problems: &mut Vec<String>,
 ) -> Option<Policy> {
     let key = &policy.meta.key;
@@ -376,7 +407,7 @@ pub(crate) fn translate(
     };
     let scope = if spec.selector.is_some() {
         PolicyScope::WorkloadSelector
-    } else if &*key.namespace == root_namespace {
+    } else if *key.namespace == *mesh.root_namespace {
         PolicyScope::Global
     } else {
         PolicyScope::Namespace
@@ -385,10 +416,16 @@ pub(crate) fn translate(
     if action == Action::Deny && spec.rules.is_empty() {
         report("is a DENY without rules, which denies nothing");
     }
+    let trust_domain = &mesh.trust_domain;
     let mut rules = Vec::new();
     for (at, raw) in spec.rules.iter().enumerate() {
+        for (path, value) in raw.strangers(trust_domain) {
+            report(&format!(
+                "rules[{at}].{path}: `{value}` is nobody in this mesh, whose trust domain is {trust_domain}"
+            ));
+        }
         let mut dropped = Vec::new();
-        let rule = raw.translate(&key.namespace, &mut dropped);
+        let rule = raw.translate((&key.namespace, trust_domain), &mut dropped);
         if dropped.is_empty() {
             rules.push(rule);
             continue;
@@ -426,8 +463,11 @@ fn never_matches(rule: &Rule) -> bool {
     rule.clauses.iter().any(empty)
 }
 
+/// The policy's namespace, and the mesh's trust domain.
+type Names<'a> = (&'a str, &'a str);
+
 impl RawRule {
-    fn translate(&self, namespace: &str, dropped: &mut Vec<String>) -> Rule {
+    fn translate(&self, names: Names<'_>, dropped: &mut Vec<String>) -> Rule {
         let mut clauses = Vec::new();
         if let Some(to) = &self.to {
             let matches = to
@@ -439,7 +479,7 @@ impl RawRule {
         if let Some(from) = &self.from {
             let matches: Vec<Option<Match>> = from
                 .iter()
-                .map(|from| from.source.translate(namespace, dropped))
+                .map(|from| from.source.translate(names, dropped))
                 .collect();
             // One of them cannot be told at all: then the clause is one that always matches.
             let matches = matches
@@ -450,7 +490,7 @@ impl RawRule {
         }
         for when in self.when.iter().flatten() {
             clauses.push(Clause {
-                matches: vec![when.translate(namespace, dropped)],
+                matches: vec![when.translate(names, dropped)],
             });
         }
         Rule { clauses }
@@ -470,7 +510,7 @@ impl Operation {
 
 impl Source {
     /// None where a trust domain cannot be told and nothing else is asked: it may be any source.
-    fn translate(&self, namespace: &str, dropped: &mut Vec<String>) -> Option<Match> {
+    fn translate(&self, names: Names<'_>, dropped: &mut Vec<String>) -> Option<Match> {
         const L4: [&str; 10] = [
             "principals",
             "notPrincipals",
@@ -484,9 +524,11 @@ impl Source {
             "notIpBlocks",
         ];
         drop_fields(dropped, &self.lists(), &L4);
+        let (namespace, trust_domain) = names;
+        let principal = |value: &str| Some(principal(value, trust_domain));
         let mut made = Match {
-            namespaces: each(&self.namespaces, text),
-            not_namespaces: each(&self.not_namespaces, text),
+            namespaces: each(&self.namespaces, pattern),
+            not_namespaces: each(&self.not_namespaces, pattern),
             principals: each(&self.principals, principal),
             not_principals: each(&self.not_principals, principal),
             service_accounts: each(&self.service_accounts, |value| account(namespace, value)),
@@ -521,7 +563,9 @@ impl Source {
 }
 
 impl Condition {
-    fn translate(&self, namespace: &str, dropped: &mut Vec<String>) -> Match {
+    fn translate(&self, names: Names<'_>, dropped: &mut Vec<String>) -> Match {
+        let (namespace, trust_domain) = names;
+        let principal = |value: &str| Some(principal(value, trust_domain));
         let (values, nots) = (&self.values, &self.not_values);
         let mut made = Match::default();
         match attribute(&self.key) {
@@ -533,7 +577,8 @@ impl Condition {
                     (each(values, ip), each(nots, ip));
             }
             Some(Attribute::SourceNamespace) => {
-                (made.namespaces, made.not_namespaces) = (each(values, text), each(nots, text));
+                (made.namespaces, made.not_namespaces) =
+                    (each(values, pattern), each(nots, pattern));
             }
             Some(Attribute::SourcePrincipal) => {
                 (made.principals, made.not_principals) =
@@ -574,8 +619,9 @@ fn is_pattern(value: &str) -> bool {
     !rest.unwrap_or(value).contains('*')
 }
 
-fn text(value: &str) -> Option<StringMatch> {
-    Some(if value == "*" {
+/// A text in which one `*` may stand at its beginning or at its end.
+pub(super) fn text(value: &str) -> StringMatch {
+    if value == "*" {
         StringMatch::Presence
     } else if let Some(suffix) = value.strip_prefix('*') {
         StringMatch::Suffix(suffix.into())
@@ -583,17 +629,16 @@ fn text(value: &str) -> Option<StringMatch> {
         StringMatch::Prefix(prefix.into())
     } else {
         StringMatch::Exact(value.into())
-    })
+    }
 }
 
-/// Principals are compared without their scheme.
-fn principal(value: &str) -> Option<StringMatch> {
-    text(value.strip_prefix("spiffe://").unwrap_or(value))
+fn pattern(value: &str) -> Option<StringMatch> {
+    Some(text(value))
 }
 
 /// Principals of these trust domains; none if one of them is given by its end.
 fn trust_domains(values: &[String]) -> Option<Vec<StringMatch>> {
-    let principal = |value: &String| match text(value)? {
+    let principal = |value: &String| match text(value) {
         StringMatch::Exact(domain) => Some(StringMatch::Prefix(format!("{domain}/").into())),
         StringMatch::Suffix(_) => None,
         told @ (StringMatch::Prefix(_) | StringMatch::Presence) => Some(told),

@@ -16,6 +16,7 @@ pub(crate) mod node;
 pub mod object;
 pub mod peer_authentication;
 pub mod pod;
+mod principal;
 mod scan;
 pub mod service;
 pub(crate) mod spelling;

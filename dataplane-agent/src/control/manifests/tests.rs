@@ -25,11 +25,11 @@ fn refusal(text: &str) -> String {
 }
 
 fn translation(text: &str) -> Translation {
-    translate(
-        &objects(text),
-        &Enrolled::new(),
-        &MeshConfig::of_node("here"),
-    )
+    translation_in(&MeshConfig::of_node("here"), text)
+}
+
+fn translation_in(mesh: &MeshConfig, text: &str) -> Translation {
+    translate(&objects(text), &Enrolled::new(), mesh)
 }
 
 fn policy<'a>(translation: &'a Translation, key: &str) -> &'a Policy {

@@ -188,8 +188,7 @@ fn policies<'a>(
 ) -> Selected<'a> {
     let mut policies: Selected<'a> = Vec::new();
     for found in objects.authorization_policies.values() {
-        if let Some(policy) = authorization_policy::translate(found, &mesh.root_namespace, problems)
-        {
+        if let Some(policy) = authorization_policy::translate(found, mesh, problems) {
             policies.push((policy, found.body.selector()));
         }
     }

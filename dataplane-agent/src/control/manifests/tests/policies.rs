@@ -1,5 +1,6 @@
-use super::{policy, translation};
+use super::{policy, translation, translation_in};
 use crate::authorize::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
+use crate::control::manifests::MeshConfig;
 
 fn authorization(namespace: &str, spec: &str) -> String {
     format!(
@@ -96,6 +97,49 @@ fn an_allow_loses_the_rule_that_l4_cannot_tell_and_stays() {
     assert_eq!(
         made.problems,
         ["AuthorizationPolicy shop/gate: rule 0 is dropped, L4 cannot tell methods"]
+    );
+}
+
+#[test]
+fn cluster_local_is_the_meshs_own_trust_domain_wherever_a_principal_is() {
+    let mesh = MeshConfig {
+        trust_domain: "mesh.example".into(),
+        ..MeshConfig::of_node("here")
+    };
+    let rule = "{from: [{source: {principals: [cluster.local/ns/x/sa/y], \
+                notPrincipals: ['cluster.local/*']}}], \
+                when: [{key: source.principal, values: ['spiffe://cluster.local/ns/x/*'], \
+                notValues: [cluster.local/ns/x/sa/z]}]}";
+    let made = translation_in(
+        &mesh,
+        &authorization("shop", &format!("{{rules: [{rule}]}}")),
+    );
+    let clauses = &made.policies[0].rules[0].clauses;
+    let (source, when) = (&clauses[0].matches[0], &clauses[1].matches[0]);
+    let exact = |text: &str| vec![StringMatch::Exact(text.into())];
+    let prefix = |text: &str| vec![StringMatch::Prefix(text.into())];
+    assert_eq!(source.principals, exact("mesh.example/ns/x/sa/y"));
+    assert_eq!(source.not_principals, prefix("mesh.example/"));
+    assert_eq!(when.principals, prefix("mesh.example/ns/x/"));
+    assert_eq!(when.not_principals, exact("mesh.example/ns/x/sa/z"));
+    assert_eq!(made.problems, [""; 0]);
+}
+
+#[test]
+fn a_principal_that_nobody_in_the_mesh_can_be_is_told() {
+    let made = translation(&authorization(
+        "shop",
+        "{action: DENY, rules: [{from: [{source: {principals: [cluster.local/ns/x/sa/y, other/ns/x/sa/y]}}], \
+         when: [{key: source.principal, notValues: [cluster.local/sa/y]}]}]}",
+    ));
+    assert_eq!(
+        made.problems,
+        [
+            "AuthorizationPolicy shop/gate: rules[0].from[0].source.principals[1]: `other/ns/x/sa/y` is nobody in \
+             this mesh, whose trust domain is cluster.local",
+            "AuthorizationPolicy shop/gate: rules[0].when[0].notValues[0]: `cluster.local/sa/y` is nobody in this \
+             mesh, whose trust domain is cluster.local",
+        ]
     );
 }
 
