@@ -154,8 +154,7 @@ impl Machine {
             }
             if !who.uids.is_disjoint(&own) {
                 named.insert(inode);
-            } else if who.uids.is_disjoint(&others) && (own.is_empty() || who.uids.is_empty())
-            {
+            } else if who.uids.is_disjoint(&others) && (own.is_empty() || who.uids.is_empty()) {
                 unnamed.insert(inode);
             }
         }

@@ -16,7 +16,7 @@ use crate::authorize::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
 
-const DRY_RUN_ANNOTATION: &str = "istio.io/dry-run";
+pub(super) const DRY_RUN_ANNOTATION: &str = "istio.io/dry-run";
 
 /// What is read of an AuthorizationPolicy; its values were checked.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -31,6 +31,8 @@ pub struct AuthorizationPolicy {
     #[serde(default)]
     action: RawAction,
     provider: Option<Provider>,
+    #[serde(skip)]
+    dry_run: bool,
 }
 
 /// Which pods a policy is for.
@@ -154,7 +156,7 @@ impl AuthorizationPolicy {
         struct Raw {
             spec: AuthorizationPolicy,
         }
-        let Raw { spec } = node.read()?;
+        let Raw { mut spec } = node.read()?;
         // Kubernetes takes `from:` with nothing behind it for no `from` at all, which in an ALLOW
         // means anybody. It is what a half-written file looks like.
         if let Some(path) = node.field("spec").and_then(Node::null) {
@@ -162,6 +164,24 @@ impl AuthorizationPolicy {
         }
         spec.check()
             .map_err(|(path, what)| wrong(node, &format!("spec.{path}"), what))?;
+        if let Some(value) = node.annotation(DRY_RUN_ANNOTATION) {
+            let fault = |what: &str| {
+                wrong(
+                    node,
+                    "metadata.annotations",
+                    format_args!("{DRY_RUN_ANNOTATION}: {what}"),
+                )
+            };
+            // As Go's ParseBool has them, by which istiod reads it.
+            spec.dry_run = match value {
+                "1" | "t" | "T" | "true" | "TRUE" | "True" => true,
+                "0" | "f" | "F" | "false" | "FALSE" | "False" => false,
+                _ => return Err(fault(&format!("`{value}` is neither true nor false"))),
+            };
+            if !matches!(spec.action, RawAction::Allow | RawAction::Deny) {
+                return Err(fault("is for ALLOW and DENY alone"));
+            }
+        }
         Ok(spec)
     }
 
@@ -388,12 +408,7 @@ pub(crate) fn translate(
         ));
         return None;
     }
-    if policy
-        .meta
-        .annotations
-        .get(DRY_RUN_ANNOTATION)
-        .is_some_and(|value| value == "true")
-    {
+    if spec.dry_run {
         report("is a dry run: not enforced, and not told in the log yet");
         return None;
     }

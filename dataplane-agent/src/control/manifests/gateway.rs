@@ -6,11 +6,13 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::node::{Node, NodeError};
-use super::object::{Key, Meta, Objects};
+use super::object::{Key, Meta, Objects, wrong};
 
 const USE_LABEL: &str = "istio.io/use-waypoint";
 const USE_NAMESPACE_LABEL: &str = "istio.io/use-waypoint-namespace";
 const FOR_LABEL: &str = "istio.io/waypoint-for";
+
+const CARRIED: [&str; 4] = ["service", "workload", "all", "none"];
 
 /// What is read of a gateway.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +33,13 @@ impl Gateway {
             gateway_class_name: String,
         }
         let Raw { spec } = node.read()?;
+        let labels = node.field("metadata").and_then(|meta| meta.field("labels"));
+        let carries = labels.and_then(|labels| labels.field(FOR_LABEL)?.text());
+        // What asks for a waypoint that carries nothing goes round it.
+        if let Some(other) = carries.filter(|word| !CARRIED.contains(word)) {
+            let what = format_args!("{FOR_LABEL}: `{other}` is none of {}", CARRIED.join(", "));
+            return Err(wrong(node, "metadata.labels", what));
+        }
         Ok(Self {
             class: spec.gateway_class_name,
         })

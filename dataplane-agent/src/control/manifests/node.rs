@@ -93,6 +93,12 @@ impl Node {
         }
     }
 
+    /// An object's annotation.
+    pub(crate) fn annotation(&self, name: &str) -> Option<&str> {
+        let annotations = self.field("metadata")?.field("annotations")?;
+        annotations.field(name)?.text()
+    }
+
     /// Its text, if it is one.
     pub(crate) fn text(&self) -> Option<&str> {
         match &self.value {

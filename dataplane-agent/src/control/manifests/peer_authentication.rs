@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::authorization_policy::Selector;
+use super::authorization_policy::{DRY_RUN_ANNOTATION, Selector};
 use super::node::{Node, NodeError};
 use super::object::{Key, Meta, Resource, selects, wrong};
 use crate::authorize::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
@@ -61,6 +61,10 @@ impl PeerAuthentication {
         let Raw { spec } = node.read()?;
         if let Some(path) = node.field("spec").and_then(Node::null) {
             return Err(wrong(node, &format!("spec.{path}"), "no value"));
+        }
+        if node.annotation(DRY_RUN_ANNOTATION).is_some() {
+            let what = format_args!("{DRY_RUN_ANNOTATION}: is for AuthorizationPolicies alone");
+            return Err(wrong(node, "metadata.annotations", what));
         }
         if spec.labels().is_none() && !spec.port_level_mtls.is_empty() {
             return Err(wrong(node, "spec.portLevelMtls", "needs a selector"));

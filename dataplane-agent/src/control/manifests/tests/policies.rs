@@ -1,4 +1,4 @@
-use super::{policy, translation, translation_in};
+use super::{policy, refusal, translation, translation_in};
 use crate::authorize::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 use crate::control::manifests::MeshConfig;
 
@@ -140,6 +140,52 @@ fn a_principal_that_nobody_in_the_mesh_can_be_is_told() {
             "AuthorizationPolicy shop/gate: rules[0].when[0].notValues[0]: `cluster.local/sa/y` is nobody in this \
              mesh, whose trust domain is cluster.local",
         ]
+    );
+}
+
+#[test]
+fn a_dry_run_is_one_in_each_of_istios_spellings_and_another_word_is_a_fault() {
+    let with = |value: &str| {
+        authorization("shop", "{action: DENY, rules: [{}]}").replace(
+            "namespace: shop}",
+            &format!("namespace: shop, annotations: {{istio.io/dry-run: '{value}'}}}}"),
+        )
+    };
+    for value in ["1", "t", "T", "true", "TRUE", "True"] {
+        assert_eq!(translation(&with(value)).policies, [], "{value}");
+    }
+    for value in ["0", "f", "F", "false", "FALSE", "False"] {
+        assert_eq!(translation(&with(value)).policies.len(), 1, "{value}");
+    }
+    for value in ["", "yes", "on", "tRUE", " true", "2"] {
+        let refused = refusal(&with(value));
+        let told =
+            format!("metadata.annotations: istio.io/dry-run: `{value}` is neither true nor false");
+        assert!(refused.contains(&told), "{refused}");
+    }
+    let audit = with("true").replace("DENY", "AUDIT");
+    assert!(refusal(&audit).contains("is for ALLOW and DENY alone"));
+    let mtls = with("true").replace("AuthorizationPolicy", "PeerAuthentication");
+    let mtls = mtls.replace("{action: DENY, rules: [{}]}", "{mtls: {mode: STRICT}}");
+    assert!(refusal(&mtls).contains("is for AuthorizationPolicies alone"));
+}
+
+#[test]
+fn what_a_waypoint_is_for_is_one_of_istios_words() {
+    let gateway = |word: &str| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\n\
+             metadata: {{name: w, namespace: shop, labels: {{istio.io/waypoint-for: {word}}}}}\n\
+             spec: {{gatewayClassName: istio-waypoint}}\n---\n"
+        )
+    };
+    for word in ["service", "workload", "all", "none"] {
+        assert_eq!(translation(&gateway(word)).problems, [""; 0]);
+    }
+    let refused = refusal(&gateway("Service"));
+    assert!(
+        refused.contains("`Service` is none of service, workload, all, none"),
+        "{refused}"
     );
 }
 
