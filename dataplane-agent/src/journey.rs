@@ -12,8 +12,8 @@ use crate::accept::{Accepted, Direction, Io};
 use crate::authorize::{Authorizer, Denied};
 use crate::capture::LocalPod;
 use crate::drain::Scope;
-use crate::identity::{Certs, Identity};
-use crate::limits::{Kind, NodePlaces, Place, Turns};
+use crate::identity::Certs;
+use crate::limits::{NodePlaces, Place, Turns};
 use crate::observe::{Arrival, Facts, Observer, Reporter};
 use crate::resolve::{self, Hop, MeshReader, ResolveError, Resolved};
 use crate::sys::socket::canonical;
@@ -80,10 +80,12 @@ pub fn admit(
     };
     let arrival = corridor.observer.arrived(peer, local, reporter);
     let places = &corridor.places;
-    let take = |kind| places.take(&pod.places, kind);
     let place = match entrance {
-        Entrance::Outbound => take(Kind::Outbound).map(Placed::Outbound),
-        Entrance::Inbound => take(Kind::InClear).map(Placed::InClear),
+        Entrance::Outbound => places.take(&pod.places).map(Placed::Outbound),
+        Entrance::Inbound => {
+            let peer = pod.places.peer(None, peer.ip());
+            places.take_for(&pod.places, &peer).map(Placed::InClear)
+        }
         Entrance::Hbone => Ok(Placed::Hbone(places.begin(&pod.handshakes, peer.ip()))),
     };
     match place {
@@ -143,23 +145,23 @@ async fn tunnel(
 ) {
     let (peer, local) = (arrival.src, arrival.dst);
     let places = &corridor.places;
-    let tunnel = match tunnels::handshake(tcp, &pod, &corridor.certs, turns, places).await {
+    let handshake = tunnels::handshake(tcp, peer.ip(), &pod, &corridor.certs, turns, places);
+    let tunnel = match handshake.await {
         Ok(tunnel) => tunnel,
         Err(error) => return arrival.refuse(&error),
     };
     arrival.is_tunnel();
-    let identity: Identity = tunnel.identity.clone();
+    let (identity, from) = (tunnel.identity.clone(), tunnel.peer.clone());
     let closing = scope.closing();
     tunnel
         .serve(closing, |request| {
             let observer = &corridor.observer;
             let mut arrival = observer.arrived(peer, local, Reporter::Destination);
             let accepted = tunnels::accept(request, &pod, (peer, local), &identity);
-            let placed =
-                accepted.and_then(|accepted| match places.take(&pod.places, Kind::Tunnelled) {
-                    Ok(place) => Ok((accepted, place)),
-                    Err(full) => Err((accepted.io, full.into())),
-                });
+            let placed = accepted.and_then(|accepted| match places.take_for(&pod.places, &from) {
+                Ok(place) => Ok((accepted, place)),
+                Err(full) => Err((accepted.io, full.into())),
+            });
             match placed {
                 Ok((accepted, place)) => {
                     arrival.dst = accepted.destination;

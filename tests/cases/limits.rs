@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use dataplane_tests::process::Process;
 use dataplane_tests::{Agent, Pair, World, eventually, within};
 
 const PORT: u16 = 7000;
@@ -144,38 +145,73 @@ fn over_the_nodes_limit_the_new_one_is_refused_and_a_pod_that_has_none_yet_is_no
     let world = World::new();
     let (one, two) = world.two_nodes();
     let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
-    let other = two.pod(&world, "other");
-    let mut setup = world.setup(&two);
+    let other = one.pod(&world, "other");
+    let mut setup = world.setup(&one);
     setup
         .arguments
         .extend(["--connections".into(), "30".into()]);
-    let (first, second) = (world.agent(&one), Agent::start(setup));
-    first.up(&["client"]);
-    second.up(&["server", "other"]);
+    let (first, second) = (Agent::start(setup), world.agent(&two));
+    first.up(&["client", "other"]);
+    second.up(&["server"]);
     eventually("all are in the mesh", 10, || first.tunnelled() >= 3);
-    let (_app, _other) = (server.serve(PORT), other.serve(PORT));
+    let _app = server.serve(PORT);
     let mut many = client.app(&["many", &server.at(PORT).to_string(), "40"]);
-    let open = many.line();
-    let open: usize = open
-        .split_once(' ')
-        .expect("a count")
-        .0
-        .parse()
-        .expect("a number");
+    let open = opened(&many);
     // Half of them, and tunnels take places as well.
     assert!((10..15).contains(&open), "{open}");
     assert!(client.ask(server.at(PORT), "x").is_err());
-    assert!(client.ask(other.at(PORT), "x").is_ok(), "another pod's");
-    second.logs(&["direction=\"inbound\"", "too many connections of the node"]);
-    first.logs(&["http status: 503 Service Unavailable"]);
+    assert!(other.ask(server.at(PORT), "x").is_ok(), "another pod's");
+    first.logs(&["direction=\"outbound\"", "too many connections of the node"]);
     let refused = ["too_many_connections_of_node"];
-    assert!(metric(&second, "dataplane_connections_failed_total", &refused) >= 25);
-    assert_eq!(metric(&second, "dataplane_connections_limit", &[]), 30);
+    assert!(metric(&first, "dataplane_connections_failed_total", &refused) >= 25);
+    assert_eq!(metric(&first, "dataplane_connections_limit", &[]), 30);
     many.close();
     drop(many);
     eventually("there is room again", 5, || {
         client.ask(server.at(PORT), "x").is_ok()
     });
+}
+
+/// How many connections it has opened.
+fn opened(many: &Process) -> usize {
+    let line = many.line();
+    let count = line.strip_suffix(" open").map(str::parse);
+    count.and_then(Result::ok).expect("a number")
+}
+
+#[test]
+fn a_peer_that_takes_all_it_can_keeps_no_other_out() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let other = one.pod(&world, "other");
+    let outsiders = ["first", "second"].map(|name| one.bare(&world, "outside", name));
+    let mut setup = world.setup(&two);
+    setup
+        .arguments
+        .extend(["--connections".into(), "80".into()]);
+    let (first, second) = (world.agent(&one), Agent::start(setup));
+    first.up(&["client", "other"]);
+    second.up(&["server"]);
+    eventually("all are in the mesh", 10, || first.tunnelled() >= 3);
+    let _app = server.serve(PORT);
+    let to = server.at(PORT);
+    let refused = || {
+        let labels = ["destination", "too_many_connections_of_peer"];
+        metric(&second, "dataplane_connections_failed_total", &labels)
+    };
+    // By tunnels, and in clear.
+    for (greedy, other) in [(&client, &other), (&outsiders[0], &outsiders[1])] {
+        let before = refused();
+        let many = greedy.app(&["many", &to.to_string(), "60"]);
+        let open = opened(&many);
+        assert!((15..=35).contains(&open), "{open}");
+        assert_eq!(refused() - before, 60 - open as u64);
+        assert!(greedy.ask(to, "x").is_err());
+        let answer = other.ask(to, "x");
+        assert_eq!(answer, Ok(format!("{} x", other.v4)), "another's");
+    }
+    first.logs(&["http status: 503 Service Unavailable"]);
 }
 
 #[test]

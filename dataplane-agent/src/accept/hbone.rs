@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use h2::server;
@@ -22,7 +22,7 @@ use crate::hbone::window::Windows;
 use crate::hbone::{self, headers};
 use crate::identity::{Certs, Identity, IdentityError, tls};
 use crate::limits::memory::Share;
-use crate::limits::{Full, Kind, NodePlaces, Place, Turns};
+use crate::limits::{Full, NodePlaces, Peer, Place, Turns};
 use crate::observe::{Failure, Flag};
 
 /// Why a tunnel, or a request in it, is refused.
@@ -90,6 +90,8 @@ pub struct Tunnel {
     connection: server::Connection<TlsStream<ReadAhead>, Payload>,
     /// Who the peer is.
     pub identity: Identity,
+    /// Whose share of places its requests take from.
+    pub peer: Peer,
     /// What it may have brought that is not delivered.
     share: Share,
     _place: Place,
@@ -106,7 +108,7 @@ impl std::fmt::Debug for Tunnel {
     }
 }
 
-/// Shakes hands in the pod's name. Until the peer has shown who it is it only has its `turns`; then it
+/// Shakes hands in the pod's name with the peer at this address. Until the peer has shown who it is it only has its `turns`; then it
 /// takes a place as a connection does.
 ///
 /// # Errors
@@ -114,6 +116,7 @@ impl std::fmt::Debug for Tunnel {
 /// give way to others; there is no place for one more tunnel.
 pub async fn handshake(
     tcp: TcpStream,
+    address: IpAddr,
     pod: &LocalPod,
     certs: &Certs,
     mut turns: Turns,
@@ -127,7 +130,8 @@ pub async fn handshake(
             shown.unwrap_or(Err(AcceptError::Slow))?
         }
     };
-    let place = places.take(&pod.places, Kind::Tunnelled)?;
+    let peer = pod.places.peer(Some(&identity), address);
+    let place = places.take_for(&pod.places, &peer)?;
     drop(turns);
     let connection = timeout_at(deadline, hbone::server().handshake(tls))
         .await
@@ -136,6 +140,7 @@ pub async fn handshake(
     Ok(Tunnel {
         connection,
         identity,
+        peer,
         share: places.undelivered(&pod.places),
         _place: place,
     })

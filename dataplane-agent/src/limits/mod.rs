@@ -4,10 +4,12 @@
 //! a tunnel itself, idle ones included: each takes memory and descriptors. The node's bound keeps the
 //! daemon from being killed for its memory. Nobody can take all of it: what a pod has of one kind is
 //! never more than what is left for all others, so one greedy pod gets half, two get a third each, and
-//! whoever has nothing yet gets in. It is so with the [`memory`] that connections need while they are busy.
+//! whoever has nothing yet gets in. It is so with the [`memory`] that connections need while they are busy;
+//! and among the [`peers`] that connect to one pod, though one may have several times what it leaves.
 
 pub mod handshakes;
 pub mod memory;
+pub mod peers;
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
@@ -15,10 +17,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use handshakes::{Handshakes, Turns};
 use memory::{Memory, PodMemory, Share};
+pub use peers::Peer;
+use peers::Peers;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::identity::Identity;
 
 /// How many there may be of one pod and one [`Kind`].
 pub const EACH: usize = 16_384;
+
+/// A peer has no more than so many times what is left to its pod for others: alone it gets seven eighths of
+/// what the pod may have.
+const TIMES: usize = 7;
 
 /// What is reckoned for a connection: an idle one takes some 20 KiB, and each may always hold up to 48 KiB
 /// to be sent and 64 KiB that have come by a tunnel. What busy ones hold besides has its own [`memory`].
@@ -47,7 +57,7 @@ pub struct NodePlaces {
 /// Which connections of a pod have a bound together: those that one party can open do not keep out
 /// another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+enum Kind {
     /// What the pod opens, with the tunnels for it.
     Outbound,
     /// What comes to it in clear: from anybody.
@@ -60,6 +70,7 @@ pub enum Kind {
 #[derive(Debug, Default)]
 pub struct PodPlaces {
     taken: [Arc<AtomicUsize>; 3],
+    peers: Peers,
     unsent: PodMemory,
     undelivered: PodMemory,
 }
@@ -68,12 +79,23 @@ pub struct PodPlaces {
 #[derive(Debug)]
 pub struct Place {
     of_pod: Arc<AtomicUsize>,
+    of_peer: Option<Peer>,
     _of_node: OwnedSemaphorePermit,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.of_pod.fetch_sub(1, Ordering::Relaxed);
+        if let Some(peer) = &self.of_peer {
+            peer.count().fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl PodPlaces {
+    /// Who connects to the pod from this address; with an identity, by tunnels.
+    pub fn peer(&self, identity: Option<&Identity>, address: IpAddr) -> Peer {
+        self.peers.of(identity, address)
     }
 }
 
@@ -86,6 +108,9 @@ pub enum Full {
     /// Of connections from the pod.
     #[error("too many outbound connections of the pod")]
     Outbound,
+    /// Of connections of one peer to the pod: it has many already, and few are left for others.
+    #[error("too many connections of the peer")]
+    Peer,
     /// Of all connections of the node: the pod has as many already as are left.
     #[error("too many connections of the node")]
     Node,
@@ -97,6 +122,7 @@ impl Full {
         match self {
             Self::Inbound => "too_many_inbound_connections",
             Self::Outbound => "too_many_outbound_connections",
+            Self::Peer => "too_many_connections_of_peer",
             Self::Node => "too_many_connections_of_node",
         }
     }
@@ -181,18 +207,37 @@ impl NodePlaces {
         }
     }
 
-    /// A place for one more connection of a pod.
+    /// A place for one more connection from a pod, or a tunnel for them.
     ///
     /// # Errors
     /// There is none left: of the pod's, or of the node's for this pod.
-    pub fn take(&self, pod: &PodPlaces, kind: Kind) -> Result<Place, Full> {
+    pub fn take(&self, pod: &PodPlaces) -> Result<Place, Full> {
+        self.take_of(pod, Kind::Outbound, None)
+    }
+
+    /// A place for one more connection of a peer to a pod, or a tunnel.
+    ///
+    /// # Errors
+    /// As [`Self::take`]; the few that are left to the pod are for other peers.
+    pub fn take_for(&self, pod: &PodPlaces, peer: &Peer) -> Result<Place, Full> {
+        let kind = if peer.is_known() {
+            Kind::Tunnelled
+        } else {
+            Kind::InClear
+        };
+        self.take_of(pod, kind, Some(peer))
+    }
+
+    fn take_of(&self, pod: &PodPlaces, kind: Kind, peer: Option<&Peer>) -> Result<Place, Full> {
         let of_node = Arc::clone(&self.free).try_acquire_owned();
         let of_node = of_node.map_err(|_| Full::Node)?;
         let left = self.free.available_permits() + 1;
         let of_pod = Arc::clone(&pod.taken[kind as usize]);
         let has = of_pod.fetch_add(1, Ordering::Relaxed);
+        let of_peer = peer.map(|peer| peer.count().fetch_add(1, Ordering::Relaxed));
         let place = Place {
             of_pod,
+            of_peer: peer.cloned(),
             _of_node: of_node,
         };
         if has >= EACH {
@@ -203,6 +248,11 @@ impl NodePlaces {
         }
         if has >= left {
             return Err(Full::Node);
+        }
+        // With each that the pod takes the node has one less.
+        let others = (EACH - has).min((left - has).div_ceil(2)) - 1;
+        if of_peer.is_some_and(|has| has > 0 && has >= TIMES * others) {
+            return Err(Full::Peer);
         }
         self.peak.fetch_max(self.taken(), Ordering::Relaxed);
         Ok(place)
@@ -219,6 +269,8 @@ pub fn source(address: IpAddr) -> IpAddr {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
 
     #[test]
@@ -231,48 +283,87 @@ mod tests {
     }
 
     /// As many as it gets, up to a number.
-    fn fill(node: &NodePlaces, pod: &PodPlaces, kind: Kind, most: usize) -> Vec<Place> {
-        let places = (0..most).map_while(|_| node.take(pod, kind).ok());
-        places.collect()
+    fn fill(node: &NodePlaces, pod: &PodPlaces, peer: Option<&Peer>, most: usize) -> Vec<Place> {
+        let one = || match peer {
+            Some(peer) => node.take_for(pod, peer),
+            None => node.take(pod),
+        };
+        (0..most).map_while(|_| one().ok()).collect()
+    }
+
+    fn peers(pod: &PodPlaces, tunnelled: bool) -> impl Iterator<Item = Peer> {
+        let who = tunnelled.then(|| Identity::new("td", "ns", "peer"));
+        (1_u32..).map(move |address| pod.peer(who.as_ref(), Ipv4Addr::from(address).into()))
     }
 
     #[test]
     fn each_bound_holds_and_has_its_own_word() {
         let node = NodePlaces::new(10 * EACH);
         let pod = PodPlaces::default();
-        for (kind, full) in [
-            (Kind::Outbound, Full::Outbound),
-            (Kind::InClear, Full::Inbound),
-            (Kind::Tunnelled, Full::Inbound),
-        ] {
-            let places = fill(&node, &pod, kind, usize::MAX);
-            assert_eq!(places.len(), EACH);
-            assert_eq!(node.take(&pod, kind).expect_err("full"), full);
-            assert_eq!(node.taken(), EACH, "what was refused keeps no place");
+        let places = fill(&node, &pod, None, usize::MAX);
+        assert_eq!(places.len(), EACH);
+        assert_eq!(node.take(&pod).expect_err("full"), Full::Outbound);
+        assert_eq!(node.taken(), EACH, "what was refused keeps no place");
+        drop(places);
+        for tunnelled in [false, true] {
+            let mut peers = peers(&pod, tunnelled);
+            let places = peers
+                .by_ref()
+                .take(EACH)
+                .map(|peer| node.take_for(&pod, &peer));
+            let places: Vec<Place> = places.collect::<Result<_, _>>().expect("places");
+            let late = peers.next().expect("a peer");
+            assert_eq!(node.take_for(&pod, &late).expect_err("full"), Full::Inbound);
+            assert_eq!(node.taken(), places.len());
         }
         assert_eq!((node.peak(), node.peak(), node.taken()), (EACH, 0, 0));
+    }
+
+    #[test]
+    fn a_peer_that_takes_all_it_can_keeps_no_other_out() {
+        for tunnelled in [false, true] {
+            for all in [10 * EACH, 120] {
+                let node = NodePlaces::new(all);
+                let pod = PodPlaces::default();
+                let mut peers = peers(&pod, tunnelled);
+                let (greedy, second) = (peers.next().expect("one"), peers.next().expect("one"));
+                let first = fill(&node, &pod, Some(&greedy), usize::MAX);
+                assert_eq!(first.len(), EACH.min(all / 2) * 7 / 8);
+                assert_eq!(node.take_for(&pod, &greedy).expect_err("full"), Full::Peer);
+                let others = fill(&node, &pod, Some(&second), usize::MAX);
+                assert!(others.len() >= first.len() / 8);
+                assert!(node.take_for(&pod, &peers.next().expect("one")).is_ok());
+                drop(others);
+                assert!(
+                    node.take_for(&pod, &greedy).is_err(),
+                    "nothing of its own is free"
+                );
+                drop(first);
+                assert!(node.take_for(&pod, &greedy).is_ok());
+                assert_eq!(node.taken(), 0);
+            }
+        }
     }
 
     #[test]
     fn however_greedy_some_are_whoever_has_nothing_yet_gets_in() {
         let node = NodePlaces::new(120);
         let pods: [PodPlaces; 4] = Default::default();
-        let first = fill(&node, &pods[0], Kind::InClear, usize::MAX);
+        let first = fill(&node, &pods[0], None, usize::MAX);
         assert_eq!(first.len(), 60);
-        assert_eq!(
-            node.take(&pods[0], Kind::InClear).expect_err("full"),
-            Full::Node
-        );
-        let peers = fill(&node, &pods[0], Kind::Tunnelled, 5);
-        assert_eq!(peers.len(), 5, "peers of the same pod");
+        assert_eq!(node.take(&pods[0]).expect_err("full"), Full::Node);
+        let peer = peers(&pods[0], true).next();
+        let to_it = fill(&node, &pods[0], peer.as_ref(), 5);
+        assert_eq!(to_it.len(), 5, "peers of the same pod");
         let others: Vec<_> = pods[1..]
             .iter()
-            .map(|pod| fill(&node, pod, Kind::Outbound, usize::MAX))
+            .map(|pod| fill(&node, pod, None, usize::MAX))
             .collect();
         assert!(others.iter().all(|places| places.len() >= 5), "{others:?}");
         let late = PodPlaces::default();
-        assert!(node.take(&late, Kind::Tunnelled).is_ok());
-        drop((first, peers, others));
+        let peer = peers(&late, true).next().expect("one");
+        assert!(node.take_for(&late, &peer).is_ok());
+        drop((first, to_it, others));
         assert_eq!(node.taken(), 0);
     }
 

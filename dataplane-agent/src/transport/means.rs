@@ -11,7 +11,7 @@ use super::Means;
 use crate::authorize::LocalPod;
 use crate::identity::{Certs, Identity};
 use crate::limits::memory::Share;
-use crate::limits::{Full, Kind, NodePlaces, Place};
+use crate::limits::{Full, NodePlaces, Place};
 
 /// Of this node.
 #[derive(Clone, Debug)]
@@ -61,7 +61,7 @@ impl Means for OfNode {
         })
     }
     fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
-        self.places.take(&pod.places, Kind::Outbound)
+        self.places.take(&pod.places)
     }
     fn unsent(&self, pod: &LocalPod) -> Share {
         self.places.unsent(&pod.places)

@@ -15,7 +15,7 @@ use crate::drain::Scope;
 use crate::hbone::readahead::ReadAhead;
 use crate::identity::test_ca::Ca;
 use crate::identity::{Certs, Identity};
-use crate::limits::{Full, Kind, NodePlaces, Place};
+use crate::limits::{Full, NodePlaces, Place};
 
 /// A pod with tunnels of its own.
 pub(super) struct Client {
@@ -138,7 +138,7 @@ impl Means for Loopback {
         })
     }
     fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
-        self.places.take(&pod.places, Kind::Outbound)
+        self.places.take(&pod.places)
     }
     fn unsent(&self, pod: &LocalPod) -> Share {
         self.places.unsent(&pod.places)
