@@ -12,6 +12,7 @@ use crate::accept::{Accepted, Direction, Io};
 use crate::authorize::{Authorizer, Denied};
 use crate::capture::LocalPod;
 use crate::drain::Scope;
+use crate::hbone;
 use crate::identity::Certs;
 use crate::limits::{NodePlaces, Place, Turns};
 use crate::observe::{Arrival, Facts, Observer, Reporter};
@@ -154,7 +155,7 @@ async fn tunnel(
     let (identity, from) = (tunnel.identity.clone(), tunnel.peer.clone());
     let closing = scope.closing();
     tunnel
-        .serve(closing, |request| {
+        .serve(closing, hbone::UNUSED, |request| {
             let observer = &corridor.observer;
             let mut arrival = observer.arrived(peer, local, Reporter::Destination);
             let accepted = tunnels::accept(request, &pod, (peer, local), &identity);

@@ -4,12 +4,13 @@ use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use h2::server;
 use http::{Method, header, request};
 use rustls::server::Acceptor;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
@@ -24,6 +25,9 @@ use crate::identity::{Certs, Identity, IdentityError, tls};
 use crate::limits::memory::Share;
 use crate::limits::{Full, NodePlaces, Peer, Place, Turns};
 use crate::observe::{Failure, Flag};
+
+#[cfg(test)]
+mod tests;
 
 /// Why a tunnel, or a request in it, is refused.
 #[derive(Debug, thiserror::Error)]
@@ -172,12 +176,19 @@ async fn authenticate(
 }
 
 impl Tunnel {
-    /// Hands each request to `take` until the peer leaves. When `closing` completes the peer is told
-    /// to open no more (GOAWAY), and what runs goes on.
-    pub async fn serve(mut self, closing: impl Future<Output = ()>, mut take: impl FnMut(Request)) {
+    /// Hands each request to `take` until the peer leaves. When `closing` completes, or when the tunnel is
+    /// `unused` for so long, the peer is told to open no more (GOAWAY), what runs goes on, and the tunnel
+    /// is closed when it carries nothing.
+    pub async fn serve(
+        mut self,
+        closing: impl Future<Output = ()>,
+        unused: Duration,
+        mut take: impl FnMut(Request),
+    ) {
         let health = Health::default();
         let lost = keepalive::lost(self.connection.ping_pong(), &health);
-        tokio::pin!(lost, closing);
+        let (look, mut used) = (sleep(unused), false);
+        tokio::pin!(lost, closing, look);
         let shared = Shared::default();
         let mut windows = Windows::new(&shared.undelivered, &self.share);
         let mut told = false;
@@ -188,11 +199,21 @@ impl Tunnel {
                     told = true;
                     self.connection.graceful_shutdown();
                 }
+                () = &mut look, if !told => {
+                    if std::mem::take(&mut used) || self.connection.has_streams() {
+                        look.as_mut().reset(Instant::now() + unused);
+                    } else {
+                        told = true;
+                        tracing::debug!(peer = %self.identity, "tunnel is not used");
+                        self.connection.graceful_shutdown();
+                    }
+                }
                 request = poll_fn(|context| {
                     windows.keep(&mut self.connection, context);
                     self.connection.poll_accept(context)
                 }) => match request {
                     Some(Ok((request, respond))) => {
+                        used = true;
                         let (parts, body) = request.into_parts();
                         take((parts, Waiting::new(respond, body, &shared)));
                     }

@@ -77,6 +77,9 @@ pub const TUNNELS: usize = 32;
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 /// So long after its pod has begun to drain a tunnel that carries nothing is closed.
 pub const LEAVE: Duration = Duration::from_secs(1);
+/// A tunnel of a peer that carries nothing for as long, or at most twice, is closed: it holds a place. Peers
+/// close theirs sooner, ztunnel as we do after five minutes.
+pub const UNUSED: Duration = Duration::from_secs(15 * 60);
 /// A CONNECT that is not answered for so long asks whether its tunnel is alive.
 pub const DOUBT: Duration = Duration::from_secs(1);
 /// The answer to CONNECT takes no longer: the peer has [`TIMEOUT`] to reach its app, and says so.
