@@ -45,8 +45,5 @@ fn withdraw(options: &UninstallOptions) -> std::io::Result<usize> {
     if !options.state.is_dir() {
         return Ok(0);
     }
-    let records = Records::open(&options.state, options.node.as_str())?;
-    let own = records.own()?;
-    own.iter().try_for_each(|pod| records.remove(pod))?;
-    Ok(own.len())
+    Records::open(&options.state, options.node.as_str())?.withdraw()
 }

@@ -2,18 +2,59 @@
 //! `ambient.istio.io/redirection` says to other nodes, these say to those that share the folder. One
 //! is written last and removed first, so that nobody dials a tunnel port that does not listen.
 
-use std::fs;
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::IpAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::manifests::{Enrolled, LocalPodSpec, PodKey};
+use super::manifests::{LocalPodSpec, PodKey};
+use crate::identity;
 
 /// What a record's file ends in while it is written.
 pub const UNFINISHED: &str = "new";
+/// File systems take no longer names, in bytes.
+const LONGEST: usize = 255;
+
+/// The pods that can be dialled by HBONE.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Enrolled {
+    pods: BTreeSet<PodKey>,
+    /// Names of files that are there and cannot be read. Whichever pod of its name one speaks of, to
+    /// dial that by HBONE is to fail closed.
+    unread: BTreeSet<String>,
+}
+
+impl Enrolled {
+    /// Whether a pod is one of them.
+    pub fn contains(&self, pod: &PodKey) -> bool {
+        self.pods.contains(pod) || self.unread.contains(&file_of(&pod.namespace, &pod.name))
+    }
+}
+
+impl FromIterator<PodKey> for Enrolled {
+    fn from_iter<T: IntoIterator<Item = PodKey>>(pods: T) -> Self {
+        Self {
+            pods: pods.into_iter().collect(),
+            unread: BTreeSet::new(),
+        }
+    }
+}
+
+/// What the records say.
+#[derive(Debug, Default)]
+pub struct Said {
+    /// The enrolled pods of all nodes.
+    pub enrolled: Enrolled,
+    /// Those that this node wrote.
+    pub own: BTreeSet<PodKey>,
+    /// Which records cannot be read, and why.
+    pub problems: Vec<String>,
+}
 
 /// The folder.
 #[derive(Clone, Debug)]
@@ -50,23 +91,39 @@ impl Records {
         &self.folder
     }
 
-    /// The enrolled pods of all nodes.
-    ///
-    /// # Errors
-    /// One cannot be read. To go on without it would be to dial its pod in clear.
-    pub fn read(&self) -> io::Result<Enrolled> {
-        Ok(self.all()?.iter().map(key).collect())
-    }
-
-    /// Those that this node wrote. What cannot be read is not one of them: other nodes' files do
-    /// not keep this one from saying which pods it has.
+    /// What they say now.
     ///
     /// # Errors
     /// The folder cannot be read.
-    pub fn own(&self) -> io::Result<Enrolled> {
-        let readable = self.each()?.into_iter().filter_map(Result::ok);
-        let own = readable.filter(|record| record.node == self.node);
-        Ok(own.map(|record| key(&record)).collect())
+    pub fn read(&self) -> io::Result<Said> {
+        let mut said = Said::default();
+        let listed = fs::read_dir(&self.folder).map_err(|error| of_file(&self.folder, &error))?;
+        for entry in listed {
+            let path = entry?.path();
+            if path.extension().is_none_or(|extension| extension != "json") {
+                continue; // one that is being written
+            }
+            match read(&path) {
+                Ok(record) => {
+                    if record.node == self.node {
+                        said.own.insert(key(&record));
+                    }
+                    said.enrolled.pods.insert(key(&record));
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    let name = path.file_name().unwrap_or_default();
+                    let name = name.to_string_lossy().into_owned();
+                    said.enrolled.unread.insert(name);
+                    said.problems.push(format!(
+                        "{}; its pod counts as enrolled",
+                        of_file(&path, &error)
+                    ));
+                }
+            }
+        }
+        said.problems.sort();
+        Ok(said)
     }
 
     /// Says that a pod can be dialled.
@@ -82,12 +139,15 @@ impl Records {
             addresses: pod.addresses.clone(),
         };
         let path = self.path(&record.namespace, &record.name);
-        let new = path.with_extension(UNFINISHED);
+        let new = self.unfinished();
         let write = || {
-            let mut file = fs::File::create(&new)?;
+            let mut options = OpenOptions::new();
+            options.write(true).create(true).truncate(true).mode(0o644);
+            let mut file = options.open(&new)?;
             file.write_all(&serde_json::to_vec(&record)?)?;
             file.sync_all()?;
-            fs::rename(&new, &path)
+            fs::rename(&new, &path)?;
+            self.sync()
         };
         write().map_err(|error| {
             let _ = fs::remove_file(&new);
@@ -103,7 +163,7 @@ impl Records {
         let path = self.path(&pod.namespace, &pod.name);
         let removed = match read(&path) {
             Ok(record) if record.node == self.node && key(&record) == *pod => {
-                fs::remove_file(&path)
+                fs::remove_file(&path).and_then(|()| self.sync())
             }
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -112,29 +172,45 @@ impl Records {
         removed.map_err(|error| of_file(&path, &error))
     }
 
-    fn all(&self) -> io::Result<Vec<Record>> {
-        self.each()?.into_iter().collect()
-    }
-
-    fn each(&self) -> io::Result<Vec<io::Result<Record>>> {
-        let mut all = Vec::new();
-        let listed = fs::read_dir(&self.folder).map_err(|error| of_file(&self.folder, &error))?;
-        for entry in listed {
-            let path = entry?.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
-                continue; // one that is being written
-            }
-            match read(&path) {
-                Ok(record) => all.push(Ok(record)),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => all.push(Err(of_file(&path, &error))),
-            }
+    /// Removes all that this node wrote; how many records there were.
+    ///
+    /// # Errors
+    /// The folder cannot be read; a record cannot be removed.
+    pub fn withdraw(&self) -> io::Result<usize> {
+        let own = self.read()?.own;
+        own.iter().try_for_each(|pod| self.remove(pod))?;
+        match fs::remove_file(self.unfinished()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(own.len()),
         }
-        Ok(all)
     }
 
     fn path(&self, namespace: &str, name: &str) -> PathBuf {
-        self.folder.join(format!("{namespace}.{name}.json"))
+        self.folder.join(file_of(namespace, name))
+    }
+
+    /// Where this node writes a record. Of two nodes that write of one pod each has its own, and what a
+    /// crash leaves is overwritten.
+    fn unfinished(&self) -> PathBuf {
+        self.folder.join(file_name(&self.node, UNFINISHED))
+    }
+
+    /// Has the disk know which files are there.
+    fn sync(&self) -> io::Result<()> {
+        File::open(&self.folder)?.sync_all()
+    }
+}
+
+/// The name of a pod's file. Namespaces have no dots.
+fn file_of(namespace: &str, name: &str) -> String {
+    file_name(&format!("{namespace}.{name}"), "json")
+}
+
+/// A file's name; what is too long for one is hashed, into what no object is called.
+fn file_name(stem: &str, ending: &str) -> String {
+    match stem.len() + 1 + ending.len() <= LONGEST {
+        true => format!("{stem}.{ending}"),
+        false => format!("sha256_{}.{ending}", identity::sha256(stem.as_bytes())),
     }
 }
 
@@ -143,7 +219,14 @@ fn of_file(path: &Path, error: &io::Error) -> io::Error {
 }
 
 fn read(path: &Path) -> io::Result<Record> {
-    Ok(serde_json::from_slice(&fs::read(path)?)?)
+    let record: Record = serde_json::from_slice(&fs::read(path)?)?;
+    match path.ends_with(file_of(&record.namespace, &record.name)) {
+        true => Ok(record),
+        false => Err(io::Error::other(format!(
+            "is of pod {}/{}, which its name does not say",
+            record.namespace, record.name
+        ))),
+    }
 }
 
 fn key(record: &Record) -> PodKey {
@@ -191,29 +274,100 @@ pub(crate) mod tests {
         );
         one.write(&pod("a", "1"))?;
         two.write(&pod("b", ""))?;
-        assert_eq!(one.read()?, [key_of("a", "1"), key_of("b", "")].into());
-        assert_eq!(one.own()?, [key_of("a", "1")].into());
+        let read = || Ok::<_, io::Error>(one.read()?.enrolled);
+        let all = |keys: [(&str, &str); 2]| keys.map(|(name, uid)| key_of(name, uid));
+        assert_eq!(read()?, Enrolled::from_iter(all([("a", "1"), ("b", "")])));
+        assert_eq!(one.read()?.own, [key_of("a", "1")].into());
         two.remove(&key_of("a", "1"))?;
         one.remove(&key_of("a", "2"))?;
-        assert_eq!(two.read()?.len(), 2);
+        assert_eq!(read()?, Enrolled::from_iter(all([("a", "1"), ("b", "")])));
         // The pod has moved: the old node's removal must not take the new node's record.
         two.write(&pod("a", "3"))?;
         one.remove(&key_of("a", "1"))?;
-        assert_eq!(one.read()?, [key_of("a", "3"), key_of("b", "")].into());
+        assert_eq!(read()?, Enrolled::from_iter(all([("a", "3"), ("b", "")])));
         two.remove(&key_of("a", "3"))?;
-        assert_eq!(one.read()?, [key_of("b", "")].into());
+        assert_eq!(read()?, Enrolled::from_iter([key_of("b", "")]));
         Ok(())
     }
 
     #[test]
-    fn what_cannot_be_read_is_an_error_and_not_no_record() -> io::Result<()> {
+    fn what_is_being_written_is_no_record_and_goes_with_its_node() -> io::Result<()> {
         let state = tempfile::tempdir()?;
         let records = Records::open(state.path(), "one")?;
-        fs::write(records.folder().join("ns.b.new"), "{")?;
-        assert!(records.read()?.is_empty());
-        fs::write(records.folder().join("ns.a.json"), "{")?;
-        let error = records.read().expect_err("half a record");
-        assert!(error.to_string().contains("ns.a.json"), "{error}");
+        let (own, others) = (records.unfinished(), records.folder().join("two.new"));
+        fs::write(&own, "{")?;
+        fs::write(&others, "{")?;
+        let read = records.read()?;
+        assert_eq!(
+            (read.enrolled, read.problems.len()),
+            (Enrolled::default(), 0)
+        );
+        records.write(&pod("a", ""))?;
+        assert!(!own.exists() && others.exists());
+        fs::write(&own, "{")?;
+        assert_eq!(records.withdraw()?, 1);
+        assert!(!own.exists() && others.exists());
         Ok(())
+    }
+
+    #[test]
+    fn a_record_is_of_the_pod_that_its_file_is_named_after() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        let records = Records::open(state.path(), "one")?;
+        records.write(&pod("a", ""))?;
+        fs::rename(records.path("ns", "a"), records.path("ns", "b"))?;
+        let read = records.read()?;
+        assert!(!read.enrolled.contains(&key_of("a", "")) && read.own.is_empty());
+        assert!(read.enrolled.contains(&key_of("b", "")));
+        assert!(
+            read.problems[0].contains("ns.b.json: is of pod ns/a"),
+            "{read:?}"
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn a_record_of_the_longest_names_is_written_and_is_no_other_pods() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        let node = "n".repeat(253);
+        let records = Records::open(state.path(), &node)?;
+        let long = ["a", "b"].map(|last| pod(&("x".repeat(252) + last), "1"));
+        for pod in &long {
+            records.write(pod)?;
+        }
+        let key = |pod: &LocalPodSpec| key_of(&pod.name, "1");
+        assert!(long.iter().all(|pod| {
+            records
+                .read()
+                .is_ok_and(|read| read.enrolled.contains(&key(pod)))
+        }));
+        records.remove(&key(&long[0]))?;
+        let read = records.read()?;
+        assert_eq!(read.problems.len(), 0, "{read:?}");
+        assert_eq!(read.enrolled, Enrolled::from_iter([key(&long[1])]));
+        Ok(())
+    }
+
+    #[test]
+    fn nodes_that_write_of_the_same_pod_at_once_never_have_half_of_a_record_read() -> io::Result<()>
+    {
+        let state = tempfile::tempdir()?;
+        let nodes = ["one", "two"].map(|node| Records::open(state.path(), node));
+        std::thread::scope(|scope| {
+            let writers = nodes.map(|records| {
+                scope.spawn(|| {
+                    let records = records?;
+                    (0..200).try_for_each(|_| records.write(&pod("a", "1")))
+                })
+            });
+            let records = Records::open(state.path(), "three")?;
+            while !writers.iter().all(|writer| writer.is_finished()) {
+                let problems = records.read()?.problems;
+                assert_eq!(problems.len(), 0, "{problems:?}");
+            }
+            writers
+                .into_iter()
+                .try_for_each(|writer| writer.join().expect("no panic"))
+        })
     }
 }

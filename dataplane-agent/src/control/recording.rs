@@ -1,14 +1,14 @@
 //! Keeps the records of enrolled pods true: one for each pod of this node that is served, and none for
 //! another. What could not be written or removed is told once, and tried again less and less often.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::enrolled::Records;
-use super::manifests::{Enrolled, LocalPodSpec, PodKey};
+use super::enrolled::{Enrolled, Records};
+use super::manifests::{LocalPodSpec, PodKey};
 
 /// What did not work is tried again after this time,
 const FIRST: Duration = Duration::from_secs(1);
@@ -21,10 +21,10 @@ pub struct Recording {
     records: Records,
     /// The pods of all nodes, as they could be read last.
     enrolled: Enrolled,
-    /// Why they cannot be read now.
-    unread: Option<String>,
+    /// What of them cannot be read now, and why.
+    unread: Vec<String>,
     /// Those of this node, as they could be read last.
-    own: Enrolled,
+    own: BTreeSet<PodKey>,
     /// What could not be written, or removed.
     failed: BTreeMap<PodKey, Failure>,
 }
@@ -44,33 +44,45 @@ impl Recording {
     /// Reads the records for the first time.
     ///
     /// # Errors
-    /// One cannot be read.
+    /// Their folder cannot be read.
     pub fn new(records: Records) -> io::Result<Self> {
-        Ok(Self {
-            enrolled: records.read()?,
-            own: records.own()?,
+        let said = records.read()?;
+        let mut new = Self {
+            enrolled: said.enrolled,
+            own: said.own,
             records,
-            unread: None,
+            unread: Vec::new(),
             failed: BTreeMap::new(),
-        })
+        };
+        new.tell(said.problems);
+        Ok(new)
     }
 
     /// The enrolled pods of all nodes; the last that could be read, if they cannot be now.
     pub fn enrolled(&mut self) -> &Enrolled {
-        match self.records.read() {
-            Ok(enrolled) => {
-                self.enrolled = enrolled;
-                self.unread = None;
-            }
-            Err(error) => {
-                let told = format!("records of enrolled pods: {error}; the last good ones hold");
-                if self.unread.as_ref() != Some(&told) {
-                    tracing::warn!("{told}");
-                }
-                self.unread = Some(told);
-            }
-        }
+        self.look();
         &self.enrolled
+    }
+
+    fn look(&mut self) {
+        match self.records.read() {
+            Ok(said) => {
+                self.enrolled = said.enrolled;
+                self.own = said.own;
+                self.tell(said.problems);
+            }
+            Err(error) => self.tell(vec![format!("{error}; what they said last holds")]),
+        }
+    }
+
+    fn tell(&mut self, unread: Vec<String>) {
+        let unread = unread.into_iter();
+        let told = unread.map(|problem| format!("records of enrolled pods: {problem}"));
+        let told: Vec<String> = told.collect();
+        for problem in told.iter().filter(|problem| !self.unread.contains(problem)) {
+            tracing::warn!("{problem}");
+        }
+        self.unread = told;
     }
 
     /// Writes the records of pods that are served, and removes those of all others that need not stay.
@@ -80,10 +92,7 @@ impl Recording {
         stays: impl Fn(&PodKey) -> bool,
         now: Instant,
     ) {
-        // That they cannot be read is told by who reads those of all nodes.
-        if let Ok(own) = self.records.own() {
-            self.own = own;
-        }
+        self.look();
         let own = &self.own;
         let write: Vec<_> = served
             .iter()
@@ -190,7 +199,7 @@ mod tests {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
         // Where the file would be made.
-        let in_the_way = state.path().join("enrolled/ns.a.new");
+        let in_the_way = state.path().join("enrolled/one.new");
         fs::create_dir(&in_the_way).expect("a folder");
         recording.update(&served, |_| false, at(0));
         let why = recording.why_not(&key).expect("it is not written");
@@ -217,11 +226,39 @@ mod tests {
         let state = tempfile::tempdir().expect("a folder");
         let mut recording = recording(state.path());
         let (key, pod) = (key_of("a", ""), pod("a", ""));
-        fs::create_dir(state.path().join("enrolled/ns.a.new")).expect("a folder");
+        fs::create_dir(state.path().join("enrolled/one.new")).expect("a folder");
         let served = BTreeMap::from([(key, &pod)]);
         recording.update(&served, |_| false, Instant::now());
         assert_eq!(recording.problems().count(), 1);
         recording.update(&BTreeMap::new(), |_| false, Instant::now());
+        assert_eq!(recording.problems().count(), 0);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_hides_no_other_and_its_pod_counts_as_enrolled() {
+        let state = tempfile::tempdir().expect("a folder");
+        let two = Records::open(state.path(), "two").expect("a folder");
+        two.write(&pod("a", "1")).expect("a record");
+        let bad = state.path().join("enrolled/ns.bad.json");
+        fs::write(&bad, "{").expect("a file");
+        // At a start as later.
+        let mut recording = recording(state.path());
+        two.write(&pod("b", "2")).expect("a record");
+        for (name, uid) in [("a", "1"), ("b", "2"), ("bad", "3"), ("bad", "")] {
+            assert!(
+                recording.enrolled().contains(&key_of(name, uid)),
+                "{name} {uid}"
+            );
+        }
+        assert!(!recording.enrolled().contains(&key_of("a", "2")));
+        let problems: Vec<String> = recording.problems().collect();
+        assert!(
+            problems.len() == 1 && problems[0].contains("enrolled/ns.bad.json: EOF"),
+            "{problems:?}"
+        );
+        two.write(&pod("bad", "3")).expect("a record");
+        assert!(recording.enrolled().contains(&key_of("bad", "3")));
+        assert!(!recording.enrolled().contains(&key_of("bad", "")));
         assert_eq!(recording.problems().count(), 0);
     }
 
@@ -239,7 +276,7 @@ mod tests {
         assert_eq!(recording.why_not(&key), None, "it was told");
         let problems: Vec<String> = recording.problems().collect();
         assert!(
-            problems[0].contains("the last good ones hold"),
+            problems[0].contains("what they said last holds"),
             "{problems:?}"
         );
     }

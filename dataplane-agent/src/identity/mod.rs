@@ -132,6 +132,13 @@ impl fmt::Debug for Identity {
     }
 }
 
+/// SHA-256, in lower-case hexadecimal digits: a certificate's fingerprint, for one.
+pub fn sha256(bytes: &[u8]) -> String {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    let digits = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
+    digits.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

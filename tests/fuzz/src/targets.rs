@@ -7,9 +7,9 @@ use std::{fs, str};
 
 use arbitrary::Unstructured;
 use dataplane_agent::capture::undo;
-use dataplane_agent::control::enrolled;
+use dataplane_agent::control::enrolled::{self, Enrolled};
 use dataplane_agent::control::local as local_file;
-use dataplane_agent::control::manifests::{Enrolled, MeshConfig, Objects, Translation, translate};
+use dataplane_agent::control::manifests::{MeshConfig, Objects, PodKey, Translation, translate};
 use dataplane_agent::hbone::headers as words;
 use dataplane_agent::identity::Identity;
 use dataplane_agent::identity::tls::peer_identity;
@@ -175,7 +175,7 @@ pub fn manifests(input: &[u8]) {
         Err(error) => return assert!(error.to_string().starts_with("fuzzed"), "{error}"),
     };
     let mesh = MeshConfig::of_node("here");
-    let made = translate(&objects, &Enrolled::new(), &mesh);
+    let made = translate(&objects, &Enrolled::default(), &mesh);
     sound(&made);
     let keys: BTreeSet<String> = made.policies.iter().map(|policy| policy.key()).collect();
     assert_eq!(keys.len(), made.policies.len(), "one policy of each name");
@@ -198,17 +198,21 @@ pub fn records(input: &[u8]) {
     static FOLDER: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
     let folder = FOLDER.path();
     let enrolled = enrolled::Records::open(folder, "here").expect("a folder");
-    fs::write(enrolled.folder().join("one.json"), input).expect("a file");
-    match enrolled.read() {
-        Ok(read) => {
-            assert_eq!(read.len(), 1, "what can be read is a record");
-            let own = enrolled.own().expect("a folder");
-            assert!(own.is_subset(&read));
+    fs::write(enrolled.folder().join("ns.a.json"), input).expect("a file");
+    let read = enrolled.read().expect("a folder");
+    match read.problems.as_slice() {
+        [] => assert!(read.own.iter().all(|pod| read.enrolled.contains(pod))),
+        [told] => {
+            assert!(told.contains("ns.a.json"), "{told}");
+            assert!(read.own.is_empty());
+            let any = PodKey {
+                namespace: "ns".into(),
+                name: "a".into(),
+                uid: "whichever".into(),
+            };
+            assert!(read.enrolled.contains(&any), "it may be of this one");
         }
-        Err(error) => {
-            assert!(error.to_string().contains("one.json"), "{error}");
-            assert!(enrolled.own().expect("a folder").is_empty());
-        }
+        more => panic!("of one file: {more:?}"),
     }
     let undo = undo::Records::open(&folder.join("pods")).expect("a folder");
     fs::write(undo.folder().join("4096.json"), input).expect("a file");

@@ -28,7 +28,7 @@ mod tests;
 
 pub use folder::{Folder, Reload};
 pub use object::Objects;
-pub use translate::{Enrolled, LocalPodSpec, MeshConfig, PodKey, Translation, Wanted, translate};
+pub use translate::{LocalPodSpec, MeshConfig, PodKey, Translation, Wanted, translate};
 pub use watch::Watch;
 
 /// What is wrong with a file, and where.

@@ -10,8 +10,9 @@ mod workloads;
 
 use std::path::Path;
 
+use super::super::enrolled::Enrolled;
 use super::object::{self, Objects};
-use super::translate::{Enrolled, MeshConfig, Translation, translate};
+use super::translate::{MeshConfig, Translation, translate};
 use crate::authorize::policy::Policy;
 
 fn objects(text: &str) -> Objects {
@@ -29,7 +30,7 @@ fn translation(text: &str) -> Translation {
 }
 
 fn translation_in(mesh: &MeshConfig, text: &str) -> Translation {
-    translate(&objects(text), &Enrolled::new(), mesh)
+    translate(&objects(text), &Enrolled::default(), mesh)
 }
 
 fn policy<'a>(translation: &'a Translation, key: &str) -> &'a Policy {

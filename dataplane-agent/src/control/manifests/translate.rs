@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::super::conflicts;
+use super::super::enrolled::Enrolled;
 use super::authorization_policy;
 use super::endpoint_slice::{Endpoint, EndpointSlice, SERVICE_LABEL};
 use super::gateway::{self, Asker};
@@ -61,9 +62,6 @@ pub struct PodKey {
     /// Its uid; empty if its manifest has none.
     pub uid: Arc<str>,
 }
-
-/// The pods whose enrolment record is there: those that can be dialled by HBONE.
-pub type Enrolled = BTreeSet<PodKey>;
 
 /// A pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use proptest::prelude::*;
 
+use super::super::super::enrolled::Enrolled;
 use super::super::object::{self, Age, Objects};
-use super::super::translate::{Enrolled, MeshConfig, PodKey, translate};
+use super::super::translate::{MeshConfig, PodKey, translate};
 
 /// One of a few, so that they meet.
 fn word() -> impl Strategy<Value = &'static str> {

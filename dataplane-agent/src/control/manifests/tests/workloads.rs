@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
-use super::super::translate::{Enrolled, MeshConfig, PodKey, Wanted, translate};
+use super::super::super::enrolled::Enrolled;
+use super::super::translate::{MeshConfig, PodKey, Wanted, translate};
 use super::{objects, translation};
 use crate::resolve::service::Scope;
 use crate::resolve::workload::{Health, Protocol};
@@ -105,7 +106,7 @@ fn a_pod_becomes_a_workload() {
 fn an_enrolled_pod_is_dialled_by_hbone_and_an_earlier_one_of_its_name_is_not() {
     let mesh = MeshConfig::of_node("here");
     let protocol = |key: PodKey| {
-        translate(&objects(SHOP), &Enrolled::from([key]), &mesh).workloads[0].protocol
+        translate(&objects(SHOP), &Enrolled::from_iter([key]), &mesh).workloads[0].protocol
     };
     assert_eq!(protocol(till()), Protocol::Hbone);
     assert_eq!(
@@ -173,7 +174,7 @@ fn the_local_pods_are_those_of_the_node() {
     assert_eq!((local.wanted.clone(), &*local.pod_uid), (Wanted::Yes, "1"));
     let elsewhere = translate(
         &objects(SHOP),
-        &Enrolled::new(),
+        &Enrolled::default(),
         &MeshConfig::of_node("there"),
     );
     assert!(elsewhere.local.is_empty());
@@ -236,9 +237,9 @@ fn the_enrolment_rule() {
         ),
     ] {
         let records = if enrolled {
-            Enrolled::from([key.clone()])
+            Enrolled::from_iter([key.clone()])
         } else {
-            Enrolled::new()
+            Enrolled::default()
         };
         let made = translate(&objects(&text), &records, &MeshConfig::of_node("here"));
         assert_eq!(made.local[0].wanted == Wanted::Yes, wanted, "{text}");
