@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 
 const PORT: u16 = 7000;
 const UID: &str = "0f8fad5b-d9cb-469f-a165-70867728950e";
-/// What the kubelet knows a pod of a file by: the annotation, and its cgroup's name.
+/// What the kubelet knows a pod of a file by: two annotations, and its cgroup's name.
 const HASH: &str = "c7c6e3a1f4b2d05e8a97b6c5d4e3f201";
 /// A cgroup as a container engine names it.
 const CONTAINER: &str =
@@ -380,8 +380,14 @@ fn c6_who_names_a_cgroup_of_its_own_after_another_pod_gains_nothing() {
     world.manifests.pod(&object);
     let mut object = node.object(&fixed);
     object.uid = "9d3f1c5e-2f0b-4a43-9a52-6a1f1d1d7b11";
-    let hash = ("kubernetes.io/config.hash".to_owned(), HASH.to_owned());
-    object.annotations.push(hash);
+    // Anybody who may annotate a pod can say the one, and nobody but the kubelet the other.
+    let says = |word: &str| (format!("kubernetes.io/config.{word}"), HASH.to_owned());
+    object.annotations.push(says("hash"));
+    world.manifests.pod(&object);
+    agent.up(&["victim"]);
+    std::thread::sleep(scaled(Duration::from_secs(3)));
+    assert_eq!(agent.pod("fixed").0, "waiting");
+    object.annotations.push(says("mirror"));
     world.manifests.pod(&object);
     agent.up(&["victim", "fixed"]);
     assert!(is_captured(&victim) && is_captured(&fixed));

@@ -18,6 +18,9 @@ use crate::resolve::workload::Health;
 pub const NETNS_ANNOTATION: &str = "ambient.dataplane/netns";
 /// The kubelet's own uid of a pod that it has from a file; in the API the object has another one.
 const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
+/// Says the same of the object that the kubelet makes for such a pod. The API server lets nobody add it to
+/// a pod, or change it; the hash alone is anybody's who may annotate the pod.
+const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 const MODE_LABEL: &str = "istio.io/dataplane-mode";
 const SIDECAR_ANNOTATION: &str = "sidecar.istio.io/status";
 
@@ -143,7 +146,8 @@ pub(crate) fn netns_path(meta: &Meta) -> Option<PathBuf> {
 /// The uid that the kubelet knows it by, if it is one of a file.
 pub(crate) fn config_hash(meta: &Meta) -> Option<Arc<str>> {
     let hash = meta.annotations.get(HASH_ANNOTATION)?;
-    Some(hash.as_str().into())
+    let is_mirror = meta.annotations.get(MIRROR_ANNOTATION) == Some(hash);
+    is_mirror.then(|| hash.as_str().into())
 }
 
 /// The name of what owns the pod, or its own.
