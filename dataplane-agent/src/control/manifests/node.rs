@@ -6,8 +6,8 @@
 use std::fmt;
 
 use serde::de::{
-    self, DeserializeSeed, EnumAccess, IntoDeserializer, MapAccess, SeqAccess, VariantAccess,
-    Visitor,
+    self, DeserializeSeed, EnumAccess, Expected, IntoDeserializer, MapAccess, SeqAccess,
+    Unexpected, VariantAccess, Visitor,
 };
 use serde::{Deserialize, Deserializer, forward_to_deserialize_any};
 
@@ -73,8 +73,14 @@ fn read_documents(text: &str, strict_booleans: bool) -> Result<Vec<Node>, NodeEr
             .map(|at| at.line())
             .filter(|&line| line > 0),
         field: String::new(),
-        what: one_line(&error.to_string()),
+        what: told(&one_line(&error.to_string())),
     })
+}
+
+/// What the reader says, without what it says to programmers.
+fn told(what: &str) -> String {
+    let end = what.find(", set DuplicateKeyPolicy").unwrap_or(what.len());
+    what[..end].to_owned()
 }
 
 fn one_line(text: &str) -> String {
@@ -219,6 +225,16 @@ impl de::Error for NodeError {
             field: String::new(),
             what: one_line(&what.to_string()),
         }
+    }
+
+    /// The names of our types say nothing to people.
+    fn invalid_type(is: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        let expected = expected.to_string();
+        let expected = match expected.starts_with("struct ") {
+            true => "a map",
+            false => &expected,
+        };
+        Self::custom(format_args!("invalid type: {is}, expected {expected}"))
     }
 
     fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {

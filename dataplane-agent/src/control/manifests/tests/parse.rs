@@ -40,6 +40,10 @@ fn errors_name_file_line_and_field() {
     };
     let pod = |rest: &str| format!("apiVersion: v1\nkind: Pod\nmetadata:\n  name: till\n{rest}");
     let cases = [
+        ("nothing but a text\n".into(), "test.yaml:1: invalid type: string \"nothing but a text\", expected a map"),
+        ("- a\n- b\n".into(), "test.yaml:1: invalid type: sequence, expected a map"),
+        (pod("spec:\n  nodeName: a\n  nodeName: b\n"), "test.yaml:7: duplicate mapping key: nodeName"),
+        (pod("spec: text\n"), "test.yaml:5: spec: invalid type: string \"text\", expected a map"),
         (policy("  rules:\n  - from:\n    - source:\n        principal: [a]\n"), "test.yaml:9: spec.rules[0].from[0].source.principal: unknown field `principal`"),
         (policy("  action: PERMIT\n"), "test.yaml:6: spec.action: unknown variant `PERMIT`"),
         (policy("  rules:\n  - from: []\n"), "test.yaml:7: spec.rules[0].from: an empty list"),
@@ -208,6 +212,12 @@ fn malformed_yaml_names_its_line() {
     let told = refusal("apiVersion: v1\nkind: Pod\nmetadata: {name: [}\n");
     assert!(told.starts_with("test.yaml:3: "), "{told}");
     assert!(!told.contains('\n'), "{told}");
+}
+
+#[test]
+fn what_is_said_of_a_file_is_for_people_and_not_for_programmers() {
+    let told = refusal("apiVersion: v1\nkind: Pod\nmetadata: {name: a, name: b}\nspec: {}\n");
+    assert_eq!(told, "test.yaml:3: duplicate mapping key: name");
 }
 
 #[test]
