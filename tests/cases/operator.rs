@@ -725,3 +725,56 @@ fn a_pod_of_which_other_nodes_cannot_be_told_is_not_up_until_they_can() {
     assert!(ready(&agent).contains(" 200 "));
     eventually("it is dialled by HBONE", 5, || agent.tunnelled() == 2);
 }
+
+#[test]
+fn levels_that_would_silence_the_log_are_refused_or_told() {
+    let mut one = One::new();
+    for (level, told) in [
+        ("nonsense", "`nonsense` is no level"),
+        ("aces=debug", "nothing is logged of `aces`"),
+    ] {
+        let answer = one.agent.post(&format!("/logging?level={level}"));
+        assert!(
+            answer.contains(" 400 ") && answer.contains(told),
+            "{answer}"
+        );
+    }
+    let answer = one.agent.post("/logging?level=warn,control=debug");
+    assert!(answer.contains(" 200 "), "{answer}");
+    for (levels, told) in [
+        ("", "started"),
+        ("info,aces=debug", "nothing is logged of `aces`"),
+    ] {
+        one.agent.kill();
+        fs::remove_file(one.agent.log_file()).expect("a log");
+        one.agent.setup().variables = vec![
+            ("RUST_LOG".into(), levels.into()),
+            ("LOG_FORMAT".into(), "json".into()),
+        ];
+        one.agent.restart();
+        one.agent.logs(&[told]);
+        one.agent.up(&["server"]);
+    }
+    // What ends it is said in the form of the log.
+    one.agent.kill();
+    one.agent
+        .setup()
+        .arguments
+        .extend(["--cluster-id".into(), "other".into()]);
+    one.agent.restart();
+    eventually("it ends by itself", 20, || !one.agent.runs());
+    assert_eq!(one.agent.wait().code(), Some(2));
+    for line in one.agent.log().lines() {
+        let line: serde_json::Value = serde_json::from_str(line).expect(line);
+        assert!(line["message"].is_string(), "{line}");
+    }
+}
+
+#[test]
+fn a_node_that_no_pod_is_of_says_so() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let _pod = one.pod(&world, "pod");
+    let agent = world.agent(&two);
+    agent.logs(&["no pod is of this node", "nodes=\"one\""]);
+}

@@ -168,6 +168,7 @@ impl Pods {
             .map(|of| Arc::clone(&of.uid))
             .collect();
         pods.unsaid = captured;
+        pods.tell_of_none();
         let translation = std::mem::take(&mut pods.translation);
         pods.hear_of(&translation);
         pods.translation = translation;
@@ -268,6 +269,22 @@ impl Pods {
             translation.policies.clone(),
         ));
         self.translation = translation;
+    }
+
+    /// A node of another name than its pods' would serve nobody, without a word.
+    fn tell_of_none(&self) {
+        let Translation {
+            local, workloads, ..
+        } = &self.translation;
+        let nodes: BTreeSet<&str> = workloads.iter().map(|pod| &*pod.node).collect();
+        if local.is_empty() && !nodes.is_empty() {
+            let some: Vec<&str> = nodes.into_iter().take(3).collect();
+            let some = some.join(", ");
+            tracing::warn!(
+                nodes = some,
+                "no pod is of this node (spec.nodeName); others are"
+            );
+        }
     }
 
     /// Forgets of which captured pods nothing is said, as far as something is, or nothing more will be.
