@@ -10,14 +10,15 @@ use std::time::Duration;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use crate::observe::log::Format;
+use crate::observe::log::{self, Format};
 
 /// Options of `dataplane run`.
 #[derive(Args, Clone, Debug)]
 #[command(next_line_help = true)]
 pub struct RunOptions {
     /// Folder of Kubernetes manifests that describes the mesh: Namespaces, Pods, Services,
-    /// ServiceAccounts, AuthorizationPolicies, PeerAuthentications. It is watched.
+    /// EndpointSlices, ServiceAccounts, AuthorizationPolicies, PeerAuthentications, Nodes, Gateways. It
+    /// is watched.
     #[arg(
         long,
         env = "DATAPLANE_MANIFESTS",
@@ -81,8 +82,8 @@ pub struct RunOptions {
     #[arg(long, env = "SECRET_TTL", value_name = "TIME", default_value = "24h", value_parser = duration)]
     pub secret_ttl: Duration,
     /// What is logged: a level (off, error, warn, info, debug, trace), or target=level, separated by
-    /// commas.
-    #[arg(long, env = "RUST_LOG", value_name = "LEVELS", default_value = "info", value_parser = levels)]
+    /// commas. Targets are the third word of each line, or what it begins with: access, control.
+    #[arg(long, env = "RUST_LOG", value_name = "LEVELS", default_value = DEFAULT_LEVELS, value_parser = levels)]
     pub log: String,
     /// How it is logged.
     #[arg(
@@ -97,6 +98,8 @@ pub struct RunOptions {
     #[command(flatten)]
     pub places: Places,
 }
+
+const DEFAULT_LEVELS: &str = "info";
 
 /// The name of a cluster that was not given one, as istiod has it.
 pub const DEFAULT_CLUSTER: &str = "Kubernetes";
@@ -290,19 +293,12 @@ fn domain(text: &str) -> Result<String, String> {
     }
 }
 
+/// Kubernetes' way of not setting a variable is to set it to nothing.
 fn levels(text: &str) -> Result<String, String> {
-    let is_level = |level: &str| {
-        ["off", "error", "warn", "info", "debug", "trace"]
-            .iter()
-            .any(|known| level.eq_ignore_ascii_case(known))
-    };
-    for part in text.split(',') {
-        let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
-        if !is_level(level) {
-            return Err(format!("`{level}` is no level"));
-        }
+    match text {
+        "" => Ok(DEFAULT_LEVELS.into()),
+        text => log::check(text).map(|()| text.to_owned()),
     }
-    Ok(text.to_owned())
 }
 
 /// Whether a folder is there; the setting that names it is named when it is not.
@@ -371,6 +367,16 @@ mod tests {
                 .expect_err("no source")
                 .contains("--manifests")
         );
+    }
+
+    #[test]
+    fn levels_that_are_set_to_nothing_are_those_that_hold_without() {
+        let log = |levels| {
+            let options = parse(&["--manifests", "m", "--node", "one", "--log", levels]);
+            options.expect("levels").log
+        };
+        assert_eq!(log(""), "info");
+        assert_eq!(log("warn,access=debug"), "warn,access=debug");
     }
 
     #[test]

@@ -56,6 +56,9 @@ fn run(options: RunOptions) -> ExitCode {
         Ok(level) => level,
         Err(error) => return fail(Exit::Settings, &format!("--log: {error}")),
     };
+    if let Some(told) = log::unknown_targets(&options.log) {
+        tracing::warn!("--log: {told}");
+    }
     let ended = agent::privileges().and_then(|()| {
         let runtime = runtime().map_err(anyhow::Error::from)?;
         runtime.block_on(agent::run(options, level))

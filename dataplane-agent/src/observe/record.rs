@@ -198,7 +198,7 @@ impl Observer {
             src.addr = %src,
             dst.addr = %dst,
             direction = reporter.direction(),
-            error = %Quoted(&failure.to_string()),
+            error = failure.to_string().as_str(),
             reason = failure.reason(),
             times = (times > 1).then_some(times),
             "connection failed"
@@ -374,14 +374,5 @@ impl<'a> Line<'a> {
             dst_identity: identity(target.as_ref()),
             direction: facts.reporter.direction(),
         }
-    }
-}
-
-/// A text as `Debug` writes it.
-struct Quoted<'a>(&'a str);
-
-impl fmt::Display for Quoted<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self.0, f)
     }
 }
