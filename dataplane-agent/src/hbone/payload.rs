@@ -29,7 +29,7 @@ pub struct Payload {
 impl Payload {
     pub(super) fn new(bytes: Bytes, unsent: &Rc<Unsent>) -> Self {
         let cost = bytes.len() + PIECE;
-        unsent.hold(unsent.bytes.get() + cost);
+        unsent.more(cost);
         Self {
             bytes,
             cost,
@@ -60,10 +60,12 @@ impl Buf for Payload {
             if let Some(told) = unsent.told.get() {
                 told(count as u64);
             }
-            unsent.moving();
-            if self.bytes.is_empty() {
-                unsent.less(std::mem::take(&mut self.cost));
-            }
+            let freed = if self.bytes.is_empty() {
+                std::mem::take(&mut self.cost)
+            } else {
+                0
+            };
+            unsent.less(freed);
         }
     }
 }
@@ -92,8 +94,8 @@ pub(super) struct Unsent {
     waiting: RefCell<Option<Waker>>,
     /// At how much the one that waits is woken.
     enough: Cell<usize>,
-    /// Since when nothing of a full buffer was written.
-    stalled: Cell<Option<Instant>>,
+    /// Since when nothing of it was written; it is among the `stalls`.
+    since: Cell<Option<Instant>>,
     stalls: Rc<Stalls>,
 }
 
@@ -105,7 +107,7 @@ impl Unsent {
             told: OnceCell::new(),
             waiting: RefCell::default(),
             enough: Cell::new(0),
-            stalled: Cell::new(None),
+            since: Cell::new(None),
             stalls: Rc::clone(stalls),
         })
     }
@@ -155,11 +157,6 @@ impl Unsent {
 
     fn wait(&self, enough: usize, context: &Context<'_>) -> Poll<()> {
         self.enough.set(enough);
-        if self.stalled.get().is_none() {
-            let now = Instant::now();
-            self.stalled.set(Some(now));
-            self.stalls.since.borrow_mut().push(now);
-        }
         let mut waiting = self.waiting.borrow_mut();
         match &mut *waiting {
             Some(waker) => waker.clone_from(context.waker()),
@@ -168,16 +165,22 @@ impl Unsent {
         Poll::Pending
     }
 
-    fn hold(&self, bytes: usize) {
-        self.bytes.set(bytes);
-        if let Some(held) = self.held.get() {
-            held.set(bytes);
+    fn more(&self, cost: usize) {
+        self.hold(self.bytes.get() + cost);
+        if self.since.get().is_none() {
+            self.since.set(Some(self.stalls.begin()));
         }
     }
 
+    /// Something was written, or discarded, and so much is free by that.
     fn less(&self, cost: usize) {
         self.hold(self.bytes.get() - cost);
-        self.moving();
+        if let Some(since) = self.since.take() {
+            self.stalls.end(since);
+        }
+        if !self.is_empty() {
+            self.since.set(Some(self.stalls.begin()));
+        }
         if self.bytes.get() <= self.enough.get()
             && let Some(waker) = self.waiting.take()
         {
@@ -185,12 +188,10 @@ impl Unsent {
         }
     }
 
-    fn moving(&self) {
-        if let Some(since) = self.stalled.take() {
-            let mut all = self.stalls.since.borrow_mut();
-            if let Some(at) = all.iter().position(|other| *other == since) {
-                all.swap_remove(at);
-            }
+    fn hold(&self, bytes: usize) {
+        self.bytes.set(bytes);
+        if let Some(held) = self.held.get() {
+            held.set(bytes);
         }
     }
 }
@@ -203,13 +204,8 @@ impl std::fmt::Debug for Unsent {
     }
 }
 
-impl Drop for Unsent {
-    fn drop(&mut self) {
-        self.moving();
-    }
-}
-
-/// The streams of one tunnel that cannot send: since when each waits.
+/// The streams of one tunnel that have something to send: since when each could send nothing. What matters
+/// is the peer's window, so it is all the same whether anybody waits to send more.
 #[derive(Debug, Default)]
 pub struct Stalls {
     since: RefCell<Vec<Instant>>,
@@ -223,5 +219,18 @@ impl Stalls {
             .iter()
             .filter(|since| since.elapsed() > super::STALLED);
         long.count()
+    }
+
+    fn begin(&self) -> Instant {
+        let now = Instant::now();
+        self.since.borrow_mut().push(now);
+        now
+    }
+
+    fn end(&self, since: Instant) {
+        let mut all = self.since.borrow_mut();
+        if let Some(at) = all.iter().position(|other| *other == since) {
+            all.swap_remove(at);
+        }
     }
 }

@@ -168,10 +168,14 @@ async fn next(stream: &mut Stream) -> Option<Result<Bytes, h2::Error>> {
 
 /// Sends, and waits for room only.
 async fn send(far: &mut Stream, bytes: usize) {
+    send_in(far, bytes, 1 << 16).await;
+}
+
+async fn send_in(far: &mut Stream, bytes: usize, most: usize) {
     let mut left = bytes;
     while left > 0 {
         poll_fn(|context| far.outgoing.poll_room(context)).await;
-        let piece = left.min(1 << 16);
+        let piece = left.min(most);
         far.outgoing
             .send(Bytes::from(vec![0; piece]))
             .expect("sent");
