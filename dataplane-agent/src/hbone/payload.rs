@@ -13,8 +13,9 @@ use crate::limits::memory::{Hold, Level, Share};
 
 /// What a piece costs besides its bytes. A peer that makes many small ones pays for them.
 const PIECE: usize = 512;
-/// What each stream may have waiting at least: what [`SEND_LEAST`] lets begin, and one piece as large.
-const FREE: usize = 2 * (SEND_LEAST + PIECE);
+/// What each stream may have waiting at least: what [`SEND_LEAST`] lets begin, one piece as large, and the
+/// end.
+const FREE: usize = 2 * (SEND_LEAST + PIECE) + PIECE;
 
 /// Bytes of one stream, which tell as they are written to the tunnel.
 #[derive(Debug)]
@@ -22,27 +23,19 @@ pub struct Payload {
     bytes: Bytes,
     /// What it takes of memory, until its last byte is written: a part of it frees nothing.
     cost: usize,
-    /// The end of a stream has no bytes, and nothing to tell.
-    unsent: Option<Rc<Unsent>>,
+    unsent: Rc<Unsent>,
 }
 
 impl Payload {
+    /// Without bytes it is the end of the stream, and waits as any other: the engine drops it when it has
+    /// written it.
     pub(super) fn new(bytes: Bytes, unsent: &Rc<Unsent>) -> Self {
         let cost = bytes.len() + PIECE;
         unsent.more(cost);
         Self {
             bytes,
             cost,
-            unsent: Some(Rc::clone(unsent)),
-        }
-    }
-
-    /// No bytes.
-    pub(super) fn empty() -> Self {
-        Self {
-            bytes: Bytes::new(),
-            cost: 0,
-            unsent: None,
+            unsent: Rc::clone(unsent),
         }
     }
 }
@@ -56,27 +49,23 @@ impl Buf for Payload {
     }
     fn advance(&mut self, count: usize) {
         self.bytes.advance(count);
-        if let Some(unsent) = &self.unsent {
-            if let Some(told) = unsent.told.get() {
-                told(count as u64);
-            }
-            let freed = if self.bytes.is_empty() {
-                std::mem::take(&mut self.cost)
-            } else {
-                0
-            };
-            unsent.less(freed);
+        if let Some(told) = self.unsent.told.get() {
+            told(count as u64);
         }
+        let freed = if self.bytes.is_empty() {
+            std::mem::take(&mut self.cost)
+        } else {
+            0
+        };
+        self.unsent.less(freed);
     }
 }
 
 impl Drop for Payload {
-    /// What is left was discarded: the stream was reset, or its tunnel has ended.
+    /// What is left was discarded: the stream was reset, or its tunnel has ended. Or it was the end.
     fn drop(&mut self) {
-        if let Some(unsent) = &self.unsent
-            && self.cost > 0
-        {
-            unsent.less(self.cost);
+        if self.cost > 0 {
+            self.unsent.less(self.cost);
         }
     }
 }

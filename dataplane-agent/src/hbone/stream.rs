@@ -85,10 +85,12 @@ impl Outgoing {
     /// As [`Self::send`].
     pub fn finish(&mut self) -> Result<(), h2::Error> {
         self.over = true;
-        self.send.send_data(Payload::empty(), true)
+        let end = Payload::new(Bytes::new(), &self.unsent);
+        self.send.send_data(end, true)
     }
 
-    /// Completes when nothing waits to be written to the tunnel any more.
+    /// Completes when nothing waits to be written to the tunnel any more, also not the end: a reset
+    /// would discard it.
     pub fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
         self.unsent.poll_flushed(context)
     }

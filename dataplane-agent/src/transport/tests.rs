@@ -166,6 +166,16 @@ async fn next(stream: &mut Stream) -> Option<Result<Bytes, h2::Error>> {
     poll_fn(|context| stream.incoming.poll_read(context)).await
 }
 
+/// Completes when the peer has said its end, or is broken; nothing comes before.
+async fn ends(stream: &mut Stream) -> Result<(), h2::Error> {
+    loop {
+        match next(stream).await {
+            None => return Ok(()),
+            Some(bytes) => assert!(bytes?.is_empty()),
+        }
+    }
+}
+
 /// Sends, and waits for room only.
 async fn send(far: &mut Stream, bytes: usize) {
     send_in(far, bytes, 1 << 16).await;
