@@ -2,7 +2,7 @@
 //! types for it.
 
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use h2::server::SendResponse;
@@ -75,8 +75,9 @@ impl Outgoing {
     /// # Errors
     /// The stream was reset, or its tunnel has ended.
     pub fn send(&mut self, bytes: Bytes) -> Result<(), h2::Error> {
-        self.send
-            .send_data(Payload::new(bytes, &self.unsent), false)
+        let payload = Payload::new(bytes, &self.unsent);
+        let sent = self.send.send_data(payload, false);
+        sent.map_err(|error| self.why(error))
     }
 
     /// Says the end, after what was sent before.
@@ -86,7 +87,16 @@ impl Outgoing {
     pub fn finish(&mut self) -> Result<(), h2::Error> {
         self.over = true;
         let end = Payload::new(Bytes::new(), &self.unsent);
-        self.send.send_data(end, true)
+        let sent = self.send.send_data(end, true);
+        sent.map_err(|error| self.why(error))
+    }
+
+    /// The engine's error of a stream that is closed does not say why it is.
+    fn why(&mut self, error: h2::Error) -> h2::Error {
+        match self.poll_broken(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(why) => why,
+            Poll::Pending => error,
+        }
     }
 
     /// Completes when nothing waits to be written to the tunnel any more, also not the end: a reset

@@ -109,6 +109,24 @@ fn an_end_is_passed_on_though_the_connection_breaks_at_once() {
 }
 
 #[test]
+fn a_reset_that_is_met_by_a_write_is_told_as_the_reset_that_it_is() {
+    run(async {
+        let (mut client, one) = pair().await;
+        let (near, mut far, drive) = stream().await;
+        client.write_all(b"late").await.expect("written");
+        far.outgoing.reset(Reason::CONNECT_ERROR);
+        let broken = async {
+            // Until both are there: who writes first does not know of the reset.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            Relayed::between(End::Tcp(one), End::Stream(near)).await
+        };
+        let relayed = beside(drive, broken).await;
+        relayed.end.expect("a peer's reset is no failure");
+        assert_eq!(rest(&mut client).await, (Vec::new(), RESET));
+    });
+}
+
+#[test]
 fn a_relay_that_is_cut_resets_both_ends() {
     run(async {
         let (mut client, one) = pair().await;
