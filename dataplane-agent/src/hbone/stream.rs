@@ -38,7 +38,7 @@ impl Stream {
             outgoing: Outgoing {
                 send,
                 unsent: Unsent::new(&shared.stalls),
-                over: false,
+                done: false,
             },
             incoming: Incoming {
                 receive,
@@ -49,13 +49,13 @@ impl Stream {
     }
 }
 
-/// What goes to the peer. It is reset when it is dropped before its end was said: a cut stream must not
-/// look like one that came to its end.
+/// What goes to the peer. The stream is reset when this is dropped before it is [done](Self::done): a cut
+/// stream must not look like one that came to its end.
 #[derive(Debug)]
 pub struct Outgoing {
     send: SendStream<Payload>,
     unsent: Rc<Unsent>,
-    over: bool,
+    done: bool,
 }
 
 impl Outgoing {
@@ -85,7 +85,6 @@ impl Outgoing {
     /// # Errors
     /// As [`Self::send`].
     pub fn finish(&mut self) -> Result<(), h2::Error> {
-        self.over = true;
         let end = Payload::new(Bytes::new(), &self.unsent);
         let sent = self.send.send_data(end, true);
         sent.map_err(|error| self.why(error))
@@ -123,14 +122,19 @@ impl Outgoing {
 
     /// Ends both directions at once; what is not written is discarded.
     pub fn reset(&mut self, reason: Reason) {
-        self.over = true;
+        self.done = true;
         self.send.send_reset(reason);
+    }
+
+    /// Both directions have ended: dropping it is no cut.
+    pub fn done(&mut self) {
+        self.done = true;
     }
 }
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        if !self.over {
+        if !self.done {
             self.send.send_reset(Reason::CANCEL);
         }
     }

@@ -402,10 +402,11 @@ impl Sink {
     }
 
     /// Both directions have ended: dropping it is no cut.
-    pub(super) fn done(&self) {
-        if let Self::Tcp(socket) = self {
+    pub(super) fn done(&mut self) {
+        match self {
             // Fails for no socket.
-            let _ = close_by_end(&socket.tcp);
+            Self::Tcp(socket) => drop(close_by_end(&socket.tcp)),
+            Self::Stream(outgoing) => outgoing.done(),
         }
     }
 }

@@ -126,6 +126,29 @@ fn a_reset_that_is_met_by_a_write_is_told_as_the_reset_that_it_is() {
     });
 }
 
+/// Of both sides of a tunnel: the engine has another reason of its own for each.
+#[test]
+fn a_relay_that_is_cut_after_one_direction_has_ended_resets_its_stream_as_cut() {
+    for swapped in [false, true] {
+        run(async {
+            let (mut client, one) = pair().await;
+            let (near, far, drive) = stream().await;
+            let (near, mut far) = if swapped { (far, near) } else { (near, far) };
+            client.shutdown().await.expect("ended");
+            let cut = async {
+                let meter = Rc::<Counted>::default();
+                tokio::select! {
+                    _ = relay(End::Tcp(one), End::Stream(near), &meter) => panic!("it goes on"),
+                    end = ends(&mut far) => end.expect("it has ended"),
+                }
+                poll_fn(|context| far.outgoing.poll_broken(context)).await
+            };
+            let broken = beside(drive, cut).await;
+            assert_eq!(broken.reason(), Some(Reason::CANCEL));
+        });
+    }
+}
+
 #[test]
 fn a_relay_that_is_cut_resets_both_ends() {
     run(async {

@@ -53,7 +53,8 @@ fn an_answer_is_passed_on_though_its_peer_reads_no_more() {
             assert!(!some.is_empty());
             far.outgoing.send(Bytes::from_static(b"413")).expect("sent");
             far.outgoing.finish().expect("ended");
-            drop(far);
+            flushed(&far).await;
+            far.outgoing.reset(h2::Reason::NO_ERROR);
         };
         let upload = async {
             client.write_all(&[7; 100_000]).await.expect("written");
