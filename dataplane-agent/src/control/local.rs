@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::conflicts;
 use super::manifests::node::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
+use super::written::Block;
 use crate::authorize::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
 use crate::identity::Identity;
 use crate::resolve::service::{Family, LoadBalancing, Scope, Service};
@@ -62,10 +63,11 @@ pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, Manifes
         }
     };
     let made = config.translate(node);
-    told_apart(&made.workloads).map_err(|(at, what)| ManifestError {
-        field: format!("workloads[{at}]"),
+    let fault = |field: &str, (at, what): (usize, String)| ManifestError {
+        field: format!("{field}[{at}]"),
         ..ManifestError::of_file(file, what)
-    })?;
+    };
+    told_apart(&made.workloads).map_err(|twice| fault("workloads", twice))?;
     Ok(made)
 }
 
@@ -186,7 +188,7 @@ impl RawWorkload {
             cluster_id,
             network: self.network.into(),
             network_gateway: self.network_gateway.map(|to| to.destination.into()),
-            addresses: self.workload_ips,
+            addresses: self.workload_ips.into_iter().map(|ip| ip.0).collect(),
             protocol: match self.protocol {
                 RawProtocol::Tcp => Protocol::Tcp,
                 RawProtocol::Hbone => Protocol::Hbone,
@@ -343,6 +345,7 @@ impl RawPolicy {
 
 impl RawMatch {
     fn translate(self) -> Match {
+        let blocks = |raw: Vec<Block>| raw.into_iter().map(|Block(block)| block).collect();
         let texts = |raw: Vec<Text>| raw.into_iter().map(Text::translate).collect();
         // ztunnel compares principals without their scheme.
         let principals = |raw: Vec<Text>| raw.into_iter().map(Text::translate_principal).collect();
@@ -360,10 +363,10 @@ impl RawMatch {
             not_principals: principals(self.not_principals),
             service_accounts: accounts(self.service_accounts),
             not_service_accounts: accounts(self.not_service_accounts),
-            source_ips: self.source_ips,
-            not_source_ips: self.not_source_ips,
-            destination_ips: self.destination_ips,
-            not_destination_ips: self.not_destination_ips,
+            source_ips: blocks(self.source_ips),
+            not_source_ips: blocks(self.not_source_ips),
+            destination_ips: blocks(self.destination_ips),
+            not_destination_ips: blocks(self.not_destination_ips),
             destination_ports: self.destination_ports,
             not_destination_ports: self.not_destination_ports,
         }

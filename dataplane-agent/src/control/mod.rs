@@ -8,3 +8,4 @@ pub mod machine;
 pub mod manifests;
 pub mod pods;
 pub mod recording;
+mod written;

@@ -2,13 +2,13 @@
 //! does not have is refused.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::authorize::policy::{Action, PolicyScope};
+use crate::control::written::{Address, Block};
 use crate::resolve::service::NetworkAddress;
 use crate::resolve::workload::Health;
 
@@ -26,7 +26,7 @@ pub(super) struct Config {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct RawWorkload {
-    pub(super) workload_ips: Vec<IpAddr>,
+    pub(super) workload_ips: Vec<Address>,
     pub(super) namespace: String,
     pub(super) services: BTreeMap<String, BTreeMap<u16, u16>>,
     #[serde(default)]
@@ -172,10 +172,10 @@ pub(super) struct RawMatch {
     pub(super) not_service_accounts: Vec<RawAccount>,
     pub(super) principals: Vec<Text>,
     pub(super) not_principals: Vec<Text>,
-    pub(super) source_ips: Vec<IpNet>,
-    pub(super) not_source_ips: Vec<IpNet>,
-    pub(super) destination_ips: Vec<IpNet>,
-    pub(super) not_destination_ips: Vec<IpNet>,
+    pub(super) source_ips: Vec<Block>,
+    pub(super) not_source_ips: Vec<Block>,
+    pub(super) destination_ips: Vec<Block>,
+    pub(super) not_destination_ips: Vec<Block>,
     pub(super) destination_ports: Vec<u16>,
     pub(super) not_destination_ports: Vec<u16>,
 }
@@ -229,7 +229,7 @@ fn network_addresses<'de, D: serde::Deserializer<'de>>(
     struct One(NetworkAddress);
     impl<'de> Deserialize<'de> for One {
         fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-            let (network, address) = in_network(deserializer, "address")?;
+            let (network, Address(address)) = in_network(deserializer, "address")?;
             Ok(Self(NetworkAddress { network, address }))
         }
     }
@@ -242,7 +242,7 @@ pub(super) struct NetworkRange(pub(super) Arc<str>, pub(super) IpNet);
 
 impl<'de> Deserialize<'de> for NetworkRange {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (network, range) = in_network(deserializer, "range")?;
+        let (network, Block(range)) = in_network(deserializer, "range")?;
         Ok(Self(network, range))
     }
 }

@@ -260,7 +260,7 @@ fn errors_name_file_line_and_field() {
         ),
         (
             "workloads:\n- namespace: a\n  services: {}\n  workloadIps: [10.0.0.999]\n",
-            "local.yaml:4: workloads[0].workloadIps[0]: invalid IP address syntax",
+            "local.yaml:4: workloads[0].workloadIps[0]: `10.0.0.999` is not an IP address",
         ),
         (
             "workloads:\n- namespace: a\n  services: {x/y: {http: 80}}\n  workloadIps: []\n",
@@ -321,4 +321,19 @@ fn a_workload_that_could_be_taken_for_another_is_refused() {
 #[test]
 fn an_empty_file_is_an_empty_mesh() {
     assert_eq!(parsed(""), Translation::default());
+}
+
+#[test]
+fn an_address_that_stands_for_one_of_ipv4_is_that_one() {
+    let text = FILE
+        .replace(
+            "workloadIps: [10.0.0.1]",
+            "workloadIps: ['::ffff:10.0.0.1']",
+        )
+        .replace(
+            "sourceIps: [10.0.0.0/8, ",
+            "sourceIps: ['::ffff:10.0.0.0/104', ",
+        )
+        .replace("vips: [/10.96.0.1]", "vips: ['/::ffff:10.96.0.1']");
+    assert_eq!(parsed(&text), parsed(FILE));
 }

@@ -15,6 +15,7 @@ use super::translate::MeshConfig;
 use crate::authorize::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
+use crate::control::written::Block;
 
 pub(super) const DRY_RUN_ANNOTATION: &str = "istio.io/dry-run";
 
@@ -286,7 +287,10 @@ fn check_lists(path: &str, lists: &Lists<'_>) -> Result<(), (String, String)> {
                     "has a `*` that is neither at its beginning nor at its end"
                 }
                 Sort::Account if account("", value).is_none() => "is not a service account",
-                Sort::Ip if ip(value).is_none() => "is not an IP address or block",
+                Sort::Ip => match value.parse::<Block>() {
+                    Err(what) => what,
+                    Ok(_) => continue,
+                },
                 Sort::Port if port(value).is_none() => "is not a port",
                 _ => continue,
             };
@@ -673,10 +677,7 @@ fn account(namespace: &str, value: &str) -> Option<ServiceAccountMatch> {
 }
 
 fn ip(value: &str) -> Option<IpNet> {
-    value
-        .parse()
-        .ok()
-        .or_else(|| value.parse::<std::net::IpAddr>().ok().map(IpNet::from))
+    value.parse().ok().map(|Block(block)| block)
 }
 
 fn port(value: &str) -> Option<u16> {

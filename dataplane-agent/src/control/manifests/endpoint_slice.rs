@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::node::{Node, NodeError};
 use super::object::wrong;
 use super::service::Protocol;
+use crate::control::written::Address;
 use crate::resolve::workload::Health;
 
 /// The label that says whose endpoints they are.
@@ -60,13 +61,10 @@ impl EndpointSlice {
             let mut addresses = Vec::new();
             for (nth, address) in endpoint.addresses.iter().enumerate() {
                 let path = format!("endpoints[{at}].addresses[{nth}]");
-                addresses.push(address.parse().map_err(|_| {
-                    wrong(
-                        node,
-                        &path,
-                        format_args!("`{address}` is not an IP address"),
-                    )
-                })?);
+                let Address(read) = address
+                    .parse()
+                    .map_err(|what| wrong(node, &path, format_args!("`{address}` {what}")))?;
+                addresses.push(read);
             }
             let target = endpoint.target_ref;
             let is_pod = target

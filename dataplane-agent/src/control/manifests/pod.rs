@@ -12,6 +12,7 @@ use super::node::{Node, NodeError};
 use super::object::{Meta, Objects, Resource, is_name, wrong};
 use super::service::Protocol;
 use super::translate::Wanted;
+use crate::control::written::Address;
 use crate::resolve::workload::Health;
 
 /// The annotation that names a pod's network namespace by path.
@@ -58,8 +59,8 @@ impl Pod {
             let what = format_args!("`{account}` is not a name");
             return Err(wrong(node, "spec.serviceAccountName", what));
         }
-        let mut addresses: Vec<IpAddr> = status.pod_ips.iter().map(|pod_ip| pod_ip.ip).collect();
-        if let (true, Some(address)) = (addresses.is_empty(), status.pod_ip) {
+        let mut addresses: Vec<IpAddr> = status.pod_ips.iter().map(|pod_ip| pod_ip.ip.0).collect();
+        if let (true, Some(Address(address))) = (addresses.is_empty(), status.pod_ip) {
             addresses.push(address);
         }
         let mut seen = BTreeSet::new();
@@ -218,7 +219,7 @@ struct ContainerPort {
 struct Status {
     phase: Option<String>,
     #[serde(rename = "podIP")]
-    pod_ip: Option<IpAddr>,
+    pod_ip: Option<Address>,
     #[serde(rename = "podIPs", default)]
     pod_ips: Vec<PodIp>,
     #[serde(default)]
@@ -227,7 +228,7 @@ struct Status {
 
 #[derive(Deserialize)]
 struct PodIp {
-    ip: IpAddr,
+    ip: Address,
 }
 
 #[derive(Deserialize)]

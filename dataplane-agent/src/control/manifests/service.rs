@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, de};
 use super::node::{Node, NodeError};
 use super::object::{Objects, Resource, wrong};
 use super::pod::Pod;
+use crate::control::written::Address;
 use crate::resolve::service::{Family, LoadBalancing, Scope};
 
 /// What is read of a service.
@@ -161,7 +162,9 @@ impl Outside {
         let mut ingress = Vec::new();
         for (at, found) in status.load_balancer.ingress.iter().enumerate() {
             let path = format!("status.loadBalancer.ingress[{at}]");
-            let Some(address) = found.ip else { continue };
+            let Some(Address(address)) = found.ip else {
+                continue;
+            };
             special(node, &format!("{path}.ip"), &address)?;
             if found.ip_mode == Some(IpMode::Proxy) {
                 notes.push(format!("{path}.ipMode Proxy: {address} is not taken for it, and goes to its load balancer in clear"));
@@ -171,10 +174,10 @@ impl Outside {
                 ingress.push(address);
             }
         }
-        for (at, address) in spec.external_ips.iter().enumerate() {
+        for (at, Address(address)) in spec.external_ips.iter().enumerate() {
             special(node, &format!("spec.externalIPs[{at}]"), address)?;
         }
-        let mut external_ips = spec.external_ips.clone();
+        let mut external_ips: Vec<IpAddr> = spec.external_ips.iter().map(|ip| ip.0).collect();
         let headless = spec
             .cluster_ip
             .as_ref()
@@ -209,7 +212,6 @@ impl Outside {
 
 /// As the API server has it: what means this machine, this link or many is nobody's from outside.
 fn special(node: &Node, path: &str, address: &IpAddr) -> Result<(), NodeError> {
-    let address = address.to_canonical();
     let link_local = match address {
         IpAddr::V4(v4) => v4.is_link_local(),
         IpAddr::V6(v6) => v6.is_unicast_link_local(),
@@ -292,7 +294,7 @@ struct Spec {
     traffic_distribution: Option<String>,
     session_affinity: Option<Affinity>,
     #[serde(rename = "externalIPs", default)]
-    external_ips: Vec<IpAddr>,
+    external_ips: Vec<Address>,
     #[serde(default)]
     load_balancer_source_ranges: Vec<String>,
     #[serde(default)]
@@ -334,7 +336,7 @@ struct LoadBalancer {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Ingress {
-    ip: Option<IpAddr>,
+    ip: Option<Address>,
     ip_mode: Option<IpMode>,
 }
 
@@ -376,10 +378,10 @@ impl<'de> Deserialize<'de> for ClusterIp {
         match String::deserialize(deserializer)?.as_str() {
             "None" => Ok(ClusterIp::None),
             "" => Ok(ClusterIp::Unset),
-            text => text
-                .parse()
-                .map(ClusterIp::Address)
-                .map_err(de::Error::custom),
+            text => match text.parse() {
+                Ok(Address(address)) => Ok(ClusterIp::Address(address)),
+                Err(what) => Err(de::Error::custom(format_args!("`{text}` {what}"))),
+            },
         }
     }
 }

@@ -55,7 +55,7 @@ fn errors_name_file_line_and_field() {
         (policy("  rules:\n  - when:\n    - key: source.prinzipal\n      values: [a]\n"), "test.yaml:8: spec.rules[0].when[0].key: unknown attribute `source.prinzipal`"),
         (policy("  selector:\n    matchLabel: {}\n"), "test.yaml:7: spec.selector.matchLabel: unknown field `matchLabel`"),
         (pod("spec:\n  hostNetwork: maybe\n"), "test.yaml:6: spec.hostNetwork: invalid type: string \"maybe\", expected a boolean"),
-        (pod("spec: {}\nstatus:\n  podIPs:\n  - ip: 10.0.0.256\n"), "test.yaml:8: status.podIPs[0].ip: invalid IP address syntax"),
+        (pod("spec: {}\nstatus:\n  podIPs:\n  - ip: 10.0.0.256\n"), "test.yaml:8: status.podIPs[0].ip: `10.0.0.256` is not an IP address"),
         (pod("spec:\n  serviceAccountName: a/sa/b\n"), "test.yaml:6: spec.serviceAccountName: `a/sa/b` is not a name"),
         ("apiVersion: v1\nkind: Pod\nmetadata: {name: a/b}\nspec: {}\n".into(), "test.yaml:3: metadata.name: `a/b` is not a name"),
         ("apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec:\n  ports:\n  - port: 70000\n".into(), "test.yaml:6: spec.ports[0].port: invalid value: integer `70000`"),

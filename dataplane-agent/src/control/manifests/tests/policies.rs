@@ -190,6 +190,19 @@ fn what_a_waypoint_is_for_is_one_of_istios_words() {
 }
 
 #[test]
+fn a_block_that_stands_for_one_of_ipv4_is_that_one() {
+    let made = translation(&authorization(
+        "shop",
+        "{action: DENY, rules: [{from: [{source: {ipBlocks: ['::ffff:10.0.0.0/104'], notIpBlocks: ['::ffff:10.0.0.1']}}]}]}",
+    ));
+    let found = &made.policies[0].rules[0].clauses[0].matches[0];
+    assert_eq!(found.source_ips[0].to_string(), "10.0.0.0/8");
+    assert_eq!(found.not_source_ips[0].to_string(), "10.0.0.1/32");
+    let wide = "{rules: [{from: [{source: {ipBlocks: ['::ffff:10.0.0.0/90']}}]}]}";
+    assert!(refusal(&authorization("shop", wide)).contains("has more than IPv4 in it"));
+}
+
+#[test]
 fn trust_domains_are_told_by_principals() {
     let of = |spec: &str| translation(&authorization("shop", spec)).policies[0].clone();
     let first = |policy: &Policy| policy.rules[0].clauses[0].matches[0].clone();

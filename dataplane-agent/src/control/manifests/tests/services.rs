@@ -272,6 +272,7 @@ fn an_endpoints_conditions_say_whether_it_takes_load() {
         // One that names a pod, or has its address, is no better than the pod.
         for how in [
             "addresses: [10.0.0.9]",
+            "addresses: ['::ffff:10.0.0.9']",
             "addresses: [], targetRef: {kind: Pod, name: p}",
         ] {
             for (is, pods) in [("True", Health::Healthy), ("False", Health::Unhealthy)] {
