@@ -68,6 +68,14 @@ pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, Manifes
         ..ManifestError::of_file(file, what)
     };
     told_apart(&made.workloads).map_err(|twice| fault("workloads", twice))?;
+    // One of them would be lost, and with it whom it denies.
+    let mut first = HashMap::new();
+    for (at, policy) in made.policies.iter().enumerate() {
+        if let Some(other) = first.insert(policy.key(), at) {
+            let what = format!("{} is the name of policies[{other}] too", policy.key());
+            return Err(fault("policies", (at, what)));
+        }
+    }
     Ok(made)
 }
 

@@ -324,6 +324,21 @@ fn an_empty_file_is_an_empty_mesh() {
 }
 
 #[test]
+fn of_two_policies_of_one_name_none_is_lost_without_a_word() {
+    let policy = |action: &str| {
+        format!(
+            "- {{name: gate, namespace: shop, scope: Namespace, action: {action}, dryRun: false, rules: []}}\n"
+        )
+    };
+    let text = format!("policies:\n{}{}", policy("Deny"), policy("Allow"));
+    let refused = parse(Path::new("local.yaml"), &text, "here").expect_err("one would be lost");
+    assert_eq!(
+        refused.to_string(),
+        "local.yaml: policies[1]: shop/gate is the name of policies[0] too"
+    );
+}
+
+#[test]
 fn an_address_that_stands_for_one_of_ipv4_is_that_one() {
     let text = FILE
         .replace(
