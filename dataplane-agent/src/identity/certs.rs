@@ -3,6 +3,10 @@
 //! Only identities that a pod of this node holds have one. [`Certs::rotate`] alone issues, one
 //! certificate of an identity at a time, and whoever needs one waits for it: who waits no longer
 //! stops nothing. Keys are in memory alone, and overwritten when they go.
+//!
+//! The clock may be wrong, and set in either direction. What it says is asked of certificates alone: one
+//! that is not valid by it, also since its time has not begun, is issued anew. Pauses go by the time
+//! since the machine has started.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,7 +20,7 @@ use rand::Rng;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::sync::{Notify, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
@@ -61,6 +65,7 @@ pub struct WorkloadCertificate {
     key: Zeroizing<Vec<u8>>,
     roots: Vec<CertificateDer<'static>>,
     store: Arc<RootCertStore>,
+    not_before: SystemTime,
     not_after: SystemTime,
 }
 
@@ -87,7 +92,7 @@ impl WorkloadCertificate {
                 .map_err(|error| IdentityError::Unusable(error.to_string().into()))?;
         }
         let store = Arc::new(store);
-        let not_after = not_after(&issued.chain)?;
+        let (not_before, not_after) = validity(&issued.chain)?;
         let key = copy_of(&issued.key);
         let server = tls::server(identity, issued.chain.clone(), key, Arc::clone(&store))?;
         Ok(Self {
@@ -98,6 +103,7 @@ impl WorkloadCertificate {
             key: issued.key,
             roots: issued.roots,
             store,
+            not_before,
             not_after,
         })
     }
@@ -138,14 +144,14 @@ impl WorkloadCertificate {
         self.not_after
     }
 
-    fn is_valid(&self) -> bool {
-        SystemTime::now() < self.not_after
+    /// Whether others take it.
+    pub fn is_valid(&self, now: SystemTime) -> bool {
+        self.not_before <= now && now < self.not_after
     }
-    /// At half of the life that is left, more or less: not all pods of a node at one moment.
-    fn renew_at(&self) -> SystemTime {
-        let now = SystemTime::now();
+    /// In half of the life that is left, more or less: not all pods of a node at one moment.
+    fn renew_in(&self, now: SystemTime) -> Duration {
         let left = self.not_after.duration_since(now).unwrap_or_default();
-        now + jitter(left / 2).max(FIRST_PAUSE)
+        jitter(left / 2).max(FIRST_PAUSE)
     }
 }
 
@@ -154,12 +160,19 @@ fn copy_of(key: &[u8]) -> PrivateKeyDer<'static> {
     PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.to_vec()))
 }
 
-fn not_after(chain: &[CertificateDer<'_>]) -> Result<SystemTime, IdentityError> {
+/// When the leaf's life begins, and when it ends.
+fn validity(chain: &[CertificateDer<'_>]) -> Result<(SystemTime, SystemTime), IdentityError> {
     let leaf = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
     let (_, leaf) = X509Certificate::from_der(leaf)
         .map_err(|error| IdentityError::Unusable(error.to_string().into()))?;
-    let seconds = leaf.validity().not_after.timestamp();
-    Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into().unwrap_or_default()))
+    let time = |seconds: i64| {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.try_into().unwrap_or_default())
+    };
+    let of = leaf.validity();
+    Ok((
+        time(of.not_before.timestamp()),
+        time(of.not_after.timestamp()),
+    ))
 }
 
 /// A time, and up to a fifth more or less.
@@ -176,6 +189,8 @@ pub struct Certs {
     changed: Arc<Notify>,
     /// How long one waits for a certificate.
     wait: Duration,
+    /// What the time of day is.
+    clock: fn() -> SystemTime,
 }
 
 struct Held {
@@ -193,41 +208,46 @@ struct State {
     /// Whether one is being issued.
     issuing: bool,
     pause: Duration,
-    again: Option<SystemTime>,
+    /// When it is due, if it is not so at once.
+    again: Option<Instant>,
 }
 
 impl State {
-    fn valid(&self) -> Option<&Arc<WorkloadCertificate>> {
+    fn valid(&self, now: SystemTime) -> Option<&Arc<WorkloadCertificate>> {
         self.certificate
             .as_ref()
-            .filter(|certificate| certificate.is_valid())
+            .filter(|certificate| certificate.is_valid(now))
     }
 
     fn is_due(&self, now: SystemTime) -> bool {
-        // One that has expired is due whatever the clock said before it was set.
-        let expired = self.failed.is_none() && self.valid().is_none();
-        !self.issuing && (expired || self.again.is_none_or(|again| again <= now))
+        let wanting = self.failed.is_none() && self.valid(now).is_none();
+        !self.issuing && (wanting || self.again.is_none_or(|again| again <= Instant::now()))
     }
 
-    fn issued(&mut self, made: Result<WorkloadCertificate, IdentityError>, identity: &Identity) {
+    fn issued(
+        &mut self,
+        made: Result<WorkloadCertificate, IdentityError>,
+        identity: &Identity,
+        now: SystemTime,
+    ) {
         self.issuing = false;
         match made {
             Ok(certificate) => {
                 tracing::debug!(%identity, "certificate issued");
                 *self = Self {
-                    again: Some(certificate.renew_at()),
+                    again: Some(Instant::now() + certificate.renew_in(now)),
                     certificate: Some(Arc::new(certificate)),
                     ..Self::default()
                 };
             }
             Err(error) => {
-                if self.valid().is_some() {
+                if self.valid(now).is_some() {
                     tracing::warn!(%identity, %error, "certificate not renewed, the old one holds until it ends; trying again");
                 } else {
                     tracing::warn!(%identity, %error, "no certificate; trying again");
                 }
                 self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
-                self.again = Some(SystemTime::now() + jitter(self.pause));
+                self.again = Some(Instant::now() + jitter(self.pause));
                 self.failed = Some(error);
             }
         }
@@ -259,6 +279,7 @@ impl Certs {
             held: Arc::default(),
             changed: Arc::default(),
             wait: WAIT,
+            clock: SystemTime::now,
         }
     }
 
@@ -307,17 +328,18 @@ impl Certs {
             let entry = entry.ok_or_else(|| IdentityError::Unknown(identity.clone()))?;
             Arc::clone(&entry.slot)
         };
-        if let Some(certificate) = slot.borrow().valid() {
+        if let Some(certificate) = slot.borrow().valid((self.clock)()) {
             return Ok(Arc::clone(certificate));
         }
         self.changed.notify_one();
         let mut told = slot.subscribe();
-        let known = told.wait_for(|state| state.valid().is_some() || state.failed.is_some());
+        let known =
+            told.wait_for(|state| state.valid((self.clock)()).is_some() || state.failed.is_some());
         match timeout(self.wait, known).await {
-            Ok(Ok(state)) => match (state.valid(), &state.failed) {
+            Ok(Ok(state)) => match (state.valid((self.clock)()), &state.failed) {
                 (Some(certificate), _) => Ok(Arc::clone(certificate)),
                 (None, Some(error)) => Err(error.clone()),
-                (None, None) => Err(IdentityError::Expired(identity.clone())),
+                (None, None) => Err(IdentityError::NotValid(identity.clone())),
             },
             Ok(Err(_)) => Err(IdentityError::Unknown(identity.clone())),
             Err(_) => Err(IdentityError::Slow(identity.clone())),
@@ -351,9 +373,9 @@ impl Certs {
         });
         let made = issued
             .and_then(|issued| WorkloadCertificate::new(&identity, issued))
-            .and_then(|made| match made.is_valid() {
+            .and_then(|made| match made.is_valid((self.clock)()) {
                 true => Ok(made),
-                false => Err(IdentityError::Expired(identity.clone())),
+                false => Err(IdentityError::NotValid(identity.clone())),
             });
         // Under the lock, by which an identity that was forgotten meanwhile stays so.
         let held = lock(&self.held);
@@ -361,7 +383,7 @@ impl Certs {
             .get(&identity)
             .is_some_and(|held| Arc::ptr_eq(&held.slot, &slot))
         {
-            slot.send_modify(|state| state.issued(made, &identity));
+            slot.send_modify(|state| state.issued(made, &identity, (self.clock)()));
         }
     }
 
@@ -385,14 +407,14 @@ impl Certs {
 
     /// What is to be issued next; from now on it is being issued. Those that have none are first.
     fn next_due(&self) -> Option<(Identity, Arc<Slot>)> {
-        let now = SystemTime::now();
+        let now = (self.clock)();
         let held = lock(&self.held);
         let due = held
             .iter()
             .filter(|(_, held)| held.slot.borrow().is_due(now));
         let (identity, held) = due.min_by_key(|(_, held)| {
             let state = held.slot.borrow();
-            (state.valid().is_some(), state.again)
+            (state.valid(now).is_some(), state.again)
         })?;
         held.slot.send_if_modified(|state| {
             state.issuing = true;
@@ -402,7 +424,6 @@ impl Certs {
     }
 
     fn until_next(&self) -> Duration {
-        let now = SystemTime::now();
         let held = lock(&self.held);
         let next = held
             .values()
@@ -412,7 +433,7 @@ impl Certs {
             .min();
         let hour = Duration::from_secs(3600);
         // The clock may be set meanwhile: look now and then.
-        next.map_or(hour, |next| next.duration_since(now).unwrap_or_default())
+        next.map_or(hour, |next| next.saturating_duration_since(Instant::now()))
             .min(hour)
     }
 }

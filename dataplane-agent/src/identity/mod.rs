@@ -65,9 +65,9 @@ pub enum IdentityError {
     /// It could not be had.
     #[error("signing error: {0}")]
     Signing(Arc<str>),
-    /// The last one has expired, and no new one could be had.
-    #[error("the certificate of {0} has expired")]
-    Expired(Identity),
+    /// The one that there is has expired or its time has not begun, and no new one could be had.
+    #[error("the certificate of {0} is not valid by this machine's clock")]
+    NotValid(Identity),
     /// It is being issued for longer than one waits.
     #[error("signing error: no certificate of {0} in time")]
     Slow(Identity),

@@ -25,11 +25,21 @@ impl Ca {
 
     /// A certificate with these names, from yesterday on, which ends so long from now.
     pub(super) fn sign(&self, names: Vec<SanType>, life: Duration) -> Issued {
+        self.sign_at(OffsetDateTime::now_utc(), names, life)
+    }
+
+    /// As [`Ca::sign`], at another time.
+    pub(super) fn sign_at(
+        &self,
+        now: OffsetDateTime,
+        names: Vec<SanType>,
+        life: Duration,
+    ) -> Issued {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::default();
         params.subject_alt_names = names;
-        params.not_before = OffsetDateTime::now_utc() - Duration::DAY;
-        params.not_after = OffsetDateTime::now_utc() + life;
+        params.not_before = now - Duration::DAY;
+        params.not_after = now + life;
         let leaf = params.signed_by(&key, &self.signer).expect("a certificate");
         Issued {
             chain: vec![leaf.der().clone()],

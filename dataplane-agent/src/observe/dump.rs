@@ -170,7 +170,7 @@ fn matches(of: &Match) -> Value {
 fn certificate(of: &Listed) -> Value {
     let held = of.certificate.as_ref();
     let state = match (held, &of.failed) {
-        (Some(held), _) if held.not_after() > SystemTime::now() => "Available".to_owned(),
+        (Some(held), _) if held.is_valid(SystemTime::now()) => "Available".to_owned(),
         (_, Some(error)) => format!("Unavailable: {error}"),
         (_, None) => "Initializing".to_owned(),
     };

@@ -145,7 +145,7 @@ async fn an_expired_certificate_is_not_used() {
     let old = certs(old, &[alice()]);
     assert!(matches!(
         current(&old, &alice()).await,
-        Err(IdentityError::Expired(_))
+        Err(IdentityError::NotValid(_))
     ));
 }
 

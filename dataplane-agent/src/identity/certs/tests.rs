@@ -1,5 +1,6 @@
 //! Who gets a certificate, how often it is asked for, and what holds when it cannot be had.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,6 +12,15 @@ use super::super::test_ca::{Ca, uri};
 use super::*;
 
 const DAY: time::Duration = time::Duration::DAY;
+
+thread_local! {
+    /// By how much the clock of a test is wrong; each test has a thread of its own.
+    static AHEAD: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+fn now() -> SystemTime {
+    SystemTime::now() + AHEAD.get()
+}
 
 /// An issuer that answers as often as it is let, counts how often it is asked, and can refuse.
 struct Gate {
@@ -44,7 +54,10 @@ impl Issuer for Gate {
             self.open.acquire().await.expect("it is open").forget();
             match self.refuses.load(Ordering::Relaxed) {
                 true => Err(IdentityError::Signing("refused".into())),
-                false => Ok(self.ca.sign(vec![uri(&identity.to_string())], self.life)),
+                false => {
+                    let names = vec![uri(&identity.to_string())];
+                    Ok(self.ca.sign_at(now().into(), names, self.life))
+                }
             }
         })
     }
@@ -56,7 +69,8 @@ fn pod(number: usize) -> Identity {
 
 fn held(gate: &Arc<Gate>, count: usize) -> Certs {
     let issuer: Arc<dyn Issuer> = gate.clone();
-    let certs = Certs::new(issuer);
+    let mut certs = Certs::new(issuer);
+    certs.clock = now;
     for number in 0..count {
         certs.hold(&pod(number));
     }
@@ -150,7 +164,7 @@ async fn a_renewal_that_fails_keeps_the_old_certificate_until_it_ends_and_is_tol
         eventually(|| certs.list()[0].failed.is_some()).await;
         let kept = certs.current(&who).await.expect("the old one");
         assert!(Arc::ptr_eq(&first, &kept));
-        eventually(|| !first.is_valid()).await;
+        eventually(|| !first.is_valid(now())).await;
         let error = certs.current(&who).await.expect_err("it has ended");
         assert!(matches!(error, IdentityError::Signing(_)), "{error}");
         assert!(
@@ -212,7 +226,7 @@ async fn a_certificate_that_has_ended_as_it_comes_is_a_failure_and_is_not_asked_
     let who = pod(0);
     let test = async {
         let told = certs.current(&who).await;
-        assert!(matches!(told, Err(IdentityError::Expired(_))), "{told:?}");
+        assert!(matches!(told, Err(IdentityError::NotValid(_))), "{told:?}");
         for _ in 0..100 {
             let told = certs.current(&who).await;
             assert!(told.is_err(), "{told:?}");
@@ -220,4 +234,45 @@ async fn a_certificate_that_has_ended_as_it_comes_is_a_failure_and_is_not_asked_
         assert!(gate.asked()[&who] <= 2, "{:?}", gate.asked());
     };
     beside_rotate(&certs, test).await;
+}
+
+const YEARS: Duration = Duration::from_secs(3 * 365 * 86400);
+
+#[tokio::test]
+async fn a_certificate_whose_time_has_not_begun_is_issued_anew() {
+    let gate = Gate::new(DAY, 100);
+    let certs = held(&gate, 1);
+    let who = pod(0);
+    let test = async {
+        AHEAD.set(YEARS);
+        let first = certs.current(&who).await.expect("a certificate");
+        AHEAD.set(Duration::ZERO);
+        assert!(!first.is_valid(now()), "nobody else takes it");
+        let second = certs.current(&who).await.expect("a new one");
+        assert!(second.is_valid(now()));
+        // And once more, as the clock is set forward.
+        AHEAD.set(YEARS);
+        let third = certs.current(&who).await.expect("a new one");
+        assert!(third.is_valid(now()));
+        assert_eq!(gate.asked()[&who], 3);
+    };
+    beside_rotate(&certs, test).await;
+}
+
+#[tokio::test]
+async fn a_pause_after_a_failure_is_no_longer_when_the_clock_is_set_back() {
+    let gate = Gate::new(DAY, 100);
+    let certs = held(&gate, 1);
+    let who = pod(0);
+    AHEAD.set(YEARS);
+    gate.refuses.store(true, Ordering::Relaxed);
+    let test = async {
+        certs.current(&who).await.expect_err("it is refused");
+        gate.refuses.store(false, Ordering::Relaxed);
+        AHEAD.set(Duration::ZERO);
+        eventually(|| certs.list()[0].certificate.is_some()).await;
+        certs.current(&who).await.expect("a certificate");
+    };
+    let soon = timeout(Duration::from_secs(10), beside_rotate(&certs, test));
+    soon.await.expect("soon");
 }
