@@ -17,7 +17,7 @@ use crate::capture::uninstall::canonical;
 use crate::capture::{self, CaptureError, Instance, PodEvent, Room, room};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
-use crate::control::ca::EmbeddedCa;
+use crate::control::ca::{EmbeddedCa, RootEnd};
 use crate::control::enrolled;
 use crate::control::local;
 use crate::control::machine::Machine;
@@ -159,6 +159,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     // The rooms, from the kernel on.
     let (events, mut pod_events) = mpsc::channel(64);
     let (room, window, reports, status) = Room::open(config, folder, events)?;
+    let root_end = ca.root_end().clone();
     let certs = Certs::new(Arc::new(ca));
     let (mesh_writer, mesh) = mesh::store();
     let authorizer = Authorizer::new(mesh.clone());
@@ -171,6 +172,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         repairs: Box::new(move || repairs.repairs()),
         places: places.clone(),
         workers: threads.loads(),
+        root_ends: root_end.unix(),
     }));
     let shared = Shared {
         mesh: mesh.clone(),
@@ -202,7 +204,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         &window,
         &view,
         &mesh,
-        &certs,
+        (&certs, root_end),
         level,
         metrics,
     );
@@ -350,12 +352,16 @@ fn sources(
     window: &room::Window,
     view: &watch::Receiver<View>,
     mesh: &MeshReader,
-    certs: &Certs,
+    (certs, root_end): (&Certs, RootEnd),
     level: Level,
     metrics: Arc<Metrics>,
 ) -> Sources {
     let (node, counted, shown) = (node.to_owned(), window.clone(), view.clone());
-    let status = Arc::new(move || report(&node, &shown.borrow(), counted.counters()));
+    let status = Arc::new(move || {
+        let mut report = report(&node, &shown.borrow(), counted.counters());
+        report.problems.extend(root_end.problem());
+        report
+    });
     let (for_dump, mesh, certs) = (Arc::clone(&status), mesh.clone(), certs.clone());
     let (programs, seen) = (window.clone(), view.clone());
     Sources {

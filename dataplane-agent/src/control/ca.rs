@@ -31,7 +31,7 @@ const ROOT_LIFE: time::Duration = time::Duration::days(3650);
 const SKEW: time::Duration = time::Duration::minutes(2);
 /// A certificate that lives shorter is not renewed in time.
 const SHORTEST: Duration = Duration::from_secs(10);
-/// A root that ends sooner is told of at the start.
+/// A root that ends sooner is told of.
 const SOON: time::Duration = time::Duration::days(30);
 
 /// Why the CA cannot be opened.
@@ -114,8 +114,41 @@ pub enum CaError {
 pub struct EmbeddedCa {
     signer: Signer<'static, KeyPair>,
     root: CertificateDer<'static>,
-    root_ends: OffsetDateTime,
+    root_end: RootEnd,
     ttl: Duration,
+}
+
+/// When the root ends, and all other certificates with it.
+#[derive(Clone, Debug)]
+pub struct RootEnd {
+    path: PathBuf,
+    at: OffsetDateTime,
+    /// How long before it is told.
+    soon: time::Duration,
+}
+
+impl RootEnd {
+    /// In Unix time, in seconds.
+    pub fn unix(&self) -> i64 {
+        self.at.unix_timestamp()
+    }
+
+    /// What is wrong with it, if it ends soon or has ended.
+    pub fn problem(&self) -> Option<String> {
+        self.problem_at(OffsetDateTime::now_utc())
+    }
+
+    fn problem_at(&self, now: OffsetDateTime) -> Option<String> {
+        let how = match self.at - now {
+            left if left <= time::Duration::ZERO => "has ended",
+            left if left < self.soon => "ends",
+            _ => return None,
+        };
+        let (path, at) = (self.path.display(), told(self.at));
+        Some(format!(
+            "{path}: the root certificate {how} at {at}, and all others with it: all nodes need a new CA"
+        ))
+    }
 }
 
 impl std::fmt::Debug for EmbeddedCa {
@@ -187,32 +220,42 @@ impl EmbeddedCa {
             let why = format!("is not the key of {}", root_path.display());
             return Err(wrong(&key_path, why));
         }
-        if said.ends - now < SOON || said.ends - now < ttl {
-            let (root, ends) = (root_path.display(), told(said.ends));
-            tracing::warn!(%root, ends, "the root certificate ends soon, and all others with it");
+        let root_end = RootEnd {
+            path: root_path.clone(),
+            at: said.ends,
+            soon: SOON.max(ttl.try_into().unwrap_or(SOON)),
+        };
+        if let Some(problem) = root_end.problem_at(now) {
+            tracing::warn!("{problem}");
         }
         let signer = Signer::from_ca_cert_der(&root, key)
             .map_err(|error| wrong(&root_path, error.to_string()))?;
         Ok(Self {
             signer,
             root,
-            root_ends: said.ends,
+            root_end,
             ttl,
         })
+    }
+
+    /// When its root ends.
+    pub fn root_end(&self) -> &RootEnd {
+        &self.root_end
     }
 
     fn sign(&self, identity: &Identity) -> Result<Issued, IdentityError> {
         let signing = |error: rcgen::Error| IdentityError::Signing(error.to_string().into());
         let now = OffsetDateTime::now_utc();
-        if self.root_ends <= now {
-            let why = format!("the root certificate has ended at {}", told(self.root_ends));
+        let root_ends = self.root_end.at;
+        if root_ends <= now {
+            let why = format!("the root certificate has ended at {}", told(root_ends));
             return Err(IdentityError::Signing(why.into()));
         }
         let key = KeyPair::generate().map_err(signing)?;
         let mut leaf = CertificateParams::default();
         leaf.distinguished_name = rcgen::DistinguishedName::new();
         leaf.not_before = now - SKEW;
-        leaf.not_after = self.root_ends.min(now + self.ttl);
+        leaf.not_after = root_ends.min(now + self.ttl);
         // Critical, since there is no subject besides (RFC 5280, 4.2.1.6); rcgen sees to it.
         let uri = identity.to_string().try_into().map_err(signing)?;
         leaf.subject_alt_names = vec![SanType::URI(uri)];

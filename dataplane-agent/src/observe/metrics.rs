@@ -42,6 +42,8 @@ pub struct Sources {
     pub places: NodePlaces,
     /// The workers' loads.
     pub workers: Vec<Load>,
+    /// When the root certificate ends, in Unix time.
+    pub root_ends: i64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -86,6 +88,7 @@ impl Metrics {
             places: sources.places,
             workers: sources.workers,
             series: Arc::clone(&series),
+            root_ends: sources.root_ends,
         }));
         Self {
             registry,
@@ -216,6 +219,7 @@ struct Process {
     places: NodePlaces,
     workers: Vec<Load>,
     series: Arc<AllSeries>,
+    root_ends: i64,
 }
 
 impl Collector for Process {
@@ -255,6 +259,13 @@ impl Collector for Process {
             let encoder = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             gauge.encode(encoder)?;
         }
+        let ends = encoder.encode_descriptor(
+            "citadel_server_root_cert_expiry_timestamp",
+            "When the root certificate ends, in Unix time.",
+            None,
+            MetricType::Gauge,
+        )?;
+        ConstGauge::new(self.root_ends).encode(ends)?;
         let lost = encoder.encode_descriptor(
             "dataplane_log_lines_lost",
             "Log lines that came faster than they were read.",
@@ -291,6 +302,7 @@ mod tests {
             repairs: Box::new(|| vec![("rule", 1)]),
             places: NodePlaces::new(100),
             workers: vec![Load::of(runtime.expect("a runtime").metrics())],
+            root_ends: 1_795_811_471,
         });
         let series = metrics.series(Labels::of(&facts()));
         series.open();

@@ -361,3 +361,25 @@ fn a_certificate_lives_no_longer_than_the_root_and_a_life_too_short_is_refused()
         assert!(error.to_string().starts_with("--secret-ttl: "), "{error}");
     }
 }
+
+#[test]
+fn a_root_that_ends_is_told_as_long_as_the_agent_runs() {
+    let state = tempfile::tempdir().expect("a folder");
+    let made = ca(state.path());
+    let end = made.root_end();
+    let told = |before: time::Duration| end.problem_at(end.at - before);
+    assert_eq!(end.problem(), None);
+    assert_eq!(told(SOON), None);
+    let soon = told(SOON - time::Duration::SECOND).expect("it ends soon");
+    assert!(
+        soon.contains("root.pem: the root certificate ends at 20"),
+        "{soon}"
+    );
+    let ended = told(time::Duration::ZERO).expect("it has ended");
+    assert!(ended.contains("has ended"), "{ended}");
+    // Sooner than that no certificate lives for as long as it should.
+    let long = EmbeddedCa::open(state.path(), "td", 60 * DAY).expect("a CA");
+    let end = long.root_end();
+    assert!(end.problem_at(end.at - time::Duration::days(59)).is_some());
+    assert_eq!(end.problem_at(end.at - time::Duration::days(60)), None);
+}

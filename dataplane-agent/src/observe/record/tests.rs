@@ -48,6 +48,7 @@ fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
         repairs: Box::new(Vec::new),
         places: crate::limits::NodePlaces::new(1),
         workers: Vec::new(),
+        root_ends: 0,
     })));
     tracing::subscriber::with_default(subscriber, || work(&observer));
     let text = String::from_utf8(kept.0.lock().expect("not poisoned").clone()).expect("text");
