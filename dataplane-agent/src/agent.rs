@@ -317,7 +317,8 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
 fn source(options: &RunOptions) -> Result<Source, AgentError> {
     let wrong = |error: String| AgentError::Settings(error);
     if let Some(file) = &options.local_xds_path {
-        let read = local::read(file, options.node.as_str(), &options.network);
+        let node = options.node.as_str();
+        let read = local::read(file, node, &options.network, &options.trust_domain);
         return read
             .map(Source::Local)
             .map_err(|error| wrong(error.to_string()));

@@ -112,6 +112,7 @@ pub enum CaError {
 
 /// The CA.
 pub struct EmbeddedCa {
+    trust_domain: String,
     signer: Signer<'static, KeyPair>,
     root: CertificateDer<'static>,
     root_end: RootEnd,
@@ -231,6 +232,7 @@ impl EmbeddedCa {
         let signer = Signer::from_ca_cert_der(&root, key)
             .map_err(|error| wrong(&root_path, error.to_string()))?;
         Ok(Self {
+            trust_domain: said.trust_domain,
             signer,
             root,
             root_end,
@@ -245,6 +247,11 @@ impl EmbeddedCa {
 
     fn sign(&self, identity: &Identity) -> Result<Issued, IdentityError> {
         let signing = |error: rcgen::Error| IdentityError::Signing(error.to_string().into());
+        if identity.trust_domain() != self.trust_domain {
+            let own = &self.trust_domain;
+            let why = format!("{identity} is not of the trust domain of this mesh, {own}");
+            return Err(IdentityError::Signing(why.into()));
+        }
         let now = OffsetDateTime::now_utc();
         let root_ends = self.root_end.at;
         if root_ends <= now {

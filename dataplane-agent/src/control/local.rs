@@ -27,11 +27,34 @@ use file::{
 /// this node's: pods here of another one are told of.
 ///
 /// # Errors
-/// The file cannot be read; it is not as ztunnel wants it.
-pub fn read(file: &Path, node: &str, network: &str) -> Result<Translation, ManifestError> {
+/// The file cannot be read; it is not as ztunnel wants it; a pod here is not of `trust_domain`, the
+/// mesh's: it would have no certificate.
+pub fn read(
+    file: &Path,
+    node: &str,
+    network: &str,
+    trust_domain: &str,
+) -> Result<Translation, ManifestError> {
     let text = std::fs::read_to_string(file).map_err(|e| ManifestError::of_file(file, e))?;
     let mut read = parse(file, &text, node)?;
     let here = |workload: &&Workload| read.local.iter().any(|pod| pod.uid == workload.uid);
+    let stranger = |workload: &Workload| *workload.trust_domain != *trust_domain;
+    if let Some(at) = (read.workloads.iter()).position(|of| stranger(of) && here(&of)) {
+        let Workload {
+            uid,
+            trust_domain: own,
+            ..
+        } = &read.workloads[at];
+        return Err(ManifestError {
+            field: format!("workloads[{at}].trustDomain"),
+            ..ManifestError::of_file(
+                file,
+                format_args!(
+                    "that of {uid} is `{own}`, and the mesh's is `{trust_domain}` (--trust-domain)"
+                ),
+            )
+        });
+    }
     let strange: Vec<String> = read
         .workloads
         .iter()

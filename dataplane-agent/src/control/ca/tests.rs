@@ -129,10 +129,27 @@ async fn a_server_that_is_somebody_else_is_refused() {
 async fn a_client_of_another_trust_domain_is_refused_even_under_the_same_root() {
     let state = tempfile::tempdir().expect("a folder");
     let stranger = identity("spiffe://other/ns/a/sa/alice");
-    let certs = certs(ca(state.path()), &[stranger.clone(), bob()]);
-    let error = both((&certs, &stranger, &[bob()]), (&certs, &bob())).await;
+    let other = EmbeddedCa {
+        trust_domain: "other".into(),
+        ..ca(state.path())
+    };
+    let strangers = certs(other, std::slice::from_ref(&stranger));
+    let certs = certs(ca(state.path()), &[bob()]);
+    let error = both((&strangers, &stranger, &[bob()]), (&certs, &bob())).await;
     let error = error.expect_err("another trust domain");
     assert!(error.starts_with("server:"), "{error}");
+}
+
+#[tokio::test]
+async fn an_identity_of_another_trust_domain_is_not_signed() {
+    let state = tempfile::tempdir().expect("a folder");
+    let stranger = identity("spiffe://other/ns/a/sa/alice");
+    let certs = certs(ca(state.path()), std::slice::from_ref(&stranger));
+    let error = current(&certs, &stranger).await.expect_err("not ours");
+    assert_eq!(
+        error.to_string(),
+        "signing error: spiffe://other/ns/a/sa/alice is not of the trust domain of this mesh, td"
+    );
 }
 
 #[tokio::test]

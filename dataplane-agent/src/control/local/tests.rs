@@ -242,7 +242,11 @@ fn a_pod_here_of_another_network_is_told() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("local.yaml");
     std::fs::write(&file, FILE).expect("a file");
-    let told = |network| read(&file, "here", network).expect("good").problems;
+    let told = |network| {
+        read(&file, "here", network, "cluster.local")
+            .expect("good")
+            .problems
+    };
     assert_eq!(told(""), [""; 0]);
     assert!(told("far")[0].contains("--network"), "{:?}", told("far"));
 }
@@ -351,4 +355,17 @@ fn an_address_that_stands_for_one_of_ipv4_is_that_one() {
         )
         .replace("vips: [/10.96.0.1]", "vips: ['/::ffff:10.96.0.1']");
     assert_eq!(parsed(&text), parsed(FILE));
+}
+
+#[test]
+fn a_pod_here_of_another_trust_domain_is_refused_and_one_elsewhere_is_not() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("local.yaml");
+    std::fs::write(&file, FILE).expect("a file");
+    let read = |node| read(&file, node, "", "mesh.example").map_err(|error| error.to_string());
+    let refused = read("here").expect_err("it would have no certificate");
+    let told = "workloads[0].trustDomain: that of cluster1//v1/Pod/shop/till is `cluster.local`, and the \
+                mesh's is `mesh.example` (--trust-domain)";
+    assert!(refused.ends_with(told), "{refused}");
+    assert!(read("elsewhere").is_ok());
 }
