@@ -5,7 +5,8 @@
 //! come at once are two workers', one that ends at once weighs nothing afterwards, and however many
 //! idle ones there are, they weigh nothing.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::RuntimeMetrics;
@@ -16,54 +17,51 @@ pub const BUSY: u32 = 1000;
 /// A shorter time than this is no interval: chance decides how busy it was.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// The load of one worker. Clones are the same one.
+/// The load of one worker. Clones are the same one. Nobody waits who asks for it.
 #[derive(Clone, Debug)]
 pub struct Load(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     worker: RuntimeMetrics,
-    interval: Mutex<Interval>,
+    made: Instant,
+    interval: Interval,
 }
 
-#[derive(Debug)]
+/// The interval that is going on.
+#[derive(Debug, Default)]
 struct Interval {
-    /// When it began, and how long the worker had been busy by then.
-    began: (Instant, Duration),
-    /// Counts intervals.
-    number: u64,
+    /// When it began, in microseconds. Whoever sets it ends the one before.
+    began: AtomicU64,
+    /// How long the worker had been busy by then, in microseconds.
+    before: AtomicU64,
     /// How busy the worker was in the one before.
-    busy: u32,
-    /// What was begun in this one and has not ended.
-    begun: u32,
+    busy: AtomicU32,
+    /// Which one it is, in the upper half; how much was begun in it and has not ended, in the lower.
+    begun: AtomicU64,
 }
 
 /// What a worker has begun: a connection, or a tunnel.
 #[derive(Debug)]
 pub struct Begun {
     load: Load,
-    interval: u64,
+    interval: u32,
 }
 
 impl Load {
     /// Of the worker whose runtime it is.
     pub fn of(worker: RuntimeMetrics) -> Self {
-        let began = (Instant::now(), Duration::ZERO);
         Self(Arc::new(Inner {
             worker,
-            interval: Mutex::new(Interval {
-                began,
-                number: 0,
-                busy: 0,
-                begun: 0,
-            }),
+            made: Instant::now(),
+            interval: Interval::default(),
         }))
     }
 
     /// The load.
     pub fn now(&self) -> u32 {
-        let mut interval = self.lock();
-        interval.next(Instant::now(), || self.busy());
+        let interval = &self.0.interval;
+        interval.next(self.0.made.elapsed(), || self.busy());
         interval.load()
     }
 
@@ -74,48 +72,73 @@ impl Load {
 
     /// Something is begun; it weighs until the next look, or its end.
     pub fn begin(&self) -> Begun {
-        let mut interval = self.lock();
-        interval.begun += 1;
         Begun {
             load: self.clone(),
-            interval: interval.number,
+            interval: self.0.interval.begin(),
         }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Interval> {
-        let interval = self.0.interval.lock();
-        interval.unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Interval {
-    fn next(&mut self, now: Instant, busy: impl FnOnce() -> Duration) {
-        let (began, before) = self.began;
-        let length = now.saturating_duration_since(began);
-        if length < INTERVAL {
+    /// Ends it if it has lasted for long enough; one of those who look at once does.
+    fn next(&self, now: Duration, busy: impl FnOnce() -> Duration) {
+        let now = micros(now);
+        let began = self.began.load(Ordering::Relaxed);
+        let length = now.saturating_sub(began);
+        if length < micros(INTERVAL) {
             return;
         }
-        let busy = busy();
-        let part = busy.saturating_sub(before).as_micros() * u128::from(BUSY) / length.as_micros();
-        *self = Self {
-            began: (now, busy),
-            number: self.number + 1,
-            busy: u32::try_from(part).map_or(BUSY, |part| part.min(BUSY)),
-            begun: 0,
-        };
+        let ends = (self.began).compare_exchange(began, now, Ordering::Relaxed, Ordering::Relaxed);
+        if ends.is_err() {
+            return;
+        }
+        let busy = micros(busy());
+        let part = busy.saturating_sub(self.before.swap(busy, Ordering::Relaxed));
+        let part = part.saturating_mul(u64::from(BUSY)) / length;
+        let part = u32::try_from(part).map_or(BUSY, |part| part.min(BUSY));
+        self.busy.store(part, Ordering::Relaxed);
+        self.change(|number, _| Some((number.wrapping_add(1), 0)));
     }
 
     fn load(&self) -> u32 {
-        self.busy.saturating_add(self.begun.saturating_mul(BUSY))
+        let (_, begun) = parts(self.begun.load(Ordering::Relaxed));
+        let busy = self.busy.load(Ordering::Relaxed);
+        busy.saturating_add(begun.saturating_mul(BUSY))
     }
+
+    /// Counts one more; in which interval.
+    fn begin(&self) -> u32 {
+        parts(self.begun.fetch_add(1, Ordering::Relaxed)).0
+    }
+
+    /// Of those that were begun in this interval, if it still is, one has ended.
+    fn end(&self, interval: u32) {
+        self.change(|number, begun| (number == interval).then(|| (number, begun - 1)));
+    }
+
+    fn change(&self, to: impl Fn(u32, u32) -> Option<(u32, u32)>) {
+        let change = |both| {
+            let (number, begun) = parts(both);
+            to(number, begun).map(|(number, begun)| u64::from(number) << 32 | u64::from(begun))
+        };
+        // An error says that there is nothing to change.
+        let _ = (self.begun).fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "it is what is meant")]
+fn parts(both: u64) -> (u32, u32) {
+    ((both >> 32) as u32, both as u32)
+}
+
+/// Enough for half a million years.
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Drop for Begun {
     fn drop(&mut self) {
-        let mut interval = self.load.lock();
-        if interval.number == self.interval {
-            interval.begun -= 1;
-        }
+        self.load.0.interval.end(self.interval);
     }
 }
 
@@ -123,50 +146,59 @@ impl Drop for Begun {
 mod tests {
     use super::*;
 
-    fn interval(start: Instant) -> Interval {
-        Interval {
-            began: (start, Duration::ZERO),
-            number: 0,
-            busy: 0,
-            begun: 0,
-        }
+    fn after(milliseconds: u64) -> Duration {
+        Duration::from_millis(milliseconds)
     }
 
     #[test]
     fn a_worker_weighs_by_what_it_did_and_not_by_what_it_holds() {
-        let start = Instant::now();
-        let mut of = interval(start);
-        of.begun = 500;
+        let of = Interval::default();
+        for _ in 0..500 {
+            of.begin();
+        }
         assert_eq!(of.load(), 500 * BUSY, "it is not known yet what they are");
-        of.next(start + Duration::from_secs(1), || Duration::from_millis(5));
+        of.next(after(1000), || after(5));
         assert_eq!(of.load(), 5, "they are idle");
-        of.next(start + Duration::from_secs(3), || {
-            Duration::from_millis(1005)
-        });
+        of.next(after(3000), || after(1005));
         assert_eq!(of.load(), BUSY / 2);
-        of.next(start + Duration::from_secs(4), || Duration::from_secs(9));
+        of.next(after(4000), || after(9000));
         assert_eq!(of.load(), BUSY);
     }
 
     #[test]
     fn a_moment_is_no_interval() {
-        let start = Instant::now();
-        let mut of = interval(start);
-        of.begun = 1;
-        of.next(start + Duration::from_millis(99), || panic!("not asked"));
+        let of = Interval::default();
+        of.begin();
+        of.next(after(99), || panic!("not asked"));
         assert_eq!(of.load(), BUSY);
     }
 
     #[test]
     fn what_ends_weighs_no_more_and_is_not_taken_off_twice() {
-        let runtime = tokio::runtime::Builder::new_current_thread().build();
-        let load = Load::of(runtime.expect("a runtime").metrics());
-        let (first, second) = (load.begin(), load.begin());
-        drop(first);
-        assert_eq!(load.lock().begun, 1);
-        load.lock()
-            .next(Instant::now() + INTERVAL, || Duration::ZERO);
-        drop(second);
-        assert_eq!(load.lock().begun, 0);
+        let of = Interval::default();
+        let (first, second) = (of.begin(), of.begin());
+        of.end(first);
+        assert_eq!(of.load(), BUSY);
+        of.next(INTERVAL, || Duration::ZERO);
+        of.end(second);
+        assert_eq!(of.load(), 0);
+    }
+
+    #[test]
+    fn what_many_begin_and_end_at_once_is_counted_right() {
+        let of = Interval::default();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for number in 0..20_000 {
+                        let begun = of.begin();
+                        of.next(after(number), || after(number / 2));
+                        of.end(begun);
+                    }
+                });
+            }
+        });
+        assert!(of.load() <= BUSY / 2 + 1, "{of:?}");
+        assert_eq!(parts(of.begun.into_inner()).1, 0);
     }
 }

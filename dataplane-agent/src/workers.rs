@@ -1,7 +1,7 @@
 //! The workers: a thread each, with a runtime of its own, on which a connection lives and dies.
 //!
 //! A pod has a home worker, which accepts for it and hands a connection to another one if that has much
-//! less to do. What a worker has to do is how much of the last second it was busy, and what it has begun
+//! less to do; when it is busy itself it looks at two others, in turn. What a worker has to do is how much of the last second it was busy, and what it has begun
 //! since: a connection that is new may turn out to be busy, one that is idle costs nothing. What workers
 //! share is immutable or counts.
 
@@ -352,12 +352,13 @@ impl Worker {
         let (corridor, scope) = (self.corridor.clone(), here.scope.clone());
         let (pod, doors, number) = (Arc::clone(&here.pod), self.doors.clone(), self.number);
         here.entrances.spawn(async move {
+            let mut turn = number;
             loop {
                 let tcp = listener.accept().await;
                 let Some(admitted) = admit(&corridor, &pod, entrance, tcp) else {
                     continue;
                 };
-                match elsewhere(&doors, number) {
+                match elsewhere(&doors, number, &mut turn) {
                     Some(door) => {
                         door.order(Order::Take(Arc::clone(&pod), admitted, door.load.begin()));
                     }
@@ -393,12 +394,23 @@ impl Worker {
     }
 }
 
-/// A worker that has much less to do than this one.
-fn elsewhere(doors: &[Door], here: usize) -> Option<&Door> {
-    let loads = doors.iter().map(|door| (door.load.now(), door));
-    let loads: Vec<(u32, &Door)> = loads.collect();
-    let (least, door) = loads.iter().min_by_key(|(load, _)| *load)?;
-    (least + MUCH <= loads[here].0).then_some(door)
+/// A worker that has much less to do than this one, of two others that have their `turn`: to look at all
+/// would take the longer the more there are.
+fn elsewhere<'a>(doors: &'a [Door], here: usize, turn: &mut usize) -> Option<&'a Door> {
+    let own = doors[here].load.now();
+    if own < MUCH {
+        return None;
+    }
+    let mut other = || {
+        *turn = (*turn + 1) % doors.len();
+        if *turn == here {
+            *turn = (*turn + 1) % doors.len();
+        }
+        &doors[*turn]
+    };
+    let two = [other(), other()].map(|door| (door.load.now(), door));
+    let (least, door) = two.into_iter().min_by_key(|(load, _)| *load)?;
+    (least + MUCH <= own).then_some(door)
 }
 
 /// Begins a connection on this worker.
