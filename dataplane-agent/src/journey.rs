@@ -82,7 +82,7 @@ pub fn admit(
     let arrival = corridor.observer.arrived(peer, local, reporter);
     let places = &corridor.places;
     let place = match entrance {
-        Entrance::Outbound => places.take(&pod.places).map(Placed::Outbound),
+        Entrance::Outbound => corridor.carrier.pool.place(pod).map(Placed::Outbound),
         Entrance::Inbound => {
             let peer = pod.places.peer(None, peer.ip());
             places.take_for(&pod.places, &peer).map(Placed::InClear)

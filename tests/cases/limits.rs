@@ -172,6 +172,28 @@ fn over_the_nodes_limit_the_new_one_is_refused_and_a_pod_that_has_none_yet_is_no
     });
 }
 
+#[test]
+fn a_pods_idle_tunnels_give_way_to_its_connections() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let client = one.pod(&world, "client");
+    let servers = ["a", "b", "c", "d", "e"].map(|name| two.pod(&world, name));
+    let mut setup = world.setup(&one);
+    let limits = ["--connections", "12", "--workers", "1"];
+    setup.arguments.extend(limits.map(String::from));
+    let (first, second) = (Agent::start(setup), world.agent(&two));
+    first.up(&["client"]);
+    second.up(&["a", "b", "c", "d", "e"]);
+    eventually("all are in the mesh", 10, || first.tunnelled() >= 6);
+    let _apps = servers.each_ref().map(|server| server.serve(PORT));
+    // Of twelve places it may have six, and five are those of tunnels.
+    for server in &servers {
+        assert!(client.ask(server.at(PORT), "x").is_ok());
+    }
+    let many = client.app(&["many", &servers[0].at(PORT).to_string(), "4"]);
+    assert_eq!(opened(&many), 4);
+}
+
 /// How many connections it has opened.
 fn opened(many: &Process) -> usize {
     let line = many.line();

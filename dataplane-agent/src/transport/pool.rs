@@ -117,9 +117,12 @@ impl Pool {
         });
     }
 
-    /// A place for one more tunnel: where there is none, the pod's own idle ones give way, and never
-    /// another pod's, which would dial theirs anew for what this one does.
-    fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
+    /// A place for one more connection from the pod, or a tunnel: where there is none, the pod's own idle
+    /// tunnels give way, and never another pod's, which would dial theirs anew for what this one does.
+    ///
+    /// # Errors
+    /// There is none, and on this worker no tunnel of the pod is idle.
+    pub fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
         self.means.place(pod).or_else(|_| {
             self.release(Duration::ZERO, |source| source == pod.instance);
             self.means.place(pod)
