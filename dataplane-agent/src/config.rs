@@ -10,7 +10,8 @@ use std::time::Duration;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
-use crate::observe::log::{self, Format};
+use crate::observe::levels;
+use crate::observe::log::Format;
 
 /// Options of `dataplane run`.
 #[derive(Args, Clone, Debug)]
@@ -83,7 +84,7 @@ pub struct RunOptions {
     pub secret_ttl: Duration,
     /// What is logged: a level (off, error, warn, info, debug, trace), or target=level, separated by
     /// commas. Targets are the third word of each line, or what it begins with: access, control.
-    #[arg(long, env = "RUST_LOG", value_name = "LEVELS", default_value = DEFAULT_LEVELS, value_parser = levels)]
+    #[arg(long, env = "RUST_LOG", value_name = "LEVELS", default_value = DEFAULT_LEVELS, value_parser = directives)]
     pub log: String,
     /// How it is logged.
     #[arg(
@@ -294,10 +295,10 @@ fn domain(text: &str) -> Result<String, String> {
 }
 
 /// Kubernetes' way of not setting a variable is to set it to nothing.
-fn levels(text: &str) -> Result<String, String> {
+fn directives(text: &str) -> Result<String, String> {
     match text {
         "" => Ok(DEFAULT_LEVELS.into()),
-        text => log::check(text).map(|()| text.to_owned()),
+        text => levels::check(text).map(|()| text.to_owned()),
     }
 }
 

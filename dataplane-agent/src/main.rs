@@ -8,8 +8,8 @@ use dataplane_agent::capture::uninstall::Done;
 use dataplane_agent::cli::{self, Cli, Command, UninstallOptions, check, load, status, uninstall};
 use dataplane_agent::config::{RunOptions, unknown_variable};
 use dataplane_agent::exit::Exit;
-use dataplane_agent::observe::log;
 use dataplane_agent::observe::writer::WAITING;
+use dataplane_agent::observe::{levels, log};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -56,7 +56,7 @@ fn run(options: RunOptions) -> ExitCode {
         Ok(level) => level,
         Err(error) => return fail(Exit::Settings, &format!("--log: {error}")),
     };
-    if let Some(told) = log::unknown_targets(&options.log) {
+    if let Some(told) = levels::unknown_targets(&options.log) {
         tracing::warn!("--log: {told}");
     }
     let ended = agent::privileges().and_then(|()| {

@@ -13,7 +13,6 @@ use time::format_description::BorrowedFormatItem;
 use time::macros::format_description;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
-use tracing_subscriber::filter::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
@@ -21,7 +20,7 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::writer;
+use super::{levels, writer};
 
 /// The most bytes of a field.
 const FIELD: usize = 1 << 10;
@@ -59,8 +58,8 @@ impl Level {
     /// # Errors
     /// They are not directives, or of targets that there are not.
     pub fn set(&self, directives: &str) -> Result<(), String> {
-        check(directives)?;
-        if let Some(told) = unknown_targets(directives) {
+        levels::check(directives)?;
+        if let Some(told) = levels::unknown_targets(directives) {
             return Err(told);
         }
         (self.set)(directives)?;
@@ -88,7 +87,7 @@ impl Level {
 /// # Errors
 /// The directives are none; the log is started already.
 pub fn start(directives: &str, format: Format, waiting: usize) -> Result<Level, String> {
-    let filter = parse(directives)?;
+    let filter = levels::parse(directives)?;
     let (filter, handle) = reload::Layer::new(filter);
     let writer = writer::Writer::to_stderr(waiting).map_err(|error| error.to_string())?;
     let writer = WRITER.get_or_init(|| writer);
@@ -113,7 +112,7 @@ pub fn start(directives: &str, format: Format, waiting: usize) -> Result<Level, 
         }
     }));
     let set = move |directives: &str| {
-        let filter = parse(directives)?;
+        let filter = levels::parse(directives)?;
         handle.reload(filter).map_err(|error| error.to_string())
     };
     Ok(Level {
@@ -149,110 +148,6 @@ pub fn say(line: &str) {
         None => _ = writeln!(io::stderr(), "{line}"),
     }
     flush();
-}
-
-/// The first parts of the targets of our own modules, as they are in the log.
-const ROOMS: [&str; 19] = [
-    "accept",
-    "agent",
-    "authorize",
-    "capture",
-    "cli",
-    "config",
-    "control",
-    "drain",
-    "exit",
-    "hbone",
-    "identity",
-    "journey",
-    "limits",
-    "load",
-    "observe",
-    "resolve",
-    "sys",
-    "transport",
-    "workers",
-];
-/// Others of which something may be logged: those that are no module, and libraries.
-const OTHERS: [&str; 14] = [
-    "access",
-    "kernel",
-    "dataplane",
-    "dataplane_agent",
-    "dataplane_ebpf",
-    "aya",
-    "axum",
-    "h2",
-    "hyper",
-    "hyper_util",
-    "mio",
-    "notify",
-    "rustls",
-    "tokio",
-];
-const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-
-/// Checks directives: each a level, or `target=level`.
-///
-/// # Errors
-/// One says no level. Taken as a target it would turn off all others.
-pub fn check(directives: &str) -> Result<(), String> {
-    for directive in directives.split(',') {
-        let level = directive
-            .rsplit_once('=')
-            .map_or(directive, |(_, level)| level);
-        if !LEVELS.iter().any(|known| level.eq_ignore_ascii_case(known)) {
-            return Err(format!("`{level}` is no level, {} are", LEVELS.join(", ")));
-        }
-    }
-    Ok(())
-}
-
-/// What to say of targets of which nothing will ever be logged, if there are such.
-pub fn unknown_targets(directives: &str) -> Option<String> {
-    let targets = directives
-        .split(',')
-        .filter_map(|directive| Some(directive.rsplit_once('=')?.0));
-    let room = |target: &str| {
-        target
-            .split([':', '['])
-            .next()
-            .unwrap_or_default()
-            .to_owned()
-    };
-    let is_known = |target: &&str| {
-        let room = room(target);
-        ROOMS.iter().chain(&OTHERS).any(|known| *known == room)
-    };
-    let unknown: Vec<String> = targets
-        .filter(|target| !is_known(target))
-        .map(|target| format!("`{target}`"))
-        .collect();
-    (!unknown.is_empty()).then(|| {
-        format!(
-            "nothing is logged of {}; targets begin with access, kernel, {}",
-            unknown.join(", "),
-            ROOMS.join(", ")
-        )
-    })
-}
-
-/// Targets as they are in the log, and as they are in the code.
-fn parse(directives: &str) -> Result<EnvFilter, String> {
-    let of_ours = |directive: &str| {
-        let is_ours = ROOMS.iter().any(|room| {
-            let rest = directive.strip_prefix(room);
-            rest.is_some_and(|rest| rest.starts_with("=") || rest.starts_with("::"))
-        });
-        match is_ours {
-            true => format!("dataplane_agent::{directive}"),
-            false => directive.to_owned(),
-        }
-    };
-    let all: Vec<String> = directives.split(',').map(of_ours).collect();
-    EnvFilter::builder()
-        .parse(all.join(","))
-        .map_err(|error| format!("`{directives}`: {error}"))
 }
 
 /// Writes one line per event.
@@ -448,41 +343,6 @@ mod tests {
         let mut to = String::from("x=");
         fit(&mut to, most, format_args!("{text}"));
         to
-    }
-
-    #[test]
-    fn levels_of_targets_that_there_are_not_are_told() {
-        assert_eq!(
-            unknown_targets("info,access=debug,control::pods=warn,h2=off"),
-            None
-        );
-        assert_eq!(unknown_targets("dataplane_agent::capture=trace"), None);
-        let told = unknown_targets("info,aces=debug,ztunnel::proxy=warn").expect("two");
-        assert!(
-            told.contains("`aces`, `ztunnel::proxy`; targets begin with access"),
-            "{told}"
-        );
-        assert!(check("nonsense").is_err_and(|told| told.contains("`nonsense` is no level")));
-        assert!(check("info,access=loud").is_err());
-    }
-
-    #[test]
-    fn targets_are_those_that_are_in_the_log() {
-        let filter = parse("warn,control::pods=debug,controls=info").expect("directives");
-        let shown = filter.to_string();
-        assert!(
-            shown.contains("dataplane_agent::control::pods=debug"),
-            "{shown}"
-        );
-        assert!(
-            shown.contains("controls=info") && !shown.contains("::controls"),
-            "{shown}"
-        );
-        let modules = include_str!("../lib.rs");
-        let modules = modules
-            .lines()
-            .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
-        assert!(modules.eq(ROOMS), "ROOMS has all modules");
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod admin;
 pub mod dump;
 pub mod kernel;
 pub mod labels;
+pub mod levels;
 pub mod log;
 pub mod metrics;
 pub mod record;

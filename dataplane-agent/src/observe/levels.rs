@@ -1,0 +1,150 @@
+//! What is logged: the words for it, and which of them say nothing.
+
+use tracing_subscriber::filter::EnvFilter;
+
+/// The first parts of the targets of our own modules, as they are in the log.
+const ROOMS: [&str; 19] = [
+    "accept",
+    "agent",
+    "authorize",
+    "capture",
+    "cli",
+    "config",
+    "control",
+    "drain",
+    "exit",
+    "hbone",
+    "identity",
+    "journey",
+    "limits",
+    "load",
+    "observe",
+    "resolve",
+    "sys",
+    "transport",
+    "workers",
+];
+/// Others of which something may be logged: those that are no module, and libraries.
+const OTHERS: [&str; 14] = [
+    "access",
+    "kernel",
+    "dataplane",
+    "dataplane_agent",
+    "dataplane_ebpf",
+    "aya",
+    "axum",
+    "h2",
+    "hyper",
+    "hyper_util",
+    "mio",
+    "notify",
+    "rustls",
+    "tokio",
+];
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+/// Checks directives: each a level, or `target=level`.
+///
+/// # Errors
+/// One says no level. Taken as a target it would turn off all others.
+pub fn check(directives: &str) -> Result<(), String> {
+    for directive in directives.split(',') {
+        let level = directive
+            .rsplit_once('=')
+            .map_or(directive, |(_, level)| level);
+        if !LEVELS.iter().any(|known| level.eq_ignore_ascii_case(known)) {
+            return Err(format!("`{level}` is no level, {} are", LEVELS.join(", ")));
+        }
+    }
+    Ok(())
+}
+
+/// What to say of targets of which nothing will ever be logged, if there are such.
+pub fn unknown_targets(directives: &str) -> Option<String> {
+    let targets = directives
+        .split(',')
+        .filter_map(|directive| Some(directive.rsplit_once('=')?.0));
+    let room = |target: &str| {
+        target
+            .split([':', '['])
+            .next()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let is_known = |target: &&str| {
+        let room = room(target);
+        ROOMS.iter().chain(&OTHERS).any(|known| *known == room)
+    };
+    let unknown: Vec<String> = targets
+        .filter(|target| !is_known(target))
+        .map(|target| format!("`{target}`"))
+        .collect();
+    (!unknown.is_empty()).then(|| {
+        format!(
+            "nothing is logged of {}; targets begin with access, kernel, {}",
+            unknown.join(", "),
+            ROOMS.join(", ")
+        )
+    })
+}
+
+/// The filter of directives, whose targets are as they are in the log or as they are in the code.
+///
+/// # Errors
+/// They are none.
+pub fn parse(directives: &str) -> Result<EnvFilter, String> {
+    let of_ours = |directive: &str| {
+        let is_ours = ROOMS.iter().any(|room| {
+            let rest = directive.strip_prefix(room);
+            rest.is_some_and(|rest| rest.starts_with("=") || rest.starts_with("::"))
+        });
+        match is_ours {
+            true => format!("dataplane_agent::{directive}"),
+            false => directive.to_owned(),
+        }
+    };
+    let all: Vec<String> = directives.split(',').map(of_ours).collect();
+    EnvFilter::builder()
+        .parse(all.join(","))
+        .map_err(|error| format!("`{directives}`: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn levels_of_targets_that_there_are_not_are_told() {
+        assert_eq!(
+            unknown_targets("info,access=debug,control::pods=warn,h2=off"),
+            None
+        );
+        assert_eq!(unknown_targets("dataplane_agent::capture=trace"), None);
+        let told = unknown_targets("info,aces=debug,ztunnel::proxy=warn").expect("two");
+        assert!(
+            told.contains("`aces`, `ztunnel::proxy`; targets begin with access"),
+            "{told}"
+        );
+        assert!(check("nonsense").is_err_and(|told| told.contains("`nonsense` is no level")));
+        assert!(check("info,access=loud").is_err());
+    }
+
+    #[test]
+    fn targets_are_those_that_are_in_the_log() {
+        let filter = parse("warn,control::pods=debug,controls=info").expect("directives");
+        let shown = filter.to_string();
+        assert!(
+            shown.contains("dataplane_agent::control::pods=debug"),
+            "{shown}"
+        );
+        assert!(
+            shown.contains("controls=info") && !shown.contains("::controls"),
+            "{shown}"
+        );
+        let modules = include_str!("../lib.rs");
+        let modules = modules
+            .lines()
+            .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+        assert!(modules.eq(ROOMS), "ROOMS has all modules");
+    }
+}
