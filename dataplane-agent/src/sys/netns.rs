@@ -18,10 +18,14 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, SockaddrStorage, bind,
     recv, socket,
 };
+use nix::sys::statfs::{FsType, fstatfs};
 use tokio::io::unix::AsyncFd;
 
 /// The initial user namespace has this inode number on every machine (`PROC_USER_INIT_INO`).
 const INIT_USER_NS: u64 = 0xEFFF_FFFD;
+
+/// `NSFS_MAGIC` of `linux/magic.h`: what namespaces are files of.
+const MAGIC: FsType = FsType(0x6e73_6673);
 
 /// A network namespace, held open.
 #[derive(Clone, Debug)]
@@ -45,16 +49,23 @@ impl Netns {
     /// # Errors
     /// It is not there, or is not a network namespace.
     pub fn open(path: &Path) -> io::Result<Self> {
-        // Whatever somebody put there is not waited for.
-        let file = File::options()
+        let other = || {
+            let what = format!("{} is not a network namespace", path.display());
+            io::Error::new(io::ErrorKind::InvalidInput, what)
+        };
+        // Whatever somebody put there is only found: to open a device or a FIFO may wait, or do something.
+        let found = File::options()
             .read(true)
-            .custom_flags(libc::O_NONBLOCK)
+            .custom_flags(libc::O_PATH)
             .open(path)?;
+        if fstatfs(&found)?.filesystem_type() != MAGIC {
+            return Err(other());
+        }
+        let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
         // SAFETY: the descriptor is open; this request takes no argument.
         let kind = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
         if kind != libc::CLONE_NEWNET {
-            let what = format!("{} is not a network namespace", path.display());
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+            return Err(other());
         }
         let inode = file.metadata()?.ino();
         Ok(Self {
@@ -318,12 +329,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_namespace_is_refused_and_not_waited_for() {
+    fn what_is_no_namespace_is_refused_and_not_opened() {
         let folder = tempfile::tempdir().expect("a folder");
         let fifo = folder.path().join("fifo");
         let mode = nix::sys::stat::Mode::S_IRWXU;
         nix::unistd::mkfifo(&fifo, mode).expect("a fifo");
-        assert!(Netns::open(&fifo).is_err());
-        assert!(Netns::open(folder.path()).is_err());
+        let writer = {
+            let fifo = fifo.clone();
+            // Waits for somebody who reads.
+            std::thread::spawn(move || File::options().write(true).open(fifo))
+        };
+        for path in [folder.path(), Path::new("/proc/self/ns/user"), &fifo] {
+            // Until the writer waits, and until it would have gone on.
+            let moment = || std::thread::sleep(std::time::Duration::from_millis(50));
+            moment();
+            let refused = Netns::open(path).expect_err("no network namespace");
+            assert!(refused.to_string().contains("is not a network namespace"));
+            moment();
+            assert!(!writer.is_finished(), "{} was opened", path.display());
+        }
+        File::open(&fifo).expect("the writer goes on");
+        writer.join().expect("it ends").expect("it was opened");
     }
 }
