@@ -15,7 +15,9 @@ use dataplane_tests::bpf::keys;
 use dataplane_tests::cgroup::Cgroup;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
+use dataplane_tests::world::Mounted;
 use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, scaled};
+use nix::mount::MntFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -337,6 +339,29 @@ fn a_pod_has_so_many_cgroups_and_others_when_they_are_gone() {
     eventually("those that are gone are forgotten", 10, || {
         known() == MOST - 8
     });
+}
+
+#[test]
+fn c7_what_was_changed_is_undone_in_a_namespace_that_has_a_mount_alone() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    let mut agent = world.agent(&node);
+    agent.up(&["client"]);
+    agent.kill();
+    let name = Path::new("/run/netns").join(&client.netns.name);
+    let mount = Mounted::bind(&name, world.folder().join("somewhere else"));
+    nix::mount::umount2(&name, MntFlags::MNT_DETACH).expect("it is mounted");
+    for pid in processes(&client.cgroup) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("a process");
+    }
+    world.manifests.remove_pod("demo", "client");
+    agent.restart();
+    eventually("nothing is left of it on its node", 15, || {
+        world.traces("one").is_empty()
+    });
+    let _named = Mounted::over(mount.path(), name);
+    assert_eq!(client.traces(), Vec::<String>::new());
 }
 
 #[test]

@@ -305,6 +305,21 @@ impl Mounted {
         Self::of("tmpfs", folder, Some("size=256k"))
     }
 
+    /// Mounts a file on another one that it makes.
+    pub fn bind(file: &Path, at: PathBuf) -> Self {
+        fs::write(&at, "").expect("a file");
+        Self::over(file, at)
+    }
+
+    /// Mounts a file on another one.
+    pub fn over(file: &Path, at: PathBuf) -> Self {
+        let bind = nix::mount::MsFlags::MS_BIND;
+        nix::mount::mount(Some(file), &at, None::<&Path>, bind, None::<&Path>).unwrap_or_else(
+            |error| panic!("mount {} on {}: {error}", file.display(), at.display()),
+        );
+        Self(at)
+    }
+
     fn of(kind: &str, folder: PathBuf, options: Option<&str>) -> Self {
         fs::create_dir(&folder).expect("a folder");
         let none = nix::mount::MsFlags::empty();

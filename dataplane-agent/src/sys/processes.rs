@@ -1,18 +1,17 @@
-//! One look at the network namespaces of this machine, by the processes and the names that hold them.
+//! One look at the network namespaces of this machine, by the processes and the mounts that hold them.
 //!
 //! What a look does not find is gone only if the look was whole: [`namespaces`] fails where something
 //! kept it from looking, and says what it was not allowed to see.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::caps;
-
-/// Where named network namespaces are.
-const NAMES: &str = "/run/netns";
 
 /// Where the kernel tells of the process namespace that this process is in.
 const OWN: &str = "/proc/self/ns/pid";
@@ -63,13 +62,14 @@ pub struct Look {
 /// A network namespace that somebody holds.
 #[derive(Debug, Default)]
 pub struct Namespace {
-    /// A way to open it: its name if it has one, which outlives processes.
+    /// A way to open it: where it is mounted if it is, which outlives processes.
     pub path: PathBuf,
     /// The processes in it.
     pub processes: Vec<u32>,
 }
 
-/// Looks at all processes, and at the names in `/run/netns`.
+/// Looks at all processes, and at what is mounted: that is how a namespace has a name, in `/run/netns`
+/// or elsewhere.
 ///
 /// # Errors
 /// Something kept it from looking, such as a lack of descriptors, or of the right to see other
@@ -100,19 +100,50 @@ pub fn namespaces() -> io::Result<Look> {
         namespace.path = path;
         namespace.processes.push(pid);
     }
-    let names = match fs::read_dir(NAMES) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(look),
-        names => names?,
-    };
-    for entry in names {
-        let path = entry?.path();
-        if let Some(of) = stat(&path)?
-            && of.dev() == own.dev()
-        {
-            look.namespaces.entry(of.ino()).or_default().path = path;
+    for (inode, path) in mounted(&fs::read("/proc/self/mountinfo")?) {
+        let namespace = look.namespaces.entry(inode).or_default();
+        // Something else may be mounted over it: then it is there, by a way that is none.
+        let is_there =
+            fs::metadata(&path).is_ok_and(|of| (of.dev(), of.ino()) == (own.dev(), inode));
+        if is_there || namespace.processes.is_empty() {
+            namespace.path = path;
         }
     }
     Ok(look)
+}
+
+/// The network namespaces that are mounted somewhere, and where, from the text of
+/// `/proc/self/mountinfo`.
+fn mounted(mounts: &[u8]) -> impl Iterator<Item = (u64, PathBuf)> {
+    mounts.split(|byte| *byte == b'\n').filter_map(|line| {
+        let mut words = line.split(|byte| *byte == b' ').skip(3);
+        let (root, at) = (words.next()?, words.next()?);
+        let inode = root.strip_prefix(b"net:[")?.strip_suffix(b"]")?;
+        let inode = std::str::from_utf8(inode).ok()?.parse().ok()?;
+        Some((inode, PathBuf::from(OsString::from_vec(unescaped(at)))))
+    })
+}
+
+/// A path as it is; the kernel writes `\040` for a blank, and so on.
+fn unescaped(mut word: &[u8]) -> Vec<u8> {
+    let mut path = Vec::with_capacity(word.len());
+    while let [first, rest @ ..] = word {
+        let digits = rest
+            .get(..3)
+            .and_then(|digits| std::str::from_utf8(digits).ok());
+        let byte = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match byte {
+            Some(byte) if *first == b'\\' => {
+                path.push(byte);
+                word = &rest[3..];
+            }
+            _ => {
+                path.push(*first);
+                word = rest;
+            }
+        }
+    }
+    path
 }
 
 /// The namespace that a process is in: of its first thread, or of another one where that has ended.
@@ -153,6 +184,22 @@ pub fn has_ended(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mounted_namespaces_are_found_wherever_they_are() {
+        let mounts = b"22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw\n\
+            90 22 0:4 net:[4026532008] /run/netns/a\\040b rw shared:9 - nsfs nsfs rw\n\
+            91 22 0:4 mnt:[4026532009] /run/m rw - nsfs nsfs rw\n\
+            92 22 0:4 net:[4026532010] /srv/\xff\\134x rw - nsfs nsfs rw\n";
+        let path = |bytes: &[u8]| PathBuf::from(OsString::from_vec(bytes.to_vec()));
+        assert_eq!(
+            mounted(mounts).collect::<Vec<_>>(),
+            [
+                (4_026_532_008, path(b"/run/netns/a b")),
+                (4_026_532_010, path(b"/srv/\xff\\x")),
+            ]
+        );
+    }
 
     #[test]
     fn a_look_finds_the_namespace_that_it_is_in_itself() {
