@@ -342,6 +342,30 @@ fn a_pod_has_so_many_cgroups_and_others_when_they_are_gone() {
 }
 
 #[test]
+fn c7_what_cannot_be_undone_of_a_pod_that_was_half_in_is_undone_later() {
+    let world = World::new();
+    let node = world.node("one");
+    let agent = world.agent(&node);
+    let client = node.bare(&world, "demo", "client");
+    agent.logs(&["started"]);
+    // Where its program is pinned there is something that can be neither replaced nor removed.
+    let cookie = client.netns.cookie();
+    let layouts = fs::read_dir(world.bpffs().join("dataplane/one")).expect("pins");
+    let layout = layouts.map(|layout| layout.expect("a folder").path());
+    let pin = layout.last().expect("a layout").join("pods").join(cookie);
+    fs::create_dir(&pin).expect("a folder");
+    world.manifests.pod(&node.object(&client));
+    agent.logs(&["what was begun cannot be undone"]);
+    world.manifests.remove_pod("demo", "client");
+    agent.logs(&["pod's namespace is not as it was"]);
+    assert!(!world.traces("one").is_empty());
+    fs::remove_dir(&pin).expect("it is empty");
+    eventually("nothing is left of it", 15, || {
+        world.traces("one").is_empty() && client.traces().is_empty()
+    });
+}
+
+#[test]
 fn c7_what_was_changed_is_undone_in_a_namespace_that_has_a_mount_alone() {
     let world = World::new();
     let node = world.node("one");

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -33,6 +34,31 @@ impl Netns {
     pub fn file(&self) -> File {
         let path = format!("/run/netns/{}", self.name);
         File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// Its cookie, as agents name what they have of it.
+    pub fn cookie(&self) -> String {
+        let mut cookie = 0_u64;
+        let mut length = size_of::<u64>() as libc::socklen_t;
+        let done = self.run(|| {
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            // SAFETY: the descriptor is open; the kernel writes as much as the length says.
+            let done = unsafe {
+                libc::getsockopt(
+                    socket.as_raw_fd(),
+                    libc::SOL_SOCKET,
+                    libc::SO_NETNS_COOKIE,
+                    (&raw mut cookie).cast(),
+                    &raw mut length,
+                )
+            };
+            match done {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        });
+        done.expect("a cookie");
+        cookie.to_string()
     }
 
     /// Does these `ip` commands in it, a line each.

@@ -152,7 +152,11 @@ impl Pins {
         remove(&new)?;
         link.pin(&new)
             .map_err(|error| CaptureError::file(&new)(io::Error::other(error)))?;
-        fs::rename(&new, path).map_err(CaptureError::file(path))
+        let renamed = fs::rename(&new, path).map_err(CaptureError::file(path));
+        if renamed.is_err() {
+            remove(&new)?;
+        }
+        renamed
     }
 
     /// The ids of all programs that are attached by what is pinned here.

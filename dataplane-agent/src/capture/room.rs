@@ -452,7 +452,15 @@ impl Room {
                 if !adopted && let Ok(Some(record)) = self.records.of(cookie) {
                     self.release(cookie);
                     if let Err(error) = self.put_back(&record, Some(&desired.netns)).await {
-                        tracing::warn!(%error, "what was begun cannot be undone");
+                        tracing::warn!(%error, "what was begun cannot be undone; it is tried again");
+                        // As one that a predecessor left half in.
+                        let half = Pod {
+                            uid: record.uid.clone(),
+                            netns: Some(desired.netns.clone()),
+                            phase: InPhase::Adopted,
+                            record,
+                        };
+                        self.pods.insert(cookie, half);
                     }
                 }
                 let why = error.to_string();
