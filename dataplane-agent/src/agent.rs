@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use dataplane_ebpf::pod::Node;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::authorize::Authorizer;
@@ -158,7 +158,8 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
 
     // The rooms, from the kernel on.
     let (events, mut pod_events) = mpsc::channel(64);
-    let (room, window, reports, status) = Room::open(config, folder, events)?;
+    let rest = CancellationToken::new();
+    let (room, window, reports, status) = Room::open(config, folder, events, rest.clone())?;
     let root_end = ca.root_end().clone();
     let certs = Certs::new(Arc::new(ca));
     let (mesh_writer, mesh) = mesh::store();
@@ -217,7 +218,8 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         "started"
     );
     let draining = CancellationToken::new();
-    let capture = room.run(to_capture);
+    let (rests, mut at_rest) = oneshot::channel();
+    let capture = room.run(to_capture, rests);
     let control = pods.run(draining.clone());
     let background = async {
         tokio::select! {
@@ -256,13 +258,27 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
             }
         }
     }
-    // What capture has handed on before: the listeners of a pod that has just come are in there.
+    // Capture rests: no pod is enrolled or let go any more, and none is left half in.
+    rest.cancel();
+    loop {
+        tokio::select! {
+            Some(event) = pod_events.recv() => {
+                hold(&certs, &mut held, &event);
+                workers.apply(event);
+            }
+            end = &mut capture => {
+                end?;
+                break;
+            }
+            _ = &mut at_rest => break,
+        }
+    }
+    // What it has handed on before: the listeners of a pod that has just come are in there.
     while let Ok(event) = pod_events.try_recv() {
         hold(&certs, &mut held, &event);
         workers.apply(event);
     }
-    // Capture rests: no pod is enrolled or let go any more. What is configured goes on to hold, for what
-    // runs and for what comes.
+    // What is configured goes on to hold, for what runs and for what comes.
     draining.cancel();
     tokio::select! {
         () = workers.stop(options.drain) => {}

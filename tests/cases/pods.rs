@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use dataplane_tests::bpf::keys;
+use dataplane_tests::bpf::{self, keys};
 use dataplane_tests::cgroup::Cgroup;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
@@ -339,6 +339,39 @@ fn a_pod_has_so_many_cgroups_and_others_when_they_are_gone() {
     eventually("those that are gone are forgotten", 10, || {
         known() == MOST - 8
     });
+}
+
+#[test]
+fn a_pod_that_is_half_in_when_its_agent_is_to_end_is_served_to_the_end() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let outsider = two.bare(&world, "outside", "outsider");
+    let _app = server.serve(PORT);
+    let others: Vec<Pod> = (0..10)
+        .map(|number| one.bare(&world, "demo", &format!("other{number}")))
+        .collect();
+    let apps: Vec<Process> = others.iter().map(|pod| pod.serve(PORT)).collect();
+    let (mut agent, _two) = (patient(&world, &one), world.agent(&two));
+    agent.up(&["client"]);
+    let _live = client.talk(server.at(PORT));
+    for pod in &others {
+        world.manifests.pod(&one.object(pod));
+    }
+    agent.logs(&["pod enrolled", "demo/other"]);
+    agent.ask_to_end();
+    agent.logs(&["draining"]);
+    let of = |text: &str| agent.log().matches(text).count();
+    eventually("it drains", 5, || of("draining") == 1);
+    let steered = |pod: &&Pod| bpf::steering(&pod.netns.file()) > 0;
+    let half = others.iter().filter(steered).count();
+    assert_eq!(half, of("pod enrolled") - 1, "of {}", others.len());
+    for pod in others.iter().filter(steered) {
+        let answer = outsider.ask(pod.at(PORT), "x");
+        assert!(answer.is_ok(), "{}: {answer:?}", pod.name);
+    }
+    drop(apps);
+    agent.kill();
 }
 
 #[test]

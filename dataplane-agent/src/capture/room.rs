@@ -14,6 +14,7 @@ use aya::Ebpf;
 use dataplane_ebpf::pod::Node;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use self::look::Looks;
 use super::enrol::Entered;
@@ -96,6 +97,8 @@ pub struct Room {
     status: watch::Sender<Status>,
     /// When the node's programs are looked at.
     looks: Looks,
+    /// Whether it is to rest.
+    rest: CancellationToken,
     /// Programs, maps and locks of the node, which go with the room. What is pinned stays.
     node: Ebpf,
     pinned: PinnedMaps,
@@ -194,6 +197,7 @@ impl Room {
         config: Config,
         folder: NodeFolder,
         events: mpsc::Sender<PodEvent>,
+        rest: CancellationToken,
     ) -> Result<(Self, Window, Reports, watch::Receiver<Status>), CaptureError> {
         let pins = Pins::new(&config.bpffs, &config.node);
         let lock = pins.make()?;
@@ -235,6 +239,7 @@ impl Room {
             events,
             status,
             looks: Looks::begin(0),
+            rest,
             pinned: PinnedMaps::open(&pins)?,
             node: node.ebpf,
             pins,
@@ -246,15 +251,22 @@ impl Room {
         Ok((room, window, reports, told))
     }
 
-    /// Does what control wants until control is gone. Pods stay captured then.
+    /// Does what control wants until control is gone, or it is to rest: pods stay captured then. It rests
+    /// between two steps, tells so, and keeps what it has: of a pod that is half in the listeners would be
+    /// there, and nobody would accept from them.
     ///
     /// # Errors
     /// The rooms behind this one are gone.
     pub async fn run(
         mut self,
         mut wanted: watch::Receiver<Option<Wanted>>,
+        rests: oneshot::Sender<()>,
     ) -> Result<(), CaptureError> {
         loop {
+            if self.rest.is_cancelled() {
+                let _ = rests.send(());
+                return std::future::pending().await;
+            }
             // Nothing is done before control has said its first word.
             let want = wanted.borrow_and_update().clone();
             if let Some(want) = &want {
@@ -266,6 +278,7 @@ impl Room {
                 changed = wanted.changed() => if changed.is_err() { return Ok(()) },
                 () = until(next) => {}
                 () = idle_or_changed(&mut self.pods) => {}
+                () = self.rest.cancelled() => continue,
             }
             self.go_on().await?;
             self.look().await?;
@@ -308,6 +321,9 @@ impl Room {
         self.hold(&want);
         self.grow(&by_cookie);
         for step in diff(&want, &have) {
+            if self.rest.is_cancelled() {
+                return Ok(false);
+            }
             match step {
                 Step::Enrol(cookie) => {
                     if self
