@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use dataplane_tests::bpf::{self, keys};
-use dataplane_tests::cgroup::Cgroup;
+use dataplane_tests::cgroup::{self, Cgroup};
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
 use dataplane_tests::world::Mounted;
@@ -338,6 +338,37 @@ fn a_pod_has_so_many_cgroups_and_others_when_they_are_gone() {
     containers.drain(..8);
     eventually("those that are gone are forgotten", 10, || {
         known() == MOST - 8
+    });
+}
+
+#[test]
+fn a_cgroup_that_is_too_deep_for_the_kernel_programs_is_told() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    let depth = |folder: &Path| {
+        let below = folder.strip_prefix(cgroup::root()).expect("a cgroup");
+        below.components().count()
+    };
+    let mut deep: Vec<Cgroup> = Vec::new();
+    let mut folder = client.cgroup.folder.clone();
+    while depth(&folder) < 13 {
+        folder.push("deeper");
+        deep.push(Cgroup::new(&folder));
+    }
+    move_to(&client, &folder);
+    let agent = world.agent(&node);
+    agent.up(&["client"]);
+    agent.logs(&["outside_of_cgroups", "processes=1"]);
+    deep.reverse();
+    let pids = processes(&deep[0]);
+    for pid in pids {
+        let procs = deep[1].folder.join("cgroup.procs");
+        fs::write(procs, pid.to_string()).expect("it is moved");
+    }
+    drop(deep.remove(0));
+    eventually("in a higher one it is the pod's", 10, || {
+        agent.status().unwrap_or_default()["pods"][0]["outside"] == 0
     });
 }
 

@@ -15,6 +15,10 @@ use crate::capture::{PodState, Status};
 use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::processes;
 
+/// How deep the kernel programs look for a pod's cgroup: their own `DEPTH`. They do not know who is in a
+/// deeper one for the pod's.
+const DEPTH: u32 = 12;
+
 impl Machine {
     /// Finds the cgroups that are a pod's alone: more than before, if processes came in others, and
     /// without those that were removed. A pod that has had some keeps the last ones: nobody is in them
@@ -74,7 +78,9 @@ impl Machine {
                 Err(_) => {}
             }
         }
-        let outside = folders.iter().filter(|folder| !is_covered(&groups, folder));
+        let mut known = groups.clone();
+        known.retain(|(_, group)| group.level <= DEPTH);
+        let outside = folders.iter().filter(|folder| !is_covered(&known, folder));
         look.outside.insert(uid.clone(), outside.count());
         if let Some(place) = self.places.get_mut(uid)
             && !groups.is_empty()
