@@ -258,6 +258,38 @@ fn c2_the_apps_own_marks_stay_and_a_socket_that_is_connected_anew_is_decided_ane
 }
 
 #[test]
+fn c3_what_is_captured_comes_from_the_pods_own_address_in_every_family() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let (v4, v6) = (pair.client.v4, pair.client.v6);
+    for (to, from, options) in [
+        (pair.server.at(PORT), v4, &[][..]),
+        (pair.server.at(PORT), v4, &["mapped"]),
+        (pair.server.at6(PORT), v6, &[]),
+    ] {
+        let steered = pair.one.counter("steered_outbound");
+        let answer = pair.client.ask_with(to, "x", options);
+        assert_eq!(answer, Ok(format!("{from} x")), "{to} {options:?}");
+        assert!(pair.one.counter("steered_outbound") > steered, "{to}");
+    }
+}
+
+#[test]
+fn c4_who_comes_from_outside_is_answered_by_the_agents_listeners() {
+    let pair = Pair::new();
+    let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
+    let _app = pair.server.serve(PORT);
+    for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
+        let steered = pair.two.counter("steered_inbound");
+        let answer = outsider.ask(to, "x");
+        assert!(answer.is_ok(), "{to}: {answer:?}");
+        assert!(pair.two.counter("steered_inbound") > steered, "{to}");
+        assert!(pair.client.ask(to, "x").is_ok(), "{to}");
+    }
+    assert!(pair.two.counter("steered_hbone") > 0);
+}
+
+#[test]
 fn c5_every_kind_of_tcp_connection_is_captured() {
     let pair = Pair::prepared(|client, _| {
         // Clients may, and every listener does, the agent's too: bits 1, 2 and 0x400.
