@@ -80,6 +80,8 @@ pub const LEAVE: Duration = Duration::from_secs(1);
 /// A tunnel of a peer that carries nothing for as long, or at most twice, is closed: it holds a place. Peers
 /// close theirs sooner, ztunnel as we do after five minutes.
 pub const UNUSED: Duration = Duration::from_secs(15 * 60);
+/// A tunnel that we have ended waits for its peer's end; of one that takes nothing any more, no longer.
+pub const LINGER: Duration = Duration::from_secs(2);
 /// A CONNECT that is not answered for so long asks whether its tunnel is alive.
 pub const DOUBT: Duration = Duration::from_secs(1);
 /// The answer to CONNECT takes no longer: the peer has [`TIMEOUT`] to reach its app, and says so.

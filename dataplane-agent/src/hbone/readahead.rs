@@ -1,15 +1,18 @@
-//! Reads a tunnel's socket in large pieces. rustls asks for one record at a time, at most, which
-//! would be a system call for each 4 to 16 KiB.
+//! A tunnel's socket. It is read in large pieces: rustls asks for one record at a time, at most, which
+//! would be a system call for each 4 to 16 KiB. And it is closed when its peer has taken what was
+//! written.
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep};
 
-use crate::sys::socket::{close_by_end, read};
+use super::LINGER;
+use crate::sys::socket::{close_by_end, read, unacknowledged};
 
 /// The size of a read while little comes.
 const SMALL: usize = 16 << 10;
@@ -31,6 +34,17 @@ pub struct ReadAhead {
     size: usize,
     /// How much has been read in this turn.
     turn: usize,
+    /// We have said our end.
+    linger: Option<Linger>,
+}
+
+/// The wait for the peer's end, after ours. Closing the socket before that would have the kernel answer
+/// what the peer still sends, if only credit, by a reset, and discard what the peer has not taken.
+#[derive(Debug)]
+struct Linger {
+    look: Pin<Box<Sleep>>,
+    /// What was not acknowledged at the last look.
+    unacknowledged: usize,
 }
 
 impl ReadAhead {
@@ -45,6 +59,7 @@ impl ReadAhead {
             taken: 0,
             size: SMALL,
             turn: 0,
+            linger: None,
         }
     }
 
@@ -77,6 +92,29 @@ impl ReadAhead {
             }
             return Poll::Ready(Ok(true));
         }
+    }
+}
+
+impl Linger {
+    fn new(tcp: &TcpStream) -> Self {
+        Self {
+            look: Box::pin(sleep(LINGER)),
+            unacknowledged: unacknowledged(tcp).unwrap_or(0),
+        }
+    }
+
+    /// Completes when the peer has taken nothing for a while.
+    fn poll_over(&mut self, tcp: &TcpStream, context: &mut Context<'_>) -> Poll<()> {
+        while self.look.as_mut().poll(context).is_ready() {
+            // Fails only where the socket is broken.
+            let left = unacknowledged(tcp).unwrap_or(0);
+            if left == 0 || left >= self.unacknowledged {
+                return Poll::Ready(());
+            }
+            self.unacknowledged = left;
+            self.look.as_mut().reset(Instant::now() + LINGER);
+        }
+        Poll::Pending
     }
 }
 
@@ -127,7 +165,27 @@ impl AsyncWrite for ReadAhead {
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.tcp).poll_flush(context)
     }
+    /// Completes when the peer has ended too, or takes no more of what was written.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_shutdown(context)
+        let this = &mut *self;
+        if this.linger.is_none() {
+            ready!(Pin::new(&mut this.tcp).poll_shutdown(context))?;
+            this.linger = Some(Linger::new(&this.tcp));
+        }
+        loop {
+            match this.fill(context) {
+                // Nobody wants it any more.
+                Poll::Ready(Ok(true)) => {}
+                Poll::Ready(Ok(false) | Err(_)) => return Poll::Ready(Ok(())),
+                Poll::Pending => break,
+            }
+        }
+        this.buffer = BytesMut::new();
+        this.taken = 0;
+        let over = this
+            .linger
+            .as_mut()
+            .map(|linger| linger.poll_over(&this.tcp, context));
+        over.unwrap_or(Poll::Ready(())).map(Ok)
     }
 }

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::hbone::readahead::ReadAhead;
 
 /// Writes pieces and ends; what comes back until the other side ends.
 async fn exchange(mut tcp: TcpStream, pieces: &[Vec<u8>]) -> Vec<u8> {
@@ -86,5 +87,61 @@ fn a_peer_that_has_said_its_end_may_stop_reading() {
         client.write_all(b"late").await.expect("not known yet");
         tokio::time::sleep(Duration::from_millis(20)).await;
         client.write_all(b"later").await.expect_err("known now");
+    });
+}
+
+/// A peer that has yet to read still sends, if only a PING: closing the socket at once would have it
+/// answered by a reset, and discard what is left.
+#[test]
+fn what_a_tunnel_sent_before_it_ended_is_delivered() {
+    const SENT: usize = 1 << 20;
+    run(async {
+        let (near, far) = pair().await;
+        let small = socket2::SockRef::from(&far).set_recv_buffer_size(16 << 10);
+        small.expect("set");
+        let server = crate::hbone::server().handshake::<_, Bytes>(ReadAhead::new(near));
+        let client = crate::hbone::client().handshake::<_, Bytes>(far);
+        let (client, server) = tokio::join!(client, server);
+        let ((mut client, mut driven), mut server) =
+            (client.expect("client"), server.expect("server"));
+        let mut pings = driven.ping_pong().expect("nobody has them");
+        let request = http::Request::connect("192.0.2.1:80").body(());
+        let (response, _) = client
+            .send_request(request.expect("a request"), true)
+            .expect("sent");
+        let mut driven = Box::pin(async move { drop(driven.await) });
+        let accepted = beside(&mut driven, server.accept()).await;
+        let (_, mut respond) = accepted.expect("a request").expect("a request");
+        server.graceful_shutdown();
+        let answered = respond.send_response(http::Response::new(()), false);
+        let mut answered = answered.expect("answered");
+        let server = async move { while let Some(Ok(_)) = server.accept().await {} };
+        let mut server = Box::pin(server);
+        let response = beside(&mut driven, beside(&mut server, response)).await;
+        let heard = tokio::time::sleep(Duration::from_millis(100));
+        beside(&mut driven, beside(&mut server, heard)).await;
+
+        answered
+            .send_data(Bytes::from(vec![7; SENT]), true)
+            .expect("sent");
+        // All is written, and nobody reads it yet.
+        let early = tokio::time::timeout(Duration::from_millis(300), &mut server).await;
+        let closed = early.is_ok();
+        drop(early);
+        let server = async move { if closed { drop(server) } else { server.await } };
+        pings.send_ping(h2::Ping::opaque()).expect("sent");
+        let read = async {
+            let mut body = response.expect("an answer").into_body();
+            let mut read = 0;
+            while let Some(bytes) = body.data().await {
+                let bytes = bytes.expect("an orderly end");
+                read += bytes.len();
+                let credit = body.flow_control().release_capacity(bytes.len());
+                credit.expect("it was read");
+            }
+            read
+        };
+        let (read, ..) = tokio::join!(read, driven, server);
+        assert_eq!(read, SENT);
     });
 }
