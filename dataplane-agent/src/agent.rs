@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use dataplane_ebpf::pod::Node;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -314,16 +313,9 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
     let root = cgroup::root().map_err(machine)?;
     let pods = options.cgroup.as_deref().unwrap_or(&root);
     let pods = config::folder("--cgroup", pods).map_err(AgentError::Settings)?;
-    // Outside of what is shown to us is outside of what is captured.
-    let own = cgroup::own(&root).map_err(machine)?;
-    let own = own.and_then(|own| cgroup::id(&root, &own).ok());
     Ok(room::Config {
         cgroup: pods,
-        own: Node {
-            agent_cgroup: own.map_or(0, |own| own.id),
-            hosts: Netns::host_cookies().map_err(machine)?,
-            ..Node::default()
-        },
+        hosts: Netns::host_cookies().map_err(machine)?,
         bpffs: options.places.bpffs.clone(),
         node: options.node.clone(),
         drain: options.drain,

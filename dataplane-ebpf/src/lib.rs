@@ -15,4 +15,4 @@ pub mod pod;
 
 /// Raised when a map's layout changes; part of the path under which maps are pinned, so that an
 /// agent never reads a map of another layout.
-pub const LAYOUT: u32 = 4;
+pub const LAYOUT: u32 = 5;

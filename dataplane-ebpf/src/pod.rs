@@ -44,8 +44,6 @@ pub struct Steered {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Node {
-    /// The id of the agent's own cgroup, which is never captured.
-    pub agent_cgroup: u64,
     /// Cookies of the host's network namespaces, the agent's own among them; 0 is none.
     pub hosts: [u64; 2],
     /// Whether the programs log: 0 is off.
@@ -67,7 +65,7 @@ pub mod listener {
 }
 
 const _: () =
-    assert!(size_of::<Owned>() == 24 && size_of::<Steered>() == 24 && size_of::<Node>() == 32);
+    assert!(size_of::<Owned>() == 24 && size_of::<Steered>() == 24 && size_of::<Node>() == 24);
 
 #[cfg(feature = "user")]
 mod user {

@@ -359,6 +359,38 @@ fn c6_a_pods_process_in_a_namespace_of_its_own_reaches_only_that_namespace() {
 }
 
 #[test]
+fn c3_an_agent_knows_its_own_sockets_wherever_its_process_is() {
+    let mut pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let own = Cgroup::new(&pair.nodes.0.cgroup.folder.join("agent"));
+    pair.one.kill();
+    pair.one.setup().place.cgroup.clone_from(&own.folder);
+    pair.one.restart();
+    pair.one.up(&["client"]);
+    let inner = Cgroup::new(&own.folder.join("inner"));
+    let pid = pair.one.pid().to_string();
+    for cgroup in [&inner, &own] {
+        std::fs::write(cgroup.folder.join("cgroup.procs"), &pid).expect("a process");
+        for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
+            let captured = pair.one.counter("captured");
+            let answer = pair.client.ask(to, "x");
+            assert_eq!(
+                pair.one.counter("captured"),
+                captured + 1,
+                "{to}: {answer:?}"
+            );
+            assert!(answer.is_ok(), "{to}: {answer:?}");
+        }
+        // Nobody else is let pass for being in its cgroup, or for its mark.
+        let ask = ["ask", &pair.server.at(PORT).to_string(), "x", "mark=0x539"];
+        let captured = pair.one.counter("captured");
+        let answer = said(&mut app(&pair.client.netns, &cgroup.folder, &ask));
+        assert_eq!(answer, Ok(format!("{} x", pair.client.v4)));
+        assert_eq!(pair.one.counter("captured"), captured + 1);
+    }
+}
+
+#[test]
 fn c7_a_pod_that_leaves_has_nothing_left_of_it() {
     let mut pair = Pair::new();
     let _app = pair.server.serve(PORT);

@@ -89,6 +89,7 @@ pub async fn enter(
         netns: netns.clone(),
         clients: Clients::default(),
         spoofed: Ports::default(),
+        stamp: Arc::clone(&window.stamp),
     };
     Ok(Entered {
         pod: Arc::new(pod),

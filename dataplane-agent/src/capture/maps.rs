@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockMap};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::pod::{Node, Owned, Steered, listener};
 
 use super::pins::Pins;
+use super::stamp::Stamp;
 use super::{CaptureError, Listeners};
 use crate::sys::cgroup::CgroupId;
 
@@ -24,7 +25,7 @@ pub const SHARED: [&str; 6] = [
     "AYA_LOGS",
 ];
 /// Maps of the programs that are attached to the cgroup; pinned.
-pub const OF_NODE: [&str; 3] = ["PODS", "CGROUPS", "INSIDE"];
+pub const OF_NODE: [&str; 4] = ["PODS", "CGROUPS", "INSIDE", "AGENT"];
 /// Maps of one pod's program.
 pub const OF_POD: [&str; 2] = ["POD", "LISTENERS"];
 
@@ -66,7 +67,7 @@ impl NodeMaps {
         })
     }
 
-    /// Says what is the agent's own and the host's.
+    /// Says what is the host's.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -303,6 +304,14 @@ impl PinnedMaps {
 /// It is not there.
 pub fn events(ebpf: &mut Ebpf) -> Result<RingBuf<MapData>, CaptureError> {
     take(ebpf, "EVENTS")
+}
+
+/// What marks the agent's own sockets.
+///
+/// # Errors
+/// The map is not there.
+pub fn stamp(ebpf: &mut Ebpf) -> Result<Stamp, CaptureError> {
+    take::<SkStorage<_, u32>>(ebpf, "AGENT").map(Stamp::new)
 }
 
 /// Tells a pod's program whose it is, and the listeners.

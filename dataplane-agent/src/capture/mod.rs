@@ -22,6 +22,7 @@ pub mod repair;
 pub mod room;
 pub mod routes;
 pub mod routing;
+pub mod stamp;
 pub mod undo;
 pub mod uninstall;
 pub mod wanted;

@@ -10,6 +10,7 @@ use socket2::SockRef;
 use tokio::sync::oneshot;
 
 use super::ports::{self, Ports, SPOOFED_PORTS};
+use super::stamp::Stamp;
 use crate::identity::Identity;
 use crate::limits::{Handshakes, PodPlaces};
 use crate::sys::netns::Netns;
@@ -56,6 +57,8 @@ pub struct LocalPod {
     pub clients: Clients,
     /// Which port is taken next in a client's name.
     pub spoofed: Ports,
+    /// What the agent's own sockets in it are known by.
+    pub stamp: Arc<Stamp>,
 }
 
 /// Clients of a pod, each with how many connections it has from this port.
@@ -158,6 +161,7 @@ impl LocalPod {
             netns: Netns::own().expect("/proc is there"),
             clients: Clients::default(),
             spoofed: Ports::default(),
+            stamp: Arc::default(),
         })
     }
 
@@ -207,7 +211,7 @@ impl LocalPod {
     /// # Errors
     /// The namespace cannot be entered, or the socket cannot be made; the pod no longer has `from`.
     pub fn socket(&self, from: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
-        self.netns.enter(|| socket::client(from, to))?
+        self.stamped(self.netns.enter(|| socket::client(from, to))?)
     }
 
     /// As [`LocalPod::socket`], for the pod's app at `to`: bound to the client's own address `from`
@@ -223,7 +227,7 @@ impl LocalPod {
             return Err(io::Error::new(io::ErrorKind::AddrNotAvailable, what));
         }
         let plain = self.owns(from) || from.is_loopback() || from.is_ipv4() != to.is_ipv4();
-        self.netns.enter(|| {
+        let made = self.netns.enter(|| {
             if plain {
                 return socket::client(None, to);
             }
@@ -239,7 +243,15 @@ impl LocalPod {
                 self.spoofed.jump(from, to);
             }
             Err(io::ErrorKind::AddrInUse.into())
-        })?
+        })?;
+        self.stamped(made)
+    }
+
+    /// A socket of the agent's own, known to the kernel programs as one.
+    fn stamped(&self, made: io::Result<TcpStream>) -> io::Result<TcpStream> {
+        let socket = made?;
+        self.stamp.put(&socket)?;
+        Ok(socket)
     }
 
     /// The kernel had a connection from the port of the last socket: another one is tried elsewhere.

@@ -25,6 +25,7 @@ use super::programs::{self, Loader, PodProgram};
 use super::reconcile::{Has, Phase, Step, Want, diff};
 use super::repair::Repairs;
 use super::routing::Routing;
+use super::stamp::Stamp;
 use super::undo::{self, Record, Records};
 use super::wanted::{Desired, PodState, PodStatus, Status, Wanted};
 use super::{CaptureError, Listeners, LocalPod, PodEvent, attached, enrol, named};
@@ -41,8 +42,8 @@ const RETRY: Duration = Duration::from_secs(5);
 pub struct Config {
     /// The cgroup that holds the pods.
     pub cgroup: PathBuf,
-    /// What is the agent's own and the host's.
-    pub own: Node,
+    /// Cookies of the host's network namespaces; 0 is none.
+    pub hosts: [u64; 2],
     /// A mounted bpffs.
     pub bpffs: PathBuf,
     /// The node's name.
@@ -56,6 +57,7 @@ pub struct Config {
 pub struct Window {
     maps: Arc<Mutex<NodeMaps>>,
     repairs: Arc<Repairs>,
+    pub(super) stamp: Arc<Stamp>,
 }
 
 impl Window {
@@ -207,7 +209,10 @@ impl Room {
         pins.refuse_without(&records)?;
         let mut loader = Loader::new(&pins);
         let mut node = loader.node()?;
-        node.maps.declare(config.own)?;
+        node.maps.declare(Node {
+            hosts: config.hosts,
+            ..Node::default()
+        })?;
         let reports = Reports {
             events: super::maps::events(&mut node.ebpf)?,
             log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
@@ -226,6 +231,7 @@ impl Room {
         let window = Window {
             maps: Arc::new(Mutex::new(node.maps)),
             repairs: Arc::default(),
+            stamp: Arc::new(super::maps::stamp(&mut node.ebpf)?),
         };
         let (status, told) = watch::channel(Status::new());
         let room = Self {

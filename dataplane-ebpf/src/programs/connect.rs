@@ -15,7 +15,7 @@ use dataplane_ebpf::mark;
 
 use crate::context;
 use crate::maps::{count, leaves, node, owns, report};
-use crate::node_maps::{CGROUPS, INSIDE, PODS};
+use crate::node_maps::{AGENT, CGROUPS, INSIDE, PODS};
 
 const ALLOW: i32 = 1;
 const DENY: i32 = 0;
@@ -50,10 +50,11 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
             bpf_get_current_cgroup_id(),
         )
     };
-    let node = node();
-    if cgroup == node.agent_cgroup {
+    // SAFETY: the context's socket is locked by the connect.
+    if !unsafe { AGENT.get_ptr_mut(ctx) }.is_null() {
         return ALLOW;
     }
+    let node = node();
     let is_pod = PODS.get_ptr(netns).is_some() && !leaves(netns);
     let is_hosts = node.hosts[0] == netns || node.hosts[1] == netns;
     let other = if is_hosts { 0 } else { other(netns) };

@@ -25,6 +25,11 @@ pub(crate) static CGROUPS: HashMap<u64, u64> =
 #[btf_map]
 pub(crate) static INSIDE: SkStorage<u32> = SkStorage::new();
 
+/// On the agent's own sockets that connect in a pod's namespace: they are not captured. Written by the
+/// agent; gone with the socket.
+#[btf_map]
+pub(crate) static AGENT: SkStorage<u32> = SkStorage::new();
+
 /// The map of [`INSIDE`] for the helper itself: aya lends it to the connect hooks only.
 #[inline(always)]
 pub(crate) fn inside() -> *mut core::ffi::c_void {
