@@ -10,7 +10,9 @@ pub const HBONE_PORT: u16 = 15008;
 /// What becomes of a connection that a process of an enrolled pod asks for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Connect {
-    /// It stays in the pod: not our business.
+    /// It is no pod's: not our business.
+    Pass,
+    /// It stays in the pod: it may send by `lo` only.
     Local,
     /// It goes to the agent.
     Capture,
@@ -26,7 +28,7 @@ pub fn connect_elsewhere(to: &Ip, of_pod: bool) -> Connect {
     if of_pod && !to.is_loopback() && !to.is_unspecified() {
         Connect::Refuse(Reason::ForeignCgroup)
     } else {
-        Connect::Local
+        Connect::Pass
     }
 }
 
@@ -111,16 +113,26 @@ pub struct Owns {
 /// interface that owns it and not `lo`. The one exception is `by_lo` to an own address, which only
 /// the agent's connections to the app show.
 ///
+/// From one own address to another it is the pod's if the pod has `begun` it: the pod may have lost
+/// the first one since, and whoever has it now comes by the same interface.
+///
 /// What is not known to be the pod's own and neither came by `lo` nor from the pod is an address that
 /// the pod got a moment ago, or one too many: the agent takes it as plaintext from outside, never as
 /// the pod's wish. From such an address to itself goes past the agent, which would dial it in vain for
 /// ever.
 #[inline(always)]
-pub fn steer(owns: Owns, from: &Ip, to: &Ip, to_port: u16, by_lo: bool) -> Steer {
+pub fn steer(
+    owns: Owns,
+    from: &Ip,
+    to: &Ip,
+    to_port: u16,
+    by_lo: bool,
+    begun: impl FnOnce() -> bool,
+) -> Steer {
     if to.is_loopback() || from == to {
         Steer::App
     } else if owns.to {
-        if by_lo || owns.from {
+        if by_lo || (owns.from && begun()) {
             Steer::App
         } else if to_port == HBONE_PORT {
             Steer::Hbone
@@ -148,8 +160,9 @@ mod tests {
         text.parse::<IpAddr>().expect("an address").into()
     }
 
-    /// What the programs look up in their map of addresses.
-    struct Pod(Vec<Ip>);
+    /// What the programs look up in their map of addresses, and whether the pod has begun what it is
+    /// asked of.
+    struct Pod(Vec<Ip>, bool);
 
     impl Pod {
         fn owns(&self, ip: &Ip) -> bool {
@@ -171,12 +184,12 @@ mod tests {
                 from: self.owns(from),
                 to: self.owns(to),
             };
-            steer(owns, from, to, to_port, by_lo)
+            steer(owns, from, to, to_port, by_lo, || self.1)
         }
     }
 
     fn pod(addresses: &[&str]) -> Pod {
-        Pod(addresses.iter().map(|address| ip(address)).collect())
+        Pod(addresses.iter().map(|address| ip(address)).collect(), true)
     }
 
     #[test]
@@ -248,9 +261,9 @@ mod tests {
     #[test]
     fn a_pods_process_in_another_namespace_reaches_only_that_namespace() {
         for (to, of_pod, expected) in [
-            ("1.2.3.4", false, Connect::Local),
-            ("127.0.0.1", true, Connect::Local),
-            ("::", true, Connect::Local),
+            ("1.2.3.4", false, Connect::Pass),
+            ("127.0.0.1", true, Connect::Pass),
+            ("::", true, Connect::Pass),
             ("1.2.3.4", true, Connect::Refuse(Reason::ForeignCgroup)),
             ("fd00::1", true, Connect::Refuse(Reason::ForeignCgroup)),
         ] {
@@ -286,6 +299,20 @@ mod tests {
                 expected,
                 "{from} > {to}:{port} by_lo={by_lo}"
             );
+        }
+    }
+
+    #[test]
+    fn who_has_got_an_address_of_the_pods_is_not_taken_for_it() {
+        let pod = Pod(std::vec![ip("10.1.0.5"), ip("192.168.7.5")], false);
+        for (from, to, by_lo, expected) in [
+            ("192.168.7.5", "10.1.0.5", false, Steer::Inbound),
+            ("192.168.7.5", "10.1.0.5", true, Steer::App),
+            ("10.1.0.5", "10.1.0.5", false, Steer::App),
+            ("10.1.0.5", "127.0.0.1", false, Steer::App),
+        ] {
+            let steered = pod.steer(&ip(from), &ip(to), 80, by_lo);
+            assert_eq!(steered, expected, "{from} > {to} by_lo={by_lo}");
         }
     }
 
@@ -333,7 +360,7 @@ mod tests {
         /// Nothing from outside ever reaches the app past the agent.
         #[test]
         fn from_outside_only_the_agent_is_reached(own: Vec<[u8; 4]>, from: [u8; 4], to: [u8; 4], port: u16) {
-            let pod = Pod(own.iter().map(|octets| IpAddr::from(*octets).into()).collect());
+            let pod = Pod(own.iter().map(|octets| IpAddr::from(*octets).into()).collect(), true);
             let (from, to) = (Ip::from(IpAddr::from(from)), Ip::from(IpAddr::from(to)));
             if !pod.owns(&from) && !to.is_loopback() && from != to {
                 prop_assert!(matches!(pod.steer(&from, &to, port, false), Steer::Inbound | Steer::Hbone));
@@ -344,7 +371,7 @@ mod tests {
         #[test]
         fn what_leaves_the_pod_reaches_the_agent(own: [u8; 4], to: [u8; 4], port: u16, by_lo: bool) {
             let (from, to) = (Ip::from(IpAddr::from(own)), Ip::from(IpAddr::from(to)));
-            let pod = Pod(std::vec![from]);
+            let pod = Pod(std::vec![from], true);
             if !pod.owns(&to) && !to.is_loopback() && !to.is_unspecified() && from != Ip::NONE {
                 prop_assert_eq!(pod.steer(&from, &to, port, by_lo), Steer::Outbound);
             }

@@ -30,6 +30,26 @@ pub struct Owned {
     pub ip: Ip,
 }
 
+/// How many connections of all pods are remembered as [`Begun`]; then the oldest is forgotten.
+pub const BEGUN: u32 = 8192;
+
+/// A connection that a pod has begun from one of its own addresses to another one: a key of the map
+/// `BEGUN`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Begun {
+    /// The cookie of the pod's network namespace.
+    pub netns: u64,
+    /// Where it comes from.
+    pub from: Ip,
+    /// Where it goes.
+    pub to: Ip,
+    /// The port that it comes from.
+    pub from_port: u32,
+    /// The port that it goes to.
+    pub to_port: u32,
+}
+
 /// What a pod's instance of `steer` knows of it. Written once, before the program is attached.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -66,6 +86,7 @@ pub mod listener {
 
 const _: () =
     assert!(size_of::<Owned>() == 24 && size_of::<Steered>() == 24 && size_of::<Node>() == 24);
+const _: () = assert!(size_of::<Begun>() == 48);
 
 #[cfg(feature = "user")]
 mod user {

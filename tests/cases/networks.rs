@@ -4,9 +4,10 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use dataplane_tests::wire::Segment;
-use dataplane_tests::{Pair, Pod, Wire, World, eventually};
+use dataplane_tests::{Pair, Pod, Wire, World, eventually, scaled};
 
 const PORT: u16 = 7000;
 
@@ -168,6 +169,100 @@ fn c1_an_address_that_a_pod_has_no_more_is_not_its_own() {
     pair.one.up(&["client"]);
     let answer = pair.client.ask(pair.server.at(PORT), "x");
     assert_eq!(answer, Ok(format!("{moved} x")));
+}
+
+#[test]
+fn c1_without_an_agent_an_address_that_a_pod_has_no_more_is_not_its_own() {
+    let mut pair = Pair::prepared(|client, _| {
+        client.netns.ip("addr add 10.100.0.1/32 dev eth0\n");
+        client
+            .netns
+            .ip6("addr add fd00:100::1/128 dev eth0 nodad\n");
+    });
+    let _own = pair.client.serve(PORT);
+    let node = &pair.nodes.0;
+    let thief = node.bare(&pair.world, "outside", "thief");
+    let _thieves = thief.serve(PORT);
+    let to: SocketAddr = "10.100.0.1:7000".parse().expect("an address");
+    let to6: SocketAddr = "[fd00:100::1]:7000".parse().expect("an address");
+    // One that it has with itself, and goes on.
+    let mut talks = [to, to6].map(|to| {
+        let mut talk = pair.client.talk(to);
+        talk.say("hello");
+        talk.line();
+        talk
+    });
+    pair.one.kill();
+    pair.client.netns.ip("addr del 10.100.0.1/32 dev eth0\n");
+    thief.netns.ip("addr add 10.100.0.1/32 dev eth0\n");
+    node.netns
+        .ip(&format!("route add 10.100.0.1/32 dev {}\n", thief.veth));
+    pair.client.netns.ip("addr del fd00:100::1/128 dev eth0\n");
+    thief.netns.ip("addr add fd00:100::1/128 dev eth0 nodad\n");
+    node.netns
+        .ip(&format!("route add fd00:100::1/128 dev {}\n", thief.veth));
+    let tap = Wire::tap(node.netns.file(), &pair.client.veth);
+    for (to, own) in [(to, pair.client.at(PORT)), (to6, pair.client.at6(PORT))] {
+        for options in [&[][..], &["mptcp"]] {
+            let answer = pair.client.ask_with(to, "to whom", options);
+            assert!(answer.is_err(), "{to} {options:?}: {answer:?}");
+        }
+        let source = format!("source={}", to.ip());
+        let answer = thief.ask_with(own, "let me in", &[&source]);
+        assert!(answer.is_err(), "{own}: {answer:?}");
+    }
+    talks.iter_mut().for_each(|talk| talk.say("to whom"));
+    std::thread::sleep(scaled(Duration::from_millis(300)));
+    let out =
+        |segment: &Segment| segment.from.0 == pair.client.v4 || segment.from.0 == pair.client.v6;
+    let leaked: Vec<_> = tap
+        .end()
+        .into_iter()
+        .filter(|segment| !segment.payload.is_empty() || (out(segment) && segment.flags & 4 == 0))
+        .collect();
+    assert!(leaked.is_empty(), "{leaked:?}");
+}
+
+#[test]
+fn a_pod_reaches_itself_by_all_of_its_addresses_with_an_agent_and_without() {
+    let mut pair = Pair::prepared(|client, _| {
+        client.netns.ip("addr add 10.100.0.1/32 dev eth0\n");
+        client
+            .netns
+            .ip6("addr add fd00:100::1/128 dev eth0 nodad\n");
+    });
+    pair.world.manifests.mtls("demo", "STRICT");
+    let _own = pair.client.serve(PORT);
+    let at = |ip: &str| SocketAddr::new(ip.parse().expect("an address"), PORT);
+    let v4 = [pair.client.at(PORT), at("10.100.0.1"), at("127.0.0.1")];
+    let v6 = [pair.client.at6(PORT), at("fd00:100::1"), at("::1")];
+    let reaches_itself = |pair: &Pair| {
+        for to in v4.iter().chain(&v6) {
+            for options in [&[][..], &["mptcp"], &["mapped"], &["device=eth0"]] {
+                if to.ip().is_loopback() && options == ["device=eth0"] {
+                    continue; // there is no such way
+                }
+                let answer = pair.client.ask_with(*to, "x", options);
+                assert_eq!(answer, Ok(format!("{} x", to.ip())), "{to} {options:?}");
+            }
+        }
+        // Of its own it may come from each to each.
+        for all in [&v4, &v6] {
+            for (from, to) in [(0, 1), (1, 0), (0, 2), (1, 2)] {
+                let (from, to) = (all[from].ip(), all[to]);
+                for option in [&[][..], &["mptcp"]] {
+                    let source = format!("source={from}");
+                    let options = [&[source.as_str()][..], option].concat();
+                    let answer = pair.client.ask_with(to, "x", &options);
+                    assert_eq!(answer, Ok(format!("{from} x")), "{from} to {to} {option:?}");
+                }
+            }
+        }
+    };
+    reaches_itself(&pair);
+    assert_eq!(pair.one.counter("not_kept"), 0);
+    pair.one.kill();
+    reaches_itself(&pair);
 }
 
 #[test]

@@ -16,9 +16,10 @@ use super::{CaptureError, Listeners};
 use crate::sys::cgroup::CgroupId;
 
 /// Maps that all programs of a node share; pinned.
-pub const SHARED: [&str; 6] = [
+pub const SHARED: [&str; 7] = [
     "NODE",
     "ADDRESSES",
+    "BEGUN",
     "LEAVING",
     "COUNTERS",
     "EVENTS",

@@ -79,19 +79,19 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
             u32::from(decision == Connect::Capture)
         );
     }
+    let captured = decision == Connect::Capture;
     let failed = match decision {
-        Connect::Local => {
-            if is_pod {
-                count(Counter::Local);
-            }
-            (!let_go(ctx)).then_some(Reason::MarkFailed)
-        }
-        Connect::Capture if !keep_inside(ctx) => Some(Reason::StorageFailed),
-        Connect::Capture => {
-            count(Counter::Captured);
-            (!set_mark(ctx, true)).then_some(Reason::MarkFailed)
-        }
         Connect::Refuse(reason) => Some(reason),
+        Connect::Pass => (!let_go(ctx)).then_some(Reason::MarkFailed),
+        // What is local is so only as long as the pod has the address.
+        Connect::Local | Connect::Capture if !keep_inside(ctx) => Some(Reason::StorageFailed),
+        Connect::Local | Connect::Capture => {
+            count(match captured {
+                true => Counter::Captured,
+                false => Counter::Local,
+            });
+            (!set_mark(ctx, captured)).then_some(Reason::MarkFailed)
+        }
     };
     let Some(reason) = failed else {
         return ALLOW;
@@ -201,7 +201,7 @@ fn keep_inside(ctx: &SockAddrContext) -> bool {
     true
 }
 
-/// Frees a socket that was captured and is connected elsewhere now; what another one is marked with is
+/// Frees a socket that was a pod's and is connected elsewhere now; what another one is marked with is
 /// not ours.
 #[inline(always)]
 fn let_go(ctx: &SockAddrContext) -> bool {

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each object uses its own part")]
 
-use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr, bpf_sock_ops};
 use aya_ebpf::programs::{SkLookupContext, SockAddrContext};
 use dataplane_ebpf::address::Ip;
 
@@ -58,6 +58,8 @@ pub(crate) struct Syn {
     pub(crate) from: Ip,
     /// Where it goes.
     pub(crate) to: Ip,
+    /// The port that it comes from.
+    pub(crate) from_port: u16,
     /// The port that it goes to.
     pub(crate) to_port: u16,
     /// Whether it came by `lo`.
@@ -95,7 +97,51 @@ pub(crate) fn syn(ctx: &SkLookupContext) -> Option<Syn> {
     Some(Syn {
         from,
         to,
+        from_port: u16::from_be(field!(remote_port)),
         to_port: field!(local_port) as u16,
         by_lo: field!(ingress_ifindex) == LO,
     })
+}
+
+/// A connection of a TCP socket, as it begins.
+pub(crate) struct Connection {
+    /// The socket's own address.
+    pub(crate) own: Ip,
+    /// The other end's.
+    pub(crate) other: Ip,
+    /// The socket's own port.
+    pub(crate) own_port: u32,
+    /// The other end's.
+    pub(crate) other_port: u32,
+}
+
+/// Reads it.
+#[inline(always)]
+pub(crate) fn connection(ops: *mut bpf_sock_ops) -> Connection {
+    // As in `syn`.
+    macro_rules! field {
+        ($($path:tt)+) => {
+            // SAFETY: the kernel passes a valid context for the length of the call.
+            unsafe { core::ptr::read_volatile(&raw const (*ops).$($path)+) }
+        };
+    }
+    macro_rules! words {
+        ($name:ident) => {
+            [
+                field!($name[0]),
+                field!($name[1]),
+                field!($name[2]),
+                field!($name[3]),
+            ]
+        };
+    }
+    let v4 = (Ip::v4(field!(local_ip4)), Ip::v4(field!(remote_ip4)));
+    let v6 = (Ip::v6(words!(local_ip6)), Ip::v6(words!(remote_ip6)));
+    let (own, other) = if field!(family) == INET { v4 } else { v6 };
+    Connection {
+        own,
+        other,
+        own_port: field!(local_port),
+        other_port: u32::from_be(field!(remote_port)),
+    }
 }

@@ -2,11 +2,11 @@
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::event::Event;
-use dataplane_ebpf::pod::{self, Node, Owned};
+use dataplane_ebpf::pod::{self, Begun, Node, Owned};
 
 /// What holds for all pods; one entry, written by the agent.
 #[map]
@@ -22,6 +22,11 @@ static ADDRESSES: HashMap<Owned, u32> = HashMap::with_max_entries(pod::OWNED, BP
 /// stays captured.
 #[map]
 static LEAVING: HashMap<u64, u32> = HashMap::with_max_entries(pod::PODS, 0);
+
+/// Connections that pods have begun from one of their own addresses to another. Written by `sock_ops`
+/// before the SYN is sent, and read by `steer` as it arrives. When it is full, the oldest is forgotten.
+#[map]
+static BEGUN: LruHashMap<Begun, u32> = LruHashMap::with_max_entries(pod::BEGUN, 0);
 
 /// Counts, a slot per [`Counter`]; written here, read by the agent.
 #[map]
@@ -48,6 +53,18 @@ pub(crate) fn owns(netns: u64, ip: Ip) -> bool {
 #[inline(always)]
 pub(crate) fn leaves(netns: u64) -> bool {
     LEAVING.get_ptr(netns).is_some()
+}
+
+/// Whether the pod has begun it.
+#[inline(always)]
+pub(crate) fn begun(connection: Begun) -> bool {
+    BEGUN.get_ptr(connection).is_some()
+}
+
+/// Remembers what a pod begins. What finds no room is taken for somebody else's, and goes to the agent.
+#[inline(always)]
+pub(crate) fn begin(connection: Begun) {
+    let _ = BEGUN.insert(connection, 1, 0);
 }
 
 /// Counts one. A program that is interrupted here by another one on its CPU may undo what that one

@@ -9,10 +9,10 @@ use aya_log_ebpf::info;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::decide::{self, Owns, Steer};
 use dataplane_ebpf::event::{Event, Reason};
-use dataplane_ebpf::pod::{Steered, listener};
+use dataplane_ebpf::pod::{Begun, Steered, listener};
 
 use crate::context::{self, Syn};
-use crate::maps::{count, leaves, node, owns, report};
+use crate::maps::{begun, count, leaves, node, owns, report};
 
 /// The agent's listeners in this pod. Written by the agent; a listener that is closed leaves.
 #[map]
@@ -29,6 +29,7 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
     let Some(Syn {
         from,
         to,
+        from_port,
         to_port,
         by_lo,
     }) = context::syn(&ctx)
@@ -42,7 +43,16 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
         from: owns(pod.netns, from),
         to: owns(pod.netns, to),
     };
-    let mut steer = decide::steer(owns, &from, &to, to_port, by_lo);
+    let begun = || {
+        begun(Begun {
+            netns: pod.netns,
+            from,
+            to,
+            from_port: u32::from(from_port),
+            to_port: u32::from(to_port),
+        })
+    };
+    let mut steer = decide::steer(owns, &from, &to, to_port, by_lo, begun);
     if leaves(pod.netns) {
         steer = steer.of_one_that_leaves();
     }

@@ -50,8 +50,8 @@ pub fn cgroup(input: &[u8]) {
 
 /// What the kernel programs decide of addresses.
 pub fn decide(input: &[u8]) {
-    type Case = ([Choice; 4], Choice, Choice, u16, [bool; 4]);
-    let Ok((own, from, to, port, [by_lo, foreign, of_pod, interface])) =
+    type Case = ([Choice; 4], Choice, Choice, u16, [bool; 5]);
+    let Ok((own, from, to, port, [by_lo, foreign, of_pod, interface, begun])) =
         Unstructured::new(input).arbitrary::<Case>()
     else {
         return;
@@ -71,6 +71,7 @@ pub fn decide(input: &[u8]) {
         interface,
     };
     match connect(asked, &to) {
+        Connect::Pass => panic!("it is a pod's"),
         Connect::Local => {
             assert!(!foreign, "another's process is in nobody's place");
             assert!(is_here || owns.to, "what leaves the pod is captured");
@@ -83,13 +84,13 @@ pub fn decide(input: &[u8]) {
         Connect::Refuse(_) => assert!(!(asked.family && interface)),
     }
     let elsewhere = connect_elsewhere(&to, of_pod);
-    assert_eq!(elsewhere == Connect::Local, !of_pod || is_here);
+    assert_eq!(elsewhere == Connect::Pass, !of_pod || is_here);
     assert_ne!(elsewhere, Connect::Capture, "no route is there for it");
-    let steered = steer(owns, &from, &to, port, by_lo);
+    let steered = steer(owns, &from, &to, port, by_lo, || begun);
     // From an address to itself is the pod's own, whether the agent knows the address or not.
     if steered == Steer::App && !to.is_loopback() && from != to {
         assert!(
-            owns.to && (by_lo || owns.from),
+            owns.to && (by_lo || (owns.from && begun)),
             "nobody else reaches the app past the agent"
         );
     }
