@@ -4,7 +4,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use h2::server;
 use http::{Method, header, request};
@@ -21,7 +21,7 @@ use crate::hbone::readahead::ReadAhead;
 use crate::hbone::stream::{Shared, Waiting};
 use crate::hbone::window::Windows;
 use crate::hbone::{self, headers};
-use crate::identity::{Certs, Identity, IdentityError, tls};
+use crate::identity::{Certs, Identity, IdentityError, certs, tls};
 use crate::limits::memory::Share;
 use crate::limits::{Full, NodePlaces, Peer, Place, Turns};
 use crate::observe::{Failure, Flag};
@@ -96,6 +96,8 @@ pub struct Tunnel {
     pub identity: Identity,
     /// Whose share of places its requests take from.
     pub peer: Peer,
+    /// When the certificate ends by which the peer is known.
+    until: SystemTime,
     /// What it may have brought that is not delivered.
     share: Share,
     _place: Place,
@@ -127,7 +129,7 @@ pub async fn handshake(
     places: &NodePlaces,
 ) -> Result<Tunnel, AcceptError> {
     let deadline = Instant::now() + hbone::TIMEOUT;
-    let (tls, identity) = tokio::select! {
+    let (tls, identity, until) = tokio::select! {
         biased;
         () = turns.over() => return Err(AcceptError::GaveWay),
         shown = timeout_at(deadline, authenticate(tcp, pod, certs)) => {
@@ -145,17 +147,18 @@ pub async fn handshake(
         connection,
         identity,
         peer,
+        until,
         share: places.undelivered(&pod.places),
         _place: place,
     })
 }
 
-/// Finishes TLS; who the peer is.
+/// Finishes TLS; who the peer is, and until when.
 async fn authenticate(
     tcp: TcpStream,
     pod: &LocalPod,
     certs: &Certs,
-) -> Result<(TlsStream<ReadAhead>, Identity), AcceptError> {
+) -> Result<(TlsStream<ReadAhead>, Identity, SystemTime), AcceptError> {
     let hello = LazyConfigAcceptor::new(Acceptor::default(), ReadAhead::new(tcp));
     let hello = timeout(hbone::HELLO, hello)
         .await
@@ -171,14 +174,15 @@ async fn authenticate(
         let error = io::Error::new(io::ErrorKind::InvalidData, "peer did not choose h2");
         return Err(AcceptError::Tls(error));
     }
-    let identity = tls::peer_identity(session.peer_certificates().unwrap_or_default())?;
-    Ok((tls, identity))
+    let chain = session.peer_certificates().unwrap_or_default();
+    let (identity, until) = (tls::peer_identity(chain)?, certs::end_of(chain)?);
+    Ok((tls, identity, until))
 }
 
 impl Tunnel {
-    /// Hands each request to `take` until the peer leaves. When `closing` completes, or when the tunnel is
-    /// `unused` for so long, the peer is told to open no more (GOAWAY), what runs goes on, and the tunnel
-    /// is closed when it carries nothing.
+    /// Hands each request to `take` until the peer leaves. When `closing` completes, when the peer's
+    /// certificate ends, or when the tunnel is `unused` for so long, the peer is told to open no more
+    /// (GOAWAY), what runs goes on, and the tunnel is closed when it carries nothing.
     pub async fn serve(
         mut self,
         closing: impl Future<Output = ()>,
@@ -188,7 +192,8 @@ impl Tunnel {
         let health = Health::default();
         let lost = keepalive::lost(self.connection.ping_pong(), &health);
         let (look, mut used) = (sleep(unused), false);
-        tokio::pin!(lost, closing, look);
+        let ended = certs::ended(self.until);
+        tokio::pin!(lost, closing, look, ended);
         let shared = Shared::default();
         let mut windows = Windows::new(&shared.undelivered, &self.share);
         let mut told = false;
@@ -197,6 +202,11 @@ impl Tunnel {
                 biased;
                 () = &mut closing, if !told => {
                     told = true;
+                    self.connection.graceful_shutdown();
+                }
+                () = &mut ended, if !told => {
+                    told = true;
+                    tracing::debug!(peer = %self.identity, "the peer's certificate has ended");
                     self.connection.graceful_shutdown();
                 }
                 () = &mut look, if !told => {

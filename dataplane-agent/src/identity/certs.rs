@@ -36,6 +36,8 @@ const LAST_PAUSE: Duration = Duration::from_secs(150);
 const ISSUING: usize = 8;
 /// An issuer that takes longer has failed.
 const ISSUE: Duration = Duration::from_secs(30);
+/// How often the clock is looked at for the end of a peer's certificate.
+const LOOK: Duration = Duration::from_secs(600);
 /// How long a connection waits for the first certificate.
 const WAIT: Duration = Duration::from_secs(10);
 
@@ -173,6 +175,23 @@ fn validity(chain: &[CertificateDer<'_>]) -> Result<(SystemTime, SystemTime), Id
         time(of.not_before.timestamp()),
         time(of.not_after.timestamp()),
     ))
+}
+
+/// When the leaf of a chain ends.
+///
+/// # Errors
+/// It cannot be read.
+pub fn end_of(chain: &[CertificateDer<'_>]) -> Result<SystemTime, IdentityError> {
+    validity(chain).map(|(_, end)| end)
+}
+
+/// Waits until a certificate has ended. The clock may be set meanwhile: it is looked at now and then.
+pub async fn ended(at: SystemTime) {
+    while let Ok(left) = at.duration_since(SystemTime::now())
+        && !left.is_zero()
+    {
+        tokio::time::sleep(left.min(LOOK)).await;
+    }
 }
 
 /// A time, and up to a fifth more or less.

@@ -11,16 +11,25 @@ use super::{Identity, IdentityError, Issued, Issuer};
 pub(crate) struct Ca {
     signer: rcgen::Issuer<'static, KeyPair>,
     pub(super) root: CertificateDer<'static>,
+    /// How long what it issues lives.
+    life: Duration,
 }
 
 impl Ca {
+    /// It issues for a day.
     pub(crate) fn new() -> Self {
+        Self::for_seconds(86400)
+    }
+
+    /// It issues for so long.
+    pub(crate) fn for_seconds(life: i64) -> Self {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let root = params.self_signed(&key).expect("a root").der().clone();
         let signer = rcgen::Issuer::from_ca_cert_der(&root, key).expect("a CA");
-        Self { signer, root }
+        let life = Duration::seconds(life);
+        Self { signer, root, life }
     }
 
     /// A certificate with these names, from yesterday on, which ends so long from now.
@@ -49,10 +58,10 @@ impl Ca {
     }
 }
 
-/// Signs for everybody, for a day.
+/// Signs for everybody.
 impl Issuer for Ca {
     fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, IdentityError>> {
-        let issued = self.sign(vec![uri(&identity.to_string())], Duration::DAY);
+        let issued = self.sign(vec![uri(&identity.to_string())], self.life);
         Box::pin(std::future::ready(Ok(issued)))
     }
 }

@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{RecvStream, SendStream};
@@ -24,6 +25,7 @@ use crate::hbone::readahead::ReadAhead;
 use crate::hbone::stream::{Shared, Stream};
 use crate::hbone::window::Windows;
 use crate::hbone::{self, headers};
+use crate::identity::certs;
 use crate::limits::Place;
 
 /// What a CONNECT says.
@@ -49,6 +51,8 @@ pub struct Tunnel {
     streams: Cell<usize>,
     /// No longer used for new streams.
     pub(super) closed: Cell<bool>,
+    /// When the first of the two ends' certificates ends: from then on neither is who it was.
+    until: SystemTime,
     /// To be closed when it carries nothing.
     leaving: Cell<bool>,
     /// When the last stream ended.
@@ -79,7 +83,7 @@ pub async fn dial(
 ) -> Result<Rc<Tunnel>, TransportError> {
     let Key { to, expected, .. } = key;
     let (to, tls) = (*to, means.client(pod, expected));
-    let tls = tls
+    let (tls, own_end) = tls
         .await
         .map_err(|error| TransportError::Identity(error.into()))?;
     let tcp = super::plain::to_peer(means, pod, key.from, to)
@@ -104,20 +108,25 @@ pub async fn dial(
             let error = io::Error::new(io::ErrorKind::InvalidData, "peer did not choose h2");
             return Err(TransportError::Tls(error.into()));
         }
-        let handshake = hbone::client().handshake::<_, Payload>(tls);
+        let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
+        let peers_end = certs::end_of(chain)
+            .map_err(|error| TransportError::Identity(error.to_string().into()))?;
+        let handshake = hbone::client().handshake::<_, Payload>(tls).await;
         handshake
-            .await
+            .map(|made| (made, peers_end))
             .map_err(|error| TransportError::Handshake(error.to_string().into()))
     };
-    let (send, mut connection) = timeout(hbone::TIMEOUT, handshake).await.map_err(|_| {
-        TransportError::Handshake("the peer did not finish the handshake in time".into())
-    })??;
+    let ((send, mut connection), peers_end) =
+        timeout(hbone::TIMEOUT, handshake).await.map_err(|_| {
+            TransportError::Handshake("the peer did not finish the handshake in time".into())
+        })??;
     let tunnel = Rc::new(Tunnel {
         send: RefCell::new(Some(send)),
         shared: Shared::default(),
         health: Rc::default(),
         streams: Cell::new(0),
         closed: Cell::new(false),
+        until: own_end.min(peers_end),
         leaving: Cell::new(false),
         idle_since: Cell::new(Instant::now()),
         _place: place,
@@ -173,13 +182,18 @@ impl Tunnel {
         self.may_carry() && !self.health.is_late() && !stalled
     }
 
+    /// Whether it takes no more streams, whatever becomes of those that it has.
+    pub fn is_over(&self) -> bool {
+        self.closed.get() || self.until <= SystemTime::now()
+    }
+
     /// Whether one more stream may be opened.
     pub fn may_carry(&self) -> bool {
         let send = self.send.borrow();
         let peer = send
             .as_ref()
             .map_or(0, SendRequest::current_max_send_streams);
-        !self.closed.get() && self.streams.get() < hbone::CLIENT_STREAMS.min(peer.max(1))
+        !self.is_over() && self.streams.get() < hbone::CLIENT_STREAMS.min(peer.max(1))
     }
 
     fn close_if_idle(&self) {

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures_util::future::LocalBoxFuture;
 use tokio::net::{TcpSocket, TcpStream};
@@ -53,10 +54,10 @@ impl Means for OfNode {
         &'a self,
         pod: &'a LocalPod,
         expected: &'a [Identity],
-    ) -> LocalBoxFuture<'a, Result<Arc<rustls::ClientConfig>, String>> {
+    ) -> LocalBoxFuture<'a, Result<(Arc<rustls::ClientConfig>, SystemTime), String>> {
         Box::pin(async move {
             let certificate = self.certs.current(&pod.identity).await;
-            let client = certificate.and_then(|certificate| certificate.client(expected));
+            let client = certificate.and_then(|own| Ok((own.client(expected)?, own.not_after())));
             client.map_err(|error| error.to_string())
         })
     }

@@ -14,6 +14,7 @@ mod tests;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures_util::future::LocalBoxFuture;
 
@@ -47,7 +48,7 @@ pub trait Means {
         &'a self,
         pod: &'a LocalPod,
         expected: &'a [Identity],
-    ) -> LocalBoxFuture<'a, Result<Arc<rustls::ClientConfig>, String>>;
+    ) -> LocalBoxFuture<'a, Result<(Arc<rustls::ClientConfig>, SystemTime), String>>;
     /// A place for one more tunnel of the pod.
     ///
     /// # Errors

@@ -178,7 +178,7 @@ impl Pool {
         let Some(way) = ways.get_mut(key) else {
             return Found::Nothing;
         };
-        way.tunnels.retain(|tunnel| !tunnel.closed.get());
+        way.tunnels.retain(|tunnel| !tunnel.is_over());
         let least = way.tunnels.iter().filter(|tunnel| tunnel.has_room());
         if let Some(tunnel) = least.min_by_key(|tunnel| tunnel.streams()) {
             return Found::Lease(Rc::clone(tunnel).lease());

@@ -1,6 +1,7 @@
 //! Tunnels of a real peer, over loopback.
 
 use bytes::Bytes;
+use h2::client::SendRequest;
 use rustls_pki_types::{IpAddr as Name, Ipv4Addr, ServerName};
 use tokio::net::TcpListener;
 use tokio::task::LocalSet;
@@ -17,16 +18,58 @@ fn who(account: &str) -> Identity {
 
 #[test]
 fn a_tunnel_that_carries_nothing_is_closed_and_no_other() {
+    let lasted = run(tunnel(Ca::new(), UNUSED, async |send| {
+        let stream = open(send).await.expect("a stream");
+        // A little after it was looked at.
+        sleep(UNUSED * 4 + UNUSED / 8).await;
+        end(stream).await.expect("it is there still");
+    }));
+    assert!(lasted >= UNUSED / 2, "{lasted:?}");
+}
+
+#[test]
+fn a_tunnel_takes_nothing_new_when_its_peers_certificate_has_ended_and_what_runs_goes_on() {
+    let ca = Ca::for_seconds(3);
+    let lasted = run(tunnel(ca, Duration::from_secs(60), async |send| {
+        let stream = open(send).await.expect("a stream");
+        sleep(Duration::from_secs(4)).await;
+        open(send).await.expect_err("nothing new");
+        end(stream).await.expect("it is there still");
+    }));
+    assert!(lasted < Duration::from_secs(5), "{lasted:?}");
+}
+
+fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
-    let test = async { timeout(Duration::from_secs(30), unused()).await };
+    let test = async { timeout(Duration::from_secs(30), test).await };
     let done = LocalSet::new().block_on(&runtime.expect("a runtime"), test);
-    done.expect("it is closed in time");
+    done.expect("it is closed in time")
 }
 
-async fn unused() {
-    let (certs, tasks) = (Certs::new(Arc::new(Ca::new())), Scope::new(None));
+type Both = (h2::SendStream<Bytes>, h2::RecvStream);
+
+async fn open(send: &mut SendRequest<Bytes>) -> Result<Both, h2::Error> {
+    let request = http::Request::connect("192.0.2.1:80").body(());
+    let (response, stream) = send.send_request(request.expect("a request"), false)?;
+    Ok((stream, response.await?.into_body()))
+}
+
+/// Says the end, and waits until the peer has let go.
+async fn end((mut stream, mut body): Both) -> Result<(), h2::Error> {
+    stream.send_data(Bytes::new(), true)?;
+    while let Some(Ok(_)) = body.data().await {}
+    Ok(())
+}
+
+/// How long a tunnel lasts that a peer with a certificate of this CA has used.
+async fn tunnel(
+    ca: Ca,
+    unused: Duration,
+    use_it: impl AsyncFnOnce(&mut SendRequest<Bytes>),
+) -> Duration {
+    let (certs, tasks) = (Certs::new(Arc::new(ca)), Scope::new(None));
     certs.hold(&who("client"));
     certs.hold(&who("server"));
     tasks.spawn(certs.clone().rotate());
@@ -51,7 +94,7 @@ async fn unused() {
                 stream.outgoing.finish().expect("it is there");
             });
         };
-        tunnel.serve(std::future::pending(), UNUSED, take).await;
+        tunnel.serve(std::future::pending(), unused, take).await;
     };
     let connect = async {
         let own = certs.current(&who("client")).await.expect("a certificate");
@@ -66,21 +109,15 @@ async fn unused() {
             .await;
         let (mut send, connection) = h2.expect("HTTP/2");
         let use_it = async {
-            let request = http::Request::connect("192.0.2.1:80").body(());
-            let sent = send.send_request(request.expect("a request"), false);
-            let (response, mut stream) = sent.expect("sent");
-            response.await.expect("an answer");
-            sleep(UNUSED * 4).await;
-            stream
-                .send_data(Bytes::new(), true)
-                .expect("it is there still");
-            Instant::now()
+            use_it(&mut send).await;
+            // Whoever has it may send more: the peer does not leave of itself.
+            (send, Instant::now())
         };
-        let (ended, used) = tokio::join!(connection, use_it);
+        let (ended, (_send, used)) = tokio::join!(connection, use_it);
         ended.expect("an end in order");
         used.elapsed()
     };
     let ((), lasted) = tokio::join!(serve, connect);
-    assert!(lasted >= UNUSED / 2, "{lasted:?}");
     assert_eq!(places.taken(), 0);
+    lasted
 }

@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use futures_util::future::LocalBoxFuture;
 use tokio_rustls::server::TlsStream;
@@ -28,7 +29,11 @@ pub(super) struct Client {
 impl Client {
     /// Of a node with so many places, and the peer that it connects to.
     pub(super) async fn new(places: usize) -> (Self, Peer) {
-        let certs = Certs::new(Arc::new(Ca::new()));
+        Self::with_certificates_of(Ca::new(), places).await
+    }
+
+    pub(super) async fn with_certificates_of(ca: Ca, places: usize) -> (Self, Peer) {
+        let certs = Certs::new(Arc::new(ca));
         certs.hold(&who("client"));
         certs.hold(&who("server"));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
@@ -129,11 +134,11 @@ impl Means for Loopback {
         &'a self,
         pod: &'a LocalPod,
         expected: &'a [Identity],
-    ) -> LocalBoxFuture<'a, Result<Arc<rustls::ClientConfig>, String>> {
+    ) -> LocalBoxFuture<'a, Result<(Arc<rustls::ClientConfig>, SystemTime), String>> {
         Box::pin(async move {
             let certificate = self.certs.current(&pod.identity).await;
             certificate
-                .and_then(|own| own.client(expected))
+                .and_then(|own| Ok((own.client(expected)?, own.not_after())))
                 .map_err(|error| error.to_string())
         })
     }
@@ -177,7 +182,7 @@ impl Peer {
     }
 
     /// Answers all CONNECTs; does not return.
-    async fn serve(self, answers: Answers) {
+    pub(super) async fn serve(self, answers: Answers) {
         let mut dead = answers.dead_at_first;
         loop {
             let tls = self.accept().await;

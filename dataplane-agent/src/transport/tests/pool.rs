@@ -6,6 +6,7 @@ use super::super::TransportError;
 use super::super::pool::Key;
 use super::peer::{Answers, Client, key, pod, who, with_peer};
 use super::*;
+use crate::identity::test_ca::Ca;
 use crate::limits::Full;
 
 #[test]
@@ -221,5 +222,22 @@ fn connections_that_are_given_up_at_once_do_not_end_their_tunnel() {
         let (seen, first) = give_up(60).await;
         let first = first.expect("no end").expect("the tunnel goes on");
         assert_eq!((seen, &*first), (60, &b"still"[..]));
+    });
+}
+
+#[test]
+fn what_is_new_takes_no_tunnel_whose_certificates_have_ended() {
+    run(async {
+        let ca = Ca::for_seconds(3);
+        let (client, peer) = Client::with_certificates_of(ca, 100).await;
+        let test = async {
+            let (mut first, _lease) = client.connect().await.expect("connected");
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            client.connect().await.expect("connected");
+            assert_eq!(client.dials(), 2);
+            let end = tokio::time::timeout(Duration::from_millis(100), next(&mut first)).await;
+            assert!(end.is_err(), "what runs goes on: {end:?}");
+        };
+        beside(peer.serve(Answers::default()), test).await;
     });
 }
