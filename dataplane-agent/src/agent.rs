@@ -16,13 +16,14 @@ use crate::capture::uninstall::canonical;
 use crate::capture::{self, CaptureError, Instance, PodEvent, Room, room};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
-use crate::control::ca::{EmbeddedCa, RootEnd};
+use crate::control::ca::RootEnd;
 use crate::control::enrolled;
 use crate::control::local;
 use crate::control::machine::Machine;
 use crate::control::manifests::{Folder, MeshConfig, Watch};
 use crate::control::pods::{Ends, Pods, Source, State, View};
 use crate::control::recording::Recording;
+use crate::control::state::{SharedState, StateError};
 use crate::exit::Exit;
 use crate::identity::{Certs, Identity};
 use crate::limits::NodePlaces;
@@ -101,24 +102,32 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     }
     let mut signals = Signals::new()?;
     let config = room_config(&options)?;
-    // What is configured first: a wrong file stops the start before anything is touched.
-    fs::create_dir_all(&options.state).map_err(|error| {
-        AgentError::Settings(format!("--state: {}: {error}", options.state.display()))
-    })?;
-    let source = source(&options)?;
-    let ca = EmbeddedCa::open(&options.state, &options.trust_domain, options.secret_ttl)
-        .map_err(|error| AgentError::Settings(error.to_string()))?;
-    let machine = Machine::new(&config.cgroup).map_err(|error| {
-        AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
-    })?;
-
-    let mark = Mark {
+    let mut mark = Mark {
         node: options.node.clone(),
         bpffs: canonical(&options.places.bpffs),
         cgroup: config.cgroup.clone(),
         state: canonical(&options.state),
         cluster_id: options.cluster_id.clone(),
+        root: None,
     };
+    // What is configured first: a wrong file stops the start before pods and programs are touched.
+    let known = node_folder::known_root(&options.places.run_dir, &mark)?;
+    let (state, ca) = SharedState::open(
+        &options.state,
+        known.as_deref(),
+        &options.trust_domain,
+        options.secret_ttl,
+    )
+    .map_err(|error| match error {
+        StateError::Ca(error) => AgentError::Settings(error.to_string()),
+        error => AgentError::Settings(format!("--state: {error}")),
+    })?;
+    (mark.state, mark.root) = (canonical(&options.state), Some(state.root().to_owned()));
+    let source = source(&options, state)?;
+    let machine = Machine::new(&config.cgroup).map_err(|error| {
+        AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
+    })?;
+
     let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
     let captured = node_folder::captured(&options.places.run_dir, &options.node);
     if captured > 0
@@ -322,7 +331,7 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
     })
 }
 
-fn source(options: &RunOptions) -> Result<Source, AgentError> {
+fn source(options: &RunOptions, state: SharedState) -> Result<Source, AgentError> {
     let wrong = |error: String| AgentError::Settings(error);
     if let Some(file) = &options.local_xds_path {
         let node = options.node.as_str();
@@ -338,8 +347,7 @@ fn source(options: &RunOptions) -> Result<Source, AgentError> {
     // As it was given, and not what it leads to: another folder may take its place.
     let dir =
         std::path::absolute(folder).map_err(|error| wrong(format!("--manifests: {error}")))?;
-    let records = enrolled::Records::open(&options.state, options.node.as_str())
-        .map_err(|error| wrong(format!("--state: {}: {error}", options.state.display())))?;
+    let records = enrolled::Records::new(state, options.node.as_str());
     let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
     Ok(Source::Manifests {
         watch: Watch::new(&dir),
@@ -387,11 +395,13 @@ fn sources(
 /// nodes know that. One that may not run yet does not count: it may never.
 ///
 /// # Errors
-/// What is waited for: the first look at the machine, an enrolment, or a capture that is broken.
+/// What is waited for: the first look at the machine, the state that nodes share, an enrolment, or a capture that is broken.
 fn ready(view: &View) -> Result<(), String> {
     let any = |state| view.pods.iter().any(|pod| pod.state == state && pod.here);
     if !view.looked {
         Err("pods".into())
+    } else if view.away {
+        Err("state".into())
     } else if any(State::Waiting) {
         Err("enrolment".into())
     } else if any(State::Broken) {

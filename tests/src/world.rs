@@ -320,8 +320,17 @@ impl Mounted {
         Self(at)
     }
 
+    /// Mounts an empty disk over a folder that is there: as if what was mounted there had gone.
+    pub fn empty_over(folder: &Path) -> Self {
+        Self::on("tmpfs", folder.to_owned(), Some("mode=755"))
+    }
+
     fn of(kind: &str, folder: PathBuf, options: Option<&str>) -> Self {
         fs::create_dir(&folder).expect("a folder");
+        Self::on(kind, folder, options)
+    }
+
+    fn on(kind: &str, folder: PathBuf, options: Option<&str>) -> Self {
         let none = nix::mount::MsFlags::empty();
         nix::mount::mount(Some(kind), &folder, Some(kind), none, options)
             .unwrap_or_else(|error| panic!("mount {kind} on {}: {error}", folder.display()));

@@ -36,6 +36,9 @@ pub struct Mark {
     /// The cluster that its pods are of.
     #[serde(default = "default_cluster")]
     pub cluster_id: String,
+    /// The fingerprint of the state's root; none before agents wrote it.
+    #[serde(default)]
+    pub root: Option<String>,
 }
 
 /// What the setting is if it is not given, and was for all whose mark does not say it.
@@ -47,7 +50,7 @@ impl Mark {
     /// Which settings are not those that pods were captured with. Programs that are pinned in one place
     /// are not seen from another; attached to another cgroup they miss what the pods send; from another
     /// state the nodes cannot be told that a pod leaves; and of another cluster it would be another pod.
-    fn differs_from(&self, found: &Self) -> String {
+    fn differs_from(&self, found: &Self) -> Option<String> {
         let clusters = [&found.cluster_id, &self.cluster_id].map(Path::new);
         let differ: Vec<String> = [
             ("--bpffs", found.bpffs.as_path(), self.bpffs.as_path()),
@@ -61,12 +64,13 @@ impl Mark {
             format!("{setting} {}, not {}", there.display(), given.display())
         })
         .collect();
-        format!(
+        let told = format!(
             "pods of node {} are captured by an agent that was started with {}: start it so again, or \
              uninstall it first",
             self.node,
             differ.join(", and with ")
-        )
+        );
+        (!differ.is_empty()).then_some(told)
     }
 }
 
@@ -98,10 +102,11 @@ impl NodeFolder {
             return Err(CaptureError::NotOurs { path, what });
         }
         let folder = Self::lock(path)?;
-        if let Some(found) = read(&folder.path)?.filter(|found| found != mark)
+        if let Some(found) = read(&folder.path)?
+            && let Some(why) = mark.differs_from(&found)
             && !folder.records()?.each()?.is_empty()
         {
-            return Err(CaptureError::OtherPlace(mark.differs_from(&found)));
+            return Err(CaptureError::OtherPlace(why));
         }
         folder.mark(mark)?;
         Ok(folder)
@@ -185,6 +190,26 @@ impl NodeFolder {
     }
 }
 
+/// The fingerprint of the root that an agent of the node had of the state of `mark`, if one is known.
+///
+/// # Errors
+/// Pods are captured with other places.
+pub fn known_root(run_dir: &Path, mark: &Mark) -> Result<Option<String>, CaptureError> {
+    let found = match read(&run_dir.join(mark.node.as_str())) {
+        Err(CaptureError::File { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(None);
+        }
+        found => found?,
+    };
+    let Some(found) = found else {
+        return Ok(None);
+    };
+    match mark.differs_from(&found) {
+        Some(why) if captured(run_dir, &mark.node) > 0 => Err(CaptureError::OtherPlace(why)),
+        _ => Ok(found.root.filter(|_| found.state == mark.state)),
+    }
+}
+
 /// How many pods of a node an agent has left captured, as far as its folder says.
 pub fn captured(run_dir: &Path, node: &NodeName) -> usize {
     let pods = entries(&run_dir.join(node.as_str()).join(PODS)).unwrap_or_default();
@@ -259,6 +284,7 @@ mod tests {
             cgroup: "/cgroup".into(),
             state: "/state".into(),
             cluster_id: DEFAULT_CLUSTER.into(),
+            root: None,
         }
     }
 

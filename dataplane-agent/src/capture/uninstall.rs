@@ -20,6 +20,7 @@ pub struct Ended {
     folder: NodeFolder,
     pins: Pins,
     cgroup: PathBuf,
+    root: Option<String>,
     _lock: Option<std::fs::File>,
 }
 
@@ -70,8 +71,14 @@ impl Ended {
             folder,
             pins,
             cgroup: mark.cgroup,
+            root: mark.root,
             _lock,
         })
+    }
+
+    /// The fingerprint of the root of its state, if its agent wrote it.
+    pub fn root(&self) -> Option<&str> {
+        self.root.as_deref()
     }
 
     /// Lets go of its pods, and removes all that is left of its agent.

@@ -6,6 +6,7 @@ use super::UninstallOptions;
 use crate::agent::{self, AgentError};
 use crate::capture::uninstall::{Done, Ended};
 use crate::control::enrolled::Records;
+use crate::control::state::SharedState;
 
 /// Between the removal of the pods' records and the end of their capture: other nodes stop dialling
 /// them by HBONE.
@@ -24,7 +25,7 @@ pub async fn run(options: &UninstallOptions) -> Result<Done, AgentError> {
         &options.state,
         node,
     )?;
-    let left = match withdraw(options) {
+    let left = match withdraw(options, ended.root()) {
         Ok(0) => None,
         Ok(_) => {
             tokio::time::sleep(NOTICE).await;
@@ -41,9 +42,10 @@ pub async fn run(options: &UninstallOptions) -> Result<Done, AgentError> {
 }
 
 /// Tells other nodes that the pods of this one are in the mesh no more; how many there were.
-fn withdraw(options: &UninstallOptions) -> std::io::Result<usize> {
-    if !options.state.is_dir() {
-        return Ok(0);
-    }
-    Records::open(&options.state, options.node.as_str())?.withdraw()
+fn withdraw(options: &UninstallOptions, root: Option<&str>) -> std::io::Result<usize> {
+    let Some(root) = root else {
+        return Ok(0); // It never had a state.
+    };
+    let state = SharedState::known(&options.state, root.to_owned());
+    Records::new(state, options.node.as_str()).withdraw()
 }

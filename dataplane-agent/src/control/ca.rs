@@ -23,7 +23,7 @@ use time::format_description::well_known::Rfc3339;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
-use crate::identity::{Identity, IdentityError, Issued, Issuer};
+use crate::identity::{Identity, IdentityError, Issued, Issuer, sha256};
 
 /// How long the root lives.
 const ROOT_LIFE: time::Duration = time::Duration::days(3650);
@@ -55,7 +55,7 @@ pub enum CaError {
     },
     /// One of the two files is there and the other is not.
     #[error(
-        "{missing} is missing, and {there} is there: bring it back, or remove {folder} for a new CA (agents that run go on with the old root until they are restarted)"
+        "{missing} is missing, and {there} is there: bring it back, or, for a new CA, uninstall all nodes and remove {folder}"
     )]
     Half {
         /// What is not there.
@@ -67,7 +67,7 @@ pub enum CaError {
     },
     /// The folder has something in it, and neither of the two files.
     #[error(
-        "{folder}: has neither root.pem nor key.pem, and {other} is there: bring them back, or remove the folder for a new CA"
+        "{folder}: has neither root.pem nor key.pem, and {other} is there: bring them back, or, for a new CA, uninstall all nodes and remove the folder"
     )]
     Other {
         /// The folder.
@@ -171,7 +171,7 @@ impl EmbeddedCa {
             return Err(CaError::Ttl(ttl));
         }
         let folder = state.join("ca");
-        let (root_path, key_path) = (folder.join("root.pem"), folder.join("key.pem"));
+        let (root_path, key_path) = (root_of(state), key_of(state));
         let there = match read_both(&root_path, &key_path)? {
             (Some(root), Some(key)) => (Some(root), Some(key)),
             (None, None) => {
@@ -245,6 +245,11 @@ impl EmbeddedCa {
         &self.root_end
     }
 
+    /// The fingerprint of its root, by SHA-256.
+    pub fn fingerprint(&self) -> String {
+        sha256(&self.root)
+    }
+
     fn sign(&self, identity: &Identity) -> Result<Issued, IdentityError> {
         let signing = |error: rcgen::Error| IdentityError::Signing(error.to_string().into());
         if identity.trust_domain() != self.trust_domain {
@@ -285,6 +290,38 @@ impl Issuer for EmbeddedCa {
     fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, IdentityError>> {
         Box::pin(std::future::ready(self.sign(identity)))
     }
+}
+
+/// Where the root is.
+pub fn root_of(state: &Path) -> PathBuf {
+    state.join("ca/root.pem")
+}
+
+fn key_of(state: &Path) -> PathBuf {
+    state.join("ca/key.pem")
+}
+
+/// Whether a state has a CA, or a part of one.
+///
+/// # Errors
+/// It cannot be looked at.
+pub fn is_there(state: &Path) -> io::Result<bool> {
+    for path in [root_of(state), key_of(state)] {
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            found => return found.map(|_| true),
+        }
+    }
+    Ok(false)
+}
+
+/// The fingerprint of the root that is in a file, by SHA-256.
+///
+/// # Errors
+/// It cannot be read.
+pub fn fingerprint_of(root: &Path) -> io::Result<String> {
+    let root = CertificateDer::from_pem_slice(&fs::read(root)?).map_err(io::Error::other)?;
+    Ok(sha256(&root))
 }
 
 /// The root and its key, each if it is there.

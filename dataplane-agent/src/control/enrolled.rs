@@ -13,6 +13,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::manifests::{LocalPodSpec, PodKey};
+use super::state::SharedState;
 use crate::identity;
 
 /// What a record's file ends in while it is written.
@@ -59,6 +60,7 @@ pub struct Said {
 /// The folder.
 #[derive(Clone, Debug)]
 pub struct Records {
+    state: SharedState,
     folder: PathBuf,
     node: String,
 }
@@ -74,16 +76,12 @@ struct Record {
 
 impl Records {
     /// Of a mesh's state, as this node writes them.
-    ///
-    /// # Errors
-    /// The folder cannot be made.
-    pub fn open(state: &Path, node: &str) -> io::Result<Self> {
-        let folder = state.join("enrolled");
-        fs::create_dir_all(&folder)?;
-        Ok(Self {
-            folder,
+    pub fn new(state: SharedState, node: &str) -> Self {
+        Self {
+            folder: state.records(),
+            state,
             node: node.to_owned(),
-        })
+        }
     }
 
     /// Where they are.
@@ -94,9 +92,10 @@ impl Records {
     /// What they say now.
     ///
     /// # Errors
-    /// The folder cannot be read.
+    /// The folder cannot be read, or the state is not the one that was opened.
     pub fn read(&self) -> io::Result<Said> {
         let mut said = Said::default();
+        self.state.look()?;
         let listed = fs::read_dir(&self.folder).map_err(|error| of_file(&self.folder, &error))?;
         for entry in listed {
             let path = entry?.path();
@@ -122,6 +121,8 @@ impl Records {
                 }
             }
         }
+        // It may have gone while it was read.
+        self.state.look()?;
         said.problems.sort();
         Ok(said)
     }
@@ -129,7 +130,7 @@ impl Records {
     /// Says that a pod can be dialled.
     ///
     /// # Errors
-    /// It cannot be written; the file is named.
+    /// It cannot be written, or the state is not the one that was opened; a file is named.
     pub fn write(&self, pod: &LocalPodSpec) -> io::Result<()> {
         let record = Record {
             namespace: pod.namespace.clone(),
@@ -140,6 +141,7 @@ impl Records {
         };
         let path = self.path(&record.namespace, &record.name);
         let new = self.unfinished();
+        self.state.look()?;
         let write = || {
             let mut options = OpenOptions::new();
             options.write(true).create(true).truncate(true).mode(0o644);
@@ -158,8 +160,9 @@ impl Records {
     /// Says that it cannot any more. A record that another node has written since stays.
     ///
     /// # Errors
-    /// It cannot be removed; the file is named.
+    /// It cannot be removed, or the state is not the one that was opened; a file is named.
     pub fn remove(&self, pod: &PodKey) -> io::Result<()> {
+        self.state.look()?;
         let path = self.path(&pod.namespace, &pod.name);
         let removed = match read(&path) {
             Ok(record) if record.node == self.node && key(&record) == *pod => {
@@ -242,6 +245,13 @@ pub(crate) mod tests {
     use super::super::manifests::Wanted;
     use super::*;
 
+    /// The records of a state that is made if it is not there.
+    pub(crate) fn records(state: &Path, node: &str) -> Records {
+        let hour = std::time::Duration::from_secs(3600);
+        let (state, _) = SharedState::open(state, None, "cluster.local", hour).expect("a state");
+        Records::new(state, node)
+    }
+
     pub(crate) fn pod(name: &str, uid: &str) -> LocalPodSpec {
         LocalPodSpec {
             uid: format!("c//Pod/ns/{name}").into(),
@@ -268,10 +278,7 @@ pub(crate) mod tests {
     #[test]
     fn each_node_sees_all_and_removes_its_own() -> io::Result<()> {
         let state = tempfile::tempdir()?;
-        let (one, two) = (
-            Records::open(state.path(), "one")?,
-            Records::open(state.path(), "two")?,
-        );
+        let (one, two) = (records(state.path(), "one"), records(state.path(), "two"));
         one.write(&pod("a", "1"))?;
         two.write(&pod("b", ""))?;
         let read = || Ok::<_, io::Error>(one.read()?.enrolled);
@@ -293,7 +300,7 @@ pub(crate) mod tests {
     #[test]
     fn what_is_being_written_is_no_record_and_goes_with_its_node() -> io::Result<()> {
         let state = tempfile::tempdir()?;
-        let records = Records::open(state.path(), "one")?;
+        let records = records(state.path(), "one");
         let (own, others) = (records.unfinished(), records.folder().join("two.new"));
         fs::write(&own, "{")?;
         fs::write(&others, "{")?;
@@ -313,7 +320,7 @@ pub(crate) mod tests {
     #[test]
     fn a_record_is_of_the_pod_that_its_file_is_named_after() -> io::Result<()> {
         let state = tempfile::tempdir()?;
-        let records = Records::open(state.path(), "one")?;
+        let records = records(state.path(), "one");
         records.write(&pod("a", ""))?;
         fs::rename(records.path("ns", "a"), records.path("ns", "b"))?;
         let read = records.read()?;
@@ -330,7 +337,7 @@ pub(crate) mod tests {
     fn a_record_of_the_longest_names_is_written_and_is_no_other_pods() -> io::Result<()> {
         let state = tempfile::tempdir()?;
         let node = "n".repeat(253);
-        let records = Records::open(state.path(), &node)?;
+        let records = records(state.path(), &node);
         let long = ["a", "b"].map(|last| pod(&("x".repeat(252) + last), "1"));
         for pod in &long {
             records.write(pod)?;
@@ -352,15 +359,12 @@ pub(crate) mod tests {
     fn nodes_that_write_of_the_same_pod_at_once_never_have_half_of_a_record_read() -> io::Result<()>
     {
         let state = tempfile::tempdir()?;
-        let nodes = ["one", "two"].map(|node| Records::open(state.path(), node));
+        let nodes = ["one", "two"].map(|node| records(state.path(), node));
         std::thread::scope(|scope| {
             let writers = nodes.map(|records| {
-                scope.spawn(|| {
-                    let records = records?;
-                    (0..200).try_for_each(|_| records.write(&pod("a", "1")))
-                })
+                scope.spawn(move || (0..200).try_for_each(|_| records.write(&pod("a", "1"))))
             });
-            let records = Records::open(state.path(), "three")?;
+            let records = records(state.path(), "three");
             while !writers.iter().all(|writer| writer.is_finished()) {
                 let problems = records.read()?.problems;
                 assert_eq!(problems.len(), 0, "{problems:?}");

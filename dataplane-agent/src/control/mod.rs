@@ -8,4 +8,5 @@ pub mod machine;
 pub mod manifests;
 pub mod pods;
 pub mod recording;
+pub mod state;
 mod written;

@@ -58,6 +58,8 @@ pub struct View {
     pub problems: Vec<String>,
     /// Whether the machine was looked at yet.
     pub looked: bool,
+    /// Whether the state that nodes share cannot be read.
+    pub away: bool,
 }
 
 /// One pod of this node.
@@ -197,7 +199,9 @@ impl Pods {
         loop {
             self.publish();
             let problems = self.problems(&self.translation, &Look::default());
-            self.view.send_modify(|view| view.problems = problems);
+            let away = self.is_away();
+            self.view
+                .send_modify(|view| (view.problems, view.away) = (problems, away));
             changed(&mut self.source, &mut self.problems).await;
         }
     }
@@ -390,6 +394,13 @@ impl Pods {
         }
     }
 
+    fn is_away(&self) -> bool {
+        match &self.source {
+            Source::Manifests { records, .. } => records.is_away(),
+            Source::Local(_) => false,
+        }
+    }
+
     /// Why other nodes do not know that a pod is served, if that is so.
     fn unrecorded(&self, pod: &LocalPodSpec) -> Option<String> {
         match &self.source {
@@ -430,6 +441,7 @@ impl Pods {
             pods: pods.collect(),
             problems: self.problems(translation, look),
             looked: true,
+            away: self.is_away(),
         };
         self.view.send_if_modified(|old| {
             if let Some(failed) = &look.failed

@@ -21,6 +21,8 @@ pub struct Recording {
     records: Records,
     /// The pods of all nodes, as they could be read last.
     enrolled: Enrolled,
+    /// Whether none of them can be read now.
+    away: bool,
     /// What of them cannot be read now, and why.
     unread: Vec<String>,
     /// Those of this node, as they could be read last.
@@ -51,6 +53,7 @@ impl Recording {
             enrolled: said.enrolled,
             own: said.own,
             records,
+            away: false,
             unread: Vec::new(),
             failed: BTreeMap::new(),
         };
@@ -64,8 +67,15 @@ impl Recording {
         &self.enrolled
     }
 
+    /// Whether the state that nodes share cannot be read now: of what other nodes say since nothing is known.
+    pub fn is_away(&self) -> bool {
+        self.away
+    }
+
     fn look(&mut self) {
-        match self.records.read() {
+        let said = self.records.read();
+        self.away = said.is_err();
+        match said {
             Ok(said) => {
                 self.enrolled = said.enrolled;
                 self.own = said.own;
@@ -183,11 +193,11 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    use super::super::enrolled::tests::{key_of, pod};
+    use super::super::enrolled::tests::{self, key_of, pod};
     use super::*;
 
     fn recording(state: &Path) -> Recording {
-        Recording::new(Records::open(state, "one").expect("a folder")).expect("no record yet")
+        Recording::new(tests::records(state, "one")).expect("no record yet")
     }
 
     #[test]
@@ -237,7 +247,7 @@ mod tests {
     #[test]
     fn a_record_that_cannot_be_read_hides_no_other_and_its_pod_counts_as_enrolled() {
         let state = tempfile::tempdir().expect("a folder");
-        let two = Records::open(state.path(), "two").expect("a folder");
+        let two = tests::records(state.path(), "two");
         two.write(&pod("a", "1")).expect("a record");
         let bad = state.path().join("enrolled/ns.bad.json");
         fs::write(&bad, "{").expect("a file");
@@ -271,7 +281,7 @@ mod tests {
         recording.update(&served, |_| false, Instant::now());
         assert!(recording.enrolled().contains(&key));
         fs::rename(state.path().join("enrolled"), state.path().join("away")).expect("a folder");
-        assert!(recording.enrolled().contains(&key));
+        assert!(recording.enrolled().contains(&key) && recording.is_away());
         recording.update(&served, |_| false, Instant::now());
         assert_eq!(recording.why_not(&key), None, "it was told");
         let problems: Vec<String> = recording.problems().collect();

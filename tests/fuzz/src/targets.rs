@@ -10,6 +10,7 @@ use dataplane_agent::capture::undo;
 use dataplane_agent::control::enrolled::{self, Enrolled};
 use dataplane_agent::control::local as local_file;
 use dataplane_agent::control::manifests::{MeshConfig, Objects, PodKey, Translation, translate};
+use dataplane_agent::control::state::SharedState;
 use dataplane_agent::hbone::headers as words;
 use dataplane_agent::identity::Identity;
 use dataplane_agent::identity::tls::peer_identity;
@@ -198,7 +199,9 @@ pub fn manifests(input: &[u8]) {
 pub fn records(input: &[u8]) {
     static FOLDER: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
     let folder = FOLDER.path();
-    let enrolled = enrolled::Records::open(folder, "here").expect("a folder");
+    let hour = std::time::Duration::from_secs(3600);
+    let (state, _) = SharedState::open(folder, None, "cluster.local", hour).expect("a state");
+    let enrolled = enrolled::Records::new(state, "here");
     fs::write(enrolled.folder().join("ns.a.json"), input).expect("a file");
     let read = enrolled.read().expect("a folder");
     match read.problems.as_slice() {

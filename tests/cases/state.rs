@@ -1,0 +1,130 @@
+//! The state that nodes share, and when it is away: nothing is dialled in clear, and no CA is made, since a
+//! folder is not there.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::fs;
+
+use dataplane_tests::agent::Agent;
+use dataplane_tests::one::tree;
+use dataplane_tests::world::Mounted;
+use dataplane_tests::{One, Pair, Wire, eventually};
+
+const PORT: u16 = 7000;
+
+fn problems(agent: &Agent) -> String {
+    agent.status().unwrap_or_default()["problems"].to_string()
+}
+
+fn is_ready(agent: &Agent) -> bool {
+    agent.get("/healthz/ready").contains(" 200 ")
+}
+
+/// How it is refused that an agent is started again.
+fn refused(agent: &mut Agent) -> String {
+    fs::remove_file(agent.log_file()).expect("a log");
+    agent.restart();
+    eventually("it ends by itself", 20, || !agent.runs());
+    assert_eq!(agent.wait().code(), Some(2), "{}", agent.log());
+    agent.log()
+}
+
+#[test]
+fn c1_while_the_state_is_away_other_nodes_pods_are_dialled_by_hbone_and_no_ca_is_made() {
+    let mut pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let (client, at) = (&pair.client, pair.server.at(PORT));
+    eventually("it is ready", 10, || is_ready(&pair.one));
+    let wire = Wire::watch(pair.nodes.0.netns.file(), "wire", &["by-hbone", "in-clear"]);
+    // What is below a mount that has gone.
+    let away = Mounted::empty_over(&pair.world.state);
+    fs::create_dir(away.path().join("enrolled")).expect("a folder");
+    let there = tree(away.path());
+    for agent in [&pair.one, &pair.two] {
+        eventually("that is told, and it is not ready", 10, || {
+            problems(agent).contains("ca/root.pem: No such file") && !is_ready(agent)
+        });
+        assert_eq!(agent.tunnelled(), 2);
+    }
+    assert!(client.ask(at, "by-hbone").is_ok());
+    pair.one.kill();
+    let said = refused(&mut pair.one);
+    assert!(said.contains("ca/root.pem is missing, as if"), "{said}");
+    assert_eq!(tree(away.path()), there, "nothing is made in its place");
+
+    drop(away);
+    pair.one.restart();
+    pair.one.up(&["client"]);
+    pair.know_each_other();
+    for agent in [&pair.one, &pair.two] {
+        eventually("all is well", 10, || {
+            problems(agent) == "[]" && is_ready(agent)
+        });
+    }
+    assert!(client.ask(at, "by-hbone").is_ok());
+    let (markers, _) = wire.count();
+    assert_eq!(markers[0].1, 0, "in clear: {markers:?}");
+}
+
+#[test]
+fn c1_records_that_are_lost_are_no_word_and_a_start_without_them_is_refused() {
+    let mut pair = Pair::new();
+    let records = pair.world.state.join("enrolled");
+    let away = pair.world.state.join("away");
+    fs::rename(&records, &away).expect("a folder");
+    fs::create_dir(&records).expect("a folder");
+    for agent in [&pair.one, &pair.two] {
+        eventually("that is told, and it is not ready", 10, || {
+            problems(agent).contains("enrolled/mark: is missing") && !is_ready(agent)
+        });
+        assert_eq!(agent.tunnelled(), 2);
+    }
+    pair.one.kill();
+    let said = refused(&mut pair.one);
+    assert!(said.contains("enrolled/mark is missing, as if"), "{said}");
+    assert!(tree(&records).is_empty());
+    // What the error says: that no pod is enrolled.
+    fs::write(records.join("mark"), "").expect("a file");
+    pair.one.restart();
+    pair.one.up(&["client"]);
+    pair.know_each_other();
+}
+
+#[test]
+fn another_root_is_told_and_a_start_with_it_is_refused() {
+    let mut pair = Pair::new();
+    let ca = pair.world.state.join("ca");
+    let other = dataplane_tests::World::new();
+    let node = other.node("one");
+    let mut agent = other.agent(&node);
+    eventually("it has a CA", 20, || {
+        other.state.join("ca/root.pem").exists()
+    });
+    agent.kill();
+    fs::rename(&ca, pair.world.state.join("away")).expect("a folder");
+    fs::rename(other.state.join("ca"), &ca).expect("a folder");
+    eventually("that is told", 10, || {
+        problems(&pair.one).contains("is another root than at the start") && !is_ready(&pair.one)
+    });
+    assert_eq!(pair.one.tunnelled(), 2);
+    pair.one.kill();
+    let said = refused(&mut pair.one);
+    assert!(said.contains("ca/root.pem: has the SHA-256"), "{said}");
+    fs::rename(&ca, other.state.join("ca")).expect("a folder");
+    fs::rename(pair.world.state.join("away"), &ca).expect("a folder");
+    pair.one.restart();
+    pair.one.up(&["client"]);
+}
+
+#[test]
+fn uninstall_while_the_state_is_away_says_what_it_left_there() {
+    let mut one = One::new();
+    one.agent.kill();
+    let away = Mounted::empty_over(&one.world.state);
+    let (status, _, said) = one.agent.uninstall();
+    assert_eq!(status.code(), Some(1), "{said}");
+    for part in ["ca/root.pem: No such file", "may go on dialling pods"] {
+        assert!(said.contains(part), "{said}");
+    }
+    assert!(tree(away.path()).is_empty() && !one.is_captured());
+}
