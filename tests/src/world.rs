@@ -302,7 +302,7 @@ impl Mounted {
 
     /// Mounts a small disk, of 256 KiB, on a folder that it makes.
     pub fn small(folder: PathBuf) -> Self {
-        Self::of("tmpfs", folder, Some("size=256k"))
+        Self::of("tmpfs", folder, Some("size=256k,mode=755"))
     }
 
     /// Mounts a file on another one that it makes.

@@ -6,9 +6,11 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use nix::unistd::geteuid;
 
 use super::ca::{self, CaError, EmbeddedCa};
 
@@ -42,6 +44,16 @@ pub enum StateError {
         found: String,
         /// What it was.
         wanted: String,
+    },
+    /// Others may write to it.
+    #[error(
+        "{path}: {what}: whoever writes to it says which pods are dialled in clear, and whose certificates are good"
+    )]
+    Open {
+        /// The part.
+        path: PathBuf,
+        /// What is wrong, and how to mend it.
+        what: String,
     },
     /// Its CA cannot be opened.
     #[error(transparent)]
@@ -77,6 +89,9 @@ impl SharedState {
         ttl: Duration,
     ) -> Result<(Self, EmbeddedCa), StateError> {
         let (root, records) = (ca::root_of(folder), folder.join(RECORDS));
+        for part in [folder, &folder.join("ca"), &root, &records] {
+            guard(part)?;
+        }
         let missing = |missing: &Path, why: String, remedy: &str| StateError::Missing {
             missing: missing.to_owned(),
             why,
@@ -173,6 +188,31 @@ fn make(records: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Refuses a part that others than root and the agent's own user may write to.
+fn guard(path: &Path) -> Result<(), StateError> {
+    let found = match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found.map_err(of_file(path))?,
+    };
+    match fault(found.uid(), found.mode() & 0o7777, geteuid().as_raw()) {
+        Some(what) => Err(StateError::Open {
+            path: path.to_owned(),
+            what,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn fault(owner: u32, mode: u32, own: u32) -> Option<String> {
+    if owner != 0 && owner != own {
+        Some(format!("belongs to user {owner} (chown root)"))
+    } else if mode & 0o022 != 0 {
+        Some(format!("mode {mode:o} (chmod go-w)"))
+    } else {
+        None
+    }
+}
+
 fn has_records(folder: &Path) -> io::Result<bool> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -207,6 +247,8 @@ fn of_file(path: &Path) -> impl Fn(io::Error) -> StateError + use<> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     const HOUR: Duration = Duration::from_secs(3600);
@@ -273,6 +315,37 @@ mod tests {
         assert!(
             error.contains("is another root than at the start"),
             "{error}"
+        );
+    }
+
+    #[test]
+    fn a_state_that_others_may_write_to_is_refused_and_it_is_said_how_to_mend_it() {
+        let state = tempfile::tempdir().expect("a folder");
+        open(state.path(), None).expect("a state");
+        let below = ["ca", "enrolled", "ca/root.pem"].map(|part| state.path().join(part));
+        for path in below.iter().map(PathBuf::as_path).chain([state.path()]) {
+            let mode = fs::metadata(path).expect("it is there").mode() & 0o777;
+            let set = |mode| {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("a mode");
+            };
+            for mode in [mode | 0o020, mode | 0o002] {
+                set(mode);
+                let told = format!("{}: mode {mode:o} (chmod go-w)", path.display());
+                let error = refused(state.path(), None);
+                assert!(error.contains(&told), "{error}");
+            }
+            set(mode);
+        }
+        open(state.path(), None).expect("as it was");
+        assert_eq!(
+            fault(0, 0o755, 0)
+                .or(fault(7, 0o700, 7))
+                .or(fault(0, 0o700, 7)),
+            None
+        );
+        assert_eq!(
+            fault(7, 0o755, 0).as_deref(),
+            Some("belongs to user 7 (chown root)")
         );
     }
 
