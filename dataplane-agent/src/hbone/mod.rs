@@ -2,6 +2,7 @@
 //! `transport` (client side) as `identity` is. Numbers are ztunnel's, since it is our peer; where
 //! it leaves a limit to its library, ours is said here.
 
+pub mod batch;
 pub mod headers;
 pub mod keepalive;
 pub mod payload;

@@ -1,20 +1,20 @@
 //! The two kinds of ends that a relay has, as it reads from one and writes to the other.
 
 use std::cell::Cell;
-use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use h2::Reason;
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::relay::{Broken, End};
+use crate::hbone::batch::{Batch, SLICES};
 use crate::hbone::payload::Told;
 use crate::hbone::stream::{Incoming, Outgoing};
 use crate::limits::memory::{Hold, Level, Share};
@@ -26,61 +26,6 @@ const SMALL: usize = 16 << 10;
 const LARGE: usize = 256 << 10;
 /// The same, while the pod has little memory left; then it is `SMALL`.
 const MEDIUM: usize = 64 << 10;
-/// Pieces that are written to a socket at once.
-const SLICES: usize = 32;
-/// A piece smaller than this is copied to the one before it when it has to wait: each costs memory
-/// besides its bytes, and the peer chooses how many there are.
-const PIECE: usize = 4 << 10;
-/// Up to how much is copied together.
-const TOGETHER: usize = 64 << 10;
-
-/// What was read and is not written yet.
-#[derive(Default)]
-pub(super) struct Batch {
-    slices: VecDeque<Bytes>,
-    /// Comes after the slices.
-    small: BytesMut,
-}
-
-impl Batch {
-    pub(super) fn is_empty(&self) -> bool {
-        self.slices.is_empty() && self.small.is_empty()
-    }
-
-    fn push(&mut self, slice: Bytes) {
-        if self.slices.len() < SLICES && self.small.is_empty() {
-            self.slices.push_back(slice);
-        } else if slice.len() < PIECE && self.small.len() < TOGETHER {
-            self.small.extend_from_slice(&slice);
-        } else {
-            self.take_small();
-            self.slices.push_back(slice);
-        }
-    }
-
-    fn take_small(&mut self) {
-        if !self.small.is_empty() {
-            self.slices
-                .push_back(std::mem::take(&mut self.small).freeze());
-        }
-    }
-
-    fn pop(&mut self) -> Option<Bytes> {
-        self.slices.pop_front()
-    }
-
-    fn advance(&mut self, mut written: usize) {
-        while let Some(first) = self.slices.front_mut() {
-            if written < first.len() {
-                first.advance(written);
-                return;
-            }
-            written -= first.len();
-            self.slices.pop_front();
-        }
-    }
-}
-
 /// A socket that is reset when it is dropped before it is [done](Sink::done), as it was made.
 pub(super) struct Socket {
     tcp: TcpStream,
@@ -174,7 +119,7 @@ impl Source {
                     Ok(length) => {
                         *unwritten = length;
                         held.set(length);
-                        batch.push(piece(buffer));
+                        batch.put(piece(buffer));
                         if length == *size {
                             *size = LARGE.min(*size * 4);
                         } else {
@@ -212,6 +157,7 @@ impl Source {
     pub(super) fn hold(&mut self, batch: &mut Batch, context: &mut Context<'_>) {
         if let Self::Stream(_) = self {
             while let Poll::Ready(Ok(true)) = self.poll_read(batch, context) {}
+            batch.keep();
         }
     }
 
@@ -278,15 +224,8 @@ impl Sink {
     ) -> Poll<Result<usize, Broken>> {
         match self {
             Self::Tcp(socket) => {
-                if batch.slices.is_empty() {
-                    batch.take_small();
-                }
                 let mut slices = [IoSlice::new(&[]); SLICES];
-                let mut count = 0;
-                for (slot, slice) in slices.iter_mut().zip(&batch.slices) {
-                    *slot = IoSlice::new(slice);
-                    count += 1;
-                }
+                let count = batch.show(&mut slices);
                 loop {
                     match socket.tcp.try_write_vectored(&slices[..count]) {
                         Ok(written) => {
@@ -294,7 +233,10 @@ impl Sink {
                             return Poll::Ready(Ok(written));
                         }
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                            ready!(socket.tcp.poll_write_ready(context))?;
+                            if socket.tcp.poll_write_ready(context)?.is_pending() {
+                                batch.keep();
+                                return Poll::Pending;
+                            }
                         }
                         Err(error) => {
                             // EPIPE: the peer had said its end before it broke, and that one is true.
@@ -306,11 +248,13 @@ impl Sink {
                 }
             }
             Self::Stream(outgoing) => {
-                batch.take_small();
                 let mut sent = 0;
                 while !batch.is_empty() {
                     match outgoing.poll_room(context) {
-                        Poll::Pending if sent == 0 => return Poll::Pending,
+                        Poll::Pending if sent == 0 => {
+                            batch.keep();
+                            return Poll::Pending;
+                        }
                         Poll::Pending => break,
                         Poll::Ready(()) => {
                             let Some(slice) = batch.pop() else { break };

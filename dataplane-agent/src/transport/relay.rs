@@ -22,7 +22,8 @@ use h2::Reason;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::ends::{Batch, Sink, Socket, Source, halves};
+use super::ends::{Sink, Socket, Source, halves};
+use crate::hbone::batch::Batch;
 use crate::hbone::payload::Told;
 use crate::hbone::stream::Stream;
 use crate::limits::memory::Share;
