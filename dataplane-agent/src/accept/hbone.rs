@@ -194,8 +194,8 @@ impl Tunnel {
         let (look, mut used) = (sleep(unused), false);
         let ended = certs::ended(self.until);
         tokio::pin!(lost, closing, look, ended);
-        let shared = Shared::default();
-        let mut windows = Windows::new(&shared.undelivered, &self.share);
+        let shared = Shared::new(&self.share);
+        let mut windows = Windows::new(&shared.undelivered);
         let mut told = false;
         loop {
             tokio::select! {

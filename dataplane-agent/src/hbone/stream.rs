@@ -9,17 +9,28 @@ use h2::server::SendResponse;
 use h2::{Reason, RecvStream, SendStream};
 use http::{Response, StatusCode};
 
+use super::batch::Batch;
 use super::payload::{Payload, Stalls, Told, Unsent};
 use super::window::Undelivered;
 use crate::limits::memory::Share;
 
 /// What the streams of one tunnel share.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Shared {
     /// What has come and is not delivered.
     pub undelivered: Rc<Undelivered>,
     /// Who cannot send.
     pub stalls: Rc<Stalls>,
+}
+
+impl Shared {
+    /// Of a tunnel of a pod that has this share for what is not delivered.
+    pub fn new(share: &Share) -> Self {
+        Self {
+            undelivered: Rc::new(Undelivered::new(share)),
+            stalls: Rc::default(),
+        }
+    }
 }
 
 /// A stream that is connected.
@@ -35,16 +46,8 @@ impl Stream {
     /// Of the engine's halves.
     pub fn new(send: SendStream<Payload>, receive: RecvStream, shared: &Shared) -> Self {
         Self {
-            outgoing: Outgoing {
-                send,
-                unsent: Unsent::new(&shared.stalls),
-                done: false,
-            },
-            incoming: Incoming {
-                receive,
-                undelivered: Rc::clone(&shared.undelivered),
-                held: 0,
-            },
+            outgoing: Outgoing::new(send, &shared.stalls),
+            incoming: Incoming::new(receive, &shared.undelivered),
         }
     }
 }
@@ -59,6 +62,14 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
+    fn new(send: SendStream<Payload>, stalls: &Rc<Stalls>) -> Self {
+        Self {
+            send,
+            unsent: Unsent::new(stalls),
+            done: false,
+        }
+    }
+
     /// Counts what waits to be written in a pod's share of memory, and keeps to it; once.
     pub fn share(&self, share: &Share) {
         self.unsent.share(share);
@@ -146,15 +157,43 @@ pub struct Incoming {
     receive: RecvStream,
     undelivered: Rc<Undelivered>,
     held: usize,
+    /// What was read before anybody could take it.
+    early: Batch,
 }
 
 impl Incoming {
+    fn new(receive: RecvStream, undelivered: &Rc<Undelivered>) -> Self {
+        Self {
+            receive,
+            undelivered: Rc::clone(undelivered),
+            held: 0,
+            early: Batch::default(),
+        }
+    }
+
+    /// Takes over what has come, as long as nobody can take it: the engine would hold it uncounted.
+    fn hold(&mut self, context: &mut Context<'_>) {
+        while let Poll::Ready(Some(Ok(bytes))) = self.receive(context) {
+            if !bytes.is_empty() {
+                self.early.push(bytes);
+            }
+        }
+        self.early.keep();
+    }
+
     /// The next bytes; `None` at the end, and only if the peer has said it. What the peer sent before
     /// it reset the stream comes before the error.
     pub fn poll_read(
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Bytes, h2::Error>>> {
+        match self.early.pop() {
+            Some(bytes) => Poll::Ready(Some(Ok(bytes))),
+            None => self.receive(context),
+        }
+    }
+
+    fn receive(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, h2::Error>>> {
         let read = self.receive.poll_data(context);
         if let Poll::Ready(Some(Ok(bytes))) = &read {
             self.held += bytes.len();
@@ -182,8 +221,8 @@ impl Drop for Incoming {
 #[derive(Debug)]
 pub struct Waiting {
     respond: SendResponse<Payload>,
-    receive: RecvStream,
-    shared: Shared,
+    incoming: Incoming,
+    stalls: Rc<Stalls>,
 }
 
 impl Waiting {
@@ -191,15 +230,19 @@ impl Waiting {
     pub fn new(respond: SendResponse<Payload>, receive: RecvStream, shared: &Shared) -> Self {
         Self {
             respond,
-            receive,
-            shared: shared.clone(),
+            incoming: Incoming::new(receive, &shared.undelivered),
+            stalls: Rc::clone(&shared.stalls),
         }
     }
 
-    /// Completes when the peer does not wait any more.
+    /// Completes when the peer does not wait any more. Meanwhile what it sends is counted.
     pub async fn gone(&mut self) {
         // Either way: it was reset, or the tunnel has ended.
-        let _ = std::future::poll_fn(|context| self.respond.poll_reset(context)).await;
+        let _ = std::future::poll_fn(|context| {
+            self.incoming.hold(context);
+            self.respond.poll_reset(context)
+        })
+        .await;
     }
 
     /// Tells the peer that it is connected.
@@ -213,7 +256,10 @@ impl Waiting {
             response.headers_mut().insert("baggage", baggage);
         }
         let send = self.respond.send_response(response, false)?;
-        Ok(Stream::new(send, self.receive, &self.shared))
+        Ok(Stream {
+            outgoing: Outgoing::new(send, &self.stalls),
+            incoming: self.incoming,
+        })
     }
 
     /// Tells the peer why it is not connected.

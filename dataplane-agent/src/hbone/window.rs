@@ -42,15 +42,27 @@ const WINDOWS: [(usize, u32); 3] = [
 const SMALLEST: u32 = 64 << 10;
 
 /// What has come by a tunnel, of all its streams, and is not delivered.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Undelivered {
     bytes: Cell<usize>,
+    /// Counts it among what the pod's tunnels hold.
+    held: Hold,
     /// What it was as it was last looked at.
     seen: Cell<usize>,
     driver: RefCell<Option<Waker>>,
 }
 
 impl Undelivered {
+    /// Of a tunnel of a pod that has this share.
+    pub fn new(share: &Share) -> Self {
+        Self {
+            bytes: Cell::new(0),
+            held: Hold::new(share, 0),
+            seen: Cell::new(0),
+            driver: RefCell::default(),
+        }
+    }
+
     pub(super) fn more(&self, bytes: usize) {
         self.set(self.bytes.get() + bytes);
     }
@@ -61,6 +73,7 @@ impl Undelivered {
 
     fn set(&self, bytes: usize) {
         self.bytes.set(bytes);
+        self.held.set(bytes);
         if bytes.abs_diff(self.seen.get()) >= STEP
             && let Some(driver) = self.driver.take()
         {
@@ -110,8 +123,6 @@ where
 #[derive(Debug)]
 pub struct Windows {
     undelivered: Rc<Undelivered>,
-    /// What was counted of it in the pod's share.
-    held: Hold,
     /// By how much the tunnel's window was last set to be larger than it is at first.
     granted: usize,
     /// More was wanted than the pod has left.
@@ -120,12 +131,10 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// Of a connection with the settings of [`super::client`] or [`super::server`], and of a pod that has
-    /// this share.
-    pub fn new(undelivered: &Rc<Undelivered>, share: &Share) -> Self {
+    /// Of a connection with the settings of [`super::client`] or [`super::server`].
+    pub fn new(undelivered: &Rc<Undelivered>) -> Self {
         Self {
             undelivered: Rc::clone(undelivered),
-            held: Hold::new(share, 0),
             granted: 0,
             again: None,
             streams: STREAM_WINDOW,
@@ -138,11 +147,10 @@ impl Windows {
         let bytes = all.bytes.get();
         if bytes.abs_diff(all.seen.get()) >= STEP {
             all.seen.set(bytes);
-            self.held.set(bytes);
         }
-        // Rounded as it is counted: the window follows in steps.
+        // The window follows in steps.
         let wanted = all.seen.get();
-        let level = self.held.level();
+        let level = all.held.level();
         let denied = wanted > self.granted && level == Level::Nothing;
         if wanted != self.granted && !denied {
             self.granted = wanted;
@@ -271,8 +279,8 @@ mod tests {
         let memory = Memory::new(64 << 20);
         let pods: [PodMemory; 2] = Default::default();
         let tunnel = |pod| {
-            let undelivered = Rc::new(Undelivered::default());
-            let windows = Windows::new(&undelivered, &memory.share(pod));
+            let undelivered = Rc::new(Undelivered::new(&memory.share(pod)));
+            let windows = Windows::new(&undelivered);
             (undelivered, windows, Peer::new())
         };
         let mut none = Context::from_waker(Waker::noop());
@@ -313,6 +321,7 @@ mod tests {
         granted.await;
         assert!(late_windows.again.is_none(), "it has what it wants");
         drop((windows, late_windows, other_windows));
+        drop((greedy, late, other));
         assert_eq!(memory.held(), 0);
     }
 
@@ -320,10 +329,10 @@ mod tests {
     async fn who_was_denied_is_woken_when_others_let_go() {
         let memory = Memory::new(64 << 20);
         let share = memory.share(&PodMemory::default());
-        let (greedy, denied) = (Hold::new(&share, 0), Rc::new(Undelivered::default()));
+        let (greedy, denied) = (Hold::new(&share, 0), Rc::new(Undelivered::new(&share)));
         greedy.set(40 << 20);
         denied.more(5 << 20);
-        let (mut windows, mut peer) = (Windows::new(&denied, &share), Peer::new());
+        let (mut windows, mut peer) = (Windows::new(&denied), Peer::new());
         let granted = std::future::poll_fn(|context| {
             windows.keep(&mut peer, context);
             match peer.tunnel > CONNECTION_WINDOW {
@@ -350,8 +359,8 @@ mod tests {
             turns in proptest::collection::vec((0..200_usize, 1..1_000_000_usize), 1..2000),
             late in 0..16_usize,
         ) {
-            let undelivered = Rc::new(Undelivered::default());
-            let mut windows = Windows::new(&undelivered, &Share::default());
+            let undelivered = Rc::new(Undelivered::new(&Share::default()));
+            let mut windows = Windows::new(&undelivered);
             let mut peer = Peer::new();
             // What the peer has heard of, some turns later.
             let mut heard = std::collections::VecDeque::from(vec![STREAM_WINDOW; late]);

@@ -122,7 +122,7 @@ pub async fn dial(
         })??;
     let tunnel = Rc::new(Tunnel {
         send: RefCell::new(Some(send)),
-        shared: Shared::default(),
+        shared: Shared::new(&means.undelivered(pod)),
         health: Rc::default(),
         streams: Cell::new(0),
         closed: Cell::new(false),
@@ -133,7 +133,7 @@ pub async fn dial(
     });
     // Weak: the connection ends also when nobody has the tunnel.
     let driven = Rc::downgrade(&tunnel);
-    let mut windows = Windows::new(&tunnel.shared.undelivered, &means.undelivered(pod));
+    let mut windows = Windows::new(&tunnel.shared.undelivered);
     let health = Rc::clone(&tunnel.health);
     let peer = expected.iter().map(ToString::to_string);
     let peer = peer.collect::<Vec<_>>().join(" or ");

@@ -77,8 +77,8 @@ async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = (
     let server = crate::hbone::server().handshake::<_, Payload>(far);
     let (client, server) = tokio::join!(client, server);
     let ((mut send, mut driven), mut server) = (client.expect("client"), server.expect("server"));
-    let (ours, theirs) = (Shared::default(), Shared::default());
-    let mut windows = Windows::new(&ours.undelivered, &Share::default());
+    let [ours, theirs] = [(); 2].map(|()| Shared::new(&Share::default()));
+    let mut windows = Windows::new(&ours.undelivered);
     let mut driven = Box::pin(poll_fn(move |context| {
         windows.keep(&mut driven, context);
         Pin::new(&mut driven).poll(context).map(|_| ())

@@ -1,6 +1,7 @@
 //! Connections that nobody reads: what they hold is bounded, and others go on.
 
 use super::*;
+use crate::hbone::stream::Waiting;
 use crate::limits::memory::{Memory, PodMemory};
 
 /// A relay to a client that reads nothing and has little room; runs for ever.
@@ -186,5 +187,39 @@ fn small_frames_that_nobody_reads_do_not_end_their_tunnel() {
             () = beside(drive, frames) => {}
             () = unread(stalled) => panic!("it is stalled"),
         }
+    });
+}
+
+/// And however little of a tunnel: a pod has many of them.
+#[test]
+fn what_comes_for_a_connection_that_is_not_made_yet_is_counted_and_delivered() {
+    const SENT: usize = 300_000;
+    run(async {
+        let memory = Memory::new(64 << 20);
+        let shared = Shared::new(&memory.share(&PodMemory::default()));
+        let (near, far) = tokio::io::duplex(1 << 20);
+        let client = crate::hbone::client().handshake::<_, Bytes>(near);
+        let server = crate::hbone::server().handshake::<_, Payload>(far);
+        let (client, server) = tokio::join!(client, server);
+        let ((mut client, driven), mut server) = (client.expect("client"), server.expect("server"));
+        let request = http::Request::connect("192.0.2.1:80").body(());
+        let asked = client.send_request(request.expect("a request"), false);
+        let (_response, mut send) = asked.expect("sent");
+        send.send_data(Bytes::from(vec![7; SENT]), false)
+            .expect("sent");
+        let mut driven = Box::pin(async move { drop(driven.await) });
+        let accepted = beside(&mut driven, server.accept()).await;
+        let (request, respond) = accepted.expect("a request").expect("a request");
+        let mut waiting = Waiting::new(respond, request.into_body(), &shared);
+        let server = async { while let Some(Ok(_)) = server.accept().await {} };
+        let waits = async {
+            let gone = tokio::time::timeout(Duration::from_millis(200), waiting.gone());
+            gone.await.expect_err("its peer waits");
+            assert_eq!(memory.held(), SENT);
+            let mut stream = waiting.connected(None).expect("its peer waits");
+            read(&mut stream, SENT, || {}).await;
+            assert_eq!(memory.held(), 0);
+        };
+        beside(driven, beside(server, waits)).await;
     });
 }
