@@ -300,6 +300,48 @@ fn c2_rules_of_the_apps_own_do_not_come_before_capture() {
 }
 
 #[test]
+fn c2_a_rule_that_was_first_and_would_come_before_capture_is_told() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let netns = &pair.client.netns;
+    netns.ip("route add default via 169.254.1.1 dev eth0 onlink table 77\n");
+    let works = || pair.client.ask(pair.server.at(PORT), "x").is_ok();
+    // Those that none of the agent's marks fits are in nobody's way.
+    for rule in ["fwmark 0x200/0x200 lookup 77", "iif eth0 lookup 77"] {
+        netns.ip(&format!("rule add pref 0 {rule}\n"));
+        netns.ip("rule del fwmark 0x511/0xfff\nrule del fwmark 0x111/0xfff\n");
+        eventually("rules are put back", 10, || {
+            netns.show("rule").contains("0x511")
+        });
+        assert!(works(), "{rule}");
+        assert_eq!(pair.one.pod("client").0, "up", "{rule}");
+        netns.ip(&format!("rule del pref 0 {rule}\n"));
+    }
+    netns.ip("rule add pref 0 from all lookup 77\n");
+    assert!(works(), "it comes after ours");
+    netns.ip("rule del fwmark 0x511/0xfff\n");
+    pair.one.is("client", "broken");
+    let why = pair.one.pod("client").1;
+    assert!(
+        why.contains("rule") && why.contains("preference 0"),
+        "{why}"
+    );
+    netns.ip("rule del pref 0 from all lookup 77\n");
+    pair.one.up(&["client"]);
+    assert!(works());
+    // Nor is one enrolled that has such a rule from the start; it is once it has not.
+    let late = pair.nodes.0.bare(&pair.world, "demo", "late");
+    late.netns.ip("rule add pref 0 from all lookup 77\n");
+    pair.world.manifests.pod(&pair.nodes.0.object(&late));
+    eventually("it is told", 20, || {
+        pair.one.pod("late").1.contains("preference 0")
+    });
+    assert_eq!(late.traces().len(), 0, "{:?}", late.traces());
+    late.netns.ip("rule del pref 0 from all lookup 77\n");
+    pair.one.up(&["late"]);
+}
+
+#[test]
 fn a_pod_with_many_addresses_is_captured_and_all_are_its_own() {
     let world = World::new();
     let (one, two) = world.two_nodes();

@@ -1,6 +1,6 @@
 //! Puts rules, routes and settings in place in a pod's network namespace, and takes them away.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::future::ready;
 use std::io;
@@ -13,11 +13,11 @@ use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType,
 };
-use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 
 use super::CaptureError;
-use super::routing::{CAPTURE, LO, PREFERENCE, RETURN, Route, Routing, Rule, RuleKind};
+use super::routing::{CAPTURE, LO, LOCAL, PREFERENCE, RETURN, Route, Routing, Rule, RuleKind};
 use crate::sys::netns::{Interfaces, Netns};
 
 /// Settings that make what answers without a socket carry the mark of what it answers, and so stay
@@ -75,8 +75,8 @@ pub fn set_sysctls<'a>(
 /// # Errors
 /// The namespace cannot be entered; the kernel refuses.
 pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError> {
-    with(netns, "set routes", async |handle| {
-        let is = read(handle, want).await?;
+    let done = with(netns, "set routes", async |handle| {
+        let (is, first) = read(handle, want).await?;
         let lacks = want.lacks(&is);
         // What fails for one family is no reason to leave the other without.
         let mut done = Ok(());
@@ -90,9 +90,16 @@ pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError>
         for route in want.stale(&is) {
             done = done.and(gone(handle.route().del(message(&route)).execute().await));
         }
-        done.map(|()| lacks)
-    })
-    .await
+        done.map(|()| (lacks, first))
+    });
+    let (lacks, first) = done.await?;
+    match first {
+        true => Ok(lacks),
+        false => Err(CaptureError::Namespace {
+            what: "put rules before all others",
+            why: "another rule of preference 0 was there first, and what is captured would leave by it".into(),
+        }),
+    }
 }
 
 /// Does in an empty namespace what is done in a pod's, for a loopback address: a kernel may have its
@@ -124,7 +131,7 @@ pub async fn trial(netns: &Netns, address: IpAddr) -> Result<(), CaptureError> {
 pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     with(netns, "remove routes", async |handle| {
         for version in [IpVersion::V4, IpVersion::V6] {
-            for rule in rules(handle, version.clone()).await? {
+            for rule in rules(handle, version.clone()).await?.ours {
                 gone(handle.rule().del(rule).execute().await)?;
             }
             for route in routes(handle, version).await? {
@@ -137,31 +144,75 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     .await
 }
 
-/// What there is of ours, of the families that are wanted.
-async fn read(handle: &Handle, want: &Routing) -> Result<Routing, rtnetlink::Error> {
-    let mut is = Routing::default();
+/// What there is of ours, of the families that are wanted; and whether our rules are, or will be, before
+/// all that could take their packets elsewhere.
+async fn read(handle: &Handle, want: &Routing) -> Result<(Routing, bool), rtnetlink::Error> {
+    let (mut is, mut first) = (Routing::default(), true);
     for (v4, version) in [(true, IpVersion::V4), (false, IpVersion::V6)] {
         if want.has(v4) {
             let rules = rules(handle, version.clone()).await?;
-            is.rules.extend(rules.iter().filter_map(rule_of));
+            first &= rules.hidden.is_empty();
+            is.rules.extend(rules.ours.iter().filter_map(rule_of));
             let routes = routes(handle, version).await?;
             is.routes.extend(routes.iter().filter_map(route_of));
         }
     }
-    Ok(is)
+    Ok((is, first))
+}
+
+/// The rules of a family.
+#[derive(Default)]
+struct Rules {
+    ours: Vec<RuleMessage>,
+    /// Those of ours before which there is another one that their packets fit: the kernel puts a rule
+    /// after all that have its preference.
+    hidden: BTreeSet<RuleKind>,
 }
 
 /// All rules of a family that are ours; none where the kernel does not have it.
-async fn rules(handle: &Handle, version: IpVersion) -> Result<Vec<RuleMessage>, rtnetlink::Error> {
+async fn rules(handle: &Handle, version: IpVersion) -> Result<Rules, rtnetlink::Error> {
     let all = handle.rule().get(version).execute();
     // Of however many there are of the pod's own none is kept.
-    let ours = all.try_filter(|rule| ready(rule_of(rule).is_some()));
-    match ours.try_collect().await {
+    let rules = all.try_fold(Rules::default(), |mut rules, rule| {
+        if rule_of(&rule).is_some() {
+            rules.ours.push(rule);
+        } else {
+            let found = |kind: &RuleKind| {
+                let mut ours = rules.ours.iter().filter_map(rule_of);
+                ours.any(|rule| rule.kind == *kind)
+            };
+            let hidden = RuleKind::ALL.into_iter();
+            let hidden = hidden.filter(|kind| !found(kind) && hides(&rule, kind.mark()));
+            rules.hidden.extend(hidden.collect::<Vec<_>>());
+        }
+        ready(Ok(rules))
+    });
+    match rules.await {
         Err(error) if is(&error, libc::EAFNOSUPPORT) || is(&error, libc::EOPNOTSUPP) => {
-            Ok(Vec::new())
+            Ok(Rules::default())
         }
         rules => rules,
     }
+}
+
+/// Whether a rule of somebody else's has our preference, and may fit packets of this mark that begin in
+/// the namespace; that for the kernel's local addresses takes nothing of ours.
+fn hides(rule: &RuleMessage, of: u32) -> bool {
+    let (mut preference, mut table) = (0, u32::from(rule.header.table));
+    let (mut mark, mut mask, mut comes_in) = (0, 0, false);
+    for attribute in &rule.attributes {
+        match attribute {
+            RuleAttribute::Priority(is) => preference = *is,
+            RuleAttribute::Table(is) => table = *is,
+            RuleAttribute::FwMark(is) => mark = *is,
+            RuleAttribute::FwMask(is) => mask = *is,
+            RuleAttribute::Iifname(name) => comes_in = name != "lo",
+            _ => {}
+        }
+    }
+    let inverted = rule.header.flags.contains(RuleFlags::Invert);
+    let fits = !comes_in && (mark ^ of) & mask & mark::MASK == 0;
+    preference == PREFERENCE && table != LOCAL && (fits || inverted)
 }
 
 /// All routes of a family that are in our tables.

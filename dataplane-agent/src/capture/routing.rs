@@ -27,6 +27,8 @@ use crate::sys::netns::Interfaces;
 pub const CAPTURE: u32 = 15001;
 /// The table of the agent's connections to the app.
 pub const RETURN: u32 = 15006;
+/// The table of the namespace's own addresses (`RT_TABLE_LOCAL`).
+pub const LOCAL: u32 = 255;
 /// `lo`, in every namespace.
 pub const LO: u32 = 1;
 /// The place of the rules among all of a namespace's.
