@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use dataplane_tests::process::Process;
-use dataplane_tests::{Agent, Pair, World, eventually, within};
+use dataplane_tests::{Agent, One, Pair, World, bpf, eventually, within};
 
 const PORT: u16 = 7000;
 const HBONE: u16 = 15008;
@@ -270,6 +270,38 @@ fn a_log_that_nobody_reads_stops_no_connection_and_what_is_lost_is_counted() {
         second.terminate().success(),
         "it ends though nobody reads what it still says"
     );
+}
+
+#[test]
+fn a_pod_for_which_there_is_no_room_loses_no_connection_by_it() {
+    for map in ["PODS", "CGROUPS"] {
+        let one = One::new();
+        let pins = one.world.pinned("one", "maps");
+        let pin = pins.iter().find(|pin| pin.ends_with(map)).expect("a map");
+        bpf::fill(pin);
+        let app = one.outsider.serve(PORT);
+        let mut object = one.node.object(&one.outsider);
+        object.namespace = "demo";
+        one.world.manifests.pod(&object);
+        let waits = || one.agent.pod("outsider");
+        let client = one.node.bare(&one.world, "outside", "client");
+        let mut asked = 0;
+        while one.agent.log().matches("cannot be enrolled").count() < 3 {
+            for to in [one.outsider.at(PORT), one.outsider.at6(PORT)] {
+                let answer = client.ask(to, "x");
+                assert!(answer.is_ok(), "{map}: {to}: {answer:?}");
+            }
+            asked += 1;
+            assert!(asked < 2000, "{map}: it is not tried: {:?}", waits());
+        }
+        let (state, why) = waits();
+        assert!(state == "waiting" && why.contains(map), "{state}: {why}");
+        assert!(why.contains("not captured"), "{why}");
+        // What another one has in it is put back.
+        bpf::clear(pin);
+        one.agent.up(&["server", "outsider"]);
+        drop(app);
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
@@ -48,6 +49,34 @@ pub fn clear(pin: &Path) -> usize {
         bpf(BPF_MAP_DELETE_ELEM, &delete).expect("a key");
     }
     keys.len()
+}
+
+/// Puts keys into a hash table of numbers until it is full, with zeroes for values of up to 32 bytes.
+pub fn fill(pin: &Path) {
+    #[repr(C)]
+    struct Update {
+        map: u32,
+        padding: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let pinned = open(pin).expect("a map");
+    let value = [0_u8; 32];
+    for number in 0.. {
+        let key = u64::MAX - number;
+        let update = Update {
+            map: pinned.as_raw_fd() as u32,
+            padding: 0,
+            key: (&raw const key) as u64,
+            value: value.as_ptr() as u64,
+            flags: 0,
+        };
+        match bpf(BPF_MAP_UPDATE_ELEM, &update) {
+            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => return,
+            done => _ = done.expect("a key of this size"),
+        }
+    }
 }
 
 /// How many programs steer in a network namespace.

@@ -288,6 +288,17 @@ impl World {
     pub fn bpffs(&self) -> &Path {
         &self.bpffs.0
     }
+
+    /// What is pinned of a node in `maps`, `links` or `pods`.
+    pub fn pinned(&self, node: &str, folder: &str) -> Vec<PathBuf> {
+        let node = self.bpffs().join("dataplane").join(node);
+        let layouts = fs::read_dir(node).expect("pins").flatten();
+        let files = layouts.flat_map(|layout| {
+            let folder = layout.path().join(folder);
+            fs::read_dir(folder).expect("pins").flatten()
+        });
+        files.map(|file| file.path()).collect()
+    }
 }
 
 /// A mounted file system.

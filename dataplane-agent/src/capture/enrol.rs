@@ -1,7 +1,8 @@
 //! One pod's way in, and its way out. Each step is safe to be the last one before a crash.
 //!
-//! In: record, settings, listeners, program, routes, and last the entry by which the pod's
-//! connections are marked. Out: the same, backwards. So there is no route to `lo` without the program
+//! In: record, settings, room in the kernel's maps, listeners, program, routes; and last what makes of
+//! one that leaves one that is captured: until then all that comes reaches the pod's app, and so nothing
+//! is lost by a step that fails. Out: the same, backwards. So there is no route to `lo` without the program
 //! that takes what comes by it: the pod's own app would get it, if it listens on that port.
 
 use std::net::IpAddr;
@@ -40,8 +41,8 @@ pub struct Entered {
     pub routing: Routing,
 }
 
-/// Prepares the namespace, makes the listeners, and attaches the pod's program: from here on what
-/// comes to the pod goes to the agent.
+/// Prepares the namespace, makes the listeners, and attaches the pod's program. Of a pod that was not
+/// captured before nothing goes to the agent yet.
 ///
 /// # Errors
 /// The step that failed; what was done is undone by [`undo`].
@@ -69,8 +70,11 @@ pub async fn enter(
     routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;
     // Before the program is there: it takes what is not known to be the pod's for somebody else's.
     let (addresses, routing) = own(desired, &interfaces, window)?;
-    let listeners = listen(netns)?;
     let first = addresses.first().copied();
+    window
+        .maps()
+        .reserve(desired.cookie, first, &desired.groups)?;
+    let listeners = listen(netns)?;
     let mut program = loader.pod(desired.cookie, first, &listeners)?;
     program.attach(netns, &pins.pod(desired.cookie))?;
     routes::put(netns, &routing).await?;

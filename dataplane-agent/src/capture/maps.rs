@@ -88,6 +88,26 @@ impl NodeMaps {
         })
     }
 
+    /// Makes room for a pod of which nothing is captured yet. What can fail for want of room fails here,
+    /// and until it is [enrolled](Self::enrol) it is as one that leaves: what comes to it reaches its app.
+    ///
+    /// # Errors
+    /// The kernel refuses; the maps are full.
+    pub fn reserve(
+        &mut self,
+        cookie: u64,
+        first: Option<IpAddr>,
+        groups: &[CgroupId],
+    ) -> Result<(), CaptureError> {
+        if !has(&self.pods, "PODS", cookie)? {
+            ensure(&mut self.leaving, "LEAVING", cookie, 1)?;
+            let first = first.map_or(Ip::NONE, Ip::from);
+            self.pods.insert(cookie, first, 0).map_err(failed("PODS"))?;
+        }
+        // A predecessor may have known others, that are gone since.
+        self.adopt(cookie, groups)
+    }
+
     /// From now on the pod's connections are captured; what is its [own](Self::own) is told before. Who
     /// is in one of its cgroups, and neither in its namespace nor in the host's, is refused.
     ///

@@ -502,20 +502,15 @@ impl Room {
 
     /// The last step in: from here on the pod's own connections are captured.
     fn mark(&self, desired: &Desired, pod: &LocalPod) -> Result<Record, CaptureError> {
+        let record = self.records.of(desired.cookie)?;
+        let record = record.ok_or_else(|| CaptureError::Namespace {
+            what: "find the record of what was changed",
+            why: "it is gone from the run folder".into(),
+        })?;
+        let first = pod.addresses().first().copied();
         let mut maps = self.window.maps();
-        // A predecessor may have known others, that are gone since.
-        maps.adopt(desired.cookie, &desired.groups)?;
-        maps.enrol(
-            desired.cookie,
-            pod.addresses().first().copied(),
-            &desired.groups,
-        )?;
-        self.records
-            .of(desired.cookie)?
-            .ok_or_else(|| CaptureError::Namespace {
-                what: "find the record of what was changed",
-                why: "it is gone from the run folder".into(),
-            })
+        maps.enrol(desired.cookie, first, &desired.groups)?;
+        Ok(record)
     }
 
     async fn send(&self, event: PodEvent) -> Result<(), CaptureError> {
