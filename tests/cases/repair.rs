@@ -6,17 +6,9 @@
 use std::fs;
 use std::path::PathBuf;
 
-use dataplane_tests::{Agent, Pair, Pod, bpf, eventually, scaled, within};
+use dataplane_tests::{Agent, Pair, Pod, bpf, eventually, repairs, scaled, within};
 
 const PORT: u16 = 7000;
-
-/// How often a part was put back.
-fn repairs(agent: &Agent, part: &str) -> u64 {
-    let series = format!("dataplane_repairs_total{{part=\"{part}\"}} ");
-    let metrics = agent.get("/metrics");
-    let line = metrics.lines().find_map(|line| line.strip_prefix(&series));
-    line.and_then(|count| count.parse().ok()).unwrap_or(0)
-}
 
 /// Does it, and waits until the agent has put the part back, and connections work.
 fn put_back(pair: &Pair, agent: &Agent, part: &str, what: &str, lose: impl FnOnce()) {
@@ -30,17 +22,6 @@ fn put_back(pair: &Pair, agent: &Agent, part: &str, what: &str, lose: impl FnOnc
         assert!(answer.is_ok(), "{what}: {to}: {answer:?}");
     }
     agent.logs(&["what keeps a pod captured was gone", part]);
-}
-
-/// Where the agent's kernel objects are pinned.
-fn pinned(pair: &Pair, node: &str, folder: &str) -> Vec<PathBuf> {
-    let node = pair.world.bpffs().join("dataplane").join(node);
-    let layouts = fs::read_dir(node).expect("pins").flatten();
-    let files = layouts.flat_map(|layout| {
-        let folder = layout.path().join(folder);
-        fs::read_dir(folder).expect("pins").flatten()
-    });
-    files.map(|file| file.path()).collect()
 }
 
 fn remove(files: &[PathBuf]) {
@@ -92,25 +73,58 @@ fn programs_and_pins_that_are_lost_are_put_back() {
     let mut pair = Pair::new();
     let _app = pair.server.serve(PORT);
     put_back(&pair, &pair.two, "steer", "the server's", || {
-        remove(&pinned(&pair, "two", "pods"));
+        remove(&pair.world.pinned("two", "pods"));
     });
     put_back(&pair, &pair.one, "steer", "the client's", || {
-        remove(&pinned(&pair, "one", "pods"));
+        remove(&pair.world.pinned("one", "pods"));
     });
     put_back(&pair, &pair.one, "program", "the node's", || {
-        remove(&pinned(&pair, "one", "links"));
+        remove(&pair.world.pinned("one", "links"));
     });
     let captured = pair.one.counter("captured");
     assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
     assert!(pair.one.counter("captured") > captured, "attached again");
     put_back(&pair, &pair.one, "pin", "the maps'", || {
-        remove(&pinned(&pair, "one", "maps"));
+        remove(&pair.world.pinned("one", "maps"));
     });
     // What is pinned is what is in use: the next agent takes it over.
     pair.one.kill();
     pair.one.restart();
     pair.one.up(&["client"]);
     assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+}
+
+#[test]
+fn c1_nothing_passes_between_the_loss_of_a_pin_and_its_repair() {
+    let pair = Pair::new();
+    let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
+    let (_theirs, _own) = (outsider.serve(PORT), pair.client.serve(PORT));
+    let bpffs = pair.world.bpffs();
+    let lose: [(&str, &dyn Fn()); 3] = [
+        ("program", &|| remove(&pair.world.pinned("one", "links"))),
+        ("steer", &|| remove(&pair.world.pinned("one", "pods"))),
+        ("pin", &|| {
+            let flags = nix::mount::MntFlags::MNT_DETACH;
+            nix::mount::umount2(bpffs, flags).expect("it is mounted");
+        }),
+    ];
+    for (part, lose) in lose {
+        let before = repairs(&pair.one, part);
+        lose();
+        // Some that come before the next look, and some that come after it.
+        let mut asked = 0;
+        while asked < 20 || repairs(&pair.one, part) == before {
+            let captured = pair.one.counter("captured");
+            let answer = pair.client.ask(outsider.at(PORT), "x");
+            assert!(answer.is_ok(), "{part}: {answer:?}");
+            assert!(pair.one.counter("captured") > captured, "{part}: in clear");
+            let steered = pair.one.counter("steered_inbound");
+            assert!(outsider.ask(pair.client.at(PORT), "x").is_ok(), "{part}");
+            assert!(pair.one.counter("steered_inbound") > steered, "{part}");
+            asked += 1;
+            assert!(asked < 400, "{part} is not put back");
+        }
+    }
 }
 
 #[test]
@@ -139,9 +153,9 @@ fn all_else_is_put_back(pair: &Pair) {
     for part in ["steer", "entry"] {
         let before = repairs(&pair.one, part);
         if part == "steer" {
-            remove(&pinned(pair, "one", "pods"));
+            remove(&pair.world.pinned("one", "pods"));
         } else {
-            let maps = pinned(pair, "one", "maps");
+            let maps = pair.world.pinned("one", "maps");
             let pods = maps.iter().find(|map| map.ends_with("PODS"));
             assert_eq!(bpf::clear(pods.expect("a map")), 1);
         }

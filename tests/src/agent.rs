@@ -323,6 +323,14 @@ impl Drop for Agent {
     }
 }
 
+/// How often an agent has put a part of capture back.
+pub fn repairs(agent: &Agent, part: &str) -> u64 {
+    let series = format!("dataplane_repairs_total{{part=\"{part}\"}} ");
+    let metrics = agent.get("/metrics");
+    let line = metrics.lines().find_map(|line| line.strip_prefix(&series));
+    line.and_then(|count| count.parse().ok()).unwrap_or(0)
+}
+
 fn tail(text: &str, lines: usize) -> String {
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].join("\n")

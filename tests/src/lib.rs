@@ -21,7 +21,7 @@ pub mod world;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-pub use agent::Agent;
+pub use agent::{Agent, repairs};
 pub use one::One;
 pub use process::Process;
 pub use wire::Wire;

@@ -75,7 +75,7 @@ pub async fn enter(
         .maps()
         .reserve(desired.cookie, first, &desired.groups)?;
     let listeners = listen(netns)?;
-    let mut program = loader.pod(desired.cookie, first, &listeners)?;
+    let mut program = loader.pod(desired.cookie, first, Some(&listeners))?;
     program.attach(netns, &pins.pod(desired.cookie))?;
     routes::put(netns, &routing).await?;
     let ports = [&listeners.outbound, &listeners.inbound, &listeners.hbone]

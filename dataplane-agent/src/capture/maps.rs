@@ -335,7 +335,7 @@ pub fn stamp(ebpf: &mut Ebpf) -> Result<Stamp, CaptureError> {
     take::<SkStorage<_, u32>>(ebpf, "AGENT").map(Stamp::new)
 }
 
-/// Tells a pod's program whose it is, and the listeners.
+/// Tells a pod's program whose it is, and the listeners if there are any.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -343,7 +343,7 @@ pub fn fill_pod(
     ebpf: &mut Ebpf,
     cookie: u64,
     first: Option<IpAddr>,
-    listeners: &Listeners,
+    listeners: Option<&Listeners>,
 ) -> Result<(), CaptureError> {
     let mut pod: Array<_, Steered> = take(ebpf, "POD")?;
     let steered = Steered {
@@ -352,6 +352,9 @@ pub fn fill_pod(
     };
     pod.set(0, steered, 0).map_err(failed("POD"))?;
     let mut sockets: SockMap<MapData> = take(ebpf, "LISTENERS")?;
+    let Some(listeners) = listeners else {
+        return Ok(());
+    };
     for (place, socket) in [
         (listener::OUTBOUND, &listeners.outbound),
         (listener::INBOUND, &listeners.inbound),

@@ -143,20 +143,27 @@ impl Pins {
         Ok(())
     }
 
-    /// Pins a link, in place of one that may be there: there is no moment without either.
+    /// Pins a link, in place of one that may be there: there is no moment without either. As long as it
+    /// is kept, nothing is detached where the pin is lost.
     ///
     /// # Errors
     /// The file system refuses.
-    pub fn replace(link: FdLink, path: &Path) -> Result<(), CaptureError> {
+    pub fn replace(link: FdLink, path: &Path) -> Result<FdLink, CaptureError> {
         let new = beside(path);
         remove(&new)?;
-        link.pin(&new)
+        let pinned = link
+            .pin(&new)
             .map_err(|error| CaptureError::file(&new)(io::Error::other(error)))?;
         let renamed = fs::rename(&new, path).map_err(CaptureError::file(path));
         if renamed.is_err() {
             remove(&new)?;
         }
-        renamed
+        renamed.map(|()| pinned.into())
+    }
+
+    /// The link that is pinned at a path, if one is.
+    pub fn link(pin: &Path) -> Option<FdLink> {
+        Some(PinnedLink::from_pin(pin).ok()?.into())
     }
 
     /// The ids of all programs that are attached by what is pinned here.
@@ -291,8 +298,7 @@ fn beside(pin: &Path) -> PathBuf {
 
 /// The program of a pinned link.
 fn program(pin: &Path) -> Option<u32> {
-    let link = FdLink::from(PinnedLink::from_pin(pin).ok()?);
-    Some(link.info().ok()?.program_id())
+    Some(Pins::link(pin)?.info().ok()?.program_id())
 }
 
 fn entries(folder: &Path) -> impl Iterator<Item = fs::DirEntry> + use<> {

@@ -1,5 +1,6 @@
 //! Loads the kernel programs, attaches and pins them, and takes over what a predecessor pinned.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
@@ -41,10 +42,14 @@ pub struct NodeProgramsLoaded {
     pub maps: NodeMaps,
 }
 
+/// What keeps the node's programs attached, by their names, wherever their pins are.
+pub type Links = BTreeMap<&'static str, FdLink>;
+
 /// One pod's program. Detached when it goes, unless it is pinned.
 #[derive(Debug)]
 pub struct PodProgram {
     ebpf: Ebpf,
+    link: Option<FdLink>,
 }
 
 impl Loader {
@@ -77,7 +82,7 @@ impl Loader {
         Ok(NodeProgramsLoaded { ebpf, maps })
     }
 
-    /// Loads a pod's program, and tells it of the pod.
+    /// Loads a pod's program, and tells it of the pod; without listeners it lets nobody in or out.
     ///
     /// # Errors
     /// As [`Loader::node`].
@@ -85,13 +90,13 @@ impl Loader {
         &mut self,
         cookie: u64,
         first: Option<IpAddr>,
-        listeners: &Listeners,
+        listeners: Option<&Listeners>,
     ) -> Result<PodProgram, CaptureError> {
         let mut ebpf = self.load("pod", POD)?;
         // In this order: the program names its maps by descriptors, which `fill_pod` closes.
         steer(&mut ebpf)?.load().map_err(refused(OF_POD))?;
         maps::fill_pod(&mut ebpf, cookie, first, listeners)?;
-        Ok(PodProgram { ebpf })
+        Ok(PodProgram { ebpf, link: None })
     }
 
     fn load(&mut self, object: &'static str, bytes: &[u8]) -> Result<Ebpf, CaptureError> {
@@ -107,7 +112,7 @@ impl Loader {
     }
 }
 
-/// Attaches the node's programs to a cgroup, each in place of a predecessor's.
+/// Attaches the node's programs to a cgroup, each in place of a predecessor's or of one of `links`.
 ///
 /// # Errors
 /// The cgroup is not there; the kernel refuses.
@@ -116,11 +121,12 @@ pub fn attach(
     cgroup: &Path,
     pins: &Pins,
     names: &[&'static str],
+    links: &mut Links,
 ) -> Result<(), CaptureError> {
     let folder = File::open(cgroup).map_err(CaptureError::file(cgroup))?;
     for &name in names {
         let link = attach_one(ebpf, name, &folder)?;
-        Pins::replace(link, &pins.links().join(name))?;
+        links.insert(name, Pins::replace(link, &pins.links().join(name))?);
     }
     Ok(())
 }
@@ -193,7 +199,8 @@ impl PodProgram {
         let program = steer(&mut self.ebpf)?;
         let link = program.attach(netns).map_err(refused(OF_POD))?;
         let link = program.take_link(link).map_err(refused(OF_POD))?;
-        Pins::replace(link.into(), pin)
+        self.link = Some(Pins::replace(link.into(), pin)?);
+        Ok(())
     }
 
     /// Attaches it again if it is not attached, or not pinned any more; whether that was so.
@@ -211,17 +218,30 @@ impl PodProgram {
     fn is_attached(&self, netns: &Netns, pin: &Path) -> Result<bool, CaptureError> {
         let own = self.ebpf.program(OF_POD).map(Program::info);
         let own = own.and_then(Result::ok).map(|info| info.id());
-        let all = hooks::of_netns(netns).map_err(|error| CaptureError::Namespace {
-            what: "ask for the programs",
-            why: error.to_string(),
-        })?;
-        Ok(own.is_some_and(|own| all.contains(&own)) && pin.exists())
+        Ok(steers(netns, own)? && pin.exists())
+    }
+
+    /// What keeps it attached, without the rest.
+    pub fn into_link(self) -> Option<FdLink> {
+        self.link
     }
 
     /// What was loaded.
     pub fn ebpf(&self) -> &Ebpf {
         &self.ebpf
     }
+}
+
+/// Whether this program steers in a network namespace.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn steers(netns: &Netns, program: Option<u32>) -> Result<bool, CaptureError> {
+    let all = hooks::of_netns(netns).map_err(|error| CaptureError::Namespace {
+        what: "ask for the programs",
+        why: error.to_string(),
+    })?;
+    Ok(program.is_some_and(|program| all.contains(&program)))
 }
 
 fn steer(ebpf: &mut Ebpf) -> Result<&mut SkLookup, CaptureError> {

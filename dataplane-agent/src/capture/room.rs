@@ -21,7 +21,7 @@ use super::enrol::Entered;
 use super::maps::{NodeMaps, PinnedMaps};
 use super::node_folder::NodeFolder;
 use super::pins::Pins;
-use super::programs::{self, Loader, PodProgram};
+use super::programs::{self, Links, Loader, PodProgram};
 use super::reconcile::{Has, Phase, Step, Want, diff};
 use super::repair::Repairs;
 use super::routing::Routing;
@@ -103,6 +103,7 @@ pub struct Room {
     rest: CancellationToken,
     /// Programs, maps and locks of the node, which go with the room. What is pinned stays.
     node: Ebpf,
+    links: Links,
     pinned: PinnedMaps,
     pins_lock: File,
     _folder: NodeFolder,
@@ -217,7 +218,8 @@ impl Room {
             events: super::maps::events(&mut node.ebpf)?,
             log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
         };
-        programs::attach(&mut node.ebpf, &config.cgroup, &pins, &programs::OF_NODE)?;
+        let (all, mut links) = (&programs::OF_NODE, Links::new());
+        programs::attach(&mut node.ebpf, &config.cgroup, &pins, all, &mut links)?;
         // Of two that looked at once, one at least sees the other now.
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         let pods = adopt(records.all()?);
@@ -248,6 +250,7 @@ impl Room {
             rest,
             pinned: PinnedMaps::open(&pins)?,
             node: node.ebpf,
+            links,
             pins,
             pins_lock: lock,
             _folder: folder,

@@ -236,7 +236,7 @@ fn load(folder: &Path, netns: &Netns, listeners: &Listeners) -> Result<(), Captu
         what: "read the cookie",
         why: error.to_string(),
     })?;
-    let mut pod = loader.pod(cookie, None, listeners)?;
+    let mut pod = loader.pod(cookie, None, Some(listeners))?;
     pod.attach(netns, &pins.pod(cookie))
 }
 

@@ -34,9 +34,10 @@ fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
     let _lock = pins.make()?;
     let mut loader = Loader::new(&pins);
     let mut node = loader.node()?;
-    programs::attach(&mut node.ebpf, cgroup, &pins, &programs::OF_NODE)?;
+    let (all, mut links) = (&programs::OF_NODE, programs::Links::new());
+    programs::attach(&mut node.ebpf, cgroup, &pins, all, &mut links)?;
     let listeners = enrol::listen(netns)?;
-    let mut pod = loader.pod(netns.cookie()?, None, &listeners)?;
+    let mut pod = loader.pod(netns.cookie()?, None, Some(&listeners))?;
     pod.attach(netns, &pins.pod(netns.cookie()?))?;
     let mut text = format!(
         "{:<10} {:<18} {:>6} {:>9} {:>6}  maps\n",

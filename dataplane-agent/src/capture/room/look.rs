@@ -97,7 +97,8 @@ impl Room {
         }
         let lost = programs::detached(&self.node, &self.config.cgroup, &self.pins)?;
         if !lost.is_empty() {
-            programs::attach(&mut self.node, &self.config.cgroup, &self.pins, &lost)?;
+            let (cgroup, links) = (&self.config.cgroup, &mut self.links);
+            programs::attach(&mut self.node, cgroup, &self.pins, &lost, links)?;
             gone.add(Part::Program);
         }
         Ok(())
