@@ -55,7 +55,7 @@ pub async fn enter(
 ) -> Result<Entered, CaptureError> {
     let netns = &desired.netns;
     attached::refuse_in_pod(netns, desired.cookie, pins).await?;
-    let interfaces = interfaces(desired)?;
+    let interfaces = interfaces(netns)?;
     let found = routes::sysctls(netns)?;
     // A predecessor's record tells what was there before *it* came.
     let before = records.of(desired.cookie)?;
@@ -69,7 +69,7 @@ pub async fn enter(
     records.write(&record)?;
     routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;
     // Before the program is there: it takes what is not known to be the pod's for somebody else's.
-    let (addresses, routing) = own(desired, &interfaces, window)?;
+    let (addresses, routing) = own(desired.own(), &interfaces, window)?;
     let first = addresses.first().copied();
     window
         .maps()
@@ -104,26 +104,48 @@ pub async fn enter(
     })
 }
 
+/// Whose addresses are told to the kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Own<'a> {
+    /// The workload's uid.
+    pub uid: &'a str,
+    /// The cookie of its network namespace.
+    pub cookie: u64,
+    /// The addresses that the mesh knows it by.
+    pub known: &'a [IpAddr],
+}
+
+impl Desired {
+    /// It, as far as its addresses go.
+    pub fn own(&self) -> Own<'_> {
+        Own {
+            uid: &self.uid,
+            cookie: self.cookie,
+            known: &self.addresses,
+        }
+    }
+}
+
 /// What the pod has on its interfaces now.
 ///
 /// # Errors
 /// Its namespace cannot be entered: that is no empty namespace.
-pub fn interfaces(desired: &Desired) -> Result<Interfaces, CaptureError> {
-    let interfaces = desired.netns.interfaces();
+pub fn interfaces(netns: &Netns) -> Result<Interfaces, CaptureError> {
+    let interfaces = netns.interfaces();
     interfaces.map_err(|error| CaptureError::Namespace {
         what: "read addresses",
         why: error.to_string(),
     })
 }
 
-/// The addresses that the pod has on its interfaces, as many as are known to be its own: those that the
-/// mesh knows it by first, since connections come from the first one of their family. One that it has
+/// The addresses that the pod has on its interfaces, as many as are known to be its own: `known`, by which
+/// the mesh knows it, first, since connections come from the first one of their family. One that it has
 /// no more is not its own, whatever its object says: somebody else may have it.
-pub fn addresses(desired: &Desired, interfaces: &Interfaces) -> Arc<[IpAddr]> {
-    let known = desired.addresses.iter();
-    let known = known.filter(|address| interfaces.addresses.contains(address));
+pub fn addresses(known: &[IpAddr], interfaces: &Interfaces) -> Arc<[IpAddr]> {
     let others = interfaces.addresses.iter();
-    let others = others.filter(|address| !desired.addresses.contains(address));
+    let others = others.filter(|address| !known.contains(address));
+    let known = known.iter();
+    let known = known.filter(|address| interfaces.addresses.contains(address));
     known.chain(others).copied().take(ADDRESSES).collect()
 }
 
@@ -144,23 +166,23 @@ pub fn has_known(desired: &Desired, interfaces: &Interfaces) -> Result<(), Captu
 /// # Errors
 /// The kernel refuses.
 pub fn own(
-    desired: &Desired,
+    pod: Own<'_>,
     interfaces: &Interfaces,
     window: &Window,
 ) -> Result<(Arc<[IpAddr]>, Routing), CaptureError> {
-    let addresses = addresses(desired, interfaces);
+    let addresses = addresses(pod.known, interfaces);
     let routing = Routing::of(&addresses, interfaces);
     let has = interfaces.addresses.len();
     if has > addresses.len() {
         tracing::warn!(
-            pod = %named(&desired.uid),
+            pod = %named(pod.uid),
             has,
             known = addresses.len(),
             "pod has more addresses than are known to be its own; connections to the others are refused"
         );
     }
     let mut maps = window.maps();
-    maps.own(desired.cookie, &addresses, routing.interfaces())?;
+    maps.own(pod.cookie, &addresses, routing.interfaces())?;
     Ok((addresses, routing))
 }
 

@@ -176,7 +176,17 @@ impl NodeMaps {
         for group in groups {
             lost |= !has(&self.cgroups, "CGROUPS", group.id)?;
         }
-        let mut done = self.enrol(cookie, first, groups);
+        let done = self.enrol(cookie, first, groups);
+        let own = self.restore_own(cookie);
+        done.and(own).map(|own| lost || own)
+    }
+
+    /// Puts back what somebody has removed of what is a pod's own; whether there was something.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn restore_own(&mut self, cookie: u64) -> Result<bool, CaptureError> {
+        let (mut lost, mut done) = (false, Ok(()));
         for ip in self.owned.get(&cookie).into_iter().flatten() {
             let key = Owned {
                 netns: cookie,

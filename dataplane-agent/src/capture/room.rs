@@ -1,5 +1,6 @@
 //! The room itself: hears what control wants, takes the steps, and tells how far each pod is.
 
+mod held;
 mod leave;
 mod look;
 
@@ -16,6 +17,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use self::held::Held;
 use self::look::Looks;
 use super::enrol::Entered;
 use super::maps::{NodeMaps, PinnedMaps};
@@ -122,6 +124,8 @@ struct Pod {
     /// not there at the start.
     netns: Option<Netns>,
     phase: InPhase,
+    /// What keeps it captured, if nobody serves it and it is to be captured all the same.
+    held: Option<Held>,
 }
 
 enum InPhase {
@@ -151,6 +155,15 @@ struct Served {
     listeners: Listeners,
     changes: Changes,
     looks: Looks,
+}
+
+impl Pod {
+    /// When it is looked at.
+    fn next_look(&self) -> Option<Instant> {
+        let served = self.phase.served().map(|served| &served.looks);
+        let held = self.held.as_ref().map(|held| &held.looks);
+        served.or(held).map(Looks::next)
+    }
 }
 
 impl InPhase {
@@ -373,12 +386,15 @@ impl Room {
 
     /// Captures what is on its way to be served and is served by nobody yet. That there is a record of it
     /// does not say that: its predecessor may have ended before the last step in, or while the pod left.
-    fn hold(&self, want: &Want) {
-        for (cookie, pod) in &self.pods {
-            if matches!(pod.phase, InPhase::Adopted)
-                && want.holds(*cookie, &pod.uid)
-                && let Err(error) = self.window.maps().capture(*cookie, None)
-            {
+    fn hold(&mut self, want: &Want) {
+        for (cookie, pod) in &mut self.pods {
+            let adopted = matches!(pod.phase, InPhase::Adopted);
+            if !adopted || !want.holds(*cookie, &pod.uid) {
+                pod.held = None;
+                continue;
+            }
+            pod.held.get_or_insert_default();
+            if let Err(error) = self.window.maps().capture(*cookie, None) {
                 tracing::error!(pod = %named(&pod.uid), %error, "pod is not captured");
             }
         }
@@ -424,6 +440,9 @@ impl Room {
 
     async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
         let cookie = desired.cookie;
+        if let Some(pod) = self.pods.get_mut(&cookie) {
+            pod.held = None; // what is pinned is all that steers
+        }
         let entered = enrol::enter(
             &desired,
             &mut self.loader,
@@ -462,6 +481,7 @@ impl Room {
                         changes,
                         looks: Looks::begin(cookie),
                     })),
+                    held: None,
                 };
                 self.pods.insert(cookie, pod_in_room);
                 self.send(PodEvent::Up(pod, entered.listeners)).await
@@ -483,6 +503,7 @@ impl Room {
                             uid: record.uid.clone(),
                             netns: Some(desired.netns.clone()),
                             phase: InPhase::Adopted,
+                            held: None,
                             record,
                         };
                         self.pods.insert(cookie, half);
@@ -526,7 +547,10 @@ impl Room {
     fn tell(&self) {
         let mut status = Status::new();
         for (&cookie, pod) in &self.pods {
-            let broken = pod.phase.served().and_then(|of| of.looks.broken.clone());
+            let looks = pod.phase.served().map(|of| &of.looks);
+            let looks = looks.or(pod.held.as_ref().map(|held| &held.looks));
+            let broken = looks.and_then(|looks| looks.broken.clone());
+            let lost = broken.clone();
             let broken = broken.or_else(|| self.looks.broken.clone());
             let state = match (pod.phase.phase(), self.failed.get(&cookie)) {
                 (Phase::Serving, _) => match broken {
@@ -534,13 +558,13 @@ impl Room {
                     None => PodState::Up,
                 },
                 (Phase::Draining, _) => PodState::Draining,
-                (Phase::Adopted, None) => PodState::Adopted {
-                    captured: self.captures(cookie),
-                },
-                (Phase::Adopted, Some(failed)) => PodState::Failed {
-                    why: failed.why.clone(),
-                    captured: self.captures(cookie),
-                },
+                (Phase::Adopted, failed) => {
+                    let captured = self.captures(cookie);
+                    match failed.map(|failed| failed.why.clone()).or(lost) {
+                        None => PodState::Adopted { captured },
+                        Some(why) => PodState::Failed { why, captured },
+                    }
+                }
             };
             let is = PodStatus {
                 uid: pod.uid.clone(),
@@ -568,9 +592,14 @@ impl Room {
         });
     }
 
-    /// Whether the kernel captures it, whatever was meant.
+    /// Whether the kernel captures it, whatever was meant: what it sends, and what comes to it.
     fn captures(&self, cookie: u64) -> bool {
-        self.window.maps().captures(cookie).unwrap_or(false)
+        let netns = self.pods.get(&cookie).and_then(|pod| pod.netns.as_ref());
+        let steers = netns.is_some_and(|netns| {
+            let mut own = self.pins.programs_of(cookie).into_iter();
+            own.any(|program| programs::steers(netns, Some(program)).unwrap_or(false))
+        });
+        steers && self.window.maps().captures(cookie).unwrap_or(false)
     }
 
     /// When there is something to do by itself.
@@ -580,8 +609,7 @@ impl Room {
             InPhase::Adopted | InPhase::Serving(_) => None,
         });
         let failed = self.failed.values().map(|failed| failed.again);
-        let served = self.pods.values().filter_map(|pod| pod.phase.served());
-        let looks = served.map(|served| served.looks.next());
+        let looks = self.pods.values().filter_map(Pod::next_look);
         let looks = looks.chain([self.looks.next()]);
         leaving.chain(failed).chain(looks).chain(self.again).min()
     }
@@ -632,6 +660,7 @@ fn adopt(records: Vec<Record>) -> BTreeMap<u64, Pod> {
             uid: record.uid.clone(),
             netns,
             phase: InPhase::Adopted,
+            held: None,
             record,
         };
         (pod.record.cookie, pod)

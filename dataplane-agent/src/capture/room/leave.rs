@@ -73,8 +73,8 @@ impl Room {
 
     fn again_captured(&self, served: &mut Served) -> Result<(), CaptureError> {
         let (desired, local) = (&served.desired, &served.local);
-        let interfaces = enrol::interfaces(desired)?;
-        let (addresses, _) = enrol::own(desired, &interfaces, &self.window)?;
+        let interfaces = enrol::interfaces(&desired.netns)?;
+        let (addresses, _) = enrol::own(desired.own(), &interfaces, &self.window)?;
         let pin = self.pins.pod(desired.cookie);
         served.program.restore(&desired.netns, &pin)?;
         let first = addresses.first().copied();

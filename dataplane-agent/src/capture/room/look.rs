@@ -33,6 +33,16 @@ pub(super) struct Looks {
 }
 
 impl Looks {
+    /// Of one of which nobody knows how it is.
+    pub(super) fn at_once() -> Self {
+        let now = Instant::now();
+        Self {
+            next: now,
+            last: now,
+            broken: None,
+        }
+    }
+
     /// Of one that has just been put in place; `spread` sets it apart from others.
     pub(super) fn begin(spread: u64) -> Self {
         let now = Instant::now();
@@ -48,7 +58,7 @@ impl Looks {
         self.next
     }
 
-    fn done(&mut self, broken: Option<String>) {
+    pub(super) fn done(&mut self, broken: Option<String>) {
         self.last = Instant::now();
         self.next = self.last + LOOK;
         self.broken = broken;
@@ -71,12 +81,11 @@ impl Room {
         if self.looks.next <= now {
             self.look_at_node();
         }
-        let due = self.pods.iter().filter_map(|(cookie, pod)| {
-            let served = pod.phase.served()?;
-            (served.looks.next <= now).then_some(*cookie)
-        });
-        for cookie in due.collect::<Vec<u64>>() {
+        let is_due = |pod: &Pod| pod.next_look().is_some_and(|next| next <= now);
+        let due = self.pods.iter().filter(|(_, pod)| is_due(pod));
+        for cookie in due.map(|(cookie, _)| *cookie).collect::<Vec<u64>>() {
             self.look_at(cookie).await?;
+            self.look_at_held(cookie).await;
         }
         Ok(())
     }
@@ -139,13 +148,13 @@ impl Room {
 /// What is the pod's own: what it has on its interfaces now.
 fn own(served: &mut Served, window: &Window) -> Result<(), CaptureError> {
     let desired = &served.desired;
-    let interfaces = enrol::interfaces(desired)?;
+    let interfaces = enrol::interfaces(&desired.netns)?;
     if interfaces != served.interfaces {
         served.interfaces = interfaces;
         served.told = false;
     }
     if !served.told {
-        let (addresses, _) = enrol::own(desired, &served.interfaces, window)?;
+        let (addresses, _) = enrol::own(desired.own(), &served.interfaces, window)?;
         if addresses != served.local.addresses() {
             tracing::info!(
                 pod = %named(&desired.uid),
@@ -185,7 +194,7 @@ fn steered(served: &mut Served, pin: &Path, gone: &mut Gone) -> Result<(), Captu
 /// Its rules and routes.
 async fn routed(served: &mut Served, gone: &mut Gone) -> Result<(), CaptureError> {
     let desired = &served.desired;
-    let addresses = enrol::addresses(desired, &served.interfaces);
+    let addresses = enrol::addresses(&desired.addresses, &served.interfaces);
     let routing = Routing::of(&addresses, &served.interfaces);
     let lacked = routes::put(&desired.netns, &routing).await?;
     gone.of_routing(&lacked, &served.routing);
@@ -194,7 +203,7 @@ async fn routed(served: &mut Served, gone: &mut Gone) -> Result<(), CaptureError
 }
 
 /// The settings of the pod's namespace that capture needs.
-fn set(netns: &Netns, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
+pub(super) fn set(netns: &Netns, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
     let is = routes::sysctls(netns)?;
     let lost = record.sysctls.keys().filter(|name| {
         let value = is.get(*name);
@@ -223,7 +232,7 @@ fn captured(served: &Served, window: &Window, gone: &mut Gone) -> Result<(), Cap
 }
 
 /// Says what a look has brought, once; why it does not work, if it does not.
-fn told(
+pub(super) fn told(
     whose: &str,
     gone: &Gone,
     mended: Result<(), CaptureError>,

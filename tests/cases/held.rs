@@ -1,0 +1,121 @@
+//! A pod that nobody serves: a predecessor has captured it, and its agent does not find it, or may not
+//! have it. It stays captured, and that is looked after as for a pod that is served.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::fs;
+use std::net::SocketAddr;
+
+use dataplane_tests::bpf::steering;
+use dataplane_tests::{Pair, Pod, Wire, eventually, repairs};
+
+const PORT: u16 = 7000;
+
+/// A pair whose client's agent was killed, and whose next one looks for the client where it is not.
+fn held(floating: &str) -> Pair {
+    let mut pair = Pair::prepared(|client, _| {
+        client
+            .netns
+            .ip(&format!("addr add {floating}/32 dev eth0\n"));
+    });
+    pair.one.kill();
+    let mut object = pair.nodes.0.object(&pair.client);
+    let annotation = ("ambient.dataplane/netns".into(), "/run/netns/none".into());
+    object.annotations.push(annotation);
+    pair.world.manifests.pod(&object);
+    pair.one.restart();
+    eventually("it is told that it stays captured", 20, || {
+        pair.one.pod("client").1.contains("stays captured")
+    });
+    pair
+}
+
+/// Gives an address of one pod of the first node to another one.
+fn give(pair: &Pair, address: &str, from: &Pod, to: &Pod) {
+    from.netns.ip(&format!("addr del {address}/32 dev eth0\n"));
+    to.netns.ip(&format!("addr add {address}/32 dev eth0\n"));
+    let route = format!("route replace {address}/32 dev {}\n", to.veth);
+    pair.nodes.0.netns.ip(&route);
+}
+
+#[test]
+fn c1_an_address_that_a_held_pod_has_no_more_is_not_its_own() {
+    let pair = held("10.100.0.1");
+    let _own = pair.client.serve(PORT);
+    let thief = pair.nodes.0.bare(&pair.world, "outside", "thief");
+    let _thieves = thief.serve(PORT);
+    give(&pair, "10.100.0.1", &pair.client, &thief);
+    let moved = SocketAddr::from(([10, 100, 0, 1], PORT));
+    eventually("it is captured, as any other", 10, || {
+        let captured = pair.one.counter("captured");
+        let _ = pair.client.ask(moved, "to whom");
+        pair.one.counter("captured") > captured
+    });
+    let answer = thief.ask_with(pair.client.at(PORT), "let me in", &["source=10.100.0.1"]);
+    assert!(answer.is_err(), "{answer:?}");
+    // Found again, it is served as it is now.
+    pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
+    pair.one.up(&["client"]);
+    let _app = pair.server.serve(PORT);
+    assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+}
+
+#[test]
+fn c1_what_keeps_a_held_pod_captured_is_put_back() {
+    let pair = held("10.100.0.1");
+    let _own = pair.client.serve(PORT);
+    let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
+    let netns = &pair.client.netns;
+    let tap = Wire::tap(pair.nodes.0.netns.file(), &pair.client.veth);
+    let lose: [(&str, &dyn Fn()); 4] = [
+        ("steer", &|| {
+            for pin in pair.world.pinned("one", "pods") {
+                fs::remove_file(pin).expect("a pin");
+            }
+        }),
+        ("rule", &|| _ = netns.show("rule del fwmark 0x511/0xfff")),
+        ("route", &|| _ = netns.show("route flush table 15001")),
+        ("setting", &|| {
+            netns.set_sysctl("net.ipv4.fwmark_reflect", "0");
+        }),
+    ];
+    for (part, lose) in lose {
+        let before = repairs(&pair.one, part);
+        lose();
+        eventually(&format!("{part} is put back"), 10, || {
+            repairs(&pair.one, part) > before
+        });
+        assert_eq!(steering(&netns.file()), 1, "{part}");
+        for to in [pair.client.at(PORT), pair.client.at6(PORT)] {
+            let answer = outsider.ask(to, "let me in");
+            assert!(answer.is_err(), "{part}: {to}: {answer:?}");
+        }
+        let answer = pair.client.ask(outsider.at(PORT), "let me out");
+        assert!(answer.is_err(), "{part}: {answer:?}");
+    }
+    pair.one
+        .logs(&["demo/client", "what keeps a pod captured was gone"]);
+    let segments = tap.end();
+    assert!(segments.iter().all(|segment| segment.payload.is_empty()));
+    pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
+    pair.one.up(&["client"]);
+    let _app = pair.server.serve(PORT);
+    assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+}
+
+#[test]
+fn c1_a_held_pod_that_lost_its_program_while_no_agent_ran_gets_one() {
+    let mut pair = held("10.100.0.1");
+    pair.one.kill();
+    for pin in pair.world.pinned("one", "pods") {
+        fs::remove_file(pin).expect("a pin");
+    }
+    let netns = pair.client.netns.file();
+    eventually("it is detached", 5, || steering(&netns) == 0);
+    pair.one.restart();
+    eventually("it is there again", 20, || steering(&netns) == 1);
+    let _own = pair.client.serve(PORT);
+    let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
+    let answer = outsider.ask(pair.client.at(PORT), "let me in");
+    assert!(answer.is_err(), "{answer:?}");
+}
