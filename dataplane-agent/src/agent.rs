@@ -289,7 +289,10 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     // What is configured goes on to hold, for what runs and for what comes.
     draining.cancel();
     tokio::select! {
-        () = workers.stop(options.drain) => {}
+        () = async {
+            workers.drain(options.drain).await;
+            workers.end().await;
+        } => {}
         () = &mut control => {}
         () = &mut background => {}
         name = signals.next() => tracing::warn!(signal = name, "ending at once"),

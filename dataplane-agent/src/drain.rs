@@ -1,7 +1,9 @@
 //! Owns every task of the data plane, and is the only place that spawns one.
 //!
 //! A [`Scope`] is what one worker runs for one pod. It is first *closed* (no new work; tunnels say
-//! GOAWAY and finish what they have) and then *cut*. Pods can be closed and opened again.
+//! GOAWAY and finish what they have) and then *cut*. Pods can be closed and opened again. A pod's tasks
+//! are counted together, whichever worker runs them: while its listeners go on to accept, one worker
+//! after the other being idle for a moment does not mean that nothing runs.
 
 use std::future::Future;
 use std::rc::Rc;
@@ -9,6 +11,7 @@ use std::rc::Rc;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::load::Load;
 
@@ -24,14 +27,23 @@ pub struct Scope {
 impl Scope {
     /// Without a task; what it spawns is begun by the worker of this `load`.
     pub fn new(load: Option<Load>) -> Self {
-        let tasks = TaskTracker::new();
-        tasks.close(); // only lets `wait` return; spawning goes on
         Self {
-            tasks,
+            tasks: tasks(),
             cut: CancellationToken::new(),
             closed: Rc::new(watch::Sender::new(false)),
             load,
         }
+    }
+
+    /// Counts what it spawns among these, with what other workers run for the same pod.
+    pub fn among(self, tasks: &TaskTracker) -> Self {
+        let tasks = tasks.clone();
+        Self { tasks, ..self }
+    }
+
+    /// Counts as a task until it is dropped: what is on its way to be spawned.
+    pub fn token(&self) -> TaskTrackerToken {
+        self.tasks.token()
     }
 
     /// Runs a task on this worker until it ends or the scope is cut.
@@ -70,16 +82,24 @@ impl Scope {
         *self.closed.borrow()
     }
 
-    /// Completes when all tasks have ended by themselves.
+    /// Completes when all tasks that are counted together have ended by themselves.
     pub async fn idle(&self) {
         self.tasks.wait().await;
     }
 
-    /// Ends all tasks; completes when they have ended. What is spawned later ends at once.
+    /// Ends all tasks; completes when they, and those that are counted with them, have ended. What is
+    /// spawned later ends at once.
     pub async fn cut(&self) {
         self.cut.cancel();
         self.tasks.wait().await;
     }
+}
+
+/// To count tasks in: it can be waited for until there are none.
+pub fn tasks() -> TaskTracker {
+    let tasks = TaskTracker::new();
+    tasks.close(); // only lets `wait` return; spawning goes on
+    tasks
 }
 
 #[cfg(test)]
@@ -108,6 +128,24 @@ mod tests {
             assert_eq!(Rc::strong_count(&held), 1);
             scope.spawn(std::future::pending());
             scope.idle().await;
+        });
+    }
+
+    #[test]
+    fn a_scope_is_idle_when_nothing_that_is_counted_with_it_runs() {
+        on_a_worker(async {
+            let tasks = tasks();
+            let (one, other) = (
+                Scope::new(None).among(&tasks),
+                Scope::new(None).among(&tasks),
+            );
+            let on_its_way = other.token();
+            let idle = tokio::time::timeout(std::time::Duration::from_millis(5), one.idle());
+            assert!(idle.await.is_err());
+            other.spawn(tokio::task::yield_now());
+            drop(on_its_way);
+            assert!(!tasks.is_empty());
+            one.idle().await;
         });
     }
 

@@ -15,11 +15,13 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::accept::listener::Listener;
 use crate::authorize::Authorizer;
 use crate::capture::{Instance, Listeners, LocalPod, PodEvent, named};
-use crate::drain::Scope;
+use crate::drain::{Scope, tasks};
 use crate::identity::Certs;
 use crate::journey::{Admitted, Corridor, Entrance, admit, walk};
 use crate::limits::NodePlaces;
@@ -36,6 +38,8 @@ const MUCH: u32 = BUSY / 2;
 const LOOK: Duration = Duration::from_secs(1);
 /// A tunnel that carries nothing for this long is closed.
 const IDLE: Duration = Duration::from_secs(300);
+/// How long whoever ends the workers waits until what they have cut is told of.
+const CUT: Duration = Duration::from_secs(2);
 
 /// What all workers are given.
 #[derive(Clone, Debug)]
@@ -57,7 +61,15 @@ pub struct Shared {
 pub struct Workers {
     doors: Vec<Door>,
     threads: Vec<JoinHandle<()>>,
-    homes: HashMap<Instance, usize>,
+    homes: HashMap<Instance, Home>,
+}
+
+/// Where a pod is at home.
+#[derive(Debug)]
+struct Home {
+    worker: usize,
+    /// What all workers run for it.
+    tasks: TaskTracker,
 }
 
 /// The way to a worker.
@@ -69,11 +81,11 @@ struct Door {
 
 #[derive(Debug)]
 enum Order {
-    /// A pod is here; its listeners too, if this is its home.
-    Up(Arc<LocalPod>, Option<Listeners>),
-    /// A connection from another worker. It weighs on this one already.
-    Take(Arc<LocalPod>, Admitted, Begun),
-    /// Nothing new; the answer goes when nothing of the pod runs any more.
+    /// A pod is here, of which tasks are counted in this; its listeners too, if this is its home.
+    Up(Arc<LocalPod>, TaskTracker, Option<Listeners>),
+    /// A connection from another worker. It weighs on this one already, and is one of the pod's tasks.
+    Take(Arc<LocalPod>, Admitted, (Begun, TaskTrackerToken)),
+    /// Nothing new; the answer goes when nothing of the pod runs any more, on any worker.
     Drain(Instance, Answer),
     /// It goes on after all.
     Revive(Instance),
@@ -172,15 +184,17 @@ impl Workers {
     pub fn apply(&mut self, event: PodEvent) {
         match event {
             PodEvent::Up(pod, listeners) => {
-                let home = self.home();
-                self.homes.insert(pod.instance, home);
+                let (home, tasks) = (self.home(), tasks());
                 // Who accepts comes last: it hands connections to the others.
                 for (number, door) in self.doors.iter().enumerate() {
                     if number != home {
-                        door.order(Order::Up(Arc::clone(&pod), None));
+                        door.order(Order::Up(Arc::clone(&pod), tasks.clone(), None));
                     }
                 }
-                self.doors[home].order(Order::Up(pod, Some(listeners)));
+                let instance = pod.instance;
+                self.doors[home].order(Order::Up(pod, tasks.clone(), Some(listeners)));
+                let worker = home;
+                self.homes.insert(instance, Home { worker, tasks });
             }
             PodEvent::Drain(instance, told) => self.all(instance, told, Order::Drain),
             PodEvent::Revive(instance) => {
@@ -195,24 +209,38 @@ impl Workers {
         }
     }
 
-    /// Lets what runs go on until it ends, or for as long as `drain`; then cuts it and ends.
-    pub async fn stop(mut self, drain: Duration) {
-        let instances: Vec<Instance> = self.homes.keys().copied().collect();
-        let idle = instances.iter().map(|instance| {
-            let (told, idle) = oneshot::channel();
+    /// Lets what runs go on, and what begins meanwhile, until nothing runs of any pod, or for as long as
+    /// this.
+    pub async fn drain(&self, long: Duration) {
+        for instance in self.homes.keys() {
+            // It is of no use that this one was idle while others were not.
+            let (told, _) = oneshot::channel();
             self.all(*instance, told, Order::Drain);
-            idle
-        });
-        let idle = futures_util::future::join_all(idle.collect::<Vec<_>>());
-        if tokio::time::timeout(drain, idle).await.is_err() {
+        }
+        let idle = async {
+            let busy = || self.homes.values().find(|home| !home.tasks.is_empty());
+            while let Some(home) = busy() {
+                home.tasks.wait().await;
+            }
+        };
+        if tokio::time::timeout(long, idle).await.is_err() {
             tracing::warn!("connection failed to drain within the timeout");
         }
-        let down = instances.iter().map(|instance| {
+    }
+
+    /// Cuts what runs, and ends. All that was cut has been told of then, if it takes no longer than
+    /// [`CUT`].
+    pub async fn end(mut self) {
+        let down = self.homes.keys().map(|instance| {
             let (told, down) = oneshot::channel();
             self.all(*instance, told, Order::Down);
             down
         });
-        futures_util::future::join_all(down.collect::<Vec<_>>()).await;
+        let down = futures_util::future::join_all(down.collect::<Vec<_>>());
+        if tokio::time::timeout(CUT, down).await.is_err() {
+            tracing::error!("a worker does not end");
+            return;
+        }
         for door in &self.doors {
             door.order(Order::Stop);
         }
@@ -225,7 +253,8 @@ impl Workers {
 
     /// The worker that is home to the fewest pods.
     fn home(&self) -> usize {
-        let pods = |number: &usize| self.homes.values().filter(|home| *home == number).count();
+        let at = |number: usize| move |home: &&Home| home.worker == number;
+        let pods = |number: &usize| self.homes.values().filter(at(*number)).count();
         (0..self.doors.len()).min_by_key(pods).unwrap_or(0)
     }
 
@@ -307,8 +336,8 @@ impl Worker {
         });
         while let Some(order) = inbox.recv().await {
             match order {
-                Order::Up(pod, listeners) => self.up(&pod, listeners),
-                Order::Take(pod, admitted, _begun) => match self.pods.get(&pod.instance) {
+                Order::Up(pod, tasks, listeners) => self.up(&pod, &tasks, listeners),
+                Order::Take(pod, admitted, _counted) => match self.pods.get(&pod.instance) {
                     Some(here) => take(&self.corridor, &here.scope, &pod, admitted),
                     // It went down meanwhile; dropping it resets it, and tells.
                     None => drop(admitted),
@@ -326,10 +355,11 @@ impl Worker {
         self.chores.cut().await;
     }
 
-    fn up(&mut self, pod: &Arc<LocalPod>, listeners: Option<Listeners>) {
+    fn up(&mut self, pod: &Arc<LocalPod>, tasks: &TaskTracker, listeners: Option<Listeners>) {
+        let load = self.doors[self.number].load.clone();
         let here = Here {
             pod: Arc::clone(pod),
-            scope: Scope::new(Some(self.doors[self.number].load.clone())),
+            scope: Scope::new(Some(load)).among(tasks),
             entrances: Scope::new(None),
         };
         if let Some(listeners) = listeners {
@@ -360,7 +390,8 @@ impl Worker {
                 };
                 match elsewhere(&doors, number, &mut turn) {
                     Some(door) => {
-                        door.order(Order::Take(Arc::clone(&pod), admitted, door.load.begin()));
+                        let counted = (door.load.begin(), scope.token());
+                        door.order(Order::Take(Arc::clone(&pod), admitted, counted));
                     }
                     None => take(&corridor, &scope, &pod, admitted),
                 }

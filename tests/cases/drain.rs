@@ -1,0 +1,39 @@
+//! How an agent ends: what runs is let end.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::time::Duration;
+
+use dataplane_tests::{Agent, Node, World};
+
+const PORT: u16 = 7000;
+
+/// An agent that drains for longer than a test takes.
+fn patient(world: &World, node: &Node) -> Agent {
+    let mut setup = world.setup(node);
+    let drain = setup.arguments.iter_mut().find(|word| *word == "5s");
+    *drain.expect("a time to drain") = "120s".into();
+    Agent::start(setup)
+}
+
+#[test]
+fn what_begins_while_an_agent_drains_is_not_cut_when_what_ran_before_ends() {
+    let world = World::new();
+    let node = world.node("one");
+    let (first, second) = (node.pod(&world, "first"), node.pod(&world, "second"));
+    let server = node.bare(&world, "outside", "server");
+    let _app = server.serve(PORT);
+    let mut agent = patient(&world, &node);
+    agent.up(&["first", "second"]);
+    let before = first.talk(server.at(PORT));
+    agent.ask_to_end();
+    agent.logs(&["draining; pods stay captured"]);
+    let mut begun = second.talk(server.at(PORT));
+    drop(before);
+    std::thread::sleep(Duration::from_secs(1));
+    begun.say("still");
+    assert_eq!(begun.line(), format!("{} still", second.v4));
+    assert!(agent.runs(), "it drains");
+    drop(begun);
+    assert!(agent.wait().success(), "it ends when nothing runs");
+}
