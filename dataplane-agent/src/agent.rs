@@ -241,65 +241,64 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     };
     tokio::pin!(capture, control, background);
     let mut held: HashMap<Instance, Identity> = HashMap::new();
-    loop {
-        tokio::select! {
-            event = pod_events.recv() => match event {
-                Some(event) => {
+    let by_itself = |room| Err(anyhow::anyhow!("{room} has ended by itself").into());
+    let ended = async {
+        loop {
+            tokio::select! {
+                Some(event) = pod_events.recv() => {
                     hold(&certs, &mut held, &event);
                     workers.apply(event);
                 }
-                None => break,
-            },
-            end = &mut capture => {
-                end?;
-                return Err(anyhow::anyhow!("capture has ended by itself").into());
-            }
-            () = &mut control => {
-                return Err(anyhow::anyhow!("control has ended by itself").into());
-            }
-            () = &mut background => {
-                return Err(anyhow::anyhow!("a room has ended by itself").into());
-            }
-            name = signals.next() => {
-                tracing::info!(signal = name, drain = ?options.drain, "draining; pods stay captured");
-                break;
+                end = &mut capture => {
+                    end?;
+                    return by_itself("capture");
+                }
+                () = &mut control => return by_itself("control"),
+                () = &mut background => return by_itself("a room"),
+                name = signals.next() => {
+                    tracing::info!(signal = name, drain = ?options.drain, "draining; pods stay captured");
+                    break;
+                }
             }
         }
-    }
-    // Capture rests: no pod is enrolled or let go any more, and none is left half in.
-    rest.cancel();
-    loop {
+        // Capture rests: no pod is enrolled or let go any more, and none is left half in.
+        rest.cancel();
+        loop {
+            tokio::select! {
+                Some(event) = pod_events.recv() => {
+                    hold(&certs, &mut held, &event);
+                    workers.apply(event);
+                }
+                end = &mut capture => {
+                    end?;
+                    break;
+                }
+                _ = &mut at_rest => break,
+            }
+        }
+        // What it has handed on before: the listeners of a pod that has just come are in there.
+        while let Ok(event) = pod_events.try_recv() {
+            hold(&certs, &mut held, &event);
+            workers.apply(event);
+        }
+        // What is configured goes on to hold, for what runs and for what comes.
+        draining.cancel();
         tokio::select! {
-            Some(event) = pod_events.recv() => {
-                hold(&certs, &mut held, &event);
-                workers.apply(event);
+            () = workers.drain(options.drain) => Ok(()),
+            () = &mut control => by_itself("control"),
+            () = &mut background => by_itself("a room"),
+            name = signals.next() => {
+                tracing::warn!(signal = name, "ending at once");
+                Ok(())
             }
-            end = &mut capture => {
-                end?;
-                break;
-            }
-            _ = &mut at_rest => break,
         }
-    }
-    // What it has handed on before: the listeners of a pod that has just come are in there.
-    while let Ok(event) = pod_events.try_recv() {
-        hold(&certs, &mut held, &event);
-        workers.apply(event);
-    }
-    // What is configured goes on to hold, for what runs and for what comes.
-    draining.cancel();
-    tokio::select! {
-        () = async {
-            workers.drain(options.drain).await;
-            workers.end().await;
-        } => {}
-        () = &mut control => {}
-        () = &mut background => {}
-        name = signals.next() => tracing::warn!(signal = name, "ending at once"),
-    }
+    };
+    let ended = ended.await;
+    // However it ends, what is cut is told of.
+    workers.end().await;
     let _ = fs::remove_file(socket);
     tracing::info!("ended");
-    Ok(())
+    ended
 }
 
 /// Holds the certificate of a pod for as long as it is served.

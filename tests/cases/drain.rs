@@ -1,10 +1,10 @@
-//! How an agent ends: what runs is let end.
+//! How an agent ends: what runs is let end, what is cut is told of.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use dataplane_tests::{Agent, Node, World};
+use dataplane_tests::{Agent, Node, World, scaled};
 
 const PORT: u16 = 7000;
 
@@ -36,4 +36,31 @@ fn what_begins_while_an_agent_drains_is_not_cut_when_what_ran_before_ends() {
     assert!(agent.runs(), "it drains");
     drop(begun);
     assert!(agent.wait().success(), "it ends when nothing runs");
+}
+
+#[test]
+fn an_agent_that_is_told_twice_to_end_cuts_what_runs_and_tells_of_it() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    let server = node.bare(&world, "outside", "server");
+    let _app = server.serve(PORT);
+    let mut agent = patient(&world, &node);
+    agent.up(&["client"]);
+    let live: Vec<_> = (0..20).map(|_| client.talk(server.at(PORT))).collect();
+    agent.ask_to_end();
+    agent.logs(&["draining; pods stay captured"]);
+    let told = Instant::now();
+    agent.ask_to_end();
+    assert!(agent.wait().success());
+    let took = told.elapsed();
+    assert!(took < scaled(Duration::from_secs(5)), "{took:?}");
+    for talk in live {
+        assert_eq!(talk.line(), "closed: reset");
+    }
+    let log = agent.log();
+    let cut = log
+        .lines()
+        .filter(|line| line.contains("connection complete") && line.contains("reason=\"drain\""));
+    assert_eq!(cut.count(), 20, "each is told of");
 }
