@@ -446,6 +446,88 @@ fn a_family_without_an_address_is_unreachable_as_it_is_without_a_mesh() {
     assert!(agent.counter("refused") > 0);
 }
 
+/// Waits until an address of the pod's `eth0` is in this state.
+fn is_address(pod: &Pod, address: &str, state: &str, seconds: u64) {
+    eventually(&format!("{address} is {state}"), seconds, || {
+        let of = pod.netns.show(&format!("-6 addr show dev eth0 {state}"));
+        of.contains(address)
+    });
+}
+
+#[test]
+fn c1_an_address_that_another_on_the_link_has_costs_a_pod_no_other_of_its_addresses() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let server = two.pod(&world, "server");
+    let client = one.pod(&world, "client");
+    // A neighbour on the pod's link has its address, and one that it is to get.
+    let taken = client.v6.to_string();
+    one.netns.ip(&format!(
+        "addr add {taken}/128 dev {veth} nodad\naddr add fd00:99::1/128 dev {veth} nodad\n",
+        veth = client.veth
+    ));
+    client.netns.ip(&format!(
+        "addr del {taken}/128 dev eth0\naddr add {taken}/128 dev eth0\n"
+    ));
+    is_address(&client, &taken, "dadfailed", 10);
+    let (agent, other) = (world.agent(&one), world.agent(&two));
+    agent.up(&["client"]);
+    other.up(&["server"]);
+    eventually("both are in the mesh", 10, || agent.tunnelled() >= 2);
+    let _app = server.serve(PORT);
+    let works = || {
+        let captured = agent.counter("captured");
+        let answer = client.ask(server.at(PORT), "x");
+        assert_eq!(answer, Ok(format!("{} x", client.v4)));
+        assert_eq!(agent.counter("captured"), captured + 1);
+    };
+    works();
+    // It is not the pod's own: what goes there would reach the neighbour, in clear.
+    let tap = Wire::tap(one.netns.file(), &client.veth);
+    let answer = client.ask(client.at6(PORT), "to whom");
+    assert!(answer.is_err(), "{answer:?}");
+    let segments = tap.end();
+    let left = |segment: &Segment| segment.to == (client.v6, PORT);
+    assert!(!segments.iter().any(left), "{segments:?}");
+    // Nor does one that comes later break what is up.
+    client.netns.ip("addr add fd00:99::1/128 dev eth0\n");
+    is_address(&client, "fd00:99::1", "dadfailed", 10);
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert_eq!(agent.pod("client").0, "up");
+    works();
+}
+
+#[test]
+fn c1_a_pod_is_captured_while_its_addresses_are_looked_for_on_the_link() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let server = two.pod(&world, "server");
+    let _client = one.pod(&world, "client");
+    let (agent, other) = (world.agent(&one), world.agent(&two));
+    other.up(&["server"]);
+    agent.up(&["client"]);
+    let late = one.bare(&world, "demo", "late");
+    // Five seconds of duplicate address detection.
+    late.netns
+        .set_sysctl("net.ipv6.conf.eth0.dad_transmits", "5");
+    late.netns.ip(&format!(
+        "addr del {own}/128 dev eth0\naddr add {own}/128 dev eth0\n",
+        own = late.v6
+    ));
+    world.manifests.pod(&one.object(&late));
+    agent.up(&["late"]);
+    is_address(&late, &late.v6.to_string(), "tentative", 0);
+    let _app = server.serve(PORT);
+    eventually("all are in the mesh", 10, || agent.tunnelled() >= 3);
+    let answer = late.ask(server.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", late.v4)));
+    is_address(&late, &late.v6.to_string(), "-tentative", 10);
+    eventually("captured by IPv6 too", 2, || {
+        late.ask(server.at6(PORT), "x") == Ok(format!("{} x", late.v6))
+    });
+    assert_eq!(agent.pod("late").0, "up");
+}
+
 #[test]
 fn c10_thousands_of_connections_of_one_client_to_one_port_meet_no_taken_one() {
     let world = World::new();

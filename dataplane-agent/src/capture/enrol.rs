@@ -140,13 +140,17 @@ pub fn interfaces(netns: &Netns) -> Result<Interfaces, CaptureError> {
 
 /// The addresses that the pod has on its interfaces, as many as are known to be its own: `known`, by which
 /// the mesh knows it, first, since connections come from the first one of their family. One that it has
-/// no more is not its own, whatever its object says: somebody else may have it.
+/// no more is not its own, whatever its object says, nor is one that the kernel does not use: somebody
+/// else may have it.
 pub fn addresses(known: &[IpAddr], interfaces: &Interfaces) -> Arc<[IpAddr]> {
     let others = interfaces.addresses.iter();
     let others = others.filter(|address| !known.contains(address));
     let known = known.iter();
     let known = known.filter(|address| interfaces.addresses.contains(address));
-    known.chain(others).copied().take(ADDRESSES).collect()
+    let used = known
+        .chain(others)
+        .filter(|address| !interfaces.tentative.contains(address));
+    used.copied().take(ADDRESSES).collect()
 }
 
 /// Whether the pod has the addresses that the mesh knows it by.
@@ -172,13 +176,20 @@ pub fn own(
 ) -> Result<(Arc<[IpAddr]>, Routing), CaptureError> {
     let addresses = addresses(pod.known, interfaces);
     let routing = Routing::of(&addresses, interfaces);
-    let has = interfaces.addresses.len();
+    let has = interfaces.addresses.len() - interfaces.tentative.len();
     if has > addresses.len() {
         tracing::warn!(
             pod = %named(pod.uid),
             has,
             known = addresses.len(),
             "pod has more addresses than are known to be its own; connections to the others are refused"
+        );
+    }
+    if !interfaces.tentative.is_empty() {
+        tracing::info!(
+            pod = %named(pod.uid),
+            addresses = ?interfaces.tentative,
+            "pod has addresses that are not used: their duplicate address detection goes on, or has failed"
         );
     }
     let mut maps = window.maps();

@@ -1,9 +1,9 @@
 //! Network namespaces: held by descriptor, entered by a thread for the length of a call.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -39,8 +39,11 @@ pub struct Netns {
 pub struct Interfaces {
     /// Addresses that can be reached from outside: neither of loopback nor of one link alone.
     pub addresses: Vec<IpAddr>,
-    /// The interfaces by their numbers, each with those of the addresses that are its own.
+    /// The interfaces by their numbers, each with those of the addresses that are its own and in use.
     pub links: BTreeMap<u32, Vec<IpAddr>>,
+    /// Those of the addresses that no interface may use: the kernel still asks on the link whether
+    /// somebody else has them, or somebody does.
+    pub tentative: BTreeSet<IpAddr>,
 }
 
 impl Netns {
@@ -278,6 +281,8 @@ fn interfaces() -> io::Result<Interfaces> {
     // A pod may have many thousands of addresses: nothing takes longer with each that there is already.
     let mut numbers: HashMap<String, u32> = HashMap::new();
     let mut seen = HashSet::new();
+    // Read first: what has begun to be used since is told as a change.
+    let tentative = tentative()?;
     // The links come first, and then what is on them.
     for entry in getifaddrs()? {
         if entry.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
@@ -316,17 +321,67 @@ fn interfaces() -> io::Result<Interfaces> {
         if of_one_link || address.is_loopback() {
             continue;
         }
-        found.links.entry(*index).or_default().push(address);
+        if tentative.contains(&(*index, address)) {
+            found.tentative.insert(address);
+        } else {
+            found.links.entry(*index).or_default().push(address);
+        }
         if seen.insert(address) {
             found.addresses.push(address);
+        }
+    }
+    if !found.tentative.is_empty() {
+        // One interface may use what another one may not yet.
+        for used in found.links.values().flatten() {
+            found.tentative.remove(used);
         }
     }
     Ok(found)
 }
 
+/// `IFA_F_TENTATIVE` and `IFA_F_OPTIMISTIC` of `linux/if_addr.h`: duplicate address detection has not
+/// ended, or has found somebody; and the address is used all the same.
+const TENTATIVE: u8 = 0x40;
+const OPTIMISTIC: u8 = 0x04;
+
+/// The addresses of this thread's namespace that the kernel does not use, with their interfaces.
+fn tentative() -> io::Result<HashSet<(u32, IpAddr)>> {
+    match std::fs::read_to_string("/proc/thread-self/net/if_inet6") {
+        Ok(lines) => Ok(lines.lines().filter_map(unused).collect()),
+        // Without IPv6 there is none: of IPv4 the kernel uses all.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(HashSet::new()),
+        Err(error) => Err(error),
+    }
+}
+
+/// The address of a line `<address> <interface> <prefix> <scope> <flags> <name>`, all hexadecimal, if
+/// the kernel does not use it.
+fn unused(line: &str) -> Option<(u32, IpAddr)> {
+    let mut words = line.split_whitespace();
+    let address = u128::from_str_radix(words.next()?, 16).ok()?;
+    let index = u32::from_str_radix(words.next()?, 16).ok()?;
+    let flags = u8::from_str_radix(words.nth(2)?, 16).ok()?;
+    let used = flags & TENTATIVE == 0 || flags & OPTIMISTIC != 0;
+    (!used).then(|| (index, Ipv6Addr::from_bits(address).into()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_not_used_until_it_is_known_to_be_nobody_elses() {
+        let line = |flags| {
+            unused(&format!(
+                "fd000000000000000000000000000005 0b 80 00 {flags}     eth0"
+            ))
+        };
+        let own: IpAddr = "fd00::5".parse().expect("an address");
+        assert_eq!(line("40"), Some((11, own)), "being looked for");
+        assert_eq!(line("c8"), Some((11, own)), "somebody has it");
+        assert_eq!(line("c4"), None, "optimistic");
+        assert_eq!(line("80"), None);
+    }
 
     #[test]
     fn what_is_no_namespace_is_refused_and_not_opened() {
