@@ -13,6 +13,9 @@ pub const PODS: u32 = 1024;
 /// How many cgroups of one pod are known to be its own: each of its containers may have one, where no
 /// cgroup holds them all. What is in a further one counts as outside of the pod's cgroups.
 pub const CGROUPS: u32 = 16;
+/// How many levels below the root cgroups are looked at for a pod's; deeper ones belong to what is above
+/// them.
+pub const DEPTH: u32 = 12;
 /// How many addresses of one pod are known to be its own. What a pod has beyond that is nobody's: it
 /// is captured like any other destination, and refused to who connects to it from outside.
 pub const ADDRESSES: usize = 64;

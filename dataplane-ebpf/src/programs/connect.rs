@@ -12,6 +12,7 @@ use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::decide::{self, Asked, Connect};
 use dataplane_ebpf::event::{Event, Reason};
 use dataplane_ebpf::mark;
+use dataplane_ebpf::pod;
 
 use crate::context;
 use crate::maps::{count, leaves, node, owns, report};
@@ -20,9 +21,6 @@ use crate::node_maps::{AGENT, CGROUPS, INSIDE, PODS};
 const ALLOW: i32 = 1;
 const DENY: i32 = 0;
 const ENETUNREACH: i32 = 101;
-
-/// How deep cgroups are looked at for another pod's; deeper ones belong to what is above them.
-const DEPTH: i32 = 12;
 
 /// IPv4 connects.
 #[cgroup_sock_addr(connect4)]
@@ -138,7 +136,7 @@ fn first(netns: u64) -> Ip {
 #[inline(never)]
 fn other(netns: u64) -> u64 {
     let mut other = 0;
-    for level in 1..=DEPTH {
+    for level in 1..=pod::DEPTH as i32 {
         let cgroup = ancestor(level);
         if cgroup == 0 {
             break;

@@ -18,15 +18,16 @@ static NODE: Array<Node> = Array::with_max_entries(1, 0);
 static ADDRESSES: HashMap<Owned, u32> = HashMap::with_max_entries(pod::OWNED, BPF_F_NO_PREALLOC);
 
 /// Pods that leave, by the cookie of their network namespace: nothing new of such a pod is captured any
-/// more, and what was stays inside. Written by the agent: first at leaving. When it is full, the pod
-/// stays captured.
+/// more, and what was stays inside. So are pods that are being enrolled, until all is in place. Written by
+/// the agent: first at leaving, and first at enrolment. When it is full, a pod that leaves stays captured,
+/// and enrolment fails.
 #[map]
 static LEAVING: HashMap<u64, u32> = HashMap::with_max_entries(pod::PODS, 0);
 
 /// Connections that pods have begun from one of their own addresses to another. Written by `sock_ops`
 /// before the SYN is sent, and read by `steer` as it arrives. When it is full, the oldest is forgotten.
 #[map]
-static BEGUN: LruHashMap<Begun, u32> = LruHashMap::with_max_entries(pod::BEGUN, 0);
+pub(crate) static BEGUN: LruHashMap<Begun, u32> = LruHashMap::with_max_entries(pod::BEGUN, 0);
 
 /// Counts, a slot per [`Counter`]; written here, read by the agent.
 #[map]
@@ -53,18 +54,6 @@ pub(crate) fn owns(netns: u64, ip: Ip) -> bool {
 #[inline(always)]
 pub(crate) fn leaves(netns: u64) -> bool {
     LEAVING.get_ptr(netns).is_some()
-}
-
-/// Whether the pod has begun it.
-#[inline(always)]
-pub(crate) fn begun(connection: Begun) -> bool {
-    BEGUN.get_ptr(connection).is_some()
-}
-
-/// Remembers what a pod begins. What finds no room is taken for somebody else's, and goes to the agent.
-#[inline(always)]
-pub(crate) fn begin(connection: Begun) {
-    let _ = BEGUN.insert(connection, 1, 0);
 }
 
 /// Counts one. A program that is interrupted here by another one on its CPU may undo what that one

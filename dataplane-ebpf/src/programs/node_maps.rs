@@ -7,8 +7,8 @@ use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::pod;
 
 /// Enrolled pods by the cookie of their network namespace, with the first address, for reports.
-/// Written by the agent: the last step of enrolment, removed in the last of leaving. When it is full,
-/// enrolment fails.
+/// Written by the agent: before `steer` is attached, and until the last step of enrolment the pod is in
+/// `LEAVING` too; removed in the last step of leaving. When it is full, enrolment fails.
 #[map]
 pub(crate) static PODS: HashMap<u64, Ip> = HashMap::with_max_entries(pod::PODS, 0);
 

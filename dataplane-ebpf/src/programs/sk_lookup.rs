@@ -12,7 +12,7 @@ use dataplane_ebpf::event::{Event, Reason};
 use dataplane_ebpf::pod::{Begun, Steered, listener};
 
 use crate::context::{self, Syn};
-use crate::maps::{begun, count, leaves, node, owns, report};
+use crate::maps::{BEGUN, count, leaves, node, owns, report};
 
 /// The agent's listeners in this pod. Written by the agent; a listener that is closed leaves.
 #[map]
@@ -44,13 +44,14 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
         to: owns(pod.netns, to),
     };
     let begun = || {
-        begun(Begun {
+        let connection = Begun {
             netns: pod.netns,
             from,
             to,
             from_port: u32::from(from_port),
             to_port: u32::from(to_port),
-        })
+        };
+        BEGUN.get_ptr(connection).is_some()
     };
     let mut steer = decide::steer(owns, &from, &to, to_port, by_lo, begun);
     if leaves(pod.netns) {

@@ -14,7 +14,7 @@ use dataplane_ebpf::mark;
 use dataplane_ebpf::pod::Begun;
 
 use crate::context::{self, Connection};
-use crate::maps::{begin, count, owns};
+use crate::maps::{BEGUN, count, owns};
 use crate::node_maps::{PODS, inside};
 
 /// Runs at each event of a TCP socket; cares for the two at which a connection begins.
@@ -68,13 +68,15 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
         unsafe { *stored = 1 };
     }
     if op == BPF_SOCK_OPS_TCP_CONNECT_CB && to_itself && own != other {
-        begin(Begun {
+        let connection = Begun {
             netns,
             from: own,
             to: other,
             from_port: own_port,
             to_port: other_port,
-        });
+        };
+        // Where it finds no room it is taken for somebody else's, and goes to the agent.
+        let _ = BEGUN.insert(connection, 1, 0);
     }
     0
 }

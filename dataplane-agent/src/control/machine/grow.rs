@@ -6,7 +6,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use dataplane_ebpf::pod::CGROUPS;
+use dataplane_ebpf::pod::{CGROUPS, DEPTH};
 
 use super::cgroups::{Asked, NoGroup};
 use super::seen::Seen;
@@ -14,10 +14,6 @@ use super::{Look, Machine, Missing};
 use crate::capture::{PodState, Status};
 use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::processes;
-
-/// How deep the kernel programs look for a pod's cgroup: their own `DEPTH`. They do not know who is in a
-/// deeper one for the pod's.
-const DEPTH: u32 = 12;
 
 impl Machine {
     /// Finds the cgroups that are a pod's alone: more than before, if processes came in others, and
