@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use h2::Reason;
 use tokio::net::TcpStream;
+use tokio::task::yield_now;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::ends::{Sink, Socket, Source, halves};
@@ -30,6 +31,9 @@ use crate::limits::memory::Share;
 
 /// An end that broke has left something to deliver: it takes no longer, then the other end is reset.
 pub const FLUSH: Duration = Duration::from_secs(2);
+/// How often a direction reads and writes before others have their turn: the other one, and all else on the
+/// worker. Between sockets that is a MiB at most.
+const TURN: usize = 4;
 /// Between two looks whether a socket's peer has acknowledged all; doubles up to 64 of it.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -274,11 +278,11 @@ impl Way {
         }
     }
 
-    /// Moves what can be moved; completes at the end. What comes after an error of the source is what
-    /// was read before it; then it completes as well. `late`: the other direction has been read to its
+    /// Moves what can be moved in a [`TURN`]; completes at the end. What comes after an error of the source is
+    /// what was read before it; then it completes as well. `late`: the other direction has been read to its
     /// end.
     fn poll(&mut self, late: bool, context: &mut Context<'_>) -> Poll<Result<(), Cut>> {
-        loop {
+        for _ in 0..TURN {
             let mut moved = false;
             if !self.read_all {
                 match self.source.poll_read(&mut self.batch, context) {
@@ -324,6 +328,9 @@ impl Way {
                 return Poll::Pending;
             }
         }
+        // It is woken when all else has had its turn, and the kernel was asked what is new.
+        let _: Poll<()> = pin!(yield_now()).poll(context);
+        Poll::Pending
     }
 
     /// Moves what is left to move, though the source is broken, and says how it broke. Meanwhile what comes

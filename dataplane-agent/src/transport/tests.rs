@@ -27,7 +27,7 @@ use crate::hbone::window::Windows;
 use crate::limits::memory::Share;
 use crate::sys::socket::close_by_reset;
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Counted {
     up: Cell<u64>,
     down: Cell<u64>,

@@ -23,6 +23,41 @@ async fn endless(mut tcp: TcpStream) {
     while tcp.write_all(&[7; 64 << 10]).await.is_ok() {}
 }
 
+/// Writes until nothing goes.
+async fn fill(tcp: &mut TcpStream) {
+    let endless = async { while tcp.write_all(&[7; 64 << 10]).await.is_ok() {} };
+    let full = tokio::time::timeout(Duration::from_millis(300), endless).await;
+    full.expect_err("nobody reads it");
+}
+
+#[test]
+fn a_relay_moves_a_bounded_amount_in_a_turn_and_both_ways() {
+    run(async {
+        let ((mut client, one), (two, mut server)) = (pair().await, pair().await);
+        tokio::join!(fill(&mut client), fill(&mut server));
+        let counted = Rc::<Counted>::default();
+        let mut relayed = Box::pin(relay(End::Tcp(one), End::Tcp(two), &counted));
+        poll_fn(|context| {
+            assert!(relayed.as_mut().poll(context).is_pending());
+            std::task::Poll::Ready(())
+        })
+        .await;
+        for moved in [counted.up.get(), counted.down.get()] {
+            assert!((1..=1 << 20).contains(&moved), "{counted:?}");
+        }
+        let all = async {
+            let mut piece = vec![0; 64 << 10];
+            while counted.up.get() < 2 << 20 {
+                let _ = server.read(&mut piece).await.expect("bytes");
+            }
+        };
+        tokio::select! {
+            () = all => {}
+            _ = relayed => panic!("it ended"),
+        }
+    });
+}
+
 /// Reads so many bytes, and looks after each piece.
 async fn read(stream: &mut Stream, bytes: usize, look: impl Fn()) {
     let mut got = 0;
