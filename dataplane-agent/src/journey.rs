@@ -18,7 +18,7 @@ use crate::limits::{NodePlaces, Place, Turns};
 use crate::observe::{Arrival, Facts, Observer, Reporter};
 use crate::resolve::{self, Hop, MeshReader, ResolveError, Resolved};
 use crate::sys::socket::canonical;
-use crate::transport::{Carrier, carry};
+use crate::transport::{Carried, Carrier, carry};
 
 /// The rooms, as one worker walks through them.
 #[derive(Clone, Debug)]
@@ -210,7 +210,8 @@ async fn pass(
     };
     let bytes = record.bytes();
     match carry(permit, &corridor.carrier, scope, &bytes).await {
-        Ok(()) => record.close(Ok(())),
+        Ok(Carried::Whole) => record.close(Ok(())),
+        Ok(Carried::ClientGone) => record.give_up(),
         Err(error) => record.close(Err(&error)),
     }
 }

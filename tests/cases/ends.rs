@@ -268,6 +268,7 @@ fn a_client_that_gives_up_is_not_dialled_for_any_more() {
     assert!(within(4, gone), "its connection is over");
     let line = pair.one.logs(&["connection complete", nobody]);
     assert!(!line.contains("error="), "{line}");
+    assert!(line.contains("reason=\"client_gone\""), "{line}");
 }
 
 #[test]

@@ -241,10 +241,15 @@ impl Record {
 
     /// It came to its end.
     pub fn close(mut self, end: Result<(), &dyn Failure>) {
-        self.end(end);
+        self.end(end, None);
     }
 
-    fn end(&mut self, end: Result<(), &dyn Failure>) {
+    /// Its client went before it was connected: nothing has failed, and nothing is known of the server.
+    pub fn give_up(mut self) {
+        self.end(Ok(()), Some("client_gone"));
+    }
+
+    fn end(&mut self, end: Result<(), &dyn Failure>, word: Option<&'static str>) {
         if std::mem::replace(&mut self.closed, true) {
             return;
         }
@@ -257,7 +262,8 @@ impl Record {
         if let Some(failure) = failure {
             self.metrics.failed(self.facts.reporter, failure);
         }
-        self.tell_complete(failure, up, down);
+        let word = failure.map(Failure::reason).or(word);
+        self.tell_complete(failure, word, up, down);
     }
 
     fn tell_opened(&self) {
@@ -283,7 +289,13 @@ impl Record {
         );
     }
 
-    fn tell_complete(&self, failure: Option<&dyn Failure>, up: u64, down: u64) {
+    fn tell_complete(
+        &self,
+        failure: Option<&dyn Failure>,
+        reason: Option<&'static str>,
+        up: u64,
+        down: u64,
+    ) {
         let error = failure.map(ToString::to_string);
         let line = Line::of(&self.facts);
         // What this agent sent to, and received from, the far end of its leg.
@@ -312,7 +324,7 @@ impl Record {
                     bytes_recv = received,
                     duration = duration.as_str(),
                     error = error.as_deref(),
-                    reason = failure.map(Failure::reason),
+                    reason,
                     "connection complete"
                 )
             };
@@ -326,7 +338,7 @@ impl Record {
 
 impl Drop for Record {
     fn drop(&mut self) {
-        self.end(Err(&Drained));
+        self.end(Err(&Drained), None);
     }
 }
 

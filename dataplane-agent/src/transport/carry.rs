@@ -39,6 +39,15 @@ impl Meter for Arc<observe::Bytes> {
     }
 }
 
+/// How a connection came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carried {
+    /// It was connected, and both ends have finished or one was reset.
+    Whole,
+    /// Its client went before it was connected, which is its right.
+    ClientGone,
+}
+
 /// Connects to the next hop and carries bytes until both ends have finished, one breaks, or policy
 /// no longer allows it. Where nothing could be carried the client is told so: by a status, or by a
 /// reset.
@@ -50,7 +59,7 @@ pub async fn carry(
     carrier: &Carrier,
     scope: &Scope,
     bytes: &Arc<observe::Bytes>,
-) -> Result<(), TransportError> {
+) -> Result<Carried, TransportError> {
     let Permit {
         resolved,
         mut revoked,
@@ -99,15 +108,9 @@ pub async fn carry(
             }
         }
     };
-    let upstream = tokio::select! {
-        biased;
-        () = revoked.wait() => Err(TransportError::Revoked),
-        // Nobody waits for it any more, which is a client's right.
-        () = accepted.io.gone() => return Ok(()),
-        upstream = upstream => upstream,
-    };
-    let (upstream, _lease) = match upstream {
-        Ok(upstream) => upstream,
+    let (upstream, _lease) = match wait(revoked.wait(), accepted.io.gone(), upstream).await {
+        Ok(Some(upstream)) => upstream,
+        Ok(None) => return Ok(Carried::ClientGone),
         Err(error) => {
             let status = match error {
                 TransportError::Revoked => StatusCode::UNAUTHORIZED,
@@ -124,11 +127,27 @@ pub async fn carry(
             match waiting.connected(baggage.as_deref()) {
                 Ok(stream) => End::Stream(stream),
                 // It has gone just now.
-                Err(_) => return Ok(()),
+                Err(_) => return Ok(Carried::ClientGone),
             }
         }
     };
-    relay_while_allowed(client, upstream, &share, bytes, &mut revoked).await
+    relay_while_allowed(client, upstream, &share, bytes, &mut revoked).await?;
+    Ok(Carried::Whole)
+}
+
+/// Waits for the upstream while policy allows it and somebody waits for it; `None` when the client has gone.
+/// What became of the upstream by then counts: a client that gives up must not make it look well.
+async fn wait<T>(
+    revoked: impl Future<Output = ()>,
+    gone: impl Future<Output = ()>,
+    upstream: impl Future<Output = Result<T, TransportError>>,
+) -> Result<Option<T>, TransportError> {
+    tokio::select! {
+        biased;
+        () = revoked => Err(TransportError::Revoked),
+        upstream = upstream => upstream.map(Some),
+        () = gone => Ok(None),
+    }
 }
 
 async fn relay_while_allowed(
@@ -144,5 +163,27 @@ async fn relay_while_allowed(
         end = relay(client, upstream, share, bytes) => {
             end.map_err(|error: RelayError| TransportError::Relay(error.into()))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_upstream_that_fails_is_told_of_though_its_client_has_just_gone() {
+        let failed = || {
+            ready(Err::<(), _>(TransportError::Status(
+                StatusCode::BAD_GATEWAY,
+            )))
+        };
+        let end = wait(pending(), ready(()), failed()).await;
+        assert!(matches!(end, Err(TransportError::Status(_))), "{end:?}");
+        let end = wait::<()>(pending(), ready(()), pending()).await;
+        assert!(matches!(end, Ok(None)), "{end:?}");
+        let end = wait(ready(()), ready(()), failed()).await;
+        assert!(matches!(end, Err(TransportError::Revoked)), "{end:?}");
     }
 }

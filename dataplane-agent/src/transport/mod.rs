@@ -18,7 +18,7 @@ use std::time::SystemTime;
 
 use futures_util::future::LocalBoxFuture;
 
-pub use carry::{Carrier, carry};
+pub use carry::{Carried, Carrier, carry};
 pub use pool::Pool;
 
 use crate::authorize::LocalPod;

@@ -154,6 +154,20 @@ fn inbound_counts_from_the_other_side_and_in_clear_nobody_is_named() {
 }
 
 #[test]
+fn a_client_that_gives_up_is_told_of_and_is_no_failure() {
+    let lines = logged(Format::Plain, |observer| observer.open(facts()).give_up());
+    let lines: Vec<_> = lines
+        .iter()
+        .filter(|line| line.contains("complete"))
+        .collect();
+    let [line] = lines[..] else {
+        panic!("{lines:?}")
+    };
+    assert!(line.starts_with("info\taccess\t"), "{line}");
+    assert!(line.ends_with("ms\" reason=\"client_gone\""), "{line}");
+}
+
+#[test]
 fn a_record_that_nobody_closes_still_tells() {
     let lines = logged(Format::Plain, |observer| drop(observer.open(facts())));
     let lines: Vec<_> = lines
