@@ -14,7 +14,7 @@ use crate::sys::{readiness, socket};
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// What is lacking lacks for the listeners of all pods.
-static LACKS: LazyLock<Seldom<io::ErrorKind>> = LazyLock::new(|| Seldom::new(1));
+static LACKS: LazyLock<Seldom<(), io::ErrorKind>> = LazyLock::new(|| Seldom::new(1, u32::MAX));
 
 /// A listener on one worker. What it accepts is bound to no worker yet.
 #[derive(Debug)]
@@ -48,7 +48,7 @@ impl Listener {
                 // The client is gone already.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    if let Some(times) = LACKS.times(error.kind()) {
+                    if let Some(times) = LACKS.times((), error.kind()) {
                         tracing::warn!(%error, times, "cannot accept");
                     }
                     tokio::time::sleep(PAUSE).await;

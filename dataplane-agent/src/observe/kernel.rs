@@ -25,7 +25,7 @@ pub async fn events(ring: RingBuf<MapData>) {
             return std::future::pending().await;
         }
     };
-    let told = Seldom::new(1);
+    let told = Seldom::new(1, u32::MAX);
     loop {
         let Ok(mut ready) = ring.readable_mut().await else {
             return;
@@ -71,9 +71,9 @@ pub async fn log(logger: Option<EbpfLogger<&'static dyn ::log::Log>>) {
 }
 
 /// Tells of an event, of one reason and pod once a second.
-fn tell(told: &Seldom<(u32, u64)>, bytes: &[u8]) {
+fn tell(told: &Seldom<u32, u64>, bytes: &[u8]) {
     if let Some(event) = Event::from_bytes(bytes)
-        && let Some(times) = told.times((event.reason, event.netns))
+        && let Some(times) = told.times(event.reason, event.netns)
     {
         say(&event, times);
     }

@@ -22,6 +22,8 @@ pub(crate) mod tests;
 
 /// How many refusals of one reason and source are told of each second: what they say may differ.
 const REFUSALS: u32 = 10;
+/// How many of one reason and pod, whatever their sources: a sender may have as many addresses as it likes.
+const REFUSALS_OF_POD: u32 = 100;
 
 /// Which end of a connection tells of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -76,8 +78,8 @@ pub struct Facts {
 #[derive(Clone, Debug)]
 pub struct Observer {
     metrics: Arc<Metrics>,
-    /// Refusals by reason and source: anybody can repeat them.
-    refusals: Arc<Seldom<(Reporter, &'static str, IpAddr)>>,
+    /// Refusals by reason and pod, and of these by source: anybody can repeat them.
+    refusals: Arc<Seldom<(Reporter, &'static str, IpAddr), IpAddr>>,
 }
 
 /// What went each way, as seen by the client: of the connection, and of its series meanwhile. Written
@@ -113,6 +115,8 @@ pub struct Arrival {
     pub dst: SocketAddr,
     /// Which end we are.
     pub reporter: Reporter,
+    /// Of the pod that is ours, as it was connected to or from: a request may ask for anything.
+    pod: IpAddr,
     told: bool,
 }
 
@@ -149,7 +153,7 @@ impl Observer {
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self {
             metrics,
-            refusals: Arc::new(Seldom::new(REFUSALS)),
+            refusals: Arc::new(Seldom::new(REFUSALS, REFUSALS_OF_POD)),
         }
     }
 
@@ -160,6 +164,10 @@ impl Observer {
             src,
             dst,
             reporter,
+            pod: match reporter {
+                Reporter::Source => src.ip(),
+                Reporter::Destination => dst.ip(),
+            },
             told: false,
         }
     }
@@ -182,14 +190,14 @@ impl Observer {
         record
     }
 
-    /// Each is counted; of one reason and source some are told of, with how many there were besides.
+    /// Each is counted; of one reason, pod and source some are told of, with how many there were besides.
     fn refused(&self, arrival: &Arrival, failure: &dyn Failure) {
         let Arrival {
             src, dst, reporter, ..
         } = arrival;
         self.metrics.failed(*reporter, failure);
-        let kind = (*reporter, failure.reason(), source(src.ip()));
-        let Some(times) = self.refusals.times(kind) else {
+        let group = (*reporter, failure.reason(), arrival.pod);
+        let Some(times) = self.refusals.times(group, source(src.ip())) else {
             return;
         };
         tracing::event!(

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::mem;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,11 +12,19 @@ const WHILE: Duration = Duration::from_secs(1);
 /// How many kinds are remembered.
 const KINDS: usize = 4096;
 
-/// What was told of each kind, and how many have come since that were not.
+/// What was told of each kind, and how many have come since that were not. A kind is one of a group:
+/// whoever makes up kinds takes nothing from another group.
 #[derive(Debug)]
-pub struct Seldom<K> {
-    each: u32,
-    kinds: Mutex<HashMap<K, Told>>,
+pub struct Seldom<G, K> {
+    /// Of a kind, and of its group.
+    each: (u32, u32),
+    all: Mutex<All<G, K>>,
+}
+
+#[derive(Debug)]
+struct All<G, K> {
+    groups: HashMap<G, Told>,
+    kinds: HashMap<(G, K), Told>,
 }
 
 #[derive(Debug)]
@@ -25,42 +34,77 @@ struct Told {
     untold: u64,
 }
 
-impl<K: Eq + Hash> Seldom<K> {
-    /// Lets through so many of each kind, each second.
-    pub fn new(each: u32) -> Self {
+impl Told {
+    /// Has a new second begin when the last one is over; whether one more may be told of in it.
+    fn may(&mut self, now: Instant, each: u32) -> bool {
+        if now >= self.since + WHILE {
+            (self.since, self.told) = (now, 0);
+        }
+        self.told < each
+    }
+}
+
+impl<G: Clone + Eq + Hash, K: Eq + Hash> Seldom<G, K> {
+    /// Lets through so many of each kind, and of each group, each second.
+    pub fn new(of_kind: u32, of_group: u32) -> Self {
         Self {
-            each,
-            kinds: Mutex::default(),
+            each: (of_kind, of_group),
+            all: Mutex::new(All {
+                groups: HashMap::new(),
+                kinds: HashMap::new(),
+            }),
         }
     }
 
-    /// Notes one. If it is to be told of: how many there were of its kind since that was done last.
-    pub fn times(&self, kind: K) -> Option<u64> {
-        self.times_at(kind, Instant::now())
+    /// Notes one. If it is to be told of: how many there were of its kind since that was done last, and of
+    /// kinds of its group that are forgotten.
+    pub fn times(&self, group: G, kind: K) -> Option<u64> {
+        self.times_at(group, kind, Instant::now())
     }
 
-    fn times_at(&self, kind: K, now: Instant) -> Option<u64> {
-        let mut kinds = self.kinds.lock().unwrap_or_else(PoisonError::into_inner);
-        if !kinds.contains_key(&kind) && kinds.len() >= KINDS {
-            kinds.retain(|_, told| now < told.since + WHILE);
-            if kinds.len() >= KINDS {
-                kinds.clear();
-            }
-        }
-        let told = kinds.entry(kind).or_insert(Told {
+    fn times_at(&self, group: G, kind: K, now: Instant) -> Option<u64> {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let All { groups, kinds } = &mut *all;
+        let none = || Told {
             since: now,
             told: 0,
             untold: 0,
-        });
-        told.untold += 1;
-        if now >= told.since + WHILE {
-            (told.since, told.told) = (now, 0);
+        };
+        let kind = (group.clone(), kind);
+        if !kinds.contains_key(&kind) && kinds.len() >= KINDS {
+            forget(groups, kinds, now);
         }
-        if told.told == self.each {
+        let group = groups.entry(group).or_insert_with(none);
+        let kind = kinds.entry(kind).or_insert_with(none);
+        kind.untold += 1;
+        if !kind.may(now, self.each.0) || !group.may(now, self.each.1) {
             return None;
         }
-        told.told += 1;
-        Some(std::mem::take(&mut told.untold))
+        kind.told += 1;
+        group.told += 1;
+        Some(mem::take(&mut kind.untold) + mem::take(&mut group.untold))
+    }
+}
+
+/// Makes room for another kind. How many were not told of is kept, by their group; a group that has nothing
+/// to tell is forgotten as well, where there are many.
+fn forget<G: Clone + Eq + Hash, K: Eq + Hash>(
+    groups: &mut HashMap<G, Told>,
+    kinds: &mut HashMap<(G, K), Told>,
+    now: Instant,
+) {
+    let over = |told: &Told| now >= told.since + WHILE;
+    let all = !kinds.values().any(over);
+    for ((group, _), told) in kinds.extract_if(|_, told| all || over(told)) {
+        let group = groups.entry(group).or_insert(Told {
+            told: 0,
+            untold: 0,
+            ..told
+        });
+        group.untold += told.untold;
+    }
+    if groups.len() >= KINDS {
+        groups.retain(|_, told| told.untold > 0 || !over(told));
     }
 }
 
@@ -70,9 +114,10 @@ mod tests {
 
     #[test]
     fn one_of_a_kind_a_second_is_told_with_how_many() {
-        let (seldom, start) = (Seldom::new(1), Instant::now());
-        let at =
-            |kind, milliseconds| seldom.times_at(kind, start + Duration::from_millis(milliseconds));
+        let (seldom, start) = (Seldom::new(1, u32::MAX), Instant::now());
+        let at = |kind, milliseconds| {
+            seldom.times_at((), kind, start + Duration::from_millis(milliseconds))
+        };
         assert_eq!(at("one", 0), Some(1));
         assert_eq!(at("one", 1), None);
         assert_eq!(at("other", 1), Some(1));
@@ -83,10 +128,10 @@ mod tests {
 
     #[test]
     fn some_of_a_kind_are_told_where_they_may_differ() {
-        let (seldom, start) = (Seldom::new(3), Instant::now());
+        let (seldom, start) = (Seldom::new(3, u32::MAX), Instant::now());
         let told = |seconds| {
             let at = start + Duration::from_secs(seconds);
-            let all = (0..10).map(|_| seldom.times_at("one", at));
+            let all = (0..10).map(|_| seldom.times_at((), "one", at));
             all.flatten().collect::<Vec<_>>()
         };
         assert_eq!(told(0), [1, 1, 1]);
@@ -94,11 +139,40 @@ mod tests {
     }
 
     #[test]
-    fn the_kinds_that_are_remembered_are_bounded() {
-        let (seldom, now) = (Seldom::new(1), Instant::now());
-        for kind in 0..3 * KINDS {
-            assert_eq!(seldom.times_at(kind, now), Some(1));
+    fn who_makes_up_kinds_is_told_of_no_more_often_and_takes_nothing_from_others() {
+        let (seldom, now) = (Seldom::new(10, 100), Instant::now());
+        let told = (0..3 * KINDS).filter_map(|kind| seldom.times_at("flooded", kind, now));
+        assert_eq!(told.count(), 100);
+        assert_eq!(seldom.times_at("another", 0, now), Some(1));
+    }
+
+    #[test]
+    fn however_many_kinds_there_are_each_event_is_told_of_or_counted() {
+        let (seldom, start) = (Seldom::new(2, 100), Instant::now());
+        let (mut all, mut told) = (0, 0);
+        for second in 0..4 {
+            for kind in (0..3 * KINDS).flat_map(|kind| [kind; 3]) {
+                all += 1;
+                let at = start + Duration::from_secs(second);
+                told += seldom.times_at("flooded", kind, at).unwrap_or_default();
+            }
         }
-        assert!(seldom.kinds.lock().expect("not poisoned").len() <= KINDS);
+        let inside = seldom.all.lock().expect("not poisoned");
+        let waiting = inside.kinds.values().chain(inside.groups.values());
+        assert_eq!(told + waiting.map(|told| told.untold).sum::<u64>(), all);
+        assert!(told > all / 2, "{told} of {all}");
+    }
+
+    #[test]
+    fn the_kinds_that_are_remembered_are_bounded() {
+        let (seldom, now) = (Seldom::new(1, u32::MAX), Instant::now());
+        for kind in 0..3 * KINDS {
+            assert_eq!(
+                seldom.times_at(kind, kind, now + WHILE * kind as u32),
+                Some(1)
+            );
+        }
+        let inside = seldom.all.lock().expect("not poisoned");
+        assert!(inside.kinds.len() <= KINDS && inside.groups.len() <= KINDS);
     }
 }
