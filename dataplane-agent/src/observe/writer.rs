@@ -16,6 +16,8 @@ use std::time::Duration;
 pub const WAITING: usize = 1 << 20;
 /// A buffer that has grown beyond this in a burst is given back.
 const KEPT: usize = 64 << 10;
+/// Between two tries to write to what takes nothing now and does not block, as somebody else has set it.
+const PAUSE: Duration = Duration::from_millis(10);
 /// How long whoever ends waits for what is still to be written.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -113,20 +115,40 @@ impl Shared {
                 queue.writing = true;
                 mem::take(&mut queue.untold)
             };
-            // Fails where the reader is gone; nobody is left to tell.
-            let _ = out.write_all(&batch);
+            let lost = write_all(&mut out, &batch);
             batch.clear();
             if batch.capacity() > KEPT {
                 batch = Vec::new();
             }
-            if untold > 0 {
+            if lost > 0 {
+                // Told as soon as something can be written: a line about it now would be the next one.
+                let mut queue = self.lock();
+                queue.lost += lost;
+                queue.untold += lost + untold;
+            } else if untold > 0 {
                 tracing::warn!(
                     lines = untold,
-                    "log lines were lost: they came faster than they were read"
+                    "log lines were lost: they came faster than they were read, or could not be written"
                 );
             }
         }
     }
+}
+
+/// Writes it, whether or not `out` blocks. How many lines were not written in whole: none, unless the reader
+/// is gone or the disk full.
+fn write_all(out: &mut impl Write, batch: &[u8]) -> u64 {
+    let mut left = batch;
+    while !left.is_empty() {
+        match out.write(left) {
+            Ok(written) if written > 0 => left = &left[written..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // It is the description that does not block, which others share: it must stay as they want it.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(PAUSE),
+            Ok(_) | Err(_) => break,
+        }
+    }
+    left.iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
 impl Write for &Writer {
@@ -185,6 +207,64 @@ mod tests {
             std::thread::sleep(Duration::from_millis(5));
         }
         assert_eq!(all(), many);
+    }
+
+    /// Takes seven bytes at a time, and each time but the first says first that it would block.
+    struct Halting {
+        read: Arc<Mutex<Vec<u8>>>,
+        would_block: bool,
+        left: usize,
+    }
+
+    impl Write for Halting {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.would_block = !self.would_block;
+            if self.left == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            if !self.would_block {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            let some = bytes.len().min(7).min(self.left);
+            self.left -= some;
+            let mut read = self.read.lock().expect("not poisoned");
+            read.extend_from_slice(&bytes[..some]);
+            Ok(some)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_reader_that_does_not_block_gets_each_line() {
+        let read = Arc::default();
+        let halting = Halting {
+            read: Arc::clone(&read),
+            would_block: false,
+            left: usize::MAX,
+        };
+        let writer = Writer::to(halting, WAITING).expect("a thread");
+        writer.push(b"one line\nanother one\n");
+        writer.flush();
+        assert_eq!(
+            *read.lock().expect("not poisoned"),
+            b"one line\nanother one\n"
+        );
+        assert_eq!(writer.lost(), 0);
+    }
+
+    #[test]
+    fn lines_that_a_full_disk_does_not_take_are_counted() {
+        let halting = Halting {
+            read: Arc::default(),
+            would_block: false,
+            left: 10,
+        };
+        let writer = Writer::to(halting, WAITING).expect("a thread");
+        writer.push(b"one line\nanother one\nand one more\n");
+        writer.flush();
+        assert_eq!(writer.lost(), 2);
     }
 
     #[test]
