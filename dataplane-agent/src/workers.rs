@@ -84,7 +84,7 @@ enum Order {
     /// A pod is here, of which tasks are counted in this; its listeners too, if this is its home.
     Up(Arc<LocalPod>, TaskTracker, Option<Listeners>),
     /// A connection from another worker. It weighs on this one already, and is one of the pod's tasks.
-    Take(Arc<LocalPod>, Admitted, (Begun, TaskTrackerToken)),
+    Take(Arc<LocalPod>, Box<Admitted>, (Begun, TaskTrackerToken)),
     /// Nothing new; the answer goes when nothing of the pod runs any more, on any worker.
     Drain(Instance, Answer),
     /// It goes on after all.
@@ -338,7 +338,7 @@ impl Worker {
             match order {
                 Order::Up(pod, tasks, listeners) => self.up(&pod, &tasks, listeners),
                 Order::Take(pod, admitted, _counted) => match self.pods.get(&pod.instance) {
-                    Some(here) => take(&self.corridor, &here.scope, &pod, admitted),
+                    Some(here) => take(&self.corridor, &here.scope, &pod, *admitted),
                     // It went down meanwhile; dropping it resets it, and tells.
                     None => drop(admitted),
                 },
@@ -391,7 +391,7 @@ impl Worker {
                 match elsewhere(&doors, number, &mut turn) {
                     Some(door) => {
                         let counted = (door.load.begin(), scope.token());
-                        door.order(Order::Take(Arc::clone(&pod), admitted, counted));
+                        door.order(Order::Take(Arc::clone(&pod), Box::new(admitted), counted));
                     }
                     None => take(&corridor, &scope, &pod, admitted),
                 }
