@@ -3,9 +3,10 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
@@ -435,6 +436,53 @@ fn pins_of_another_layout_stop_the_start_and_are_left_as_they_are() {
     let entries = fs::read_dir(&pins).expect("a folder").flatten();
     let names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
     assert_eq!(names, ["v0"], "whoever pinned it can start again");
+}
+
+#[test]
+fn other_users_of_the_machine_cannot_keep_an_agent_from_its_pins() {
+    let world = World::new();
+    let node = world.node("one");
+    // Mounted without `mode=`, any user may make folders in it.
+    fs::set_permissions(world.folder(), Permissions::from_mode(0o711)).expect("a folder");
+    let (all, pins) = (
+        world.bpffs().join("dataplane"),
+        world.bpffs().join("dataplane/one"),
+    );
+    let nobody = |name: &str, arguments: &[&str]| {
+        let mut command = Command::new(name);
+        command
+            .args(arguments)
+            .uid(65534)
+            .gid(65534)
+            .current_dir("/");
+        output(&mut command).0.success()
+    };
+    let shown = all.display().to_string();
+    assert!(nobody("mkdir", &[&shown]), "a folder of somebody else's");
+    let mut agent = world.agent(&node);
+    agent.logs(&[&format!("{shown}: it belongs to user 65534")]);
+    assert_eq!(agent.wait().code(), Some(1));
+    fs::remove_dir(&all).expect("nothing is in it");
+    // One of root's that all may write to.
+    fs::create_dir(&all).expect("a folder");
+    fs::set_permissions(&all, Permissions::from_mode(0o777)).expect("a folder");
+    agent.restart();
+    agent.logs(&[&format!("{shown}: others than its owner may write to it")]);
+    assert_eq!(agent.wait().code(), Some(1));
+    // One that an older agent has left: all may read it.
+    fs::set_permissions(&all, Permissions::from_mode(0o755)).expect("a folder");
+    fs::create_dir(&pins).expect("a folder");
+    fs::set_permissions(&pins, Permissions::from_mode(0o755)).expect("a folder");
+    agent.restart();
+    agent.logs(&["started"]);
+    agent.kill();
+    let shown = pins.display().to_string();
+    assert!(
+        !nobody("flock", &["-n", &shown, "true"]),
+        "nobody has it now"
+    );
+    agent.restart();
+    eventually("it runs", 10, || agent.status().is_some());
 }
 
 #[test]

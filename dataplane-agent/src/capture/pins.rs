@@ -5,13 +5,14 @@
 //! the path since a map of one layout must not be read by programs of another.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use aya::maps::MapInfo;
 use aya::programs::links::{FdLink, PinnedLink};
+use nix::unistd::geteuid;
 
 use super::CaptureError;
 use super::undo::Records;
@@ -49,13 +50,17 @@ impl Pins {
     /// returned. Whatever else an agent was told, there is one for these pins.
     ///
     /// # Errors
-    /// There is no bpffs; another agent has them; pins of another layout are there.
+    /// There is no bpffs; another user has made them; another agent has them; pins of another layout are
+    /// there.
     pub fn make(&self) -> Result<File, CaptureError> {
         if !bpffs::is_mounted(&self.bpffs).map_err(CaptureError::file(&self.bpffs))? {
             let error = io::Error::other("no BPF file system is mounted there");
             return Err(CaptureError::file(&self.bpffs)(error));
         }
-        fs::create_dir_all(&self.node).map_err(CaptureError::file(&self.node))?;
+        let above = self.node.ancestors().take_while(|of| *of != self.bpffs);
+        for folder in above.collect::<Vec<_>>().into_iter().rev() {
+            make_private(folder).map_err(CaptureError::file(folder))?;
+        }
         let lock = lock(&self.node, || File::open(&self.node))?;
         // Before anything is made: whoever pinned it may come back.
         for entry in fs::read_dir(&self.node).map_err(CaptureError::file(&self.node))? {
@@ -328,6 +333,36 @@ fn children(folder: &Path) -> Result<Vec<Child>, CaptureError> {
         });
     }
     Ok(all)
+}
+
+/// Makes a folder that only this user may open: who may open it may lock it, and so keep the agent away.
+/// Any user may make one in a bpffs that was mounted without a mode.
+///
+/// # Errors
+/// Another user may write to what is there; it is no folder; the file system refuses.
+fn make_private(folder: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let found = fs::symlink_metadata(folder)?;
+    let other = |why: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    if !found.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    if found.uid() != geteuid().as_raw() {
+        return other(format!(
+            "it belongs to user {}, not to the agent's",
+            found.uid()
+        ));
+    }
+    if found.mode() & 0o022 != 0 {
+        return other("others than its owner may write to it".into());
+    }
+    if found.mode() & 0o077 != 0 {
+        fs::set_permissions(folder, Permissions::from_mode(0o700))?;
+    }
+    Ok(())
 }
 
 /// Removes a file that may be there.
