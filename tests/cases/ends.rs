@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use dataplane_tests::process::Process;
-use dataplane_tests::{Agent, Pair, Pod, eventually, scaled, within};
+use dataplane_tests::wire::Segment;
+use dataplane_tests::{Agent, Pair, Pod, Wire, eventually, scaled, within};
 
 const PORT: u16 = 7000;
 
@@ -362,6 +363,69 @@ fn whoever_an_agent_leaves_by_dying_sees_a_reset_and_no_end() {
     pair.one.ask_to_end();
     assert!(pair.one.wait().success());
     across.are_reset("the client's agent is told twice to end");
+}
+
+#[test]
+fn what_is_written_after_an_agent_was_killed_and_uninstalled_does_not_leave_in_clear() {
+    let mut pair = Pair::new();
+    // Both ends write once the agents are gone, with what captured them.
+    let steps: [(&[&str], &[&str]); 2] = [
+        (
+            &["read=5", "all"],
+            &["write=hello", "wait=8000", "write=client"],
+        ),
+        (
+            &["write=hello", "wait=8000", "write=server"],
+            &["read=5", "all"],
+        ),
+    ];
+    let ends: Vec<(Process, Process)> = (PORT..)
+        .zip(steps)
+        .map(|(port, (at_server, at_client))| {
+            let word = port.to_string();
+            let server = pair
+                .server
+                .app(&[&["script-server", &word], at_server].concat());
+            assert_eq!(server.line(), "ready");
+            let to = pair.server.at(port).to_string();
+            let client = pair
+                .client
+                .app(&[&["script", &to, "1"], at_client].concat());
+            (server, client)
+        })
+        .collect();
+    eventually("both are carried", 5, || {
+        let log = pair.two.log();
+        (PORT..PORT + 2).all(|port| log.contains(&format!(":{port}")))
+    });
+    let taps = [
+        Wire::tap(pair.nodes.0.netns.file(), &pair.client.veth),
+        Wire::tap(pair.nodes.1.netns.file(), &pair.server.veth),
+    ];
+    for agent in [&mut pair.one, &mut pair.two] {
+        agent.kill();
+        let (status, out, error) = agent.uninstall();
+        assert!(status.success(), "{out}{error}");
+    }
+    for (server, client) in ends {
+        for (end, app) in [("server", server), ("client", client)] {
+            let line = app.line_within(Duration::from_secs(15));
+            assert!(line.is_some(), "the {end} is at its end");
+        }
+    }
+    for tap in taps {
+        let of_app = |segment: &&Segment| {
+            let ports = PORT..PORT + 2;
+            ports.contains(&segment.from.1) || ports.contains(&segment.to.1)
+        };
+        let segments = tap.end();
+        let said: Vec<_> = segments
+            .iter()
+            .filter(of_app)
+            .filter(|segment| !segment.payload.is_empty())
+            .collect();
+        assert!(said.is_empty(), "{said:?}");
+    }
 }
 
 #[test]
