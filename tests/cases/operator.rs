@@ -660,6 +660,21 @@ fn c1_who_cannot_see_the_pods_processes_lets_nobody_go() {
 }
 
 #[test]
+fn c1_who_cannot_see_the_pods_cgroups_lets_nobody_go() {
+    let mut one = One::new();
+    assert_eq!(one.agent.terminate().code(), Some(0));
+    let (before, setup) = (one.traces(), one.world.setup(&one.node));
+    for command in [setup.command(), uninstall(&one, &[]), dataplane("check")] {
+        let (status, said) = run(&mut under(&["unshare", "--cgroup"], &command, &setup));
+        assert_eq!(status.code(), Some(3), "{command:?}: {said}");
+        assert!(said.contains("--cgroupns=host"), "{command:?}: {said}");
+        assert_eq!(one.traces(), before, "{command:?}");
+    }
+    one.agent.restart();
+    one.agent.up(&["server"]);
+}
+
+#[test]
 fn a_hangup_drains_as_a_request_to_end_does() {
     let mut one = One::new();
     let mut hangup = Command::new("kill");

@@ -19,7 +19,7 @@ const OWN: &str = "/proc/self/ns/pid";
 /// <https://github.com/torvalds/linux/blob/v6.1/include/linux/proc_ns.h>.
 const FIRST: u64 = 0xEFFF_FFFC;
 
-/// Refuses where the processes of the machine are not seen. From within a container's process namespace
+/// Refuses where the processes of the machine are not seen, or not their cgroups. From within a container's process namespace
 /// those of the pods are not there, and pods whose processes are gone are let go. A node that is itself
 /// a container (kind, LXC) has another first process than the machine; whoever sees that one sees the
 /// node's pods, and is in another cgroup than it.
@@ -31,6 +31,8 @@ pub fn refuse_in_other_namespace() -> Result<(), String> {
         format!("{what}: {error}: cannot tell whether the processes of the pods are seen from here")
     };
     let own = fs::metadata(OWN).map_err(|error| unknown(OWN, error))?;
+    let first = fs::read("/proc/1/cgroup").map_err(|error| unknown("/proc/1/cgroup", error))?;
+    refuse_outside(&first)?;
     if own.ino() == FIRST {
         return Ok(());
     }
@@ -47,6 +49,22 @@ pub fn refuse_in_other_namespace() -> Result<(), String> {
          (Kubernetes) or `--pid=host` (podman, docker)",
         own.ino()
     ))
+}
+
+/// Refuses where the first process' group, from its `/proc/<pid>/cgroup`, is outside of our cgroup
+/// namespace: those of the pods are beside it.
+fn refuse_outside(first: &[u8]) -> Result<(), String> {
+    let named = first
+        .split(|byte| *byte == b'\n')
+        .find(|line| line.starts_with(b"0::/.."));
+    named.map_or(Ok(()), |line| {
+        Err(format!(
+            "the first process is in cgroup {}, outside of our own cgroup namespace, and so are the \
+             cgroups of the pods; start it with `privileged: true` (Kubernetes) or `--cgroupns=host` \
+             (podman, docker)",
+            String::from_utf8_lossy(line.get(3..).unwrap_or_default()),
+        ))
+    })
 }
 
 /// What one look found.
