@@ -228,8 +228,8 @@ impl Workers {
         }
     }
 
-    /// Cuts what runs, and ends. All that was cut has been told of then, if it takes no longer than
-    /// [`CUT`].
+    /// Cuts what runs, and ends. All that was cut has been told of then, if it does not take longer than
+    /// two seconds.
     pub async fn end(mut self) {
         let down = self.homes.keys().map(|instance| {
             let (told, down) = oneshot::channel();

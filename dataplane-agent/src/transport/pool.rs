@@ -77,7 +77,8 @@ impl Pool {
     /// pod's `scope`.
     ///
     /// # Errors
-    /// As [`dial`] and [`Lease::connect`]. What met a tunnel that is no good is tried again in another.
+    /// As [`dial`] and [`Lease::connect`]. What met a tunnel that is no good, or closed at once,
+    /// is tried again in another, a few times.
     pub async fn connect(
         self: &Rc<Self>,
         key: &Key,
@@ -87,10 +88,13 @@ impl Pool {
     ) -> Result<(Stream, Lease), TransportError> {
         let mut tries = TRIES;
         loop {
-            let lease = self.lease(key, pod, scope).await?;
             tries -= 1;
-            match lease.connect(connect, scope).await {
-                Ok(stream) => return Ok((stream, lease)),
+            let opened = async {
+                let lease = self.lease(key, pod, scope).await?;
+                Ok((lease.connect(connect, scope).await?, lease))
+            };
+            match opened.await {
+                Ok(opened) => return Ok(opened),
                 Err(Failed::Tunnel(_)) if tries > 0 => {}
                 Err(Failed::Tunnel(error) | Failed::Final(error)) => return Err(error),
             }
@@ -148,7 +152,7 @@ impl Pool {
         key: &Key,
         pod: &Arc<LocalPod>,
         scope: &Scope,
-    ) -> Result<Lease, TransportError> {
+    ) -> Result<Lease, Failed> {
         loop {
             let mut outcome = match self.look(key) {
                 Found::Lease(lease) => return Ok(lease),
@@ -161,13 +165,17 @@ impl Pool {
                 .map(|outcome| outcome.clone())
             {
                 Ok(Some(Ok(tunnel))) if tunnel.has_room() => return Ok(tunnel.lease()),
-                Ok(Some(Err(error))) => return Err(error),
-                // Others were quicker, or the tunnel has closed already: look again.
+                Ok(Some(Err(error))) => return Err(Failed::Final(error)),
+                Ok(Some(Ok(tunnel))) if tunnel.closed.get() => {
+                    let error = "the peer closed the tunnel at once";
+                    return Err(Failed::Tunnel(TransportError::Handshake(error.into())));
+                }
+                // Others were quicker: look again.
                 Ok(_) => {}
                 // The pod is gone, and its scope has cut the dial.
                 Err(_) => {
                     let gone = std::io::Error::from(std::io::ErrorKind::ConnectionAborted);
-                    return Err(TransportError::Connect(gone.into()));
+                    return Err(Failed::Final(TransportError::Connect(gone.into())));
                 }
             }
         }

@@ -181,6 +181,34 @@ impl Peer {
         tokio_rustls::TlsAcceptor::from(server).accept(ReadAhead::new(tcp))
     }
 
+    /// Says its end with its last message of each handshake; does not return.
+    pub(super) async fn close_at_once(self) {
+        let own = self.certs.current(&who("server")).await;
+        let server = own.expect("a certificate").server.clone();
+        let acceptor = tokio_rustls::TlsAcceptor::from(server);
+        let mut open = Vec::new();
+        loop {
+            let (tcp, _) = self.listener.accept().await.expect("a connection");
+            tcp.peek(&mut [0]).await.expect("its first message");
+            let writes = socket2::SockRef::from(&tcp)
+                .try_clone()
+                .expect("the socket");
+            let mut accept = Box::pin(acceptor.accept(ReadAhead::new(tcp)));
+            std::future::poll_fn(|context| {
+                assert!(
+                    accept.as_mut().poll(context).is_pending(),
+                    "the client is to answer"
+                );
+                std::task::Poll::Ready(())
+            })
+            .await;
+            writes
+                .shutdown(std::net::Shutdown::Write)
+                .expect("connected");
+            open.push(accept);
+        }
+    }
+
     /// Answers all CONNECTs; does not return.
     pub(super) async fn serve(self, answers: Answers) {
         let mut dead = answers.dead_at_first;

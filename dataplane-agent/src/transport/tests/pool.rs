@@ -75,6 +75,26 @@ fn a_tunnel_that_its_peer_closes_is_left_and_nobody_notices() {
 }
 
 #[test]
+fn a_peer_that_closes_its_tunnels_at_once_is_not_dialled_without_end() {
+    run(async {
+        let (client, peer) = Client::new(100).await;
+        let (client, (told, connected)) = (Rc::new(client), tokio::sync::oneshot::channel());
+        let connects = Rc::clone(&client);
+        // By itself, as a connection is: its tunnel is driven before it hears of it.
+        client.scope.spawn(async move {
+            let _ = told.send(connects.connect().await.map(drop));
+        });
+        let connected = tokio::time::timeout(Duration::from_secs(5), connected);
+        let connected = beside(peer.close_at_once(), connected).await;
+        assert!(connected.is_ok(), "{} dials", client.dials());
+        let ended = connected.expect("in time").expect("told");
+        let error = ended.expect_err("there is no tunnel");
+        assert!(matches!(error, TransportError::Handshake(_)), "{error}");
+        assert_eq!(client.dials(), 3);
+    });
+}
+
+#[test]
 fn a_refusal_is_told_by_its_status_and_a_stranger_by_its_name() {
     let answers = Answers {
         status: http::StatusCode::UNAUTHORIZED,
