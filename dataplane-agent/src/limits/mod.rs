@@ -23,7 +23,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::identity::Identity;
 
-/// How many there may be of one pod and one [`Kind`].
+/// How many there may be of one pod and one kind.
 pub const EACH: usize = 16_384;
 
 /// A peer has no more than so many times what is left to its pod for others: alone it gets seven eighths of
