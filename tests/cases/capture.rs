@@ -685,6 +685,7 @@ fn a_pod_with_a_sidecar_or_that_says_no_is_left_alone_and_one_without_a_process_
         agent.pod("nowhere").1,
         "no network namespace of this machine has 10.254.254.254; until then it is not captured, and no policy holds"
     );
+    agent.logs(&["\twarn\t", "demo/nowhere", "no policy holds"]);
     assert_eq!(sidecar.traces(), Vec::<String>::new());
     assert_eq!(says_no.traces(), Vec::<String>::new());
 }

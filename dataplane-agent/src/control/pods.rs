@@ -453,7 +453,11 @@ impl Pods {
                 let was = old.pods.iter().find(|old| old.uid == pod.uid);
                 if pod.state == State::Waiting && was.is_none_or(|was| was.reason != pod.reason) {
                     let reason = pod.reason.as_deref().unwrap_or_default();
-                    tracing::info!(pod = %format_args!("{}/{}", pod.namespace, pod.name), reason, "pod waits");
+                    let whose = format_args!("{}/{}", pod.namespace, pod.name);
+                    match reason.ends_with(NOT_CAPTURED) || reason.ends_with(IN_CLEAR) {
+                        true => tracing::warn!(pod = %whose, reason, "pod waits"),
+                        false => tracing::info!(pod = %whose, reason, "pod waits"),
+                    }
                 }
                 if pod.outside > 0 && was.is_none_or(|was| was.outside != pod.outside) {
                     let reason = match pod.cgroups.len() < CGROUPS as usize {
@@ -477,6 +481,10 @@ fn key(pod: &LocalPodSpec) -> PodKey {
         uid: pod.pod_uid.clone(),
     }
 }
+
+/// What is told of a pod that is open.
+const NOT_CAPTURED: &str = "until then it is not captured, and no policy holds";
+const IN_CLEAR: &str = "until then it is captured, and they connect to it in clear";
 
 /// How far a pod is, and why it is not up. `unrecorded`: why other nodes do not know of one that is.
 fn state(
@@ -510,7 +518,7 @@ fn state(
             let Some(why) = unrecorded else {
                 return (State::Up, None);
             };
-            let why = format!("{why}; until then it is captured, and they connect to it in clear");
+            let why = format!("{why}; {IN_CLEAR}");
             return (State::Waiting, Some(why));
         }
         Some((_, of)) if let PodState::Broken { why } = &of.state => {
@@ -522,9 +530,7 @@ fn state(
     let reason = match (why, captured) {
         (None, _) => "it is being enrolled".into(),
         (Some(why), true) => format!("{why}; until then it stays captured, and nothing passes"),
-        (Some(why), false) => {
-            format!("{why}; until then it is not captured, and no policy holds")
-        }
+        (Some(why), false) => format!("{why}; {NOT_CAPTURED}"),
     };
     (State::Waiting, Some(reason))
 }
