@@ -688,7 +688,7 @@ fn limit_files(pid: u32, most: u64) -> u64 {
 fn a_node_is_ready_when_every_pod_that_is_here_is_captured() {
     let world = World::new();
     let node = world.node("one");
-    let _up = node.pod(&world, "up");
+    let up = node.pod(&world, "up");
     let late = node.bare(&world, "demo", "late");
     let mut object = node.object(&late);
     let own = std::mem::take(&mut object.addresses);
@@ -707,6 +707,11 @@ fn a_node_is_ready_when_every_pod_that_is_here_is_captured() {
         problems().contains("demo/late: no network namespace of this machine has 10.254.0.1")
     });
     assert!(ready());
+    // Another one's are no address of its own.
+    object.addresses = vec![up.at(0).ip().to_string()];
+    world.manifests.pod(&object);
+    let why = format!("has {} but that of pod demo/up", up.at(0).ip());
+    eventually("whose it is, is told", 5, || problems().contains(&why));
     // It is here, and which it is cannot be told.
     let thief = node.bare(&world, "outside", "thief");
     take_addresses(&thief, &late);

@@ -10,7 +10,7 @@ use super::cgroups;
 use super::claims::{self, Claims, Doubt};
 use super::seen::{Candidate, Seen, Who};
 use super::{Key, Machine, Missing, Place, Sight};
-use crate::capture::Status;
+use crate::capture::{Status, named};
 use crate::sys::netns::Netns;
 
 impl Machine {
@@ -42,6 +42,7 @@ impl Machine {
                 Err(reason) => _ = why.insert(pod.uid.clone(), reason),
             }
         }
+        let mut doubts = Vec::new();
         for (uid, settled) in claims::settle(claims) {
             let Some(pod) = pods.iter().find(|pod| pod.uid == uid) else {
                 continue;
@@ -65,17 +66,30 @@ impl Machine {
                         self.places.insert(uid, place);
                     }
                 }
-                Err(doubt) => {
-                    let told = seen.told(pod, &doubt);
-                    let missing = match doubt {
-                        Doubt::None => Missing::Nowhere(told),
-                        Doubt::Several(_) | Doubt::Shared(..) => Missing::Doubtful(told),
-                    };
-                    why.insert(uid, missing);
-                }
+                Err(doubt) => doubts.push((pod, doubt)),
             }
         }
+        for (pod, doubt) in doubts {
+            let told = seen.told(pod, &doubt);
+            let missing = match doubt {
+                Doubt::None => Missing::Nowhere(told + &self.but_that_of(pod)),
+                Doubt::Several(_) | Doubt::Shared(..) => Missing::Doubtful(told),
+            };
+            why.insert(pod.uid.clone(), missing);
+        }
         why
+    }
+
+    /// The pod that has these addresses and was found: nothing is left for another one that says them too.
+    fn but_that_of(&self, pod: &LocalPodSpec) -> String {
+        let has_all = |place: &Place| {
+            let there = &place.key.addresses;
+            pod.addresses.iter().all(|address| there.contains(address))
+        };
+        let other = self.places.iter().find(|(_, place)| has_all(place));
+        other.map_or_else(String::new, |(uid, _)| {
+            format!(" but that of pod {}", named(uid))
+        })
     }
 
     /// The namespaces that may be a pod's.
