@@ -274,11 +274,21 @@ impl Folder {
                 None => _ = self.files.remove(&name),
             }
         }
-        let told = "has no manifests any more, as if it were not mounted; to say that this is meant, put \
-                    one in it, if only an empty List, or remove the folder";
+        let told = |folder: &Path| {
+            // Without the whole folder nothing can be read: that is no word either.
+            let or = if folder == self.dir {
+                ""
+            } else {
+                ", or remove the folder"
+            };
+            format!(
+                "has no manifests any more, as if it were not mounted; to say that this is meant, put \
+                 one in it, if only an empty List{or}"
+            )
+        };
         emptied
             .into_iter()
-            .map(|folder| ManifestError::of_file(folder, told))
+            .map(|folder| ManifestError::of_file(folder.clone(), told(&folder)))
             .collect()
     }
 

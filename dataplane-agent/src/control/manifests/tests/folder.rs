@@ -229,6 +229,7 @@ fn a_folder_that_is_suddenly_empty_keeps_what_was_in_it_until_that_is_said() {
         let told = told(&reload);
         let below = dir.path().join("below").display().to_string();
         assert!(told.len() == 1 && told[0].starts_with(&below), "{told:?}");
+        assert!(told[0].ends_with("or remove the folder"), "{told:?}");
         assert_eq!(*folder.objects(), before);
     }
     // All of it.
@@ -237,6 +238,8 @@ fn a_folder_that_is_suddenly_empty_keeps_what_was_in_it_until_that_is_said() {
     assert!(!reload.changed);
     let whole = format!("{}: has no manifests any more", dir.path().display());
     assert!(told(&reload)[0].starts_with(&whole), "{:?}", told(&reload));
+    // Which is no way to say it: nothing could be read.
+    assert!(!told(&reload)[0].contains("remove the folder"));
     assert_eq!(*folder.objects(), before);
     // It is there again, and one was removed meanwhile.
     for (name, text) in &files[..2] {
