@@ -67,7 +67,8 @@ pub struct RunOptions {
         long,
         env = "CLUSTER_ID",
         value_name = "NAME",
-        default_value = DEFAULT_CLUSTER
+        default_value = DEFAULT_CLUSTER,
+        value_parser = cluster
     )]
     pub cluster_id: String,
     /// Network of this node: what of the mesh has another one's label is not connected to directly.
@@ -294,6 +295,13 @@ fn domain(text: &str) -> Result<String, String> {
     }
 }
 
+fn cluster(text: &str) -> Result<String, String> {
+    match text.trim() {
+        "" => Err("a cluster has a name".into()),
+        _ => Ok(text.to_owned()),
+    }
+}
+
 /// Kubernetes' way of not setting a variable is to set it to nothing.
 fn directives(text: &str) -> Result<String, String> {
     match text {
@@ -473,6 +481,16 @@ mod tests {
         ] {
             assert_eq!(unknown_variable([name.to_owned()]).as_deref(), Some(name));
         }
+    }
+
+    #[test]
+    fn a_cluster_has_a_name() {
+        let told = |name| parse(&["--manifests", "/m", "--node", "n", "--cluster-id", name]);
+        for empty in ["", " "] {
+            let error = told(empty).expect_err("no name");
+            assert!(error.contains("--cluster-id"), "{error}");
+        }
+        assert_eq!(told("east").expect("a name").cluster_id, "east");
     }
 
     #[test]
