@@ -268,7 +268,7 @@ impl Collector for Process {
         ConstGauge::new(self.root_ends).encode(ends)?;
         let lost = encoder.encode_descriptor(
             "dataplane_log_lines_lost",
-            "Log lines that came faster than they were read.",
+            "Log lines that came faster than they were read, or could not be written.",
             None,
             MetricType::Counter,
         )?;
