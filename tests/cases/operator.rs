@@ -756,6 +756,11 @@ fn levels_that_would_silence_the_log_are_refused_or_told() {
             "{answer}"
         );
     }
+    let answer = one.agent.post("/logging?levle=off");
+    assert!(
+        answer.contains(" 400 ") && answer.contains("levle"),
+        "{answer}"
+    );
     let answer = one.agent.post("/logging?level=warn,control=debug");
     assert!(answer.contains(" 200 "), "{answer}");
     for (levels, told) in [

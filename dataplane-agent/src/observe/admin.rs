@@ -93,6 +93,7 @@ async fn ready(State(sources): State<Sources>) -> Response {
 }
 
 #[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Logging {
     level: Option<String>,
     kernel: Option<String>,
