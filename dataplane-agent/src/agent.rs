@@ -16,11 +16,11 @@ use crate::capture::uninstall::canonical;
 use crate::capture::{self, CaptureError, Instance, PodEvent, Room, room};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
-use crate::control::ca::RootEnd;
+use crate::control::ca::{CaError, RootEnd};
 use crate::control::enrolled;
 use crate::control::local;
 use crate::control::machine::Machine;
-use crate::control::manifests::{Folder, MeshConfig, Watch};
+use crate::control::manifests::{Folder, MeshConfig, Translation, Watch};
 use crate::control::pods::{Ends, Pods, Source, State, View};
 use crate::control::recording::Recording;
 use crate::control::state::{SharedState, StateError};
@@ -110,28 +110,17 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         cluster_id: options.cluster_id.clone(),
         root: None,
     };
-    // What is configured first: a wrong file stops the start before pods and programs are touched.
-    let known = node_folder::known_root(&options.places.run_dir, &mark)?;
-    let (state, ca) = SharedState::open(
-        &options.state,
-        known.as_deref(),
-        &options.trust_domain,
-        options.secret_ttl,
-    )
-    .map_err(|error| match error {
-        StateError::Ca(error) => AgentError::Settings(error.to_string()),
-        error => AgentError::Settings(format!("--state: {error}")),
-    })?;
-    (mark.state, mark.root) = (canonical(&options.state), Some(state.root().to_owned()));
-    let source = source(&options, state)?;
+    // What is configured first: a wrong file stops the start before anything is made or touched. What is
+    // made before nothing can refuse it any more is taken back with `folder` and `mounted`.
+    let configured = configured(&options)?;
     let machine = Machine::new(&config.cgroup).map_err(|error| {
         AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
     })?;
-
-    let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
+    let mut folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
+    room::refuse(&config, &folder)?;
     let captured = node_folder::captured(&options.places.run_dir, &options.node);
     if captured > 0
-        && let Source::Manifests { folder, .. } = &source
+        && let Configured::Manifests { folder, .. } = &configured
         && folder.is_empty()
     {
         return Err(AgentError::Settings(format!(
@@ -141,7 +130,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         )));
     }
     let bpffs = &options.places.bpffs;
-    bpffs::ensure(bpffs).map_err(|error| {
+    let mounted = bpffs::ensure(bpffs).map_err(|error| {
         AgentError::Machine(format!(
             "no BPF file system at {}: {error}",
             bpffs.display()
@@ -163,6 +152,19 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     if !lacks.is_empty() {
         return Err(AgentError::Machine(lacks.join("\n")));
     }
+
+    let known = folder.known_root(&mark);
+    let (state, ca) = SharedState::open(
+        &options.state,
+        known.as_deref(),
+        &options.trust_domain,
+        options.secret_ttl,
+    )
+    .map_err(of_state)?;
+    (mark.state, mark.root) = (canonical(&options.state), Some(state.root().to_owned()));
+    let source = source(&options, configured, state)?;
+    folder.mark(&mark)?;
+    mounted.keep();
 
     // The rooms, from the kernel on.
     let (events, mut pod_events) = mpsc::channel(64);
@@ -333,13 +335,31 @@ fn room_config(options: &RunOptions) -> Result<room::Config, AgentError> {
     })
 }
 
-fn source(options: &RunOptions, state: SharedState) -> Result<Source, AgentError> {
+/// A disk that is full is no setting that is wrong: to try again later may help.
+fn of_state(error: StateError) -> AgentError {
+    match error {
+        StateError::File { .. } | StateError::Ca(CaError::File { .. }) => {
+            AgentError::Other(anyhow::anyhow!("--state: {error}"))
+        }
+        StateError::Ca(error) => AgentError::Settings(error.to_string()),
+        error => AgentError::Settings(format!("--state: {error}")),
+    }
+}
+
+/// What is configured, read once.
+#[expect(clippy::large_enum_variant, reason = "there is one")]
+enum Configured {
+    Manifests { folder: Folder, watch: Watch },
+    Local(Translation),
+}
+
+fn configured(options: &RunOptions) -> Result<Configured, AgentError> {
     let wrong = |error: String| AgentError::Settings(error);
     if let Some(file) = &options.local_xds_path {
         let node = options.node.as_str();
         let read = local::read(file, node, &options.network, &options.trust_domain);
         return read
-            .map(Source::Local)
+            .map(Configured::Local)
             .map_err(|error| wrong(error.to_string()));
     }
     let Some(folder) = &options.manifests else {
@@ -349,13 +369,29 @@ fn source(options: &RunOptions, state: SharedState) -> Result<Source, AgentError
     // As it was given, and not what it leads to: another folder may take its place.
     let dir =
         std::path::absolute(folder).map_err(|error| wrong(format!("--manifests: {error}")))?;
-    let records = enrolled::Records::new(state, options.node.as_str());
-    let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
-    Ok(Source::Manifests {
+    Ok(Configured::Manifests {
         watch: Watch::new(&dir),
         folder: Folder::open(&dir).map_err(|error| wrong(error.to_string()))?,
+    })
+}
+
+fn source(
+    options: &RunOptions,
+    configured: Configured,
+    state: SharedState,
+) -> Result<Source, AgentError> {
+    let (folder, watch) = match configured {
+        Configured::Local(translation) => return Ok(Source::Local(translation)),
+        Configured::Manifests { folder, watch } => (folder, watch),
+    };
+    let records = enrolled::Records::new(state, options.node.as_str());
+    let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
+    let recording = Recording::new(records).context("--state")?;
+    Ok(Source::Manifests {
+        watch,
+        folder,
         records_watch,
-        records: Recording::new(records).map_err(|error| wrong(format!("--state: {error}")))?,
+        records: recording,
         mesh: MeshConfig {
             cluster_id: options.cluster_id.clone(),
             cluster_domain: options.cluster_domain.clone(),

@@ -264,6 +264,62 @@ fn what_cannot_be_taken_back_is_told_and_its_record_stays() {
 }
 
 #[test]
+fn a_start_that_is_refused_leaves_nothing() {
+    let mut one = One::new();
+    let scratch = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| scratch.path().join(name);
+    fs::create_dir(at("bpf")).expect("a folder");
+    let (before, traces) = (tree(scratch.path()), one.traces());
+    let mounts = || fs::read_to_string("/proc/self/mounts").expect("/proc is mounted");
+    let refuse = |one: &One, what: &str, change: &dyn Fn(&mut Setup)| {
+        let mut setup = one.world.setup(&one.node);
+        change(&mut setup);
+        let (status, said) = run(&mut under(&[], &setup.command(), &setup));
+        assert!(
+            matches!(status.code(), Some(2 | 4)),
+            "{what}: {status}: {said}"
+        );
+        assert_eq!(tree(scratch.path()), before, "{what}: {said}");
+        let bpf = at("bpf").display().to_string();
+        assert!(!mounts().contains(&bpf), "{what}: {said}");
+        assert_eq!(one.traces(), traces, "{what}: {said}");
+    };
+    for runs in [true, false] {
+        if !runs {
+            one.agent.kill();
+        }
+        refuse(&one, "run-dir", &|setup| setup.run_dir = at("run"));
+        refuse(&one, "bpffs", &|setup| setup.bpffs = at("bpf"));
+        refuse(&one, "state", &|setup| setup.state = at("state"));
+        refuse(&one, "run-dir and state", &|setup| {
+            (setup.run_dir, setup.state) = (at("run"), at("state"));
+        });
+        refuse(&one, "all", &|setup| {
+            (setup.run_dir, setup.state, setup.bpffs) = (at("run"), at("state"), at("bpf"));
+        });
+        let wrong = one.world.manifests.folder.join("wrong.yaml");
+        fs::write(&wrong, "kind: Pod\n").expect("a file");
+        refuse(&one, "manifests", &|setup| {
+            (setup.run_dir, setup.state, setup.bpffs) = (at("run"), at("state"), at("bpf"));
+        });
+        fs::remove_file(&wrong).expect("a file");
+    }
+    // Nor where it is the first.
+    assert!(run(&mut uninstall(&one, &[])).0.success());
+    let state = at("state").display().to_string();
+    let mut setup = one.world.setup(&one.node);
+    (setup.run_dir, setup.state, setup.bpffs) = (at("run"), at("state"), at("bpf"));
+    fs::create_dir_all(at("state/ca")).expect("a folder");
+    fs::write(at("state/ca/stranger"), "").expect("a file");
+    let before = tree(scratch.path());
+    let (status, said) = run(&mut under(&[], &setup.command(), &setup));
+    assert_eq!(status.code(), Some(2), "{said}");
+    assert!(said.contains(&state), "{said}");
+    assert_eq!(tree(scratch.path()), before, "{said}");
+    assert!(!mounts().contains(&at("bpf").display().to_string()));
+}
+
+#[test]
 fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
     let mut one = One::new();
     let _app = one.server.serve(PORT);
@@ -301,7 +357,7 @@ fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
     assert_eq!(status.code(), Some(2), "{said}");
     assert!(said.contains("say the --run-dir"), "{said}");
     let (status, said) = run(&mut uninstall(&one, &[("--run-dir", &run_dir)]));
-    assert_eq!(status.code(), Some(2), "{said}");
+    assert_eq!(status.code(), Some(1), "{said}");
     assert_eq!(one.traces(), before);
     one.agent.restart();
     one.agent.up(&["server"]);

@@ -8,7 +8,7 @@ use std::fs;
 use dataplane_tests::agent::Agent;
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{One, Pair, Wire, eventually};
+use dataplane_tests::{One, Pair, Wire, World, eventually};
 
 const PORT: u16 = 7000;
 
@@ -127,4 +127,25 @@ fn uninstall_while_the_state_is_away_says_what_it_left_there() {
         assert!(said.contains(part), "{said}");
     }
     assert!(tree(away.path()).is_empty() && !one.is_captured());
+}
+
+#[test]
+fn a_first_start_with_a_full_state_fails_and_leaves_nothing_half_made() {
+    let world = World::new();
+    let node = world.node("one");
+    let _pod = node.pod(&world, "pod");
+    let disk = Mounted::small(world.state.clone());
+    let filler = disk.path().join("filler");
+    fs::write(&filler, vec![0; 1 << 20]).expect_err("the disk is full");
+    let before = tree(disk.path());
+    let mut agent = world.agent(&node);
+    eventually("it ends by itself", 20, || !agent.runs());
+    assert_eq!(agent.wait().code(), Some(1), "{}", agent.log());
+    let full = "No space left on device";
+    assert!(agent.log().contains(full), "{}", agent.log());
+    assert_eq!(tree(disk.path()), before);
+    assert!(!world.folder().join("run").exists());
+    fs::remove_file(&filler).expect("a file");
+    agent.restart();
+    agent.up(&["pod"]);
 }

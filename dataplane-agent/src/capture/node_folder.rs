@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::undo::{Record, Records};
 use super::{CaptureError, pins};
 use crate::config::{DEFAULT_CLUSTER, NodeName};
+use crate::sys::made::Made;
 
 /// The file of the mark.
 const MARK: &str = "node.json";
@@ -78,38 +79,72 @@ impl Mark {
 #[derive(Debug)]
 pub struct NodeFolder {
     path: PathBuf,
+    found: Option<Mark>,
+    /// Before the lock: it is gone before another one can have it.
+    made: Made,
     _lock: File,
 }
 
 impl NodeFolder {
-    /// Makes it, or takes it over from a predecessor, and marks it.
+    /// Makes it, or takes it over from a predecessor. What was made goes with it until it is marked.
     ///
     /// # Errors
     /// Another agent has it; it is not an agent's; pods are captured by pins of another place.
     pub fn claim(run_dir: &Path, mark: &Mark) -> Result<Self, CaptureError> {
-        fs::create_dir_all(run_dir).map_err(CaptureError::file(run_dir))?;
         let path = run_dir.join(mark.node.as_str());
+        let made = Made::missing(&path.join(PODS));
+        fs::create_dir_all(run_dir).map_err(CaptureError::file(run_dir))?;
         match DirBuilder::new().mode(0o700).create(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
                 return Err(CaptureError::file(&path)(error));
             }
             _ => {}
         }
-        if read(&path)?.is_none()
+        let found = read(&path)?;
+        if found.is_none()
             && let Some(stranger) = strangers(&path)?.first()
         {
             let what = format!("{} is in it", stranger.display());
             return Err(CaptureError::NotOurs { path, what });
         }
-        let folder = Self::lock(path)?;
-        if let Some(found) = read(&folder.path)?
-            && let Some(why) = mark.differs_from(&found)
+        let mut folder = Self::lock(path, made)?;
+        folder.found = read(&folder.path)?;
+        if folder.found.is_none() {
+            folder.made.also(&folder.path.join(LOCK));
+        }
+        if let Some(found) = &folder.found
+            && let Some(why) = mark.differs_from(found)
             && !folder.records()?.each()?.is_empty()
         {
             return Err(CaptureError::OtherPlace(why));
         }
-        folder.mark(mark)?;
         Ok(folder)
+    }
+
+    /// The fingerprint of the root that an agent of the node had of the state of `mark`, if one is known.
+    pub fn known_root(&self, mark: &Mark) -> Option<String> {
+        let found = self.found.as_ref()?;
+        found.root.clone().filter(|_| found.state == mark.state)
+    }
+
+    /// Marks it: from now on it stays until it is removed.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn mark(&mut self, mark: &Mark) -> Result<(), CaptureError> {
+        let (path, new) = (self.path.join(MARK), self.path.join(NEW_MARK));
+        let write = || {
+            let mut file = File::create(&new)?;
+            file.write_all(&serde_json::to_vec(mark)?)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)
+        };
+        write().map_err(|error| {
+            let _ = fs::remove_file(&new);
+            CaptureError::file(&path)(error)
+        })?;
+        self.made.keep();
+        Ok(())
     }
 
     /// Takes one that an agent has left, with what its mark says.
@@ -130,7 +165,7 @@ impl NodeFolder {
             }
             Err(error) => return Err(error),
         };
-        Ok((Self::lock(path)?, mark))
+        Ok((Self::lock(path, Made::default())?, mark))
     }
 
     /// Where it is.
@@ -169,44 +204,20 @@ impl NodeFolder {
         Ok(left)
     }
 
-    fn lock(path: PathBuf) -> Result<Self, CaptureError> {
+    fn lock(path: PathBuf, mut made: Made) -> Result<Self, CaptureError> {
         let file = path.join(LOCK);
         // For root alone: who can open it can lock it, and so keep an agent from starting.
         let mut options = OpenOptions::new();
         options.create(true).write(true).truncate(false).mode(0o600);
-        let _lock = pins::lock(&file, || options.open(&file))?;
-        Ok(Self { path, _lock })
-    }
-
-    fn mark(&self, mark: &Mark) -> Result<(), CaptureError> {
-        let (path, new) = (self.path.join(MARK), self.path.join(NEW_MARK));
-        let write = || {
-            let mut file = File::create(&new)?;
-            file.write_all(&serde_json::to_vec(mark)?)?;
-            file.sync_all()?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(CaptureError::file(&path))
-    }
-}
-
-/// The fingerprint of the root that an agent of the node had of the state of `mark`, if one is known.
-///
-/// # Errors
-/// Pods are captured with other places.
-pub fn known_root(run_dir: &Path, mark: &Mark) -> Result<Option<String>, CaptureError> {
-    let found = match read(&run_dir.join(mark.node.as_str())) {
-        Err(CaptureError::File { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok(None);
-        }
-        found => found?,
-    };
-    let Some(found) = found else {
-        return Ok(None);
-    };
-    match mark.differs_from(&found) {
-        Some(why) if captured(run_dir, &mark.node) > 0 => Err(CaptureError::OtherPlace(why)),
-        _ => Ok(found.root.filter(|_| found.state == mark.state)),
+        let locked = pins::lock(&file, || options.open(&file));
+        // It is used by whoever has it, whoever made it.
+        let _lock = locked.inspect_err(|_| made.keep())?;
+        Ok(Self {
+            path,
+            found: None,
+            made,
+            _lock,
+        })
     }
 }
 
@@ -288,6 +299,28 @@ mod tests {
         }
     }
 
+    /// One that an agent has begun with.
+    fn begun(run_dir: &Path, mark: &Mark) -> Result<NodeFolder, CaptureError> {
+        let mut folder = NodeFolder::claim(run_dir, mark)?;
+        folder.mark(mark).map(|()| folder)
+    }
+
+    #[test]
+    fn a_folder_that_is_claimed_and_not_marked_goes_again() {
+        let top = tempfile::tempdir().expect("a folder");
+        let run = top.path().join("run");
+        let folder = NodeFolder::claim(&run, &mark("one")).expect("free");
+        folder.records().expect("a folder");
+        drop(folder);
+        assert!(!run.exists());
+        drop(begun(&run, &mark("one")).expect("free"));
+        drop(NodeFolder::claim(&run, &mark("one")).expect("free"));
+        let (folder, _) = NodeFolder::open(&run, &mark("one").node).expect("it stays");
+        let none = Vec::<PathBuf>::new();
+        assert_eq!(folder.remove().expect("nothing is in it"), none);
+        assert!(!run.join("one").exists());
+    }
+
     #[test]
     fn a_folder_that_is_not_an_agents_is_neither_taken_nor_opened() {
         let run = tempfile::tempdir().expect("a folder");
@@ -315,7 +348,7 @@ mod tests {
     fn what_is_not_an_agents_stays_and_keeps_the_mark() {
         let run = tempfile::tempdir().expect("a folder");
         let mark = mark("one");
-        let folder = NodeFolder::claim(run.path(), &mark).expect("free");
+        let folder = begun(run.path(), &mark).expect("free");
         let (path, pods) = (folder.path().to_owned(), folder.path().join("pods"));
         folder.records().expect("a folder");
         fs::write(pods.join("7.new"), "{").expect("a file");
@@ -338,12 +371,12 @@ mod tests {
     #[test]
     fn one_process_has_it_and_pods_stay_with_the_place_that_captured_them() {
         let run = tempfile::tempdir().expect("a folder");
-        let first = NodeFolder::claim(run.path(), &mark("one")).expect("free");
+        let first = begun(run.path(), &mark("one")).expect("free");
         let error = NodeFolder::claim(run.path(), &mark("one")).expect_err("held");
         assert!(matches!(error, CaptureError::Held(_)), "{error}");
         let error = NodeFolder::open(run.path(), &mark("one").node).expect_err("held");
         assert!(matches!(error, CaptureError::Held(_)), "{error}");
-        assert!(NodeFolder::claim(run.path(), &mark("two")).is_ok());
+        assert!(begun(run.path(), &mark("two")).is_ok());
         let pods = first.path().join("pods");
         drop(first);
         let others = [
@@ -358,13 +391,13 @@ mod tests {
                 state: state.into(),
                 ..mark("one")
             };
-            drop(NodeFolder::claim(run.path(), &moved).expect("nothing is captured"));
+            drop(begun(run.path(), &moved).expect("nothing is captured"));
             fs::create_dir_all(&pods).expect("a folder");
             fs::write(pods.join("7.json"), "{}").expect("a file");
             let error = NodeFolder::claim(run.path(), &mark("one")).expect_err("captured there");
             assert!(matches!(error, CaptureError::OtherPlace(_)), "{error}");
             assert!(error.to_string().contains(told), "{error}");
-            drop(NodeFolder::claim(run.path(), &moved).expect("as it was"));
+            drop(begun(run.path(), &moved).expect("as it was"));
             fs::remove_file(pods.join("7.json")).expect("a file");
         }
         assert_eq!(known(run.path()).len(), 2);

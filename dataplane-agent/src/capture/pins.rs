@@ -81,7 +81,8 @@ impl Pins {
     /// # Errors
     /// As [`Pins::make`].
     pub fn restore(&self, lock: &mut File) -> Result<(), CaptureError> {
-        bpffs::ensure(&self.bpffs).map_err(CaptureError::file(&self.bpffs))?;
+        let mounted = bpffs::ensure(&self.bpffs).map_err(CaptureError::file(&self.bpffs))?;
+        mounted.keep();
         if !self.node.is_dir() {
             *lock = self.make()?;
         }

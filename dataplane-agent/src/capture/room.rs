@@ -4,7 +4,7 @@ mod held;
 mod leave;
 mod look;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -201,6 +201,17 @@ pub struct Reports {
     pub events: aya::maps::RingBuf<aya::maps::MapData>,
     /// The programs' log; none if this kernel has none.
     pub log: Option<aya_log::EbpfLogger<&'static dyn log::Log>>,
+}
+
+/// Refuses where [`Room::open`] would, before anything is made.
+///
+/// # Errors
+/// Another agent runs, or its programs are attached; how to undo what is pinned is recorded elsewhere.
+pub fn refuse(config: &Config, folder: &NodeFolder) -> Result<(), CaptureError> {
+    let pins = Pins::new(&config.bpffs, &config.node);
+    let _lock = pins.lock()?;
+    attached::refuse_on_cgroup(&config.cgroup, &pins, &BTreeSet::new())?;
+    pins.refuse_without(&folder.records()?)
 }
 
 impl Room {

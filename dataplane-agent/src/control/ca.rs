@@ -167,6 +167,20 @@ impl EmbeddedCa {
     /// # Errors
     /// See [`CaError`].
     pub fn open(state: &Path, trust_domain: &str, ttl: Duration) -> Result<Self, CaError> {
+        Self::open_after(&|| Ok(()), state, trust_domain, ttl)
+    }
+
+    /// The same, where whoever finds a CA is to find something else as well: `first` makes that once the CA
+    /// is whole on the disk, and before anybody sees it.
+    ///
+    /// # Errors
+    /// See [`CaError`], and those of `first`.
+    pub fn open_after(
+        first: &dyn Fn() -> Result<(), CaError>,
+        state: &Path,
+        trust_domain: &str,
+        ttl: Duration,
+    ) -> Result<Self, CaError> {
         if ttl < SHORTEST {
             return Err(CaError::Ttl(ttl));
         }
@@ -175,7 +189,7 @@ impl EmbeddedCa {
         let there = match read_both(&root_path, &key_path)? {
             (Some(root), Some(key)) => (Some(root), Some(key)),
             (None, None) => {
-                make(&folder, trust_domain)?;
+                make(&folder, trust_domain, first)?;
                 read_both(&root_path, &key_path)?
             }
             // Another node may have made it between the two looks.
@@ -361,7 +375,11 @@ fn of_file(path: &Path) -> impl Fn(io::Error) -> CaError + use<> {
 
 /// Makes a CA in a folder that is empty or not there. Of nodes that do so at once one is first, and
 /// the others find its CA.
-fn make(folder: &Path, trust_domain: &str) -> Result<(), CaError> {
+fn make(
+    folder: &Path,
+    trust_domain: &str,
+    first: &dyn Fn() -> Result<(), CaError>,
+) -> Result<(), CaError> {
     if let Some(other) = stranger(folder).map_err(of_file(folder))? {
         return Err(CaError::Other {
             folder: folder.to_owned(),
@@ -375,7 +393,8 @@ fn make(folder: &Path, trust_domain: &str) -> Result<(), CaError> {
         .mode(0o755)
         .create(&new)
         .map_err(of_file(&new))?;
-    let made = fill(&new, trust_domain).and_then(|()| match fs::rename(&new, folder) {
+    let filled = fill(&new, trust_domain).and_then(|()| first());
+    let made = filled.and_then(|()| match fs::rename(&new, folder) {
         Ok(()) => {
             let parent = folder.parent().unwrap_or(Path::new("/"));
             let synced = File::open(parent).and_then(|parent| parent.sync_all());

@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 
 use super::ca::{self, CaError, EmbeddedCa};
+use crate::sys::made::Made;
 
 const RECORDS: &str = "enrolled";
 const MARK: &str = "mark";
@@ -115,8 +116,16 @@ impl SharedState {
             let remedy = "bring it back, or, for a new root, uninstall all nodes first";
             return Err(missing(&root, why, remedy));
         }
-        make(&records).map_err(of_file(&records))?;
-        let ca = EmbeddedCa::open(folder, trust_domain, ttl)?;
+        let mut made = Made::missing(folder);
+        let first = || {
+            make(&records).map_err(|error| CaError::File {
+                path: records.clone(),
+                error,
+            })
+        };
+        let ca = EmbeddedCa::open_after(&first, folder, trust_domain, ttl)?;
+        first()?;
+        made.keep();
         let found = ca.fingerprint();
         match known.filter(|known| **known != found) {
             Some(known) => Err(StateError::OtherRoot {
@@ -177,11 +186,13 @@ fn make(records: &Path) -> io::Result<()> {
     if is_there(&mark)? {
         return Ok(());
     }
+    let mut made = Made::missing(records);
     DirBuilder::new()
         .recursive(true)
         .mode(0o755)
         .create(records)?;
     File::create(&mark)?.sync_all()?;
+    made.keep();
     for folder in [Some(records), records.parent()].into_iter().flatten() {
         File::open(folder)?.sync_all()?;
     }

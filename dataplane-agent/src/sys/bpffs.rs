@@ -1,9 +1,9 @@
 //! The BPF file system, where pins live.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::{FsType, statfs};
 
@@ -43,19 +43,39 @@ pub fn is_mounted(folder: &Path) -> io::Result<bool> {
     Ok(statfs(folder)?.filesystem_type() == MAGIC)
 }
 
+/// One that is mounted. If it was not before, it is unmounted with this, unless it is kept.
+#[derive(Debug)]
+pub struct Mounted(Option<PathBuf>);
+
+impl Mounted {
+    /// It stays.
+    pub fn keep(mut self) {
+        if let Some(folder) = self.0.take() {
+            tracing::info!(folder = %folder.display(), "mounted a BPF file system");
+        }
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Some(folder) = &self.0 {
+            let _ = umount2(folder, MntFlags::MNT_DETACH);
+        }
+    }
+}
+
 /// Mounts one there, unless it is: systemd does so at boot, other machines may not.
 ///
 /// # Errors
 /// The folder is not there, or has something in it that would be hidden; CAP_SYS_ADMIN is missing.
-pub fn ensure(folder: &Path) -> io::Result<()> {
+pub fn ensure(folder: &Path) -> io::Result<Mounted> {
     match look(folder)? {
-        Folder::Mounted => return Ok(()),
+        Folder::Mounted => return Ok(Mounted(None)),
         Folder::Occupied => return Err(occupied()),
         Folder::Empty => {}
     }
     mount_at(folder)?;
-    tracing::info!(folder = %folder.display(), "mounted a BPF file system");
-    Ok(())
+    Ok(Mounted(Some(folder.to_owned())))
 }
 
 /// Why none can be mounted where there is something else.

@@ -6,6 +6,7 @@ pub mod caps;
 pub mod cgroup;
 pub mod hooks;
 pub mod limits;
+pub mod made;
 pub mod memory;
 pub mod netns;
 pub mod processes;
