@@ -27,7 +27,7 @@ use crate::control::state::{SharedState, StateError};
 use crate::exit::Exit;
 use crate::identity::{Certs, Identity};
 use crate::limits::NodePlaces;
-use crate::observe::admin::{self, Sources};
+use crate::observe::admin::{self, Socket, Sources};
 use crate::observe::log::Level;
 use crate::observe::status::{PodStatus, StatusReport};
 use crate::observe::{Metrics, Observer, dump, kernel, metrics};
@@ -208,7 +208,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     // Who watches.
     let socket = options.places.socket(&options.node);
     let listener =
-        admin::listen(&socket).with_context(|| format!("admin socket {}", socket.display()))?;
+        Socket::open(&socket).with_context(|| format!("admin socket {}", socket.display()))?;
     let tidied = Arc::clone(&metrics);
     let sources = sources(
         options.node.as_str(),

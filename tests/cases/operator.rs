@@ -320,6 +320,43 @@ fn a_start_that_is_refused_leaves_nothing() {
 }
 
 #[test]
+fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
+    let one = One::new();
+    let pid = one.agent.pid().to_string();
+    let kill = |signal: &str| {
+        let (status, said) = run(Command::new("kill").args([signal, &pid]));
+        assert!(status.success(), "{said}");
+    };
+    let status = |of: &[&str]| {
+        let run_dir = one.world.folder().join("run");
+        run(dataplane("status").arg("--run-dir").arg(run_dir).args(of))
+    };
+    kill("-STOP");
+    let (ended, said) = status(&["--node", "one"]);
+    assert_eq!(ended.code(), Some(1), "{said}");
+    assert!(said.contains("does not answer within 5 s"), "{said}");
+    let away = one.world.folder().join("away");
+    fs::rename(one.agent.socket(), &away).expect("a socket");
+    for of in [&["--node", "one"][..], &[]] {
+        let (ended, said) = status(of);
+        assert_eq!(ended.code(), Some(1), "{said}");
+        assert!(said.contains("agent of node one runs"), "{said}");
+        assert!(
+            said.contains(&format!("{} is gone", one.agent.socket().display())),
+            "{said}"
+        );
+    }
+    kill("-CONT");
+    eventually("it answers again", 10, || status(&[]).0.success());
+    one.agent.logs(&["\twarn\t", "admin socket", "made again"]);
+    fs::remove_file(&away).expect("a socket");
+    // Another file in its place is none either.
+    fs::remove_file(one.agent.socket()).expect("a socket");
+    fs::write(one.agent.socket(), "").expect("a file");
+    eventually("it answers again", 10, || status(&[]).0.success());
+}
+
+#[test]
 fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
     let mut one = One::new();
     let _app = one.server.serve(PORT);

@@ -221,6 +221,11 @@ impl NodeFolder {
     }
 }
 
+/// Whether an agent runs, or is uninstalled, that has this folder.
+pub fn is_held(folder: &Path) -> bool {
+    pins::is_locked(&folder.join(LOCK))
+}
+
 /// How many pods of a node an agent has left captured, as far as its folder says.
 pub fn captured(run_dir: &Path, node: &NodeName) -> usize {
     let pods = entries(&run_dir.join(node.as_str()).join(PODS)).unwrap_or_default();
@@ -311,6 +316,7 @@ mod tests {
         let run = top.path().join("run");
         let folder = NodeFolder::claim(&run, &mark("one")).expect("free");
         folder.records().expect("a folder");
+        assert!(is_held(folder.path()));
         drop(folder);
         assert!(!run.exists());
         drop(begun(&run, &mark("one")).expect("free"));

@@ -9,6 +9,7 @@ use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use aya::maps::MapInfo;
 use aya::programs::links::{FdLink, PinnedLink};
@@ -269,6 +270,9 @@ impl Pins {
     }
 }
 
+/// Who asks whether it is locked may have it for a moment.
+const ASKED: Duration = Duration::from_millis(100);
+
 const MAPS: &str = "maps";
 const LINKS: &str = "links";
 const PODS: &str = "pods";
@@ -393,15 +397,26 @@ pub fn remove_if_empty(folder: &Path) -> Result<(), CaptureError> {
     }
 }
 
+/// Whether another process has locked a file that may be there.
+pub fn is_locked(path: &Path) -> bool {
+    let lock = File::open(path).map(|file| file.try_lock_shared());
+    matches!(lock, Ok(Err(TryLockError::WouldBlock)))
+}
+
 /// Locks what `open` opens at a path, until the process ends or drops it.
 ///
 /// # Errors
 /// Another process has it; it cannot be opened.
 pub fn lock(path: &Path, open: impl Fn() -> io::Result<File>) -> Result<File, CaptureError> {
+    let deadline = Instant::now() + ASKED;
     loop {
         let file = open().map_err(CaptureError::file(path))?;
         match file.try_lock() {
             Ok(()) => {}
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(ASKED / 10);
+                continue;
+            }
             Err(TryLockError::WouldBlock) => return Err(CaptureError::Held(path.to_owned())),
             Err(TryLockError::Error(error)) => return Err(CaptureError::file(path)(error)),
         }
@@ -429,7 +444,9 @@ mod tests {
         let taken = lock(&path, || stale.take().map_or_else(open, Ok)).expect("free");
         let error = lock(&path, open).expect_err("taken");
         assert!(matches!(error, CaptureError::Held(_)), "{error}");
+        assert!(is_locked(&path));
         drop(taken);
+        assert!(!is_locked(&path) && !is_locked(&dir.path().join("none")));
         assert!(lock(&path, open).is_ok());
     }
 

@@ -5,9 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::StatusOptions;
+use crate::capture::node_folder;
 use crate::observe::status::StatusReport;
 
 /// A daemon that does not answer within this hangs.
@@ -17,6 +18,16 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 #[error("no dataplane agent runs for {0} (start one with `dataplane run`)")]
 pub struct NotRunning(String);
+
+/// One runs, and is not to be reached.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the dataplane agent of node {node} runs, and its admin socket {socket} is gone; it makes it again within seconds"
+)]
+struct Unreachable {
+    node: String,
+    socket: String,
+}
 
 /// The state of a node.
 ///
@@ -41,7 +52,10 @@ fn only_socket(run: &Path) -> Result<PathBuf> {
     let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
     // One that nobody listens on was left by a daemon that was killed.
     let nodes: Vec<String> = entries
-        .filter(|entry| UnixStream::connect(entry.path().join("admin.sock")).is_ok())
+        .filter(|entry| {
+            let answers = UnixStream::connect(entry.path().join("admin.sock")).is_ok();
+            answers || node_folder::is_held(&entry.path())
+        })
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .collect();
     match nodes.as_slice() {
@@ -60,9 +74,7 @@ fn only_socket(run: &Path) -> Result<PathBuf> {
 /// Nobody listens; the answer is no answer, or an error.
 pub fn get(socket: &Path, path: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-            anyhow::Error::from(NotRunning(format!("this node ({})", socket.display())))
-        }
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => not_reached(socket),
         _ => anyhow::Error::new(error).context(socket.display().to_string()),
     })?;
     stream.set_read_timeout(Some(PATIENCE))?;
@@ -70,7 +82,12 @@ pub fn get(socket: &Path, path: &str) -> Result<String> {
     let mut answer = String::new();
     stream
         .read_to_string(&mut answer)
-        .with_context(|| format!("{}: the daemon does not answer", socket.display()))?;
+        .map_err(|error| match error.kind() {
+            // How a socket says that the time is over.
+            io::ErrorKind::WouldBlock => anyhow!("within {} s", PATIENCE.as_secs()),
+            _ => anyhow!("whole: {error}"),
+        })
+        .map_err(|how| anyhow!("{}: the daemon does not answer {how}", socket.display()))?;
     let (head, body) = answer
         .split_once("\r\n\r\n")
         .context("not an HTTP answer")?;
@@ -81,6 +98,19 @@ pub fn get(socket: &Path, path: &str) -> Result<String> {
         body.trim()
     );
     Ok(body.to_owned())
+}
+
+/// Nobody listens: is it that nobody runs?
+fn not_reached(socket: &Path) -> anyhow::Error {
+    let shown = socket.display().to_string();
+    match socket.parent() {
+        Some(folder) if node_folder::is_held(folder) => Unreachable {
+            node: folder.file_name().unwrap_or_default().display().to_string(),
+            socket: shown,
+        }
+        .into(),
+        _ => NotRunning(format!("this node ({shown})")).into(),
+    }
 }
 
 fn table(report: &StatusReport) -> String {

@@ -2,9 +2,10 @@
 
 use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Query, State};
@@ -17,6 +18,9 @@ use tokio::net::UnixListener;
 use super::log::Level;
 use super::metrics::Metrics;
 use super::status::StatusReport;
+
+/// How often it is looked whether the socket is still at its path.
+const LOOK: Duration = Duration::from_secs(3);
 
 /// What the socket tells, and what it can change.
 #[derive(Clone)]
@@ -35,22 +39,63 @@ pub struct Sources {
     pub metrics: Arc<Metrics>,
 }
 
-/// Opens the socket, in place of one that a predecessor left.
-///
-/// # Errors
-/// It cannot be made.
-pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// The socket.
+pub struct Socket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// What is at the path as long as nobody has taken it away: device and inode.
+    is: (u64, u64),
+}
+
+impl Socket {
+    /// Opens it, in place of one that a predecessor left.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(path)?;
+        fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+            is: at(path)?,
+        })
     }
-    let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, Permissions::from_mode(0o600))?;
-    Ok(listener)
+
+    /// Waits until it is at its path no more, and makes it again there.
+    async fn made_again(path: &Path, is: (u64, u64)) -> Self {
+        let mut told = false;
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if at(path).is_ok_and(|there| there == is) {
+                continue;
+            }
+            match Self::open(path) {
+                Ok(again) => {
+                    tracing::warn!(path = %path.display(), "the admin socket was gone, and is made again");
+                    return again;
+                }
+                Err(error) if !told => {
+                    tracing::error!(path = %path.display(), %error, "the admin socket is gone, and cannot be made again");
+                    told = true;
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+fn at(path: &Path) -> io::Result<(u64, u64)> {
+    let found = fs::symlink_metadata(path)?;
+    Ok((found.dev(), found.ino()))
 }
 
 /// Answers. Runs until it is dropped.
-pub async fn serve(listener: UnixListener, sources: Sources) {
+pub async fn serve(mut socket: Socket, sources: Sources) {
     let router = Router::new()
         .route("/status", get(status))
         .route("/config_dump", get(config_dump))
@@ -59,10 +104,19 @@ pub async fn serve(listener: UnixListener, sources: Sources) {
         .route("/healthz/ready", get(ready))
         .route("/logging", post(logging))
         .with_state(sources);
-    if let Err(error) = axum::serve(listener, router).await {
-        tracing::error!(%error, "the admin socket is closed");
+    loop {
+        let Socket { listener, path, is } = socket;
+        let answers = async {
+            if let Err(error) = axum::serve(listener, router.clone()).await {
+                tracing::error!(%error, "the admin socket is closed");
+            }
+            std::future::pending::<()>().await;
+        };
+        socket = tokio::select! {
+            () = answers => return,
+            again = Socket::made_again(&path, is) => again,
+        };
     }
-    std::future::pending::<()>().await;
 }
 
 async fn status(State(sources): State<Sources>) -> Json<StatusReport> {
