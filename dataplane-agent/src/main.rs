@@ -76,11 +76,20 @@ fn uninstall(options: &UninstallOptions) -> ExitCode {
         .and_then(|runtime| runtime.block_on(uninstall::run(options)));
     let node = &options.node;
     match done {
-        Ok(Done { pods, left }) if left.is_empty() => print(
+        Ok(None) => print(
+            &format!(
+                "nothing of node {node} is known in {}, and none of it is in {} or {}\n",
+                options.places.run_dir.display(),
+                options.places.bpffs.display(),
+                options.state.display(),
+            ),
+            Exit::Good,
+        ),
+        Ok(Some(Done { pods, left })) if left.is_empty() => print(
             &format!("node {node}: {pods} pods let go, nothing is left\n"),
             Exit::Good,
         ),
-        Ok(Done { pods, left }) => {
+        Ok(Some(Done { pods, left })) => {
             for line in &left {
                 log::say(&format!("left: {line}"));
             }

@@ -89,7 +89,7 @@ fn uninstall_touches_nothing_that_is_not_an_agents_whatever_it_is_told() {
         (Some("linked/"), 2),
         (Some("linked"), 1),
         (Some("notours"), 1),
-        (Some("nobody"), 1),
+        (Some("nobody"), 0),
         (None, 2),
     ] {
         for by_variable in [true, false] {
@@ -261,6 +261,11 @@ fn what_cannot_be_taken_back_is_told_and_its_record_stays() {
         "{said}"
     );
     assert!(!one.folder().exists());
+    let (status, said) = run(&mut uninstall(&one, &[]));
+    assert!(
+        status.success() && said.contains("nothing of node one is known"),
+        "{said}"
+    );
 }
 
 #[test]

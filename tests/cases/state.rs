@@ -117,16 +117,47 @@ fn another_root_is_told_and_a_start_with_it_is_refused() {
 }
 
 #[test]
-fn uninstall_while_the_state_is_away_says_what_it_left_there() {
+fn uninstall_while_the_state_is_away_says_what_it_left_there_and_can_be_tried_again() {
     let mut one = One::new();
     one.agent.kill();
+    let record = one.world.state.join("enrolled/demo.server.json");
+    assert!(record.exists());
     let away = Mounted::empty_over(&one.world.state);
     let (status, _, said) = one.agent.uninstall();
     assert_eq!(status.code(), Some(1), "{said}");
-    for part in ["ca/root.pem: No such file", "may go on dialling pods"] {
+    for part in [
+        "ca/root.pem: No such file",
+        "may go on dialling pods",
+        "uninstall again",
+    ] {
         assert!(said.contains(part), "{said}");
     }
     assert!(tree(away.path()).is_empty() && !one.is_captured());
+    drop(away);
+    assert!(record.exists());
+    let (status, said, error) = one.agent.uninstall();
+    assert!(status.success(), "{error}");
+    assert!(said.contains("nothing is left"), "{said}");
+    assert!(!record.exists() && !one.folder().exists());
+}
+
+#[test]
+fn uninstall_of_a_node_of_which_the_state_alone_has_records_names_them() {
+    let mut one = One::new();
+    one.agent.kill();
+    let records = one.world.state.join("enrolled");
+    let record = records.join("demo.server.json");
+    let text = fs::read_to_string(&record).expect("a record");
+    assert!(one.agent.uninstall().0.success());
+    // As after a boot, which takes away all that is in /run and the bpffs.
+    fs::write(&record, text).expect("a file");
+    let (status, _, said) = one.agent.uninstall();
+    assert_eq!(status.code(), Some(1), "{said}");
+    let told = format!("{} has 1 records of pods of node one", records.display());
+    assert!(said.contains(&told), "{said}");
+    assert!(record.exists());
+    fs::remove_file(&record).expect("a file");
+    assert!(one.agent.uninstall().0.success());
 }
 
 #[test]

@@ -182,11 +182,12 @@ impl NodeFolder {
     }
 
     /// Removes what an agent has in it, and itself. If something else is there, or a record, then that
-    /// stays with the mark; it is returned.
+    /// stays with the mark; it is returned. So does the mark if `all_else_is_gone` is not so: without it
+    /// nobody could try again.
     ///
     /// # Errors
     /// The file system refuses.
-    pub fn remove(self) -> Result<Vec<PathBuf>, CaptureError> {
+    pub fn remove(self, all_else_is_gone: bool) -> Result<Vec<PathBuf>, CaptureError> {
         for record in self.records()?.unfinished()? {
             pins::remove(&record)?;
         }
@@ -196,7 +197,7 @@ impl NodeFolder {
         }
         let mut left = strangers(&self.path)?;
         left.extend(entries(&self.path.join(PODS)).unwrap_or_default());
-        if left.is_empty() {
+        if left.is_empty() && all_else_is_gone {
             pins::remove(&self.path.join(MARK))?;
             pins::remove(&self.path.join(LOCK))?;
             pins::remove_if_empty(&self.path)?;
@@ -323,7 +324,9 @@ mod tests {
         drop(NodeFolder::claim(&run, &mark("one")).expect("free"));
         let (folder, _) = NodeFolder::open(&run, &mark("one").node).expect("it stays");
         let none = Vec::<PathBuf>::new();
-        assert_eq!(folder.remove().expect("nothing is in it"), none);
+        assert_eq!(folder.remove(false).expect("nothing is in it"), none);
+        let (folder, _) = NodeFolder::open(&run, &mark("one").node).expect("known still");
+        assert_eq!(folder.remove(true).expect("nothing is in it"), none);
         assert!(!run.join("one").exists());
     }
 
@@ -364,13 +367,16 @@ mod tests {
         assert_eq!(captured(run.path(), &mark.node), 1);
         let (folder, found) = NodeFolder::open(run.path(), &mark.node).expect("known");
         assert_eq!(found, mark);
-        let mut left = folder.remove().expect("what is an agent's goes");
+        let mut left = folder.remove(true).expect("what is an agent's goes");
         left.sort();
         assert_eq!(left, [pods.join("8.json"), path.join("precious")]);
         fs::remove_file(path.join("precious")).expect("it stayed");
         fs::remove_file(pods.join("8.json")).expect("it stayed");
         let (folder, _) = NodeFolder::open(run.path(), &mark.node).expect("still known");
-        assert_eq!(folder.remove().expect("all goes"), Vec::<PathBuf>::new());
+        assert_eq!(
+            folder.remove(true).expect("all goes"),
+            Vec::<PathBuf>::new()
+        );
         assert!(!path.exists() && run.path().exists());
     }
 

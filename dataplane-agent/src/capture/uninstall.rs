@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf, absolute};
 
 use aya::programs::links::LinkType;
 
-use super::node_folder::NodeFolder;
+use super::node_folder::{self, NodeFolder};
 use super::pins::Pins;
 use super::{CaptureError, attached, enrol, named};
 use crate::config::NodeName;
-use crate::sys::hooks;
+use crate::sys::{cgroup, hooks};
 
 /// A node whose agent has ended, and that nobody else can start or uninstall meanwhile.
 #[derive(Debug)]
@@ -81,12 +81,13 @@ impl Ended {
         self.root.as_deref()
     }
 
-    /// Lets go of its pods, and removes all that is left of its agent.
+    /// Lets go of its pods, and removes all that is left of its agent. `left` is what is left elsewhere
+    /// already: as long as something is, so is what it takes to try again.
     ///
     /// # Errors
     /// What is pinned cannot be removed, or the records not be read; they stay.
-    pub async fn uninstall(self) -> Result<Done, CaptureError> {
-        let mut done = Done::default();
+    pub async fn uninstall(self, left: Vec<String>) -> Result<Done, CaptureError> {
+        let mut done = Done { pods: 0, left };
         let mut leave = |what: &dyn fmt::Display| done.left.push(what.to_string());
         let own = attached::own(&self.pins)?;
         // First those that mark: what is not marked needs no route. Then each pod's routes, and its program
@@ -126,13 +127,34 @@ impl Ended {
         for path in self.pins.remove_all()? {
             leave(&format_args!("{}: {stays}", path.display()));
         }
-        for path in self.folder.remove()? {
+        for path in self.folder.remove(done.left.is_empty())? {
             if !kept.contains(&path) {
-                leave(&format_args!("{}: {stays}", path.display()));
+                done.left.push(format!("{}: {stays}", path.display()));
             }
         }
         Ok(done)
     }
+}
+
+/// Refuses unless nothing of a node of which nothing is known is there: no folder, no pins, and no other
+/// node that may be meant.
+///
+/// # Errors
+/// Something is there; programs of an agent are attached to the cgroup at the top.
+pub fn refuse_unless_clean(
+    unknown: CaptureError,
+    run_dir: &Path,
+    bpffs: &Path,
+    node: &NodeName,
+) -> Result<(), CaptureError> {
+    let pins = Pins::new(&canonical(bpffs), node);
+    let folder = run_dir.join(node.as_str());
+    let is_there = std::fs::symlink_metadata(&folder).is_ok() || pins.are_there();
+    if is_there || !node_folder::known(run_dir).is_empty() {
+        return Err(unknown);
+    }
+    let top = cgroup::root().map_err(CaptureError::file(run_dir))?;
+    attached::refuse_on_cgroup(&top, &pins, &BTreeSet::new())
 }
 
 /// A path as it is written in a mark, whether it is still there or not.

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use super::UninstallOptions;
 use crate::agent::{self, AgentError};
-use crate::capture::uninstall::{Done, Ended};
+use crate::capture::CaptureError;
+use crate::capture::uninstall::{Done, Ended, refuse_unless_clean};
 use crate::control::enrolled::Records;
 use crate::control::state::SharedState;
 
@@ -12,19 +13,23 @@ use crate::control::state::SharedState;
 /// them by HBONE.
 const NOTICE: Duration = Duration::from_secs(1);
 
-/// Takes back what can be taken back.
+/// Takes back what can be taken back; none if nothing of the node is there.
 ///
 /// # Errors
-/// A privilege is missing; nothing of the node is known; an agent runs. Nothing was changed then.
-pub async fn run(options: &UninstallOptions) -> Result<Done, AgentError> {
+/// A privilege is missing; nothing of the node is known, and something may be there; an agent runs.
+/// Nothing was changed then.
+pub async fn run(options: &UninstallOptions) -> Result<Option<Done>, AgentError> {
     agent::privileges()?;
     let node = &options.node;
-    let ended = Ended::find(
-        &options.places.run_dir,
-        &options.places.bpffs,
-        &options.state,
-        node,
-    )?;
+    let (run_dir, bpffs) = (&options.places.run_dir, &options.places.bpffs);
+    let ended = match Ended::find(run_dir, bpffs, &options.state, node) {
+        Err(unknown @ CaptureError::UnknownNode { .. }) => {
+            refuse_unless_clean(unknown, run_dir, bpffs, node)?;
+            refuse_records(options)?;
+            return Ok(None);
+        }
+        ended => ended?,
+    };
     let left = match withdraw(options, ended.root()) {
         Ok(0) => None,
         Ok(_) => {
@@ -32,13 +37,38 @@ pub async fn run(options: &UninstallOptions) -> Result<Done, AgentError> {
             None
         }
         Err(error) => Some(format!(
-            "{}: {error}; other nodes may go on dialling pods of this one by HBONE",
-            options.state.display()
+            "{}: {error}; other nodes may go on dialling pods of this one by HBONE: uninstall again once it \
+             is there, or remove {} if it is lost for good",
+            options.state.display(),
+            options.places.of_node(node).display(),
         )),
     };
-    let mut done = ended.uninstall().await?;
-    done.left.extend(left);
-    Ok(done)
+    ended
+        .uninstall(left.into_iter().collect())
+        .await
+        .map(Some)
+        .map_err(Into::into)
+}
+
+/// Refuses where other nodes are told of pods of a node of which nothing else is known: it may be a node
+/// of another machine, whose agent runs.
+fn refuse_records(options: &UninstallOptions) -> Result<(), AgentError> {
+    let node = &options.node;
+    let Some(state) = SharedState::found(&options.state).map_err(anyhow::Error::from)? else {
+        return Ok(());
+    };
+    let records = Records::new(state, node.as_str());
+    let own = records.read().map_err(anyhow::Error::from)?.own.len();
+    if own == 0 {
+        return Ok(());
+    }
+    Err(AgentError::Other(anyhow::anyhow!(
+        "{} has {own} records of pods of node {node}, of which nothing is known in {}: other nodes dial \
+         them by HBONE; remove them if no agent of that node runs on any machine, or start it; nothing is \
+         changed",
+        records.folder().display(),
+        options.places.run_dir.display(),
+    )))
 }
 
 /// Tells other nodes that the pods of this one are in the mesh no more; how many there were.

@@ -145,6 +145,17 @@ impl SharedState {
         }
     }
 
+    /// As it is there now, if it has a CA.
+    ///
+    /// # Errors
+    /// Its root cannot be read.
+    pub fn found(folder: &Path) -> io::Result<Option<Self>> {
+        match ca::fingerprint_of(&ca::root_of(folder)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            root => Ok(Some(Self::known(folder, root?))),
+        }
+    }
+
     /// The fingerprint of its CA's root.
     pub fn root(&self) -> &str {
         &self.root
