@@ -129,10 +129,11 @@ pub async fn handshake(
     places: &NodePlaces,
 ) -> Result<Tunnel, AcceptError> {
     let deadline = Instant::now() + hbone::TIMEOUT;
+    let share = places.undelivered(&pod.places);
     let (tls, identity, until) = tokio::select! {
         biased;
         () = turns.over() => return Err(AcceptError::GaveWay),
-        shown = timeout_at(deadline, authenticate(tcp, pod, certs)) => {
+        shown = timeout_at(deadline, authenticate(tcp, &share, pod, certs)) => {
             shown.unwrap_or(Err(AcceptError::Slow))?
         }
     };
@@ -148,7 +149,7 @@ pub async fn handshake(
         identity,
         peer,
         until,
-        share: places.undelivered(&pod.places),
+        share,
         _place: place,
     })
 }
@@ -156,10 +157,11 @@ pub async fn handshake(
 /// Finishes TLS; who the peer is, and until when.
 async fn authenticate(
     tcp: TcpStream,
+    share: &Share,
     pod: &LocalPod,
     certs: &Certs,
 ) -> Result<(TlsStream<ReadAhead>, Identity, SystemTime), AcceptError> {
-    let hello = LazyConfigAcceptor::new(Acceptor::default(), ReadAhead::new(tcp));
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), ReadAhead::new(tcp, share));
     let hello = timeout(hbone::HELLO, hello)
         .await
         .map_err(|_| AcceptError::Silent)?

@@ -96,8 +96,9 @@ pub async fn dial(
         })?;
     // Nobody looks at it: SNI is off, and peers are known by their identity.
     let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
+    let share = means.undelivered(pod);
     let handshake = async {
-        let io = ReadAhead::new(tcp);
+        let io = ReadAhead::new(tcp, &share);
         let tls = tokio_rustls::TlsConnector::from(tls)
             .connect_with(nobody, io, |session| {
                 session.set_buffer_limit(Some(hbone::TLS_BUFFER));
@@ -122,7 +123,7 @@ pub async fn dial(
         })??;
     let tunnel = Rc::new(Tunnel {
         send: RefCell::new(Some(send)),
-        shared: Shared::new(&means.undelivered(pod)),
+        shared: Shared::new(&share),
         health: Rc::default(),
         streams: Cell::new(0),
         closed: Cell::new(false),

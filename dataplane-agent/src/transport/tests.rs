@@ -4,6 +4,7 @@ mod breaks;
 mod frames;
 mod peer;
 mod pool;
+mod saturated;
 mod unread;
 mod whole;
 

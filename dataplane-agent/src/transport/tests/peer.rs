@@ -178,7 +178,7 @@ impl Peer {
         let (tcp, _) = self.listener.accept().await.expect("a connection");
         let own = self.certs.current(&who("server")).await;
         let server = own.expect("a certificate").server.clone();
-        tokio_rustls::TlsAcceptor::from(server).accept(ReadAhead::new(tcp))
+        tokio_rustls::TlsAcceptor::from(server).accept(ReadAhead::new(tcp, &Share::default()))
     }
 
     /// Says its end with its last message of each handshake; does not return.
@@ -193,7 +193,7 @@ impl Peer {
             let writes = socket2::SockRef::from(&tcp)
                 .try_clone()
                 .expect("the socket");
-            let mut accept = Box::pin(acceptor.accept(ReadAhead::new(tcp)));
+            let mut accept = Box::pin(acceptor.accept(ReadAhead::new(tcp, &Share::default())));
             std::future::poll_fn(|context| {
                 assert!(
                     accept.as_mut().poll(context).is_pending(),
