@@ -465,7 +465,8 @@ fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> Status
                 .map(|folder| folder.display().to_string());
             folders.collect::<Vec<_>>().join(", ")
         }),
-        outside: pod.outside,
+        outside: pod.outside.processes,
+        in_clear: pod.outside.in_clear,
     };
     StatusReport {
         node: node.to_owned(),

@@ -478,10 +478,13 @@ fn c8_processes_outside_of_the_pods_cgroup_are_counted_and_told() {
     let mut stray = app(&pair.client.netns, pair.world.outside(), &["pause"]);
     let stray = Process::start(&mut stray);
     assert_eq!(stray.line(), "ready");
-    pair.one
-        .logs(&["processes in the pod's network namespace are outside of its cgroup"]);
+    pair.one.logs(&[
+        "processes in the pod's network namespace are outside of its cgroup",
+        "connect in clear and without identity",
+    ]);
     let status = pair.one.status().expect("it answers");
     assert_eq!(status["pods"][0]["outside"], 1, "{status}");
+    assert_eq!(status["pods"][0]["in_clear"], 1, "{status}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::StatusOptions;
 use crate::capture::node_folder;
-use crate::observe::status::StatusReport;
+use crate::observe::status::{PodStatus, StatusReport};
 
 /// A daemon that does not answer within this hangs.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -118,16 +118,14 @@ fn table(report: &StatusReport) -> String {
     let mut text = format!("node {} (dataplane {})\n\n", report.node, report.version);
     let mut rows = vec![["NAMESPACE", "POD", "STATE", "ADDRESSES", "WHY"].map(str::to_owned)];
     for pod in &report.pods {
-        let mut why = pod.reason.clone().unwrap_or_default();
-        if pod.outside > 0 {
-            let _ = write!(why, "{} processes outside of its cgroup", pod.outside);
-        }
+        let reason = pod.reason.clone();
+        let why: Vec<String> = reason.into_iter().chain(outside(pod)).collect();
         rows.push([
             pod.namespace.clone(),
             pod.name.clone(),
             pod.state.clone(),
             pod.addresses.join(","),
-            why,
+            why.join("; "),
         ]);
     }
     let mut widths = [0; 5];
@@ -150,10 +148,42 @@ fn table(report: &StatusReport) -> String {
     text
 }
 
+/// What is to be known of processes outside of a pod's cgroup.
+fn outside(pod: &PodStatus) -> Option<String> {
+    let PodStatus {
+        outside, in_clear, ..
+    } = pod;
+    let told = format!("processes outside of its cgroup: {outside}");
+    match (outside, in_clear) {
+        (0, _) => None,
+        (_, 0) => Some(told),
+        _ => Some(format!(
+            "{told}; connect in clear and without identity, as outside of --cgroup too: {in_clear}"
+        )),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observe::status::PodStatus;
+
+    #[test]
+    fn a_process_that_connects_in_clear_is_told_with_that() {
+        let told = |outside, in_clear| {
+            let pod = PodStatus {
+                outside,
+                in_clear,
+                ..PodStatus::default()
+            };
+            super::outside(&pod).unwrap_or_default()
+        };
+        assert_eq!(told(0, 0), "");
+        assert_eq!(told(1, 0), "processes outside of its cgroup: 1");
+        assert_eq!(
+            told(3, 2),
+            "processes outside of its cgroup: 3; connect in clear and without identity, as outside of --cgroup too: 2"
+        );
+    }
 
     #[test]
     fn a_pod_that_waits_says_why() {

@@ -128,11 +128,19 @@ pub struct Look {
     pub waiting: BTreeMap<Arc<str>, Missing>,
     /// Cookies of the namespaces of pods that are gone.
     pub gone: BTreeSet<u64>,
-    /// How many processes of a pod's namespace are outside of its cgroups: what they send is not
-    /// captured, unless they are below the pods' cgroup.
-    pub outside: BTreeMap<Arc<str>, usize>,
+    /// Processes of a pod's namespace that are outside of its cgroups.
+    pub outside: BTreeMap<Arc<str>, Outside>,
     /// Why the machine could not be looked at; what was found before holds.
     pub failed: Option<String>,
+}
+
+/// How many processes of a pod's namespace are outside of its cgroups.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outside {
+    /// All of them.
+    pub processes: usize,
+    /// Those that are outside of the pods' cgroup too: what they send is not captured.
+    pub in_clear: usize,
 }
 
 impl Machine {

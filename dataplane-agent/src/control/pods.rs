@@ -15,7 +15,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Look, Machine, Missing};
+use super::machine::{Look, Machine, Missing, Outside};
+use super::manifests::applies;
+use super::manifests::changes::PolicyChange;
 use super::manifests::{
     self, Folder, LocalPodSpec, MeshConfig, PodKey, Translation, Watch, translate,
 };
@@ -84,7 +86,7 @@ pub struct PodView {
     /// Its cgroups, once found.
     pub cgroups: Vec<PathBuf>,
     /// Processes of its namespace outside of its cgroups.
-    pub outside: usize,
+    pub outside: Outside,
 }
 
 /// How far a pod is.
@@ -434,7 +436,7 @@ impl Pods {
                         .map(|(folder, _)| folder.clone())
                         .collect()
                 }),
-                outside: look.outside.get(&pod.uid).copied().unwrap_or(0),
+                outside: look.outside.get(&pod.uid).copied().unwrap_or_default(),
             }
         });
         let view = View {
@@ -459,12 +461,20 @@ impl Pods {
                         false => tracing::info!(pod = %whose, reason, "pod waits"),
                     }
                 }
-                if pod.outside > 0 && was.is_none_or(|was| was.outside != pod.outside) {
+                if pod.outside.processes > 0 && was.is_none_or(|was| was.outside != pod.outside) {
                     let reason = match pod.cgroups.len() < CGROUPS as usize {
                         true => "outside_of_cgroups",
                         false => "too_many_cgroups",
                     };
-                    tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), reason, processes = pod.outside, "processes in the pod's network namespace are outside of its cgroups");
+                    let Outside {
+                        processes,
+                        in_clear,
+                    } = pod.outside;
+                    let then = match in_clear {
+                        0 => "",
+                        _ => "; those that are outside of the pods' cgroup too connect in clear and without identity",
+                    };
+                    tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), reason, processes, in_clear, "processes in the pod's network namespace are outside of its cgroups{then}");
                 }
             }
             let changed = *old != view;

@@ -38,4 +38,6 @@ pub struct PodStatus {
     pub cgroup: Option<String>,
     /// Processes of its network namespace that are outside of its cgroup.
     pub outside: usize,
+    /// Those of them whose connections are not captured, since they are outside of the pods' cgroup too.
+    pub in_clear: usize,
 }

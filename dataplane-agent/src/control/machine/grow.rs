@@ -10,7 +10,7 @@ use dataplane_ebpf::pod::{CGROUPS, DEPTH};
 
 use super::cgroups::{Asked, NoGroup};
 use super::seen::Seen;
-use super::{Look, Machine, Missing};
+use super::{Look, Machine, Missing, Outside};
 use crate::capture::{PodState, Status};
 use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::processes;
@@ -77,7 +77,15 @@ impl Machine {
         let mut known = groups.clone();
         known.retain(|(_, group)| group.level <= DEPTH);
         let outside = folders.iter().filter(|folder| !is_covered(&known, folder));
-        look.outside.insert(uid.clone(), outside.count());
+        let is_below = |folder: &Option<PathBuf>| {
+            let folder = folder.as_ref();
+            folder.is_some_and(|folder| folder.starts_with(&self.pods))
+        };
+        let outside = Outside {
+            processes: outside.clone().count(),
+            in_clear: outside.filter(|folder| !is_below(folder)).count(),
+        };
+        look.outside.insert(uid.clone(), outside);
         if let Some(place) = self.places.get_mut(uid)
             && !groups.is_empty()
         {
