@@ -602,6 +602,10 @@ async fn changed(source: &mut Source, problems: &mut Vec<String>) {
                 tracing::error!("{problem}; what it said before holds");
             }
             *problems = told;
+            for renamed in &reload.renamed {
+                tracing::warn!("{renamed}");
+            }
+            reload.policies.iter().for_each(PolicyChange::log);
         }
         () = records_watch.changed() => {}
     }

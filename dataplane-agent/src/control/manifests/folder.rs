@@ -54,6 +54,8 @@ pub struct Folder {
     there: (BTreeMap<PathBuf, Stamp>, Instant),
     /// What is passed over, and why.
     notes: Vec<String>,
+    /// What was said by files that were renamed to what is not read, since it was last told.
+    renamed: Vec<String>,
     /// A folder that has nothing in it.
     empty: Option<PathBuf>,
 }
@@ -65,6 +67,10 @@ pub struct Reload {
     pub changed: bool,
     /// Every file that is not what its last good state says, and why.
     pub problems: Vec<ManifestError>,
+    /// Files that are not read any more since they were renamed, and what is gone with each.
+    pub renamed: Vec<String>,
+    /// The policies that are others than before.
+    pub policies: Vec<PolicyChange>,
     /// Whether something changed that is not taken yet; look again soon.
     pub settling: bool,
 }
@@ -81,6 +87,12 @@ struct File {
     looks: Option<(Option<Stamp>, Instant)>,
 }
 
+impl File {
+    fn was_read(&self) -> bool {
+        self.stamp.is_some()
+    }
+}
+
 impl Folder {
     /// Reads a folder for the first time.
     ///
@@ -91,7 +103,7 @@ impl Folder {
     }
 
     pub(crate) fn open_settling(dir: &Path, settle: Duration) -> Result<Self, ManifestErrors> {
-        let found = scan(dir);
+        let found = scan(dir, &|_| false);
         let mut folder = Self {
             dir: dir.to_owned(),
             settle,
@@ -104,6 +116,7 @@ impl Folder {
             again: None,
             there: (found.files.clone(), Instant::now()),
             notes: found.notes,
+            renamed: Vec::new(),
             empty: found.empty.into_iter().next(),
         };
         let mut wrong: Vec<ManifestError> =
@@ -156,7 +169,8 @@ impl Folder {
     pub fn reload(&mut self) -> Reload {
         self.settling = false;
         let mut problems = Vec::new();
-        let found = scan(&self.dir);
+        let was_read = |name: &Path| self.files.get(name).is_some_and(File::was_read);
+        let found = scan(&self.dir, &was_read);
         if self.there.0 != found.files {
             self.there = (found.files.clone(), Instant::now());
         }
@@ -171,6 +185,8 @@ impl Folder {
         Reload {
             changed,
             problems,
+            renamed: std::mem::take(&mut self.renamed),
+            policies,
             settling: self.settling,
         }
     }
@@ -265,13 +281,13 @@ impl Folder {
         let mut emptied = BTreeSet::new();
         for name in gone {
             // One that was new and went before it was read says nothing.
-            let held = self
-                .files
-                .get(&name)
-                .is_some_and(|file| file.stamp.is_some());
-            match found.emptied(&name).filter(|_| held) {
-                Some(folder) => _ = emptied.insert(at(&self.dir, folder)),
-                None => _ = self.files.remove(&name),
+            let held = self.files.get(&name).is_some_and(File::was_read);
+            if let Some(folder) = found.emptied(&name).filter(|_| held) {
+                emptied.insert(at(&self.dir, folder));
+            } else if let Some(file) = self.files.remove(&name)
+                && let Some(now) = file.stamp.and_then(|stamp| found.renamed(stamp))
+            {
+                self.renamed.push(lost(&name, now, &file.good));
             }
         }
         let told = |folder: &Path| {
@@ -412,6 +428,21 @@ fn read_closed(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
 /// it is open for writing, if that can be told.
 fn may_lack(writers: Option<bool>, still: Duration, settle: Duration) -> bool {
     writers == Some(false) || still >= settle * LONG
+}
+
+/// What to say of a file that was renamed to what is not read.
+fn lost(name: &Path, now: &Path, said: &Parsed) -> String {
+    let objects = said.items.iter().map(|item| {
+        let (kind, key) = item.identity();
+        format!("{kind} {key}")
+    });
+    let objects: Vec<String> = objects.collect();
+    format!(
+        "{}: was renamed to {}, which is not read, and what it said is gone: {}",
+        name.display(),
+        now.display(),
+        objects.join(", ")
+    )
 }
 
 fn open_for_writing(name: &Path) -> ManifestError {

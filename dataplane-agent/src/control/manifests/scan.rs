@@ -24,11 +24,18 @@ pub(super) struct Scan {
     pub(super) faults: Vec<(PathBuf, ManifestError)>,
     /// What is passed over, and why.
     pub(super) notes: Vec<String>,
+    /// Files whose names' endings are not read, by inode.
+    unread: BTreeMap<u64, PathBuf>,
 }
 
 impl Scan {
     pub(super) fn cannot_tell(&self, name: &Path) -> bool {
         self.faults.iter().any(|(path, _)| name.starts_with(path))
+    }
+
+    /// Where a file that was read is now, if it has got a name that is not.
+    pub(super) fn renamed(&self, stamp: Stamp) -> Option<&Path> {
+        self.unread.get(&stamp.inode).map(PathBuf::as_path)
     }
 
     /// The uppermost folder above `name` that is there and has no manifest in it.
@@ -52,9 +59,9 @@ pub(super) fn at(dir: &Path, below: &Path) -> PathBuf {
 
 const ENDINGS: [&str; 3] = ["yaml", "yml", "json"];
 
-/// The manifests below `dir`. What begins with a dot is not one; neither are a mounted ConfigMap's
+/// The manifests below `dir`. `was_read`: whether a file of this name was. What begins with a dot is not one; neither are a mounted ConfigMap's
 /// `..data` folders, whose files are there as links.
-pub(super) fn scan(dir: &Path) -> Scan {
+pub(super) fn scan(dir: &Path, was_read: &dyn Fn(&Path) -> bool) -> Scan {
     let mut found = Scan::default();
     let mut folders = vec![(PathBuf::new(), 0)];
     while let Some((below, depth)) = folders.pop() {
@@ -69,7 +76,8 @@ pub(super) fn scan(dir: &Path) -> Scan {
                 for entry in entries {
                     let name = below.join(entry.file_name());
                     if !entry.file_name().as_encoded_bytes().starts_with(b".")
-                        && let Err(error) = found.entry(dir, &name, depth, &mut folders)
+                        && let Err(error) =
+                            found.entry(dir, &name, was_read(&name), (depth, &mut folders))
                     {
                         let told = ManifestError::of_file(&name, error);
                         found.faults.push((name, told));
@@ -94,34 +102,46 @@ impl Scan {
         &mut self,
         dir: &Path,
         name: &Path,
-        depth: usize,
-        folders: &mut Vec<(PathBuf, usize)>,
+        was_read: bool,
+        (depth, folders): (usize, &mut Vec<(PathBuf, usize)>),
     ) -> io::Result<()> {
         let path = dir.join(name);
         let own = match fs::symlink_metadata(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             own => own?,
         };
-        let mut note = |why: &str| {
-            self.notes
-                .push(format!("{}: {why}, passed over", name.display()));
+        // Of what is not a file nothing is known, where a file was: that it is gone is not said by it.
+        let mut note = |why: &str| match was_read {
+            true => Err(io::Error::other(format!(
+                "{why} now; to remove what it said as a file, delete it first"
+            ))),
+            false => {
+                let name = name.display();
+                self.notes.push(format!("{name}: {why}, passed over"));
+                Ok(())
+            }
         };
         if own.is_dir() {
-            match depth < DEPTH {
-                true => folders.push((name.to_owned(), depth + 1)),
+            return match depth < DEPTH {
+                _ if was_read => note("is a folder"),
+                true => {
+                    folders.push((name.to_owned(), depth + 1));
+                    Ok(())
+                }
                 false => note("is more than 8 folders deep"),
-            }
-            return Ok(());
+            };
         }
         let ending = name.extension().and_then(|ending| ending.to_str());
         let ending = ending.unwrap_or_default();
         if !ENDINGS.contains(&ending) {
-            if ENDINGS.contains(&ending.to_ascii_lowercase().as_str()) {
-                note("has an ending that is not in lower case");
+            self.unread.insert(own.ino(), name.to_owned());
+            return if ENDINGS.contains(&ending.to_ascii_lowercase().as_str()) {
+                note("has an ending that is not in lower case")
             } else if own.is_symlink() && fs::metadata(&path).is_ok_and(|to| to.is_dir()) {
-                note("is a link to a folder");
-            }
-            return Ok(());
+                note("is a link to a folder")
+            } else {
+                Ok(())
+            };
         }
         // A link to nothing is an error: it may lead to something again.
         let metadata = fs::metadata(&path).map_err(|error| match error.kind() {
@@ -130,12 +150,12 @@ impl Scan {
         })?;
         if metadata.is_file() {
             self.files.insert(name.to_owned(), Stamp::from(&metadata));
+            Ok(())
         } else if metadata.is_dir() {
-            note("is a link to a folder");
+            note("is a link to a folder")
         } else {
-            note("is no file");
+            note("is no file")
         }
-        Ok(())
     }
 }
 

@@ -471,3 +471,63 @@ async fn the_watch_brings_changes() {
     assert!(folder.next(&mut watch).await.changed);
     assert!(folder.objects().authorization_policies.is_empty());
 }
+
+#[test]
+fn what_is_no_file_any_more_keeps_what_it_said_as_one() {
+    use nix::sys::stat::Mode;
+    let (dir, mut folder) = folder(&[("gate.yaml", POLICY), ("a.yaml", &namespace("a"))]);
+    let before = folder.objects().clone();
+    let path = dir.path().join("gate.yaml");
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let link = || std::os::unix::fs::symlink(elsewhere.path(), &path).map_err(|_| ());
+    let socket = || _ = std::os::unix::net::UnixListener::bind(&path).expect("a socket");
+    let fifo = || nix::unistd::mkfifo(&path, Mode::S_IRUSR).expect("a fifo");
+    let kinds: [(&str, &dyn Fn()); 4] = [
+        ("is no file", &fifo),
+        ("is no file", &socket),
+        ("is a folder", &|| fs::create_dir(&path).expect("a folder")),
+        ("is a link to a folder", &|| link().expect("a link")),
+    ];
+    for (what, make) in kinds {
+        fs::remove_file(&path).expect("a file");
+        make();
+        for _ in 0..2 {
+            let reload = folder.reload();
+            let told = told(&reload);
+            assert!(!reload.changed, "{what}: {told:?}");
+            let says = format!("gate.yaml: {what} now; to remove what it said");
+            assert!(told.len() == 1 && told[0].starts_with(&says), "{told:?}");
+            assert_eq!(*folder.objects(), before);
+        }
+        fs::remove_file(&path)
+            .or_else(|_| fs::remove_dir(&path))
+            .expect("it goes");
+        put(&dir, "gate.yaml", POLICY);
+        assert!(folder.reload().problems.is_empty());
+    }
+    // Deleted first, it may come as what it likes.
+    fs::remove_file(&path).expect("a file");
+    assert!(folder.reload().changed);
+    put(&dir, "gate.yaml/gate.yaml", POLICY);
+    let reload = folder.reload();
+    assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
+}
+
+#[test]
+fn a_file_that_is_renamed_to_what_is_not_read_is_removed_and_that_is_told() {
+    for (to, told) in [
+        ("gate.YAML", true),
+        ("gate.yaml.off", true),
+        ("gate.yml", false),
+    ] {
+        let (dir, mut folder) = folder(&[("gate.yaml", POLICY), ("a.yaml", &namespace("a"))]);
+        fs::rename(dir.path().join("gate.yaml"), dir.path().join(to)).expect("a file");
+        let reload = folder.reload();
+        let gone = format!(
+            "gate.yaml: was renamed to {to}, which is not read, and what it said is gone: AuthorizationPolicy default/gate"
+        );
+        assert_eq!(reload.renamed, Vec::from_iter(told.then_some(gone)));
+        assert_eq!(reload.changed, told, "{to}");
+        assert_eq!(folder.reload(), Reload::default());
+    }
+}
