@@ -472,6 +472,7 @@ fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> Status
         node: node.to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pods: view.pods.iter().map(pod).collect(),
+        policies: view.policies,
         problems: view.problems.clone(),
         counters: counters
             .into_iter()

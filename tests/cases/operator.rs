@@ -898,3 +898,48 @@ fn a_node_that_no_pod_is_of_says_so() {
     let agent = world.agent(&two);
     agent.logs(&["no pod is of this node", "nodes=\"one\""]);
 }
+
+#[test]
+fn a_policy_that_comes_changes_or_goes_leaves_a_word() {
+    let (one, _app) = closed();
+    let told = |what: &str, namespace: &str| {
+        let (what, which) = (
+            format!("policy {what}"),
+            format!("namespace={namespace} name=nobody kind=AuthorizationPolicy"),
+        );
+        one.agent.logs(&["info", &what, &which]);
+    };
+    let policies = || one.agent.status().expect("it answers")["policies"].clone();
+    told("added", "demo");
+    assert_eq!((policies(), one.problems().as_str()), (1.into(), "[]"));
+    let good = fs::read_to_string(policy(&one)).expect("a policy");
+    for (edit, problem) in [
+        (
+            good.replace("namespace: demo", "namespace: dmeo"),
+            "AuthorizationPolicy dmeo/nobody: applies to no namespace that a manifest has; did you mean demo?",
+        ),
+        (
+            good.replace("  namespace: demo\n", ""),
+            "AuthorizationPolicy default/nobody: applies to no namespace that a manifest has; did you mean demo?",
+        ),
+        (
+            good.replace("app: server", "app: sevrer"),
+            "AuthorizationPolicy demo/nobody: selects no pod (app: sevrer)",
+        ),
+    ] {
+        fs::write(policy(&one), &edit).expect("a file");
+        eventually(problem, 10, || one.problems().contains(problem));
+        one.agent.logs(&["warn", problem]);
+        fs::write(policy(&one), &good).expect("a file");
+        eventually("good again", 10, || one.problems() == "[]");
+    }
+    told("removed", "demo");
+    told("added", "dmeo");
+    told("changed", "demo");
+    fs::rename(policy(&one), policy(&one).with_extension("YAML")).expect("a file");
+    eventually("it is gone", 10, || policies() == 0);
+    one.agent.logs(&[
+        "warn",
+        "which is not read, and what it said is gone: AuthorizationPolicy demo/nobody",
+    ]);
+}

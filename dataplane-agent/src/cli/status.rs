@@ -115,7 +115,10 @@ fn not_reached(socket: &Path) -> anyhow::Error {
 
 fn table(report: &StatusReport) -> String {
     use std::fmt::Write as _;
-    let mut text = format!("node {} (dataplane {})\n\n", report.node, report.version);
+    let mut text = format!(
+        "node {} (dataplane {}), policies: {}\n\n",
+        report.node, report.version, report.policies
+    );
     let mut rows = vec![["NAMESPACE", "POD", "STATE", "ADDRESSES", "WHY"].map(str::to_owned)];
     for pod in &report.pods {
         let reason = pod.reason.clone();
@@ -197,12 +200,17 @@ mod tests {
                 reason: Some("it has no address yet".into()),
                 ..PodStatus::default()
             }],
+            policies: 2,
             problems: vec!["a.yaml:3: spec: wrong".into()],
             counters: Vec::new(),
         };
         let text = table(&report);
         assert!(
             text.contains("ns         pod  waiting             it has no address yet"),
+            "{text}"
+        );
+        assert!(
+            text.starts_with("node one (dataplane 1), policies: 2\n"),
             "{text}"
         );
         assert!(text.contains("problem: a.yaml:3: spec: wrong"), "{text}");

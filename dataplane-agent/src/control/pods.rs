@@ -58,6 +58,8 @@ pub struct View {
     pub pods: Vec<PodView>,
     /// What is wrong with the configuration, and what holds instead.
     pub problems: Vec<String>,
+    /// How many policies there are.
+    pub policies: usize,
     /// Whether the machine was looked at yet.
     pub looked: bool,
     /// Whether the state that nodes share cannot be read.
@@ -201,9 +203,10 @@ impl Pods {
         loop {
             self.publish();
             let problems = self.problems(&self.translation, &Look::default());
-            let away = self.is_away();
-            self.view
-                .send_modify(|view| (view.problems, view.away) = (problems, away));
+            let (away, policies) = (self.is_away(), self.policies());
+            self.view.send_modify(|view| {
+                (view.problems, view.policies, view.away) = (problems, policies, away);
+            });
             changed(&mut self.source, &mut self.problems).await;
         }
     }
@@ -234,16 +237,20 @@ impl Pods {
 
     /// Translates what is configured, and publishes it if it says something new.
     fn publish(&mut self) {
-        let translation = match &mut self.source {
+        let mut translation = match &mut self.source {
             Source::Manifests {
                 folder,
                 records,
                 mesh,
                 ..
-            } => translate(folder.objects(), records.enrolled(), mesh),
+            } => {
+                let mut made = translate(folder.objects(), records.enrolled(), mesh);
+                let nobodys = applies::problems(folder.objects(), &mesh.root_namespace);
+                made.problems.extend(nobodys);
+                made
+            }
             Source::Local(translation) => translation.clone(),
         };
-        let mut translation = translation;
         // A pod whose object is gone is known for as long as it is served: it drains.
         let status = self.status.borrow();
         let served = status.values().filter(|pod| is_served(pod));
@@ -396,6 +403,17 @@ impl Pods {
         }
     }
 
+    /// How many policies are configured, whomever they are for.
+    fn policies(&self) -> usize {
+        match &self.source {
+            Source::Manifests { folder, .. } => {
+                let objects = folder.objects();
+                objects.authorization_policies.len() + objects.peer_authentications.len()
+            }
+            Source::Local(translation) => translation.policies.len(),
+        }
+    }
+
     fn is_away(&self) -> bool {
         match &self.source {
             Source::Manifests { records, .. } => records.is_away(),
@@ -442,6 +460,7 @@ impl Pods {
         let view = View {
             pods: pods.collect(),
             problems: self.problems(translation, look),
+            policies: self.policies(),
             looked: true,
             away: self.is_away(),
         };

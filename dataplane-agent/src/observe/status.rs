@@ -11,6 +11,8 @@ pub struct StatusReport {
     pub version: String,
     /// Its pods.
     pub pods: Vec<PodStatus>,
+    /// How many policies there are: AuthorizationPolicies and PeerAuthentications.
+    pub policies: usize,
     /// What is wrong with the configuration, and what holds instead.
     pub problems: Vec<String>,
     /// What the kernel programs counted.

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 
+use super::changes::{PolicyChange, changes};
 use super::object::{self, Age, Item, Key, Objects, Parsed};
 use super::scan::{Scan, Stamp, at, scan};
 use super::{ManifestError, ManifestErrors, Watch};
@@ -141,7 +142,7 @@ impl Folder {
         if !wrong.is_empty() {
             return Err(ManifestErrors(wrong));
         }
-        folder.rebuild();
+        folder.objects = folder.put_together();
         Ok(folder)
     }
 
@@ -180,7 +181,10 @@ impl Folder {
         self.notes = found.notes;
         self.empty = found.empty.into_iter().next();
         problems.extend(self.accept());
-        let changed = self.rebuild();
+        let objects = self.put_together();
+        let changed = objects != self.objects;
+        let policies = changes(&self.objects, &objects);
+        self.objects = objects;
         self.told.clone_from(&problems);
         Reload {
             changed,
@@ -352,8 +356,8 @@ impl Folder {
         held.into_values().collect()
     }
 
-    /// Puts the objects together; true if they are others than before.
-    fn rebuild(&mut self) -> bool {
+    /// The objects of all files.
+    fn put_together(&mut self) -> Objects {
         let mut objects = Objects {
             warnings: self.notes.clone(),
             ..Objects::default()
@@ -376,9 +380,7 @@ impl Folder {
             }
         }
         self.seen.retain(|identity, _| present.contains(identity));
-        let changed = objects != self.objects;
-        self.objects = objects;
-        changed
+        objects
     }
 }
 

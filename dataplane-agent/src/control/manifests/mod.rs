@@ -8,7 +8,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
+pub(crate) mod applies;
 pub mod authorization_policy;
+pub mod changes;
 pub mod endpoint_slice;
 pub mod folder;
 pub mod gateway;

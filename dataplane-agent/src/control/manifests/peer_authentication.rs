@@ -76,7 +76,7 @@ impl PeerAuthentication {
     }
 
     /// The labels of the pods that it is for; none if it is for all.
-    fn labels(&self) -> Option<&BTreeMap<String, String>> {
+    pub(crate) fn labels(&self) -> Option<&BTreeMap<String, String>> {
         self.selector
             .as_ref()
             .map(|selector| &selector.match_labels)

@@ -216,15 +216,20 @@ fn near(word: &str, known: &str) -> bool {
     osa_distance(&word, &known) <= (known.len() / 6).max(1)
 }
 
-/// What to say of a word that is not one of these.
-pub(crate) fn unknown(what: &str, word: &str, known: &[&str]) -> String {
+/// Which of these a word is most like, if it is like one.
+pub(crate) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let lower = word.to_ascii_lowercase();
     let likeness = |known: &str| jaro_winkler(&lower, &known.to_ascii_lowercase());
-    let nearest = known
+    known
         .iter()
+        .copied()
         .max_by(|one, other| likeness(one).total_cmp(&likeness(other)))
-        .filter(|nearest| likeness(nearest) > 0.7);
-    match nearest {
+        .filter(|nearest| likeness(nearest) > 0.7)
+}
+
+/// What to say of a word that is not one of these.
+pub(crate) fn unknown(what: &str, word: &str, known: &[&str]) -> String {
+    match nearest(word, known) {
         Some(nearest) => format!("unknown {what} `{word}`, did you mean `{nearest}`?"),
         None => format!("unknown {what} `{word}`, known are {}", known.join(", ")),
     }

@@ -1,5 +1,6 @@
 //! Tests of the folder and of the translation.
 
+mod applies;
 mod folder;
 mod golden;
 mod parse;

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use super::super::changes::PolicyChange;
 use super::super::folder::{Folder, Reload, SETTLE};
 use super::super::watch::Watch;
 
@@ -530,4 +531,52 @@ fn a_file_that_is_renamed_to_what_is_not_read_is_removed_and_that_is_told() {
         assert_eq!(reload.changed, told, "{to}");
         assert_eq!(folder.reload(), Reload::default());
     }
+}
+
+#[test]
+fn policies_that_come_change_and_go_are_told() {
+    let (dir, mut folder) = folder(&[("a.yaml", &namespace("a"))]);
+    let mut told = |change: &dyn Fn()| {
+        change();
+        let policies = folder.reload().policies;
+        let line = |of: &PolicyChange| format!("{} {} {}", of.kind, of.key, of.what);
+        policies.iter().map(line).collect::<Vec<_>>()
+    };
+    let gate = "AuthorizationPolicy default/gate";
+    assert_eq!(
+        told(&|| put(&dir, "gate.yaml", POLICY)),
+        [format!("{gate} added")]
+    );
+    let touched = format!("# touched\n{POLICY}");
+    assert_eq!(told(&|| put(&dir, "gate.yaml", &touched)), [""; 0]);
+    let other = POLICY.replace("[a]", "[b]");
+    assert_eq!(
+        told(&|| put(&dir, "gate.yaml", &other)),
+        [format!("{gate} changed")]
+    );
+    let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: p, namespace: a}\nspec: {mtls: {mode: STRICT}}\n";
+    assert_eq!(
+        told(&|| put(&dir, "p.yaml", strict)),
+        ["PeerAuthentication a/p added"]
+    );
+    let moved = POLICY.replace("name: gate", "name: gate\n  namespace: a");
+    assert_eq!(
+        told(&|| put(&dir, "gate.yaml", &moved)),
+        [
+            format!("{gate} removed"),
+            "AuthorizationPolicy a/gate added".into()
+        ]
+    );
+    let remove = || {
+        for name in ["gate.yaml", "p.yaml"] {
+            fs::remove_file(dir.path().join(name)).expect("a file");
+        }
+    };
+    assert_eq!(
+        told(&remove),
+        [
+            "AuthorizationPolicy a/gate removed",
+            "PeerAuthentication a/p removed"
+        ]
+    );
 }

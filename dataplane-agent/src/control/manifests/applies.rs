@@ -1,0 +1,75 @@
+//! Whom policies are for: tells of those that are for nobody. A slip in a name leaves these, and they are
+//! no fault of a file: what is missing may come later.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::object::{Key, Meta, Objects, selects};
+use super::spelling::nearest;
+
+/// So many names are shown where none is near.
+const SHOWN: usize = 5;
+
+type Labels = BTreeMap<String, String>;
+
+/// A line for each policy that applies to nobody.
+/// `root`: the namespace whose policies are for the whole mesh.
+pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
+    let pods = objects.pods.values().map(|pod| &pod.meta);
+    let written: BTreeSet<&str> = objects.namespaces.keys().map(|key| &*key.name).collect();
+    let with_pods: BTreeSet<&str> = pods.clone().map(|pod| &*pod.key.namespace).collect();
+    let known: Vec<&str> = written.union(&with_pods).copied().collect();
+    let mut problems = Vec::new();
+    for (kind, key, selector) in policies(objects) {
+        let namespace = &*key.namespace;
+        if namespace != root && !known.contains(&namespace) {
+            problems.push(format!(
+                "{kind} {key}: applies to no namespace that a manifest has{}",
+                meant(namespace, &known)
+            ));
+            continue;
+        }
+        // One of PeerAuthentications in the root namespace is told of where it is translated.
+        let is_for_all = namespace == root;
+        let is_selected = |pod: &Meta, labels| {
+            (is_for_all || *pod.key.namespace == *namespace) && selects(labels, &pod.labels)
+        };
+        if let Some(labels) = selector.filter(|labels| !labels.is_empty())
+            && !pods.clone().any(|pod| is_selected(pod, labels))
+        {
+            let labels: Vec<String> = labels.iter().map(|(k, v)| format!("{k}: {v}")).collect();
+            problems.push(format!(
+                "{kind} {key}: selects no pod ({})",
+                labels.join(", ")
+            ));
+        }
+    }
+    problems
+}
+
+/// Policies of both kinds, each with the labels that it selects by, if it does.
+fn policies(objects: &Objects) -> impl Iterator<Item = (&'static str, &Key, Option<&Labels>)> {
+    let authorization = objects.authorization_policies.iter();
+    let authorization =
+        authorization.map(|(key, found)| ("AuthorizationPolicy", key, found.body.selector()));
+    let peer = objects.peer_authentications.iter();
+    let peer = peer.map(|(key, found)| ("PeerAuthentication", key, found.body.labels()));
+    authorization.chain(peer)
+}
+
+/// What a namespace that is not known was likely meant to be.
+fn meant(namespace: &str, known: &[&str]) -> String {
+    let only = || (known.len() == 1).then(|| known[0]);
+    match nearest(namespace, known).or_else(only) {
+        Some(near) => format!("; did you mean {near}?"),
+        None if known.is_empty() => String::new(),
+        None => {
+            let shown = &known[..known.len().min(SHOWN)];
+            let more = if shown.len() < known.len() {
+                ", …"
+            } else {
+                ""
+            };
+            format!("; they have {}{more}", shown.join(", "))
+        }
+    }
+}

@@ -1,0 +1,77 @@
+use super::super::applies::problems;
+use super::objects;
+
+fn told(text: &str) -> Vec<String> {
+    problems(&objects(text), "istio-system")
+}
+
+fn namespace(name: &str) -> String {
+    format!("apiVersion: v1\nkind: Namespace\nmetadata: {{name: {name}}}\n---\n")
+}
+
+fn pod(namespace: &str, labels: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: web, namespace: {namespace}, labels: {labels}}}\n\
+         spec: {{}}\n---\n"
+    )
+}
+
+fn policy(kind: &str, namespace: &str, spec: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: {kind}\n\
+         metadata: {{name: gate, namespace: {namespace}}}\nspec: {spec}\n---\n"
+    )
+}
+
+const KINDS: [&str; 2] = ["AuthorizationPolicy", "PeerAuthentication"];
+
+#[test]
+fn a_policy_of_a_namespace_that_no_manifest_has_is_told() {
+    let shop = namespace("shop") + &pod("shop", "{app: web}");
+    let more = ["barn", "hill", "mill", "pond", "quay"]
+        .map(namespace)
+        .concat();
+    let nobodys = "applies to no namespace that a manifest has";
+    for kind in KINDS {
+        for (with, of, problem) in [
+            (shop.clone(), "shop", None),
+            (pod("shop", "{istio.io/dataplane-mode: none}"), "shop", None),
+            (shop.clone(), "istio-system", None),
+            (shop.clone(), "sohp", Some("; did you mean shop?")),
+            (shop.clone(), "default", Some("; did you mean shop?")),
+            (shop.clone() + &more, "sohp", Some("; did you mean shop?")),
+            (
+                shop.clone() + &more,
+                "default",
+                Some("; they have barn, hill, mill, pond, quay, …"),
+            ),
+            (String::new(), "shop", Some("")),
+        ] {
+            let told = told(&(with + &policy(kind, of, "{}")));
+            let problem = problem.map(|meant| format!("{kind} {of}/gate: {nobodys}{meant}"));
+            assert_eq!(told, Vec::from_iter(problem), "{kind} {of}");
+        }
+    }
+}
+
+#[test]
+fn a_policy_that_selects_no_pod_is_told() {
+    let pods = namespace("shop") + &namespace("mill") + &pod("shop", "{app: web, tier: a}");
+    for kind in KINDS {
+        for (of, labels, none) in [
+            ("shop", "{app: web}", false),
+            ("shop", "{}", false),
+            ("mill", "{}", false),
+            ("shop", "{app: wbe}", true),
+            ("shop", "{app: web, tier: b}", true),
+            ("mill", "{app: web}", true),
+            ("istio-system", "{app: web}", false),
+        ] {
+            let spec = format!("{{selector: {{matchLabels: {labels}}}}}");
+            let told = told(&(pods.clone() + &policy(kind, of, &spec)));
+            let labels = labels.trim_matches(['{', '}']);
+            let problem = none.then(|| format!("{kind} {of}/gate: selects no pod ({labels})"));
+            assert_eq!(told, Vec::from_iter(problem), "{kind} {of} {labels}");
+        }
+    }
+}
