@@ -943,3 +943,25 @@ fn a_policy_that_comes_changes_or_goes_leaves_a_word() {
         "which is not read, and what it said is gone: AuthorizationPolicy demo/nobody",
     ]);
 }
+
+#[test]
+fn a_pod_that_a_slip_takes_out_of_the_mesh_is_warned_of() {
+    let one = One::new();
+    let manifests = &one.world.manifests.folder;
+    let replace = |file: &str, from: &str, to: &str| {
+        let path = manifests.join(file);
+        let text = fs::read_to_string(&path).expect("a manifest");
+        assert!(text.contains(from), "{text}");
+        fs::write(path, text.replace(from, to)).expect("a file");
+    };
+    let pod = "pod-demo-server.yaml";
+    replace(pod, "nodeName: one", "nodeName: noe");
+    one.agent
+        .logs(&["warn", "spec.nodeName", "demo/server", "node=\"noe\""]);
+    replace(pod, "nodeName: noe", "nodeName: one");
+    one.agent.up(&["server"]);
+    replace("namespace-demo.yaml", "name: demo", "name: dmeo");
+    let problem = "Pod demo/server: is of namespace demo, of which no manifest is, and so not in the mesh; did you mean it by Namespace dmeo?";
+    eventually(problem, 10, || one.problems().contains(problem));
+    one.agent.logs(&["warn", problem]);
+}

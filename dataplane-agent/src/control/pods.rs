@@ -25,6 +25,7 @@ use super::recording::Recording;
 use crate::capture::{self, Desired, PodState, PodStatus, Status, named};
 use crate::identity::Identity;
 use crate::resolve::mesh::{Mesh, MeshWriter};
+use crate::resolve::workload::Workload;
 
 /// How often the machine is looked at for pods that come and go.
 const LOOK: Duration = Duration::from_secs(1);
@@ -222,7 +223,7 @@ impl Pods {
         let status = self.status.borrow_and_update().clone();
         let look = self.machine.look(&translation.local, &status);
         self.hear_of(&translation);
-        let wanted = self.wanted(&here, &look);
+        let wanted = self.wanted(&here, &look, &translation);
         self.record(&here, &status, &look);
         self.tell(&translation, &look, &status);
         self.translation = translation;
@@ -321,7 +322,12 @@ impl Pods {
     }
 
     /// What capture is to do: found pods, and for a while those that leave.
-    fn wanted(&mut self, here: &[&LocalPodSpec], look: &Look) -> capture::Wanted {
+    fn wanted(
+        &mut self,
+        here: &[&LocalPodSpec],
+        look: &Look,
+        translation: &Translation,
+    ) -> capture::Wanted {
         let now = Instant::now();
         let mut wanted = capture::Wanted {
             pods: here.iter().filter_map(|pod| desired(pod, look)).collect(),
@@ -334,6 +340,9 @@ impl Pods {
             let stays = again.contains(&pod.cookie) || wanted.waiting.contains(&pod.uid);
             if !stays && !wanted.gone.contains(&pod.cookie) {
                 let cookie = pod.cookie;
+                if !self.leaving.contains_key(&cookie) {
+                    tell_of_another_node(&pod, translation);
+                }
                 self.leaving.entry(cookie).or_insert((pod, now + NOTICE));
             }
         }
@@ -590,6 +599,24 @@ fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
         cookie: found.cookie,
         groups: found.groups.iter().map(|(_, id)| *id).collect(),
     })
+}
+
+/// A pod that went to another node has another address there. One that its manifest says to be on another
+/// node, and at the address at which it is here, leaves the mesh by a slip.
+fn tell_of_another_node(pod: &Desired, translation: &Translation) {
+    let is_here = translation.local.iter().any(|now| now.uid == pod.uid);
+    let is_it = |now: &&Workload| {
+        now.uid == pod.uid && now.addresses.iter().any(|ip| pod.addresses.contains(ip))
+    };
+    if let Some(now) = translation.workloads.iter().find(is_it)
+        && !is_here
+    {
+        tracing::warn!(
+            pod = %named(&pod.uid),
+            node = &*now.node,
+            "a pod that is on this machine leaves the mesh, as its manifest says another node (spec.nodeName)"
+        );
+    }
 }
 
 fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {

@@ -1,9 +1,11 @@
-//! Whom policies are for: tells of those that are for nobody. A slip in a name leaves these, and they are
-//! no fault of a file: what is missing may come later.
+//! Whom manifests are for: tells of policies that are for nobody, and of pods whose namespace nobody has
+//! put into the mesh or kept out of it. A slip in a name leaves these, and they are no fault of a file:
+//! what is missing may come later.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::object::{Key, Meta, Objects, selects};
+use super::pod::MODE_LABEL;
 use super::spelling::nearest;
 
 /// So many names are shown where none is near.
@@ -11,7 +13,7 @@ const SHOWN: usize = 5;
 
 type Labels = BTreeMap<String, String>;
 
-/// A line for each policy that applies to nobody.
+/// A line for each policy that applies to nobody, and for each namespace that has pods and no manifest.
 /// `root`: the namespace whose policies are for the whole mesh.
 pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
     let pods = objects.pods.values().map(|pod| &pod.meta);
@@ -40,6 +42,21 @@ pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
             problems.push(format!(
                 "{kind} {key}: selects no pod ({})",
                 labels.join(", ")
+            ));
+        }
+    }
+    let without_pods: Vec<&str> = written.difference(&with_pods).copied().collect();
+    for namespace in with_pods.difference(&written) {
+        let undecided =
+            |pod: &&Meta| *pod.key.namespace == **namespace && pod.label(MODE_LABEL).is_none();
+        if let Some(pod) = pods.clone().find(undecided) {
+            let meant = match nearest(namespace, &without_pods) {
+                Some(near) => format!("; did you mean it by Namespace {near}?"),
+                None => String::new(),
+            };
+            problems.push(format!(
+                "Pod {}: is of namespace {namespace}, of which no manifest is, and so not in the mesh{meant}",
+                pod.key
             ));
         }
     }

@@ -22,7 +22,7 @@ const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
 /// Says the same of the object that the kubelet makes for such a pod. The API server lets nobody add it to
 /// a pod, or change it; the hash alone is anybody's who may annotate the pod.
 const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
-const MODE_LABEL: &str = "istio.io/dataplane-mode";
+pub(super) const MODE_LABEL: &str = "istio.io/dataplane-mode";
 const SIDECAR_ANNOTATION: &str = "sidecar.istio.io/status";
 
 /// What is read of a pod.

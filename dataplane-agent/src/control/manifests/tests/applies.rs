@@ -75,3 +75,21 @@ fn a_policy_that_selects_no_pod_is_told() {
         }
     }
 }
+
+#[test]
+fn pods_of_a_namespace_without_a_manifest_are_told_once_unless_they_say_themselves() {
+    let undecided =
+        "Pod shop/web: is of namespace shop, of which no manifest is, and so not in the mesh";
+    for (namespaces, labels, meant) in [
+        ("shop", "{}", None),
+        ("shpo", "{}", Some("; did you mean it by Namespace shpo?")),
+        ("mill", "{}", Some("")),
+        ("shpo", "{istio.io/dataplane-mode: none}", None),
+        ("shpo", "{istio.io/dataplane-mode: ambient}", None),
+    ] {
+        let other = pod("shop", labels).replace("name: web", "name: web2");
+        let told = told(&(namespace(namespaces) + &pod("shop", labels) + &other));
+        let problem = meant.map(|meant| format!("{undecided}{meant}"));
+        assert_eq!(told, Vec::from_iter(problem), "{namespaces} {labels}");
+    }
+}
