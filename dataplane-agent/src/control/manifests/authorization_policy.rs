@@ -1,7 +1,9 @@
 //! AuthorizationPolicy: strict about what is written, and its L4 part as the nodes enforce it.
 //!
-//! What L4 cannot tell is dropped so that nothing more is let through: a rule of an ALLOW goes as a
-//! whole, of a DENY only the field does, which then denies more.
+//! What L4 cannot tell is dropped, and told. A rule of an ALLOW goes as a whole, so that it lets nobody
+//! through. Of a DENY only the field goes, which then denies more; but a rule with a `to`, a `from` or a
+//! `when` that asks for HTTP alone denies nobody. Only a waypoint can enforce it; with istiod and ztunnel it
+//! is without effect as well.
 
 use std::collections::BTreeMap;
 
