@@ -30,7 +30,7 @@ pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
             ));
             continue;
         }
-        // One of PeerAuthentications in the root namespace is told of where it is translated.
+        // A PeerAuthentication that selects has no effect there; its translation tells that.
         let is_for_all = namespace == root;
         let is_selected = |pod: &Meta, labels| {
             (is_for_all || *pod.key.namespace == *namespace) && selects(labels, &pod.labels)
