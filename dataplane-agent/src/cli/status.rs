@@ -22,7 +22,8 @@ pub struct NotRunning(String);
 /// One runs, and is not to be reached.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the dataplane agent of node {node} runs, and its admin socket {socket} is gone; it makes it again within seconds"
+    "the dataplane agent of node {node} runs, and its admin socket {socket} is gone, or not there yet; it \
+     makes one within seconds"
 )]
 struct Unreachable {
     node: String,

@@ -37,8 +37,8 @@ pub async fn run(options: &UninstallOptions) -> Result<Option<Done>, AgentError>
             None
         }
         Err(error) => Some(format!(
-            "{}: {error}; other nodes may go on dialling pods of this one by HBONE: uninstall again once it \
-             is there, or remove {} if it is lost for good",
+            "{}: {error}; other nodes may go on dialling pods of this one by HBONE: uninstall again once \
+             that is mended; if the state is lost for good, and nothing else is left, remove {}",
             options.state.display(),
             options.places.of_node(node).display(),
         )),
