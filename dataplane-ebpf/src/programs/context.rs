@@ -52,6 +52,26 @@ pub(crate) fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
 }
 
+/// Reads a field. The verifier wants each at a constant offset: volatile, and all of them whatever the
+/// family (the other one's read as zero), so that the compiler does not make one read of two.
+macro_rules! field {
+    ($context:ident, $($path:tt)+) => {
+        // SAFETY: the kernel passes a valid context for the length of the call.
+        unsafe { core::ptr::read_volatile(&raw const (*$context).$($path)+) }
+    };
+}
+/// Reads the four words of an IPv6 address.
+macro_rules! words {
+    ($context:ident, $name:ident) => {
+        [
+            field!($context, $name[0]),
+            field!($context, $name[1]),
+            field!($context, $name[2]),
+            field!($context, $name[3]),
+        ]
+    };
+}
+
 /// A SYN for which a listener is looked up.
 pub(crate) struct Syn {
     /// Who sends it.
@@ -70,36 +90,28 @@ pub(crate) struct Syn {
 #[inline(always)]
 pub(crate) fn syn(ctx: &SkLookupContext) -> Option<Syn> {
     let lookup = ctx.lookup;
-    // The verifier wants each field read at a constant offset. Volatile, and all of them whatever
-    // the family (the other one's read as zero), so that the compiler does not make one read of two.
-    macro_rules! field {
-        ($($path:tt)+) => {
-            // SAFETY: the kernel passes a valid context for the length of the call.
-            unsafe { core::ptr::read_volatile(&raw const (*lookup).$($path)+) }
-        };
-    }
-    macro_rules! words {
-        ($name:ident) => {
-            [
-                field!($name[0]),
-                field!($name[1]),
-                field!($name[2]),
-                field!($name[3]),
-            ]
-        };
-    }
-    if field!(protocol) != TCP {
+    if field!(lookup, protocol) != TCP {
         return None;
     }
-    let v4 = (Ip::v4(field!(remote_ip4)), Ip::v4(field!(local_ip4)));
-    let v6 = (Ip::v6(words!(remote_ip6)), Ip::v6(words!(local_ip6)));
-    let (from, to) = if field!(family) == INET { v4 } else { v6 };
+    let v4 = (
+        Ip::v4(field!(lookup, remote_ip4)),
+        Ip::v4(field!(lookup, local_ip4)),
+    );
+    let v6 = (
+        Ip::v6(words!(lookup, remote_ip6)),
+        Ip::v6(words!(lookup, local_ip6)),
+    );
+    let (from, to) = if field!(lookup, family) == INET {
+        v4
+    } else {
+        v6
+    };
     Some(Syn {
         from,
         to,
-        from_port: u16::from_be(field!(remote_port)),
-        to_port: field!(local_port) as u16,
-        by_lo: field!(ingress_ifindex) == LO,
+        from_port: u16::from_be(field!(lookup, remote_port)),
+        to_port: field!(lookup, local_port) as u16,
+        by_lo: field!(lookup, ingress_ifindex) == LO,
     })
 }
 
@@ -118,30 +130,19 @@ pub(crate) struct Connection {
 /// Reads it.
 #[inline(always)]
 pub(crate) fn connection(ops: *mut bpf_sock_ops) -> Connection {
-    // As in `syn`.
-    macro_rules! field {
-        ($($path:tt)+) => {
-            // SAFETY: the kernel passes a valid context for the length of the call.
-            unsafe { core::ptr::read_volatile(&raw const (*ops).$($path)+) }
-        };
-    }
-    macro_rules! words {
-        ($name:ident) => {
-            [
-                field!($name[0]),
-                field!($name[1]),
-                field!($name[2]),
-                field!($name[3]),
-            ]
-        };
-    }
-    let v4 = (Ip::v4(field!(local_ip4)), Ip::v4(field!(remote_ip4)));
-    let v6 = (Ip::v6(words!(local_ip6)), Ip::v6(words!(remote_ip6)));
-    let (own, other) = if field!(family) == INET { v4 } else { v6 };
+    let v4 = (
+        Ip::v4(field!(ops, local_ip4)),
+        Ip::v4(field!(ops, remote_ip4)),
+    );
+    let v6 = (
+        Ip::v6(words!(ops, local_ip6)),
+        Ip::v6(words!(ops, remote_ip6)),
+    );
+    let (own, other) = if field!(ops, family) == INET { v4 } else { v6 };
     Connection {
         own,
         other,
-        own_port: field!(local_port),
-        other_port: u32::from_be(field!(remote_port)),
+        own_port: field!(ops, local_port),
+        other_port: u32::from_be(field!(ops, remote_port)),
     }
 }
