@@ -245,12 +245,13 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let mut held: HashMap<Instance, Identity> = HashMap::new();
     let by_itself = |room| Err(anyhow::anyhow!("{room} has ended by itself").into());
     let ended = async {
+        let mut apply = |event| {
+            hold(&certs, &mut held, &event);
+            workers.apply(event);
+        };
         loop {
             tokio::select! {
-                Some(event) = pod_events.recv() => {
-                    hold(&certs, &mut held, &event);
-                    workers.apply(event);
-                }
+                Some(event) = pod_events.recv() => apply(event),
                 end = &mut capture => {
                     end?;
                     return by_itself("capture");
@@ -267,10 +268,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         rest.cancel();
         loop {
             tokio::select! {
-                Some(event) = pod_events.recv() => {
-                    hold(&certs, &mut held, &event);
-                    workers.apply(event);
-                }
+                Some(event) = pod_events.recv() => apply(event),
                 end = &mut capture => {
                     end?;
                     break;
@@ -280,8 +278,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         }
         // What it has handed on before: the listeners of a pod that has just come are in there.
         while let Ok(event) = pod_events.try_recv() {
-            hold(&certs, &mut held, &event);
-            workers.apply(event);
+            apply(event);
         }
         // What is configured goes on to hold, for what runs and for what comes.
         draining.cancel();
