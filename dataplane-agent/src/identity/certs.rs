@@ -333,6 +333,19 @@ impl Certs {
         }
     }
 
+    /// An identity's settings as a client of any of `expected`, and when its certificate ends.
+    ///
+    /// # Errors
+    /// As of [`Certs::current`]; the certificate cannot be used.
+    pub async fn client(
+        &self,
+        identity: &Identity,
+        expected: &[Identity],
+    ) -> Result<(Arc<ClientConfig>, SystemTime), IdentityError> {
+        let own = self.current(identity).await?;
+        Ok((own.client(expected)?, own.not_after()))
+    }
+
     /// The certificate of an identity; waits for the first one, for some time.
     ///
     /// # Errors

@@ -56,8 +56,7 @@ impl Means for OfNode {
         expected: &'a [Identity],
     ) -> LocalBoxFuture<'a, Result<(Arc<rustls::ClientConfig>, SystemTime), String>> {
         Box::pin(async move {
-            let certificate = self.certs.current(&pod.identity).await;
-            let client = certificate.and_then(|own| Ok((own.client(expected)?, own.not_after())));
+            let client = self.certs.client(&pod.identity, expected).await;
             client.map_err(|error| error.to_string())
         })
     }

@@ -136,10 +136,8 @@ impl Means for Loopback {
         expected: &'a [Identity],
     ) -> LocalBoxFuture<'a, Result<(Arc<rustls::ClientConfig>, SystemTime), String>> {
         Box::pin(async move {
-            let certificate = self.certs.current(&pod.identity).await;
-            certificate
-                .and_then(|own| Ok((own.client(expected)?, own.not_after())))
-                .map_err(|error| error.to_string())
+            let client = self.certs.client(&pod.identity, expected).await;
+            client.map_err(|error| error.to_string())
         })
     }
     fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
