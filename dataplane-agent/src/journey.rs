@@ -65,8 +65,9 @@ enum Placed {
     Hbone(Turns),
 }
 
-/// Gives a connection its place; one for which there is none is refused, and told of.
-pub fn admit(
+/// Gives a connection its place, for which idle tunnels may have to give way; one for which there is none is
+/// refused, and told of.
+pub async fn admit(
     corridor: &Corridor,
     pod: &LocalPod,
     entrance: Entrance,
@@ -82,7 +83,7 @@ pub fn admit(
     let arrival = corridor.observer.arrived(peer, local, reporter);
     let places = &corridor.places;
     let place = match entrance {
-        Entrance::Outbound => corridor.carrier.pool.place(pod).map(Placed::Outbound),
+        Entrance::Outbound => corridor.carrier.pool.place(pod).await.map(Placed::Outbound),
         Entrance::Inbound => {
             let peer = pod.places.peer(None, peer.ip());
             places.take_for(&pod.places, &peer).map(Placed::InClear)

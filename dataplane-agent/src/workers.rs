@@ -296,7 +296,7 @@ struct Here {
     pod: Arc<LocalPod>,
     /// Its connections and tunnels.
     scope: Scope,
-    /// What accepts for it, if this is its home.
+    /// What accepts for it, if this is its home, and what makes room for that.
     entrances: Scope,
 }
 
@@ -362,6 +362,8 @@ impl Worker {
             scope: Scope::new(Some(load)).among(tasks),
             entrances: Scope::new(None),
         };
+        let pool = Rc::clone(&self.corridor.carrier.pool);
+        here.entrances.spawn(pool.give_way(Arc::clone(pod)));
         if let Some(listeners) = listeners {
             for (entrance, listener) in [
                 (Entrance::Outbound, listeners.outbound),
@@ -385,7 +387,7 @@ impl Worker {
             let mut turn = number;
             loop {
                 let tcp = listener.accept().await;
-                let Some(admitted) = admit(&corridor, &pod, entrance, tcp) else {
+                let Some(admitted) = admit(&corridor, &pod, entrance, tcp).await else {
                     continue;
                 };
                 match elsewhere(&doors, number, &mut turn) {

@@ -179,19 +179,24 @@ fn a_pods_idle_tunnels_give_way_to_its_connections() {
     let client = one.pod(&world, "client");
     let servers = ["a", "b", "c", "d", "e"].map(|name| two.pod(&world, name));
     let mut setup = world.setup(&one);
-    let limits = ["--connections", "12", "--workers", "1"];
+    let limits = ["--connections", "24", "--workers", "2"];
     setup.arguments.extend(limits.map(String::from));
     let (first, second) = (Agent::start(setup), world.agent(&two));
     first.up(&["client"]);
     second.up(&["a", "b", "c", "d", "e"]);
     eventually("all are in the mesh", 10, || first.tunnelled() >= 6);
     let _apps = servers.each_ref().map(|server| server.serve(PORT));
-    // Of twelve places it may have six, and five are those of tunnels.
-    for server in &servers {
-        assert!(client.ask(server.at(PORT), "x").is_ok());
+    // Of these it may have twelve, and five are those of tunnels. At once, so that both workers have some.
+    let asked = servers.each_ref().map(|server| {
+        let to = server.at(PORT).to_string();
+        client.app(&["ask", &to, "x"])
+    });
+    for ask in asked {
+        assert!(ask.end().0.success());
     }
-    let many = client.app(&["many", &servers[0].at(PORT).to_string(), "4"]);
-    assert_eq!(opened(&many), 4);
+    // With a tunnel on each worker.
+    let many = client.app(&["many", &servers[0].at(PORT).to_string(), "10"]);
+    assert_eq!(opened(&many), 10);
 }
 
 /// How many connections it has opened.

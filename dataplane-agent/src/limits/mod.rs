@@ -8,6 +8,7 @@
 //! and among the [`peers`] that connect to one pod, though one may have several times what it leaves.
 
 pub mod handshakes;
+mod idle;
 pub mod memory;
 pub mod peers;
 
@@ -16,6 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use handshakes::{Handshakes, Turns};
+pub use idle::{Idle, IdleTunnels};
 use memory::{Memory, PodMemory, Share};
 pub use peers::Peer;
 use peers::Peers;
@@ -70,6 +72,8 @@ enum Kind {
 #[derive(Debug, Default)]
 pub struct PodPlaces {
     taken: [Arc<AtomicUsize>; 3],
+    /// Its own tunnels that carry nothing.
+    pub idle: IdleTunnels,
     peers: Peers,
     unsent: PodMemory,
     undelivered: PodMemory,

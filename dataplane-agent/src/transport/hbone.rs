@@ -26,7 +26,7 @@ use crate::hbone::stream::{Shared, Stream};
 use crate::hbone::window::Windows;
 use crate::hbone::{self, headers};
 use crate::identity::certs;
-use crate::limits::Place;
+use crate::limits::{Idle, IdleTunnels, Place};
 
 /// What a CONNECT says.
 #[derive(Clone, Debug)]
@@ -57,8 +57,10 @@ pub struct Tunnel {
     leaving: Cell<bool>,
     /// When the last stream ended.
     pub(super) idle_since: Cell<Instant>,
-    /// Its place among the pod's connections.
+    /// Its place among the pod's connections. It is given back before the tunnel is idle no more.
     _place: Place,
+    idle: RefCell<Option<Idle>>,
+    idle_tunnels: IdleTunnels,
 }
 
 /// Why a stream was not opened.
@@ -131,6 +133,8 @@ pub async fn dial(
         leaving: Cell::new(false),
         idle_since: Cell::new(Instant::now()),
         _place: place,
+        idle: RefCell::new(Some(pod.places.idle.rest())),
+        idle_tunnels: pod.places.idle.clone(),
     });
     // Weak: the connection ends also when nobody has the tunnel.
     let driven = Rc::downgrade(&tunnel);
@@ -207,6 +211,7 @@ impl Tunnel {
     /// Takes a place for one stream; call it only if there [is room](Self::has_room).
     pub fn lease(self: Rc<Self>) -> Lease {
         self.streams.set(self.streams.get() + 1);
+        self.idle.take();
         Lease(self)
     }
 }
@@ -218,7 +223,10 @@ pub struct Lease(Rc<Tunnel>);
 impl Drop for Lease {
     fn drop(&mut self) {
         self.0.streams.set(self.0.streams.get() - 1);
-        self.0.idle_since.set(Instant::now());
+        if self.0.streams() == 0 {
+            self.0.idle_since.set(Instant::now());
+            self.0.idle.replace(Some(self.0.idle_tunnels.rest()));
+        }
         self.0.close_if_idle();
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 
 use super::hbone::{Connect, Failed, Lease, Tunnel, dial};
 use super::{Means, TransportError};
@@ -21,6 +22,9 @@ use crate::limits::{Full, Place};
 
 /// In how many tunnels a connection is tried, where one after the other turns out to be no good.
 const TRIES: usize = 3;
+
+/// How long a connection waits for idle tunnels to give way: a worker that takes so long hangs.
+const GIVE_WAY: Duration = Duration::from_secs(1);
 
 /// What connections must have in common to share a tunnel. The destination's uid is in it so that
 /// an address used again never gets another pod's tunnel. A uid is a name, which a pod that is made
@@ -122,15 +126,36 @@ impl Pool {
     }
 
     /// A place for one more connection from the pod, or a tunnel: where there is none, the pod's own idle
-    /// tunnels give way, and never another pod's, which would dial theirs anew for what this one does.
+    /// tunnels give way, on whichever worker they are, and never another pod's, which would dial theirs
+    /// anew for what this one does.
     ///
     /// # Errors
-    /// There is none, and on this worker no tunnel of the pod is idle.
-    pub fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
-        self.means.place(pod).or_else(|_| {
+    /// There is none, and no tunnel of the pod is idle, or gives way in time.
+    pub async fn place(&self, pod: &LocalPod) -> Result<Place, Full> {
+        let tunnels = &pod.places.idle;
+        let (mut idle, deadline) = (tunnels.count(), Instant::now() + GIVE_WAY);
+        loop {
+            // Before the place is asked for: one that gives way meanwhile is seen as a change.
+            let some = *idle.borrow_and_update() > 0;
+            match self.means.place(pod) {
+                Err(full) if some => {
+                    tunnels.want();
+                    if timeout_at(deadline, idle.changed()).await.is_err() {
+                        return Err(full);
+                    }
+                }
+                placed => return placed,
+            }
+        }
+    }
+
+    /// Closes what is idle of the pod on this worker whenever its [places](Self::place) are wanted, also on
+    /// another one; never returns.
+    pub async fn give_way(self: Rc<Self>, pod: Arc<LocalPod>) {
+        loop {
+            pod.places.idle.wanted().await;
             self.release(Duration::ZERO, |source| source == pod.instance);
-            self.means.place(pod)
-        })
+        }
     }
 
     /// Forgets a pod's tunnels; the pod's scope ends them.
@@ -226,7 +251,7 @@ impl Pool {
         let (pod, in_scope) = (Arc::clone(pod), scope.clone());
         scope.spawn(async move {
             let means = &*guard.pool.means;
-            let end = match guard.pool.place(&pod) {
+            let end = match guard.pool.place(&pod).await {
                 Ok(place) => dial(means, &pod, &guard.key, place, &in_scope).await,
                 Err(full) => Err(full.into()),
             };

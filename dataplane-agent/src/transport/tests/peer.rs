@@ -18,6 +18,8 @@ use crate::identity::test_ca::Ca;
 use crate::identity::{Certs, Identity};
 use crate::limits::{Full, NodePlaces, Place};
 
+const IDLE: Duration = Duration::from_secs(60);
+
 /// A pod with tunnels of its own.
 pub(super) struct Client {
     pub(super) pool: Rc<Pool>,
@@ -44,12 +46,17 @@ impl Client {
             places: NodePlaces::new(places),
         });
         let client = Self {
-            pool: Pool::new(means.clone(), Duration::from_secs(60)),
+            pool: Pool::new(means.clone(), IDLE),
             pod: pod(),
             scope: Scope::new(None),
             means,
         };
         (client, Peer::new(listener, certs))
+    }
+
+    /// The tunnels of another worker of its node.
+    pub(super) fn another_worker(&self) -> Rc<Pool> {
+        Pool::new(self.means.clone(), IDLE)
     }
 
     /// Connects to the server.
@@ -62,13 +69,23 @@ impl Client {
         pod: &Arc<LocalPod>,
         key: &Key,
     ) -> Result<(Stream, Lease), TransportError> {
+        self.connect_in(&self.pool, pod, key).await
+    }
+
+    /// Connects by the tunnels of a worker.
+    pub(super) async fn connect_in(
+        &self,
+        pool: &Rc<Pool>,
+        pod: &Arc<LocalPod>,
+        key: &Key,
+    ) -> Result<(Stream, Lease), TransportError> {
         let connect = Connect {
             authority: "192.0.2.1:80".parse().expect("an address"),
             client: "192.0.2.9:4000".parse().expect("an address"),
             host: None,
             baggage: None,
         };
-        self.pool.connect(key, pod, &self.scope, &connect).await
+        pool.connect(key, pod, &self.scope, &connect).await
     }
 
     /// Connects so often at once.

@@ -1,11 +1,13 @@
 //! Tunnels that are shared, given up, closed by their peer or lost.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use super::super::TransportError;
 use super::super::pool::Key;
 use super::peer::{Answers, Client, key, pod, who, with_peer};
 use super::*;
+use crate::drain::Scope;
 use crate::identity::test_ca::Ca;
 use crate::limits::Full;
 
@@ -36,6 +38,8 @@ fn an_idle_tunnel_gives_its_place_to_a_new_one_and_a_busy_one_does_not() {
     };
     with_peer(answers, async |client| {
         let other = pod();
+        let worker = Scope::new(None);
+        worker.spawn(Rc::clone(&client.pool).give_way(Arc::clone(&client.pod)));
         let to = |pod, port: u16| Key {
             to: SocketAddr::new([192, 0, 2, 1].into(), port),
             ..key(pod)
@@ -57,6 +61,39 @@ fn an_idle_tunnel_gives_its_place_to_a_new_one_and_a_busy_one_does_not() {
         );
         let full = own(4).await.expect_err("none is idle");
         assert!(matches!(full, TransportError::Full(Full::Node)), "{full}");
+    });
+}
+
+/// Two workers on one thread: a pool each, of one pod.
+#[test]
+fn an_idle_tunnel_of_another_worker_gives_its_place_as_well() {
+    let answers = Answers {
+        places: 4,
+        ..Answers::default()
+    };
+    with_peer(answers, async |client| {
+        let (pod, elsewhere) = (&client.pod, client.another_worker());
+        let to = |port: u16| Key {
+            to: SocketAddr::new([192, 0, 2, 1].into(), port),
+            ..key(pod)
+        };
+        let workers = Scope::new(None);
+        for pool in [&client.pool, &elsewhere] {
+            workers.spawn(Rc::clone(pool).give_way(Arc::clone(pod)));
+        }
+        // Of four places the pod has two.
+        let busy = client.connect_by(pod, &to(1)).await.expect("connected");
+        let idle = client.connect_in(&elsewhere, pod, &to(2)).await;
+        drop(idle.expect("connected"));
+        let second = client.connect_by(pod, &to(3)).await;
+        let second = second.expect("the idle one gives way");
+        assert_eq!(elsewhere.tunnels(), 0);
+        let begun = tokio::time::Instant::now();
+        let full = client.connect_in(&elsewhere, pod, &to(2)).await;
+        let full = full.expect_err("none is idle");
+        assert!(matches!(full, TransportError::Full(Full::Node)), "{full}");
+        assert!(begun.elapsed() < Duration::from_millis(500), "at once");
+        drop((busy, second));
     });
 }
 
