@@ -96,7 +96,7 @@ pub struct Tunnel {
     pub identity: Identity,
     /// Whose share of places its requests take from.
     pub peer: Peer,
-    /// When the certificate ends by which the peer is known.
+    /// When the first of the two ends' certificates ends: from then on neither is who it was.
     until: SystemTime,
     /// What it may have brought that is not delivered.
     share: Share,
@@ -177,14 +177,14 @@ async fn authenticate(
         return Err(AcceptError::Tls(error));
     }
     let chain = session.peer_certificates().unwrap_or_default();
-    let (identity, until) = (tls::peer_identity(chain)?, certs::end_of(chain)?);
-    Ok((tls, identity, until))
+    let (identity, end) = (tls::peer_identity(chain)?, certs::end_of(chain)?);
+    Ok((tls, identity, end.min(certificate.not_after())))
 }
 
 impl Tunnel {
-    /// Hands each request to `take` until the peer leaves. When `closing` completes, when the peer's
-    /// certificate ends, or when the tunnel is `unused` for so long, the peer is told to open no more
-    /// (GOAWAY), what runs goes on, and the tunnel is closed when it carries nothing.
+    /// Hands each request to `take` until the peer leaves. When `closing` completes, when a
+    /// certificate of either end has ended, or when the tunnel is `unused` for so long, the peer is told to
+    /// open no more (GOAWAY), what runs goes on, and the tunnel is closed when it carries nothing.
     pub async fn serve(
         mut self,
         closing: impl Future<Output = ()>,
@@ -208,7 +208,7 @@ impl Tunnel {
                 }
                 () = &mut ended, if !told => {
                     told = true;
-                    tracing::debug!(peer = %self.identity, "the peer's certificate has ended");
+                    tracing::debug!(peer = %self.identity, "the tunnel's certificates have ended");
                     self.connection.graceful_shutdown();
                 }
                 () = &mut look, if !told => {

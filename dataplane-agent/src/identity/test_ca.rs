@@ -13,6 +13,8 @@ pub(crate) struct Ca {
     pub(super) root: CertificateDer<'static>,
     /// How long what it issues lives.
     life: Duration,
+    /// Whose certificates live for another time.
+    except: Option<(Identity, Duration)>,
 }
 
 impl Ca {
@@ -29,7 +31,18 @@ impl Ca {
         let root = params.self_signed(&key).expect("a root").der().clone();
         let signer = rcgen::Issuer::from_ca_cert_der(&root, key).expect("a CA");
         let life = Duration::seconds(life);
-        Self { signer, root, life }
+        Self {
+            signer,
+            root,
+            life,
+            except: None,
+        }
+    }
+
+    /// It issues for so long to this one.
+    pub(crate) fn for_seconds_of(self, identity: Identity, life: i64) -> Self {
+        let except = Some((identity, Duration::seconds(life)));
+        Self { except, ..self }
     }
 
     /// A certificate with these names, from yesterday on, which ends so long from now.
@@ -61,7 +74,11 @@ impl Ca {
 /// Signs for everybody.
 impl Issuer for Ca {
     fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, IdentityError>> {
-        let issued = self.sign(vec![uri(&identity.to_string())], self.life);
+        let life = match &self.except {
+            Some((who, life)) if who == identity => *life,
+            _ => self.life,
+        };
+        let issued = self.sign(vec![uri(&identity.to_string())], life);
         Box::pin(std::future::ready(Ok(issued)))
     }
 }

@@ -51,7 +51,8 @@ pub struct Tunnel {
     streams: Cell<usize>,
     /// No longer used for new streams.
     pub(super) closed: Cell<bool>,
-    /// When the first of the two ends' certificates ends: from then on neither is who it was.
+    /// When the first of the two ends' certificates ends: from then on neither is who it was, and what is new
+    /// goes elsewhere.
     until: SystemTime,
     /// To be closed when it carries nothing.
     leaving: Cell<bool>,
@@ -144,10 +145,17 @@ pub async fn dial(
     let peer = peer.collect::<Vec<_>>().join(" or ");
     let closing = scope.closing();
     let leaves = Rc::downgrade(&tunnel);
+    let until = tunnel.until;
     let leaving = async move {
-        closing.await;
-        // Who waited for it takes it first: a pod that drains may go on to connect.
-        sleep(hbone::LEAVE).await;
+        let drains = async {
+            closing.await;
+            // Who waited for it takes it first: a pod that drains may go on to connect.
+            sleep(hbone::LEAVE).await;
+        };
+        tokio::select! {
+            () = drains => {}
+            () = certs::ended(until) => tracing::debug!(%to, "the tunnel's certificates have ended"),
+        }
         if let Some(tunnel) = leaves.upgrade() {
             tunnel.leaving.set(true);
             tunnel.close_if_idle();

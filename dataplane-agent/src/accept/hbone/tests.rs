@@ -39,6 +39,15 @@ fn a_tunnel_takes_nothing_new_when_its_peers_certificate_has_ended_and_what_runs
     assert!(lasted < Duration::from_secs(5), "{lasted:?}");
 }
 
+#[test]
+fn a_tunnel_takes_nothing_new_when_our_own_certificate_has_ended() {
+    let ca = Ca::new().for_seconds_of(who("server"), 3);
+    run(tunnel(ca, Duration::from_secs(60), async |send| {
+        sleep(Duration::from_secs(4)).await;
+        open(send).await.expect_err("nothing new");
+    }));
+}
+
 fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

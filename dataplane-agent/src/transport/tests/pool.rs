@@ -283,6 +283,30 @@ fn connections_that_are_given_up_at_once_do_not_end_their_tunnel() {
 }
 
 #[test]
+fn a_tunnel_whose_certificates_have_ended_is_closed_when_it_carries_nothing() {
+    run(async {
+        let ca = Ca::for_seconds(3);
+        let (client, peer) = Client::with_certificates_of(ca, 100).await;
+        let test = async {
+            let busy = client.connect().await.expect("connected");
+            let elsewhere = Key {
+                target: "c//Pod/ns/another".into(),
+                ..key(&client.pod)
+            };
+            let idle = client.connect_by(&client.pod, &elsewhere).await;
+            drop(idle.expect("connected"));
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            let ended = tokio::time::timeout(Duration::from_millis(100), client.scope.idle()).await;
+            ended.expect_err("one carries something");
+            drop(busy);
+            let ended = tokio::time::timeout(Duration::from_secs(5), client.scope.idle()).await;
+            ended.expect("both are closed");
+        };
+        beside(peer.serve(Answers::default()), test).await;
+    });
+}
+
+#[test]
 fn what_is_new_takes_no_tunnel_whose_certificates_have_ended() {
     run(async {
         let ca = Ca::for_seconds(3);
