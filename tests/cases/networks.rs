@@ -342,6 +342,24 @@ fn c2_a_rule_that_was_first_and_would_come_before_capture_is_told() {
 }
 
 #[test]
+fn c2_more_rules_that_were_first_than_are_looked_at_are_told() {
+    let pair = Pair::new();
+    let netns = &pair.client.netns;
+    let rule = |number| format!("rule add pref 0 iif eth0 fwmark {number} lookup 77\n");
+    let rules: String = (1..=1025).map(rule).collect();
+    netns.ip(&rules);
+    assert_eq!(pair.one.pod("client").0, "up", "they come after ours");
+    netns.ip("rule del fwmark 0x511/0xfff\n");
+    pair.one.is("client", "broken");
+    let why = pair.one.pod("client").1;
+    assert!(why.contains("more than 1024 other rules"), "{why}");
+    // The kernel's own is another one too.
+    netns.ip("rule del pref 0 iif eth0 fwmark 1 lookup 77\n\
+         rule del pref 0 iif eth0 fwmark 2 lookup 77\n");
+    pair.one.up(&["client"]);
+}
+
+#[test]
 fn a_pod_with_many_addresses_is_captured_and_all_are_its_own() {
     let world = World::new();
     let (one, two) = world.two_nodes();

@@ -10,6 +10,7 @@
 //! over.
 
 pub mod attached;
+pub mod dump;
 pub mod enrol;
 pub mod maps;
 pub mod node_folder;

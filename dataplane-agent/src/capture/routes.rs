@@ -2,21 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::future::ready;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use dataplane_ebpf::mark;
-use futures_util::TryStreamExt;
-use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
-use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
 use super::CaptureError;
+use super::dump::dump;
 use super::routing::{CAPTURE, LO, LOCAL, PREFERENCE, RETURN, Route, Routing, Rule, RuleKind};
 use crate::sys::netns::{Interfaces, Netns};
 
@@ -75,8 +75,8 @@ pub fn set_sysctls<'a>(
 /// # Errors
 /// The namespace cannot be entered; the kernel refuses.
 pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError> {
+    let (is, hidden) = read(netns, want).map_err(namespace("read rules and routes"))?;
     let done = with(netns, "set routes", async |handle| {
-        let (is, first) = read(handle, want).await?;
         let lacks = want.lacks(&is);
         // What fails for one family is no reason to leave the other without.
         let mut done = Ok(());
@@ -85,19 +85,21 @@ pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError>
             done = done.and(request.execute().await);
         }
         for rule in &lacks.rules {
-            done = done.and(there(add_rule(handle, rule).await));
+            let mut request = handle.rule().add();
+            *request.message_mut() = rule_message(rule);
+            done = done.and(there(request.execute().await));
         }
         for route in want.stale(&is) {
             done = done.and(gone(handle.route().del(message(&route)).execute().await));
         }
-        done.map(|()| (lacks, first))
+        done.map(|()| lacks)
     });
-    let (lacks, first) = done.await?;
-    match first {
-        true => Ok(lacks),
-        false => Err(CaptureError::Namespace {
+    let lacks = done.await?;
+    match hidden {
+        None => Ok(lacks),
+        Some(why) => Err(CaptureError::Namespace {
             what: "put rules before all others",
-            why: "another rule of preference 0 was there first, and what is captured would leave by it".into(),
+            why,
         }),
     }
 }
@@ -129,80 +131,106 @@ pub async fn trial(netns: &Netns, address: IpAddr) -> Result<(), CaptureError> {
 /// # Errors
 /// The namespace cannot be entered; the kernel refuses.
 pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
-    with(netns, "remove routes", async |handle| {
-        for version in [IpVersion::V4, IpVersion::V6] {
-            for rule in rules(handle, version.clone()).await?.ours {
+    let what = "remove routes";
+    with(netns, what, async |handle| {
+        for v4 in [true, false] {
+            for kind in RuleKind::ALL {
+                let rule = rule_message(&Rule { v4, kind });
                 gone(handle.rule().del(rule).execute().await)?;
-            }
-            for route in routes(handle, version).await? {
-                // It may have gone with its interface.
-                gone(handle.route().del(route).execute().await)?;
             }
         }
         Ok(())
     })
-    .await
+    .await?;
+    for v4 in [true, false] {
+        let ours = routes(netns, v4).map_err(namespace(what))?;
+        with(netns, what, async |handle| {
+            for route in ours {
+                // It may have gone with its interface.
+                gone(handle.route().del(route).execute().await)?;
+            }
+            Ok(())
+        })
+        .await?;
+    }
+    Ok(())
 }
 
-/// What there is of ours, of the families that are wanted; and whether our rules are, or will be, before
-/// all that could take their packets elsewhere.
-async fn read(handle: &Handle, want: &Routing) -> Result<(Routing, bool), rtnetlink::Error> {
-    let (mut is, mut first) = (Routing::default(), true);
-    for (v4, version) in [(true, IpVersion::V4), (false, IpVersion::V6)] {
+/// What there is of ours, of the families that are wanted; and why our rules are not, or will not be,
+/// before all that could take their packets elsewhere.
+fn read(netns: &Netns, want: &Routing) -> io::Result<(Routing, Option<String>)> {
+    let (mut is, mut hidden) = (Routing::default(), None);
+    for v4 in [true, false] {
         if want.has(v4) {
-            let rules = rules(handle, version.clone()).await?;
-            first &= rules.hidden.is_empty();
-            is.rules.extend(rules.ours.iter().filter_map(rule_of));
-            let routes = routes(handle, version).await?;
+            let rules = rules(netns, v4)?;
+            hidden = hidden.or(rules.hidden);
+            let ours = rules.ours.into_iter().map(|kind| Rule { v4, kind });
+            is.rules.extend(ours);
+            let routes = routes(netns, v4)?;
             is.routes.extend(routes.iter().filter_map(route_of));
         }
     }
-    Ok((is, first))
+    Ok((is, hidden))
 }
 
 /// The rules of a family.
 #[derive(Default)]
 struct Rules {
-    ours: Vec<RuleMessage>,
-    /// Those of ours before which there is another one that their packets fit: the kernel puts a rule
-    /// after all that have its preference.
-    hidden: BTreeSet<RuleKind>,
+    /// Those of ours that are in their place.
+    ours: BTreeSet<RuleKind>,
+    /// Why not all of ours are, or will be, before all others that their packets fit: the kernel puts a
+    /// rule after all that have its preference.
+    hidden: Option<String>,
 }
 
-/// All rules of a family that are ours; none where the kernel does not have it.
-async fn rules(handle: &Handle, version: IpVersion) -> Result<Rules, rtnetlink::Error> {
-    let all = handle.rule().get(version).execute();
-    // Of however many there are of the pod's own none is kept.
-    let rules = all.try_fold(Rules::default(), |mut rules, rule| {
-        if rule_of(&rule).is_some() {
-            rules.ours.push(rule);
+/// Rules of others that have our preference and were there first, of a family: as many are looked at.
+const OTHERS: usize = 1024;
+
+/// Reads the rules of a family up to ours, whatever else the pod has; none where the kernel does not have
+/// it.
+fn rules(netns: &Netns, v4: bool) -> io::Result<Rules> {
+    let mut of = RuleMessage::default();
+    of.header.family = family(v4);
+    let mut rules = Rules::default();
+    let mut others = 0;
+    let each = |message| {
+        let RouteNetlinkMessage::NewRule(rule) = message else {
+            return ControlFlow::Continue(());
+        };
+        // They are told in the order of their preferences.
+        if preference(&rule) > PREFERENCE {
+            return ControlFlow::Break(());
+        }
+        if let Some(kind) = kind_of(&rule) {
+            rules.ours.insert(kind);
         } else {
-            let found = |kind: &RuleKind| {
-                let mut ours = rules.ours.iter().filter_map(rule_of);
-                ours.any(|rule| rule.kind == *kind)
-            };
-            let hidden = RuleKind::ALL.into_iter();
-            let hidden = hidden.filter(|kind| !found(kind) && hides(&rule, kind.mark()));
-            rules.hidden.extend(hidden.collect::<Vec<_>>());
+            others += 1;
+            let mut after = RuleKind::ALL.into_iter();
+            if after.any(|kind| !rules.ours.contains(&kind) && hides(&rule, kind.mark())) {
+                let why = "another rule of preference 0 was there first, and what is captured would leave by it";
+                rules.hidden = Some(why.into());
+            } else if others > OTHERS {
+                let why =
+                    format!("more than {OTHERS} other rules of preference 0 were there first");
+                rules.hidden = Some(why);
+            }
         }
-        ready(Ok(rules))
-    });
-    match rules.await {
-        Err(error) if is(&error, libc::EAFNOSUPPORT) || is(&error, libc::EOPNOTSUPP) => {
-            Ok(Rules::default())
+        // What comes later takes nothing of ours.
+        match rules.hidden.is_some() || rules.ours.len() == RuleKind::ALL.len() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
-        rules => rules,
-    }
+    };
+    nothing(dump(netns, RouteNetlinkMessage::GetRule(of), each))?;
+    Ok(rules)
 }
 
-/// Whether a rule of somebody else's has our preference, and may fit packets of this mark that begin in
-/// the namespace; that for the kernel's local addresses takes nothing of ours.
+/// Whether a rule of somebody else's may fit packets of this mark that begin in the namespace; that for the kernel's local addresses takes nothing of ours.
 fn hides(rule: &RuleMessage, of: u32) -> bool {
-    let (mut preference, mut table) = (0, u32::from(rule.header.table));
+    let mut table = u32::from(rule.header.table);
     let (mut mark, mut mask, mut comes_in) = (0, 0, false);
     for attribute in &rule.attributes {
         match attribute {
-            RuleAttribute::Priority(is) => preference = *is,
             RuleAttribute::Table(is) => table = *is,
             RuleAttribute::FwMark(is) => mark = *is,
             RuleAttribute::FwMask(is) => mask = *is,
@@ -212,21 +240,45 @@ fn hides(rule: &RuleMessage, of: u32) -> bool {
     }
     let inverted = rule.header.flags.contains(RuleFlags::Invert);
     let fits = !comes_in && (mark ^ of) & mask & mark::MASK == 0;
-    preference == PREFERENCE && table != LOCAL && (fits || inverted)
+    table != LOCAL && (fits || inverted)
 }
 
-/// All routes of a family that are in our tables.
-async fn routes(
-    handle: &Handle,
-    version: IpVersion,
-) -> Result<Vec<RouteMessage>, rtnetlink::Error> {
-    let all = match version {
-        IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
-        IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
-    };
-    let all = handle.route().get(all).execute();
-    let ours = all.try_filter(|route| ready(table_of(route).is_some()));
-    ours.try_collect().await
+/// A rule's place; that of the kernel's first one is not told.
+fn preference(rule: &RuleMessage) -> u32 {
+    let mut attributes = rule.attributes.iter();
+    let is = attributes.find_map(|attribute| match attribute {
+        RuleAttribute::Priority(is) => Some(*is),
+        _ => None,
+    });
+    is.unwrap_or_default()
+}
+
+/// All routes of a family that are in our tables. The kernel is asked for those alone.
+fn routes(netns: &Netns, v4: bool) -> io::Result<Vec<RouteMessage>> {
+    let mut ours = Vec::new();
+    for table in [CAPTURE, RETURN] {
+        let mut of = RouteMessage::default();
+        of.header.address_family = family(v4);
+        of.attributes.push(RouteAttribute::Table(table));
+        let each = |message| {
+            if let RouteNetlinkMessage::NewRoute(route) = message
+                && route.header.address_family == family(v4)
+                && table_of(&route) == Some(table)
+            {
+                ours.push(route);
+            }
+            ControlFlow::Continue(())
+        };
+        nothing(dump(netns, RouteNetlinkMessage::GetRoute(of), each))?;
+    }
+    Ok(ours)
+}
+
+fn family(v4: bool) -> AddressFamily {
+    match v4 {
+        true => AddressFamily::Inet,
+        false => AddressFamily::Inet6,
+    }
 }
 
 /// The netlink message of a route.
@@ -274,38 +326,28 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
     (local && message.header.destination_prefix_length == 0).then_some(route)
 }
 
-async fn add_rule(handle: &Handle, rule: &Rule) -> Result<(), rtnetlink::Error> {
-    let request = handle
-        .rule()
-        .add()
-        .priority(PREFERENCE)
-        .fw_mark(rule.kind.mark())
-        .table_id(rule.kind.table())
-        .action(RuleAction::ToTable);
-    let masked = RuleAttribute::FwMask(mark::MASK);
-    if rule.v4 {
-        let mut request = request.v4();
-        request.message_mut().attributes.push(masked);
-        request.execute().await
-    } else {
-        let mut request = request.v6();
-        request.message_mut().attributes.push(masked);
-        request.execute().await
-    }
+/// The netlink message of a rule.
+fn rule_message(rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family(rule.v4);
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(PREFERENCE),
+        RuleAttribute::Table(rule.kind.table()),
+        RuleAttribute::FwMark(rule.kind.mark()),
+        RuleAttribute::FwMask(mark::MASK),
+    ];
+    message
 }
 
-/// Which of ours a rule is, if it is one, whatever its place.
-fn rule_of(message: &RuleMessage) -> Option<Rule> {
+/// Which of ours a rule is, if it is one.
+fn kind_of(message: &RuleMessage) -> Option<RuleKind> {
     let has = |attribute: RuleAttribute| message.attributes.contains(&attribute);
-    let kind = RuleKind::ALL.into_iter().find(|kind| {
+    RuleKind::ALL.into_iter().find(|kind| {
         message.header.action == RuleAction::ToTable
             && has(RuleAttribute::Table(kind.table()))
             && has(RuleAttribute::FwMark(kind.mark()))
             && has(RuleAttribute::FwMask(mark::MASK))
-    })?;
-    Some(Rule {
-        v4: message.header.family == AddressFamily::Inet,
-        kind,
     })
 }
 
@@ -327,11 +369,26 @@ fn there(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     }
 }
 
-/// What is not there is as good as taken away.
+/// What is not there is as good as taken away; so is what the kernel does not have a family for.
 fn gone(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+    let none = [
+        libc::ESRCH,
+        libc::ENOENT,
+        libc::EAFNOSUPPORT,
+        libc::EOPNOTSUPP,
+    ];
     match done {
-        Err(error) if is(&error, libc::ESRCH) || is(&error, libc::ENOENT) => Ok(()),
+        Err(error) if none.iter().any(|errno| is(&error, *errno)) => Ok(()),
         done => done,
+    }
+}
+
+/// A table is there once a route is in it, and a family if the kernel has it.
+fn nothing(told: io::Result<()>) -> io::Result<()> {
+    let none = [libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
+    match told {
+        Err(error) if none.map(Some).contains(&error.raw_os_error()) => Ok(()),
+        told => told,
     }
 }
 

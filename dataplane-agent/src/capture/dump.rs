@@ -1,0 +1,105 @@
+//! What the kernel tells of a namespace's rules and routes, read no further than it is needed.
+//!
+//! A pod may have hundreds of thousands of its own. `rtnetlink` reads all of what it has asked for, and
+//! passes over the error that a dump ends with, so that a dump that failed looks like one of nothing.
+
+use std::io;
+use std::ops::ControlFlow;
+
+use netlink_packet_route::RouteNetlinkMessage;
+use rtnetlink::packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::sys::{Socket, protocols::NETLINK_ROUTE};
+
+use crate::sys::netns::Netns;
+
+/// The kernel never tells more at once: `netlink_dump` takes 32 KiB at most.
+const AT_ONCE: usize = 32 * 1024;
+
+/// Asks for what fits `of`, and hands on one after the other until `each` breaks. What the kernel cannot
+/// select by, it refuses.
+///
+/// # Errors
+/// The namespace cannot be entered; what the kernel says, before the first one or after any.
+pub fn dump(
+    netns: &Netns,
+    of: RouteNetlinkMessage,
+    each: impl FnMut(RouteNetlinkMessage) -> ControlFlow<()>,
+) -> io::Result<()> {
+    let socket = netns.enter(|| Socket::new(NETLINK_ROUTE))??;
+    ask(&socket, of, each)
+}
+
+fn ask(
+    socket: &Socket,
+    of: RouteNetlinkMessage,
+    mut each: impl FnMut(RouteNetlinkMessage) -> ControlFlow<()>,
+) -> io::Result<()> {
+    // Otherwise it tells the routes of all tables, whichever it is asked for.
+    socket.set_netlink_get_strict_chk(true)?;
+    let mut request = NetlinkMessage::from(of);
+    request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    request.finalize();
+    let mut bytes = vec![0; request.buffer_len()];
+    request.serialize(&mut bytes);
+    socket.send(&bytes, 0)?;
+    let mut bytes = vec![0; AT_ONCE];
+    loop {
+        // What is told next is there as soon as the last was read: nothing waits here.
+        let length = socket.recv(&mut &mut bytes[..], libc::MSG_DONTWAIT)?;
+        let mut told = &bytes[..length];
+        while !told.is_empty() {
+            let message = NetlinkMessage::deserialize(told).map_err(io::Error::other)?;
+            let next = message.header.length.next_multiple_of(4) as usize;
+            told = told.get(next..).unwrap_or_default();
+            match message.payload {
+                NetlinkPayload::InnerMessage(one) => {
+                    if each(one).is_break() {
+                        return Ok(());
+                    }
+                }
+                NetlinkPayload::Done(done) if done.code == 0 => return Ok(()),
+                NetlinkPayload::Done(done) => {
+                    return Err(io::Error::from_raw_os_error(-done.code));
+                }
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                other => return Err(io::Error::other(format!("not asked for: {other:?}"))),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::AddressFamily;
+    use netlink_packet_route::route::{RouteAttribute, RouteMessage};
+
+    use super::*;
+
+    /// How many routes are told of a table, and how that ends.
+    fn routes(table: u32, prefix: u8) -> (usize, io::Result<()>) {
+        let socket = Socket::new(NETLINK_ROUTE).expect("a socket");
+        let mut of = RouteMessage::default();
+        of.header.address_family = AddressFamily::Inet;
+        of.header.destination_prefix_length = prefix;
+        of.attributes.push(RouteAttribute::Table(table));
+        let mut told = 0;
+        let end = ask(&socket, RouteNetlinkMessage::GetRoute(of), |_| {
+            told += 1;
+            ControlFlow::Continue(())
+        });
+        (told, end)
+    }
+
+    #[test]
+    fn an_error_that_a_dump_ends_with_is_told() {
+        const LOCAL: u32 = 255;
+        let (told, end) = routes(LOCAL, 0);
+        assert!(told > 0 && end.is_ok(), "{told}, {end:?}");
+        let errno = |(told, end): (usize, io::Result<()>)| {
+            assert_eq!(told, 0);
+            end.expect_err("an error").raw_os_error()
+        };
+        assert_eq!(errno(routes(15_099, 0)), Some(libc::ENOENT), "no table");
+        assert_eq!(errno(routes(LOCAL, 8)), Some(libc::EINVAL), "not strict");
+    }
+}
