@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer, de};
 use super::node::{Node, NodeError};
 use super::object::{Objects, Resource, wrong};
 use super::pod::Pod;
+use super::spelling::{DISTRIBUTION, DISTRIBUTIONS};
 use crate::control::written::Address;
 use crate::resolve::service::{Family, LoadBalancing, Scope};
 
@@ -157,7 +158,6 @@ struct Outside {
 
 impl Outside {
     fn read(node: &Node, spec: &Spec, status: &Status) -> Result<Self, NodeError> {
-        const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
         let mut notes = Vec::new();
         let mut ingress = Vec::new();
         for (at, found) in status.load_balancer.ingress.iter().enumerate() {
@@ -225,7 +225,6 @@ fn special(node: &Node, path: &str, address: &IpAddr) -> Result<(), NodeError> {
 
 /// Where its endpoints are looked for first.
 pub(crate) fn load_balancing(service: &Resource<Service>, objects: &Objects) -> LoadBalancing {
-    const ANNOTATION: &str = "networking.istio.io/traffic-distribution";
     if service.body.node_local {
         return LoadBalancing {
             preferences: vec![Scope::Node],
@@ -242,21 +241,21 @@ pub(crate) fn load_balancing(service: &Resource<Service>, objects: &Objects) -> 
             .get(&namespace)?
             .meta
             .annotations
-            .get(ANNOTATION)
+            .get(DISTRIBUTION)
     };
     let distribution = service
         .body
         .distribution
         .as_ref()
-        .or_else(|| service.meta.annotations.get(ANNOTATION))
+        .or_else(|| service.meta.annotations.get(DISTRIBUTION))
         .or_else(of_namespace);
+    // In other letters than Kubernetes' own it is the annotation's: see `spelling`.
+    let is = |word: &str| distribution.is_some_and(|is| is.eq_ignore_ascii_case(word));
     let mut preferences = Vec::new();
-    if let Some("PreferClose" | "PreferSameZone" | "PreferSameNode") =
-        distribution.map(String::as_str)
-    {
+    if DISTRIBUTIONS.into_iter().any(is) {
         preferences.extend([Scope::Network, Scope::Region, Scope::Zone]);
     }
-    if distribution.map(String::as_str) == Some("PreferSameNode") {
+    if is("PreferSameNode") {
         preferences.extend([Scope::Subzone, Scope::Node]);
     }
     LoadBalancing {

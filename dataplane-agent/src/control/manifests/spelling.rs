@@ -164,6 +164,12 @@ fn is_version(text: &str) -> bool {
 /// The label by which namespaces and pods join the mesh, and what it may say.
 const MODE: (&str, &[&str]) = ("istio.io/dataplane-mode", &["ambient", "none"]);
 
+/// The annotation that says of a service, or of those of a namespace, what `spec.trafficDistribution` says.
+pub(crate) const DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
+
+/// What these may say.
+pub(crate) const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
+
 /// Checks an object of a kind that is read, as far as the types that it is read into do not.
 ///
 /// # Errors
@@ -178,29 +184,62 @@ pub(crate) fn check(node: &Node, kind: &str) -> Result<(), NodeError> {
                 None => Ok(()),
             }
         }
-        "Namespace" | "Pod" => mode(node),
+        "Namespace" => mode(node).and_then(|()| distribution_annotation(node)),
+        "Pod" => mode(node),
+        "Service" => {
+            const FIELD: &str = "trafficDistribution";
+            if let Some(spec) = node.field("spec") {
+                let word = spec.field(FIELD).and_then(Node::text);
+                let slip = word.and_then(|word| slip("word", word, &DISTRIBUTIONS));
+                if let Some(what) = slip {
+                    return Err(wrong(node, &format!("spec.{FIELD}"), what));
+                }
+            }
+            distribution_annotation(node)
+        }
         _ => Ok(()),
     }
 }
 
 fn mode(node: &Node) -> Result<(), NodeError> {
     let (label, modes) = MODE;
-    let Some(labels) = node.field("metadata").and_then(|meta| meta.field("labels")) else {
+    named(node, "labels", "label", label, |word| {
+        slip("mode", word, modes)
+    })
+}
+
+fn distribution_annotation(node: &Node) -> Result<(), NodeError> {
+    // In any letters, as istiod reads it.
+    let is = |word: &str| DISTRIBUTIONS.iter().any(|is| is.eq_ignore_ascii_case(word));
+    named(node, "annotations", "annotation", DISTRIBUTION, |word| {
+        slip("word", word, &DISTRIBUTIONS).filter(|_| !is(word))
+    })
+}
+
+/// Checks the name of a label or an annotation, and its word by `slip`, which tells what is wrong with it.
+fn named(
+    node: &Node,
+    field: &str,
+    what: &str,
+    name: &str,
+    slip: impl Fn(&str) -> Option<String>,
+) -> Result<(), NodeError> {
+    let Some(all) = node.field("metadata").and_then(|meta| meta.field(field)) else {
         return Ok(());
     };
-    if let Some(key) = labels.keys().find(|key| *key != label && near(key, label)) {
-        return Err(wrong(
-            node,
-            "metadata.labels",
-            unknown("label", key, &[label]),
-        ));
+    let near = all.keys().find(|key| *key != name && near(key, name));
+    let wrong_name = near.map(|key| unknown(what, key, &[name]));
+    let word = all.field(name).and_then(Node::text);
+    match wrong_name.or_else(|| word.and_then(slip)) {
+        Some(what) => Err(wrong(node, &format!("metadata.{field}"), what)),
+        None => Ok(()),
     }
-    match labels.field(label).and_then(Node::text) {
-        Some(text) if !modes.contains(&text) && modes.iter().any(|word| near(text, word)) => {
-            Err(wrong(node, "metadata.labels", unknown("mode", text, modes)))
-        }
-        _ => Ok(()),
-    }
+}
+
+/// What to say of a word that is none of these, and likely meant to be.
+fn slip(what: &str, word: &str, known: &[&str]) -> Option<String> {
+    let slip = !known.contains(&word) && known.iter().any(|known| near(word, known));
+    slip.then(|| unknown(what, word, known))
 }
 
 /// Whether a field's name is another one in other letters, or a long one with one letter more, less,

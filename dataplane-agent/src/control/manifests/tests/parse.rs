@@ -173,6 +173,13 @@ fn a_near_miss_of_what_is_read_is_a_fault_and_not_passed_over() {
     }
 }
 
+/// An object with an annotation.
+fn distributed(kind: &str, annotation: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: {kind}\nmetadata:\n  name: a\n  annotations: {{{annotation}}}\nspec: {{}}\n"
+    )
+}
+
 #[test]
 fn a_near_miss_of_a_field_that_is_read_is_a_fault() {
     let pod = |spec: &str| format!("apiVersion: v1\nkind: Pod\nmetadata: {{name: a}}\n{spec}");
@@ -194,10 +201,17 @@ fn a_near_miss_of_a_field_that_is_read_is_a_fault() {
         (policy("metadata: {name: a}\nspec:\n  action: Deny\n"), "test.yaml:5: spec.action: unknown variant `Deny`, did you mean `DENY`?"),
         ("apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n  labels: {istio.io/dataplane-mode: Ambient}\n".into(), "test.yaml:5: metadata.labels: unknown mode `Ambient`, did you mean `ambient`?"),
         ("apiVersion: v1\nkind: Namespace\nmetadata:\n  name: a\n  labels: {istio.io/dataplane-mod: ambient}\n".into(), "test.yaml:5: metadata.labels: unknown label `istio.io/dataplane-mod`"),
+        (distributed("Namespace", "networking.istio.io/traffic-distribution: PreferClos"), "test.yaml:5: metadata.annotations: unknown word `PreferClos`, did you mean `PreferClose`?"),
+        (distributed("Service", "networking.istio.io/traffic-distribution: PreferSameNod"), "test.yaml:5: metadata.annotations: unknown word `PreferSameNod`, did you mean `PreferSameNode`?"),
+        (distributed("Service", "networking.istio.io/trafic-distribution: PreferClose"), "test.yaml:5: metadata.annotations: unknown annotation `networking.istio.io/trafic-distribution`, did you mean `networking.istio.io/traffic-distribution`?"),
     ] {
         let told = refusal(&text);
         assert!(told.starts_with(expected), "{told}\nis not\n{expected}");
     }
+    objects(&distributed(
+        "Service",
+        "networking.istio.io/traffic-distribution: preferclose",
+    ));
     // What there is besides is nobody's fault.
     objects(&pod(
         "spec: {hostname: a, serviceAccount: a, nodeSelector: {}, hostPID: true, containers: [{name: a, image: b, ports: [{containerPort: 1, hostPort: 2}]}]}\nstatus: {hostIP: 10.0.0.1, hostIPs: [], qosClass: x}\n",

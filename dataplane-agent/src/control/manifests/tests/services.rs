@@ -105,6 +105,39 @@ fn what_is_said_of_outside_and_cannot_be_done_is_told_and_not_taken() {
 }
 
 #[test]
+fn endpoints_that_are_near_are_asked_for_by_the_field_or_by_the_annotation_in_any_letters() {
+    let preferences = |annotations: &str, spec: &str| {
+        let spec = format!("clusterIP: 10.96.0.1, {spec}");
+        let text = service("s", "", &spec, "");
+        let text = text.replacen(
+            "name: s,",
+            &format!("name: s, annotations: {{{annotations}}},"),
+            1,
+        );
+        assert!(text.contains(annotations), "{text}");
+        translation(&text).services[0]
+            .load_balancing
+            .preferences
+            .len()
+    };
+    let annotation = "networking.istio.io/traffic-distribution";
+    for (word, count) in [
+        ("PreferClose", 3),
+        ("PreferSameZone", 3),
+        ("PreferSameNode", 5),
+    ] {
+        let lower = word.to_lowercase();
+        assert_eq!(
+            preferences("", &format!("trafficDistribution: {word}")),
+            count
+        );
+        assert_eq!(preferences(&format!("{annotation}: {word}"), ""), count);
+        assert_eq!(preferences(&format!("{annotation}: {lower}"), ""), count);
+    }
+    assert_eq!(preferences(&format!("{annotation}: Any"), ""), 0);
+}
+
+#[test]
 fn a_value_that_a_service_cannot_have_is_refused_with_its_field() {
     for (spec, status, told) in [
         (
@@ -128,6 +161,16 @@ fn a_value_that_a_service_cannot_have_is_refused_with_its_field() {
             "",
             "loadBalancer: {ingress: [{ip: 0.0.0.0}]}",
             "status.loadBalancer.ingress[0].ip: ",
+        ),
+        (
+            "trafficDistribution: preferClose",
+            "",
+            "spec.trafficDistribution: unknown word `preferClose`, did you mean `PreferClose`?",
+        ),
+        (
+            "trafficDistribution: PreferSameNod",
+            "",
+            "spec.trafficDistribution: unknown word `PreferSameNod`, did you mean `PreferSameNode`?",
         ),
         (
             "internalTrafficPolicy: local",
