@@ -5,13 +5,14 @@
 //! root already. The folder appears whole, by one rename, so a half of it is never what an
 //! interrupted start has left: it is a loss, and the agent refuses to start.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, DirEntry, File, Metadata, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use nix::unistd::geteuid;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer as Signer,
     KeyPair, KeyUsagePurpose, SanType,
@@ -33,6 +34,9 @@ const SKEW: time::Duration = time::Duration::minutes(2);
 const SHORTEST: Duration = Duration::from_secs(10);
 /// A root that ends sooner is told of.
 const SOON: time::Duration = time::Duration::days(30);
+/// What the name begins with of a folder in which a CA is made, and how long that may take.
+const NEW: &str = ".ca-";
+const MAKING: Duration = Duration::from_secs(60);
 
 /// Why the CA cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -46,12 +50,14 @@ pub enum CaError {
         error: io::Error,
     },
     /// Others could read the key.
-    #[error("{path}: mode {mode:o}: the CA's key must be readable by its owner alone (chmod 600)")]
+    #[error(
+        "{path}: {what}: the CA's key must be root's or this user's, and readable by its owner alone"
+    )]
     Open {
         /// The key.
         path: PathBuf,
-        /// Its mode.
-        mode: u32,
+        /// What is wrong, and how to mend it.
+        what: String,
     },
     /// One of the two files is there and the other is not.
     #[error(
@@ -245,6 +251,7 @@ impl EmbeddedCa {
         }
         let signer = Signer::from_ca_cert_der(&root, key)
             .map_err(|error| wrong(&root_path, error.to_string()))?;
+        clear(state);
         Ok(Self {
             trust_domain: said.trust_domain,
             signer,
@@ -343,24 +350,38 @@ type Both = (Option<String>, Option<Zeroizing<String>>);
 
 fn read_both(root: &Path, key: &Path) -> Result<Both, CaError> {
     let root_pem = read(root, |_| Ok(()))?;
-    let key_pem = read(key, |mode| match mode & 0o077 {
-        0 => Ok(()),
-        _ => Err(CaError::Open {
+    let own = geteuid().as_raw();
+    let key_pem = read(key, |found| match exposed(found.uid(), found.mode(), own) {
+        None => Ok(()),
+        Some(what) => Err(CaError::Open {
             path: key.to_owned(),
-            mode,
+            what,
         }),
     })?;
     Ok((root_pem, key_pem.map(Zeroizing::new)))
 }
 
-fn read(path: &Path, fits: impl Fn(u32) -> Result<(), CaError>) -> Result<Option<String>, CaError> {
+/// Who else than root and this user could read or replace a key.
+fn exposed(owner: u32, mode: u32, own: u32) -> Option<String> {
+    if owner != 0 && owner != own {
+        Some(format!("belongs to user {owner} (chown root)"))
+    } else if mode & 0o077 != 0 {
+        Some(format!("mode {:o} (chmod 600)", mode & 0o777))
+    } else {
+        None
+    }
+}
+
+fn read(
+    path: &Path,
+    fits: impl Fn(&Metadata) -> Result<(), CaError>,
+) -> Result<Option<String>, CaError> {
     let file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(of_file(path)(error)),
     };
-    let mode = file.metadata().map_err(of_file(path))?.permissions().mode();
-    fits(mode & 0o777)?;
+    fits(&file.metadata().map_err(of_file(path))?)?;
     let text = io::read_to_string(file).map_err(of_file(path))?;
     Ok(Some(text))
 }
@@ -386,7 +407,7 @@ fn make(
             other,
         });
     }
-    let new = folder.with_file_name(format!(".ca-{:016x}", rand::random::<u64>()));
+    let new = folder.with_file_name(format!("{NEW}{:016x}", rand::random::<u64>()));
     let mut builder = DirBuilder::new();
     builder
         .recursive(true)
@@ -408,6 +429,42 @@ fn make(
     });
     let _ = fs::remove_dir_all(&new); // There only if it was not taken.
     made
+}
+
+/// Removes what starts that were interrupted have left: keys of CAs that nobody has seen. One that is new
+/// may be another node's that starts just now. What cannot be removed is told.
+fn clear(state: &Path) {
+    let entries = fs::read_dir(state).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name();
+        let random = name.to_str().and_then(|name| name.strip_prefix(NEW));
+        if random.is_none_or(|random| random.len() != 16) || !is_left(&entry) {
+            continue;
+        }
+        let path = entry.path();
+        let files = ["key.pem", "root.pem"].map(|file| match fs::remove_file(path.join(file)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        });
+        let removed = files.into_iter().collect::<io::Result<()>>();
+        match removed.and_then(|()| fs::remove_dir(&path)) {
+            Ok(()) => {
+                tracing::info!(folder = %path.display(), "removed a CA that was never finished");
+            }
+            Err(error) => {
+                tracing::warn!(folder = %path.display(), %error, "a CA that was never finished cannot be removed");
+            }
+        }
+    }
+}
+
+/// Whether it is a folder in which nothing has changed for longer than a CA is made.
+fn is_left(entry: &DirEntry) -> bool {
+    let Ok(found) = entry.metadata() else {
+        return false;
+    };
+    let age = found.modified().map(|at| at.elapsed().unwrap_or_default());
+    found.is_dir() && age.is_ok_and(|age| age > MAKING)
 }
 
 fn is_taken(error: &io::Error) -> bool {

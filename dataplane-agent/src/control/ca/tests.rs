@@ -1,5 +1,6 @@
 //! The CA's files, and real handshakes between the certificates that it issues.
 
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -251,8 +252,11 @@ fn files_that_are_not_right_are_refused_by_name() {
     let mode = |mode| {
         fs::set_permissions(&key, fs::Permissions::from_mode(mode)).expect("a mode");
     };
-    mode(0o644);
-    assert!(refused("td").contains("key.pem"));
+    for open in [0o644, 0o640, 0o604, 0o620] {
+        mode(open);
+        let told = format!("{}: mode {open:o} (chmod 600)", key.display());
+        assert!(refused("td").contains(&told), "{}", refused("td"));
+    }
     mode(0o600);
     let good = fs::read(&key).expect("a key");
     fs::write(&key, KeyPair::generate().expect("a key").serialize_pem()).expect("a file");
@@ -399,4 +403,48 @@ fn a_root_that_ends_is_told_as_long_as_the_agent_runs() {
     let end = long.root_end();
     assert!(end.problem_at(end.at - time::Duration::days(59)).is_some());
     assert_eq!(end.problem_at(end.at - time::Duration::days(60)), None);
+}
+
+#[test]
+fn a_key_is_roots_or_the_users_own() {
+    assert_eq!(exposed(0, 0o100_600, 7).or(exposed(7, 0o100_400, 7)), None);
+    let told = exposed(8, 0o100_600, 7);
+    assert_eq!(told.as_deref(), Some("belongs to user 8 (chown root)"));
+    if geteuid().is_root() {
+        let state = tempfile::tempdir().expect("a folder");
+        ca(state.path());
+        std::os::unix::fs::chown(key_of(state.path()), Some(8), None).expect("root may");
+        let error = EmbeddedCa::open(state.path(), "td", DAY).expect_err("another's");
+        let told = "ca/key.pem: belongs to user 8 (chown root)";
+        assert!(error.to_string().contains(told), "{error}");
+    }
+}
+
+#[test]
+fn what_an_interrupted_start_left_goes_with_the_next_one_and_nothing_else_does() {
+    let state = tempfile::tempdir().expect("a folder");
+    let made = |name: &str, seconds: u64| {
+        let folder = state.path().join(name);
+        fs::create_dir(&folder).expect("a folder");
+        fs::write(folder.join("key.pem"), "").expect("a file");
+        let at = std::time::SystemTime::now() - Duration::from_secs(seconds);
+        let folder = File::open(&folder).expect("a folder");
+        folder.set_modified(at).expect("a time");
+    };
+    made(".ca-0123456789abcdef", 3600);
+    made(".ca-fedcba9876543210", 1); // Another node starts just now.
+    made(".ca-backup", 3600);
+    let theirs = state.path().join(".ca-1111111111111111");
+    made(".ca-1111111111111111", 3600);
+    fs::write(theirs.join("precious"), "").expect("a file");
+    let old = std::time::SystemTime::now() - Duration::from_secs(3600);
+    let folder = File::open(&theirs).expect("a folder");
+    folder.set_modified(old).expect("a time");
+    for _ in 0..2 {
+        ca(state.path());
+        let there = |name: &str| state.path().join(name).exists();
+        assert!(!there(".ca-0123456789abcdef"));
+        assert!(there(".ca-fedcba9876543210/key.pem") && there(".ca-backup/key.pem"));
+        assert!(there(".ca-1111111111111111/precious"));
+    }
 }
