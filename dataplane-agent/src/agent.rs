@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -266,15 +267,22 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         }
         // Capture rests: no pod is enrolled or let go any more, and none is left half in.
         rest.cancel();
-        loop {
-            tokio::select! {
-                Some(event) = pod_events.recv() => apply(event),
-                end = &mut capture => {
-                    end?;
-                    break;
-                }
-                _ = &mut at_rest => break,
-            }
+        let again = signals.next();
+        let rests = until_it_rests(
+            capture.as_mut(),
+            &mut at_rest,
+            &mut pod_events,
+            &mut apply,
+            again,
+        );
+        if let Some(name) = rests.await? {
+            tracing::warn!(
+                signal = name,
+                pods = unfinished(&view.borrow()),
+                "ending at once, while pods are enrolled or let go: what is half done the next agent \
+                 finishes, or `dataplane uninstall` takes back"
+            );
+            return Ok(());
         }
         // What it has handed on before: the listeners of a pod that has just come are in there.
         while let Ok(event) = pod_events.try_recv() {
@@ -298,6 +306,35 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let _ = fs::remove_file(socket);
     tracing::info!("ended");
     ended
+}
+
+/// Hands on what capture says until it rests, or until the agent is told `again` to end: by what.
+async fn until_it_rests(
+    mut capture: Pin<&mut impl Future<Output = Result<(), CaptureError>>>,
+    at_rest: &mut oneshot::Receiver<()>,
+    events: &mut mpsc::Receiver<PodEvent>,
+    mut apply: impl FnMut(PodEvent),
+    again: impl Future<Output = &'static str>,
+) -> Result<Option<&'static str>, CaptureError> {
+    tokio::pin!(again);
+    loop {
+        tokio::select! {
+            Some(event) = events.recv() => apply(event),
+            end = &mut capture => return end.map(|()| None),
+            _ = &mut *at_rest => return Ok(None),
+            name = &mut again => return Ok(Some(name)),
+        }
+    }
+}
+
+/// The pods that were being enrolled or let go when they were told of last.
+fn unfinished(view: &View) -> String {
+    let busy = view
+        .pods
+        .iter()
+        .filter(|pod| pod.here && pod.state != State::Up);
+    let names = busy.map(|pod| format!("{}/{}", pod.namespace, pod.name));
+    names.collect::<Vec<_>>().join(", ")
 }
 
 /// Holds the certificate of a pod for as long as it is served.
@@ -523,5 +560,35 @@ impl Signals {
             _ = self.interrupt.recv() => "SIGINT",
             _ = self.hangup.recv() => "SIGHUP",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_is_told_twice_to_end_does_not_wait_until_capture_rests() {
+        let (events, mut inbox) = mpsc::channel(1);
+        let (rests, mut at_rest) = oneshot::channel();
+        let mut capture = Box::pin(std::future::pending());
+        let instance = Instance::next();
+        let mut heard = Vec::new();
+        let (told, _) = oneshot::channel();
+        let event = PodEvent::Down(instance, told);
+        events.send(event).await.expect("there is room");
+        let again = async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            "SIGTERM"
+        };
+        let apply = |event| heard.push(event);
+        let end = until_it_rests(capture.as_mut(), &mut at_rest, &mut inbox, apply, again);
+        let end = tokio::time::timeout(Duration::from_secs(5), end).await;
+        let end = end.expect("it does not wait").expect("no room has failed");
+        assert_eq!((end, heard.len()), (Some("SIGTERM"), 1));
+        rests.send(()).expect("somebody waits");
+        let never = std::future::pending();
+        let end = until_it_rests(capture.as_mut(), &mut at_rest, &mut inbox, drop, never);
+        assert_eq!(end.await.expect("no room has failed"), None);
     }
 }
