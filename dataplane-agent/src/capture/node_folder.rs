@@ -20,6 +20,8 @@ use crate::sys::made::Made;
 const MARK: &str = "node.json";
 const NEW_MARK: &str = "node.new";
 const LOCK: &str = "lock";
+/// What is in the lock's file while a node is uninstalled.
+const UNINSTALL: &[u8] = b"uninstall\n";
 const SOCKET: &str = "admin.sock";
 const PODS: &str = "pods";
 
@@ -82,7 +84,7 @@ pub struct NodeFolder {
     found: Option<Mark>,
     /// Before the lock: it is gone before another one can have it.
     made: Made,
-    _lock: File,
+    lock: File,
 }
 
 impl NodeFolder {
@@ -205,6 +207,11 @@ impl NodeFolder {
         Ok(left)
     }
 
+    /// Says that who has it takes away what an agent has left. Nothing goes by that but what people are told.
+    pub fn is_uninstalled(&mut self) {
+        let _ = self.lock.write_all(UNINSTALL);
+    }
+
     fn lock(path: PathBuf, mut made: Made) -> Result<Self, CaptureError> {
         let file = path.join(LOCK);
         // For root alone: who can open it can lock it, and so keep an agent from starting.
@@ -212,19 +219,40 @@ impl NodeFolder {
         options.create(true).write(true).truncate(false).mode(0o600);
         let locked = pins::lock(&file, || options.open(&file));
         // It is used by whoever has it, whoever made it.
-        let _lock = locked.inspect_err(|_| made.keep())?;
+        let lock = locked.inspect_err(|_| made.keep())?;
+        // Of one that was uninstalled in part.
+        if says(&file) == UNINSTALL {
+            lock.set_len(0).map_err(CaptureError::file(&file))?;
+        }
         Ok(Self {
             path,
             found: None,
             made,
-            _lock,
+            lock,
         })
     }
 }
 
-/// Whether an agent runs, or is uninstalled, that has this folder.
-pub fn is_held(folder: &Path) -> bool {
-    pins::is_locked(&folder.join(LOCK))
+/// Who has a node's folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// Its agent, which runs.
+    Agent,
+    /// Somebody who takes away what its agent has left.
+    Uninstall,
+}
+
+/// Who has this folder, if somebody does.
+pub fn holder(folder: &Path) -> Option<Holder> {
+    let lock = folder.join(LOCK);
+    pins::is_locked(&lock).then(|| match says(&lock).as_slice() {
+        UNINSTALL => Holder::Uninstall,
+        _ => Holder::Agent,
+    })
+}
+
+fn says(lock: &Path) -> Vec<u8> {
+    fs::read(lock).unwrap_or_default()
 }
 
 /// How many pods of a node an agent has left captured, as far as its folder says.
@@ -317,7 +345,7 @@ mod tests {
         let run = top.path().join("run");
         let folder = NodeFolder::claim(&run, &mark("one")).expect("free");
         folder.records().expect("a folder");
-        assert!(is_held(folder.path()));
+        assert_eq!(holder(folder.path()), Some(Holder::Agent));
         drop(folder);
         assert!(!run.exists());
         drop(begun(&run, &mark("one")).expect("free"));

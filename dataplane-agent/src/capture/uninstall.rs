@@ -44,7 +44,7 @@ impl Ended {
         state: &Path,
         node: &NodeName,
     ) -> Result<Self, CaptureError> {
-        let (folder, mark) = NodeFolder::open(run_dir, node)?;
+        let (mut folder, mark) = NodeFolder::open(run_dir, node)?;
         let mut others = Vec::new();
         for (setting, given, there) in [
             ("--bpffs", bpffs, &mark.bpffs),
@@ -67,6 +67,7 @@ impl Ended {
         if mark.cgroup.exists() {
             attached::refuse_on_cgroup(&mark.cgroup, &pins, &BTreeSet::new())?;
         }
+        folder.is_uninstalled();
         Ok(Self {
             folder,
             pins,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::StatusOptions;
-use crate::capture::node_folder;
+use crate::capture::node_folder::{self, Holder};
 use crate::observe::status::{PodStatus, StatusReport};
 
 /// A daemon that does not answer within this hangs.
@@ -16,8 +16,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// No daemon runs for the node.
 #[derive(Debug, thiserror::Error)]
-#[error("no dataplane agent runs for {0} (start one with `dataplane run`)")]
-pub struct NotRunning(String);
+pub enum NotRunning {
+    /// Nobody has its folder.
+    #[error("no dataplane agent runs for {0} (start one with `dataplane run`)")]
+    Nobody(String),
+    /// Somebody takes away what one has left.
+    #[error("no dataplane agent runs for node {0}: it is being uninstalled")]
+    Uninstalled(String),
+}
 
 /// One runs, and is not to be reached.
 #[derive(Debug, thiserror::Error)]
@@ -55,13 +61,13 @@ fn only_socket(run: &Path) -> Result<PathBuf> {
     let nodes: Vec<String> = entries
         .filter(|entry| {
             let answers = UnixStream::connect(entry.path().join("admin.sock")).is_ok();
-            answers || node_folder::is_held(&entry.path())
+            answers || node_folder::holder(&entry.path()).is_some()
         })
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .collect();
     match nodes.as_slice() {
         [node] => Ok(run.join(node).join("admin.sock")),
-        [] => Err(NotRunning(format!("any node (nothing in {})", run.display())).into()),
+        [] => Err(NotRunning::Nobody(format!("any node (nothing in {})", run.display())).into()),
         nodes => bail!(
             "more than one daemon runs here: say which with --node ({})",
             nodes.join(", ")
@@ -104,13 +110,16 @@ pub fn get(socket: &Path, path: &str) -> Result<String> {
 /// Nobody listens: is it that nobody runs?
 fn not_reached(socket: &Path) -> anyhow::Error {
     let shown = socket.display().to_string();
-    match socket.parent() {
-        Some(folder) if node_folder::is_held(folder) => Unreachable {
-            node: folder.file_name().unwrap_or_default().display().to_string(),
+    let folder = socket.parent().unwrap_or(socket);
+    let node = folder.file_name().unwrap_or_default().display().to_string();
+    match node_folder::holder(folder) {
+        Some(Holder::Agent) => Unreachable {
+            node,
             socket: shown,
         }
         .into(),
-        _ => NotRunning(format!("this node ({shown})")).into(),
+        Some(Holder::Uninstall) => NotRunning::Uninstalled(node).into(),
+        None => NotRunning::Nobody(format!("this node ({shown})")).into(),
     }
 }
 
@@ -170,6 +179,8 @@ fn outside(pod: &PodStatus) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::capture::node_folder::{Mark, NodeFolder};
+    use crate::capture::uninstall::Ended;
 
     #[test]
     fn a_process_that_connects_in_clear_is_told_with_that() {
@@ -215,6 +226,39 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("problem: a.yaml:3: spec: wrong"), "{text}");
+    }
+
+    #[test]
+    fn a_node_that_is_uninstalled_has_no_daemon() {
+        let run = tempfile::tempdir().expect("a folder");
+        let mark = Mark {
+            node: "one".parse().expect("a name"),
+            bpffs: run.path().join("bpf"),
+            cgroup: "/cgroup".into(),
+            state: "/state".into(),
+            cluster_id: "Kubernetes".into(),
+            root: None,
+        };
+        let mut agent = NodeFolder::claim(run.path(), &mark).expect("free");
+        agent.mark(&mark).expect("a mark");
+        let said = || {
+            let socket = only_socket(run.path()).expect("somebody has it");
+            get(&socket, "/status")
+                .expect_err("nobody answers")
+                .to_string()
+        };
+        assert!(said().contains("agent of node one runs"), "{}", said());
+        drop(agent);
+        let ended = Ended::find(run.path(), &mark.bpffs, &mark.state, &mark.node);
+        let ended = ended.expect("it has ended");
+        assert!(
+            said().contains("node one: it is being uninstalled"),
+            "{}",
+            said()
+        );
+        drop(ended);
+        let _agent = NodeFolder::claim(run.path(), &mark).expect("free");
+        assert!(said().contains("agent of node one runs"), "{}", said());
     }
 
     #[test]
