@@ -78,7 +78,8 @@ fn uninstall(options: &UninstallOptions) -> ExitCode {
     match done {
         Ok(None) => print(
             &format!(
-                "nothing of node {node} is known in {}, and none of it is in {} or {}\n",
+                "nothing of node {node} is known in {}, and none of it is in {} or {}; no program or rule of \
+                 an agent is on this machine\n",
                 options.places.run_dir.display(),
                 options.places.bpffs.display(),
                 options.state.display(),

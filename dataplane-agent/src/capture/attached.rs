@@ -78,6 +78,33 @@ pub async fn refuse_in_pod(netns: &Netns, cookie: u64, pins: &Pins) -> Result<()
     }
 }
 
+/// How many links of any agent's programs there are on this machine.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn anywhere(pins: &Pins) -> Result<usize, CaptureError> {
+    let deadline = Instant::now() + DETACHED;
+    loop {
+        let ours: BTreeSet<u32> = loaded_programs()
+            .filter_map(Result::ok)
+            .filter(|program| is_of_a_node(program) || is_of_a_pod(program))
+            .map(|program| program.id())
+            .collect();
+        let mut links = 0;
+        for link in loaded_links() {
+            match link {
+                Ok(link) => links += usize::from(ours.contains(&link.program_id())),
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(untold(pins)(error)),
+            }
+        }
+        if links == 0 || Instant::now() >= deadline {
+            return Ok(links);
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
 /// The ids of a node's programs, attached or not, of this agent and of those before it: they use the
 /// maps that are pinned here.
 ///

@@ -115,6 +115,24 @@ pub enum CaptureError {
         /// Those that are known.
         known: Vec<NodeName>,
     },
+    /// Nothing is known of a node, and there are things of an agent elsewhere on the machine.
+    #[error(
+        "nothing of node {node} is known in {run_dir}, nor pinned in {pins}; but {links} links of a dataplane \
+         agent's programs are on this machine, and {namespaces} network namespaces have its rules: say the \
+         --node, --run-dir and --bpffs that it was started with; nothing is changed"
+    )]
+    Elsewhere {
+        /// Which.
+        node: NodeName,
+        /// Where it would be.
+        run_dir: PathBuf,
+        /// Where its programs would be pinned.
+        pins: PathBuf,
+        /// How many links of an agent's programs there are.
+        links: usize,
+        /// In how many network namespaces its rules are.
+        namespaces: usize,
+    },
     /// A file or folder of the agent's own.
     #[error("{path}: {error}")]
     File {
@@ -153,6 +171,7 @@ impl CaptureError {
             Self::NotOurs { .. } => "not_ours",
             Self::OtherPlace(_) => "other_place",
             Self::UnknownNode { .. } => "unknown_node",
+            Self::Elsewhere { .. } => "elsewhere",
             Self::File { .. } => "file",
             Self::Namespace { .. } => "namespace",
             Self::NoAddress(_) => "no_address",

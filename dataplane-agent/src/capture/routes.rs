@@ -19,6 +19,7 @@ use super::CaptureError;
 use super::dump::dump;
 use super::routing::{CAPTURE, LO, LOCAL, PREFERENCE, RETURN, Route, Routing, Rule, RuleKind};
 use crate::sys::netns::{Interfaces, Netns};
+use crate::sys::processes;
 
 /// Settings that make what answers without a socket carry the mark of what it answers, and so stay
 /// inside. Below `/proc/sys`.
@@ -154,6 +155,29 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
         .await?;
     }
     Ok(())
+}
+
+/// In how many network namespaces of this machine there are rules of ours.
+///
+/// # Errors
+/// The machine's namespaces, or what is in one, cannot be looked at.
+pub fn namespaces_with_rules() -> Result<usize, CaptureError> {
+    let look = || {
+        let mut count = 0;
+        for found in processes::namespaces()?.namespaces.values() {
+            // One that has gone meanwhile has none; any user's own may have any.
+            let Ok(netns) = Netns::open(&found.path) else {
+                continue;
+            };
+            if netns.is_the_hosts()? {
+                let none =
+                    rules(&netns, true)?.ours.is_empty() && rules(&netns, false)?.ours.is_empty();
+                count += usize::from(!none);
+            }
+        }
+        Ok(count)
+    };
+    look().map_err(namespace("look for rules"))
 }
 
 /// What there is of ours, of the families that are wanted; and why our rules are not, or will not be,

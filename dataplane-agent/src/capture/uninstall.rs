@@ -10,9 +10,9 @@ use aya::programs::links::LinkType;
 
 use super::node_folder::{self, NodeFolder};
 use super::pins::Pins;
-use super::{CaptureError, attached, enrol, named};
+use super::{CaptureError, attached, enrol, named, routes};
 use crate::config::NodeName;
-use crate::sys::{cgroup, hooks};
+use crate::sys::hooks;
 
 /// A node whose agent has ended, and that nobody else can start or uninstall meanwhile.
 #[derive(Debug)]
@@ -137,25 +137,45 @@ impl Ended {
     }
 }
 
-/// Refuses unless nothing of a node of which nothing is known is there: no folder, no pins, and no other
-/// node that may be meant.
+/// Refuses unless nothing of a node of which nothing is known is in its places: no folder, no pins, and no
+/// other node that may be meant.
 ///
 /// # Errors
-/// Something is there; programs of an agent are attached to the cgroup at the top.
+/// Something is there.
 pub fn refuse_unless_clean(
     unknown: CaptureError,
     run_dir: &Path,
     bpffs: &Path,
     node: &NodeName,
 ) -> Result<(), CaptureError> {
-    let pins = Pins::new(&canonical(bpffs), node);
     let folder = run_dir.join(node.as_str());
+    let pins = Pins::new(&canonical(bpffs), node);
     let is_there = std::fs::symlink_metadata(&folder).is_ok() || pins.are_there();
     if is_there || !node_folder::known(run_dir).is_empty() {
         return Err(unknown);
     }
-    let top = cgroup::root().map_err(CaptureError::file(run_dir))?;
-    attached::refuse_on_cgroup(&top, &pins, &BTreeSet::new())
+    Ok(())
+}
+
+/// Refuses where an agent's programs or rules are anywhere on this machine: it may have been given other
+/// places than those in which nothing is known.
+///
+/// # Errors
+/// There are some; the machine cannot be looked at.
+pub fn refuse_elsewhere(run_dir: &Path, bpffs: &Path, node: &NodeName) -> Result<(), CaptureError> {
+    let pins = Pins::new(&canonical(bpffs), node);
+    let links = attached::anywhere(&pins)?;
+    let namespaces = routes::namespaces_with_rules()?;
+    if links == 0 && namespaces == 0 {
+        return Ok(());
+    }
+    Err(CaptureError::Elsewhere {
+        node: node.clone(),
+        run_dir: run_dir.to_owned(),
+        pins: pins.folder().to_owned(),
+        links,
+        namespaces,
+    })
 }
 
 /// A path as it is written in a mark, whether it is still there or not.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::UninstallOptions;
 use crate::agent::{self, AgentError};
 use crate::capture::CaptureError;
-use crate::capture::uninstall::{Done, Ended, refuse_unless_clean};
+use crate::capture::uninstall::{Done, Ended, refuse_elsewhere, refuse_unless_clean};
 use crate::control::enrolled::Records;
 use crate::control::state::SharedState;
 
@@ -26,6 +26,7 @@ pub async fn run(options: &UninstallOptions) -> Result<Option<Done>, AgentError>
         Err(unknown @ CaptureError::UnknownNode { .. }) => {
             refuse_unless_clean(unknown, run_dir, bpffs, node)?;
             refuse_records(options)?;
+            refuse_elsewhere(run_dir, bpffs, node)?;
             return Ok(None);
         }
         ended => ended?,
