@@ -54,21 +54,25 @@ pub(super) fn changes(before: &Objects, after: &Objects) -> Vec<PolicyChange> {
         "AuthorizationPolicy",
         &before.authorization_policies,
         &after.authorization_policies,
+        |was, is| was.body == is.body,
         &mut changes,
     );
     compare(
         "PeerAuthentication",
         &before.peer_authentications,
         &after.peer_authentications,
+        // Of two for the same pods the oldest holds.
+        |was, is| (&was.body, was.meta.created) == (&is.body, is.meta.created),
         &mut changes,
     );
     changes
 }
 
-fn compare<T: PartialEq>(
+fn compare<T>(
     kind: &'static str,
     before: &BTreeMap<Key, Resource<T>>,
     after: &BTreeMap<Key, Resource<T>>,
+    is_same: impl Fn(&Resource<T>, &Resource<T>) -> bool,
     changes: &mut Vec<PolicyChange>,
 ) {
     let change = |key: &Key, what| PolicyChange {
@@ -81,7 +85,7 @@ fn compare<T: PartialEq>(
     for (key, now) in after {
         match before.get(key) {
             None => changes.push(change(key, What::Added)),
-            Some(was) if was.body != now.body => changes.push(change(key, What::Changed)),
+            Some(was) if !is_same(was, now) => changes.push(change(key, What::Changed)),
             Some(_) => {}
         }
     }

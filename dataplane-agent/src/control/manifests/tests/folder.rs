@@ -559,6 +559,19 @@ fn policies_that_come_change_and_go_are_told() {
         told(&|| put(&dir, "p.yaml", strict)),
         ["PeerAuthentication a/p added"]
     );
+    // Of two the oldest holds.
+    let older = strict.replace(
+        "namespace: a",
+        "namespace: a, creationTimestamp: 2020-01-01T00:00:00Z",
+    );
+    assert_eq!(
+        told(&|| put(&dir, "p.yaml", &older)),
+        ["PeerAuthentication a/p changed"]
+    );
+    assert_eq!(
+        told(&|| put(&dir, "p.yaml", &format!("# touched\n{older}"))),
+        [""; 0]
+    );
     let moved = POLICY.replace("name: gate", "name: gate\n  namespace: a");
     assert_eq!(
         told(&|| put(&dir, "gate.yaml", &moved)),
