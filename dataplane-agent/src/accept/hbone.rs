@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use h2::server;
+use h2::{Reason, server};
 use http::{Method, header, request};
 use rustls::server::Acceptor;
 use tokio::net::TcpStream;
@@ -28,6 +28,9 @@ use crate::observe::{Failure, Flag};
 
 #[cfg(test)]
 mod tests;
+
+/// How long a peer that was told to open no more may not know it yet.
+const HEED: Duration = Duration::from_secs(2);
 
 /// Why a tunnel, or a request in it, is refused.
 #[derive(Debug, thiserror::Error)]
@@ -184,7 +187,8 @@ async fn authenticate(
 impl Tunnel {
     /// Hands each request to `take` until the peer leaves. When `closing` completes, when a
     /// certificate of either end has ended, or when the tunnel is `unused` for so long, the peer is told to
-    /// open no more (GOAWAY), what runs goes on, and the tunnel is closed when it carries nothing.
+    /// open no more (GOAWAY), what runs goes on, and the tunnel is closed when it carries nothing. What a
+    /// peer opens that should know by then is refused.
     pub async fn serve(
         mut self,
         closing: impl Future<Output = ()>,
@@ -195,40 +199,41 @@ impl Tunnel {
         let lost = keepalive::lost(self.connection.ping_pong(), &health);
         let (look, mut used) = (sleep(unused), false);
         let ended = certs::ended(self.until);
-        tokio::pin!(lost, closing, look, ended);
+        let heed = sleep(HEED);
+        tokio::pin!(lost, closing, look, ended, heed);
         let shared = Shared::new(&self.share);
         let mut windows = Windows::new(&shared.undelivered);
-        let mut told = false;
+        let (mut told, mut heeds) = (false, false);
         loop {
-            tokio::select! {
+            let request = tokio::select! {
                 biased;
-                () = &mut closing, if !told => {
-                    told = true;
-                    self.connection.graceful_shutdown();
-                }
+                () = &mut closing, if !told => None,
                 () = &mut ended, if !told => {
-                    told = true;
                     tracing::debug!(peer = %self.identity, "the tunnel's certificates have ended");
-                    self.connection.graceful_shutdown();
+                    None
                 }
                 () = &mut look, if !told => {
                     if std::mem::take(&mut used) || self.connection.has_streams() {
                         look.as_mut().reset(Instant::now() + unused);
-                    } else {
-                        told = true;
-                        tracing::debug!(peer = %self.identity, "tunnel is not used");
-                        self.connection.graceful_shutdown();
+                        continue;
                     }
+                    tracing::debug!(peer = %self.identity, "tunnel is not used");
+                    None
+                }
+                // The engine goes by the peer's answer to a PING, which may never come.
+                () = &mut heed, if told => {
+                    if !self.connection.has_streams() {
+                        return;
+                    }
+                    heeds = true;
+                    heed.as_mut().reset(Instant::now() + HEED);
+                    continue;
                 }
                 request = poll_fn(|context| {
                     windows.keep(&mut self.connection, context);
                     self.connection.poll_accept(context)
                 }) => match request {
-                    Some(Ok((request, respond))) => {
-                        used = true;
-                        let (parts, body) = request.into_parts();
-                        take((parts, Waiting::new(respond, body, &shared)));
-                    }
+                    Some(Ok(request)) => Some(request),
                     Some(Err(error)) => {
                         tracing::debug!(%error, peer = %self.identity, "tunnel ended");
                         return;
@@ -238,6 +243,20 @@ impl Tunnel {
                 () = &mut lost => {
                     tracing::debug!(peer = %self.identity, "HBONE ping timeout/error");
                     return;
+                }
+            };
+            match request {
+                None => {
+                    told = true;
+                    self.connection.graceful_shutdown();
+                    heed.as_mut().reset(Instant::now() + HEED);
+                }
+                // A good peer may open it elsewhere.
+                Some((_, mut respond)) if heeds => respond.send_reset(Reason::REFUSED_STREAM),
+                Some((request, respond)) => {
+                    used = true;
+                    let (parts, body) = request.into_parts();
+                    take((parts, Waiting::new(respond, body, &shared)));
                 }
             }
         }

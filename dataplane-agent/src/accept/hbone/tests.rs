@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use h2::client::SendRequest;
 use rustls_pki_types::{IpAddr as Name, Ipv4Addr, ServerName};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::TcpListener;
 use tokio::task::LocalSet;
 
@@ -48,6 +49,22 @@ fn a_tunnel_takes_nothing_new_when_our_own_certificate_has_ended() {
     }));
 }
 
+#[test]
+fn a_peer_that_does_not_heed_the_end_opens_nothing_once_a_good_one_would_have() {
+    let ca = Ca::new().for_seconds_of(who("server"), 3);
+    run(tunnel_by(ca, Duration::from_secs(60), deaf, async |send| {
+        let running = open(send).await.expect("a stream");
+        sleep(Duration::from_secs(3)).await;
+        let late = open(send).await.expect("it may not know yet");
+        sleep(HEED).await;
+        let error = open(send).await.expect_err("it was told");
+        assert_eq!(error.reason(), Some(h2::Reason::REFUSED_STREAM), "{error}");
+        for stream in [running, late] {
+            end(stream).await.expect("what runs goes on");
+        }
+    }));
+}
+
 fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -72,10 +89,47 @@ async fn end((mut stream, mut body): Both) -> Result<(), h2::Error> {
     Ok(())
 }
 
+/// What a client that reads nothing of GOAWAY and PING has of its tunnel.
+fn deaf(tls: Tls, tasks: &Scope) -> DuplexStream {
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let ((mut from, mut to), (mut far_from, mut far_to)) =
+        (tokio::io::split(tls), tokio::io::split(far));
+    tasks.spawn(async move {
+        _ = tokio::io::copy(&mut far_from, &mut to).await;
+        _ = to.shutdown().await;
+    });
+    tasks.spawn(async move {
+        let mut head = [0; 9];
+        while from.read_exact(&mut head).await.is_ok() {
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            let mut payload = vec![0; length as usize];
+            from.read_exact(&mut payload).await.expect("a frame");
+            if ![6, 7].contains(&head[3]) {
+                far_to.write_all(&head).await.expect("it reads");
+                far_to.write_all(&payload).await.expect("it reads");
+            }
+        }
+        _ = far_to.shutdown().await;
+    });
+    near
+}
+
+type Tls = tokio_rustls::client::TlsStream<TcpStream>;
+
 /// How long a tunnel lasts that a peer with a certificate of this CA has used.
 async fn tunnel(
     ca: Ca,
     unused: Duration,
+    use_it: impl AsyncFnOnce(&mut SendRequest<Bytes>),
+) -> Duration {
+    tunnel_by(ca, unused, |tls, _| tls, use_it).await
+}
+
+/// As [`tunnel`], of a peer that speaks HTTP/2 over what this makes of TLS.
+async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
+    ca: Ca,
+    unused: Duration,
+    over: impl FnOnce(Tls, &Scope) -> T,
     use_it: impl AsyncFnOnce(&mut SendRequest<Bytes>),
 ) -> Duration {
     let (certs, tasks) = (Certs::new(Arc::new(ca)), Scope::new(None));
@@ -114,7 +168,7 @@ async fn tunnel(
             .connect(nobody, tcp)
             .await;
         let h2 = hbone::client()
-            .handshake::<_, Bytes>(tls.expect("TLS"))
+            .handshake::<_, Bytes>(over(tls.expect("TLS"), &tasks))
             .await;
         let (mut send, connection) = h2.expect("HTTP/2");
         let use_it = async {
