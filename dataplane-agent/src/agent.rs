@@ -154,7 +154,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         return Err(AgentError::Machine(lacks.join("\n")));
     }
 
-    let known = folder.known_root(&mark);
+    let known = folder.known_root();
     let (state, ca) = SharedState::open(
         &options.state,
         known.as_deref(),

@@ -117,6 +117,26 @@ fn another_root_is_told_and_a_start_with_it_is_refused() {
 }
 
 #[test]
+fn c1_a_state_behind_a_link_is_the_same_while_it_is_away() {
+    let world = World::new();
+    let node = world.node("one");
+    let _pod = node.pod(&world, "pod");
+    let (link, disk) = (world.folder().join("data"), world.folder().join("disk"));
+    fs::create_dir(&disk).expect("a folder");
+    std::os::unix::fs::symlink(&disk, &link).expect("a link");
+    let mut setup = world.setup(&node);
+    setup.state = link.join("mesh/state");
+    let mut agent = Agent::start(setup);
+    agent.up(&["pod"]);
+    agent.kill();
+    let away = Mounted::empty_over(&disk);
+    let said = refused(&mut agent);
+    assert!(said.contains("ca/root.pem is missing, as if"), "{said}");
+    assert!(tree(away.path()).is_empty(), "nothing is made in its place");
+    drop(away);
+}
+
+#[test]
 fn uninstall_while_the_state_is_away_says_what_it_left_there_and_can_be_tried_again() {
     let mut one = One::new();
     one.agent.kill();

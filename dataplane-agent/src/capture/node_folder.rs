@@ -75,6 +75,21 @@ impl Mark {
         );
         (!differ.is_empty()).then_some(told)
     }
+
+    /// Refuses another state than the node has: as one that is not mounted would be found, it gets a CA
+    /// of its own, whose root nobody trusts.
+    fn refuse_other_state(&self, found: &Self) -> Result<(), CaptureError> {
+        match found.root.is_some() && found.state != self.state {
+            false => Ok(()),
+            true => Err(CaptureError::OtherPlace(format!(
+                "node {} shares --state {}, not {}: say so if that is what it leads to, or, if another \
+                 one is meant, uninstall the node first",
+                self.node,
+                found.state.display(),
+                self.state.display(),
+            ))),
+        }
+    }
 }
 
 /// The folder, held by this process alone.
@@ -114,19 +129,20 @@ impl NodeFolder {
         if folder.found.is_none() {
             folder.made.also(&folder.path.join(LOCK));
         }
-        if let Some(found) = &folder.found
-            && let Some(why) = mark.differs_from(found)
-            && !folder.records()?.each()?.is_empty()
-        {
-            return Err(CaptureError::OtherPlace(why));
+        if let Some(found) = &folder.found {
+            if let Some(why) = mark.differs_from(found)
+                && !folder.records()?.each()?.is_empty()
+            {
+                return Err(CaptureError::OtherPlace(why));
+            }
+            mark.refuse_other_state(found)?;
         }
         Ok(folder)
     }
 
-    /// The fingerprint of the root that an agent of the node had of the state of `mark`, if one is known.
-    pub fn known_root(&self, mark: &Mark) -> Option<String> {
-        let found = self.found.as_ref()?;
-        found.root.clone().filter(|_| found.state == mark.state)
+    /// The fingerprint of the root that an agent of the node had of its state, if one is known.
+    pub fn known_root(&self) -> Option<String> {
+        self.found.as_ref()?.root.clone()
     }
 
     /// Marks it: from now on it stays until it is removed.
@@ -406,6 +422,29 @@ mod tests {
             Vec::<PathBuf>::new()
         );
         assert!(!path.exists() && run.path().exists());
+    }
+
+    #[test]
+    fn another_state_than_a_nodes_own_is_refused_also_where_no_pod_is_captured() {
+        let run = tempfile::tempdir().expect("a folder");
+        let had = Mark {
+            root: Some("abc".into()),
+            ..mark("one")
+        };
+        drop(begun(run.path(), &had).expect("free"));
+        let moved = Mark {
+            state: "/other".into(),
+            ..mark("one")
+        };
+        let error = NodeFolder::claim(run.path(), &moved).expect_err("another state");
+        assert!(matches!(error, CaptureError::OtherPlace(_)), "{error}");
+        let told = error.to_string();
+        assert!(
+            told.contains("--state /state") && told.contains("uninstall"),
+            "{told}"
+        );
+        let folder = NodeFolder::claim(run.path(), &mark("one")).expect("its own");
+        assert_eq!(folder.known_root().as_deref(), Some("abc"));
     }
 
     #[test]

@@ -178,9 +178,34 @@ pub fn refuse_elsewhere(run_dir: &Path, bpffs: &Path, node: &NodeName) -> Result
     })
 }
 
-/// A path as it is written in a mark, whether it is still there or not.
+/// A path as it is written in a mark, whether it is still there or not: links on the way to what is not
+/// mounted lead where they did.
 pub fn canonical(path: &Path) -> PathBuf {
-    std::fs::canonicalize(path)
-        .or_else(|_| absolute(path))
-        .unwrap_or_else(|_| path.to_owned())
+    let path = absolute(path).unwrap_or_else(|_| path.to_owned());
+    let there = path.ancestors().find_map(|above| {
+        let rest = path.strip_prefix(above).ok()?;
+        Some((std::fs::canonicalize(above).ok()?, rest))
+    });
+    match there {
+        None => path,
+        Some((there, rest)) => there.components().chain(rest.components()).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_behind_a_link_is_at_the_same_path_while_it_is_away() {
+        let top = tempfile::tempdir().expect("a folder");
+        let (link, disk) = (top.path().join("data"), top.path().join("disk"));
+        std::fs::create_dir_all(disk.join("mesh/state")).expect("a folder");
+        std::os::unix::fs::symlink(&disk, &link).expect("a link");
+        let there = canonical(&link.join("mesh/state"));
+        assert_eq!(there, canonical(&disk.join("mesh/state")));
+        std::fs::remove_dir_all(disk.join("mesh")).expect("a folder");
+        assert_eq!(canonical(&link.join("mesh/state")), there);
+        assert_eq!(canonical(&link.join(".").join("mesh//state/")), there);
+    }
 }
