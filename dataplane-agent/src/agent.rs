@@ -35,7 +35,7 @@ use crate::observe::{Metrics, Observer, dump, kernel, metrics};
 use crate::resolve::MeshReader;
 use crate::resolve::mesh;
 use crate::sys::netns::Netns;
-use crate::sys::{bpffs, caps, cgroup, limits, memory, processes};
+use crate::sys::{bpffs, caps, cgroup, limits, machine_id, memory, processes};
 use crate::workers::{Shared, Threads};
 
 /// How often it is looked whether memory can be given back.
@@ -418,7 +418,7 @@ fn source(
         Configured::Local(translation) => return Ok(Source::Local(translation)),
         Configured::Manifests { folder, watch } => (folder, watch),
     };
-    let records = enrolled::Records::new(state, options.node.as_str());
+    let records = enrolled::Records::new(state, options.node.as_str(), &machine_id::facts());
     let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
     let recording = Recording::new(records).context("--state")?;
     Ok(Source::Manifests {

@@ -185,6 +185,35 @@ fn uninstall_of_a_node_of_which_the_state_alone_has_records_names_them() {
 }
 
 #[test]
+fn c1_records_of_a_node_of_the_same_name_on_another_machine_stay() {
+    let mut one = One::new();
+    let [own, others] = ["server", "elsewhere"]
+        .map(|name| one.world.state.join(format!("enrolled/demo.{name}.json")));
+    let text = fs::read_to_string(&own).expect("a record");
+    let mut record: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    (record["name"], record["machine"]) = ("elsewhere".into(), "another".into());
+    fs::write(&others, record.to_string()).expect("a file");
+    eventually("that is told", 10, || {
+        one.problems()
+            .contains("demo.elsewhere.json: a node of this name wrote it on another machine")
+    });
+    one.agent.kill();
+    one.agent.restart();
+    one.agent.up(&["server"]);
+    one.agent.kill();
+    let (status, said, error) = one.agent.uninstall();
+    assert!(
+        status.success() && said.contains("nothing is left"),
+        "{said}{error}"
+    );
+    assert!(error.contains("1 records in "), "{error}");
+    assert!(others.exists() && !own.exists());
+    let (status, _, error) = one.agent.uninstall();
+    assert_eq!(status.code(), Some(1), "{error}");
+    fs::remove_file(&others).expect("it stayed");
+}
+
+#[test]
 fn a_first_start_with_a_full_state_fails_and_leaves_nothing_half_made() {
     let world = World::new();
     let node = world.node("one");

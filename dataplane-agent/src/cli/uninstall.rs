@@ -6,8 +6,11 @@ use super::UninstallOptions;
 use crate::agent::{self, AgentError};
 use crate::capture::CaptureError;
 use crate::capture::uninstall::{Done, Ended, refuse_elsewhere, refuse_unless_clean};
+use crate::config::NodeName;
 use crate::control::enrolled::Records;
 use crate::control::state::SharedState;
+use crate::observe::log;
+use crate::sys::machine_id;
 
 /// Between the removal of the pods' records and the end of their capture: other nodes stop dialling
 /// them by HBONE.
@@ -58,13 +61,14 @@ fn refuse_records(options: &UninstallOptions) -> Result<(), AgentError> {
     let Some(state) = SharedState::found(&options.state).map_err(anyhow::Error::from)? else {
         return Ok(());
     };
-    let records = Records::new(state, node.as_str());
-    let own = records.read().map_err(anyhow::Error::from)?.own.len();
-    if own == 0 {
+    let records = records(state, node);
+    let said = records.read().map_err(anyhow::Error::from)?;
+    let count = said.own.len() + said.namesakes.len();
+    if count == 0 {
         return Ok(());
     }
     Err(AgentError::Other(anyhow::anyhow!(
-        "{} has {own} records of pods of node {node}, of which nothing is known in {}: other nodes dial \
+        "{} has {count} records of pods of node {node}, of which nothing is known in {}: other nodes dial \
          them by HBONE; remove them if no agent of that node runs on any machine, or start it; nothing is \
          changed",
         records.folder().display(),
@@ -78,5 +82,18 @@ fn withdraw(options: &UninstallOptions, root: Option<&str>) -> std::io::Result<u
         return Ok(0); // It never had a state.
     };
     let state = SharedState::known(&options.state, root.to_owned());
-    Records::new(state, options.node.as_str()).withdraw()
+    let records = records(state, &options.node);
+    let others = records.read()?.namesakes.len();
+    if others > 0 {
+        log::say(&format!(
+            "{others} records in {} stay: a node {} of another machine wrote them",
+            records.folder().display(),
+            options.node,
+        ));
+    }
+    records.withdraw()
+}
+
+fn records(state: SharedState, node: &NodeName) -> Records {
+    Records::new(state, node.as_str(), &machine_id::facts())
 }

@@ -53,6 +53,10 @@ pub struct Said {
     pub enrolled: Enrolled,
     /// Those that this node wrote.
     pub own: BTreeSet<PodKey>,
+    /// Those of them that do not say which machine wrote them, as before records did.
+    pub unsigned: BTreeSet<PodKey>,
+    /// Those that a node of this name wrote on another machine.
+    pub namesakes: BTreeSet<PodKey>,
     /// Which records cannot be read, and why.
     pub problems: Vec<String>,
 }
@@ -63,6 +67,7 @@ pub struct Records {
     state: SharedState,
     folder: PathBuf,
     node: String,
+    machine: String,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,16 +76,24 @@ struct Record {
     name: Arc<str>,
     uid: Arc<str>,
     node: String,
+    /// What tells the node's machine from others; empty if nobody wrote it.
+    #[serde(default)]
+    machine: String,
     addresses: Vec<IpAddr>,
 }
 
 impl Records {
-    /// Of a mesh's state, as this node writes them.
-    pub fn new(state: SharedState, node: &str) -> Self {
+    /// Of a mesh's state, as this node writes them; `machine` is all that tells its machine from others.
+    pub fn new(state: SharedState, node: &str, machine: &str) -> Self {
         Self {
             folder: state.records(),
             state,
             node: node.to_owned(),
+            // Whoever may read a record is not to know a machine's own names.
+            machine: identity::sha256(machine.as_bytes())
+                .chars()
+                .take(16)
+                .collect(),
         }
     }
 
@@ -104,10 +117,16 @@ impl Records {
             }
             match read(&path) {
                 Ok(record) => {
-                    if record.node == self.node {
-                        said.own.insert(key(&record));
+                    let key = key(&record);
+                    if self.wrote(&record) {
+                        if record.machine.is_empty() {
+                            said.unsigned.insert(key.clone());
+                        }
+                        said.own.insert(key.clone());
+                    } else if record.node == self.node {
+                        said.namesakes.insert(key.clone());
                     }
-                    said.enrolled.pods.insert(key(&record));
+                    said.enrolled.pods.insert(key);
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
@@ -137,6 +156,7 @@ impl Records {
             name: pod.name.clone(),
             uid: pod.pod_uid.clone(),
             node: self.node.clone(),
+            machine: self.machine.clone(),
             addresses: pod.addresses.clone(),
         };
         let path = self.path(&record.namespace, &record.name);
@@ -157,7 +177,7 @@ impl Records {
         })
     }
 
-    /// Says that it cannot any more. A record that another node has written since stays.
+    /// Says that it cannot any more. A record that another node or machine has written stays.
     ///
     /// # Errors
     /// It cannot be removed, or the state is not the one that was opened; a file is named.
@@ -165,7 +185,7 @@ impl Records {
         self.state.look()?;
         let path = self.path(&pod.namespace, &pod.name);
         let removed = match read(&path) {
-            Ok(record) if record.node == self.node && key(&record) == *pod => {
+            Ok(record) if self.wrote(&record) && key(&record) == *pod => {
                 fs::remove_file(&path).and_then(|()| self.sync())
             }
             Ok(_) => Ok(()),
@@ -188,14 +208,26 @@ impl Records {
         }
     }
 
+    /// Whether a record is this node's to remove. One that does not say its machine was written before
+    /// records did.
+    fn wrote(&self, record: &Record) -> bool {
+        record.node == self.node && (record.machine.is_empty() || record.machine == self.machine)
+    }
+
+    /// The file of a pod's record.
+    pub fn path_of(&self, pod: &PodKey) -> PathBuf {
+        self.path(&pod.namespace, &pod.name)
+    }
+
     fn path(&self, namespace: &str, name: &str) -> PathBuf {
         self.folder.join(file_of(namespace, name))
     }
 
     /// Where this node writes a record. Of two nodes that write of one pod each has its own, and what a
     /// crash leaves is overwritten.
-    fn unfinished(&self) -> PathBuf {
-        self.folder.join(file_name(&self.node, UNFINISHED))
+    pub fn unfinished(&self) -> PathBuf {
+        let stem = format!("{}.{}", self.node, self.machine);
+        self.folder.join(file_name(&stem, UNFINISHED))
     }
 
     /// Has the disk know which files are there.
@@ -247,9 +279,14 @@ pub(crate) mod tests {
 
     /// The records of a state that is made if it is not there.
     pub(crate) fn records(state: &Path, node: &str) -> Records {
+        of_machine(state, node, "a machine")
+    }
+
+    /// As they are written on a machine.
+    pub(crate) fn of_machine(state: &Path, node: &str, machine: &str) -> Records {
         let hour = std::time::Duration::from_secs(3600);
         let (state, _) = SharedState::open(state, None, "cluster.local", hour).expect("a state");
-        Records::new(state, node)
+        Records::new(state, node, machine)
     }
 
     pub(crate) fn pod(name: &str, uid: &str) -> LocalPodSpec {
@@ -294,6 +331,39 @@ pub(crate) mod tests {
         assert_eq!(read()?, Enrolled::from_iter(all([("a", "3"), ("b", "")])));
         two.remove(&key_of("a", "3"))?;
         assert_eq!(read()?, Enrolled::from_iter([key_of("b", "")]));
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_node_of_the_same_name_wrote_on_another_machine_stays() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        let [here, there] = ["here", "there"].map(|at| of_machine(state.path(), "one", at));
+        there.write(&pod("a", "1"))?;
+        here.write(&pod("b", ""))?;
+        let said = here.read()?;
+        assert_eq!(said.own, [key_of("b", "")].into());
+        assert_eq!(said.namesakes, [key_of("a", "1")].into());
+        assert!(said.enrolled.contains(&key_of("a", "1")));
+        here.remove(&key_of("a", "1"))?;
+        assert_eq!(here.withdraw()?, 1);
+        assert_eq!(there.read()?.own, [key_of("a", "1")].into());
+        // After a boot nothing else is left of it.
+        let again = of_machine(state.path(), "one", "there");
+        assert_eq!(again.withdraw()?, 1);
+        assert_eq!(again.read()?.enrolled, Enrolled::default());
+        assert_ne!(here.unfinished(), there.unfinished());
+        Ok(())
+    }
+
+    #[test]
+    fn a_record_that_names_no_machine_is_its_nodes() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        let records = records(state.path(), "one");
+        let text = r#"{"namespace":"ns","name":"a","uid":"","node":"one","addresses":[]}"#;
+        fs::write(records.path("ns", "a"), text)?;
+        let said = records.read()?;
+        assert_eq!((&said.own, said.own.len()), (&said.unsigned, 1));
+        assert_eq!(records.withdraw()?, 1);
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::enrolled::{Enrolled, Records};
+use super::enrolled::{Enrolled, Records, Said};
 use super::manifests::{LocalPodSpec, PodKey};
 
 /// What did not work is tried again after this time,
@@ -25,8 +25,12 @@ pub struct Recording {
     away: bool,
     /// What of them cannot be read now, and why.
     unread: Vec<String>,
-    /// Those of this node, as they could be read last.
+    /// Those of this node, as they could be read last,
     own: BTreeSet<PodKey>,
+    /// those of them that do not say its machine,
+    unsigned: BTreeSet<PodKey>,
+    /// and those of its name of another machine.
+    namesakes: BTreeSet<PodKey>,
     /// What could not be written, or removed.
     failed: BTreeMap<PodKey, Failure>,
 }
@@ -50,14 +54,16 @@ impl Recording {
     pub fn new(records: Records) -> io::Result<Self> {
         let said = records.read()?;
         let mut new = Self {
-            enrolled: said.enrolled,
-            own: said.own,
+            enrolled: Enrolled::default(),
+            own: BTreeSet::new(),
+            unsigned: BTreeSet::new(),
+            namesakes: BTreeSet::new(),
             records,
             away: false,
             unread: Vec::new(),
             failed: BTreeMap::new(),
         };
-        new.tell(said.problems);
+        new.hear(said);
         Ok(new)
     }
 
@@ -76,13 +82,31 @@ impl Recording {
         let said = self.records.read();
         self.away = said.is_err();
         match said {
-            Ok(said) => {
-                self.enrolled = said.enrolled;
-                self.own = said.own;
-                self.tell(said.problems);
-            }
+            Ok(said) => self.hear(said),
             Err(error) => self.tell(vec![format!("{error}; what they said last holds")]),
         }
+    }
+
+    fn hear(&mut self, said: Said) {
+        let Said {
+            enrolled,
+            own,
+            unsigned,
+            namesakes,
+            mut problems,
+        } = said;
+        if let Some(some) = namesakes.first() {
+            problems.push(format!(
+                "{}: a node of this name wrote it on another machine, and {} others: they stay; give one of \
+                 the two another --node, or, if this machine was another one before (/etc/machine-id and \
+                 the firmware's serial numbers say so), remove them",
+                self.records.path_of(some).display(),
+                namesakes.len() - 1,
+            ));
+        }
+        self.enrolled = enrolled;
+        (self.own, self.unsigned, self.namesakes) = (own, unsigned, namesakes);
+        self.tell(problems);
     }
 
     fn tell(&mut self, unread: Vec<String>) {
@@ -104,20 +128,22 @@ impl Recording {
     ) {
         self.look();
         let own = &self.own;
-        let write: Vec<_> = served
-            .iter()
-            .filter(|(key, _)| !own.contains(key))
-            .collect();
+        let is_written = |key: &PodKey| match own.contains(key) {
+            true => !self.unsigned.contains(key),
+            // It says the same, and two that write over each other never end.
+            false => self.namesakes.contains(key),
+        };
+        let write: Vec<_> = served.iter().filter(|(key, _)| !is_written(key)).collect();
         let stays = |key: &PodKey| served.contains_key(key) || stays(key);
         let remove: Vec<PodKey> = own.iter().filter(|key| !stays(key)).cloned().collect();
-        self.failed.retain(|key, _| {
-            !own.contains(key) && served.contains_key(key) || remove.contains(key)
-        });
+        self.failed
+            .retain(|key, _| !is_written(key) && served.contains_key(key) || remove.contains(key));
         for (key, pod) in write {
             if self.is_due(key, now) {
                 let written = self.records.write(pod);
                 if written.is_ok() {
                     self.own.insert(key.clone());
+                    self.unsigned.remove(key);
                 }
                 self.note(key, NOT_WRITTEN, written, now);
             }
@@ -209,7 +235,7 @@ mod tests {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
         // Where the file would be made.
-        let in_the_way = state.path().join("enrolled/one.new");
+        let in_the_way = recording.records.unfinished();
         fs::create_dir(&in_the_way).expect("a folder");
         recording.update(&served, |_| false, at(0));
         let why = recording.why_not(&key).expect("it is not written");
@@ -236,7 +262,7 @@ mod tests {
         let state = tempfile::tempdir().expect("a folder");
         let mut recording = recording(state.path());
         let (key, pod) = (key_of("a", ""), pod("a", ""));
-        fs::create_dir(state.path().join("enrolled/one.new")).expect("a folder");
+        fs::create_dir(recording.records.unfinished()).expect("a folder");
         let served = BTreeMap::from([(key, &pod)]);
         recording.update(&served, |_| false, Instant::now());
         assert_eq!(recording.problems().count(), 1);
@@ -270,6 +296,51 @@ mod tests {
         assert!(recording.enrolled().contains(&key_of("bad", "3")));
         assert!(!recording.enrolled().contains(&key_of("bad", "")));
         assert_eq!(recording.problems().count(), 0);
+    }
+
+    #[test]
+    fn records_of_the_same_node_on_another_machine_stay_and_are_a_problem() {
+        let state = tempfile::tempdir().expect("a folder");
+        let there = tests::of_machine(state.path(), "one", "there");
+        there.write(&pod("a", "1")).expect("a record");
+        let mut here = recording(state.path());
+        let (key, pod) = (key_of("a", "1"), pod("a", "1"));
+        here.update(&BTreeMap::new(), |_| false, Instant::now());
+        assert!(here.enrolled().contains(&key), "it is not dialled in clear");
+        let problems: Vec<String> = here.problems().collect();
+        assert!(
+            problems.len() == 1
+                && problems[0].contains("enrolled/ns.a.json: a node of this name wrote it"),
+            "{problems:?}"
+        );
+        // Whose it is does not go to and fro.
+        here.update(
+            &BTreeMap::from([(key.clone(), &pod)]),
+            |_| false,
+            Instant::now(),
+        );
+        assert_eq!(here.why_not(&key), None);
+        assert!(there.read().expect("records").own.contains(&key));
+    }
+
+    #[test]
+    fn a_record_that_names_no_machine_is_written_anew() {
+        let state = tempfile::tempdir().expect("a folder");
+        let mut here = recording(state.path());
+        let text = r#"{"namespace":"ns","name":"a","uid":"","node":"one","addresses":[]}"#;
+        fs::write(state.path().join("enrolled/ns.a.json"), text).expect("a file");
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        here.update(
+            &BTreeMap::from([(key.clone(), &pod)]),
+            |_| false,
+            Instant::now(),
+        );
+        let said = here.records.read().expect("records");
+        assert!(
+            said.own.contains(&key) && said.unsigned.is_empty(),
+            "{said:?}"
+        );
+        assert_eq!(here.problems().count(), 0);
     }
 
     #[test]

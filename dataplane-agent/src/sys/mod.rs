@@ -6,6 +6,7 @@ pub mod caps;
 pub mod cgroup;
 pub mod hooks;
 pub mod limits;
+pub mod machine_id;
 pub mod made;
 pub mod memory;
 pub mod netns;
