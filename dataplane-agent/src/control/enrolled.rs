@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::manifests::{LocalPodSpec, PodKey};
-use super::state::SharedState;
+use super::state::{self, SharedState};
 use crate::identity;
 
 /// What a record's file ends in while it is written.
@@ -254,7 +254,12 @@ fn of_file(path: &Path, error: &io::Error) -> io::Error {
 }
 
 fn read(path: &Path) -> io::Result<Record> {
-    let record: Record = serde_json::from_slice(&fs::read(path)?)?;
+    let (mut file, mut text) = (File::open(path)?, Vec::new());
+    if let Some(fault) = state::fault(&file.metadata()?) {
+        return Err(io::Error::other(fault));
+    }
+    file.read_to_end(&mut text)?;
+    let record: Record = serde_json::from_slice(&text)?;
     match path.ends_with(file_of(&record.namespace, &record.name)) {
         true => Ok(record),
         false => Err(io::Error::other(format!(
@@ -364,6 +369,26 @@ pub(crate) mod tests {
         let said = records.read()?;
         assert_eq!((&said.own, said.own.len()), (&said.unsigned, 1));
         assert_eq!(records.withdraw()?, 1);
+        Ok(())
+    }
+
+    #[test]
+    fn a_record_that_others_may_write_to_counts_as_one_that_cannot_be_read() -> io::Result<()> {
+        use std::os::unix::fs::PermissionsExt;
+        let state = tempfile::tempdir()?;
+        let records = records(state.path(), "one");
+        records.write(&pod("a", "1"))?;
+        let path = records.path("ns", "a");
+        for mode in [0o664, 0o646] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
+            let said = records.read()?;
+            let told = format!("ns.a.json: mode {mode:o} (chmod go-w)");
+            assert!(said.problems[0].contains(&told), "{said:?}");
+            // Who wrote to it may have named another pod.
+            assert!(said.enrolled.contains(&key_of("a", "2")) && said.own.is_empty());
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
+        assert_eq!(records.read()?.problems.len(), 0);
         Ok(())
     }
 

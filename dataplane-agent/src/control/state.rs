@@ -4,7 +4,7 @@
 //! They are made once, the records' folder first. From then on what is not there is lost, or not mounted,
 //! and says nothing: not that there is no CA yet, nor that no pod is enrolled.
 
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, DirBuilder, File, Metadata};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -216,7 +216,7 @@ fn guard(path: &Path) -> Result<(), StateError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         found => found.map_err(of_file(path))?,
     };
-    match fault(found.uid(), found.mode() & 0o7777, geteuid().as_raw()) {
+    match fault(&found) {
         Some(what) => Err(StateError::Open {
             path: path.to_owned(),
             what,
@@ -225,7 +225,12 @@ fn guard(path: &Path) -> Result<(), StateError> {
     }
 }
 
-fn fault(owner: u32, mode: u32, own: u32) -> Option<String> {
+/// What lets others than root and the agent's own user write to a part, and how to mend it.
+pub(super) fn fault(part: &Metadata) -> Option<String> {
+    fault_of(part.uid(), part.mode() & 0o7777, geteuid().as_raw())
+}
+
+fn fault_of(owner: u32, mode: u32, own: u32) -> Option<String> {
     if owner != 0 && owner != own {
         Some(format!("belongs to user {owner} (chown root)"))
     } else if mode & 0o022 != 0 {
@@ -360,13 +365,13 @@ mod tests {
         }
         open(state.path(), None).expect("as it was");
         assert_eq!(
-            fault(0, 0o755, 0)
-                .or(fault(7, 0o700, 7))
-                .or(fault(0, 0o700, 7)),
+            fault_of(0, 0o755, 0)
+                .or(fault_of(7, 0o700, 7))
+                .or(fault_of(0, 0o700, 7)),
             None
         );
         assert_eq!(
-            fault(7, 0o755, 0).as_deref(),
+            fault_of(7, 0o755, 0).as_deref(),
             Some("belongs to user 7 (chown root)")
         );
     }
