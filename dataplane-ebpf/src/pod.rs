@@ -33,10 +33,10 @@ pub struct Owned {
     pub ip: Ip,
 }
 
-/// How many connections of all pods are remembered as [`Begun`]; then the oldest is forgotten.
+/// How many connections of all pods are remembered as [`Begun`] at once; then the oldest is forgotten.
 pub const BEGUN: u32 = 8192;
 
-/// A connection that a pod has begun from one of its own addresses to another one: a key of the map
+/// A connection that a pod is beginning from one of its own addresses to another one: a key of the map
 /// `BEGUN`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -6,10 +6,13 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use dataplane_tests::bpf::keys;
 use dataplane_tests::wire::Segment;
 use dataplane_tests::{Pair, Pod, Wire, World, eventually, scaled};
 
 const PORT: u16 = 7000;
+/// One on which nobody listens at first.
+const LATE: u16 = 7001;
 
 /// A wire between two pods, beside the one that each has with its node: `192.168.<number>.1` and `.2`.
 fn network(one: &Pod, two: &Pod, number: u8) -> SocketAddr {
@@ -185,6 +188,19 @@ fn c1_without_an_agent_an_address_that_a_pod_has_no_more_is_not_its_own() {
     let _thieves = thief.serve(PORT);
     let to: SocketAddr = "10.100.0.1:7000".parse().expect("an address");
     let to6: SocketAddr = "[fd00:100::1]:7000".parse().expect("an address");
+    let ways = [(to, pair.client.at(PORT)), (to6, pair.client.at6(PORT))];
+    let from = |to: SocketAddr, port| format!("source={}", SocketAddr::new(to.ip(), port));
+    // Ports that it comes from itself, before.
+    for (to, own) in ways {
+        let answer = pair.client.ask_with(own, "x", &[&from(to, 4001)]);
+        assert_eq!(answer, Ok(format!("{} x", to.ip())));
+        let answer = pair.client.ask_with(own, "x", &[&from(to, 4002), "mptcp"]);
+        assert_eq!(answer, Ok(format!("{} x", to.ip())));
+        let late = SocketAddr::new(own.ip(), LATE);
+        let answer = pair.client.ask_with(late, "x", &[&from(to, 4003)]);
+        assert_eq!(answer, Err("refused".into()));
+    }
+    let _late = pair.client.serve(LATE);
     // One that it has with itself, and goes on.
     let mut talks = [to, to6].map(|to| {
         let mut talk = pair.client.talk(to);
@@ -202,14 +218,21 @@ fn c1_without_an_agent_an_address_that_a_pod_has_no_more_is_not_its_own() {
     node.netns
         .ip(&format!("route add fd00:100::1/128 dev {}\n", thief.veth));
     let tap = Wire::tap(node.netns.file(), &pair.client.veth);
-    for (to, own) in [(to, pair.client.at(PORT)), (to6, pair.client.at6(PORT))] {
+    for (to, own) in ways {
         for options in [&[][..], &["mptcp"]] {
             let answer = pair.client.ask_with(to, "to whom", options);
             assert!(answer.is_err(), "{to} {options:?}: {answer:?}");
         }
-        let source = format!("source={}", to.ip());
-        let answer = thief.ask_with(own, "let me in", &[&source]);
-        assert!(answer.is_err(), "{own}: {answer:?}");
+        // At once: each waits in vain.
+        let ports = [(0, PORT), (4001, PORT), (4002, PORT), (4003, LATE)];
+        let asks = ports.map(|(port, to_port)| {
+            let own = SocketAddr::new(own.ip(), to_port).to_string();
+            thief.app(&["ask", &own, "let me in", &from(to, port)])
+        });
+        for (ask, ports) in asks.into_iter().zip(ports) {
+            let (status, answer) = ask.end();
+            assert!(!status.success(), "{to} {ports:?}: {answer:?}");
+        }
     }
     talks.iter_mut().for_each(|talk| talk.say("to whom"));
     std::thread::sleep(scaled(Duration::from_millis(300)));
@@ -263,6 +286,46 @@ fn a_pod_reaches_itself_by_all_of_its_addresses_with_an_agent_and_without() {
     assert_eq!(pair.one.counter("not_kept"), 0);
     pair.one.kill();
     reaches_itself(&pair);
+    // With cookies a listener is looked up for the last packet of a handshake too.
+    let netns = &pair.client.netns;
+    netns.set_sysctl("net.ipv4.tcp_syncookies", "2");
+    reaches_itself(&pair);
+}
+
+#[test]
+fn what_a_pod_begins_with_itself_is_forgotten_as_it_is_there() {
+    let pair = Pair::prepared(|client, _| {
+        client.netns.ip("addr add 10.100.0.1/32 dev eth0\n");
+        client
+            .netns
+            .ip6("addr add fd00:100::1/128 dev eth0 nodad\n");
+    });
+    let _own = pair.client.serve(PORT);
+    let begun = || {
+        let pinned = pair.world.pinned("one", "maps");
+        let pin = pinned.iter().find(|pin| pin.ends_with("BEGUN"));
+        keys(pin.expect("it is pinned")).expect("a hash table")
+    };
+    for (from, own) in [
+        ("10.100.0.1", pair.client.at(PORT)),
+        ("fd00:100::1", pair.client.at6(PORT)),
+    ] {
+        let source = format!("source={from}");
+        for cookies in ["1", "2"] {
+            let netns = &pair.client.netns;
+            netns.set_sysctl("net.ipv4.tcp_syncookies", cookies);
+            for option in [&[][..], &["mptcp"], &["fastopen"]] {
+                let options = [&[source.as_str()][..], option].concat();
+                let answer = pair.client.ask_with(own, "x", &options);
+                assert_eq!(answer, Ok(format!("{from} x")), "{options:?}");
+                assert_eq!(begun(), Vec::<Vec<u8>>::new(), "{options:?} {cookies}");
+            }
+        }
+        let late = SocketAddr::new(own.ip(), LATE);
+        let answer = pair.client.ask_with(late, "x", &[&source]);
+        assert_eq!(answer, Err("refused".into()));
+        assert_eq!(begun(), Vec::<Vec<u8>>::new(), "refused");
+    }
 }
 
 #[test]

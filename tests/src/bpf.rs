@@ -107,13 +107,14 @@ pub fn steering(netns: &File) -> u32 {
 
 /// As the kernel tells it of the descriptor.
 fn key_size(pinned: &OwnedFd) -> io::Result<Option<usize>> {
-    const HASH: usize = 1;
+    const HASHES: [usize; 2] = [1, 9]; // the second one forgets the oldest
     let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", pinned.as_raw_fd()))?;
     let number = |name: &str| {
         let mut lines = told.lines();
         lines.find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
     };
-    Ok(number("key_size:").filter(|_| number("map_type:") == Some(HASH)))
+    Ok(number("key_size:")
+        .filter(|_| number("map_type:").is_some_and(|kind| HASHES.contains(&kind))))
 }
 
 /// Opens what is pinned, as anybody may who sees the file system.

@@ -24,8 +24,9 @@ static ADDRESSES: HashMap<Owned, u32> = HashMap::with_max_entries(pod::OWNED, BP
 #[map]
 static LEAVING: HashMap<u64, u32> = HashMap::with_max_entries(pod::PODS, 0);
 
-/// Connections that pods have begun from one of their own addresses to another. Written by `sock_ops`
-/// before the SYN is sent, and read by `steer` as it arrives. When it is full, the oldest is forgotten.
+/// Connections that pods are beginning from one of their own addresses to another. Written by `sock_ops`
+/// before the SYN is sent, read by `steer` as it arrives, and removed by `sock_ops` as the other end is
+/// there, or this one has failed. When it is full, the oldest is forgotten.
 #[map]
 pub(crate) static BEGUN: LruHashMap<Begun, u32> = LruHashMap::with_max_entries(pod::BEGUN, 0);
 

@@ -1,10 +1,14 @@
-//! Hook: a connection of the pods' cgroup begins. What the connect hook does not see is remembered as
-//! one that sends by `lo` only: the app's end of an agent's connection, each subflow of a captured MPTCP
-//! one, and both ends of what a pod has with itself. Only in a pod's namespace: elsewhere a mark is
-//! somebody else's.
+//! Hook: a connection of the pods' cgroup begins, or ends. What the connect hook does not see is
+//! remembered as one that sends by `lo` only: the app's end of an agent's connection, each subflow of a
+//! captured MPTCP one, and both ends of what a pod has with itself. Only in a pod's namespace: elsewhere a
+//! mark is somebody else's.
+//!
+//! What a pod begins with itself is known to be its own until it is accepted, or has failed: whoever has
+//! the address later may use the same port.
 
 use aya_ebpf::bindings::{
-    BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_TCP_CONNECT_CB,
+    BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+    BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, bpf_sock,
 };
 use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_sk_storage_get};
 use aya_ebpf::macros::sock_ops;
@@ -17,14 +21,15 @@ use crate::context::{self, Connection};
 use crate::maps::{BEGUN, count, owns};
 use crate::node_maps::{PODS, inside};
 
-/// Runs at each event of a TCP socket; cares for the two at which a connection begins.
+/// Runs at each event of a TCP socket; cares for the two at which a connection begins, and for the end of
+/// one that was begun here.
 #[sock_ops]
 pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
     let op = ctx.op();
-    if !matches!(
-        op,
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB | BPF_SOCK_OPS_TCP_CONNECT_CB
-    ) {
+    let begins = op == BPF_SOCK_OPS_TCP_CONNECT_CB;
+    let is_accepted = op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB;
+    let ends = op == BPF_SOCK_OPS_STATE_CB && ctx.arg(1) == BPF_TCP_CLOSE;
+    if !begins && !is_accepted && !ends {
         return 0;
     }
     // SAFETY: the kernel passes a valid context for the length of the call.
@@ -34,20 +39,63 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
     }
     // SAFETY: a helper that reads the context.
     let netns = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
-    if PODS.get_ptr(netns).is_none() {
-        return 0;
-    }
     let Connection {
         own,
         other,
         own_port,
         other_port,
     } = context::connection(ctx.ops);
+    // As who has begun it sees it.
+    let (from, to, from_port, to_port) = if is_accepted {
+        (other, own, other_port, own_port)
+    } else {
+        (own, other, own_port, other_port)
+    };
+    let connection = Begun {
+        netns,
+        from,
+        to,
+        from_port,
+        to_port,
+    };
+    if ends {
+        // It has failed, or nobody of the pods' cgroup has accepted it.
+        let _ = BEGUN.remove(connection);
+        return 0;
+    }
+    if PODS.get_ptr(netns).is_none() {
+        return 0;
+    }
     let to_itself = owns(netns, other);
     // SAFETY: not null.
     if !to_itself && !mark::stays_inside(unsafe { (*sk).mark }) {
         return 0;
     }
+    keep_inside(sk);
+    if !to_itself || own == other {
+        return 0;
+    }
+    if is_accepted {
+        // Not as the client's end is established: a handshake with a SYN cookie looks up the listener
+        // once more, for the packet after that.
+        let _ = BEGUN.remove(connection);
+    } else if owns(netns, own) && tells_its_end(&ctx) {
+        // Where it finds no room it is taken for somebody else's, and goes to the agent.
+        let _ = BEGUN.insert(connection, 1, 0);
+    }
+    0
+}
+
+/// Has this hook run as the socket's state changes; whether it will.
+#[inline(always)]
+fn tells_its_end(ctx: &SockOpsContext) -> bool {
+    let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
+    ctx.set_cb_flags(flags as i32).is_ok()
+}
+
+/// Remembers on the socket that it sends by `lo` only.
+#[inline(always)]
+fn keep_inside(sk: *mut bpf_sock) {
     let mut yes = 1_u32;
     // SAFETY: not null; the initial value lives on this stack.
     let stored = unsafe {
@@ -67,16 +115,4 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
         // SAFETY: not null, and the kernel runs this hook with the socket locked.
         unsafe { *stored = 1 };
     }
-    if op == BPF_SOCK_OPS_TCP_CONNECT_CB && to_itself && own != other {
-        let connection = Begun {
-            netns,
-            from: own,
-            to: other,
-            from_port: own_port,
-            to_port: other_port,
-        };
-        // Where it finds no room it is taken for somebody else's, and goes to the agent.
-        let _ = BEGUN.insert(connection, 1, 0);
-    }
-    0
 }

@@ -26,7 +26,7 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
   rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
   many ADDRESS COUNT [silent]  opens COUNT connections and asks on each, unless silent; holds them
 options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
-options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen source=ADDRESS device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS
+options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen source=IP[:PORT] device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS
                 in-syn (fails unless the line went in the SYN) say-mark (prints the mark that it has then)";
 
 fn main() {
@@ -243,8 +243,8 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
     };
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(protocol))?;
     if let Some(source) = option("source") {
-        let source: IpAddr = source.parse().map_err(io::Error::other)?;
-        socket.bind(&SocketAddr::new(source, 0).into())?;
+        let any_port = source.parse().map(|ip: IpAddr| SocketAddr::new(ip, 0));
+        socket.bind(&any_port.or_else(|_| parse(source))?.into())?;
     }
     if let Some(device) = option("device") {
         socket.bind_device(Some(device.as_bytes()))?;
