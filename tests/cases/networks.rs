@@ -329,6 +329,36 @@ fn what_a_pod_begins_with_itself_is_forgotten_as_it_is_there() {
 }
 
 #[test]
+fn c1_what_comes_to_loopback_from_outside_does_not_reach_the_app() {
+    let mut pair = Pair::new();
+    let thief = pair.nodes.0.bare(&pair.world, "outside", "thief");
+    network(&pair.client, &thief, 78);
+    // It has no loopback addresses of its own, and a way to the pod's.
+    for netns in [&pair.client.netns, &thief.netns] {
+        netns.set_sysctl("net.ipv4.conf.net78.route_localnet", "1");
+    }
+    thief.netns.ip("link set lo up\n\
+         addr del 127.0.0.1/8 dev lo\n\
+         route add 127.0.0.0/8 via 192.168.78.1 dev net78 src 192.168.78.2\n");
+    let _own = pair.client.serve(PORT);
+    let loopback = |last: u8| SocketAddr::from(([127, 0, 0, last], PORT));
+    for agent in [true, false] {
+        if !agent {
+            pair.one.kill();
+        }
+        for last in [1, 9] {
+            let tap = Wire::tap(thief.netns.file(), "net78");
+            let answer = thief.ask(loopback(last), "let me in");
+            assert!(answer.is_err(), "{answer:?}");
+            let came = |segment: &Segment| segment.to == (loopback(last).ip(), PORT);
+            assert!(tap.end().iter().any(came), "it was sent by the wire");
+            let answer = pair.client.ask(loopback(last), "x");
+            assert_eq!(answer, Ok("127.0.0.1 x".into()));
+        }
+    }
+}
+
+#[test]
 fn an_interface_without_an_address_refuses_at_once_what_is_bound_to_it() {
     let (pair, _) = pair_with_a_network();
     let _app = pair.server.serve(PORT);
