@@ -453,6 +453,53 @@ fn c2_more_rules_that_were_first_than_are_looked_at_are_told() {
 }
 
 #[test]
+fn an_address_on_lo_is_a_pods_own_and_policy_holds_for_it() {
+    let pair = Pair::new();
+    let (_app, server) = (pair.server.serve(PORT), &pair.server);
+    let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
+    for (own, first) in [("10.100.0.9", server.v4), ("fd00:100::9", server.v6)] {
+        let (length, onlink) = match first.is_ipv4() {
+            true => (32, " onlink"),
+            false => (128, ""),
+        };
+        let own = SocketAddr::new(own.parse().expect("an address"), PORT);
+        let prefix = format!("{}/{length}", own.ip());
+        server.netns.ip(&format!("addr add {prefix} dev lo\n"));
+        let node = &pair.nodes.1.netns;
+        let route = format!("{prefix} via {first} dev {}", server.veth);
+        node.ip(&format!("route add {route}{onlink}\n"));
+        eventually("it is reached from outside", 5, || {
+            outsider.ask(own, "x").is_ok()
+        });
+        let steered = pair.two.counter("steered_inbound");
+        assert!(outsider.ask(own, "x").is_ok());
+        assert_eq!(pair.two.counter("steered_inbound"), steered + 1);
+        let answer = server.ask(own, "to itself");
+        assert_eq!(answer, Ok(format!("{} to itself", own.ip())));
+        // What comes from nowhere else comes from the address that the mesh knows.
+        let to = match first.is_ipv4() {
+            true => outsider.at(PORT),
+            false => outsider.at6(PORT),
+        };
+        let _theirs = outsider.serve(PORT);
+        assert_eq!(server.ask(to, "x"), Ok(format!("{first} x")));
+        pair.world.manifests.mtls("demo", "STRICT");
+        eventually("STRICT keeps out who is in no mesh", 5, || {
+            outsider.ask(own, "x").is_err()
+        });
+        pair.world.manifests.mtls("demo", "PERMISSIVE");
+        eventually("it is reached again", 5, || outsider.ask(own, "x").is_ok());
+        server.netns.ip(&format!("addr del {prefix} dev lo\n"));
+        node.ip(&format!("route del {route}\n"));
+        eventually("it is not the pod's any more", 5, || {
+            let captured = pair.two.counter("captured");
+            let _ = server.ask(own, "to whom");
+            pair.two.counter("captured") > captured
+        });
+    }
+}
+
+#[test]
 fn a_pod_with_many_addresses_is_captured_and_all_are_its_own() {
     let world = World::new();
     let (one, two) = world.two_nodes();
@@ -538,9 +585,10 @@ fn a_family_without_an_address_is_unreachable_as_it_is_without_a_mesh() {
     let client = one.bare(&world, "demo", "client");
     let bare = one.bare(&world, "outside", "bare");
     for pod in [&client, &bare] {
-        // As a pod of one family has it: neither an address nor a way.
+        // As a pod of one family has it: neither an address nor a way. What is on `lo` is no way.
         pod.netns.ip(&format!(
-            "addr del {}/128 dev eth0\nroute del default via fe80::1 dev eth0\n",
+            "addr del {}/128 dev eth0\nroute del default via fe80::1 dev eth0\n\
+             addr add fd00:100::9/128 dev lo\n",
             pod.v6
         ));
     }

@@ -34,12 +34,14 @@ pub struct Netns {
     inode: u64,
 }
 
-/// What a namespace has on its interfaces, `lo` aside.
+/// What a namespace has on its interfaces.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Interfaces {
-    /// Addresses that can be reached from outside: neither of loopback nor of one link alone.
+    /// Addresses that can be reached from outside: neither of loopback nor of one link alone. Those of
+    /// `lo` come last, of families that another interface has too.
     pub addresses: Vec<IpAddr>,
-    /// The interfaces by their numbers, each with those of the addresses that are its own and in use.
+    /// The interfaces by their numbers, `lo` aside, each with those of the addresses that
+    /// are its own and in use.
     pub links: BTreeMap<u32, Vec<IpAddr>>,
     /// Those of the addresses that no interface may use: the kernel still asks on the link whether
     /// somebody else has them, or somebody does.
@@ -281,13 +283,12 @@ fn interfaces() -> io::Result<Interfaces> {
     // A pod may have many thousands of addresses: nothing takes longer with each that there is already.
     let mut numbers: HashMap<String, u32> = HashMap::new();
     let mut seen = HashSet::new();
+    let mut of_lo = Vec::new();
     // Read first: what has begun to be used since is told as a change.
     let tentative = tentative()?;
     // The links come first, and then what is on them.
     for entry in getifaddrs()? {
-        if entry.flags.contains(InterfaceFlags::IFF_LOOPBACK) {
-            continue;
-        }
+        let is_of_lo = entry.flags.contains(InterfaceFlags::IFF_LOOPBACK);
         let link = entry.address.as_ref().map(SockaddrStorage::as_link_addr);
         if let None | Some(Some(_)) = link {
             let index = match link.flatten() {
@@ -300,7 +301,9 @@ fn interfaces() -> io::Result<Interfaces> {
                     Err(error) => return Err(error.into()),
                 },
             };
-            found.links.entry(index).or_default();
+            if !is_of_lo {
+                found.links.entry(index).or_default();
+            }
             numbers.insert(entry.interface_name, index);
             continue;
         }
@@ -321,6 +324,10 @@ fn interfaces() -> io::Result<Interfaces> {
         if of_one_link || address.is_loopback() {
             continue;
         }
+        if is_of_lo {
+            of_lo.push(address);
+            continue;
+        }
         if tentative.contains(&(*index, address)) {
             found.tentative.insert(address);
         } else {
@@ -332,10 +339,15 @@ fn interfaces() -> io::Result<Interfaces> {
     }
     if !found.tentative.is_empty() {
         // One interface may use what another one may not yet.
-        for used in found.links.values().flatten() {
+        for used in found.links.values().flatten().chain(&of_lo) {
             found.tentative.remove(used);
         }
     }
+    // By an address of `lo` alone nobody is reached: where the pod has no other of its family it has none.
+    let has = |v4| found.addresses.iter().any(|of| of.is_ipv4() == v4);
+    let (has_v4, has_v6) = (has(true), has(false));
+    of_lo.retain(|of| (if of.is_ipv4() { has_v4 } else { has_v6 }) && seen.insert(*of));
+    found.addresses.extend(of_lo);
     Ok(found)
 }
 
