@@ -501,6 +501,7 @@ fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> Status
         }),
         outside: pod.outside.processes,
         in_clear: pod.outside.in_clear,
+        forwards: pod.forwards,
     };
     StatusReport {
         node: node.to_owned(),

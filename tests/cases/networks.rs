@@ -500,6 +500,38 @@ fn an_address_on_lo_is_a_pods_own_and_policy_holds_for_it() {
 }
 
 #[test]
+fn a_pod_that_forwards_is_told() {
+    let (pair, _) = pair_with_a_network();
+    let netns = &pair.client.netns;
+    let names = ["net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding"];
+    let forwards = |is: bool| {
+        eventually(&format!("it forwards: {is}"), 10, || {
+            pair.one.status().unwrap_or_default()["pods"][0]["forwards"] == is
+        });
+        let (_, table, _) = pair.one.ask(&["status"]);
+        let told = "forwards: what it does for others is not captured, and no policy holds";
+        assert_eq!(table.contains(told), is, "{table}");
+    };
+    for name in names {
+        netns.set_sysctl(name, "0");
+    }
+    for name in names {
+        forwards(false);
+        netns.set_sysctl(name, "1");
+        forwards(true);
+        netns.set_sysctl(name, "0");
+    }
+    pair.one
+        .logs(&["\twarn\t", "demo/client", "forwards between its interfaces"]);
+    // There is nothing to forward between.
+    netns.set_sysctl(names[0], "1");
+    forwards(true);
+    netns.ip("link del net77\n");
+    forwards(false);
+    assert_eq!(pair.one.pod("client").0, "up");
+}
+
+#[test]
 fn a_pod_with_many_addresses_is_captured_and_all_are_its_own() {
     let world = World::new();
     let (one, two) = world.two_nodes();

@@ -149,6 +149,8 @@ struct Served {
     interfaces: Interfaces,
     /// Whether its own addresses are those of these interfaces.
     told: bool,
+    /// Whether it forwards between them.
+    forwards: bool,
     /// What was put in place for them.
     routing: Routing,
     /// The corridor's listeners, to see whether they are alive.
@@ -487,6 +489,7 @@ impl Room {
                         program: entered.program,
                         interfaces: entered.interfaces,
                         told: true,
+                        forwards: false,
                         routing: entered.routing,
                         listeners,
                         changes,
@@ -582,6 +585,7 @@ impl Room {
                 inode: pod.record.inode,
                 cgroup: pod.record.cgroup,
                 state,
+                forwards: pod.phase.served().is_some_and(|served| served.forwards),
             };
             status.insert(cookie, is);
         }
@@ -594,6 +598,7 @@ impl Room {
                     why: failed.why.clone(),
                     captured: self.captures(cookie),
                 },
+                forwards: false,
             });
         }
         self.status.send_if_modified(|old| {

@@ -51,6 +51,32 @@ pub fn sysctls(netns: &Netns) -> Result<BTreeMap<String, String>, CaptureError> 
         .map_err(namespace("read settings"))
 }
 
+/// Settings by which a namespace forwards, below `/proc/sys`.
+const FORWARDING: [&str; 2] = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"];
+
+/// Whether what comes by one of the pod's interfaces may leave by another. A namespace begins with what the
+/// machine has set, which says nothing of a pod that has only one.
+///
+/// # Errors
+/// The namespace cannot be entered; a setting cannot be read.
+pub fn forwards(netns: &Netns, interfaces: &Interfaces) -> io::Result<bool> {
+    let used = interfaces.links.values().filter(|own| !own.is_empty());
+    if used.count() < 2 {
+        return Ok(false);
+    }
+    netns.enter(|| {
+        let mut on = false;
+        for name in FORWARDING {
+            match fs::read_to_string(Path::new("/proc/sys").join(name)) {
+                Ok(value) => on |= value.trim() != "0",
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(on)
+    })?
+}
+
 /// Writes settings.
 ///
 /// # Errors

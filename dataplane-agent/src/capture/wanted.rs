@@ -60,6 +60,8 @@ pub struct PodStatus {
     pub cgroup: u64,
     /// How far it is.
     pub state: PodState,
+    /// Whether it forwards between its interfaces, as far as it was looked at: that is not captured.
+    pub forwards: bool,
 }
 
 /// How far one pod is.

@@ -132,7 +132,9 @@ fn table(report: &StatusReport) -> String {
     let mut rows = vec![["NAMESPACE", "POD", "STATE", "ADDRESSES", "WHY"].map(str::to_owned)];
     for pod in &report.pods {
         let reason = pod.reason.clone();
-        let why: Vec<String> = reason.into_iter().chain(outside(pod)).collect();
+        let forwards = pod.forwards.then(|| FORWARDS.to_owned());
+        let why = reason.into_iter().chain(outside(pod)).chain(forwards);
+        let why: Vec<String> = why.collect();
         rows.push([
             pod.namespace.clone(),
             pod.name.clone(),
@@ -160,6 +162,9 @@ fn table(report: &StatusReport) -> String {
     }
     text
 }
+
+/// What is told of a pod that may forward.
+const FORWARDS: &str = "forwards: what it does for others is not captured, and no policy holds";
 
 /// What is to be known of processes outside of a pod's cgroup.
 fn outside(pod: &PodStatus) -> Option<String> {

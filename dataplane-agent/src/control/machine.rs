@@ -351,6 +351,7 @@ mod tests {
             inode: 1,
             cgroup: 0,
             state: PodState::Adopted { captured: true },
+            forwards: false,
         };
         let mut look = processes::Look::default();
         if !processes.is_empty() {

@@ -90,6 +90,8 @@ pub struct PodView {
     pub cgroups: Vec<PathBuf>,
     /// Processes of its namespace outside of its cgroups.
     pub outside: Outside,
+    /// Whether it forwards between its interfaces.
+    pub forwards: bool,
 }
 
 /// How far a pod is.
@@ -464,6 +466,7 @@ impl Pods {
                         .collect()
                 }),
                 outside: look.outside.get(&pod.uid).copied().unwrap_or_default(),
+                forwards: status.values().any(|of| of.uid == pod.uid && of.forwards),
             }
         });
         let view = View {
@@ -488,6 +491,9 @@ impl Pods {
                         true => tracing::warn!(pod = %whose, reason, "pod waits"),
                         false => tracing::info!(pod = %whose, reason, "pod waits"),
                     }
+                }
+                if pod.forwards && was.is_none_or(|was| !was.forwards) {
+                    tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), "the pod forwards between its interfaces: what it does for others is not captured, and no policy of it holds");
                 }
                 if pod.outside.processes > 0 && was.is_none_or(|was| was.outside != pod.outside) {
                     let reason = match pod.cgroups.len() < CGROUPS as usize {

@@ -42,4 +42,6 @@ pub struct PodStatus {
     pub outside: usize,
     /// Those of them whose connections are not captured, since they are outside of the pods' cgroup too.
     pub in_clear: usize,
+    /// Whether it forwards between its interfaces: what it does for others is not captured.
+    pub forwards: bool,
 }

@@ -127,6 +127,9 @@ impl Room {
         // now is taken away first.
         let mut mended = own(served, &self.window);
         mended = mended.and(inside(served, record, &self.pins.pod(cookie), &mut gone).await);
+        // Not known is as it was.
+        let forwards = routes::forwards(&served.desired.netns, &served.interfaces);
+        served.forwards = forwards.unwrap_or(served.forwards);
         if serving {
             mended = mended.and(captured(served, &self.window, &mut gone));
         }
