@@ -9,7 +9,7 @@ use std::net::UdpSocket;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dataplane_tests::bpf::{self, keys};
 use dataplane_tests::cgroup::{self, Cgroup};
@@ -339,6 +339,34 @@ fn a_pod_has_so_many_cgroups_and_others_when_they_are_gone() {
     eventually("those that are gone are forgotten", 10, || {
         known() == MOST - 8
     });
+}
+
+#[test]
+fn c1_a_pod_that_is_being_deleted_stays_captured_whatever_became_of_its_record() {
+    let mut pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    pair.one.kill();
+    let record = pair.world.state.join("enrolled/demo.client.json");
+    fs::remove_file(record).expect("a record");
+    let manifests = &pair.world.manifests;
+    let text = fs::read_to_string(manifests.folder.join("pod-demo-client.yaml")).expect("a pod");
+    let ends = "metadata:\n  deletionTimestamp: \"2026-11-26T00:00:00Z\"\n";
+    let text = text.replacen("metadata:\n", ends, 1);
+    manifests.write("pod-demo-client.yaml", &text);
+    pair.one.restart();
+    pair.one.up(&["client"]);
+    std::thread::sleep(scaled(Duration::from_secs(3)));
+    let captured = pair.one.counter("captured");
+    assert!(pair.client.ask(pair.server.at(PORT), "last words").is_ok());
+    assert_eq!(pair.one.counter("captured"), captured + 1);
+    assert!(!pair.one.log().contains("leaves the mesh"));
+    // Another one is not enrolled any more.
+    let late = pair.nodes.0.bare(&pair.world, "demo", "late");
+    let text = text.replace("client", "late");
+    let text = text.replace(&pair.client.v4.to_string(), &late.v4.to_string());
+    let text = text.replace(&pair.client.v6.to_string(), &late.v6.to_string());
+    pair.world.manifests.write("pod-demo-late.yaml", &text);
+    pair.one.is("late", "ignored");
 }
 
 #[test]

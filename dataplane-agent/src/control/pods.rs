@@ -240,6 +240,7 @@ impl Pods {
 
     /// Translates what is configured, and publishes it if it says something new.
     fn publish(&mut self) {
+        let captured = captured(&self.status.borrow());
         let mut translation = match &mut self.source {
             Source::Manifests {
                 folder,
@@ -247,7 +248,7 @@ impl Pods {
                 mesh,
                 ..
             } => {
-                let mut made = translate(folder.objects(), records.enrolled(), mesh);
+                let mut made = translate(folder.objects(), records.enrolled(), &captured, mesh);
                 let nobodys = applies::problems(folder.objects(), &mesh.root_namespace);
                 made.problems.extend(nobodys);
                 made
@@ -584,6 +585,16 @@ fn is_served(pod: &PodStatus) -> bool {
         pod.state,
         PodState::Up | PodState::Broken { .. } | PodState::Draining
     )
+}
+
+/// Those that are captured, and do not leave.
+fn captured(status: &Status) -> BTreeSet<Arc<str>> {
+    let captured = status.values().filter(|of| match of.state {
+        PodState::Up | PodState::Broken { .. } => true,
+        PodState::Adopted { captured } | PodState::Failed { captured, .. } => captured,
+        PodState::Draining => false,
+    });
+    captured.map(|of| Arc::clone(&of.uid)).collect()
 }
 
 fn is_adopted(state: &PodState) -> bool {

@@ -177,7 +177,7 @@ pub fn manifests(input: &[u8]) {
         Err(error) => return assert!(error.to_string().starts_with("fuzzed"), "{error}"),
     };
     let mesh = MeshConfig::of_node("here");
-    let made = translate(&objects, &Enrolled::default(), &mesh);
+    let made = translate(&objects, &Enrolled::default(), &BTreeSet::new(), &mesh);
     sound(&made);
     let keys: BTreeSet<String> = made.policies.iter().map(|policy| policy.key()).collect();
     assert_eq!(keys.len(), made.policies.len(), "one policy of each name");

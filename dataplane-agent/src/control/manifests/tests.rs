@@ -9,6 +9,7 @@ mod property;
 mod services;
 mod workloads;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::super::enrolled::Enrolled;
@@ -31,7 +32,7 @@ fn translation(text: &str) -> Translation {
 }
 
 fn translation_in(mesh: &MeshConfig, text: &str) -> Translation {
-    translate(&objects(text), &Enrolled::default(), mesh)
+    translate(&objects(text), &Enrolled::default(), &BTreeSet::new(), mesh)
 }
 
 fn policy<'a>(translation: &'a Translation, key: &str) -> &'a Policy {

@@ -123,8 +123,14 @@ pub struct Translation {
     pub problems: Vec<String>,
 }
 
-/// What `objects` mean. `enrolled` stands for Kubernetes' `ambient.istio.io/redirection`.
-pub fn translate(objects: &Objects, enrolled: &Enrolled, mesh: &MeshConfig) -> Translation {
+/// What `objects` mean. `enrolled` stands for Kubernetes' `ambient.istio.io/redirection`; `captured` are
+/// the uids of the workloads that are captured on this node, whoever knows of it.
+pub fn translate(
+    objects: &Objects,
+    enrolled: &Enrolled,
+    captured: &BTreeSet<Arc<str>>,
+    mesh: &MeshConfig,
+) -> Translation {
     let translator = Translator::new(objects, enrolled, mesh);
     let mut problems = Vec::new();
     let policies = policies(objects, mesh, &mut problems);
@@ -132,7 +138,7 @@ pub fn translate(objects: &Objects, enrolled: &Enrolled, mesh: &MeshConfig) -> T
     let mut local = Vec::new();
     for pod in objects.pods.values() {
         if *pod.body.node == *mesh.node && !mesh.node.is_empty() {
-            local.push(translator.local(pod));
+            local.push(translator.local(pod, captured));
         }
         if !pod.body.ended && !pod.body.addresses.is_empty() {
             workloads.push(translator.workload(pod, &policies, &mut problems));
@@ -273,9 +279,11 @@ impl<'a> Translator<'a> {
         })
     }
 
-    fn local(&self, pod: &Resource<Pod>) -> LocalPodSpec {
+    fn local(&self, pod: &Resource<Pod>, captured: &BTreeSet<Arc<str>>) -> LocalPodSpec {
+        let uid = self.uid(pod);
+        let is_in = self.is_enrolled(pod) || captured.contains(&uid);
         LocalPodSpec {
-            uid: self.uid(pod),
+            uid,
             pod_uid: pod.meta.uid.clone(),
             config_hash: pod::config_hash(&pod.meta),
             namespace: pod.meta.key.namespace.clone(),
@@ -288,7 +296,7 @@ impl<'a> Translator<'a> {
                 false => pod.body.addresses.clone(),
             },
             netns_path: pod::netns_path(&pod.meta),
-            wanted: pod::wanted(pod, self.objects, self.is_enrolled(pod)),
+            wanted: pod::wanted(pod, self.objects, is_in),
         }
     }
 

@@ -73,7 +73,7 @@ proptest! {
             .into_iter()
             .map(|(namespace, name, uid)| PodKey { namespace: namespace.into(), name: name.into(), uid: uid.into() })
             .collect();
-        let made = translate(&objects, &enrolled, &MeshConfig::of_node("a"));
+        let made = translate(&objects, &enrolled, &BTreeSet::new(), &MeshConfig::of_node("a"));
         let keys: BTreeSet<String> = made.policies.iter().map(|policy| policy.key()).collect();
         for workload in &made.workloads {
             for key in &workload.policies {

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::super::enrolled::Enrolled;
 use super::super::translate::{MeshConfig, PodKey, Wanted, translate};
@@ -106,7 +106,14 @@ fn a_pod_becomes_a_workload() {
 fn an_enrolled_pod_is_dialled_by_hbone_and_an_earlier_one_of_its_name_is_not() {
     let mesh = MeshConfig::of_node("here");
     let protocol = |key: PodKey| {
-        translate(&objects(SHOP), &Enrolled::from_iter([key]), &mesh).workloads[0].protocol
+        translate(
+            &objects(SHOP),
+            &Enrolled::from_iter([key]),
+            &BTreeSet::new(),
+            &mesh,
+        )
+        .workloads[0]
+            .protocol
     };
     assert_eq!(protocol(till()), Protocol::Hbone);
     assert_eq!(
@@ -175,6 +182,7 @@ fn the_local_pods_are_those_of_the_node() {
     let elsewhere = translate(
         &objects(SHOP),
         &Enrolled::default(),
+        &BTreeSet::new(),
         &MeshConfig::of_node("there"),
     );
     assert!(elsewhere.local.is_empty());
@@ -241,7 +249,12 @@ fn the_enrolment_rule() {
         } else {
             Enrolled::default()
         };
-        let made = translate(&objects(&text), &records, &MeshConfig::of_node("here"));
+        let made = translate(
+            &objects(&text),
+            &records,
+            &BTreeSet::new(),
+            &MeshConfig::of_node("here"),
+        );
         assert_eq!(made.local[0].wanted == Wanted::Yes, wanted, "{text}");
         assert!(wanted || matches!(&made.local[0].wanted, Wanted::No(why) if !why.is_empty()));
     }
