@@ -370,6 +370,27 @@ fn c1_a_pod_that_is_being_deleted_stays_captured_whatever_became_of_its_record()
 }
 
 #[test]
+fn a_pod_that_could_not_be_enrolled_is_so_soon_after_it_can() {
+    let world = World::new();
+    let node = world.node("one");
+    let agent = world.agent(&node);
+    let late = node.bare(&world, "demo", "late");
+    late.netns.ip("rule add pref 0 from all lookup 77\n");
+    world.manifests.pod(&node.object(&late));
+    eventually("it is told", 20, || {
+        agent.pod("late").1.contains("preference 0")
+    });
+    late.netns.ip("rule del pref 0 from all lookup 77\n");
+    let began = Instant::now();
+    agent.up(&["late"]);
+    assert!(
+        began.elapsed() < scaled(Duration::from_secs(2)),
+        "{began:?}"
+    );
+    assert_eq!(agent.log().matches("cannot be enrolled").count(), 1);
+}
+
+#[test]
 fn a_cgroup_that_is_too_deep_for_the_kernel_programs_is_told() {
     let world = World::new();
     let node = world.node("one");

@@ -38,6 +38,8 @@ use crate::sys::netns::{Changes, Interfaces, Netns};
 const LINGER: Duration = Duration::from_secs(1);
 /// How long until a step that failed is tried again.
 const RETRY: Duration = Duration::from_secs(5);
+/// How long until an enrolment that failed is: twice as long each time that it fails again, up to the above.
+const FIRST_RETRY: Duration = Duration::from_millis(250);
 
 /// Where the room works.
 #[derive(Clone, Debug)]
@@ -114,6 +116,7 @@ pub struct Room {
 struct Failure {
     desired: Desired,
     why: String,
+    wait: Duration,
     again: Instant,
 }
 
@@ -501,11 +504,15 @@ impl Room {
                 self.send(PodEvent::Up(pod, entered.listeners)).await
             }
             Err(error) => {
-                tracing::warn!(
-                    pod = %format_args!("{}/{}", desired.namespace, desired.name),
-                    %error,
-                    "pod cannot be enrolled; it is tried again"
-                );
+                let before = self.failed.remove(&cookie);
+                let why = error.to_string();
+                if before.as_ref().is_none_or(|before| before.why != why) {
+                    tracing::warn!(
+                        pod = %format_args!("{}/{}", desired.namespace, desired.name),
+                        error = %why,
+                        "pod cannot be enrolled; it is tried again"
+                    );
+                }
                 // A predecessor's capture stays (see `hold`): what cannot be served must not pass in clear.
                 let adopted = self.pods.contains_key(&cookie);
                 if !adopted && let Ok(Some(record)) = self.records.of(cookie) {
@@ -523,14 +530,14 @@ impl Room {
                         self.pods.insert(cookie, half);
                     }
                 }
-                let why = error.to_string();
-                let again = Instant::now() + RETRY;
+                let wait = before.map_or(FIRST_RETRY, |before| RETRY.min(before.wait * 2));
                 self.failed.insert(
                     cookie,
                     Failure {
                         desired,
                         why,
-                        again,
+                        wait,
+                        again: Instant::now() + wait,
                     },
                 );
                 Ok(())
