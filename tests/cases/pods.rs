@@ -342,6 +342,35 @@ fn a_pod_has_so_many_cgroups_and_others_when_they_are_gone() {
 }
 
 #[test]
+fn a_process_beside_a_pods_cgroup_is_told_when_it_stays() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    let agent = world.agent(&node);
+    agent.up(&["client"]);
+    let beside = |seconds: &str| {
+        let mut sleep = Command::new("sleep");
+        client
+            .netns
+            .run(|| sleep.arg(seconds).spawn())
+            .expect("it runs")
+    };
+    // One after the other, each for less than the time between two looks.
+    for _ in 0..10 {
+        beside("0.4").wait().expect("it ends");
+    }
+    let log = agent.log();
+    assert!(!log.contains("outside_of_cgroups"), "{log}");
+    let mut lasting = beside("60");
+    agent.logs(&["outside_of_cgroups", "processes=1"]);
+    lasting.kill().expect("it is ended");
+    lasting.wait().expect("it ended");
+    eventually("it is gone", 10, || {
+        agent.status().unwrap_or_default()["pods"][0]["outside"] == 0
+    });
+}
+
+#[test]
 fn c1_a_pod_that_is_being_deleted_stays_captured_whatever_became_of_its_record() {
     let mut pair = Pair::new();
     let _app = pair.server.serve(PORT);

@@ -83,6 +83,8 @@ struct Place {
     netns: Netns,
     cookie: u64,
     groups: Vec<(PathBuf, CgroupId)>,
+    /// Processes outside of these, and when each was first seen there.
+    outside: BTreeMap<u32, Instant>,
 }
 
 /// When a namespace was seen.
@@ -134,7 +136,7 @@ pub struct Look {
     pub failed: Option<String>,
 }
 
-/// How many processes of a pod's namespace are outside of its cgroups.
+/// How many processes of a pod's namespace are outside of its cgroups, and were so in the look before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outside {
     /// All of them.
@@ -174,7 +176,7 @@ impl Machine {
                 let mut seen = Seen::new(look, &self.hosts);
                 self.sight(&seen, captured, now);
                 self.forget(pods);
-                return self.find(pods, captured, &mut seen);
+                return self.find(pods, captured, &mut seen, now);
             }
             Err(error) => format!("the machine cannot be looked at: {error}"),
         };
@@ -258,7 +260,13 @@ impl Machine {
         gone.map(|(cookie, _)| *cookie).collect()
     }
 
-    fn find(&mut self, pods: &[LocalPodSpec], captured: &Status, seen: &mut Seen) -> Look {
+    fn find(
+        &mut self,
+        pods: &[LocalPodSpec],
+        captured: &Status,
+        seen: &mut Seen,
+        now: Instant,
+    ) -> Look {
         let mut look = Look {
             gone: self.gone(),
             ..Look::default()
@@ -267,7 +275,7 @@ impl Machine {
         for pod in pods.iter().filter(|pod| pod.wanted == Wanted::Yes) {
             let uid = &pod.uid;
             if self.places.contains_key(uid)
-                && let Err(reason) = self.regroup(uid, captured, seen, &mut look)
+                && let Err(reason) = self.regroup(uid, captured, seen, now, &mut look)
             {
                 why.insert(uid.clone(), reason);
             }

@@ -1,16 +1,17 @@
 //! Finds the cgroups of a pod, and those that it has later, and lets go of those that are gone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use dataplane_ebpf::pod::{CGROUPS, DEPTH};
 
 use super::cgroups::{Asked, NoGroup};
 use super::seen::Seen;
-use super::{Look, Machine, Missing, Outside};
+use super::{APART, Look, Machine, Missing, Outside};
 use crate::capture::{PodState, Status};
 use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::processes;
@@ -24,6 +25,7 @@ impl Machine {
         uid: &Arc<str>,
         captured: &Status,
         seen: &Seen,
+        now: Instant,
         look: &mut Look,
     ) -> Result<(), Missing> {
         let Some(place) = self.places.get(uid) else {
@@ -41,7 +43,7 @@ impl Machine {
         for pid in &own {
             // Outside of what our cgroup namespace shows is outside of what is captured.
             if let Some(folder) = self.cgroup_of(*pid).map_err(failed)? {
-                folders.push(folder);
+                folders.push((*pid, folder));
             }
         }
         let is_covered = |groups: &[(PathBuf, CgroupId)], folder: &Option<PathBuf>| {
@@ -51,7 +53,8 @@ impl Machine {
         };
         let mut groups = self.remaining(&place.groups);
         let is_new = place.groups.is_empty();
-        if folders.iter().any(|folder| !is_covered(&groups, folder)) || groups.is_empty() {
+        let uncovered = |(_, folder): &(u32, Option<PathBuf>)| !is_covered(&groups, folder);
+        if folders.iter().any(uncovered) || groups.is_empty() {
             let asked = Asked {
                 pods: &self.pods,
                 agent: &self.agent,
@@ -59,7 +62,7 @@ impl Machine {
                 hosts: &seen.hosts,
                 members: &cgroup::members,
             };
-            let found = asked.of_pod(&folders.iter().flatten().cloned().collect());
+            let found = asked.of_pod(&folders.iter().filter_map(|(_, of)| of.clone()).collect());
             let grown = match found {
                 Ok(found) => self
                     .grown(uid, &groups, found, captured)
@@ -76,20 +79,28 @@ impl Machine {
         }
         let mut known = groups.clone();
         known.retain(|(_, group)| group.level <= DEPTH);
-        let outside = folders.iter().filter(|folder| !is_covered(&known, folder));
+        let outside = folders
+            .iter()
+            .filter(|(_, folder)| !is_covered(&known, folder));
+        // What enters the namespace for a moment, as `ip netns exec` does, is not told.
+        let first = |pid: &u32| place.outside.get(pid).copied().unwrap_or(now);
+        let since: BTreeMap<u32, Instant> =
+            outside.clone().map(|(pid, _)| (*pid, first(pid))).collect();
+        let stays = outside.filter(|(pid, _)| now - since[pid] >= APART);
         let is_below = |folder: &Option<PathBuf>| {
             let folder = folder.as_ref();
             folder.is_some_and(|folder| folder.starts_with(&self.pods))
         };
         let outside = Outside {
-            processes: outside.clone().count(),
-            in_clear: outside.filter(|folder| !is_below(folder)).count(),
+            processes: stays.clone().count(),
+            in_clear: stays.filter(|(_, folder)| !is_below(folder)).count(),
         };
         look.outside.insert(uid.clone(), outside);
-        if let Some(place) = self.places.get_mut(uid)
-            && !groups.is_empty()
-        {
-            place.groups = groups;
+        if let Some(place) = self.places.get_mut(uid) {
+            place.outside = since;
+            if !groups.is_empty() {
+                place.groups = groups;
+            }
         }
         Ok(())
     }

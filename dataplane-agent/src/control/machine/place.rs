@@ -57,6 +57,7 @@ impl Machine {
                             netns: candidate.netns.clone(),
                             cookie: who.cookie,
                             groups: Vec::new(),
+                            outside: BTreeMap::new(),
                         };
                         self.sights.entry(place.cookie).or_insert_with(|| Sight {
                             inode,
