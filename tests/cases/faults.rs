@@ -473,14 +473,16 @@ fn other_users_of_the_machine_cannot_keep_an_agent_from_its_pins() {
     fs::set_permissions(&all, Permissions::from_mode(0o755)).expect("a folder");
     fs::create_dir(&pins).expect("a folder");
     fs::set_permissions(&pins, Permissions::from_mode(0o755)).expect("a folder");
+    let shown = pins.display().to_string();
+    let lock = ["-n", &*shown, "true"];
+    assert!(
+        nobody("flock", &lock),
+        "anybody who can read it can lock it"
+    );
     agent.restart();
     agent.logs(&["started"]);
     agent.kill();
-    let shown = pins.display().to_string();
-    assert!(
-        !nobody("flock", &["-n", &shown, "true"]),
-        "nobody has it now"
-    );
+    assert!(!nobody("flock", &lock), "nobody has it now");
     agent.restart();
     eventually("it runs", 10, || agent.status().is_some());
 }
