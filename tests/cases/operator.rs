@@ -385,7 +385,7 @@ fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
     // Another file in its place is none either.
     fs::remove_file(one.agent.socket()).expect("a socket");
     fs::write(one.agent.socket(), "").expect("a file");
-    eventually("it answers again", 10, || status(&[]).0.success());
+    eventually("it answers by its own socket again", 10, || status(&[]).0.success());
 }
 
 #[test]
