@@ -1,0 +1,64 @@
+//! The commands of `dataplane`, as people type them.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+use crate::agent::Setup;
+use crate::process::{output, place};
+use crate::{Agent, One, eventually, program};
+
+/// `dataplane` with a command, and without settings from the environment.
+pub fn dataplane(command: &str) -> Command {
+    let mut dataplane = Command::new(program("DATAPLANE_BIN"));
+    dataplane.arg(command).env_remove("NODE_NAME");
+    dataplane
+}
+
+/// `uninstall` with the places of this node, and with others in their stead.
+pub fn uninstall(one: &One, others: &[(&str, &Path)]) -> Command {
+    let mut uninstall = dataplane("uninstall");
+    let (run, bpffs, state) = (
+        one.world.folder().join("run"),
+        one.world.bpffs().to_owned(),
+        one.world.state.clone(),
+    );
+    for (name, place) in [
+        ("--node", Path::new("one")),
+        ("--run-dir", &run),
+        ("--bpffs", &bpffs),
+        ("--state", &state),
+    ] {
+        let other = others.iter().find(|(other, _)| *other == name);
+        let place = other.map_or(place, |(_, other)| *other);
+        uninstall.arg(name).arg(place);
+    }
+    uninstall
+}
+
+/// How it ended, and all that it said.
+pub fn run(command: &mut Command) -> (ExitStatus, String) {
+    let (status, out, error) = output(command);
+    (status, out + &error)
+}
+
+/// The same command as a child of others, and ended if it does not end: an agent that is dropped would
+/// uninstall what it shall leave as it is.
+pub fn under(others: &[&str], command: &Command, at: &Setup) -> Command {
+    let mut under = Command::new("timeout");
+    under
+        .args(["--signal=KILL", "20"])
+        .args(others)
+        .arg(command.get_program())
+        .args(command.get_args());
+    place(&mut under, &at.place);
+    under
+}
+
+/// How an agent ended that must not start, and what it said.
+pub fn refused(setup: Setup) -> (ExitStatus, String) {
+    let _ = fs::remove_file(&setup.log);
+    let mut agent = Agent::start(setup);
+    eventually("it ends by itself", 20, || !agent.runs());
+    (agent.wait(), agent.log())
+}
