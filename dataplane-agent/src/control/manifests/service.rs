@@ -197,10 +197,19 @@ impl Outside {
                     .into(),
             );
         }
-        if let Some(other) = &spec.traffic_distribution
-            && !DISTRIBUTIONS.contains(&other.as_str())
-        {
-            notes.push(format!("spec.trafficDistribution: `{other}` is not known, endpoints are taken from everywhere"));
+        let annotations = node
+            .field("metadata")
+            .and_then(|meta| meta.field("annotations"));
+        let annotation = annotations.and_then(|all| all.field(DISTRIBUTION)?.text());
+        let said = match &spec.traffic_distribution {
+            Some(word) => Some(("spec.trafficDistribution", word.as_str())),
+            None => annotation.map(|word| (DISTRIBUTION, word)),
+        };
+        let known = |word: &str| DISTRIBUTIONS.iter().any(|is| is.eq_ignore_ascii_case(word));
+        if let Some((at, other)) = said.filter(|(_, word)| !known(word)) {
+            notes.push(format!(
+                "{at}: `{other}` is not known, endpoints are taken from everywhere"
+            ));
         }
         Ok(Self {
             ingress,

@@ -91,7 +91,7 @@ fn what_is_said_of_outside_and_cannot_be_done_is_told_and_not_taken() {
         ("sessionAffinity: ClientIP", "spec.sessionAffinity"),
         (
             "trafficDistribution: PreferNear",
-            "spec.trafficDistribution",
+            "spec.trafficDistribution: `PreferNear` is not known",
         ),
     ] {
         let made = translation(&service(
@@ -135,6 +135,23 @@ fn endpoints_that_are_near_are_asked_for_by_the_field_or_by_the_annotation_in_an
         assert_eq!(preferences(&format!("{annotation}: {lower}"), ""), count);
     }
     assert_eq!(preferences(&format!("{annotation}: Any"), ""), 0);
+}
+
+#[test]
+fn an_annotation_of_a_service_that_is_not_known_is_told() {
+    let annotated = |word: &str| {
+        let text = service("s", "", "clusterIP: 10.96.0.1", "");
+        let annotation =
+            format!("annotations: {{networking.istio.io/traffic-distribution: {word}}}");
+        translation(&text.replacen("name: s,", &format!("name: s, {annotation},"), 1)).problems
+    };
+    assert_eq!(annotated("preferclose"), [""; 0]);
+    let told = "Service shop/s: networking.istio.io/traffic-distribution: `Any` is not known";
+    assert!(
+        annotated("Any")[0].starts_with(told),
+        "{:?}",
+        annotated("Any")
+    );
 }
 
 #[test]
