@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::pin::Pin;
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -229,7 +229,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         "started"
     );
     let draining = CancellationToken::new();
-    let (rests, mut at_rest) = oneshot::channel();
+    let (rests, at_rest) = oneshot::channel();
     let capture = room.run(to_capture, rests);
     let control = pods.run(draining.clone());
     let background = async {
@@ -244,38 +244,21 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     };
     tokio::pin!(capture, control, background);
     let mut held: HashMap<Instance, Identity> = HashMap::new();
-    let by_itself = |room| Err(anyhow::anyhow!("{room} has ended by itself").into());
     let ended = async {
         let mut apply = |event| {
             hold(&certs, &mut held, &event);
             workers.apply(event);
         };
-        loop {
-            tokio::select! {
-                Some(event) = pod_events.recv() => apply(event),
-                end = &mut capture => {
-                    end?;
-                    return by_itself("capture");
-                }
-                () = &mut control => return by_itself("control"),
-                () = &mut background => return by_itself("a room"),
-                name = signals.next() => {
-                    tracing::info!(signal = name, drain = ?options.drain, "draining; pods stay captured");
-                    break;
-                }
-            }
-        }
+        let rooms = one_ends(capture.as_mut(), control.as_mut(), background.as_mut());
+        let (never, signal) = (pending::<()>(), signals.next());
+        let signal = hand_on(rooms, never, &mut pod_events, &mut apply, signal).await?;
+        tracing::info!(signal, drain = ?options.drain, "draining; pods stay captured");
         // Capture rests: no pod is enrolled or let go any more, and none is left half in.
         rest.cancel();
+        let rooms = one_ends(capture.as_mut(), pending(), pending());
         let again = signals.next();
-        let rests = until_it_rests(
-            capture.as_mut(),
-            &mut at_rest,
-            &mut pod_events,
-            &mut apply,
-            again,
-        );
-        if let Some(name) = rests.await? {
+        let again = hand_on(rooms, at_rest, &mut pod_events, &mut apply, again);
+        if let Some(name) = again.await? {
             tracing::warn!(
                 signal = name,
                 pods = unfinished(&view.borrow()),
@@ -290,15 +273,12 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         }
         // What is configured goes on to hold, for what runs and for what comes.
         draining.cancel();
-        tokio::select! {
-            () = workers.drain(options.drain) => Ok(()),
-            () = &mut control => by_itself("control"),
-            () = &mut background => by_itself("a room"),
-            name = signals.next() => {
-                tracing::warn!(signal = name, "ending at once");
-                Ok(())
-            }
+        let rooms = one_ends(pending(), control, background);
+        let (idle, again) = (workers.drain(options.drain), signals.next());
+        if let Some(name) = hand_on(rooms, idle, &mut pod_events, drop, again).await? {
+            tracing::warn!(signal = name, "ending at once");
         }
+        Ok(())
     };
     let ended = ended.await;
     // However it ends, what is cut is told of.
@@ -308,21 +288,41 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     ended
 }
 
-/// Hands on what capture says until it rests, or until the agent is told `again` to end: by what.
-async fn until_it_rests(
-    mut capture: Pin<&mut impl Future<Output = Result<(), CaptureError>>>,
-    at_rest: &mut oneshot::Receiver<()>,
+/// Waits until a room ends. None does as long as the agent runs, but for capture if it fails.
+async fn one_ends(
+    capture: impl Future<Output = Result<(), CaptureError>>,
+    control: impl Future<Output = ()>,
+    background: impl Future<Output = ()>,
+) -> AgentError {
+    let room = tokio::select! {
+        end = capture => match end {
+            Ok(()) => "capture",
+            Err(error) => return error.into(),
+        },
+        () = control => "control",
+        () = background => "a room",
+    };
+    anyhow::anyhow!("{room} has ended by itself").into()
+}
+
+/// Hands on what capture says until it is `over`, or until the agent is told to end: by what.
+///
+/// # Errors
+/// One of the `rooms` has ended.
+async fn hand_on<T>(
+    rooms: impl Future<Output = AgentError>,
+    over: impl Future<Output = T>,
     events: &mut mpsc::Receiver<PodEvent>,
     mut apply: impl FnMut(PodEvent),
-    again: impl Future<Output = &'static str>,
-) -> Result<Option<&'static str>, CaptureError> {
-    tokio::pin!(again);
+    signal: impl Future<Output = &'static str>,
+) -> Result<Option<&'static str>, AgentError> {
+    tokio::pin!(rooms, over, signal);
     loop {
         tokio::select! {
             Some(event) = events.recv() => apply(event),
-            end = &mut capture => return end.map(|()| None),
-            _ = &mut *at_rest => return Ok(None),
-            name = &mut again => return Ok(Some(name)),
+            error = &mut rooms => return Err(error),
+            _ = &mut over => return Ok(None),
+            name = &mut signal => return Ok(Some(name)),
         }
     }
 }
@@ -572,7 +572,6 @@ mod tests {
     async fn who_is_told_twice_to_end_does_not_wait_until_capture_rests() {
         let (events, mut inbox) = mpsc::channel(1);
         let (rests, mut at_rest) = oneshot::channel();
-        let mut capture = Box::pin(std::future::pending());
         let instance = Instance::next();
         let mut heard = Vec::new();
         let (told, _) = oneshot::channel();
@@ -583,13 +582,44 @@ mod tests {
             "SIGTERM"
         };
         let apply = |event| heard.push(event);
-        let end = until_it_rests(capture.as_mut(), &mut at_rest, &mut inbox, apply, again);
+        let end = hand_on(pending(), &mut at_rest, &mut inbox, apply, again);
         let end = tokio::time::timeout(Duration::from_secs(5), end).await;
         let end = end.expect("it does not wait").expect("no room has failed");
         assert_eq!((end, heard.len()), (Some("SIGTERM"), 1));
         rests.send(()).expect("somebody waits");
-        let never = std::future::pending();
-        let end = until_it_rests(capture.as_mut(), &mut at_rest, &mut inbox, drop, never);
+        let end = hand_on(pending(), at_rest, &mut inbox, drop, pending());
         assert_eq!(end.await.expect("no room has failed"), None);
+    }
+
+    /// How an agent ends as the room of this number does, and the others run on.
+    async fn ends(room: usize, capture: Result<(), CaptureError>) -> String {
+        let runs = async |number: usize| {
+            if number != room {
+                pending::<()>().await;
+            }
+        };
+        let capture = async {
+            runs(0).await;
+            capture
+        };
+        let (_events, mut inbox) = mpsc::channel(1);
+        let rooms = one_ends(capture, runs(1), runs(2));
+        let end = hand_on(rooms, pending::<()>(), &mut inbox, drop, pending());
+        let end = tokio::time::timeout(Duration::from_secs(5), end).await;
+        let end = end.expect("that is noticed");
+        end.expect_err("none ends by itself").to_string()
+    }
+
+    #[tokio::test]
+    async fn a_room_that_ends_by_itself_is_an_error() {
+        for (room, name) in ["capture", "control", "a room"].into_iter().enumerate() {
+            assert_eq!(
+                ends(room, Ok(())).await,
+                format!("{name} has ended by itself")
+            );
+        }
+        let why = CaptureError::Stopping;
+        let told = why.to_string();
+        assert_eq!(ends(0, Err(why)).await, told);
     }
 }
