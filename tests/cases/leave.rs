@@ -114,6 +114,23 @@ fn c1_a_pod_that_leaves_and_comes_back_under_load_reaches_who_it_asks_for() {
 }
 
 #[test]
+fn a_pod_that_goes_together_with_its_policy_drains_by_what_that_said() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let (manifests, client) = (&pair.world.manifests, "cluster.local/ns/demo/sa/client");
+    manifests.policy("demo", "gate", "ALLOW", "server", client);
+    pair.two.logs(&["policy added", "gate"]);
+    let mut live = pair.client.talk(pair.server.at(PORT));
+    manifests.remove_pod("demo", "server");
+    manifests.remove("policy-demo-gate.yaml");
+    for told in ["policy removed", "pod leaves the mesh"] {
+        pair.two.logs(&[told]);
+    }
+    live.say("still");
+    assert_eq!(live.line(), format!("{} still", pair.client.v4));
+}
+
+#[test]
 fn c1_no_route_leads_to_lo_without_the_program_that_takes_what_comes_by_it() {
     let pair = Pair::new();
     let over = AtomicBool::new(false);

@@ -266,6 +266,7 @@ impl Pods {
             if unknown.contains(&workload.uid) {
                 let mut last = workload.clone();
                 last.services.clear();
+                keep_policies(&last, &self.translation, &mut translation);
                 translation.workloads.push(last);
             }
         }
@@ -517,6 +518,17 @@ impl Pods {
             changed
         });
     }
+}
+
+/// Keeps what a workload that drains was decided by and that went with it: one that is named and not there
+/// lets nothing pass, and would cut what runs.
+fn keep_policies(workload: &Workload, before: &Translation, now: &mut Translation) {
+    let has = |of: &Translation, key: &str| of.policies.iter().any(|is| is.key() == key);
+    let gone = workload.policies.iter().filter(|key| !has(now, key));
+    let gone: Vec<_> = gone
+        .filter_map(|key| before.policies.iter().find(|is| is.key() == **key))
+        .collect();
+    now.policies.extend(gone.into_iter().cloned());
 }
 
 fn key(pod: &LocalPodSpec) -> PodKey {
