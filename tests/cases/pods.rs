@@ -531,6 +531,26 @@ fn c7_what_was_changed_is_undone_in_a_namespace_that_has_a_mount_alone() {
 }
 
 #[test]
+fn other_nodes_are_told_of_a_pod_before_the_next_one_is_enrolled() {
+    let world = World::new();
+    let node = world.node("one");
+    let pods: Vec<Pod> = (0..12)
+        .map(|number| node.pod(&world, &format!("p{number}")))
+        .collect();
+    let agent = world.agent(&node);
+    let records = world.state.join("enrolled");
+    eventually("the first is told of", 20, || {
+        let entries = fs::read_dir(&records).into_iter().flatten().flatten();
+        entries
+            .filter(|entry| entry.path().extension() == Some(OsStr::new("json")))
+            .count()
+            > 0
+    });
+    let enrolled = agent.log().matches("pod enrolled").count();
+    assert!((1..pods.len()).contains(&enrolled), "{enrolled}");
+}
+
+#[test]
 fn a_pod_whose_namespace_is_gone_is_dialled_by_hbone_no_more() {
     let world = World::new();
     let node = world.node("one");

@@ -40,6 +40,8 @@ const LINGER: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(5);
 /// How long until an enrolment that failed is: twice as long each time that it fails again, up to the above.
 const FIRST_RETRY: Duration = Duration::from_millis(250);
+/// How often control is told while many pods are enrolled one after the other: it looks at all of them.
+const TELL: Duration = Duration::from_millis(100);
 
 /// Where the room works.
 #[derive(Clone, Debug)]
@@ -99,6 +101,8 @@ pub struct Room {
     failed: BTreeMap<u64, Failure>,
     /// When what could not be undone is tried again.
     again: Option<Instant>,
+    /// When control was told last.
+    told: Instant,
     events: mpsc::Sender<PodEvent>,
     status: watch::Sender<Status>,
     /// When the node's programs are looked at.
@@ -265,7 +269,7 @@ impl Room {
             stamp: Arc::new(super::maps::stamp(&mut node.ebpf)?),
         };
         let (status, told) = watch::channel(Status::new());
-        let room = Self {
+        let mut room = Self {
             config,
             records,
             loader,
@@ -273,6 +277,7 @@ impl Room {
             pods,
             failed: BTreeMap::new(),
             again: None,
+            told: Instant::now(),
             events,
             status,
             looks: Looks::begin(0),
@@ -373,6 +378,10 @@ impl Room {
                     }
                     if let Some(desired) = by_cookie.get(&cookie) {
                         self.enrol((*desired).clone()).await?;
+                    }
+                    // Other nodes dial it in clear until then, and STRICT refuses that.
+                    if self.told.elapsed() >= TELL {
+                        self.tell();
                     }
                 }
                 Step::Revive(cookie) => {
@@ -565,7 +574,8 @@ impl Room {
             .map_err(|_| CaptureError::Stopping)
     }
 
-    fn tell(&self) {
+    fn tell(&mut self) {
+        self.told = Instant::now();
         let mut status = Status::new();
         for (&cookie, pod) in &self.pods {
             let looks = pod.phase.served().map(|of| &of.looks);
