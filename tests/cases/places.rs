@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::fs;
+use std::time::Duration;
 
 use dataplane_tests::agent::Setup;
 use dataplane_tests::command::{dataplane, refused, run, under, uninstall};
@@ -89,6 +90,34 @@ fn a_start_that_is_refused_leaves_nothing() {
     assert!(said.contains(&state), "{said}");
     assert_eq!(tree(scratch.path()), before, "{said}");
     assert!(!mounts().contains(&at("bpf").display().to_string()));
+}
+
+#[test]
+fn a_start_that_is_refused_does_not_unmount_what_another_agent_has_begun_to_use() {
+    let world = World::new();
+    let node = world.node("one");
+    let bpf = world.folder().join("its own");
+    fs::create_dir(&bpf).expect("a folder");
+    // Refused by what is asked last.
+    fs::create_dir_all(world.state.join("ca")).expect("a folder");
+    fs::write(world.state.join("ca/stranger"), "").expect("a file");
+    let mut setup = world.setup(&node);
+    setup.bpffs.clone_from(&bpf);
+    let mut agent = Agent::start(setup);
+    let others = bpf.join("dataplane");
+    let is_mounted = || {
+        fs::read_to_string("/proc/self/mounts")
+            .is_ok_and(|mounts| mounts.contains("its\\040own bpf "))
+    };
+    while !is_mounted() {
+        assert!(agent.runs(), "{}", agent.log());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    fs::create_dir(&others).expect("a folder");
+    assert_eq!(agent.wait().code(), Some(2), "{}", agent.log());
+    assert!(others.exists(), "it is mounted still");
+    nix::mount::umount2(&bpf, nix::mount::MntFlags::empty()).expect("nobody uses it");
+    fs::remove_dir_all(&world.state).expect("a folder");
 }
 
 #[test]

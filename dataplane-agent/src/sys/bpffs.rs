@@ -43,7 +43,7 @@ pub fn is_mounted(folder: &Path) -> io::Result<bool> {
     Ok(statfs(folder)?.filesystem_type() == MAGIC)
 }
 
-/// One that is mounted. If it was not before, it is unmounted with this, unless it is kept.
+/// One that is mounted. If it was not before, it is unmounted with this, unless it is kept or used.
 #[derive(Debug)]
 pub struct Mounted(Option<PathBuf>);
 
@@ -58,10 +58,20 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if let Some(folder) = &self.0 {
-            let _ = umount2(folder, MntFlags::MNT_DETACH);
+        let Some(folder) = &self.0 else { return };
+        // Somebody may have begun to use it. What is open keeps it mounted; what is pinned does not.
+        if !is_used(folder) {
+            let _ = umount2(folder, MntFlags::empty());
         }
     }
+}
+
+/// Whether somebody has made something in one. The kernel's own names have dots, and no others have.
+fn is_used(folder: &Path) -> bool {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name())
+        .any(|name| !name.as_encoded_bytes().contains(&b'.'))
 }
 
 /// Mounts one there, unless it is: systemd does so at boot, other machines may not.
