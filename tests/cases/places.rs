@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use dataplane_tests::agent::Setup;
@@ -118,6 +119,28 @@ fn a_start_that_is_refused_does_not_unmount_what_another_agent_has_begun_to_use(
     assert!(others.exists(), "it is mounted still");
     nix::mount::umount2(&bpf, nix::mount::MntFlags::empty()).expect("nobody uses it");
     fs::remove_dir_all(&world.state).expect("a folder");
+}
+
+#[test]
+fn a_start_that_pins_or_records_refuse_has_begun_nothing() {
+    let world = World::new();
+    let node = world.node("one");
+    let pins = world.bpffs().join("dataplane/one");
+    fs::create_dir_all(&pins).expect("a folder");
+    fs::set_permissions(&pins, fs::Permissions::from_mode(0o777)).expect("a mode");
+    let refused = |told: &str| {
+        let before = tree(world.folder());
+        let (_, said) = refused(world.setup(&node));
+        assert!(said.contains(told), "{said}");
+        fs::remove_file(world.folder().join("one.log")).expect("its log");
+        assert_eq!(tree(world.folder()), before, "{said}");
+    };
+    refused("others than its owner may write");
+    fs::remove_dir(&pins).expect("a folder");
+    let records = world.folder().join("run/one/pods");
+    fs::create_dir_all(&records).expect("a folder");
+    fs::write(records.join("7.json"), "{").expect("a file");
+    refused("7.json");
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //! the path since a map of one layout must not be read by programs of another.
 
 use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder, File, Permissions, TryLockError};
+use std::fs::{self, DirBuilder, File, Metadata, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -58,22 +58,46 @@ impl Pins {
             let error = io::Error::other("no BPF file system is mounted there");
             return Err(CaptureError::file(&self.bpffs)(error));
         }
-        let above = self.node.ancestors().take_while(|of| *of != self.bpffs);
-        for folder in above.collect::<Vec<_>>().into_iter().rev() {
+        for folder in self.above().into_iter().rev() {
             make_private(folder).map_err(CaptureError::file(folder))?;
         }
         let lock = lock(&self.node, || File::open(&self.node))?;
-        // Before anything is made: whoever pinned it may come back.
+        self.refuse_other_layout()?;
+        for folder in [self.maps(), self.links(), self.pods()] {
+            fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
+        }
+        Ok(lock)
+    }
+
+    /// Refuses what is there already as [`Pins::make`] would; nothing is made.
+    ///
+    /// # Errors
+    /// Another user has made it; it is of another layout.
+    pub fn refuse(&self) -> Result<(), CaptureError> {
+        if !self.are_there() {
+            return Ok(());
+        }
+        for folder in self.above() {
+            is_private(folder).map_err(CaptureError::file(folder))?;
+        }
+        self.refuse_other_layout()
+    }
+
+    /// The folder of the node, and those above it that are an agent's.
+    fn above(&self) -> Vec<&Path> {
+        let above = self.node.ancestors();
+        above.take_while(|of| *of != self.bpffs).collect()
+    }
+
+    /// Whoever pinned it may come back.
+    fn refuse_other_layout(&self) -> Result<(), CaptureError> {
         for entry in fs::read_dir(&self.node).map_err(CaptureError::file(&self.node))? {
             let path = entry.map_err(CaptureError::file(&self.node))?.path();
             if path != self.layout() {
                 return Err(CaptureError::OtherLayout(path));
             }
         }
-        for folder in [self.maps(), self.links(), self.pods()] {
-            fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
-        }
-        Ok(lock)
+        Ok(())
     }
 
     /// Makes again what of the folders is gone, and mounts what was unmounted; `lock` is what
@@ -350,6 +374,18 @@ fn make_private(folder: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
+    let found = is_private(folder)?;
+    if found.mode() & 0o077 != 0 {
+        fs::set_permissions(folder, Permissions::from_mode(0o700))?;
+    }
+    Ok(())
+}
+
+/// What a folder is that nobody else may write to.
+///
+/// # Errors
+/// As [`make_private`].
+fn is_private(folder: &Path) -> io::Result<Metadata> {
     let found = fs::symlink_metadata(folder)?;
     let other = |why: String| Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
     if !found.is_dir() {
@@ -364,10 +400,7 @@ fn make_private(folder: &Path) -> io::Result<()> {
     if found.mode() & 0o022 != 0 {
         return other("others than its owner may write to it".into());
     }
-    if found.mode() & 0o077 != 0 {
-        fs::set_permissions(folder, Permissions::from_mode(0o700))?;
-    }
-    Ok(())
+    Ok(found)
 }
 
 /// Removes a file that may be there.

@@ -215,12 +215,16 @@ pub struct Reports {
 /// Refuses where [`Room::open`] would, before anything is made.
 ///
 /// # Errors
-/// Another agent runs, or its programs are attached; how to undo what is pinned is recorded elsewhere.
+/// Another agent runs, or its programs are attached; another user has made the pins, or another version
+/// of the agent; how to undo what is pinned is recorded elsewhere, or cannot be read.
 pub fn refuse(config: &Config, folder: &NodeFolder) -> Result<(), CaptureError> {
     let pins = Pins::new(&config.bpffs, &config.node);
     let _lock = pins.lock()?;
+    pins.refuse()?;
     attached::refuse_on_cgroup(&config.cgroup, &pins, &BTreeSet::new())?;
-    pins.refuse_without(&folder.records()?)
+    let records = folder.records()?;
+    records.all()?;
+    pins.refuse_without(&records)
 }
 
 impl Room {
