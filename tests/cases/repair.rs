@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -126,6 +127,40 @@ fn c1_nothing_passes_between_the_loss_of_a_pin_and_its_repair() {
             assert!(asked < 400, "{part} is not put back");
         }
     }
+}
+
+#[test]
+fn c1_programs_are_put_back_where_nothing_can_be_pinned() {
+    let pair = Pair::new();
+    let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
+    let (_theirs, _own) = (outsider.serve(PORT), pair.client.serve(PORT));
+    let (bpffs, is_captured) = (pair.world.bpffs(), || {
+        let before = [
+            pair.one.counter("captured"),
+            pair.one.counter("steered_inbound"),
+        ];
+        let _ = pair.client.ask(outsider.at(PORT), "x");
+        let _ = outsider.ask(pair.client.at(PORT), "x");
+        pair.one.counter("captured") > before[0] && pair.one.counter("steered_inbound") > before[1]
+    });
+    let flags = nix::mount::MntFlags::MNT_DETACH;
+    nix::mount::umount2(bpffs, flags).expect("it is mounted");
+    // What a mount would hide.
+    fs::write(bpffs.join("stranger"), "").expect("a file");
+    pair.one.is("client", "broken");
+    assert!(is_captured(), "what is attached stays so");
+    let inode = |file: fs::File| file.metadata().expect("it is open").ino();
+    let cgroup = fs::File::open(&pair.nodes.0.cgroup.folder).expect("a cgroup");
+    assert_eq!(bpf::detach(inode(cgroup)), 4);
+    assert_eq!(bpf::detach(inode(pair.client.netns.file())), 1);
+    eventually("it is captured again", 10, is_captured);
+    // Two looks later too.
+    std::thread::sleep(scaled(std::time::Duration::from_secs(7)));
+    assert!(is_captured());
+    assert_eq!(pair.one.pod("client").0, "broken");
+    fs::remove_file(bpffs.join("stranger")).expect("a file");
+    pair.one.up(&["client"]);
+    assert!(pair.client.ask(outsider.at(PORT), "x").is_ok());
 }
 
 #[test]

@@ -12,7 +12,11 @@ const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
+const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
+const BPF_LINK_GET_NEXT_ID: libc::c_long = 31;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// The keys of a map that is a hash table; none if something else is pinned there.
 pub fn keys(pin: &Path) -> Option<Vec<Vec<u8>>> {
@@ -75,6 +79,58 @@ pub fn fill(pin: &Path) {
         match bpf(BPF_MAP_UPDATE_ELEM, &update) {
             Err(error) if error.raw_os_error() == Some(libc::E2BIG) => return,
             done => _ = done.expect("a key of this size"),
+        }
+    }
+}
+
+/// Detaches, by force, what is attached by links to a network namespace or a cgroup, of this inode number;
+/// how many links there were.
+pub fn detach(inode: u64) -> usize {
+    /// What the kernel tells of a link: its kind, and what it is attached to.
+    #[repr(C)]
+    struct Info {
+        kind: u32,
+        ids: [u32; 3],
+        target: u64,
+        rest: [u64; 13],
+    }
+    #[repr(C)]
+    struct Ask {
+        descriptor: u32,
+        size: u32,
+        info: u64,
+    }
+    const CGROUP: u32 = 3;
+    const NETNS: u32 = 5;
+    let (mut id, mut count) = (0, 0);
+    loop {
+        let after = Cell::new([id, 0, 0]);
+        match bpf(BPF_LINK_GET_NEXT_ID, &after) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return count,
+            found => _ = found.expect("links are listed"),
+        }
+        id = after.into_inner()[1];
+        let Ok(link) = bpf(BPF_LINK_GET_FD_BY_ID, &[id, 0, 0]) else {
+            continue; // gone meanwhile
+        };
+        // SAFETY: the kernel has made it for us alone.
+        let link = unsafe { OwnedFd::from_raw_fd(link) };
+        let info = Cell::new(Info {
+            kind: 0,
+            ids: [0; 3],
+            target: 0,
+            rest: [0; 13],
+        });
+        let ask = Ask {
+            descriptor: link.as_raw_fd() as u32,
+            size: size_of::<Info>() as u32,
+            info: info.as_ptr() as u64,
+        };
+        bpf(BPF_OBJ_GET_INFO_BY_FD, &ask).expect("a link");
+        let Info { kind, target, .. } = info.into_inner();
+        if kind == CGROUP && target == inode || kind == NETNS && target as u32 as u64 == inode {
+            bpf(BPF_LINK_DETACH, &[link.as_raw_fd() as u32, 0]).expect("it lets go");
+            count += 1;
         }
     }
 }

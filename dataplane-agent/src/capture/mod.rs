@@ -12,6 +12,7 @@
 pub mod attached;
 pub mod dump;
 pub mod enrol;
+mod link;
 pub mod maps;
 pub mod node_folder;
 pub mod pins;

@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use aya::maps::MapInfo;
-use aya::programs::links::{FdLink, PinnedLink};
 use nix::unistd::geteuid;
 
 use super::CaptureError;
+use super::link::Link;
 use super::undo::Records;
 use crate::config::NodeName;
 use crate::sys::bpffs;
@@ -174,29 +174,6 @@ impl Pins {
         Ok(())
     }
 
-    /// Pins a link, in place of one that may be there: there is no moment without either. As long as it
-    /// is kept, nothing is detached where the pin is lost.
-    ///
-    /// # Errors
-    /// The file system refuses.
-    pub fn replace(link: FdLink, path: &Path) -> Result<FdLink, CaptureError> {
-        let new = beside(path);
-        remove(&new)?;
-        let pinned = link
-            .pin(&new)
-            .map_err(|error| CaptureError::file(&new)(io::Error::other(error)))?;
-        let renamed = fs::rename(&new, path).map_err(CaptureError::file(path));
-        if renamed.is_err() {
-            remove(&new)?;
-        }
-        renamed.map(|()| pinned.into())
-    }
-
-    /// The link that is pinned at a path, if one is.
-    pub fn link(pin: &Path) -> Option<FdLink> {
-        Some(PinnedLink::from_pin(pin).ok()?.into())
-    }
-
     /// The ids of all programs that are attached by what is pinned here.
     pub fn programs(&self) -> BTreeSet<u32> {
         let folders = entries(&self.node)
@@ -325,14 +302,14 @@ fn is_layout(name: &str) -> bool {
 }
 
 /// Where a pin is made before it takes another one's place.
-fn beside(pin: &Path) -> PathBuf {
+pub(super) fn beside(pin: &Path) -> PathBuf {
     let name = pin.file_name().unwrap_or_default().to_string_lossy();
     pin.with_file_name(format!("{name}-new"))
 }
 
 /// The program of a pinned link.
 fn program(pin: &Path) -> Option<u32> {
-    Some(Pins::link(pin)?.info().ok()?.program_id())
+    Some(Link::at(pin)?.program())
 }
 
 fn entries(folder: &Path) -> impl Iterator<Item = fs::DirEntry> + use<> {

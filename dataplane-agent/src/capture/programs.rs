@@ -13,6 +13,7 @@ use aya::programs::{
 };
 use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 
+use super::link::Link;
 use super::maps::{self, NodeMaps, chain};
 use super::pins::Pins;
 use super::{CaptureError, Listeners};
@@ -43,13 +44,13 @@ pub struct NodeProgramsLoaded {
 }
 
 /// What keeps the node's programs attached, by their names, wherever their pins are.
-pub type Links = BTreeMap<&'static str, FdLink>;
+pub type Links = BTreeMap<&'static str, Link>;
 
 /// One pod's program. Detached when it goes, unless it is pinned.
 #[derive(Debug)]
 pub struct PodProgram {
     ebpf: Ebpf,
-    link: Option<FdLink>,
+    link: Option<Link>,
 }
 
 impl Loader {
@@ -112,49 +113,42 @@ impl Loader {
     }
 }
 
-/// Attaches the node's programs to a cgroup, each in place of a predecessor's or of one of `links`.
+/// Attaches those of the node's programs to a cgroup that are not, and pins those that are not, in place of
+/// a predecessor's; whether there were any. One that cannot be pinned is attached all the same.
 ///
 /// # Errors
-/// The cgroup is not there; the kernel refuses.
-pub fn attach(
+/// The cgroup is not there; the kernel, or the file system, refuses. What can be done is.
+pub fn restore(
     ebpf: &mut Ebpf,
     cgroup: &Path,
     pins: &Pins,
-    names: &[&'static str],
     links: &mut Links,
-) -> Result<(), CaptureError> {
-    let folder = File::open(cgroup).map_err(CaptureError::file(cgroup))?;
-    for &name in names {
-        let link = attach_one(ebpf, name, &folder)?;
-        links.insert(name, Pins::replace(link, &pins.links().join(name))?);
-    }
-    Ok(())
-}
-
-/// Those of the node's programs that are not attached, or not pinned.
-///
-/// # Errors
-/// The cgroup is not there; the kernel refuses to tell.
-pub fn detached(
-    ebpf: &Ebpf,
-    cgroup: &Path,
-    pins: &Pins,
-) -> Result<Vec<&'static str>, CaptureError> {
+) -> Result<bool, CaptureError> {
     let folder = File::open(cgroup).map_err(CaptureError::file(cgroup))?;
     let attached = hooks::of_cgroup(&folder).map_err(CaptureError::file(cgroup))?;
-    let mut lost = Vec::new();
+    let mut lost = false;
+    let mut all = Ok(());
     for name in OF_NODE {
-        let own = ebpf.program(name).map(Program::info);
-        let own = own.and_then(Result::ok).map(|info| info.id());
-        let attached = own.is_some_and(|own| attached.contains(&own));
-        if !attached || !pins.links().join(name).exists() {
-            lost.push(name);
+        let pin = pins.links().join(name);
+        let own = links.get(name);
+        let own = own.filter(|link| attached.contains(&link.program()));
+        if own.is_some() && pin.exists() {
+            continue;
         }
+        lost = true;
+        let one = match own {
+            Some(link) => link.pin(&pin),
+            None => attach_one(ebpf, name, &folder).and_then(|link| {
+                links.insert(name, link);
+                links.get(name).map_or(Ok(()), |link| link.pin(&pin))
+            }),
+        };
+        all = all.and(one);
     }
-    Ok(lost)
+    all.map(|()| lost)
 }
 
-fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<FdLink, CaptureError> {
+fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<Link, CaptureError> {
     // No flag: a link always lets other programs on the same hook run too.
     let mode = CgroupAttachMode::Single;
     let link = match program(ebpf, name)? {
@@ -181,48 +175,45 @@ fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<FdLi
         }
         _ => return Err(not_its_kind(name)),
     };
-    link.map_err(|error: LinkError| CaptureError::Program {
+    let link = link.map_err(|error: LinkError| CaptureError::Program {
         program: name,
         why: format!(
             "its link cannot be pinned (kernel older than 5.7): {}",
             chain(&error)
         ),
-    })
+    })?;
+    Link::of(name, &link)
 }
 
 impl PodProgram {
     /// Attaches it in the pod's network namespace, in place of a predecessor.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// The kernel refuses; it cannot be pinned, and is attached all the same.
     pub fn attach(&mut self, netns: &Netns, pin: &Path) -> Result<(), CaptureError> {
         let program = steer(&mut self.ebpf)?;
         let link = program.attach(netns).map_err(refused(OF_POD))?;
         let link = program.take_link(link).map_err(refused(OF_POD))?;
-        self.link = Some(Pins::replace(link.into(), pin)?);
-        Ok(())
+        self.link.insert(Link::of(OF_POD, &link.into())?).pin(pin)
     }
 
-    /// Attaches it again if it is not attached, or not pinned any more; whether that was so.
+    /// Attaches it again if it is not attached, and pins it if it is not pinned any more; whether that was
+    /// so.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// As [`PodProgram::attach`].
     pub fn restore(&mut self, netns: &Netns, pin: &Path) -> Result<bool, CaptureError> {
-        let is_attached = self.is_attached(netns, pin)?;
-        if !is_attached {
-            self.attach(netns, pin)?;
+        let own = self.link.as_ref().map(Link::program);
+        match (steers(netns, own)?, &self.link) {
+            (true, _) if pin.exists() => return Ok(false),
+            (true, Some(link)) => link.pin(pin)?,
+            _ => self.attach(netns, pin)?,
         }
-        Ok(!is_attached)
-    }
-
-    fn is_attached(&self, netns: &Netns, pin: &Path) -> Result<bool, CaptureError> {
-        let own = self.ebpf.program(OF_POD).map(Program::info);
-        let own = own.and_then(Result::ok).map(|info| info.id());
-        Ok(steers(netns, own)? && pin.exists())
+        Ok(true)
     }
 
     /// What keeps it attached, without the rest.
-    pub fn into_link(self) -> Option<FdLink> {
+    pub fn into_link(self) -> Option<Link> {
         self.link
     }
 

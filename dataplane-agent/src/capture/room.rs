@@ -255,8 +255,8 @@ impl Room {
             events: super::maps::events(&mut node.ebpf)?,
             log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
         };
-        let (all, mut links) = (&programs::OF_NODE, Links::new());
-        programs::attach(&mut node.ebpf, &config.cgroup, &pins, all, &mut links)?;
+        let mut links = Links::new();
+        programs::restore(&mut node.ebpf, &config.cgroup, &pins, &mut links)?;
         // Of two that looked at once, one at least sees the other now.
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         let pods = adopt(records.all()?);

@@ -34,8 +34,8 @@ fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
     let _lock = pins.make()?;
     let mut loader = Loader::new(&pins);
     let mut node = loader.node()?;
-    let (all, mut links) = (&programs::OF_NODE, programs::Links::new());
-    programs::attach(&mut node.ebpf, cgroup, &pins, all, &mut links)?;
+    let mut links = programs::Links::new();
+    programs::restore(&mut node.ebpf, cgroup, &pins, &mut links)?;
     let listeners = enrol::listen(netns)?;
     let mut pod = loader.pod(netns.cookie()?, None, Some(&listeners))?;
     pod.attach(netns, &pins.pod(netns.cookie()?))?;

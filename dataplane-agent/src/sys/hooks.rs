@@ -1,9 +1,12 @@
 //! Which programs are attached to a cgroup or a network namespace (`BPF_PROG_QUERY`), and how they are
-//! detached (`BPF_LINK_DETACH`): what of bpf(2) aya does not have, or not for all kinds.
+//! detached (`BPF_LINK_DETACH`), or pinned (`BPF_OBJ_PIN`): what of bpf(2) aya does not have, or not for
+//! all kinds.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 /// Our hooks, with the kernel's numbers of their kinds (`enum bpf_attach_type`).
@@ -15,6 +18,8 @@ const HOOKS: [(&str, u32); 4] = [
 ];
 /// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
 const SK_LOOKUP: u32 = 36;
+/// `BPF_OBJ_PIN` of `enum bpf_cmd`.
+const PIN: libc::c_long = 6;
 /// `BPF_PROG_QUERY` of `enum bpf_cmd`.
 const QUERY: libc::c_long = 16;
 /// `BPF_LINK_GET_FD_BY_ID` of `enum bpf_cmd`.
@@ -111,14 +116,49 @@ fn query(target: impl AsFd, kind: u32, flags: u32, ids: &mut [u32]) -> io::Resul
 ///
 /// # Errors
 /// The kernel refuses: CAP_SYS_ADMIN is missing.
-pub fn detach(link: u32) -> io::Result<()> {
-    let opened = match by_number(LINK_BY_ID, link) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        opened => i32::try_from(opened?).map_err(io::Error::other)?,
-    };
+pub fn detach(id: u32) -> io::Result<()> {
+    match link(id) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        link => by_number(LINK_DETACH, link?.as_raw_fd().cast_unsigned()).map(|_| ()),
+    }
+}
+
+/// A link, by its id: what it attaches stays so as long as the descriptor is open.
+///
+/// # Errors
+/// It is gone; CAP_SYS_ADMIN is missing.
+pub fn link(id: u32) -> io::Result<OwnedFd> {
+    let opened = i32::try_from(by_number(LINK_BY_ID, id)?).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
-    let opened = unsafe { OwnedFd::from_raw_fd(opened) };
-    by_number(LINK_DETACH, opened.as_raw_fd().cast_unsigned()).map(|_| ())
+    Ok(unsafe { OwnedFd::from_raw_fd(opened) })
+}
+
+/// Pins a link at a path that is free.
+///
+/// # Errors
+/// It is on no BPF file system; there is something.
+pub fn pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
+    /// The part of `union bpf_attr` that this has.
+    #[repr(C)]
+    struct Pin {
+        path: u64,
+        descriptor: u32,
+        flags: u32,
+    }
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attributes = Pin {
+        path: path.as_ptr().expose_provenance() as u64,
+        descriptor: link.as_raw_fd().cast_unsigned(),
+        flags: 0,
+    };
+    // SAFETY: the kernel reads within the structure, whose size is given, and a path that ends in a zero
+    // and outlives the call; it writes nothing.
+    let done =
+        unsafe { libc::syscall(libc::SYS_bpf, PIN, &raw const attributes, size_of::<Pin>()) };
+    match done {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// A command that takes a number alone: the first one of `union bpf_attr`.

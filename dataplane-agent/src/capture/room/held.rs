@@ -1,9 +1,10 @@
 //! A pod that is to be captured and that nobody serves: a predecessor has left it, and it is not found
 //! (again), or cannot be enrolled. What keeps it captured is looked after as for one that is served.
 
-use aya::programs::links::FdLink;
+use std::path::Path;
 
 use super::super::enrol::Own;
+use super::super::link::Link;
 use super::super::pins::Pins;
 use super::super::programs::{self, Loader};
 use super::super::repair::{Gone, Part};
@@ -18,7 +19,7 @@ use crate::sys::netns::{Interfaces, Netns};
 pub(super) struct Held {
     pub(super) looks: Looks,
     /// What its program is attached by.
-    steer: Option<FdLink>,
+    steer: Option<Link>,
     interfaces: Option<Interfaces>,
     routing: Routing,
 }
@@ -71,6 +72,17 @@ fn found<'a>(
 }
 
 impl Held {
+    /// Pins what steers, if that was lost.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub(super) fn pin(&self, pin: &Path) -> Result<(), CaptureError> {
+        match &self.steer {
+            Some(link) if !pin.exists() => link.pin(pin),
+            _ => Ok(()),
+        }
+    }
+
     async fn mend(
         &mut self,
         netns: &Netns,
@@ -123,16 +135,20 @@ impl Held {
     ) -> Result<(), CaptureError> {
         let pin = pins.pod(cookie);
         if self.steer.is_none() {
-            self.steer = Pins::link(&pin);
+            self.steer = Link::at(&pin);
         }
-        let info = self.steer.as_ref().map(FdLink::info);
-        let own = info.and_then(Result::ok).map(|info| info.program_id());
-        if programs::steers(netns, own)? && pin.exists() {
+        let own = self.steer.as_ref().map(Link::program);
+        if programs::steers(netns, own)? {
+            if !pin.exists() {
+                self.pin(&pin)?;
+                gone.add(Part::Steer);
+            }
             return Ok(());
         }
         let mut program = loader.pod(cookie, None, None)?;
-        program.attach(netns, &pin)?;
-        self.steer = program.into_link();
+        let attached = program.attach(netns, &pin);
+        self.steer = program.into_link().or(self.steer.take());
+        attached?;
         gone.add(Part::Steer);
         Ok(())
     }

@@ -100,17 +100,17 @@ impl Room {
     }
 
     fn mend_node(&mut self, gone: &mut Gone) -> Result<(), CaptureError> {
-        self.pins.restore(&mut self.pins_lock)?;
-        if self.pinned.restore(&self.pins)? {
-            gone.add(Part::Pin);
+        // Where nothing can be pinned, what is attached holds all the same.
+        let folders = self.pins.restore(&mut self.pins_lock);
+        let maps = self.pinned.restore(&self.pins);
+        let (cgroup, links) = (&self.config.cgroup, &mut self.links);
+        let programs = programs::restore(&mut self.node, cgroup, &self.pins, links);
+        for (part, lost) in [(Part::Pin, &maps), (Part::Program, &programs)] {
+            if matches!(lost, Ok(true)) {
+                gone.add(part);
+            }
         }
-        let lost = programs::detached(&self.node, &self.config.cgroup, &self.pins)?;
-        if !lost.is_empty() {
-            let (cgroup, links) = (&self.config.cgroup, &mut self.links);
-            programs::attach(&mut self.node, cgroup, &self.pins, &lost, links)?;
-            gone.add(Part::Program);
-        }
-        Ok(())
+        folders.and(maps).and(programs).map(|_| ())
     }
 
     async fn look_at(&mut self, cookie: u64) -> Result<(), CaptureError> {

@@ -1,0 +1,64 @@
+//! What keeps a program attached, whether it is pinned or not: as long as a process has it nothing is
+//! detached where the pin is lost, or cannot be made.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use aya::programs::links::{FdLink, PinnedLink};
+
+use super::CaptureError;
+use super::maps::chain;
+use super::pins::{beside, remove};
+use crate::sys::hooks;
+
+/// A link of a program.
+#[derive(Debug)]
+pub struct Link {
+    program: u32,
+    link: OwnedFd,
+}
+
+impl Link {
+    /// Of one that was just made. aya's own is lost with a pin that fails.
+    ///
+    /// # Errors
+    /// The kernel does not tell of it.
+    pub fn of(program: &'static str, link: &FdLink) -> Result<Self, CaptureError> {
+        let untold = |why| CaptureError::Program { program, why };
+        let info = link.info().map_err(|error| untold(chain(&error)))?;
+        Ok(Self {
+            program: info.program_id(),
+            link: hooks::link(info.id()).map_err(|error| untold(error.to_string()))?,
+        })
+    }
+
+    /// The one that is pinned at a path, if one is.
+    pub fn at(pin: &Path) -> Option<Self> {
+        let info = FdLink::from(PinnedLink::from_pin(pin).ok()?).info().ok()?;
+        Some(Self {
+            program: info.program_id(),
+            link: hooks::link(info.id()).ok()?,
+        })
+    }
+
+    /// The id of its program.
+    pub fn program(&self) -> u32 {
+        self.program
+    }
+
+    /// Pins it, in place of one that may be there: there is no moment without either.
+    ///
+    /// # Errors
+    /// The file system refuses; what it keeps attached stays so.
+    pub fn pin(&self, path: &Path) -> Result<(), CaptureError> {
+        let new = beside(path);
+        remove(&new)?;
+        hooks::pin(&self.link, &new).map_err(CaptureError::file(&new))?;
+        let renamed = fs::rename(&new, path).map_err(CaptureError::file(path));
+        if renamed.is_err() {
+            remove(&new)?;
+        }
+        renamed
+    }
+}
