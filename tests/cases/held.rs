@@ -5,6 +5,8 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use dataplane_tests::bpf::steering;
 use dataplane_tests::{Pair, Pod, Wire, eventually, repairs};
@@ -118,4 +120,34 @@ fn c1_a_held_pod_that_lost_its_program_while_no_agent_ran_gets_one() {
     let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
     let answer = outsider.ask(pair.client.at(PORT), "let me in");
     assert!(answer.is_err(), "{answer:?}");
+}
+
+#[test]
+fn c1_a_held_pod_that_has_lost_its_pin_has_its_program_while_it_is_enrolled() {
+    let pair = held("10.100.0.1");
+    let netns = pair.client.netns.file();
+    let pins = pair.world.pinned("one", "pods");
+    eventually("it is looked after", 10, || {
+        steering(&netns) == 1 && !pins.is_empty()
+    });
+    let over = AtomicBool::new(false);
+    let without = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut without = 0;
+            while !over.load(Ordering::Relaxed) {
+                without += u32::from(steering(&netns) == 0);
+            }
+            without
+        });
+        // Before it is looked at again.
+        pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
+        std::thread::sleep(Duration::from_millis(300));
+        for pin in &pins {
+            fs::remove_file(pin).expect("a pin");
+        }
+        pair.one.up(&["client"]);
+        over.store(true, Ordering::Relaxed);
+        watch.join().expect("it counts")
+    });
+    assert_eq!(without, 0);
 }

@@ -30,7 +30,7 @@ use super::routing::Routing;
 use super::stamp::Stamp;
 use super::undo::{self, Record, Records};
 use super::wanted::{Desired, PodState, PodStatus, Status, Wanted};
-use super::{CaptureError, Listeners, LocalPod, PodEvent, attached, enrol, named};
+use super::{CaptureError, Instance, Listeners, LocalPod, PodEvent, attached, enrol, named};
 use crate::config::NodeName;
 use crate::sys::netns::{Changes, Interfaces, Netns};
 
@@ -167,6 +167,18 @@ struct Served {
 }
 
 impl Pod {
+    /// Takes it from who serves it, if somebody does: who that was. It is held from then on.
+    fn take_back(&mut self) -> Option<Instance> {
+        let served = match std::mem::replace(&mut self.phase, InPhase::Adopted) {
+            InPhase::Adopted => return None,
+            InPhase::Serving(served)
+            | InPhase::Lingering(served, _)
+            | InPhase::Draining { served, .. } => served,
+        };
+        self.held = Some(Held::by(served.program));
+        Some(served.local.instance)
+    }
+
     /// When it is looked at.
     fn next_look(&self) -> Option<Instant> {
         let served = self.phase.served().map(|served| &served.looks);
@@ -453,15 +465,13 @@ impl Room {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
         };
-        if let Some(served) = pod.phase.served() {
+        if let Some(instance) = pod.take_back() {
             tracing::info!(
                 pod = %named(&pod.uid),
                 "pod is another than it was; its connections are cut"
             );
             let (told, done) = oneshot::channel();
-            let down = PodEvent::Down(served.local.instance, told);
-            pod.phase = InPhase::Adopted;
-            self.send(down).await?;
+            self.send(PodEvent::Down(instance, told)).await?;
             let _ = done.await;
         }
         Ok(())
@@ -469,17 +479,13 @@ impl Room {
 
     async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
         let cookie = desired.cookie;
-        if let Some(pod) = self.pods.get_mut(&cookie) {
-            pod.held = None; // what is pinned is all that steers
-        }
-        let entered = enrol::enter(
-            &desired,
-            &mut self.loader,
-            &self.records,
-            &self.pins,
-            &self.window,
-        )
-        .await;
+        let entered = match self.only_pinned(cookie) {
+            Ok(()) => {
+                let (loader, records) = (&mut self.loader, &self.records);
+                enrol::enter(&desired, loader, records, &self.pins, &self.window).await
+            }
+            Err(error) => Err(error),
+        };
         let entered = entered.and_then(|entered| {
             let watched = watched(&desired, &entered)?;
             let record = self.mark(&desired, &entered.pod)?;
@@ -556,6 +562,18 @@ impl Room {
                 Ok(())
             }
         }
+    }
+
+    /// What steers in a pod that is enrolled is what is pinned, and nothing else of this agent's: a held
+    /// one's program is let go once it has its pin, which may have been lost.
+    fn only_pinned(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        if let Some(pod) = self.pods.get_mut(&cookie)
+            && let Some(held) = &pod.held
+        {
+            held.pin(&self.pins.pod(cookie))?;
+            pod.held = None;
+        }
+        Ok(())
     }
 
     /// The last step in: from here on the pod's own connections are captured.

@@ -6,7 +6,7 @@ use std::path::Path;
 use super::super::enrol::Own;
 use super::super::link::Link;
 use super::super::pins::Pins;
-use super::super::programs::{self, Loader};
+use super::super::programs::{self, Loader, PodProgram};
 use super::super::repair::{Gone, Part};
 use super::super::routing::Routing;
 use super::super::undo::Record;
@@ -72,6 +72,14 @@ fn found<'a>(
 }
 
 impl Held {
+    /// By the program of one that was served.
+    pub(super) fn by(program: PodProgram) -> Self {
+        Self {
+            steer: program.into_link(),
+            ..Self::default()
+        }
+    }
+
     /// Pins what steers, if that was lost.
     ///
     /// # Errors

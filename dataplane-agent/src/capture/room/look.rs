@@ -136,12 +136,12 @@ impl Room {
         let broken = told(&name, &gone, mended, served.looks.broken.as_deref());
         self.window.repairs.count(&gone);
         served.looks.done(broken);
-        if gone.has(Part::Listener) {
+        if gone.has(Part::Listener)
+            && let Some(instance) = pod.take_back()
+        {
             // It is enrolled anew, with others; what runs is cut.
             let (told, done) = oneshot::channel();
-            let down = PodEvent::Down(served.local.instance, told);
-            pod.phase = InPhase::Adopted;
-            self.send(down).await?;
+            self.send(PodEvent::Down(instance, told)).await?;
             let _ = done.await;
         }
         Ok(())
