@@ -242,22 +242,24 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
             () = admin::serve(listener, sources) => {}
         }
     };
-    tokio::pin!(capture, control, background);
+    // One for all of the agent's life: none of them may stand still meanwhile.
+    let rooms = one_ends(capture, control, background);
+    tokio::pin!(rooms);
     let mut held: HashMap<Instance, Identity> = HashMap::new();
     let ended = async {
         let mut apply = |event| {
             hold(&certs, &mut held, &event);
             workers.apply(event);
         };
-        let rooms = one_ends(capture.as_mut(), control.as_mut(), background.as_mut());
         let (never, signal) = (pending::<()>(), signals.next());
-        let signal = hand_on(rooms, never, &mut pod_events, &mut apply, signal).await?;
+        let signal = hand_on(rooms.as_mut(), never, &mut pod_events, &mut apply, signal).await?;
         tracing::info!(signal, drain = ?options.drain, "draining; pods stay captured");
-        // Capture rests: no pod is enrolled or let go any more, and none is left half in.
+        // Capture rests: no pod is enrolled or let go any more, and none is left half in. What is configured
+        // goes on to hold, for what runs and for what comes.
         rest.cancel();
-        let rooms = one_ends(capture.as_mut(), pending(), pending());
+        draining.cancel();
         let again = signals.next();
-        let again = hand_on(rooms, at_rest, &mut pod_events, &mut apply, again);
+        let again = hand_on(rooms.as_mut(), at_rest, &mut pod_events, &mut apply, again);
         if let Some(name) = again.await? {
             tracing::warn!(
                 signal = name,
@@ -271,11 +273,8 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         while let Ok(event) = pod_events.try_recv() {
             apply(event);
         }
-        // What is configured goes on to hold, for what runs and for what comes.
-        draining.cancel();
-        let rooms = one_ends(pending(), control, background);
         let (idle, again) = (workers.drain(options.drain), signals.next());
-        if let Some(name) = hand_on(rooms, idle, &mut pod_events, drop, again).await? {
+        if let Some(name) = hand_on(rooms.as_mut(), idle, &mut pod_events, drop, again).await? {
             tracing::warn!(signal = name, "ending at once");
         }
         Ok(())
