@@ -38,7 +38,8 @@ pub fn refuse_on_cgroup(
     let deadline = Instant::now() + DETACHED;
     loop {
         let attached = hooks::of_cgroup(&folder).map_err(CaptureError::file(cgroup))?;
-        match others(&attached, &own, is_of_a_node) {
+        let others = others(&attached, &own, is_of_a_node);
+        match others.map_err(CaptureError::file(cgroup))? {
             0 => return Ok(()),
             _ if Instant::now() < deadline => std::thread::sleep(AGAIN),
             count => {
@@ -59,12 +60,13 @@ pub fn refuse_on_cgroup(
 pub async fn refuse_in_pod(netns: &Netns, cookie: u64, pins: &Pins) -> Result<(), CaptureError> {
     let own = pins.programs_of(cookie);
     let deadline = Instant::now() + DETACHED;
+    let not_seen = |error: io::Error| CaptureError::Namespace {
+        what: "see which programs are attached",
+        why: chain(&error),
+    };
     loop {
-        let attached = hooks::of_netns(netns).map_err(|error| CaptureError::Namespace {
-            what: "see which programs are attached",
-            why: error.to_string(),
-        })?;
-        match others(&attached, &own, is_of_a_pod) {
+        let attached = hooks::of_netns(netns).map_err(not_seen)?;
+        match others(&attached, &own, is_of_a_pod).map_err(not_seen)? {
             0 => return Ok(()),
             _ if Instant::now() < deadline => tokio::time::sleep(AGAIN).await,
             count => {
@@ -85,18 +87,18 @@ pub async fn refuse_in_pod(netns: &Netns, cookie: u64, pins: &Pins) -> Result<()
 pub fn anywhere(pins: &Pins) -> Result<usize, CaptureError> {
     let deadline = Instant::now() + DETACHED;
     loop {
-        let ours: BTreeSet<u32> = loaded_programs()
-            .filter_map(Result::ok)
-            .filter(|program| is_of_a_node(program) || is_of_a_pod(program))
-            .map(|program| program.id())
-            .collect();
-        let mut links = 0;
-        for link in loaded_links() {
-            match link {
-                Ok(link) => links += usize::from(ours.contains(&link.program_id())),
-                Err(error) if is_gone(&error) => {}
-                Err(error) => return Err(untold(pins)(error)),
+        let mut ours = BTreeSet::new();
+        for program in there(loaded_programs()) {
+            let program = program.map_err(untold(pins))?;
+            let of_a_node = is_of_a_node(&program).map_err(untold(pins))?;
+            if of_a_node || is_of_a_pod(&program).map_err(untold(pins))? {
+                ours.insert(program.id());
             }
+        }
+        let mut links = 0;
+        for link in there(loaded_links()) {
+            let link = link.map_err(untold(pins))?;
+            links += usize::from(ours.contains(&link.program_id()));
         }
         if links == 0 || Instant::now() >= deadline {
             return Ok(links);
@@ -113,13 +115,9 @@ pub fn anywhere(pins: &Pins) -> Result<usize, CaptureError> {
 pub fn own(pins: &Pins) -> Result<BTreeSet<u32>, CaptureError> {
     let maps = pins.map_ids();
     let mut own = BTreeSet::new();
-    for program in loaded_programs() {
-        let program = match program {
-            Ok(program) => program,
-            Err(error) if is_gone(&error) => continue,
-            Err(error) => return Err(untold(pins)(error)),
-        };
-        let ids = program.map_ids().ok().flatten().unwrap_or_default();
+    for program in there(loaded_programs()) {
+        let program = program.map_err(untold(pins))?;
+        let ids = map_ids(&program).map_err(untold(pins))?;
         if ids.iter().any(|id| maps.contains(id)) {
             own.insert(program.id());
         }
@@ -138,12 +136,8 @@ pub fn detach(
     from: Option<LinkType>,
     pins: &Pins,
 ) -> Result<(), CaptureError> {
-    for link in loaded_links() {
-        let link = match link {
-            Ok(link) => link,
-            Err(error) if is_gone(&error) => continue,
-            Err(error) => return Err(untold(pins)(error)),
-        };
+    for link in there(loaded_links()) {
+        let link = link.map_err(untold(pins))?;
         let is_there = from.is_none_or(|kind| link.link_type().is_ok_and(|is| is == kind));
         if is_there && programs.contains(&link.program_id()) {
             hooks::detach(link.id()).map_err(untold(pins))?;
@@ -174,12 +168,19 @@ pub fn still(attached: &[u32], own: &BTreeSet<u32>) -> Option<io::Error> {
     (left > 0).then(|| io::Error::other(format!("{left} are still attached")))
 }
 
-/// Whether something has ended between two calls that look for it.
+/// What of all that the kernel lists is there still, or already.
+fn there<T, E: std::error::Error + 'static>(
+    all: impl Iterator<Item = Result<T, E>>,
+) -> impl Iterator<Item = Result<T, E>> {
+    all.filter(|one| !one.as_ref().is_err_and(|error| is_gone(error)))
+}
+
+/// Whether something has ended between two calls that look for it, or is a link that is being made.
 fn is_gone(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut error = Some(error);
     while let Some(is) = error {
         if let Some(is) = is.downcast_ref::<io::Error>() {
-            return is.kind() == io::ErrorKind::NotFound;
+            return [io::ErrorKind::NotFound, io::ErrorKind::WouldBlock].contains(&is.kind());
         }
         error = is.source();
     }
@@ -195,37 +196,77 @@ fn untold<E: std::error::Error>(pins: &Pins) -> impl FnOnce(E) -> CaptureError {
 }
 
 /// How many of the programs an agent loaded, those of `own` aside.
-fn others(attached: &[u32], own: &BTreeSet<u32>, is_ours: fn(&ProgramInfo) -> bool) -> usize {
+///
+/// # Errors
+/// The kernel does not tell: then it may be any number.
+fn others(
+    attached: &[u32],
+    own: &BTreeSet<u32>,
+    is_ours: fn(&ProgramInfo) -> io::Result<bool>,
+) -> io::Result<usize> {
     let unknown: BTreeSet<u32> = attached
         .iter()
         .copied()
         .filter(|id| !own.contains(id))
         .collect();
     if unknown.is_empty() {
-        return 0;
+        return Ok(0);
     }
     // There is no asking by number in this library; one that is gone meanwhile is not attached either.
-    loaded_programs()
-        .filter_map(Result::ok)
-        .filter(|program| unknown.contains(&program.id()) && is_ours(program))
-        .count()
+    let mut count = 0;
+    for program in there(loaded_programs()) {
+        let program = program.map_err(io::Error::other)?;
+        if unknown.contains(&program.id()) && is_ours(&program)? {
+            count += 1;
+        }
+    }
+    Ok(count)
 }
 
-fn is_of_a_node(program: &ProgramInfo) -> bool {
+fn is_of_a_node(program: &ProgramInfo) -> io::Result<bool> {
     let named = program
         .name_as_str()
         .is_some_and(|name| programs::OF_NODE.contains(&name));
-    named && uses(program, &maps::OF_NODE)
+    Ok(named && uses(program, &maps::OF_NODE)?)
 }
 
-fn is_of_a_pod(program: &ProgramInfo) -> bool {
-    program.name_as_str() == Some(programs::OF_POD) && uses(program, &maps::OF_POD)
+fn is_of_a_pod(program: &ProgramInfo) -> io::Result<bool> {
+    Ok(program.name_as_str() == Some(programs::OF_POD) && uses(program, &maps::OF_POD)?)
 }
 
 /// A program's name alone may be anybody's; with one of our maps it is ours, of whichever version.
-fn uses(program: &ProgramInfo, names: &[&str]) -> bool {
-    let ids = program.map_ids().ok().flatten().unwrap_or_default();
-    ids.into_iter()
-        .filter_map(|id| MapInfo::from_id(id).ok())
-        .any(|map| map.name_as_str().is_some_and(|name| names.contains(&name)))
+fn uses(program: &ProgramInfo, names: &[&str]) -> io::Result<bool> {
+    let maps = map_ids(program)?.into_iter().map(MapInfo::from_id);
+    for map in there(maps) {
+        let map = map.map_err(io::Error::other)?;
+        if map.name_as_str().is_some_and(|name| names.contains(&name)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// The maps of a program; none of one that is gone.
+fn map_ids(program: &ProgramInfo) -> io::Result<Vec<u32>> {
+    match program.map_ids() {
+        Err(error) if is_gone(&error) => Ok(Vec::new()),
+        ids => Ok(ids.map_err(io::Error::other)?.unwrap_or_default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_does_not_tell_is_not_taken_for_gone() {
+        let all = [libc::ENOENT, libc::EAGAIN, libc::EPERM]
+            .map(|number| Err(io::Error::from_raw_os_error(number)))
+            .into_iter()
+            .chain([Ok(7)]);
+        let told: Vec<Result<u32, io::Error>> = there(all).collect();
+        assert_eq!(told.len(), 2, "{told:?}");
+        let error = told[0].as_ref().expect_err("not allowed");
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+    }
 }
