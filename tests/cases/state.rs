@@ -162,6 +162,40 @@ fn uninstall_while_the_state_is_away_says_what_it_left_there_and_can_be_tried_ag
 }
 
 #[test]
+fn uninstall_of_a_node_whose_mark_has_no_root_says_that_there_are_records() {
+    let mut one = One::new();
+    one.agent.kill();
+    let (mark, record) = (
+        one.folder().join("node.json"),
+        one.world.state.join("enrolled/demo.server.json"),
+    );
+    // As agents wrote it once.
+    let text = fs::read_to_string(&mark).expect("a mark");
+    let mut old: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert!(old["root"].take().is_string());
+    fs::write(&mark, old.to_string()).expect("a file");
+    let away = Mounted::empty_over(&one.world.state);
+    let told = |one: &One, told: &str| {
+        let (status, _, said) = one.agent.uninstall();
+        assert_eq!(status.code(), Some(1), "{said}");
+        assert!(
+            said.contains(told) && said.contains("uninstall again"),
+            "{said}"
+        );
+    };
+    told(&one, "it has no CA, as if it were not mounted");
+    drop(away);
+    told(&one, "has 1 records of pods of this node");
+    assert!(record.exists());
+    fs::remove_file(&record).expect("as it says");
+    let (status, said, error) = one.agent.uninstall();
+    assert!(
+        status.success() && said.contains("nothing is left"),
+        "{error}"
+    );
+}
+
+#[test]
 fn uninstall_of_a_node_of_which_the_state_alone_has_records_names_them() {
     let mut one = One::new();
     one.agent.kill();

@@ -1,5 +1,6 @@
 //! `dataplane uninstall`: takes back what the agent of a node has left.
 
+use std::io;
 use std::time::Duration;
 
 use super::UninstallOptions;
@@ -77,19 +78,31 @@ fn refuse_records(options: &UninstallOptions) -> Result<(), AgentError> {
 }
 
 /// Tells other nodes that the pods of this one are in the mesh no more; how many there were.
-fn withdraw(options: &UninstallOptions, root: Option<&str>) -> std::io::Result<usize> {
-    let Some(root) = root else {
-        return Ok(0); // It never had a state.
+///
+/// # Errors
+/// The state is away; a record cannot be removed; the mark does not say which state it was, as those of older
+/// agents, and this one has records of the node.
+fn withdraw(options: &UninstallOptions, root: Option<&str>) -> io::Result<usize> {
+    let state = match root {
+        Some(root) => SharedState::known(&options.state, root.to_owned()),
+        None => SharedState::found(&options.state)?
+            .ok_or_else(|| io::Error::other("it has no CA, as if it were not mounted"))?,
     };
-    let state = SharedState::known(&options.state, root.to_owned());
     let records = records(state, &options.node);
-    let others = records.read()?.namesakes.len();
-    if others > 0 {
+    let (said, folder) = (records.read()?, records.folder().display());
+    if !said.namesakes.is_empty() {
         log::say(&format!(
-            "{others} records in {} stay: a node {} of another machine wrote them",
-            records.folder().display(),
+            "{} records in {folder} stay: a node {} of another machine wrote them",
+            said.namesakes.len(),
             options.node,
         ));
+    }
+    if root.is_none() && !said.own.is_empty() {
+        return Err(io::Error::other(format!(
+            "{folder} has {} records of pods of this node, and it is not known whether the node had this \
+             state: remove them",
+            said.own.len(),
+        )));
     }
     records.withdraw()
 }
