@@ -15,8 +15,9 @@ use crate::drain::Scope;
 use crate::hbone;
 use crate::identity::Certs;
 use crate::limits::{NodePlaces, Place, Turns};
+use crate::mesh::MeshReader;
 use crate::observe::{Arrival, Facts, Observer, Reporter};
-use crate::resolve::{self, Hop, MeshReader, ResolveError, Resolved};
+use crate::resolve::{self, Hop, ResolveError, Resolved};
 use crate::sys::socket::canonical;
 use crate::transport::{Carried, Carrier, carry};
 

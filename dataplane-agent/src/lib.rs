@@ -21,6 +21,7 @@ pub mod identity;
 pub mod journey;
 pub mod limits;
 pub mod load;
+pub mod mesh;
 pub mod observe;
 pub mod resolve;
 pub mod sys;

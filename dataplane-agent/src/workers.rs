@@ -26,8 +26,8 @@ use crate::identity::Certs;
 use crate::journey::{Admitted, Corridor, Entrance, admit, walk};
 use crate::limits::NodePlaces;
 use crate::load::{BUSY, Begun, Load};
+use crate::mesh::MeshReader;
 use crate::observe::Observer;
-use crate::resolve::MeshReader;
 use crate::transport::means::OfNode;
 use crate::transport::{Carrier, Pool};
 

@@ -9,11 +9,14 @@
 use std::fmt;
 use std::path::Path;
 
-/// What every room may use: the key cabinet, the words of the wire, the cellar, settings, the
-/// spawner, the bounds, the corridor's window.
+/// What every room may use: the nouns of the mesh, the key cabinet, the words of the wire, the cellar,
+/// settings, the spawner, the bounds, the corridor's window.
 const LENT: &[&str] = &[
-    "identity", "hbone", "sys", "config", "drain", "limits", "load", "observe",
+    "mesh", "identity", "hbone", "sys", "config", "drain", "limits", "load", "observe",
 ];
+
+/// What all stand on: it uses nothing, of what is lent neither.
+const GROUND: &str = "mesh";
 
 /// What a room may use besides.
 const DOORS: &[(&str, &[&str])] = &[
@@ -23,10 +26,10 @@ const DOORS: &[(&str, &[&str])] = &[
     ("authorize", &["resolve"]),
     ("transport", &["authorize"]),
     // Fills the stores, in their own types.
-    ("control", &["capture", "resolve", "authorize"]),
-    // Nouns alone: a line in the log names who is who.
-    ("observe", &["resolve"]),
-    ("hbone", &["resolve"]),
+    ("control", &["capture"]),
+    ("observe", &[]),
+    ("hbone", &[]),
+    (GROUND, &[]),
     ("identity", &[]),
     ("sys", &[]),
     ("config", &[]),
@@ -64,7 +67,8 @@ pub(crate) fn breaches(path: &Path, text: &str) -> Vec<Breach> {
     };
     let closed = |name: &str| {
         let known = ABOVE.contains(&name) || DOORS.iter().any(|(room, _)| *room == name);
-        known && name != room && !LENT.contains(&name) && !doors.contains(&name)
+        let lent = room != GROUND && LENT.contains(&name);
+        known && name != room && !lent && !doors.contains(&name)
     };
     Scanner::new(text, module.len())
         .uses()

@@ -21,9 +21,10 @@ use crate::hbone::readahead::ReadAhead;
 use crate::hbone::stream::{Shared, Waiting};
 use crate::hbone::window::Windows;
 use crate::hbone::{self, headers};
-use crate::identity::{Certs, Identity, IdentityError, certs, tls};
+use crate::identity::{Certs, IdentityError, certs, tls};
 use crate::limits::memory::Share;
 use crate::limits::{Full, NodePlaces, Peer, Place, Turns};
+use crate::mesh::Identity;
 use crate::observe::{Failure, Flag};
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 pub use crate::capture::pods::Clients;
 pub use crate::capture::{Instance, LocalPod};
 use crate::hbone::stream::Waiting;
-use crate::identity::Identity;
+use crate::mesh::Identity;
 
 /// One connection of one enrolled pod, or one CONNECT stream to it: TLS finished, peer verified.
 #[derive(Debug)]

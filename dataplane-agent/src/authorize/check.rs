@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use super::policy::{
+use super::{Denied, Rule as Allowed};
+use crate::mesh::policy::{
     Action, Clause, Match, Policy, Question, Rule, ServiceAccountMatch, StringMatch,
 };
-use super::{Denied, Rule as Allowed, Workload};
-use crate::resolve::mesh::Applicable;
+use crate::mesh::snapshot::Applicable;
+use crate::mesh::{Mesh, Workload};
 
 #[cfg(test)]
 mod tests;
@@ -47,7 +48,7 @@ pub fn check(applicable: &Applicable<'_>, question: &Question<'_>) -> Result<All
 /// # Errors
 /// As [`check`]; there is no workload.
 pub fn check_workload(
-    mesh: &super::Mesh,
+    mesh: &Mesh,
     workload: Option<&Workload>,
     question: &Question<'_>,
 ) -> Result<Allowed, Denied> {

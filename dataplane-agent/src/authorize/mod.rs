@@ -9,13 +9,9 @@ pub mod watch;
 
 use std::sync::Arc;
 
+use crate::mesh::policy::Question;
 use crate::observe::{Failure, Flag};
-pub use crate::resolve::policy;
-pub use crate::resolve::{
-    Accepted, Clients, Direction, Hop, Instance, Io, LocalPod, Mesh, MeshReader, Resolved,
-    service::Service, workload::Workload,
-};
-use policy::Question;
+pub use crate::resolve::{Accepted, Clients, Direction, Hop, Instance, Io, LocalPod, Resolved};
 pub use watch::{Authorizer, Revoked};
 
 /// A connection that policy allows.

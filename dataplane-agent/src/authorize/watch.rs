@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
 use super::check::check_workload;
-use super::policy::Question;
-use super::{Denied, Direction, Mesh, MeshReader, Permit, Resolved, Rule, question};
-use crate::identity::Identity;
+use super::{Denied, Direction, Permit, Resolved, Rule, question};
+use crate::mesh::policy::Question;
+use crate::mesh::{Identity, Mesh, MeshReader};
 
 /// The room. Clones are the same one.
 #[derive(Clone, Debug)]
@@ -177,11 +177,11 @@ mod tests {
 
     use futures_util::FutureExt;
 
-    use super::super::policy::{Action, Clause, Match, Policy, PolicyScope, StringMatch};
     use super::super::{Accepted, LocalPod};
     use super::*;
-    use crate::resolve::mesh::{MeshWriter, store};
-    use crate::resolve::workload::tests::workload;
+    use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, StringMatch};
+    use crate::mesh::workload::tests::workload;
+    use crate::mesh::{MeshWriter, store};
 
     fn deny_all() -> Policy {
         Policy {
@@ -189,7 +189,7 @@ mod tests {
             namespace: "ns".into(),
             scope: PolicyScope::Namespace,
             action: Action::Deny,
-            rules: vec![super::super::policy::Rule::default()],
+            rules: vec![crate::mesh::policy::Rule::default()],
             dry_run: false,
         }
     }
@@ -278,7 +278,7 @@ mod tests {
         };
         Policy {
             scope: PolicyScope::WorkloadSelector,
-            rules: vec![super::super::policy::Rule {
+            rules: vec![crate::mesh::policy::Rule {
                 clauses: vec![Clause {
                     matches: vec![only],
                 }],

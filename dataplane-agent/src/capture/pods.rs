@@ -11,8 +11,8 @@ use tokio::sync::oneshot;
 
 use super::ports::{self, Ports, SPOOFED_PORTS};
 use super::stamp::Stamp;
-use crate::identity::Identity;
 use crate::limits::{Handshakes, PodPlaces};
+use crate::mesh::Identity;
 use crate::sys::netns::Netns;
 use crate::sys::socket;
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::identity::Identity;
+use crate::mesh::Identity;
 use crate::sys::cgroup::CgroupId;
 use crate::sys::netns::Netns;
 

@@ -24,7 +24,8 @@ use time::format_description::well_known::Rfc3339;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
-use crate::identity::{Identity, IdentityError, Issued, Issuer, sha256};
+use crate::identity::{IdentityError, Issued, Issuer, sha256};
+use crate::mesh::Identity;
 
 /// How long the root lives.
 const ROOT_LIFE: time::Duration = time::Duration::days(3650);

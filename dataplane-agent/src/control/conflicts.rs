@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use crate::resolve::service::{NetworkAddress, Service};
-use crate::resolve::workload::Workload;
+use crate::mesh::service::{NetworkAddress, Service};
+use crate::mesh::workload::Workload;
 
 /// By network and address.
 type At<'a> = (&'a str, IpAddr);

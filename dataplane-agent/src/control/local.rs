@@ -8,10 +8,10 @@ use super::conflicts;
 use super::manifests::node::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
 use super::written::Block;
-use crate::authorize::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
-use crate::identity::Identity;
-use crate::resolve::service::{Family, LoadBalancing, Scope, Service};
-use crate::resolve::workload::{Endpoint, Locality, Protocol, Workload, WorkloadType};
+use crate::mesh::Identity;
+use crate::mesh::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
+use crate::mesh::service::{Family, LoadBalancing, Scope, Service};
+use crate::mesh::workload::{Endpoint, Locality, Protocol, Workload, WorkloadType};
 
 mod file;
 #[cfg(test)]

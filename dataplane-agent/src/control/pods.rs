@@ -23,9 +23,9 @@ use super::manifests::{
 };
 use super::recording::Recording;
 use crate::capture::{self, Desired, PodState, PodStatus, Status, named};
-use crate::identity::Identity;
-use crate::resolve::mesh::{Mesh, MeshWriter};
-use crate::resolve::workload::Workload;
+use crate::mesh::Identity;
+use crate::mesh::workload::Workload;
+use crate::mesh::{Mesh, MeshWriter};
 
 /// How often the machine is looked at for pods that come and go.
 const LOOK: Duration = Duration::from_secs(1);

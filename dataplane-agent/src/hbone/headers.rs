@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use crate::resolve::workload::{Workload, WorkloadType};
+use crate::mesh::workload::{Workload, WorkloadType};
 
 /// Parses an authority that names one address and port, `192.0.2.1:80` or `[2001:db8::1]:80`, and
 /// nothing else: no host name, no user, no zone, no port 0.
@@ -164,7 +164,7 @@ mod tests {
     }
 
     fn workload(name: &str, region: &str) -> Workload {
-        let mut workload = crate::resolve::workload::tests::workload(&[]);
+        let mut workload = crate::mesh::workload::tests::workload(&[]);
         workload.workload_name = name.into();
         workload.workload_type = WorkloadType::Deployment;
         workload.locality.region = region.into();

@@ -24,7 +24,8 @@ use tokio::time::{Instant, timeout};
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
-use super::{Identity, IdentityError, tls};
+use super::{IdentityError, tls};
+use crate::mesh::Identity;
 
 /// How many sets of expected peers a certificate remembers the settings for.
 const CLIENTS: usize = 256;

@@ -5,7 +5,8 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, SanType};
 use rustls_pki_types::CertificateDer;
 use time::{Duration, OffsetDateTime};
 
-use super::{Identity, IdentityError, Issued, Issuer};
+use super::{IdentityError, Issued, Issuer};
+use crate::mesh::Identity;
 
 /// A root, and who signs with it.
 pub(crate) struct Ca {

@@ -18,7 +18,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::{Identity, IdentityError};
+use super::IdentityError;
+use crate::mesh::Identity;
 
 /// The protocol that both ends choose.
 const ALPN: &[u8] = b"h2";
@@ -128,7 +129,7 @@ pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Result<Identity, IdentityE
     match (uris.next(), uris.next()) {
         (Some(uri), None) => uri
             .parse()
-            .map_err(|error: super::NotAnIdentity| peer(error.to_string())),
+            .map_err(|error: crate::mesh::NotAnIdentity| peer(error.to_string())),
         (None, _) => Err(peer("peer certificate has no URI SAN".into())),
         (Some(_), Some(_)) => Err(peer("peer certificate has more than one URI SAN".into())),
     }

@@ -23,7 +23,7 @@ pub use peers::Peer;
 use peers::Peers;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::identity::Identity;
+use crate::mesh::Identity;
 
 /// How many there may be of one pod and one kind.
 pub const EACH: usize = 16_384;

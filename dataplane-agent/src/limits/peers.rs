@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::source;
-use crate::identity::Identity;
+use crate::mesh::Identity;
 
 type Name = (Option<Identity>, IpAddr);
 

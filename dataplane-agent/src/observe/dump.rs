@@ -11,10 +11,10 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::status::StatusReport;
 use crate::identity::Certs;
 use crate::identity::certs::Listed;
-use crate::resolve::Mesh;
-use crate::resolve::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
-use crate::resolve::service::Service;
-use crate::resolve::workload::{Health, Workload, WorkloadType};
+use crate::mesh::Mesh;
+use crate::mesh::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
+use crate::mesh::service::Service;
+use crate::mesh::workload::{Health, Workload, WorkloadType};
 
 /// All of it.
 pub fn dump(mesh: &Mesh, certs: &Certs, status: &StatusReport) -> Value {

@@ -7,7 +7,7 @@ use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
 
 use super::record::Facts;
 use super::series::OVERFLOW;
-use crate::resolve::workload::Workload;
+use crate::mesh::workload::Workload;
 
 /// What stands where nothing is known.
 const UNKNOWN: &str = "unknown";

@@ -12,10 +12,10 @@ use super::metrics::Metrics;
 use super::seldom::Seldom;
 use super::series::Series;
 use super::{Failure, Flag};
-use crate::identity::Identity;
 use crate::limits::source;
-use crate::resolve::service::Service;
-use crate::resolve::workload::Workload;
+use crate::mesh::Identity;
+use crate::mesh::service::Service;
+use crate::mesh::workload::Workload;
 
 #[cfg(test)]
 pub(crate) mod tests;

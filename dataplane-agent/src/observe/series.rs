@@ -173,9 +173,9 @@ mod tests {
     use super::*;
 
     fn labels(number: usize) -> Labels {
-        let workload = crate::resolve::workload::Workload {
+        let workload = crate::mesh::workload::Workload {
             workload_name: format!("w{number}").into(),
-            ..crate::resolve::workload::tests::workload(&[])
+            ..crate::mesh::workload::tests::workload(&[])
         };
         Labels::of(&Facts {
             source: Some(Arc::new(workload)),

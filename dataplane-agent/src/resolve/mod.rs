@@ -2,22 +2,15 @@
 //!
 //! Door out: a [`Resolved`], made from one [`Accepted`] and one snapshot of the mesh.
 
-pub mod mesh;
-pub mod policy;
 pub mod route;
-pub mod service;
-pub mod workload;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 pub use crate::accept::{Accepted, Clients, Direction, Instance, Io, LocalPod};
-use crate::identity::Identity;
+use crate::mesh::{Identity, Service, Workload};
 use crate::observe::{Failure, Flag};
-pub use mesh::{Mesh, MeshReader, MeshWriter};
 pub use route::resolve;
-use service::Service;
-use workload::Workload;
 
 /// Who each end is, and where the connection goes next.
 #[derive(Debug)]

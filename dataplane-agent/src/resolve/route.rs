@@ -5,12 +5,11 @@ use std::sync::Arc;
 
 use rand::Rng;
 
-use super::mesh::{Destination, Mesh, MeshReader};
-use super::service::{LoadBalancing, Scope, Service};
-use super::workload::{Health, Protocol, Workload};
 use super::{Accepted, Direction, Hop, ResolveError, Resolved};
 use crate::hbone;
-use crate::identity::Identity;
+use crate::mesh::service::{LoadBalancing, Scope};
+use crate::mesh::workload::{Health, Protocol};
+use crate::mesh::{Destination, Identity, Mesh, MeshReader, Service, Workload};
 
 #[cfg(test)]
 mod tests;

@@ -10,9 +10,10 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use super::Means;
 use crate::authorize::LocalPod;
-use crate::identity::{Certs, Identity};
+use crate::identity::Certs;
 use crate::limits::memory::Share;
 use crate::limits::{Full, NodePlaces, Place};
+use crate::mesh::Identity;
 
 /// Of this node.
 #[derive(Clone, Debug)]

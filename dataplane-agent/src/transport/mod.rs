@@ -22,9 +22,9 @@ pub use carry::{Carried, Carrier, carry};
 pub use pool::Pool;
 
 use crate::authorize::LocalPod;
-use crate::identity::Identity;
 use crate::limits::memory::Share;
 use crate::limits::{Full, Place};
+use crate::mesh::Identity;
 use crate::observe::{Failure, Flag};
 
 /// What transport borrows: connections from a pod's network namespace, and TLS in its name.

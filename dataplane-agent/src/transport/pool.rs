@@ -17,8 +17,8 @@ use crate::authorize::{Instance, LocalPod};
 use crate::drain::Scope;
 use crate::hbone::stream::Stream;
 use crate::hbone::{CLIENT_STREAMS, TUNNELS};
-use crate::identity::Identity;
 use crate::limits::{Full, Place};
+use crate::mesh::Identity;
 
 /// In how many tunnels a connection is tried, where one after the other turns out to be no good.
 const TRIES: usize = 3;

@@ -14,7 +14,8 @@ fn used(path: &str, text: &str) -> Vec<String> {
 fn a_room_may_use_the_one_before_it_and_what_is_lent() {
     let text = "use crate::accept::Accepted;\nuse crate::{identity::Identity, sys, config, drain};";
     assert!(used("resolve/route.rs", text).is_empty());
-    assert!(used("resolve/mod.rs", "use crate::resolve::mesh;").is_empty());
+    assert!(used("resolve/mod.rs", "use crate::resolve::route;").is_empty());
+    assert!(used("resolve/mod.rs", "use crate::mesh::Mesh;").is_empty());
     assert!(used("resolve/mod.rs", "use dataplane_ebpf::decide;").is_empty());
 }
 
@@ -111,11 +112,17 @@ fn those_above_the_rooms_use_all() {
     for file in ["agent.rs", "journey.rs", "main.rs", "lib.rs", "cli/why.rs"] {
         assert!(used(file, text).is_empty(), "{file}");
     }
-    assert!(
-        used(
-            "control/xds.rs",
-            "use crate::{capture, resolve, authorize};"
-        )
-        .is_empty()
-    );
+}
+
+#[test]
+fn control_fills_stores_and_calls_nobody() {
+    let text = "use crate::{mesh, capture, resolve, agent};";
+    assert_eq!(used("control/xds.rs", text), ["1:resolve", "1:agent"]);
+}
+
+#[test]
+fn the_ground_floor_looks_up_at_nobody() {
+    let text = "use crate::{mesh, identity, observe, sys};";
+    let uses = ["1:identity", "1:observe", "1:sys"];
+    assert_eq!(used("mesh/workload.rs", text), uses);
 }

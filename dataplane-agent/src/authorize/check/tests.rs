@@ -6,11 +6,11 @@ use ipnet::IpNet;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::super::policy::PolicyScope;
 use super::*;
-use crate::identity::Identity;
-use crate::resolve::mesh::Mesh;
-use crate::resolve::workload::tests::workload;
+use crate::mesh::Identity;
+use crate::mesh::Mesh;
+use crate::mesh::policy::PolicyScope;
+use crate::mesh::workload::tests::workload;
 
 fn string() -> impl Strategy<Value = StringMatch> {
     prop_oneof![

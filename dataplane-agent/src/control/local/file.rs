@@ -7,10 +7,10 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::authorize::policy::{Action, PolicyScope};
 use crate::control::written::{Address, Block};
-use crate::resolve::service::NetworkAddress;
-use crate::resolve::workload::Health;
+use crate::mesh::policy::{Action, PolicyScope};
+use crate::mesh::service::NetworkAddress;
+use crate::mesh::workload::Health;
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::*;
-use crate::resolve::workload::Health;
+use crate::mesh::workload::Health;
 
 const FILE: &str = r#"
 policies:

@@ -14,10 +14,10 @@ use super::node::{Node, NodeError};
 use super::object::{Resource, wrong};
 use super::principal::{may_be_here, principal};
 use super::translate::MeshConfig;
-use crate::authorize::policy::{
+use crate::control::written::Block;
+use crate::mesh::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
-use crate::control::written::Block;
 
 pub(super) const DRY_RUN_ANNOTATION: &str = "istio.io/dry-run";
 

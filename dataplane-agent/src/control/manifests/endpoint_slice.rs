@@ -9,7 +9,7 @@ use super::node::{Node, NodeError};
 use super::object::wrong;
 use super::service::Protocol;
 use crate::control::written::Address;
-use crate::resolve::workload::Health;
+use crate::mesh::workload::Health;
 
 /// The label that says whose endpoints they are.
 pub const SERVICE_LABEL: &str = "kubernetes.io/service-name";

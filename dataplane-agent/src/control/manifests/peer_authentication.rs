@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::authorization_policy::{DRY_RUN_ANNOTATION, Selector};
 use super::node::{Node, NodeError};
 use super::object::{Key, Meta, Resource, selects, wrong};
-use crate::authorize::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
+use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 
 const STATIC_STRICT: &str = "istio_converted_static_strict";
 

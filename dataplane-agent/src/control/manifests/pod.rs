@@ -13,7 +13,7 @@ use super::object::{Meta, Objects, Resource, is_name, wrong};
 use super::service::Protocol;
 use super::translate::Wanted;
 use crate::control::written::Address;
-use crate::resolve::workload::Health;
+use crate::mesh::workload::Health;
 
 /// The annotation that names a pod's network namespace by path.
 pub const NETNS_ANNOTATION: &str = "ambient.dataplane/netns";

@@ -2,7 +2,7 @@
 //! one with a `*` for the rest.
 
 use super::authorization_policy::text;
-use crate::authorize::policy::StringMatch;
+use crate::mesh::policy::StringMatch;
 
 /// In a policy this is the mesh's own trust domain, whatever that is called:
 /// <https://istio.io/latest/docs/tasks/security/authorization/authz-td-migration/>.

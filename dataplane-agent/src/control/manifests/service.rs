@@ -12,7 +12,7 @@ use super::object::{Objects, Resource, wrong};
 use super::pod::Pod;
 use super::spelling::{DISTRIBUTION, DISTRIBUTIONS};
 use crate::control::written::Address;
-use crate::resolve::service::{Family, LoadBalancing, Scope};
+use crate::mesh::service::{Family, LoadBalancing, Scope};
 
 /// What is read of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -15,7 +15,7 @@ use std::path::Path;
 use super::super::enrolled::Enrolled;
 use super::object::{self, Objects};
 use super::translate::{MeshConfig, Translation, translate};
-use crate::authorize::policy::Policy;
+use crate::mesh::policy::Policy;
 
 fn objects(text: &str) -> Objects {
     Objects::parse(Path::new("test.yaml"), text).expect("the test's own manifests")

@@ -14,9 +14,9 @@ use super::object::{Key, Meta, Objects, Resource, selects};
 use super::peer_authentication::PeerAuthentications;
 use super::pod::{self, Pod};
 use super::service;
-use crate::authorize::policy::Policy;
-use crate::resolve::service::{NetworkAddress, Service};
-use crate::resolve::workload::{self, Health, Locality, Protocol, Workload, WorkloadType};
+use crate::mesh::policy::Policy;
+use crate::mesh::service::{NetworkAddress, Service};
+use crate::mesh::workload::{self, Health, Locality, Protocol, Workload, WorkloadType};
 
 /// The label that says which network an object's addresses belong to.
 const NETWORK_LABEL: &str = "topology.istio.io/network";

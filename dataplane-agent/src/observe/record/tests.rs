@@ -9,7 +9,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use super::super::log::{Format, Lines};
 use super::super::metrics::Sources;
 use super::*;
-use crate::resolve::workload::tests::workload;
+use crate::mesh::workload::tests::workload;
 
 /// Keeps what is written.
 #[derive(Clone, Default)]

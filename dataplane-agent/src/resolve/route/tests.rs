@@ -7,10 +7,10 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::accept::LocalPod;
-use crate::resolve::mesh::store;
-use crate::resolve::service::{Family, NetworkAddress};
-use crate::resolve::workload::Endpoint;
-use crate::resolve::workload::tests::workload;
+use crate::mesh::service::{Family, NetworkAddress};
+use crate::mesh::store;
+use crate::mesh::workload::Endpoint;
+use crate::mesh::workload::tests::workload;
 
 const KEY: &str = "ns/svc.ns.svc.cluster.local";
 

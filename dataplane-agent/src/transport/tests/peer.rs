@@ -14,9 +14,10 @@ use super::*;
 use crate::authorize::LocalPod;
 use crate::drain::Scope;
 use crate::hbone::readahead::ReadAhead;
+use crate::identity::Certs;
 use crate::identity::test_ca::Ca;
-use crate::identity::{Certs, Identity};
 use crate::limits::{Full, NodePlaces, Place};
+use crate::mesh::Identity;
 
 const IDLE: Duration = Duration::from_secs(60);
 

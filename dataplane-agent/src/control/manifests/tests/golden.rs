@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::super::node::documents;
 use super::translation;
-use crate::authorize::policy::{
+use crate::mesh::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
 

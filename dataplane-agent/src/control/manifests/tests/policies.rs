@@ -1,6 +1,6 @@
 use super::{policy, refusal, translation, translation_in};
-use crate::authorize::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 use crate::control::manifests::MeshConfig;
+use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 
 fn authorization(namespace: &str, spec: &str) -> String {
     format!(

@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 
 use super::super::translate::Translation;
 use super::{refusal, translation};
-use crate::resolve::mesh::{Destination, Mesh};
-use crate::resolve::service::Family;
-use crate::resolve::workload::{Health, Workload};
+use crate::mesh::service::Family;
+use crate::mesh::workload::{Health, Workload};
+use crate::mesh::{Destination, Mesh};
 
 fn service(name: &str, more: &str, spec: &str, status: &str) -> String {
     format!(

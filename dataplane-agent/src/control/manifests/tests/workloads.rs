@@ -3,8 +3,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::super::super::enrolled::Enrolled;
 use super::super::translate::{MeshConfig, PodKey, Wanted, translate};
 use super::{objects, translation};
-use crate::resolve::service::Scope;
-use crate::resolve::workload::{Health, Protocol};
+use crate::mesh::service::Scope;
+use crate::mesh::workload::{Health, Protocol};
 
 const SHOP: &str = r#"
 apiVersion: v1

@@ -113,7 +113,7 @@ pub enum StringMatch {
 #[derive(Clone, Debug)]
 pub struct Question<'a> {
     /// The peer's identity; none for a peer that came in clear.
-    pub source: Option<&'a crate::identity::Identity>,
+    pub source: Option<&'a crate::mesh::Identity>,
     /// The peer's address.
     pub source_ip: IpAddr,
     /// The pod's own address that it connects to.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use crate::identity::Identity;
+use crate::mesh::Identity;
 
 /// What the mesh knows of one workload. Field meanings are those of `istio.workload.Workload`.
 #[derive(Clone, Debug, PartialEq, Eq)]
