@@ -21,7 +21,7 @@ use crate::control::ca::{CaError, RootEnd};
 use crate::control::enrolled;
 use crate::control::local;
 use crate::control::machine::Machine;
-use crate::control::manifests::{Folder, MeshConfig, Translation, Watch};
+use crate::control::manifests::{Folder, MeshConfig, Translated, Translation, Watch};
 use crate::control::pods::{Ends, Pods, Source, State, View};
 use crate::control::recording::Recording;
 use crate::control::state::{SharedState, StateError};
@@ -414,7 +414,7 @@ fn source(
     state: SharedState,
 ) -> Result<Source, AgentError> {
     let (folder, watch) = match configured {
-        Configured::Local(translation) => return Ok(Source::Local(translation)),
+        Configured::Local(translation) => return Ok(Source::Local(Some(translation))),
         Configured::Manifests { folder, watch } => (folder, watch),
     };
     let records = enrolled::Records::new(state, options.node.as_str(), &machine_id::facts());
@@ -425,13 +425,13 @@ fn source(
         folder,
         records_watch,
         records: recording,
-        mesh: MeshConfig {
+        translated: Translated::new(MeshConfig {
             cluster_id: options.cluster_id.clone(),
             cluster_domain: options.cluster_domain.clone(),
             trust_domain: options.trust_domain.clone(),
             network: options.network.clone(),
             ..MeshConfig::of_node(options.node.as_str())
-        },
+        }),
     })
 }
 

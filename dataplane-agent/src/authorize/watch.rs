@@ -21,7 +21,8 @@ pub struct Authorizer {
 #[derive(Debug, Default)]
 struct Live {
     next: u64,
-    permits: HashMap<u64, Arc<Held>>,
+    /// By the workload that they are for, since a change is one of some workloads.
+    permits: HashMap<Arc<str>, HashMap<u64, Arc<Held>>>,
 }
 
 /// What is asked about a permit, again and again.
@@ -41,6 +42,7 @@ pub struct Revoked(Option<Lease>);
 
 #[derive(Debug)]
 struct Lease {
+    workload: Arc<str>,
     number: u64,
     live: Arc<Mutex<Live>>,
     revoked: watch::Receiver<bool>,
@@ -85,20 +87,29 @@ impl Authorizer {
         }
     }
 
-    /// Asks about all permits again at every change of the mesh. Runs until it is dropped.
+    /// Asks about permits again whenever the mesh says something else of their workloads. Runs until it is
+    /// dropped.
     pub async fn watch(self) {
         let mut mesh = self.mesh.clone();
+        let mut checked = 0;
         loop {
             let now = mesh.changed().await;
-            self.check_all(&now);
+            self.check_since(checked, &now);
+            checked = now.generation();
         }
     }
 
-    fn check_all(&self, mesh: &Mesh) {
+    /// Asks about the permits of workloads of which policy says something else since a generation.
+    fn check_since(&self, checked: u64, mesh: &Mesh) {
         // Asked without the lock, for which connections would wait: one that comes meanwhile is
         // decided by this mesh or a newer one.
-        let permits: Vec<Arc<Held>> = lock(&self.live).permits.values().cloned().collect();
-        for held in permits {
+        let all: Vec<Arc<str>> = lock(&self.live).permits.keys().cloned().collect();
+        let changed = |uid: &Arc<str>| mesh.policy_since(uid).is_none_or(|since| since > checked);
+        for held in all
+            .into_iter()
+            .filter(changed)
+            .flat_map(|uid| self.of(&uid))
+        {
             let asked = Question {
                 source: held.source.as_ref(),
                 source_ip: held.source_ip,
@@ -125,6 +136,12 @@ impl Authorizer {
         }
     }
 
+    fn of(&self, workload: &str) -> Vec<Arc<Held>> {
+        let live = lock(&self.live);
+        let permits = live.permits.get(workload);
+        permits.map_or_else(Vec::new, |of| of.values().cloned().collect())
+    }
+
     fn hold(&self, workload: &Arc<str>, asked: &Question<'_>) -> Revoked {
         let (revoke, revoked) = watch::channel(false);
         let held = Arc::new(Held {
@@ -138,9 +155,11 @@ impl Authorizer {
         let mut live = lock(&self.live);
         let number = live.next;
         live.next += 1;
-        live.permits.insert(number, held);
+        let of = live.permits.entry(Arc::clone(workload)).or_default();
+        of.insert(number, held);
         drop(live);
         Revoked(Some(Lease {
+            workload: Arc::clone(workload),
             number,
             live: Arc::clone(&self.live),
             revoked,
@@ -163,7 +182,13 @@ impl Revoked {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        lock(&self.live).permits.remove(&self.number);
+        let mut live = lock(&self.live);
+        if let Some(of) = live.permits.get_mut(&self.workload) {
+            of.remove(&self.number);
+            if of.is_empty() {
+                live.permits.remove(&self.workload);
+            }
+        }
     }
 }
 
@@ -181,7 +206,7 @@ mod tests {
     use super::*;
     use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, StringMatch};
     use crate::mesh::workload::tests::workload;
-    use crate::mesh::{MeshWriter, store};
+    use crate::mesh::{Delta, MeshWriter, store};
 
     fn deny_all() -> Policy {
         Policy {
@@ -195,7 +220,7 @@ mod tests {
     }
 
     fn publish(writer: &MeshWriter, policies: Vec<Policy>) {
-        writer.publish(Mesh::build(1, vec![workload(&[])], Vec::new(), policies));
+        writer.replace(Delta::of(vec![workload(&[])], Vec::new(), policies));
     }
 
     fn ask() -> Question<'static> {
@@ -219,10 +244,10 @@ mod tests {
                 .as_ref()
                 .is_some_and(|lease| *lease.revoked.borrow())
         };
-        authorizer.check_all(&reader.current());
+        authorizer.check_since(0, &reader.current());
         assert!(!is_revoked(&revoked));
         publish(&writer, vec![deny_all()]);
-        authorizer.check_all(&reader.current());
+        authorizer.check_since(0, &reader.current());
         assert!(is_revoked(&revoked));
         assert_eq!(lock(&authorizer.live).permits.len(), 1);
         drop(revoked);
@@ -235,7 +260,7 @@ mod tests {
         publish(&writer, Vec::new());
         let authorizer = Authorizer::new(reader.clone());
         let revoked = authorizer.hold(&"another".into(), &ask());
-        authorizer.check_all(&reader.current());
+        authorizer.check_since(0, &reader.current());
         assert!(
             revoked
                 .0
@@ -302,7 +327,7 @@ mod tests {
         assert_eq!(outbound.rule, Rule::Destination);
         // The policy was there before; it is the workload that changes.
         let named = vec![workload(&["ns/deny-all"])];
-        writer.publish(Mesh::build(2, named, Vec::new(), vec![strict()]));
+        writer.replace(Delta::of(named, Vec::new(), vec![strict()]));
         tokio::select! {
             () = authorizer.clone().watch() => unreachable!("it watches for ever"),
             () = plain.revoked.wait() => {}
@@ -327,7 +352,7 @@ mod tests {
         let authorizer = Authorizer::new(reader.clone());
         let permit = authorizer.authorize(resolved(&reader, Direction::InboundPlain));
         let mut permit = permit.expect("no policy is left");
-        authorizer.check_all(&old);
+        authorizer.check_since(0, &old);
         assert!(permit.revoked.wait().now_or_never().is_none());
     }
 

@@ -11,7 +11,11 @@ use crate::mesh::workload::Workload;
 type At<'a> = (&'a str, IpAddr);
 
 /// Tells of each such address, in the order of the addresses.
-pub(crate) fn tell(workloads: &[Workload], services: &[Service], problems: &mut Vec<String>) {
+pub(crate) fn tell<'a>(
+    workloads: impl Iterator<Item = &'a Workload>,
+    services: impl Iterator<Item = &'a Service>,
+    problems: &mut Vec<String>,
+) {
     let pods = pods(workloads);
     for ((_, address), uids) in pods.iter().filter(|(_, uids)| uids.len() > 1) {
         problems.push(format!(
@@ -19,8 +23,8 @@ pub(crate) fn tell(workloads: &[Workload], services: &[Service], problems: &mut 
             uids.join(" and ")
         ));
     }
-    let mut services: Vec<&Service> = services.iter().collect();
-    services.sort_by_cached_key(|service| (service.seniority, service.key()));
+    let mut services: Vec<&Service> = services.collect();
+    services.sort_by_cached_key(|service| (service.age, service.key()));
     let mut own: BTreeMap<At<'_>, Vec<String>> = BTreeMap::new();
     for service in &services {
         for vip in &service.vips {
@@ -67,9 +71,9 @@ fn tell_of(
     ));
 }
 
-fn pods(workloads: &[Workload]) -> BTreeMap<At<'_>, Vec<&str>> {
+fn pods<'a>(workloads: impl Iterator<Item = &'a Workload>) -> BTreeMap<At<'a>, Vec<&'a str>> {
     let mut pods: BTreeMap<At<'_>, Vec<&str>> = BTreeMap::new();
-    for workload in workloads.iter().filter(|workload| !workload.host_network) {
+    for workload in workloads.filter(|workload| !workload.host_network) {
         for address in &workload.addresses {
             let at = (&*workload.network, address.to_canonical());
             let uids = pods.entry(at).or_default();

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::manifests::{LocalPodSpec, PodKey};
+use super::manifests::{LocalPodSpec, PodKey, Stale};
 use super::state::{self, SharedState};
 use crate::identity;
 
@@ -34,6 +34,16 @@ impl Enrolled {
     /// Whether a pod is one of them.
     pub fn contains(&self, pod: &PodKey) -> bool {
         self.pods.contains(pod) || self.unread.contains(&file_of(&pod.namespace, &pod.name))
+    }
+
+    /// Marks the namespaces of which pods are in one of the two alone.
+    pub(super) fn differ(&self, other: &Self, stale: &mut Stale) {
+        if self.unread != other.unread {
+            *stale = Stale::all();
+        }
+        for pod in self.pods.symmetric_difference(&other.pods) {
+            stale.namespace(&pod.namespace);
+        }
     }
 }
 

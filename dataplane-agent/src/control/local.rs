@@ -4,13 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::conflicts;
 use super::manifests::node::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
 use super::written::Block;
 use crate::mesh::Identity;
 use crate::mesh::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
-use crate::mesh::service::{Family, LoadBalancing, Scope, Service};
+use crate::mesh::service::{Age, Family, LoadBalancing, Scope, Service};
 use crate::mesh::workload::{Endpoint, Locality, Protocol, Workload, WorkloadType};
 
 mod file;
@@ -152,7 +151,6 @@ impl Config {
             .into_iter()
             .map(RawPolicy::translate)
             .collect();
-        conflicts::tell(&workloads, &services, &mut problems);
         Translation {
             workloads,
             services,
@@ -328,7 +326,7 @@ impl RawService {
             },
             private: self.visibility == Visibility::Namespace,
             canonical: self.canonical,
-            seniority: 0,
+            age: Age::default(),
             unsupported: passthrough.then(|| "load balancer mode PASSTHROUGH".into()),
             load_balancing: balancer.map(LoadBalancer::translate).unwrap_or_default(),
         }

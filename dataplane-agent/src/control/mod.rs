@@ -3,6 +3,7 @@
 pub mod ca;
 mod conflicts;
 pub mod enrolled;
+mod kept;
 pub mod local;
 pub mod machine;
 pub mod manifests;

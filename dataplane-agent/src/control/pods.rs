@@ -4,7 +4,7 @@
 //! A pod is dialled by HBONE only while it is captured: its record is written when capture says that
 //! it serves the pod, and removed before capture is told to let it go.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,17 +15,16 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
+use super::conflicts;
+use super::kept::{IsSaid, Kept};
 use super::machine::{Look, Machine, Missing, Outside};
 use super::manifests::applies;
 use super::manifests::changes::PolicyChange;
-use super::manifests::{
-    self, Folder, LocalPodSpec, MeshConfig, PodKey, Translation, Watch, translate,
-};
+use super::manifests::{self, Folder, LocalPodSpec, PodKey, Translated, Translation, Watch};
 use super::recording::Recording;
 use crate::capture::{self, Desired, PodState, PodStatus, Status, named};
 use crate::mesh::Identity;
-use crate::mesh::workload::Workload;
-use crate::mesh::{Mesh, MeshWriter};
+use crate::mesh::{Delta, MeshWriter, Workload};
 
 /// How often the machine is looked at for pods that come and go.
 const LOOK: Duration = Duration::from_secs(1);
@@ -45,11 +44,11 @@ pub enum Source {
         records: Recording,
         /// What tells of theirs.
         records_watch: Watch,
-        /// Names of the mesh.
-        mesh: MeshConfig,
+        /// What they mean.
+        translated: Translated,
     },
     /// ztunnel's file; read once, as ztunnel does.
-    Local(Translation),
+    Local(Option<Translation>),
 }
 
 /// What is told to whoever asks for the state of the node.
@@ -130,9 +129,22 @@ pub struct Pods {
     status: watch::Receiver<Status>,
     mesh: MeshWriter,
     view: watch::Sender<View>,
-    generation: u64,
-    translation: Translation,
+    /// The pods of this node that are configured.
+    local: Vec<LocalPodSpec>,
+    /// What is wrong with the files.
     problems: Vec<String>,
+    /// What was written and cannot be carried, and what is done instead.
+    uncarried: Vec<String>,
+    /// What is likely a slip.
+    doubts: Vec<String>,
+    /// Whether that is of the mesh as it is now.
+    doubted: bool,
+    /// When it was looked for last, and for how long.
+    last_doubt: (Option<Instant>, Duration),
+    /// What the mesh knows beyond what is configured.
+    kept: Kept,
+    /// The uids of the pods that are captured, as of the last translation.
+    captured: BTreeSet<Arc<str>>,
     /// Pods whose record is removed, and that are let go then; by the cookies of their namespaces, since
     /// one of the same name may have come.
     leaving: BTreeMap<u64, (Desired, Instant)>,
@@ -163,9 +175,14 @@ impl Pods {
             status: ends.status,
             mesh: ends.mesh,
             view: ends.view,
-            generation: 0,
-            translation: Translation::default(),
+            local: Vec::new(),
             problems: Vec::new(),
+            uncarried: Vec::new(),
+            doubts: Vec::new(),
+            doubted: false,
+            last_doubt: (None, Duration::ZERO),
+            kept: Kept::default(),
+            captured: BTreeSet::new(),
             leaving: BTreeMap::new(),
             unsaid: BTreeSet::new(),
         };
@@ -178,9 +195,7 @@ impl Pods {
             .collect();
         pods.unsaid = captured;
         pods.tell_of_none();
-        let translation = std::mem::take(&mut pods.translation);
-        pods.hear_of(&translation);
-        pods.translation = translation;
+        pods.hear_of();
         for uid in &pods.unsaid {
             tracing::warn!(pod = %named(uid), "no manifest says a pod that was captured; it stays so for now");
         }
@@ -204,8 +219,9 @@ impl Pods {
             }
         }
         loop {
+            self.read_records();
             self.publish();
-            let problems = self.problems(&self.translation, &Look::default());
+            let problems = self.problems(&Look::default());
             let (away, policies) = (self.is_away(), self.policies());
             self.view.send_modify(|view| {
                 (view.problems, view.policies, view.away) = (problems, policies, away);
@@ -215,20 +231,18 @@ impl Pods {
     }
 
     fn step(&mut self) {
+        self.read_records();
         self.publish();
-        let translation = std::mem::take(&mut self.translation);
-        let here: Vec<&LocalPodSpec> = translation
-            .local
-            .iter()
-            .filter(|pod| pod.wanted == manifests::Wanted::Yes)
-            .collect();
+        self.hear_of();
+        let local = std::mem::take(&mut self.local);
+        let wants = |pod: &&LocalPodSpec| pod.wanted == manifests::Wanted::Yes;
+        let here: Vec<&LocalPodSpec> = local.iter().filter(wants).collect();
         let status = self.status.borrow_and_update().clone();
-        let look = self.machine.look(&translation.local, &status);
-        self.hear_of(&translation);
-        let wanted = self.wanted(&here, &look, &translation);
+        let look = self.machine.look(&local, &status);
+        let wanted = self.wanted(&here, &look, &local);
         self.record(&here, &status, &look);
-        self.tell(&translation, &look, &status);
-        self.translation = translation;
+        self.tell(&local, &look, &status);
+        self.local = local;
         self.wanted.send_if_modified(|old| {
             let changed = old.as_ref().is_none_or(|old| !same(old, &wanted));
             *old = Some(wanted);
@@ -238,64 +252,95 @@ impl Pods {
         self.publish();
     }
 
-    /// Translates what is configured, and publishes it if it says something new.
+    fn read_records(&mut self) {
+        if let Source::Manifests { records, .. } = &mut self.source {
+            records.look();
+        }
+    }
+
+    /// Makes the mesh what is configured, as far as that has changed.
     fn publish(&mut self) {
+        let mesh = self.mesh.current();
         let captured = captured(&self.status.borrow());
-        let mut translation = match &mut self.source {
+        let mut delta = match &mut self.source {
             Source::Manifests {
                 folder,
                 records,
-                mesh,
+                translated,
                 ..
             } => {
-                let mut made = translate(folder.objects(), records.enrolled(), &captured, mesh);
-                let nobodys = applies::problems(folder.objects(), &mesh.root_namespace);
-                made.problems.extend(nobodys);
-                made
+                let (touched, mut stale) = (folder.touched(), records.stale());
+                for uid in captured.symmetric_difference(&self.captured) {
+                    stale.pod(uid);
+                }
+                match touched.is_empty() && stale.is_empty() {
+                    true => Delta::default(),
+                    false => {
+                        self.doubted = false;
+                        let objects = (folder.objects(), &touched[..]);
+                        let here = (records.enrolled(), &captured);
+                        let delta = translated.update(objects, stale, here, &mesh);
+                        self.captured = captured;
+                        self.local = translated.local().cloned().collect();
+                        let problems = translated.problems();
+                        let problems = problems.chain(&folder.objects().warnings).cloned();
+                        tell(&mut self.uncarried, problems.collect());
+                        delta
+                    }
+                }
             }
-            Source::Local(translation) => translation.clone(),
+            Source::Local(said) => said.take().map_or_else(Delta::default, |said| {
+                self.local = said.local;
+                tell(&mut self.uncarried, said.problems);
+                Delta::of(said.workloads, said.services, said.policies)
+            }),
         };
-        // A pod whose object is gone is known for as long as it is served: it drains.
         let status = self.status.borrow();
         let served = status.values().filter(|pod| is_served(pod));
-        let mut unknown: BTreeSet<&Arc<str>> = served.map(|pod| &pod.uid).collect();
-        for workload in &translation.workloads {
-            unknown.remove(&workload.uid);
-        }
-        for workload in &self.translation.workloads {
-            if unknown.contains(&workload.uid) {
-                let mut last = workload.clone();
-                last.services.clear();
-                keep_policies(&last, &self.translation, &mut translation);
-                translation.workloads.push(last);
-            }
-        }
+        let served: BTreeSet<Arc<str>> = served.map(|pod| Arc::clone(&pod.uid)).collect();
         drop(status);
-        if self.generation > 0 && translation == self.translation {
+        let workload: IsSaid<'_> = &|uid| self.source.says_workload(uid);
+        let policy: IsSaid<'_> = &|key| self.source.says_policy(key);
+        self.kept
+            .keep(&served, (workload, policy), &mesh, &mut delta);
+        if !delta.is_empty() {
+            self.mesh.apply(delta);
+            self.doubted = false;
+        }
+        self.doubt();
+    }
+
+    /// Looks for what is likely a slip, if the mesh has changed. It takes a look at all of it, so that of the
+    /// time between two looks one takes a tenth at most.
+    fn doubt(&mut self) {
+        let (ended, took) = self.last_doubt;
+        if self.doubted || ended.is_some_and(|ended| ended.elapsed() < took * 10) {
             return;
         }
-        for problem in &translation.problems {
-            if !self.translation.problems.contains(problem) {
-                tracing::warn!("{problem}");
-            }
+        let begun = Instant::now();
+        let mesh = self.mesh.current();
+        let mut doubts = Vec::new();
+        let is_kept = |of: &&Arc<Workload>| !self.kept.has(&of.uid);
+        let workloads = mesh.workloads().filter(is_kept).map(Arc::as_ref);
+        let services = mesh.services().map(|(_, of)| &**of);
+        conflicts::tell(workloads, services, &mut doubts);
+        if let Source::Manifests {
+            folder, translated, ..
+        } = &self.source
+        {
+            let root = &translated.config().root_namespace;
+            doubts.extend(applies::problems(folder.objects(), root));
         }
-        self.generation += 1;
-        self.mesh.publish(Mesh::build(
-            self.generation,
-            translation.workloads.clone(),
-            translation.services.clone(),
-            translation.policies.clone(),
-        ));
-        self.translation = translation;
+        tell(&mut self.doubts, doubts);
+        self.doubted = true;
+        self.last_doubt = (Some(Instant::now()), begun.elapsed());
     }
 
     /// A node of another name than its pods' would serve nobody, without a word.
     fn tell_of_none(&self) {
-        let Translation {
-            local, workloads, ..
-        } = &self.translation;
-        let nodes: BTreeSet<&str> = workloads.iter().map(|pod| &*pod.node).collect();
-        if local.is_empty() && !nodes.is_empty() {
+        let mesh = self.mesh.current();
+        let nodes: BTreeSet<&str> = mesh.workloads().map(|pod| &*pod.node).collect();
+        if self.local.is_empty() && !nodes.is_empty() {
             let some: Vec<&str> = nodes.into_iter().take(3).collect();
             let some = some.join(", ");
             tracing::warn!(
@@ -306,8 +351,8 @@ impl Pods {
     }
 
     /// Forgets of which captured pods nothing is said, as far as something is, or nothing more will be.
-    fn hear_of(&mut self, translation: &Translation) {
-        for pod in &translation.local {
+    fn hear_of(&mut self) {
+        for pod in &self.local {
             self.unsaid.remove(&pod.uid);
         }
         if self.partial().is_none() {
@@ -330,7 +375,7 @@ impl Pods {
         &mut self,
         here: &[&LocalPodSpec],
         look: &Look,
-        translation: &Translation,
+        local: &[LocalPodSpec],
     ) -> capture::Wanted {
         let now = Instant::now();
         let mut wanted = capture::Wanted {
@@ -345,7 +390,7 @@ impl Pods {
             if !stays && !wanted.gone.contains(&pod.cookie) {
                 let cookie = pod.cookie;
                 if !self.leaving.contains_key(&cookie) {
-                    tell_of_another_node(&pod, translation);
+                    self.tell_of_another_node(&pod, local);
                 }
                 self.leaving.entry(cookie).or_insert((pod, now + NOTICE));
             }
@@ -357,6 +402,26 @@ impl Pods {
             .pods
             .extend(self.leaving.values().map(|(pod, _)| pod.clone()));
         wanted
+    }
+
+    /// A pod that went to another node has another address there. One that its manifest says to be on
+    /// another node, and at the address at which it is here, leaves the mesh by a slip.
+    fn tell_of_another_node(&self, pod: &Desired, local: &[LocalPodSpec]) {
+        let is_here = local.iter().any(|now| now.uid == pod.uid);
+        let mesh = self.mesh.current();
+        let is_it = |now: &&Arc<Workload>| {
+            let mut addresses = now.addresses.iter();
+            addresses.any(|ip| pod.addresses.contains(ip))
+        };
+        if let Some(now) = mesh.workload(&pod.uid).filter(is_it)
+            && !is_here
+        {
+            tracing::warn!(
+                pod = %named(&pod.uid),
+                node = &*now.node,
+                "a pod that is on this machine leaves the mesh, as its manifest says another node (spec.nodeName)"
+            );
+        }
     }
 
     /// Has records of pods that are served, and of no others.
@@ -388,7 +453,7 @@ impl Pods {
     }
 
     /// What is wrong now: with the configuration, with the machine, and with the records.
-    fn problems(&self, translation: &Translation, look: &Look) -> Vec<String> {
+    fn problems(&self, look: &Look) -> Vec<String> {
         let missing = look
             .waiting
             .iter()
@@ -398,7 +463,8 @@ impl Pods {
                     Some(format!("Pod {}: {why}", named(uid)))
                 }
             });
-        let problems = self.problems.iter().chain(&translation.problems);
+        let problems = self.problems.iter().chain(&self.uncarried);
+        let problems = problems.chain(&self.doubts);
         let unsaid = self.unsaid.iter().filter_map(|uid| {
             let (name, why) = (named(uid), self.partial()?);
             Some(format!(
@@ -423,7 +489,7 @@ impl Pods {
                 let objects = folder.objects();
                 objects.authorization_policies.len() + objects.peer_authentications.len()
             }
-            Source::Local(translation) => translation.policies.len(),
+            Source::Local(_) => self.mesh.current().policies().len(),
         }
     }
 
@@ -442,8 +508,8 @@ impl Pods {
         }
     }
 
-    fn tell(&self, translation: &Translation, look: &Look, status: &Status) {
-        let pods = translation.local.iter().map(|pod| {
+    fn tell(&self, local: &[LocalPodSpec], look: &Look, status: &Status) {
+        let pods = local.iter().map(|pod| {
             let found = look.found.get(&pod.uid);
             let (state, reason) = state(pod, look, status, self.unrecorded(pod));
             PodView {
@@ -473,7 +539,7 @@ impl Pods {
         });
         let view = View {
             pods: pods.collect(),
-            problems: self.problems(translation, look),
+            problems: self.problems(look),
             policies: self.policies(),
             looked: true,
             away: self.is_away(),
@@ -518,17 +584,6 @@ impl Pods {
             changed
         });
     }
-}
-
-/// Keeps what a workload that drains was decided by and that went with it: one that is named and not there
-/// lets nothing pass, and would cut what runs.
-fn keep_policies(workload: &Workload, before: &Translation, now: &mut Translation) {
-    let has = |of: &Translation, key: &str| of.policies.iter().any(|is| is.key() == key);
-    let gone = workload.policies.iter().filter(|key| !has(now, key));
-    let gone: Vec<_> = gone
-        .filter_map(|key| before.policies.iter().find(|is| is.key() == **key))
-        .collect();
-    now.policies.extend(gone.into_iter().cloned());
 }
 
 fn key(pod: &LocalPodSpec) -> PodKey {
@@ -630,24 +685,6 @@ fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
     })
 }
 
-/// A pod that went to another node has another address there. One that its manifest says to be on another
-/// node, and at the address at which it is here, leaves the mesh by a slip.
-fn tell_of_another_node(pod: &Desired, translation: &Translation) {
-    let is_here = translation.local.iter().any(|now| now.uid == pod.uid);
-    let is_it = |now: &&Workload| {
-        now.uid == pod.uid && now.addresses.iter().any(|ip| pod.addresses.contains(ip))
-    };
-    if let Some(now) = translation.workloads.iter().find(is_it)
-        && !is_here
-    {
-        tracing::warn!(
-            pod = %named(&pod.uid),
-            node = &*now.node,
-            "a pod that is on this machine leaves the mesh, as its manifest says another node (spec.nodeName)"
-        );
-    }
-}
-
 fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
     let has = |wanted: &capture::Wanted, pod: &Desired| {
         let own = wanted.pods.iter().find(|own| own.cookie == pod.cookie);
@@ -683,6 +720,33 @@ async fn changed(source: &mut Source, problems: &mut Vec<String>) {
             reload.policies.iter().for_each(PolicyChange::log);
         }
         () = records_watch.changed() => {}
+    }
+}
+
+/// Takes what is wrong now in the place of what was, and tells of what is new.
+fn tell(told: &mut Vec<String>, problems: Vec<String>) {
+    let before: HashSet<&String> = told.iter().collect();
+    for problem in problems.iter().filter(|problem| !before.contains(problem)) {
+        tracing::warn!("{problem}");
+    }
+    *told = problems;
+}
+
+impl Source {
+    /// Whether a workload is configured.
+    fn says_workload(&self, uid: &str) -> bool {
+        match self {
+            Self::Manifests { translated, .. } => translated.says_workload(uid),
+            Self::Local(_) => true,
+        }
+    }
+
+    /// Whether a policy is configured.
+    fn says_policy(&self, key: &str) -> bool {
+        match self {
+            Self::Manifests { translated, .. } => translated.says_policy(key),
+            Self::Local(_) => true,
+        }
     }
 }
 

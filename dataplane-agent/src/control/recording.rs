@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::enrolled::{Enrolled, Records, Said};
-use super::manifests::{LocalPodSpec, PodKey};
+use super::manifests::{LocalPodSpec, PodKey, Stale};
 
 /// What did not work is tried again after this time,
 const FIRST: Duration = Duration::from_secs(1);
@@ -25,6 +25,8 @@ pub struct Recording {
     away: bool,
     /// What of them cannot be read now, and why.
     unread: Vec<String>,
+    /// Of which namespaces that is another, since it was last asked for.
+    stale: Stale,
     /// Those of this node, as they could be read last,
     own: BTreeSet<PodKey>,
     /// those of them that do not say its machine,
@@ -55,6 +57,7 @@ impl Recording {
         let said = records.read()?;
         let mut new = Self {
             enrolled: Enrolled::default(),
+            stale: Stale::all(),
             own: BTreeSet::new(),
             unsigned: BTreeSet::new(),
             namesakes: BTreeSet::new(),
@@ -68,9 +71,13 @@ impl Recording {
     }
 
     /// The enrolled pods of all nodes; the last that could be read, if they cannot be now.
-    pub fn enrolled(&mut self) -> &Enrolled {
-        self.look();
+    pub fn enrolled(&self) -> &Enrolled {
         &self.enrolled
+    }
+
+    /// Of which namespaces [`Recording::enrolled`] is another than when this was last asked.
+    pub fn stale(&mut self) -> Stale {
+        std::mem::take(&mut self.stale)
     }
 
     /// Whether the state that nodes share cannot be read now: of what other nodes say since nothing is known.
@@ -78,7 +85,8 @@ impl Recording {
         self.away
     }
 
-    fn look(&mut self) {
+    /// Reads what is recorded now.
+    pub fn look(&mut self) {
         let said = self.records.read();
         self.away = said.is_err();
         match said {
@@ -104,6 +112,7 @@ impl Recording {
                 namesakes.len() - 1,
             ));
         }
+        enrolled.differ(&self.enrolled, &mut self.stale);
         self.enrolled = enrolled;
         (self.own, self.unsigned, self.namesakes) = (own, unsigned, namesakes);
         self.tell(problems);
@@ -126,7 +135,6 @@ impl Recording {
         stays: impl Fn(&PodKey) -> bool,
         now: Instant,
     ) {
-        self.look();
         let own = &self.own;
         let is_written = |key: &PodKey| match own.contains(key) {
             true => !self.unsigned.contains(key),
@@ -138,10 +146,12 @@ impl Recording {
         let remove: Vec<PodKey> = own.iter().filter(|key| !stays(key)).cloned().collect();
         self.failed
             .retain(|key, _| !is_written(key) && served.contains_key(key) || remove.contains(key));
+        let mut changed = false;
         for (key, pod) in write {
             if self.is_due(key, now) {
                 let written = self.records.write(pod);
                 if written.is_ok() {
+                    changed = true;
                     self.own.insert(key.clone());
                     self.unsigned.remove(key);
                 }
@@ -151,11 +161,12 @@ impl Recording {
         for key in &remove {
             if self.is_due(key, now) {
                 let removed = self.records.remove(key);
-                if removed.is_ok() {
-                    self.own.remove(key);
-                }
+                changed |= removed.is_ok();
                 self.note(key, NOT_REMOVED, removed, now);
             }
+        }
+        if changed {
+            self.look();
         }
     }
 
@@ -280,6 +291,7 @@ mod tests {
         // At a start as later.
         let mut recording = recording(state.path());
         two.write(&pod("b", "2")).expect("a record");
+        recording.look();
         for (name, uid) in [("a", "1"), ("b", "2"), ("bad", "3"), ("bad", "")] {
             assert!(
                 recording.enrolled().contains(&key_of(name, uid)),
@@ -293,6 +305,7 @@ mod tests {
             "{problems:?}"
         );
         two.write(&pod("bad", "3")).expect("a record");
+        recording.look();
         assert!(recording.enrolled().contains(&key_of("bad", "3")));
         assert!(!recording.enrolled().contains(&key_of("bad", "")));
         assert_eq!(recording.problems().count(), 0);
@@ -352,6 +365,7 @@ mod tests {
         recording.update(&served, |_| false, Instant::now());
         assert!(recording.enrolled().contains(&key));
         fs::rename(state.path().join("enrolled"), state.path().join("away")).expect("a folder");
+        recording.look();
         assert!(recording.enrolled().contains(&key) && recording.is_away());
         recording.update(&served, |_| false, Instant::now());
         assert_eq!(recording.why_not(&key), None, "it was told");

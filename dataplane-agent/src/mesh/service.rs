@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use time::OffsetDateTime;
 
 use super::workload::Workload;
 
@@ -40,12 +41,32 @@ pub struct Service {
     pub private: bool,
     /// Whether it is preferred to others at one address.
     pub canonical: bool,
-    /// Of several that claim one address the one with the least holds.
-    pub seniority: usize,
+    /// Of several that claim one address the oldest holds.
+    pub age: Age,
     /// What it asks for and cannot get: traffic to it is refused.
     pub unsupported: Option<Arc<str>>,
     /// Where endpoints are looked for first.
     pub load_balancing: LoadBalancing,
+}
+
+/// Creation, or when it was first seen where nothing says it; the lesser is the older.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Age {
+    at: OffsetDateTime,
+    order: u64,
+}
+
+impl Default for Age {
+    fn default() -> Self {
+        Self::new(OffsetDateTime::UNIX_EPOCH, 0)
+    }
+}
+
+impl Age {
+    /// `order` parts those of one time.
+    pub fn new(at: OffsetDateTime, order: u64) -> Self {
+        Self { at, order }
+    }
 }
 
 /// An address, which means nothing without its network.
@@ -106,15 +127,15 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// Whether two workloads have this in common.
-    pub fn shared(self, one: &Workload, other: &Workload) -> bool {
+    /// What a workload has of it.
+    pub fn of(self, workload: &Workload) -> &Arc<str> {
         match self {
-            Self::Region => one.locality.region == other.locality.region,
-            Self::Zone => one.locality.zone == other.locality.zone,
-            Self::Subzone => one.locality.subzone == other.locality.subzone,
-            Self::Node => one.node == other.node,
-            Self::Cluster => one.cluster_id == other.cluster_id,
-            Self::Network => one.network == other.network,
+            Self::Region => &workload.locality.region,
+            Self::Zone => &workload.locality.zone,
+            Self::Subzone => &workload.locality.subzone,
+            Self::Node => &workload.node,
+            Self::Cluster => &workload.cluster_id,
+            Self::Network => &workload.network,
         }
     }
 }

@@ -1,42 +1,62 @@
-//! What is known of the mesh at one moment, indexed as it is looked up. Immutable: a change makes a
-//! new one, and nobody waits for it.
+//! What is known of the mesh at one moment, indexed as it is looked up. A value: a change makes a new
+//! one, which shares with the old one what has not changed, and nobody waits for it.
 
-use std::collections::HashMap;
-use std::hash::Hash;
+use std::cmp::Reverse;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use ipnet::IpNet;
-use tokio::sync::watch;
+use imbl::OrdMap;
 
+use super::claims::Claims;
+use super::delta::Delta;
+use super::endpoints::Endpoints;
 use super::policy::{Policy, PolicyScope};
-use super::service::Service;
+use super::ranges::Ranges;
+use super::service::{NetworkAddress, Service};
 use super::workload::{Protocol, Workload};
 
 #[cfg(test)]
 mod tests;
 
-/// What is known by something that means nothing without its network.
-type ByNetwork<K, V> = HashMap<Arc<str>, HashMap<K, V>>;
-
 /// A snapshot of the mesh.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Mesh {
     generation: u64,
-    workloads: HashMap<Arc<str>, Arc<Workload>>,
-    by_address: ByNetwork<IpAddr, Arc<Workload>>,
-    services: HashMap<Arc<str>, Arc<Service>>,
-    /// Those of an address, the oldest first; more than one is rare.
-    by_vip: ByNetwork<IpAddr, Vec<Arc<Service>>>,
+    workloads: OrdMap<Arc<str>, Since<Workload>>,
+    at_address: Claims<IpAddr, Workload>,
+    services: OrdMap<Arc<str>, Arc<Service>>,
+    at_vip: Claims<IpAddr, Service>,
     /// Whose an address from outside is, with a port: that of a load balancer, which its owner
     /// assigns, before one that anybody who may write a Service claims, and then the oldest.
-    by_external: ByNetwork<(IpAddr, u16), Arc<Service>>,
-    cidrs: Vec<(Arc<str>, IpNet, Arc<Service>)>,
-    /// By the service's key, in the order of their uids.
-    endpoints: HashMap<Arc<str>, Vec<Arc<Workload>>>,
-    policies: HashMap<Arc<str>, Arc<Policy>>,
-    global: Vec<Arc<Policy>>,
-    by_namespace: HashMap<Arc<str>, Vec<Arc<Policy>>>,
+    at_balanced: Claims<(IpAddr, u16), Service>,
+    at_external: Claims<(IpAddr, u16), Service>,
+    in_range: Ranges<Service>,
+    /// By the service's key.
+    endpoints: OrdMap<Arc<str>, Endpoints>,
+    policies: OrdMap<Arc<str>, Since<Policy>>,
+    /// Those for all workloads.
+    global: Shared,
+    /// Those for all of a namespace.
+    by_namespace: OrdMap<Arc<str>, Shared>,
+    /// Since when a namespace has none that had some.
+    emptied: u64,
+}
+
+/// What holds, and the generation from which on it does.
+#[derive(Debug)]
+struct Since<T>(Arc<T>, u64);
+
+impl<T> Clone for Since<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0), self.1)
+    }
+}
+
+/// Policies that several workloads have, and the generation from which on they are these.
+#[derive(Clone, Debug, Default)]
+struct Shared {
+    policies: OrdMap<Arc<str>, Arc<Policy>>,
+    since: u64,
 }
 
 /// The policies that apply to a workload.
@@ -62,96 +82,151 @@ pub enum Destination<'a> {
 }
 
 impl Mesh {
-    /// Of what the sources of configuration say. Of two that share a key the later one holds.
-    pub fn build(
-        generation: u64,
-        workloads: Vec<Workload>,
-        services: Vec<Service>,
-        policies: Vec<Policy>,
-    ) -> Self {
-        let mut mesh = Self {
-            generation,
-            ..Self::default()
+    /// One that has this and nothing else. Of two that share a key the later one holds.
+    pub fn of(workloads: Vec<Workload>, services: Vec<Service>, policies: Vec<Policy>) -> Self {
+        let mut mesh = Self::default();
+        mesh.apply(Delta::of(workloads, services, policies));
+        mesh
+    }
+
+    /// Changes it: from now on it is another one.
+    pub fn apply(&mut self, delta: Delta) {
+        self.generation += 1;
+        for (key, service) in delta.services {
+            self.put_service(key, service);
+        }
+        for (uid, workload) in delta.workloads {
+            self.put_workload(uid, workload);
+        }
+        for (key, policy) in delta.policies {
+            self.put_policy(key, policy);
+        }
+    }
+
+    fn put_workload(&mut self, uid: Arc<str>, workload: Option<Workload>) {
+        if let Some(Since(old, _)) = self.workloads.remove(&uid) {
+            for address in own_addresses(&old) {
+                self.at_address.remove(&old.network, &address, &old);
+            }
+            for service in old.services.keys() {
+                let endpoints = self.endpoints_of(service);
+                endpoints.remove(&uid);
+                if endpoints.is_empty() && !self.services.contains_key(service) {
+                    self.endpoints.remove(service);
+                }
+            }
+        }
+        let Some(workload) = workload else {
+            return;
         };
-        for workload in workloads {
-            let uid = Arc::clone(&workload.uid);
-            mesh.workloads.insert(uid, Arc::new(workload));
+        let workload = Arc::new(workload);
+        for address in own_addresses(&workload) {
+            self.at_address
+                .insert(&workload.network, address, &workload, is_meant_before);
         }
-        // The indices are made of what holds, in an order that no source of configuration sways.
-        let mut workloads: Vec<Arc<Workload>> = mesh.workloads.values().cloned().collect();
-        workloads.sort_by(|one, other| one.uid.cmp(&other.uid));
-        for workload in workloads {
-            if !workload.host_network {
-                for address in &workload.addresses {
-                    let of = entry(
-                        &mut mesh.by_address,
-                        &workload.network,
-                        address.to_canonical(),
-                    );
-                    let of = of.or_insert_with(|| Arc::clone(&workload));
-                    if rank(&workload) > rank(of) {
-                        *of = Arc::clone(&workload);
-                    }
-                }
+        for service in workload.services.keys() {
+            self.endpoints_of(service).insert(&workload);
+        }
+        let since = Since(workload, self.generation);
+        self.workloads.insert(uid, since);
+    }
+
+    fn put_service(&mut self, key: Arc<str>, service: Option<Service>) {
+        if let Some(old) = self.services.remove(&key) {
+            for vip in &old.vips {
+                let address = vip.address.to_canonical();
+                self.at_vip.remove(&vip.network, &address, &old);
             }
-            for service in workload.services.keys() {
-                let endpoints = mesh.endpoints.entry(Arc::clone(service)).or_default();
-                endpoints.push(Arc::clone(&workload));
+            for (network, place) in places(&old, &old.balanced) {
+                self.at_balanced.remove(network, &place, &old);
             }
-        }
-        for service in services {
-            mesh.services
-                .insert(service.key().into(), Arc::new(service));
-        }
-        let mut services: Vec<&Arc<Service>> = mesh.services.values().collect();
-        services.sort_by_cached_key(|service| (service.seniority, service.key()));
-        for service in &services {
-            for vip in &service.vips {
-                let of = entry(&mut mesh.by_vip, &vip.network, vip.address.to_canonical());
-                of.or_default().push(Arc::clone(service));
+            for (network, place) in places(&old, &old.external) {
+                self.at_external.remove(network, &place, &old);
+            }
+            for (network, range) in &old.cidrs {
+                self.in_range.remove(network, *range, &old);
             }
         }
-        let balanced = services.iter().map(|service| (service, &service.balanced));
-        let external = services.iter().map(|service| (service, &service.external));
-        for (service, addresses) in balanced.chain(external) {
-            for at in addresses {
-                for port in service.ports.keys() {
-                    let at_port = (at.address.to_canonical(), *port);
-                    entry(&mut mesh.by_external, &at.network, at_port)
-                        .or_insert_with(|| Arc::clone(service));
-                }
+        let Some(service) = service else {
+            if self.endpoints.get(&key).is_some_and(Endpoints::is_empty) {
+                self.endpoints.remove(&key);
             }
+            return;
+        };
+        let service = Arc::new(service);
+        for vip in &service.vips {
+            let address = vip.address.to_canonical();
+            self.at_vip
+                .insert(&vip.network, address, &service, is_older);
         }
-        for service in services {
-            for (network, range) in &service.cidrs {
-                mesh.cidrs
-                    .push((Arc::clone(network), *range, Arc::clone(service)));
-            }
+        for (network, place) in places(&service, &service.balanced) {
+            self.at_balanced.insert(network, place, &service, is_older);
         }
-        for policy in policies {
-            let policy = Arc::new(policy);
-            mesh.policies.insert(policy.key().into(), policy);
+        for (network, place) in places(&service, &service.external) {
+            self.at_external.insert(network, place, &service, is_older);
         }
-        let mut keys: Vec<&Arc<str>> = mesh.policies.keys().collect();
-        keys.sort();
-        for key in keys {
-            let policy = &mesh.policies[key];
-            match policy.scope {
-                PolicyScope::Global => mesh.global.push(Arc::clone(policy)),
+        for (network, range) in &service.cidrs {
+            self.in_range.insert(network, *range, &service, is_older);
+        }
+        self.endpoints_of(&key).rank_by(&service);
+        self.services.insert(key, service);
+    }
+
+    fn put_policy(&mut self, key: Arc<str>, policy: Option<Policy>) {
+        if let Some(Since(old, _)) = self.policies.remove(&key) {
+            match old.scope {
+                PolicyScope::Global => self.global.remove(&key, self.generation),
                 PolicyScope::Namespace => {
-                    let of = mesh.by_namespace.entry(policy.namespace.clone());
-                    of.or_default().push(Arc::clone(policy));
+                    if let Some(shared) = self.by_namespace.get_mut(&old.namespace) {
+                        shared.remove(&key, self.generation);
+                        if shared.policies.is_empty() {
+                            self.by_namespace.remove(&old.namespace);
+                            self.emptied = self.generation;
+                        }
+                    }
                 }
                 PolicyScope::WorkloadSelector => {}
             }
         }
-        mesh
+        let Some(policy) = policy else {
+            return;
+        };
+        let policy = Arc::new(policy);
+        match policy.scope {
+            PolicyScope::Global => self.global.insert(&key, &policy, self.generation),
+            PolicyScope::Namespace => {
+                let shared = self.by_namespace.entry(Arc::clone(&policy.namespace));
+                shared.or_default().insert(&key, &policy, self.generation);
+            }
+            PolicyScope::WorkloadSelector => {}
+        }
+        self.policies.insert(key, Since(policy, self.generation));
     }
 
-    /// How many snapshots there were before it.
+    fn endpoints_of(&mut self, service: &Arc<str>) -> &mut Endpoints {
+        let of = self.endpoints.entry(Arc::clone(service));
+        of.or_insert_with(|| Endpoints::new(Arc::clone(service)))
+    }
+
+    /// How many changes there were before it.
     pub fn generation(&self) -> u64 {
         self.generation
     }
+
+    /// Since when policy says of a workload what it says: as long as this stays the same, so does every
+    /// answer about it. None if there is no such workload.
+    pub fn policy_since(&self, uid: &str) -> Option<u64> {
+        let Since(workload, since) = self.workloads.get(uid)?;
+        let of_namespace = self.by_namespace.get(&workload.namespace);
+        let of_namespace = of_namespace.map_or(self.emptied, |shared| shared.since);
+        // One that is named and is not there may just have gone.
+        let named = workload.policies.iter().map(|key| {
+            let policy = self.policies.get(key);
+            policy.map_or(self.generation, |Since(_, since)| *since)
+        });
+        named.chain([*since, self.global.since, of_namespace]).max()
+    }
+
     /// Whom a workload means by an address: a workload of its network before a service, and a
     /// service by its own address before one by an address from outside.
     pub fn destination(&self, source: &Workload, to: SocketAddr) -> Option<Destination<'_>> {
@@ -163,62 +238,60 @@ impl Mesh {
         let preference = |service: &&Arc<Service>| {
             let own = service.namespace == source.namespace;
             let visible = service.is_visible_to(&source.namespace);
-            std::cmp::Reverse((own, visible, service.canonical))
+            Reverse((own, visible, service.canonical))
         };
         let by_vip = self.services_at(network, address);
         if let Some(service) = by_vip.iter().min_by_key(preference) {
             return Some(Destination::Service(service));
         }
-        let by_external = self.by_external.get(network);
-        let external = by_external.and_then(|all| all.get(&(address, to.port())));
-        if let Some(service) = external {
+        let place = (address, to.port());
+        let balanced = self.at_balanced.of(network, &place).first();
+        let external = || self.at_external.of(network, &place).first();
+        if let Some(service) = balanced.or_else(external) {
             return Some(Destination::External(service));
         }
-        let has =
-            |(of, range, _): &&(Arc<str>, IpNet, _)| of == network && range.contains(&address);
-        let range = self.cidrs.iter().find(has);
-        range.map(|(.., service)| Destination::Range(service))
+        let range = self.in_range.of(network, address);
+        range.map(Destination::Range)
     }
     /// Whose address it is in a network. Workloads on their node's network have none of their own.
     pub fn workload_at(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
-        self.by_address.get(network)?.get(&address.to_canonical())
+        self.at_address.of(network, &address.to_canonical()).first()
     }
     /// The workload of a uid.
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
-        self.workloads.get(uid)
+        self.workloads.get(uid).map(|Since(of, _)| of)
     }
-    /// The services of a virtual address in a network.
+    /// The services of a virtual address in a network, the oldest first; more than one is rare.
     pub fn services_at(&self, network: &str, address: IpAddr) -> &[Arc<Service>] {
-        let of = self.by_vip.get(network);
-        let of = of.and_then(|of| of.get(&address.to_canonical()));
-        of.map_or(&[], Vec::as_slice)
+        self.at_vip.of(network, &address.to_canonical())
     }
     /// The service of a key, `namespace/hostname`.
     pub fn service(&self, key: &str) -> Option<&Arc<Service>> {
         self.services.get(key)
     }
-    /// All endpoints of a service, in whatever health.
-    pub fn endpoints(&self, service: &Service) -> &[Arc<Workload>] {
-        let of = self.endpoints.get(service.key().as_str());
-        of.map_or(&[], Vec::as_slice)
+    /// The endpoints of a service.
+    pub fn endpoints(&self, service: &Service) -> Option<&Endpoints> {
+        self.endpoints.get(service.key().as_str())
     }
     /// The policies that apply to a workload.
     pub fn policies_of<'a>(&'a self, workload: &'a Workload) -> Applicable<'a> {
         let of_namespace = self.by_namespace.get(&workload.namespace);
+        let shared = [Some(&self.global), of_namespace];
+        let shared = shared.into_iter().flatten();
         let mut applicable = Applicable {
-            policies: self
-                .global
-                .iter()
-                .chain(of_namespace.into_iter().flatten())
-                .collect(),
+            policies: shared.flat_map(|shared| shared.policies.values()).collect(),
             unknown: Vec::new(),
         };
         for key in &workload.policies {
             match self.policies.get(key) {
                 // Whatever its scope says: one that is passed over would let everything pass.
-                Some(policy) => {
-                    let there = |other: &&Arc<Policy>| Arc::ptr_eq(other, policy);
-                    if !applicable.policies.iter().any(there) {
+                Some(Since(policy, _)) => {
+                    let there = match policy.scope {
+                        PolicyScope::Global => true,
+                        PolicyScope::Namespace => policy.namespace == workload.namespace,
+                        PolicyScope::WorkloadSelector => false,
+                    };
+                    if !there {
                         applicable.policies.push(policy);
                     }
                 }
@@ -227,67 +300,64 @@ impl Mesh {
         }
         applicable
     }
-    /// All workloads, in no order.
+    /// The policy of a key, `namespace/name`.
+    pub fn policy(&self, key: &str) -> Option<&Arc<Policy>> {
+        self.policies.get(key).map(|Since(of, _)| of)
+    }
+    /// All workloads, in the order of their uids.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
-        self.workloads.values()
+        self.workloads.values().map(|Since(of, _)| of)
     }
-    /// All services, in no order.
-    pub fn services(&self) -> impl Iterator<Item = &Arc<Service>> {
-        self.services.values()
+    /// All services by their keys, in the order of these.
+    pub fn services(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<Service>)> {
+        self.services.iter()
     }
-    /// All policies, in no order.
-    pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
-        self.policies.values()
+    /// All policies by their keys, in the order of these.
+    pub fn policies(&self) -> impl ExactSizeIterator<Item = (&Arc<str>, &Arc<Policy>)> {
+        self.policies.iter().map(|(key, Since(of, _))| (key, of))
     }
 }
 
-fn entry<'a, K: Eq + Hash, V>(
-    of: &'a mut ByNetwork<K, V>,
-    network: &Arc<str>,
-    key: K,
-) -> std::collections::hash_map::Entry<'a, K, V> {
-    of.entry(Arc::clone(network)).or_default().entry(key)
+impl Shared {
+    fn insert(&mut self, key: &Arc<str>, policy: &Arc<Policy>, generation: u64) {
+        self.policies.insert(Arc::clone(key), Arc::clone(policy));
+        self.since = generation;
+    }
+
+    fn remove(&mut self, key: &str, generation: u64) {
+        self.policies.remove(key);
+        self.since = generation;
+    }
+}
+
+/// The addresses that are a workload's alone.
+fn own_addresses(workload: &Workload) -> impl Iterator<Item = IpAddr> + use<'_> {
+    let own = workload.addresses.iter().filter(|_| !workload.host_network);
+    own.map(IpAddr::to_canonical)
+}
+
+/// Where a service is found by addresses from outside: at each of its ports.
+fn places<'a>(
+    service: &'a Service,
+    addresses: &'a [NetworkAddress],
+) -> impl Iterator<Item = (&'a Arc<str>, (IpAddr, u16))> {
+    addresses.iter().flat_map(|at| {
+        let address = at.address.to_canonical();
+        let ports = service.ports.keys();
+        ports.map(move |port| (&at.network, (address, *port)))
+    })
 }
 
 /// Of several workloads with one address the one of the highest rank is meant: a pod rather than an
 /// endpoint that somebody wrote, and one in the mesh rather than one outside.
-fn rank(workload: &Workload) -> u8 {
-    let pod = workload.uid.contains("//Pod/");
-    u8::from(pod) * 2 + u8::from(workload.protocol == Protocol::Hbone)
+fn is_meant_before(one: &Workload, other: &Workload) -> bool {
+    let rank = |of: &Workload| {
+        let pod = of.uid.contains("//Pod/");
+        Reverse((pod, of.protocol == Protocol::Hbone))
+    };
+    (rank(one), &one.uid) < (rank(other), &other.uid)
 }
 
-/// The writer's end, for control.
-#[derive(Debug)]
-pub struct MeshWriter(watch::Sender<Arc<Mesh>>);
-
-/// A reader's end, for rooms.
-#[derive(Clone, Debug)]
-pub struct MeshReader(watch::Receiver<Arc<Mesh>>);
-
-/// A mesh with nothing in it, and its two ends.
-pub fn store() -> (MeshWriter, MeshReader) {
-    let (writer, reader) = watch::channel(Arc::default());
-    (MeshWriter(writer), MeshReader(reader))
-}
-
-impl MeshWriter {
-    /// From now on this is the mesh.
-    pub fn publish(&self, mesh: Mesh) {
-        self.0.send_replace(Arc::new(mesh));
-    }
-}
-
-impl MeshReader {
-    /// The mesh as it is now.
-    pub fn current(&self) -> Arc<Mesh> {
-        Arc::clone(&self.0.borrow())
-    }
-
-    /// Waits for a mesh that this reader has not waited for yet. For ever, if there will be none.
-    pub async fn changed(&mut self) -> Arc<Mesh> {
-        if self.0.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-        Arc::clone(&self.0.borrow_and_update())
-    }
+fn is_older(one: &Service, other: &Service) -> bool {
+    (one.age, one.key()) < (other.age, other.key())
 }

@@ -12,18 +12,13 @@ use super::status::StatusReport;
 use crate::identity::Certs;
 use crate::identity::certs::Listed;
 use crate::mesh::Mesh;
+use crate::mesh::endpoints::Endpoints;
 use crate::mesh::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
 use crate::mesh::service::Service;
 use crate::mesh::workload::{Health, Workload, WorkloadType};
 
 /// All of it.
 pub fn dump(mesh: &Mesh, certs: &Certs, status: &StatusReport) -> Value {
-    let mut workloads: Vec<_> = mesh.workloads().collect();
-    workloads.sort_by(|one, other| one.uid.cmp(&other.uid));
-    let mut services: Vec<_> = mesh.services().collect();
-    services.sort_by(|one, other| one.hostname.cmp(&other.hostname));
-    let mut policies: Vec<_> = mesh.policies().collect();
-    policies.sort_by_key(|policy| policy.key());
     let states: Map<String, Value> = status
         .pods
         .iter()
@@ -40,9 +35,9 @@ pub fn dump(mesh: &Mesh, certs: &Certs, status: &StatusReport) -> Value {
         })
         .collect();
     json!({
-        "workloads": workloads.into_iter().map(|of| workload(of)).collect::<Vec<_>>(),
-        "services": services.into_iter().map(|of| service(mesh, of)).collect::<Vec<_>>(),
-        "policies": policies.into_iter().map(|of| policy(of)).collect::<Vec<_>>(),
+        "workloads": mesh.workloads().map(|of| workload(of)).collect::<Vec<_>>(),
+        "services": mesh.services().map(|(_, of)| service(mesh, of)).collect::<Vec<_>>(),
+        "policies": mesh.policies().map(|(_, of)| policy(of)).collect::<Vec<_>>(),
         "certificates": certs.list().iter().map(certificate).collect::<Vec<_>>(),
         "workloadState": states,
         "version": { "version": status.version },
@@ -89,7 +84,8 @@ fn workload(of: &Workload) -> Value {
 fn service(mesh: &Mesh, of: &Service) -> Value {
     let endpoints: Map<String, Value> = mesh
         .endpoints(of)
-        .iter()
+        .into_iter()
+        .flat_map(Endpoints::iter)
         .map(|endpoint| {
             let own = endpoint.services.get(of.key().as_str());
             (

@@ -3,7 +3,7 @@
 use tracing_subscriber::filter::EnvFilter;
 
 /// The first parts of the targets of our own modules, as they are in the log.
-const ROOMS: [&str; 19] = [
+const ROOMS: [&str; 20] = [
     "accept",
     "agent",
     "authorize",
@@ -18,6 +18,7 @@ const ROOMS: [&str; 19] = [
     "journey",
     "limits",
     "load",
+    "mesh",
     "observe",
     "resolve",
     "sys",

@@ -3,12 +3,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use rand::Rng;
-
 use super::{Accepted, Direction, Hop, ResolveError, Resolved};
 use crate::hbone;
-use crate::mesh::service::{LoadBalancing, Scope};
-use crate::mesh::workload::{Health, Protocol};
+use crate::mesh::workload::Protocol;
 use crate::mesh::{Destination, Identity, Mesh, MeshReader, Service, Workload};
 
 #[cfg(test)]
@@ -157,8 +154,7 @@ fn by_service(
     if let Some(what) = &service.unsupported {
         return Err(ResolveError::Unsupported(what.clone()));
     }
-    let candidates = candidates(mesh, service, source, to.port(), external);
-    let Some((target, port)) = draw(&candidates) else {
+    let Some((target, port)) = draw(mesh, service, source, to.port(), external) else {
         return Err(nobody(mesh, service, source, to));
     };
     let hop = next(target, port, to.ip(), Some(service))?;
@@ -168,7 +164,9 @@ fn by_service(
 /// Why nobody takes a connection to a service.
 fn nobody(mesh: &Mesh, service: &Service, source: &Workload, to: SocketAddr) -> ResolveError {
     let elsewhere = |endpoint: &&Arc<Workload>| endpoint.network != source.network;
-    let found = mesh.endpoints(service).iter().find(elsewhere);
+    let found = mesh
+        .endpoints(service)
+        .and_then(|all| all.iter().find(elsewhere));
     match found.filter(|_| service.ports.contains_key(&to.port())) {
         None => ResolveError::NoHealthyUpstream(to),
         Some(endpoint) => match &endpoint.network_gateway {
@@ -205,7 +203,10 @@ fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) 
             .any(|own| own.to_canonical() == address);
         own && pod.network == source.network && pod.identity() == source.identity()
     };
-    let serves = |service: &Arc<Service>| mesh.endpoints(service).iter().any(is_source);
+    let serves = |service: &Arc<Service>| {
+        let all = mesh.endpoints(service);
+        all.is_some_and(|all| all.iter().any(is_source))
+    };
     match waypoint.split_once('/') {
         Some((network, name)) => match name.parse::<IpAddr>() {
             Ok(at) => match mesh.workload_at(network, at) {
@@ -261,71 +262,25 @@ fn next(
     }
 }
 
-type Candidate<'a> = (&'a Arc<Workload>, u16);
-
-/// One of them, at random by weight.
-fn draw<'a>(candidates: &[Candidate<'a>]) -> Option<Candidate<'a>> {
-    let weight = |(workload, _): &Candidate<'_>| u64::from(workload.capacity);
-    let total: u64 = candidates.iter().map(weight).sum();
-    if total == 0 {
-        return None;
-    }
-    let mut drawn = rand::rng().random_range(0..total);
-    for candidate in candidates {
-        if drawn < weight(candidate) {
-            return Some(*candidate);
-        }
-        drawn -= weight(candidate);
-    }
-    None
-}
-
-/// Endpoints that take load, with the port that each has for the service's one: of those that can
-/// be reached the healthiest, and of these the nearest.
-fn candidates<'a>(
+/// Of the endpoints that take load on a port the healthiest, of these the nearest, and of these one at random
+/// by weight; with the port that it has for the service's one.
+fn draw<'a>(
     mesh: &'a Mesh,
     service: &Service,
     source: &Workload,
     port: u16,
     external: bool,
-) -> Vec<Candidate<'a>> {
-    let Some(&target) = service.ports.get(&port) else {
-        return Vec::new();
-    };
+) -> Option<(&'a Arc<Workload>, u16)> {
+    let target = *service.ports.get(&port)?;
     let key = service.key();
-    let LoadBalancing {
-        preferences,
-        strict,
-    } = &service.load_balancing;
-    let able = mesh.endpoints(service).iter().filter_map(|workload| {
-        let endpoint = workload.services.get(key.as_str())?;
-        let own = endpoint.ports.get(&port).copied();
-        let port = own.filter(|&port| port != 0).unwrap_or(target);
-        let health = match service.publish_not_ready {
-            true => Health::Healthy,
-            false => endpoint.health,
-        };
-        // Its addresses say nothing on another network.
-        let reached = workload.network == source.network
-            && workload.addresses.iter().any(|at| service.allows(at));
-        let common = common(preferences, source, workload);
-        // Who comes by an address from outside is not bound to its node (as with kube-proxy).
-        let near = external || !strict || common == preferences.len();
-        (health != Health::Unhealthy && port != 0 && reached && near)
-            .then_some(((health, common), (workload, port)))
-    });
-    let able: Vec<_> = able.collect();
-    let best = able.iter().map(|(rank, _)| *rank).max();
-    able.into_iter()
-        .filter(|(rank, _)| Some(*rank) == best)
-        .map(|(_, candidate)| candidate)
-        .collect()
-}
-
-/// How many scopes two workloads share, from the widest on.
-fn common(scopes: &[Scope], one: &Workload, other: &Workload) -> usize {
-    let shared = |scope: &&Scope| scope.shared(one, other);
-    scopes.iter().take_while(shared).count()
+    let port_of = |workload: &Workload| {
+        let own = workload.services.get(key.as_str())?.ports.get(&port);
+        let port = own.copied().filter(|&port| port != 0).unwrap_or(target);
+        (port != 0).then_some(port)
+    };
+    // Who comes by an address from outside is not bound to its node (as with kube-proxy).
+    let near = service.load_balancing.strict && !external;
+    mesh.endpoints(service)?.draw(source, near, port_of)
 }
 
 /// A service of the workload that has this port as a target; for logs.

@@ -261,7 +261,7 @@ proptest! {
             destination_port,
         };
         let workload = workload(&names);
-        let mesh = Mesh::build(1, vec![workload.clone()], Vec::new(), unique.clone());
+        let mesh = Mesh::of(vec![workload.clone()], Vec::new(), unique.clone());
         let checked = check(&mesh.policies_of(&workload), &question);
         prop_assert_eq!(checked.is_ok(), reference::allowed(&unique, &names, &question), "{:?}", checked);
     }
@@ -270,7 +270,7 @@ proptest! {
 #[test]
 fn a_policy_that_is_named_and_not_there_refuses() {
     let workload = workload(&["ns/not-yet"]);
-    let mesh = Mesh::build(1, vec![workload.clone()], Vec::new(), Vec::new());
+    let mesh = Mesh::of(vec![workload.clone()], Vec::new(), Vec::new());
     let question = Question {
         source: None,
         source_ip: IpAddr::from([10, 0, 0, 2]),
@@ -306,7 +306,7 @@ fn decide(
     source: Option<&Identity>,
 ) -> Result<Allowed, Denied> {
     let workload = workload(names);
-    let mesh = Mesh::build(1, vec![workload.clone()], Vec::new(), policies);
+    let mesh = Mesh::of(vec![workload.clone()], Vec::new(), policies);
     let question = Question {
         source,
         source_ip: IpAddr::from([10, 0, 0, 2]),

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::super::conflicts;
 use super::*;
 use crate::mesh::workload::Health;
 
@@ -223,8 +224,12 @@ fn a_service_that_is_there_twice_and_who_shares_an_address_is_told() {
             "- {{uid: {uid}, namespace: a, network: '{network}', workloadIps: [10.0.0.1], services: {{}}}}\n"
         )
     };
-    let told =
-        |workloads: &[String]| parsed(&format!("workloads:\n{}", workloads.concat())).problems;
+    let told = |workloads: &[String]| {
+        let made = parsed(&format!("workloads:\n{}", workloads.concat()));
+        let mut problems = made.problems;
+        conflicts::tell(made.workloads.iter(), made.services.iter(), &mut problems);
+        problems
+    };
     assert_eq!(told(&[one("w", ""), one("v", "x")]), [""; 0]);
     assert_eq!(
         told(&[one("w", ""), one("v", "")]),

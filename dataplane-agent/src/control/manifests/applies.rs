@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::object::{Key, Meta, Objects, selects};
+use super::object::{Key, Meta, Objects, of_namespace, selects};
 use super::pod::MODE_LABEL;
 use super::spelling::nearest;
 
@@ -16,9 +16,9 @@ type Labels = BTreeMap<String, String>;
 /// A line for each policy that applies to nobody, and for each namespace that has pods and no manifest.
 /// `root`: the namespace whose policies are for the whole mesh.
 pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
-    let pods = objects.pods.values().map(|pod| &pod.meta);
+    let pods = || objects.pods.values().map(|pod| &pod.meta);
     let written: BTreeSet<&str> = objects.namespaces.keys().map(|key| &*key.name).collect();
-    let with_pods: BTreeSet<&str> = pods.clone().map(|pod| &*pod.key.namespace).collect();
+    let with_pods: BTreeSet<&str> = pods().map(|pod| &*pod.key.namespace).collect();
     let known: Vec<&str> = written.union(&with_pods).copied().collect();
     let mut problems = Vec::new();
     for (kind, key, selector) in policies(objects) {
@@ -31,12 +31,15 @@ pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
             continue;
         }
         // A PeerAuthentication that selects has no effect there; its translation tells that.
-        let is_for_all = namespace == root;
-        let is_selected = |pod: &Meta, labels| {
-            (is_for_all || *pod.key.namespace == *namespace) && selects(labels, &pod.labels)
+        let is_selected = |labels| match namespace == root {
+            true => pods().any(|pod| selects(labels, &pod.labels)),
+            false => {
+                let mut own = of_namespace(&objects.pods, &key.namespace);
+                own.any(|(_, pod)| selects(labels, &pod.meta.labels))
+            }
         };
         if let Some(labels) = selector.filter(|labels| !labels.is_empty())
-            && !pods.clone().any(|pod| is_selected(pod, labels))
+            && !is_selected(labels)
         {
             let labels: Vec<String> = labels.iter().map(|(k, v)| format!("{k}: {v}")).collect();
             problems.push(format!(
@@ -49,7 +52,7 @@ pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
     for namespace in with_pods.difference(&written) {
         let undecided =
             |pod: &&Meta| *pod.key.namespace == **namespace && pod.label(MODE_LABEL).is_none();
-        if let Some(pod) = pods.clone().find(undecided) {
+        if let Some(pod) = pods().find(undecided) {
             let meant = match nearest(namespace, &without_pods) {
                 Some(near) => format!("; did you mean it by Namespace {near}?"),
                 None => String::new(),

@@ -118,6 +118,18 @@ struct Conditions {
     terminating: Option<bool>,
 }
 
+impl EndpointSlice {
+    /// Whether it has endpoints that are not pods of its namespace by their names: they may be pods of any
+    /// namespace, by their addresses.
+    pub(crate) fn is_by_hand(&self, namespace: &str) -> bool {
+        let is = |endpoint: &Endpoint| match &endpoint.pod {
+            Some(pod) => !pod.namespace.is_empty() && pod.namespace != namespace,
+            None => !endpoint.other_object,
+        };
+        self.endpoints.iter().any(is)
+    }
+}
+
 impl Conditions {
     /// What is not said of readiness counts as ready, of serving as what is said of readiness.
     fn health(&self) -> Health {

@@ -14,12 +14,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use time::OffsetDateTime;
-
-use super::changes::{PolicyChange, changes};
-use super::object::{self, Age, Item, Key, Objects, Parsed};
+use super::changes::PolicyChange;
+use super::collection::{Change, Collection};
+use super::object::{self, Identity, Objects, Parsed};
 use super::scan::{Scan, Stamp, at, scan};
 use super::{ManifestError, ManifestErrors, Watch};
 use crate::sys::writers::has_writers;
@@ -43,10 +43,9 @@ pub struct Folder {
     dir: PathBuf,
     settle: Duration,
     files: BTreeMap<PathBuf, File>,
-    /// When each object without a creation timestamp was first seen.
-    seen: BTreeMap<(&'static str, Key), Age>,
-    next: u64,
-    objects: Objects,
+    objects: Collection,
+    /// Those that are others, since they were last asked for.
+    touched: Vec<Identity>,
     told: Vec<ManifestError>,
     settling: bool,
     /// When to look at what has not settled; kept here as who waits may be called away.
@@ -79,9 +78,9 @@ pub struct Reload {
 #[derive(Debug, Default)]
 struct File {
     /// What holds.
-    good: Parsed,
+    good: Arc<Parsed>,
     /// What the file says now, if it can be read.
-    latest: Option<Result<Parsed, ManifestError>>,
+    latest: Option<Result<Arc<Parsed>, ManifestError>>,
     /// What `latest` was read from; none for a file that was not read yet.
     stamp: Option<Stamp>,
     /// What it looks like now, and since when.
@@ -91,6 +90,12 @@ struct File {
 impl File {
     fn was_read(&self) -> bool {
         self.stamp.is_some()
+    }
+
+    /// What it says now, if that is another than what holds.
+    fn pending(&self) -> Option<&Arc<Parsed>> {
+        let latest = self.latest.as_ref()?.as_ref().ok()?;
+        (!Arc::ptr_eq(latest, &self.good)).then_some(latest)
     }
 }
 
@@ -109,9 +114,8 @@ impl Folder {
             dir: dir.to_owned(),
             settle,
             files: BTreeMap::new(),
-            seen: BTreeMap::new(),
-            next: 0,
-            objects: Objects::default(),
+            objects: Collection::default(),
+            touched: Vec::new(),
             told: Vec::new(),
             settling: false,
             again: None,
@@ -127,22 +131,24 @@ impl Folder {
                 Ok(parsed) => {
                     let file = File {
                         stamp: Some(stamp),
-                        latest: Some(Ok(parsed.clone())),
-                        good: parsed,
-                        looks: None,
+                        latest: Some(Ok(Arc::new(parsed))),
+                        ..File::default()
                     };
                     folder.files.insert(name, file);
                 }
                 Err(error) => wrong.push(error),
             }
         }
-        let twice = conflicts(&folder.files, |file| &file.good);
         // Of two files that have an object the later one is told of.
+        let twice = folder.objects.clashes(&pending(&folder.files), &[]);
         wrong.extend(twice.into_iter().step_by(2).map(|(_, error)| error));
         if !wrong.is_empty() {
             return Err(ManifestErrors(wrong));
         }
-        folder.objects = folder.put_together();
+        let mut taken = Vec::new();
+        folder.accept(&mut taken);
+        folder.touched = folder.objects.take(&taken).objects;
+        folder.warn();
         Ok(folder)
     }
 
@@ -163,7 +169,12 @@ impl Folder {
 
     /// The objects that hold now.
     pub fn objects(&self) -> &Objects {
-        &self.objects
+        self.objects.objects()
+    }
+
+    /// The objects that are others than when this was last asked.
+    pub fn touched(&mut self) -> Vec<Identity> {
+        std::mem::take(&mut self.touched)
     }
 
     /// Reads again what changed.
@@ -175,22 +186,22 @@ impl Folder {
         if self.there.0 != found.files {
             self.there = (found.files.clone(), Instant::now());
         }
-        problems.extend(self.look(&found));
+        let mut changes = Vec::new();
+        problems.extend(self.look(&found, &mut changes));
         // What could not be looked at is no word about what is in it.
         problems.extend(found.faults.into_iter().map(|(_, error)| error));
         self.notes = found.notes;
         self.empty = found.empty.into_iter().next();
-        problems.extend(self.accept());
-        let objects = self.put_together();
-        let changed = objects != self.objects;
-        let policies = changes(&self.objects, &objects);
-        self.objects = objects;
+        problems.extend(self.accept(&mut changes));
+        let touched = self.objects.take(&changes);
+        let changed = !touched.objects.is_empty() | self.warn();
+        self.touched.extend(touched.objects);
         self.told.clone_from(&problems);
         Reload {
             changed,
             problems,
             renamed: std::mem::take(&mut self.renamed),
-            policies,
+            policies: touched.policies,
             settling: self.settling,
         }
     }
@@ -215,7 +226,7 @@ impl Folder {
 
     /// Compares what is there with what was read, and reads what has settled; the folders that have
     /// nothing in them any more.
-    fn look(&mut self, found: &Scan) -> Vec<ManifestError> {
+    fn look(&mut self, found: &Scan, changes: &mut Vec<Change>) -> Vec<ManifestError> {
         let now = Instant::now();
         let quiet = now.duration_since(self.there.1) >= self.settle;
         for name in found.files.keys() {
@@ -280,7 +291,7 @@ impl Folder {
                 file.stamp = Some(stamp);
                 file.looks = None;
             }
-            file.latest = Some(latest);
+            file.latest = Some(latest.map(Arc::new));
         }
         let mut emptied = BTreeSet::new();
         for name in gone {
@@ -288,10 +299,15 @@ impl Folder {
             let held = self.files.get(&name).is_some_and(File::was_read);
             if let Some(folder) = found.emptied(&name).filter(|_| held) {
                 emptied.insert(at(&self.dir, folder));
-            } else if let Some(file) = self.files.remove(&name)
-                && let Some(now) = file.stamp.and_then(|stamp| found.renamed(stamp))
-            {
-                self.renamed.push(lost(&name, now, &file.good));
+            } else if let Some(file) = self.files.remove(&name) {
+                if let Some(now) = file.stamp.and_then(|stamp| found.renamed(stamp)) {
+                    self.renamed.push(lost(&name, now, &file.good));
+                }
+                changes.push(Change {
+                    file: name.into(),
+                    before: file.good,
+                    now: Arc::default(),
+                });
             }
         }
         let told = |folder: &Path| {
@@ -316,105 +332,51 @@ impl Folder {
     ///
     /// An object that would be there twice is nobody's fault alone (it may be on its way from one
     /// file to another): of the files that have it, those that changed stay as they were.
-    fn accept(&mut self) -> Vec<ManifestError> {
+    fn accept(&mut self, changes: &mut Vec<Change>) -> Vec<ManifestError> {
         let mut held: BTreeMap<PathBuf, ManifestError> = BTreeMap::new();
         for (name, file) in &self.files {
-            let fault = match &file.latest {
-                Some(Ok(latest)) => latest.may_follow(&file.good, name).err(),
-                Some(Err(error)) => Some(error.clone()),
-                None => None,
+            let fault = match (&file.latest, file.pending()) {
+                (Some(Err(error)), _) => Some(error.clone()),
+                (_, Some(latest)) => latest.may_follow(&file.good, name).err(),
+                (_, None) => None,
             };
             held.extend(fault.map(|fault| (name.clone(), fault)));
         }
         loop {
-            let candidates: BTreeMap<&PathBuf, &Parsed> = self
-                .files
-                .iter()
-                .map(|(name, file)| match &file.latest {
-                    Some(Ok(latest)) if !held.contains_key(name) => (name, latest),
-                    _ => (name, &file.good),
-                })
-                .collect();
-            let more: Vec<(PathBuf, ManifestError)> = clashes(&candidates)
-                .into_iter()
-                .filter(|(name, _)| !held.contains_key(name))
-                .filter(|(name, _)| {
-                    let file = self.files.get(name);
-                    file.is_some_and(|file| file.latest != Some(Ok(file.good.clone())))
-                })
-                .collect();
+            let mut candidates = pending(&self.files);
+            candidates.retain(|name, _| !held.contains_key(*name));
+            let clashes = self.objects.clashes(&candidates, changes).into_iter();
+            let is_one = |(name, _): &(PathBuf, _)| candidates.contains_key(name);
+            let more: Vec<_> = clashes.filter(is_one).collect();
             if more.is_empty() {
                 break;
             }
             held.extend(more);
         }
         for (name, file) in &mut self.files {
-            if let (false, Some(Ok(latest))) = (held.contains_key(name), &file.latest) {
-                file.good.clone_from(latest);
+            if let (false, Some(latest)) = (held.contains_key(name), file.pending().cloned()) {
+                changes.push(Change {
+                    file: name.as_path().into(),
+                    before: std::mem::replace(&mut file.good, Arc::clone(&latest)),
+                    now: latest,
+                });
             }
         }
         held.into_values().collect()
     }
 
-    /// The objects of all files.
-    fn put_together(&mut self) -> Objects {
-        let mut objects = Objects {
-            warnings: self.notes.clone(),
-            ..Objects::default()
-        };
-        let mut present = BTreeSet::new();
-        let now = OffsetDateTime::now_utc();
-        for parsed in self.files.values().map(|file| &file.good) {
-            objects.warnings.extend(parsed.warnings.iter().cloned());
-            for item in &parsed.items {
-                let identity = item.identity();
-                let age = match item.meta.created {
-                    Some(created) => Age::new(created, 0),
-                    None => *self.seen.entry(identity.clone()).or_insert_with(|| {
-                        self.next += 1;
-                        Age::new(now, self.next)
-                    }),
-                };
-                present.insert(identity);
-                objects.insert(item.clone(), age);
-            }
-        }
-        self.seen.retain(|identity, _| present.contains(identity));
-        objects
+    /// Collects what is passed over; whether that is another than before.
+    fn warn(&mut self) -> bool {
+        let of_files = self.files.values().flat_map(|file| &file.good.warnings);
+        let warnings = self.notes.iter().chain(of_files).cloned().collect();
+        self.objects.warn(warnings)
     }
 }
 
-fn conflicts<'a>(
-    files: &'a BTreeMap<PathBuf, File>,
-    of: impl Fn(&'a File) -> &'a Parsed,
-) -> Vec<(PathBuf, ManifestError)> {
-    clashes(&files.iter().map(|(name, file)| (name, of(file))).collect())
-}
-
-/// The files that have an object of another one; each error names both.
-fn clashes(files: &BTreeMap<&PathBuf, &Parsed>) -> Vec<(PathBuf, ManifestError)> {
-    let mut first: BTreeMap<(&'static str, Key), (&PathBuf, &Item)> = BTreeMap::new();
-    let mut found = Vec::new();
-    for (&name, parsed) in files {
-        for item in &parsed.items {
-            let identity = item.identity();
-            let Some(&(other, theirs)) = first.get(&identity) else {
-                first.insert(identity, (name, item));
-                continue;
-            };
-            let (kind, key) = identity;
-            let error = |file: &PathBuf, line: u64, other: &PathBuf, at: u64| ManifestError {
-                line: Some(line),
-                ..ManifestError::of_file(
-                    file,
-                    format_args!("{kind} {key} is also in {}:{at}", other.display()),
-                )
-            };
-            found.push((name.clone(), error(name, item.line, other, theirs.line)));
-            found.push((other.clone(), error(other, theirs.line, name, item.line)));
-        }
-    }
-    found
+/// What files say that is another than what holds.
+fn pending(files: &BTreeMap<PathBuf, File>) -> BTreeMap<&PathBuf, &Parsed> {
+    let of = |(name, file)| Some((name, &**File::pending(file)?));
+    files.iter().filter_map(of).collect()
 }
 
 /// As [`read`], and refuses a file of which more may come.

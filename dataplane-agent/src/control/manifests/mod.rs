@@ -11,6 +11,7 @@ use std::path::PathBuf;
 pub(crate) mod applies;
 pub mod authorization_policy;
 pub mod changes;
+mod collection;
 pub mod endpoint_slice;
 pub mod folder;
 pub mod gateway;
@@ -23,6 +24,7 @@ mod scan;
 pub mod service;
 pub(crate) mod spelling;
 pub mod translate;
+pub mod translated;
 pub mod watch;
 
 #[cfg(test)]
@@ -31,6 +33,7 @@ mod tests;
 pub use folder::{Folder, Reload};
 pub use object::Objects;
 pub use translate::{LocalPodSpec, MeshConfig, PodKey, Translation, Wanted, translate};
+pub use translated::{Stale, Translated};
 pub use watch::Watch;
 
 /// What is wrong with a file, and where.

@@ -1,9 +1,10 @@
 //! Kubernetes objects as they are read: one file's text → typed objects; all files' → [`Objects`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
+use imbl::OrdMap;
 use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -17,6 +18,7 @@ use super::peer_authentication::PeerAuthentication;
 use super::pod::Pod;
 use super::service::Service;
 use super::spelling;
+use crate::mesh::service::Age;
 
 /// Namespace and name; the namespace is empty for objects of the whole cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,6 +28,9 @@ pub struct Key {
     /// The name.
     pub name: Arc<str>,
 }
+
+/// What may be there only once: a kind and a key.
+pub type Identity = (&'static str, Key);
 
 /// `metadata`, as far as it matters.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -59,52 +64,32 @@ pub struct Resource<T> {
     pub age: Age,
 }
 
-/// Creation, or when it was first seen where the manifest does not say; the lesser is the older.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Age {
-    at: OffsetDateTime,
-    order: u64,
-}
-
-impl Default for Age {
-    fn default() -> Self {
-        Self {
-            at: OffsetDateTime::UNIX_EPOCH,
-            order: 0,
-        }
-    }
-}
-
-impl Age {
-    /// `order` parts those of one time.
-    pub fn new(at: OffsetDateTime, order: u64) -> Self {
-        Self { at, order }
-    }
-}
+/// Objects of one kind. A copy shares what is in it.
+pub type ByKey<T> = OrdMap<Key, Arc<Resource<T>>>;
 
 /// All objects of a folder.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Objects {
     /// Namespaces.
-    pub namespaces: BTreeMap<Key, Resource<()>>,
+    pub namespaces: ByKey<()>,
     /// Service accounts.
-    pub service_accounts: BTreeMap<Key, Resource<()>>,
+    pub service_accounts: ByKey<()>,
     /// Nodes.
-    pub nodes: BTreeMap<Key, Resource<()>>,
+    pub nodes: ByKey<()>,
     /// Pods.
-    pub pods: BTreeMap<Key, Resource<Pod>>,
+    pub pods: ByKey<Pod>,
     /// Services.
-    pub services: BTreeMap<Key, Resource<Service>>,
+    pub services: ByKey<Service>,
     /// Endpoint slices.
-    pub endpoint_slices: BTreeMap<Key, Resource<EndpointSlice>>,
+    pub endpoint_slices: ByKey<EndpointSlice>,
     /// L4 (and L7) policies.
-    pub authorization_policies: BTreeMap<Key, Resource<AuthorizationPolicy>>,
+    pub authorization_policies: ByKey<AuthorizationPolicy>,
     /// Who has to come with an identity.
-    pub peer_authentications: BTreeMap<Key, Resource<PeerAuthentication>>,
+    pub peer_authentications: ByKey<PeerAuthentication>,
     /// Gateways, among them waypoints.
-    pub gateways: BTreeMap<Key, Resource<Gateway>>,
+    pub gateways: ByKey<Gateway>,
     /// HTTP routes; only noted.
-    pub http_routes: BTreeMap<Key, Resource<()>>,
+    pub http_routes: ByKey<()>,
     /// What was passed over, and why.
     pub warnings: Vec<String>,
 }
@@ -144,9 +129,63 @@ impl Objects {
             .map(String::as_str)
     }
 
+    /// What the pods and services of a namespace depend on, where no endpoint is written by hand: its own
+    /// objects, the policies of the mesh's `root` namespace, and what is the whole cluster's.
+    pub(crate) fn of_namespace(&self, namespace: &Arc<str>, root: &str) -> Self {
+        let root: Arc<str> = root.into();
+        let labels = |of: &Arc<str>| {
+            let key = Key {
+                namespace: "".into(),
+                name: Arc::clone(of),
+            };
+            self.namespaces.get_key_value(&key)
+        };
+        let labels = [namespace, &root].into_iter().filter_map(labels);
+        Self {
+            namespaces: labels.map(|(key, of)| (key.clone(), of.clone())).collect(),
+            nodes: self.nodes.clone(),
+            gateways: self.gateways.clone(),
+            service_accounts: within(&self.service_accounts, [namespace]),
+            pods: within(&self.pods, [namespace]),
+            services: within(&self.services, [namespace]),
+            endpoint_slices: within(&self.endpoint_slices, [namespace]),
+            authorization_policies: within(&self.authorization_policies, [namespace, &root]),
+            peer_authentications: within(&self.peer_authentications, [namespace, &root]),
+            http_routes: within(&self.http_routes, [namespace]),
+            warnings: Vec::new(),
+        }
+    }
+
+    /// The namespaces of all objects, and those that are objects themselves.
+    pub(crate) fn all_namespaces(&self) -> BTreeSet<Arc<str>> {
+        let own = self.namespaces.keys().map(|key| &key.name);
+        let pods = self.pods.keys().chain(self.services.keys());
+        let slices = pods.chain(self.endpoint_slices.keys());
+        let policies = slices.chain(self.authorization_policies.keys());
+        let all = policies.chain(self.peer_authentications.keys());
+        own.chain(all.map(|key| &key.namespace)).cloned().collect()
+    }
+
+    pub(crate) fn remove(&mut self, item: &Item) {
+        let key = &item.meta.key;
+        match &item.body {
+            Body::Namespace => drop(self.namespaces.remove(key)),
+            Body::ServiceAccount => drop(self.service_accounts.remove(key)),
+            Body::Node => drop(self.nodes.remove(key)),
+            Body::HttpRoute => drop(self.http_routes.remove(key)),
+            Body::Pod(_) => drop(self.pods.remove(key)),
+            Body::Service(_) => drop(self.services.remove(key)),
+            Body::EndpointSlice(_) => drop(self.endpoint_slices.remove(key)),
+            Body::AuthorizationPolicy(_) => drop(self.authorization_policies.remove(key)),
+            Body::PeerAuthentication(_) => drop(self.peer_authentications.remove(key)),
+            Body::Gateway(_) => drop(self.gateways.remove(key)),
+        }
+    }
+
     pub(crate) fn insert(&mut self, item: Item, age: Age) {
-        fn put<T>(map: &mut BTreeMap<Key, Resource<T>>, meta: Meta, body: T, age: Age) {
-            map.insert(meta.key.clone(), Resource { meta, body, age });
+        fn put<T>(map: &mut ByKey<T>, meta: Meta, body: T, age: Age) {
+            let key = meta.key.clone();
+            map.insert(key, Arc::new(Resource { meta, body, age }));
         }
         let meta = item.meta;
         match item.body {
@@ -164,6 +203,26 @@ impl Objects {
             Body::Gateway(body) => put(&mut self.gateways, meta, body, age),
         }
     }
+}
+
+/// Those of one namespace, in the order of their names.
+pub(crate) fn of_namespace<'a, T>(
+    all: &'a ByKey<T>,
+    namespace: &Arc<str>,
+) -> impl Iterator<Item = (&'a Key, &'a Arc<Resource<T>>)> + use<'a, T> {
+    let namespace = Arc::clone(namespace);
+    let from = Key {
+        namespace: Arc::clone(&namespace),
+        name: "".into(),
+    };
+    let there = all.range(from..);
+    there.take_while(move |(key, _)| key.namespace == namespace)
+}
+
+fn within<'a, T>(all: &ByKey<T>, namespaces: impl IntoIterator<Item = &'a Arc<str>>) -> ByKey<T> {
+    let of = namespaces.into_iter();
+    let all = of.flat_map(|namespace| of_namespace(all, namespace));
+    all.map(|(key, of)| (key.clone(), Arc::clone(of))).collect()
 }
 
 /// One object of a file.
@@ -263,9 +322,14 @@ impl Parsed {
 }
 
 impl Item {
-    /// What may be there only once.
-    pub(crate) fn identity(&self) -> (&'static str, Key) {
+    /// What it is known by.
+    pub(crate) fn identity(&self) -> Identity {
         (self.body.kind(), self.meta.key.clone())
+    }
+
+    /// Whether it says what another one says, wherever it says it.
+    pub(crate) fn says(&self, other: &Self) -> bool {
+        self.meta == other.meta && self.body == other.body
     }
 }
 

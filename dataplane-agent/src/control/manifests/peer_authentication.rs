@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::authorization_policy::{DRY_RUN_ANNOTATION, Selector};
 use super::node::{Node, NodeError};
-use super::object::{Key, Meta, Resource, selects, wrong};
+use super::object::{ByKey, Meta, Resource, selects, wrong};
 use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 
 const STATIC_STRICT: &str = "istio_converted_static_strict";
@@ -90,13 +90,13 @@ impl PeerAuthentication {
 
 /// All of them, ready to be asked about a pod.
 pub(crate) struct PeerAuthentications<'a> {
-    all: &'a BTreeMap<Key, Resource<PeerAuthentication>>,
+    all: &'a ByKey<PeerAuthentication>,
     root: &'a str,
     mesh: bool,
 }
 
 impl<'a> PeerAuthentications<'a> {
-    pub(crate) fn new(all: &'a BTreeMap<Key, Resource<PeerAuthentication>>, root: &'a str) -> Self {
+    pub(crate) fn new(all: &'a ByKey<PeerAuthentication>, root: &'a str) -> Self {
         let mut this = Self {
             all,
             root,
@@ -115,7 +115,7 @@ impl<'a> PeerAuthentications<'a> {
     }
 
     fn level_all(&self, namespace: &str) -> Vec<&'a Resource<PeerAuthentication>> {
-        let all = self.all.values().filter(|found| {
+        let all = self.all.values().map(Arc::as_ref).filter(|found| {
             &*found.meta.key.namespace == namespace && found.body.labels().is_none()
         });
         all.collect()
@@ -124,7 +124,7 @@ impl<'a> PeerAuthentications<'a> {
     /// Those for a pod alone.
     fn of_pod(&self, pod: &Meta) -> Vec<&'a Resource<PeerAuthentication>> {
         let namespace = &*pod.key.namespace;
-        let all = self.all.values().filter(|found| {
+        let all = self.all.values().map(Arc::as_ref).filter(|found| {
             let labels = found.body.labels();
             *found.meta.key.namespace == *namespace
                 && namespace != self.root
@@ -202,10 +202,11 @@ impl<'a> PeerAuthentications<'a> {
         strict.then(|| format!("{}/{STATIC_STRICT}", self.root).into())
     }
 
-    /// The policies that they make, and what of them is without effect.
-    pub(crate) fn translate(&self, problems: &mut Vec<String>) -> Vec<Policy> {
+    /// The policies that they make, and what of them is without effect. `others`: whether there are more
+    /// than these.
+    pub(crate) fn translate(&self, others: bool, problems: &mut Vec<String>) -> Vec<Policy> {
         let mut policies = Vec::new();
-        if !self.all.is_empty() {
+        if others || !self.all.is_empty() {
             policies.push(deny(
                 self.root,
                 STATIC_STRICT.into(),

@@ -7,11 +7,13 @@ mod parse;
 mod policies;
 mod property;
 mod services;
+mod translated;
 mod workloads;
 
 use std::collections::BTreeSet;
 use std::path::Path;
 
+use super::super::conflicts;
 use super::super::enrolled::Enrolled;
 use super::object::{self, Objects};
 use super::translate::{MeshConfig, Translation, translate};
@@ -32,7 +34,13 @@ fn translation(text: &str) -> Translation {
 }
 
 fn translation_in(mesh: &MeshConfig, text: &str) -> Translation {
-    translate(&objects(text), &Enrolled::default(), &BTreeSet::new(), mesh)
+    let objects = objects(text);
+    let (enrolled, captured) = (Enrolled::default(), BTreeSet::new());
+    let mut made = translate(&objects, &enrolled, &captured, mesh);
+    let (workloads, services) = (made.workloads.iter(), made.services.iter());
+    conflicts::tell(workloads, services, &mut made.problems);
+    made.problems.extend(objects.warnings);
+    made
 }
 
 fn policy<'a>(translation: &'a Translation, key: &str) -> &'a Policy {

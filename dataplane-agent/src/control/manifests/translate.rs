@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::super::conflicts;
 use super::super::enrolled::Enrolled;
 use super::authorization_policy;
 use super::endpoint_slice::{Endpoint, EndpointSlice, SERVICE_LABEL};
@@ -131,9 +130,27 @@ pub fn translate(
     captured: &BTreeSet<Arc<str>>,
     mesh: &MeshConfig,
 ) -> Translation {
+    translate_beside((objects, enrolled, captured), mesh, &Beside::default())
+}
+
+/// What there is besides the objects that are translated.
+#[derive(Debug, Default)]
+pub(super) struct Beside {
+    /// Networks.
+    pub(super) networks: BTreeSet<Arc<str>>,
+    /// Whether there is a PeerAuthentication.
+    pub(super) peer_authentications: bool,
+}
+
+/// As [`translate()`], where the objects are some of those that there are.
+pub(super) fn translate_beside(
+    (objects, enrolled, captured): (&Objects, &Enrolled, &BTreeSet<Arc<str>>),
+    mesh: &MeshConfig,
+    beside: &Beside,
+) -> Translation {
     let translator = Translator::new(objects, enrolled, mesh);
     let mut problems = Vec::new();
-    let policies = policies(objects, mesh, &mut problems);
+    let policies = policies(objects, mesh, beside, &mut problems);
     let mut workloads = Vec::new();
     let mut local = Vec::new();
     for pod in objects.pods.values() {
@@ -158,10 +175,9 @@ pub fn translate(
     for slice in objects.endpoint_slices.values() {
         translator.endpoints(slice, &mut workloads, &pods_at);
     }
-    let services = translator.services(&workloads, &mut problems);
+    let services = translator.services(&workloads, &beside.networks, &mut problems);
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
     workloads.dedup_by(|a, b| a.uid == b.uid);
-    conflicts::tell(&workloads, &services, &mut problems);
     let namespaces = objects
         .namespaces
         .values()
@@ -171,7 +187,6 @@ pub fn translate(
         let fault = pod::mode_fault(meta);
         problems.extend(fault.map(|fault| format!("{kind} {}: {fault}", meta.key)));
     }
-    problems.extend(objects.warnings.iter().cloned());
     let policies = policies.into_iter().map(|(policy, _)| policy).collect();
     Translation {
         workloads,
@@ -188,6 +203,7 @@ type Selected<'a> = Vec<(Policy, Option<&'a BTreeMap<String, String>>)>;
 fn policies<'a>(
     objects: &'a Objects,
     mesh: &MeshConfig,
+    beside: &Beside,
     problems: &mut Vec<String>,
 ) -> Selected<'a> {
     let mut policies: Selected<'a> = Vec::new();
@@ -199,7 +215,7 @@ fn policies<'a>(
     let peers = PeerAuthentications::new(&objects.peer_authentications, &mesh.root_namespace);
     policies.extend(
         peers
-            .translate(problems)
+            .translate(beside.peer_authentications, problems)
             .into_iter()
             .map(|policy| (policy, None)),
     );
@@ -484,10 +500,16 @@ impl<'a> Translator<'a> {
         }
     }
 
-    fn services(&self, workloads: &[Workload], problems: &mut Vec<String>) -> Vec<Service> {
+    fn services(
+        &self,
+        workloads: &[Workload],
+        others: &BTreeSet<Arc<str>>,
+        problems: &mut Vec<String>,
+    ) -> Vec<Service> {
         // A service's addresses are the cluster's: known in each of its networks.
         let networks = workloads.iter().map(|workload| &workload.network);
-        let networks: BTreeSet<&Arc<str>> = networks.chain([&self.network]).collect();
+        let networks = networks.chain([&self.network]).chain(others);
+        let networks: BTreeSet<&Arc<str>> = networks.collect();
         let in_networks = |addresses: &[IpAddr]| {
             let of = |address: &IpAddr| {
                 let address = *address;
@@ -499,10 +521,8 @@ impl<'a> Translator<'a> {
             addresses.iter().flat_map(of).collect::<Vec<_>>()
         };
         let all = self.objects.services.values();
-        let mut by_age: Vec<_> = all.filter(|found| !found.body.external).collect();
-        by_age.sort_by_key(|found| (found.age, &found.meta.key));
         let mut services = Vec::new();
-        for (seniority, found) in by_age.into_iter().enumerate() {
+        for found in all.filter(|found| !found.body.external) {
             let (key, body) = (&found.meta.key, &found.body);
             if body.vips.is_empty() && !body.headless {
                 problems.push(format!(
@@ -526,7 +546,7 @@ impl<'a> Translator<'a> {
                 family: body.family,
                 private: false,
                 canonical: true,
-                seniority,
+                age: found.age,
                 unsupported: None,
                 load_balancing: service::load_balancing(found, self.objects),
             });
@@ -590,10 +610,11 @@ fn service_of<'a>(
     slice: &Resource<EndpointSlice>,
 ) -> Option<&'a Resource<service::Service>> {
     let name = slice.meta.label(SERVICE_LABEL)?.into();
-    objects.services.get(&Key {
+    let key = Key {
         namespace: slice.meta.key.namespace.clone(),
         name,
-    })
+    };
+    objects.services.get(&key).map(Arc::as_ref)
 }
 
 /// The network of the cluster.

@@ -4,8 +4,12 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
-use super::super::service::{LoadBalancing, NetworkAddress};
+use super::super::policy::{Action, Rule};
+use super::super::service::{Age, LoadBalancing, NetworkAddress};
+use super::super::workload::Endpoint;
 use super::super::workload::tests::workload;
+use ipnet::IpNet;
+
 use super::*;
 
 fn ip(last: u8) -> IpAddr {
@@ -28,10 +32,14 @@ fn service(name: &str) -> Service {
         family: None,
         private: false,
         canonical: false,
-        seniority: 0,
+        age: Age::default(),
         unsupported: None,
         load_balancing: LoadBalancing::default(),
     }
+}
+
+fn age(order: u64) -> Age {
+    Age::new(time::OffsetDateTime::UNIX_EPOCH, order)
 }
 
 fn in_network(network: &str, address: IpAddr) -> NetworkAddress {
@@ -47,7 +55,7 @@ fn of_two_with_one_key_the_later_one_holds_in_every_index() {
         addresses: vec![ip(last)],
         ..workload(&[])
     };
-    let mesh = Mesh::build(1, vec![at(1), at(2)], Vec::new(), Vec::new());
+    let mesh = Mesh::of(vec![at(1), at(2)], Vec::new(), Vec::new());
     assert_eq!(mesh.workloads().count(), 1);
     assert!(mesh.workload_at("", ip(1)).is_none());
     assert!(mesh.workload_at("", ip(2)).is_some());
@@ -60,7 +68,7 @@ fn an_address_is_found_as_ipv4_and_mapped_and_not_on_the_nodes_network() {
             host_network,
             ..workload(&[])
         };
-        Mesh::build(1, vec![one], Vec::new(), Vec::new())
+        Mesh::of(vec![one], Vec::new(), Vec::new())
     };
     for address in ["10.0.0.1", "::ffff:10.0.0.1"] {
         let address = address.parse().expect("an address");
@@ -71,14 +79,14 @@ fn an_address_is_found_as_ipv4_and_mapped_and_not_on_the_nodes_network() {
 
 #[test]
 fn of_services_at_one_address_a_clients_own_holds_and_then_the_canonical_and_the_oldest() {
-    let at = |name: &str, namespace: &str, seniority| Service {
+    let at = |name: &str, namespace: &str, order| Service {
         namespace: namespace.into(),
         vips: vec![in_network("", ip(9))],
-        seniority,
+        age: age(order),
         ..service(name)
     };
     let found = |services: Vec<Service>| {
-        let mesh = Mesh::build(1, Vec::new(), services, Vec::new());
+        let mesh = Mesh::of(Vec::new(), services, Vec::new());
         match mesh.destination(&workload(&[]), SocketAddr::new(ip(9), 80)) {
             Some(Destination::Service(service)) => service.name.to_string(),
             other => panic!("{other:?}"),
@@ -106,21 +114,16 @@ fn of_services_at_one_address_a_clients_own_holds_and_then_the_canonical_and_the
 fn a_load_balancers_address_is_its_services_before_that_of_one_that_claims_it() {
     let balanced = Service {
         balanced: vec![in_network("", ip(9))],
-        seniority: 2,
+        age: age(2),
         ..service("balanced")
     };
-    let claims = |seniority, ports: &[u16]| Service {
+    let claims = |order, ports: &[u16]| Service {
         external: vec![in_network("", ip(9))],
         ports: ports.iter().map(|port| (*port, *port)).collect(),
-        seniority,
+        age: age(order),
         ..service("claims")
     };
-    let mesh = Mesh::build(
-        1,
-        Vec::new(),
-        vec![claims(1, &[80, 81]), balanced],
-        Vec::new(),
-    );
+    let mesh = Mesh::of(Vec::new(), vec![claims(1, &[80, 81]), balanced], Vec::new());
     let found = |port| match mesh.destination(&workload(&[]), SocketAddr::new(ip(9), port)) {
         Some(Destination::External(service)) => Some(service.name.to_string()),
         Some(other) => panic!("{other:?}"),
@@ -146,7 +149,7 @@ prop_compose! {
         port in 80..82_u16,
         namespace in "[no]s",
         private: bool,
-        seniority in 0..3_usize,
+        order in 0..3_u64,
     ) -> Service {
         let all = |places: Vec<Place>| {
             let one = |(network, last): Place| in_network(&network, ip(last));
@@ -159,7 +162,7 @@ prop_compose! {
             external: all(external),
             ports: BTreeMap::from([(port, 8080)]),
             private,
-            seniority,
+            age: age(order),
             ..service("")
         }
     }
@@ -191,7 +194,7 @@ proptest! {
             })
             .collect();
         let source = Workload { network: network.as_str().into(), ..workload(&[]) };
-        let mesh = Mesh::build(1, pods.clone(), services.clone(), Vec::new());
+        let mesh = Mesh::of(pods.clone(), services.clone(), Vec::new());
         let found = match mesh.destination(&source, SocketAddr::new(ip(last), port)) {
             Some(Destination::Workload(of)) => format!("workload {}", of.uid),
             Some(Destination::Service(of)) => format!("service {}", of.hostname),
@@ -202,7 +205,7 @@ proptest! {
 
         let here = |at: &NetworkAddress| *at.network == *network && at.address == ip(last);
         let mut sorted = services;
-        sorted.sort_by_key(|one| (one.seniority, one.key()));
+        sorted.sort_by_key(|one| (one.age, one.key()));
         let pod = pods.iter().find(|pod| {
             !pod.host_network && *pod.network == *network && pod.addresses == [ip(last)]
         });
@@ -226,5 +229,209 @@ proptest! {
             (None, None, None) => "nobody".into(),
         };
         prop_assert_eq!(found, expected);
+    }
+}
+
+#[test]
+fn of_ranges_that_have_an_address_the_narrowest_is_meant() {
+    let has = |name: &str, ranges: &[&str]| Service {
+        cidrs: ranges
+            .iter()
+            .map(|range| ("".into(), range.parse().expect("a range")))
+            .collect(),
+        ..service(name)
+    };
+    let wide = has("wide", &["10.0.0.0/8", "::/0"]);
+    let narrow = has("narrow", &["10.1.2.3/16"]);
+    let mesh = Mesh::of(Vec::new(), vec![wide, narrow], Vec::new());
+    let found = |address: &str| {
+        let to = SocketAddr::new(address.parse().expect("an address"), 80);
+        match mesh.destination(&workload(&[]), to) {
+            Some(Destination::Range(service)) => service.name.to_string(),
+            other => format!("{other:?}"),
+        }
+    };
+    assert_eq!(found("10.1.200.1"), "narrow");
+    assert_eq!(found("10.2.0.1"), "wide");
+    assert_eq!(found("fd00::1"), "wide");
+    assert_eq!(found("11.0.0.1"), "None");
+}
+
+fn policy(name: &str, namespace: &str, scope: PolicyScope, action: Action) -> Policy {
+    Policy {
+        name: name.into(),
+        namespace: namespace.into(),
+        scope,
+        action,
+        rules: vec![Rule::default()],
+        dry_run: false,
+    }
+}
+
+/// A change of one of a few things.
+fn change() -> impl Strategy<Value = Delta> {
+    let networks = || "[ab]";
+    let workload = (
+        0..4_u8,
+        prop::option::of((
+            place(),
+            any::<bool>(),
+            0..2_u8,
+            prop::option::of("[ab]"),
+            "[no]s",
+        )),
+    )
+        .prop_map(|(number, is)| {
+            let uid: Arc<str> = format!("c//Pod/ns/{number}").into();
+            let is = is.map(
+                |((network, last), hbone, policy, serves, namespace)| Workload {
+                    uid: Arc::clone(&uid),
+                    network: network.into(),
+                    namespace: namespace.into(),
+                    addresses: vec![ip(last)],
+                    protocol: if hbone {
+                        Protocol::Hbone
+                    } else {
+                        Protocol::Tcp
+                    },
+                    policies: vec![format!("ns/{policy}").into()],
+                    services: serves
+                        .map(|name| (format!("ns/{name}").into(), Endpoint::default()))
+                        .into_iter()
+                        .collect(),
+                    ..workload(&[])
+                },
+            );
+            Delta {
+                workloads: [(uid, is)].into(),
+                ..Delta::default()
+            }
+        });
+    let service = (
+        "[ab]",
+        prop::option::of((some_service(), networks(), 14..32_u8)),
+    )
+        .prop_map(|(name, is)| {
+            let is = is.map(|(service, network, length)| Service {
+                namespace: "ns".into(),
+                hostname: name.as_str().into(),
+                cidrs: vec![(network.into(), IpNet::new(ip(1), length).expect("a length"))],
+                ..service
+            });
+            Delta {
+                services: [(format!("ns/{name}").into(), is)].into(),
+                ..Delta::default()
+            }
+        });
+    let scope = prop_oneof![
+        Just(PolicyScope::Global),
+        Just(PolicyScope::Namespace),
+        Just(PolicyScope::WorkloadSelector)
+    ];
+    let action = prop_oneof![Just(Action::Allow), Just(Action::Deny)];
+    let policy = (0..3_u8, "[no]s", prop::option::of((scope, action))).prop_map(
+        |(number, namespace, is)| {
+            let name = number.to_string();
+            let is = is.map(|(scope, action)| policy(&name, &namespace, scope, action));
+            Delta {
+                policies: [(format!("{namespace}/{name}").into(), is)].into(),
+                ..Delta::default()
+            }
+        },
+    );
+    prop_oneof![workload, service, policy]
+}
+
+/// All that can be looked up.
+fn everything(mesh: &Mesh) -> Vec<String> {
+    let mut all = Vec::new();
+    for network in ["a", "b"] {
+        for last in 1..6 {
+            for (port, namespace) in [(80, "ns"), (81, "os"), (82, "ns")] {
+                let source = Workload {
+                    network: network.into(),
+                    namespace: namespace.into(),
+                    ..workload(&[])
+                };
+                let to = SocketAddr::new(ip(last), port);
+                all.push(format!("{to} {:?}", mesh.destination(&source, to)));
+            }
+        }
+        all.push(format!(
+            "{:?}",
+            mesh.destination(&workload(&[]), SocketAddr::new(ip(200), 80))
+        ));
+    }
+    all.extend(
+        mesh.workloads()
+            .map(|of| format!("{of:?} {:?}", said(mesh, of))),
+    );
+    for (key, service) in mesh.services() {
+        let endpoints = mesh
+            .endpoints(service)
+            .into_iter()
+            .flat_map(Endpoints::iter);
+        let uids: Vec<_> = endpoints.map(|of| &of.uid).collect();
+        all.push(format!("{key} {service:?} {uids:?}"));
+    }
+    all.extend(
+        mesh.policies()
+            .map(|(key, policy)| format!("{key} {policy:?}")),
+    );
+    all
+}
+
+/// What policy says of a workload.
+fn said(mesh: &Mesh, workload: &Workload) -> String {
+    let Applicable { policies, unknown } = mesh.policies_of(workload);
+    format!("{policies:?} {unknown:?}")
+}
+
+proptest! {
+    /// However it became so: what is found is what is found in one that was made so at once. And as long
+    /// as policy is said to be the same of a workload, it says the same.
+    #[test]
+    fn a_changed_mesh_is_the_mesh_that_it_was_changed_to(
+        changes in prop::collection::vec(change(), 1..30),
+    ) {
+        let mut mesh = Mesh::default();
+        let mut whole = Delta::default();
+        for change in changes {
+            let before = mesh.clone();
+            let before_it = everything(&before);
+            mesh.apply(change.clone());
+            whole.workloads.extend(change.workloads);
+            whole.services.extend(change.services);
+            whole.policies.extend(change.policies);
+            let mut at_once = Mesh::default();
+            at_once.apply(whole.clone());
+            prop_assert_eq!(everything(&mesh), everything(&at_once));
+            prop_assert_eq!(everything(&before), before_it, "a snapshot stays what it is");
+            for workload in mesh.workloads() {
+                let since = mesh.policy_since(&workload.uid);
+                if since == before.policy_since(&workload.uid) {
+                    let old = before.workload(&workload.uid).map(|old| said(&before, old));
+                    prop_assert_eq!(Some(said(&mesh, workload)), old);
+                } else {
+                    prop_assert_eq!(since, Some(mesh.generation()));
+                }
+            }
+            // What is gone leaves nothing, and what makes one of another makes that.
+            let delta = Delta::default().from(&mesh);
+            let mut nothing = mesh.clone();
+            nothing.apply(delta);
+            prop_assert!(nothing.endpoints.is_empty() && nothing.by_namespace.is_empty());
+            prop_assert_eq!(everything(&nothing), everything(&Mesh::default()));
+            let there = |all: &Delta| Delta {
+                workloads: all.workloads.clone().into_iter().filter(|(_, is)| is.is_some()).collect(),
+                services: all.services.clone().into_iter().filter(|(_, is)| is.is_some()).collect(),
+                policies: all.policies.clone().into_iter().filter(|(_, is)| is.is_some()).collect(),
+            };
+            let to_before = there(&whole).from(&before);
+            let mut again = before.clone();
+            again.apply(to_before);
+            prop_assert_eq!(everything(&again), everything(&mesh));
+            prop_assert!(there(&whole).from(&mesh).is_empty());
+        }
     }
 }

@@ -1,16 +1,16 @@
 //! Where connections go, and that they never go to an endpoint that must not have them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
 use crate::accept::LocalPod;
-use crate::mesh::service::{Family, NetworkAddress};
-use crate::mesh::store;
-use crate::mesh::workload::Endpoint;
+use crate::mesh::service::{Age, Family, LoadBalancing, NetworkAddress, Scope};
 use crate::mesh::workload::tests::workload;
+use crate::mesh::workload::{Endpoint, Health};
+use crate::mesh::{Delta, store};
 
 const KEY: &str = "ns/svc.ns.svc.cluster.local";
 
@@ -63,7 +63,7 @@ fn service() -> Service {
         family: None,
         private: false,
         canonical: false,
-        seniority: 0,
+        age: Age::default(),
         unsupported: None,
         load_balancing: LoadBalancing::default(),
     }
@@ -87,7 +87,7 @@ fn go(
     to: &str,
 ) -> Result<Hop, ResolveError> {
     let (writer, reader) = store();
-    writer.publish(Mesh::build(1, workloads, services, Vec::new()));
+    writer.replace(Delta::of(workloads, services, Vec::new()));
     let resolved = resolve(&reader, accepted(direction, to));
     resolved
         .map(|resolved| resolved.hop)
@@ -196,7 +196,7 @@ fn a_tunnel_reaches_the_address_that_it_came_to_and_no_other_of_the_pods() {
         ..workload(&[])
     };
     let (writer, reader) = store();
-    writer.publish(Mesh::build(1, vec![pod.clone()], Vec::new(), Vec::new()));
+    writer.replace(Delta::of(vec![pod.clone()], Vec::new(), Vec::new()));
     let go = |direction, to: &str| {
         let accepted = accepted(direction, to);
         accepted.pod.set_addresses(pod.addresses.clone().into());
@@ -222,7 +222,7 @@ fn a_tunnel_reaches_the_address_that_it_came_to_and_no_other_of_the_pods() {
 #[test]
 fn the_agents_ports_in_a_pod_are_not_its_apps_wherever_its_listeners_are() {
     let (writer, reader) = store();
-    writer.publish(Mesh::build(1, vec![workload(&[])], Vec::new(), Vec::new()));
+    writer.replace(Delta::of(vec![workload(&[])], Vec::new(), Vec::new()));
     let hbone = Direction::InboundHbone {
         at: ip("10.0.0.1"),
         identity: Identity::new("td", "ns", "other"),
@@ -263,7 +263,7 @@ fn the_service_that_a_peer_asked_for_is_told_if_the_pod_serves_it() {
     };
     let services = ["one", "two", "other"].map(named);
     let (writer, reader) = store();
-    writer.publish(Mesh::build(1, vec![pod], services.to_vec(), Vec::new()));
+    writer.replace(Delta::of(vec![pod], services.to_vec(), Vec::new()));
     let told = |asked: Option<&str>, port| {
         let direction = Direction::InboundHbone {
             at: ip("10.0.0.1"),
@@ -334,7 +334,7 @@ fn a_waypoint_reaches_the_workload_behind_it_and_nobody_else_does() {
     let out = |waypoint, peer| {
         let (writer, reader) = store();
         let all = vec![pod(), behind(waypoint)];
-        writer.publish(Mesh::build(1, all, vec![service()], Vec::new()));
+        writer.replace(Delta::of(all, vec![service()], Vec::new()));
         let accepted = Accepted {
             peer: at(peer),
             ..accepted(Direction::Outbound, "10.0.0.2:80")
@@ -380,7 +380,7 @@ fn a_pod_is_not_the_waypoint_that_has_its_address_on_another_network() {
     for name in ["far/10.0.0.1", "far/10.96.0.1", KEY] {
         let (writer, reader) = store();
         let all = vec![workload(&[]), waypoint.clone(), behind(name)];
-        writer.publish(Mesh::build(1, all, vec![service.clone()], Vec::new()));
+        writer.replace(Delta::of(all, vec![service.clone()], Vec::new()));
         let accepted = Accepted {
             peer: at("10.0.0.1:4000"),
             ..accepted(Direction::Outbound, "10.0.0.2:80")
@@ -404,7 +404,7 @@ fn a_waypoint_is_known_at_its_address_in_either_spelling() {
         for peer in ["10.0.0.1:4000", "[::ffff:10.0.0.1]:4000"] {
             let (writer, reader) = store();
             let all = vec![waypoint.clone(), behind.clone()];
-            writer.publish(Mesh::build(1, all, Vec::new(), Vec::new()));
+            writer.replace(Delta::of(all, Vec::new(), Vec::new()));
             let accepted = Accepted {
                 peer: at(peer),
                 ..accepted(Direction::Outbound, "10.0.0.2:80")
@@ -442,7 +442,7 @@ fn who_has_a_waypoints_address_and_is_somebody_else_is_not_the_waypoint() {
         let (writer, reader) = store();
         let all = vec![pod.clone(), former.clone(), behind(waypoint)];
         let services = vec![service(), claims.clone()];
-        writer.publish(Mesh::build(1, all, services, Vec::new()));
+        writer.replace(Delta::of(all, services, Vec::new()));
         let accepted = Accepted {
             peer: at("10.0.0.1:4000"),
             ..accepted(Direction::Outbound, "10.0.0.2:80")
@@ -458,7 +458,7 @@ fn a_connection_to_the_address_that_it_comes_from_goes_nowhere() {
     for peer in ["10.0.0.9:4000", "[::ffff:10.0.0.9]:4000"] {
         for to in ["10.0.0.9:80", "[::ffff:10.0.0.9]:80"] {
             let (writer, reader) = store();
-            writer.publish(Mesh::build(1, vec![workload(&[])], Vec::new(), Vec::new()));
+            writer.replace(Delta::of(vec![workload(&[])], Vec::new(), Vec::new()));
             let accepted = Accepted {
                 peer: at(peer),
                 ..accepted(Direction::Outbound, to)
@@ -481,7 +481,7 @@ fn a_client_is_who_has_its_address_in_the_pods_network() {
     };
     let (writer, reader) = store();
     let all = vec![pod, at_peer("far", "far"), at_peer("near", "")];
-    writer.publish(Mesh::build(1, all, Vec::new(), Vec::new()));
+    writer.replace(Delta::of(all, Vec::new(), Vec::new()));
     let found = resolve(&reader, accepted(Direction::InboundPlain, "10.0.0.1:80"));
     let source = found.expect("it goes to the app").source;
     assert_eq!(source.expect("who it is").name.as_ref(), "far");
@@ -610,24 +610,23 @@ fn load_is_spread_by_capacity() {
         weighs("one", "10.0.0.3", 1),
         weighs("three", "10.0.0.4", 3),
     ];
-    let mesh = Mesh::build(1, all.clone(), vec![service()], Vec::new());
+    let mesh = Mesh::of(all.clone(), vec![service()], Vec::new());
     let mut taken: BTreeMap<Arc<str>, u32> = BTreeMap::new();
     for _ in 0..4000 {
-        let candidates = candidates(&mesh, &service(), &all[0], 80, false);
-        let (target, port) = draw(&candidates).expect("an endpoint");
+        let drawn = draw(&mesh, &service(), &all[0], 80, false);
+        let (target, port) = drawn.expect("an endpoint");
         assert_eq!(port, 8080);
         *taken.entry(target.name.clone()).or_default() += 1;
     }
     assert_eq!(taken.get("none"), None);
     // Nine standard deviations from 3000.
     assert!((2750..3250).contains(&taken["three"]), "{taken:?}");
-    let nobody = Mesh::build(
-        1,
+    let nobody = Mesh::of(
         vec![weighs("none", "10.0.0.2", 0)],
         vec![service()],
         Vec::new(),
     );
-    assert!(draw(&candidates(&nobody, &service(), &all[0], 80, false)).is_none());
+    assert!(draw(&nobody, &service(), &all[0], 80, false).is_none());
 }
 
 #[test]
@@ -714,10 +713,10 @@ fn an_endpoint_that_terminates_takes_load_only_where_no_other_does() {
     let ends = || is("ends", "10.0.0.2", Health::Terminating);
     let ill = || is("ill", "10.0.0.3", Health::Unhealthy);
     let names = |all: &[Workload], service: &Service| {
-        let mesh = Mesh::build(1, all.to_vec(), vec![service.clone()], Vec::new());
-        let found = candidates(&mesh, service, &workload(&[]), 80, false);
-        let name = |(workload, _): &Candidate<'_>| workload.name.to_string();
-        found.iter().map(name).collect::<Vec<_>>()
+        let mesh = Mesh::of(all.to_vec(), vec![service.clone()], Vec::new());
+        let found = drawn(&mesh, service, &workload(&[]), false);
+        let names = found.iter().map(|uid| uid.rsplit('/').next());
+        names.flatten().map(str::to_owned).collect::<Vec<_>>()
     };
     let service = service();
     let well = endpoint("well", "10.0.0.4");
@@ -879,6 +878,13 @@ fn a_service_of_one_family_reaches_its_endpoints_in_no_other() {
     }
 }
 
+/// Who may be drawn: of a few that weigh the same each is, in so many draws.
+fn drawn(mesh: &Mesh, service: &Service, source: &Workload, external: bool) -> BTreeSet<Arc<str>> {
+    let one = |_| draw(mesh, service, source, 80, external);
+    let all = (0..300).filter_map(one);
+    all.map(|(workload, _)| Arc::clone(&workload.uid)).collect()
+}
+
 fn scopes() -> impl Strategy<Value = Vec<Scope>> {
     let scope = prop_oneof![
         Just(Scope::Region),
@@ -936,11 +942,8 @@ proptest! {
             ports: BTreeMap::from([(80, 0)]),
             ..service()
         };
-        let mesh = Mesh::build(1, all.clone(), vec![service.clone()], Vec::new());
-        let found: Vec<Arc<str>> = candidates(&mesh, &service, &source, 80, external)
-            .iter()
-            .map(|(workload, _)| workload.uid.clone())
-            .collect();
+        let mesh = Mesh::of(all.clone(), vec![service.clone()], Vec::new());
+        let found = drawn(&mesh, &service, &source, external);
         let shares = |other: &Workload| {
             let mut count = 0;
             for scope in &preferences {
@@ -974,7 +977,7 @@ proptest! {
             health(one) > health(other)
                 || (health(one) == health(other) && shares(one) > shares(other))
         };
-        let expected: Vec<Arc<str>> = able
+        let expected: BTreeSet<Arc<str>> = able
             .iter()
             .filter(|one| !able.iter().any(|other| better(other, one)))
             .map(|one| one.uid.clone())

@@ -593,3 +593,57 @@ fn policies_that_come_change_and_go_are_told() {
         ]
     );
 }
+
+/// The objects, without what depends on when they were first seen.
+fn undated(objects: &super::super::Objects) -> Vec<String> {
+    let namespaces = objects.namespaces.values();
+    let namespaces = namespaces.map(|of| format!("{:?}", of.meta));
+    let policies = objects.authorization_policies.values();
+    let policies = policies.map(|of| format!("{:?} {:?}", of.meta, of.body));
+    let warnings = objects.warnings.iter().cloned();
+    namespaces.chain(policies).chain(warnings).collect()
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config::with_cases(64))]
+
+    /// However files have changed: what holds is what a start would read, as long as that would be good.
+    #[test]
+    fn what_holds_is_what_a_start_would_read(
+        steps in proptest::collection::vec(
+            proptest::collection::vec((0..3_usize, proptest::collection::vec(0..4_usize, 0..3)), 1..3),
+            1..8,
+        ),
+    ) {
+        let one = |number: &usize| match number {
+            0 => POLICY.to_owned(),
+            1 => POLICY.replace("[a]", "[b]"),
+            2 => namespace("a"),
+            _ => "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\n".to_owned(),
+        };
+        let (dir, mut folder) = folder(&[("z.yaml", &namespace("z"))]);
+        for files in steps {
+            let before = undated(folder.objects());
+            for (file, objects) in files {
+                let name = format!("{file}.yaml");
+                if objects.is_empty() {
+                    let _ = fs::remove_file(dir.path().join(name));
+                } else {
+                    let texts: Vec<String> = objects.iter().map(one).collect();
+                    put(&dir, &name, &texts.join("---\n"));
+                }
+            }
+            let reload = folder.reload();
+            let again = folder.reload();
+            proptest::prop_assert_eq!(&again.problems, &reload.problems);
+            proptest::prop_assert!(!again.changed && again.policies.is_empty());
+            let now = undated(folder.objects());
+            proptest::prop_assert_eq!(reload.changed, now != before);
+            if reload.problems.is_empty() {
+                let fresh = Folder::open_settling(dir.path(), Duration::ZERO);
+                let fresh = fresh.map_err(|error| error.to_string());
+                proptest::prop_assert_eq!(fresh.map(|fresh| undated(fresh.objects())), Ok(now));
+            }
+        }
+    }
+}

@@ -7,11 +7,11 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::super::super::enrolled::Enrolled;
-use super::super::object::{self, Age, Objects};
+use super::super::object::{self, Objects};
 use super::super::translate::{MeshConfig, PodKey, translate};
 
 /// One of a few, so that they meet.
-fn word() -> impl Strategy<Value = &'static str> {
+pub(super) fn word() -> impl Strategy<Value = &'static str> {
     prop::sample::select(vec!["a", "b", "istio-system", "ambient", "none"])
 }
 
@@ -19,10 +19,10 @@ fn mode() -> impl Strategy<Value = &'static str> {
     prop::sample::select(vec!["STRICT", "PERMISSIVE", "DISABLE", "UNSET"])
 }
 
-fn object() -> impl Strategy<Value = String> {
+pub(super) fn object() -> impl Strategy<Value = String> {
     let words = prop::collection::vec(word(), 8);
     let numbers = prop::collection::vec(0u16..=300, 4);
-    (0..8u8, words, numbers, mode(), mode()).prop_map(|(kind, w, n, own, port)| {
+    (0..11u8, words, numbers, mode(), mode()).prop_map(|(kind, w, n, own, port)| {
         let meta = format!(
             "metadata: {{name: {}, namespace: {}, uid: {}, labels: {{app: {}, istio.io/dataplane-mode: {}, istio.io/use-waypoint: {}, kubernetes.io/service-name: {}}}}}",
             w[0], w[1], w[2], w[3], w[4], w[5], w[6]
@@ -49,6 +49,18 @@ fn object() -> impl Strategy<Value = String> {
                 "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n{meta}\nspec: {{selector: {{matchLabels: {{app: {}}}}}, mtls: {{mode: {own}}}, portLevelMtls: {{{}: {{mode: {port}}}}}}}\n",
                 w[7], n[0]
             ),
+            7 => format!(
+                "apiVersion: v1\nkind: Node\nmetadata: {{name: {}, labels: {{topology.istio.io/network: {}, topology.kubernetes.io/zone: {}}}}}\n",
+                w[0], w[1], w[2]
+            ),
+            8 => format!(
+                "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: {}, namespace: {}, labels: {{istio.io/waypoint-for: all}}}}\nspec: {{gatewayClassName: istio-waypoint}}\n",
+                w[0], w[1]
+            ),
+            9 => format!(
+                "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n{meta}\naddressType: IPv4\nendpoints: [{{addresses: [10.0.0.9], targetRef: {{kind: Pod, name: {}}}}}]\nports: [{{port: {}}}]\n",
+                w[7], n[1]
+            ),
             _ => format!("apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n{meta}\nspec: {{mtls: {{mode: {own}}}}}\n"),
         }
     })
@@ -66,7 +78,7 @@ proptest! {
         for (order, text) in (0..).zip(&texts) {
             // A port or an address out of range is refused, which is as good.
             for item in object::parse(Path::new("p.yaml"), text).into_iter().flat_map(|p| p.items) {
-                objects.insert(item, Age::new(time::OffsetDateTime::UNIX_EPOCH, order));
+                objects.insert(item, crate::mesh::service::Age::new(time::OffsetDateTime::UNIX_EPOCH, order));
             }
         }
         let enrolled: Enrolled = enrolled

@@ -25,7 +25,7 @@ fn pod(name: &str, meta: &str, status: &str) -> String {
 
 /// Who is meant at an address by the pod of this name.
 fn meant(made: &Translation, by: &str, to: &str) -> String {
-    let mesh = Mesh::build(1, made.workloads.clone(), made.services.clone(), Vec::new());
+    let mesh = Mesh::of(made.workloads.clone(), made.services.clone(), Vec::new());
     let is = |workload: &&Workload| *workload.name == *by;
     let source = made.workloads.iter().find(is).expect("the pod is there");
     let to: SocketAddr = to.parse().expect("an address");

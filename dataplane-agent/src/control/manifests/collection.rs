@@ -1,0 +1,148 @@
+//! The objects that the files of a folder have together. A change costs what the files say that changed,
+//! whatever else there is.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use time::OffsetDateTime;
+
+use super::ManifestError;
+use super::changes::PolicyChange;
+use super::object::{Identity, Item, Objects, Parsed};
+use crate::mesh::service::Age;
+
+/// The objects, and which file each is of.
+#[derive(Debug, Default)]
+pub(super) struct Collection {
+    objects: Objects,
+    owners: HashMap<Identity, Owner>,
+    /// How many objects there were without a creation timestamp.
+    undated: u64,
+}
+
+#[derive(Debug)]
+struct Owner {
+    file: Arc<Path>,
+    line: u64,
+    age: Age,
+}
+
+/// What a file said, and what it says.
+#[derive(Debug)]
+pub(super) struct Change {
+    pub(super) file: Arc<Path>,
+    pub(super) before: Arc<Parsed>,
+    pub(super) now: Arc<Parsed>,
+}
+
+/// What is another than before.
+#[derive(Debug, Default)]
+pub(super) struct Touched {
+    pub(super) objects: Vec<Identity>,
+    pub(super) policies: Vec<PolicyChange>,
+}
+
+impl Collection {
+    pub(super) fn objects(&self) -> &Objects {
+        &self.objects
+    }
+
+    /// The objects that would be in two files, if these said this and some were gone: an error of each of
+    /// the two, which names the other.
+    pub(super) fn clashes(
+        &self,
+        files: &BTreeMap<&PathBuf, &Parsed>,
+        gone: &[Change],
+    ) -> Vec<(PathBuf, ManifestError)> {
+        let gone = gone.iter().map(|change| &*change.file);
+        let others = files.keys().map(|name| name.as_path()).chain(gone);
+        let others: HashSet<&Path> = others.collect();
+        let mut first: HashMap<Identity, (&Path, u64)> = HashMap::new();
+        let mut found = Vec::new();
+        for (&file, parsed) in files {
+            for item in &parsed.items {
+                let identity = item.identity();
+                let stays = |owner: &&Owner| !others.contains(&*owner.file);
+                let owner = self.owners.get(&identity).filter(stays);
+                let owner = owner.map(|owner| (&*owner.file, owner.line));
+                let Some((other, line)) = first.get(&identity).copied().or(owner) else {
+                    first.insert(identity, (file, item.line));
+                    continue;
+                };
+                let (kind, key) = identity;
+                let error = |of: &Path, at: u64, other: &Path, line: u64| {
+                    let other = other.display();
+                    let what = format_args!("{kind} {key} is also in {other}:{line}");
+                    let error = ManifestError {
+                        line: Some(at),
+                        ..ManifestError::of_file(of, what)
+                    };
+                    (of.to_owned(), error)
+                };
+                found.push(error(file, item.line, other, line));
+                found.push(error(other, line, file, item.line));
+            }
+        }
+        found
+    }
+
+    /// Takes what files say now in the place of what they said. No object is in two of them.
+    pub(super) fn take(&mut self, changes: &[Change]) -> Touched {
+        let now = OffsetDateTime::now_utc();
+        let mut removed: BTreeMap<Identity, (&Item, Age)> = BTreeMap::new();
+        for item in changes.iter().flat_map(|change| &change.before.items) {
+            let identity = item.identity();
+            if let Some(owner) = self.owners.remove(&identity) {
+                removed.insert(identity, (item, owner.age));
+            }
+        }
+        let mut touched = Touched::default();
+        for Change {
+            file, now: says, ..
+        } in changes
+        {
+            for item in &says.items {
+                let identity = item.identity();
+                let before = removed.remove(&identity);
+                let age = match (item.meta.created, before) {
+                    (Some(created), _) => Age::new(created, 0),
+                    // Since it was first seen.
+                    (None, Some((before, age))) if before.meta.created.is_none() => age,
+                    (None, _) => {
+                        self.undated += 1;
+                        Age::new(now, self.undated)
+                    }
+                };
+                let owner = Owner {
+                    file: Arc::clone(file),
+                    line: item.line,
+                    age,
+                };
+                self.owners.insert(identity.clone(), owner);
+                let is = |(old, old_age): (&Item, Age)| old.says(item) && old_age == age;
+                if before.is_some_and(is) {
+                    continue;
+                }
+                let change = PolicyChange::of(before.map(|(before, _)| before), Some(item));
+                touched.policies.extend(change);
+                touched.objects.push(identity);
+                self.objects.insert(item.clone(), age);
+            }
+        }
+        for (identity, (item, _)) in removed {
+            touched.policies.extend(PolicyChange::of(Some(item), None));
+            self.objects.remove(item);
+            touched.objects.push(identity);
+        }
+        touched.policies.sort();
+        touched
+    }
+
+    /// Takes what is passed over, and why; whether that is another than before.
+    pub(super) fn warn(&mut self, warnings: Vec<String>) -> bool {
+        let changed = self.objects.warnings != warnings;
+        self.objects.warnings = warnings;
+        changed
+    }
+}

@@ -1,0 +1,104 @@
+//! That what is translated as it changes is what is translated at once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::super::collection::{Change, Collection};
+use super::super::object;
+use super::super::translate::{MeshConfig, PodKey, Translation, translate};
+use super::super::translated::{Stale, Translated};
+use super::property::{object, word};
+use crate::control::enrolled::Enrolled;
+use crate::mesh::{Delta, Mesh};
+
+/// What is in a mesh.
+fn everything(mesh: &Mesh) -> Vec<String> {
+    let workloads = mesh.workloads().map(|of| format!("{of:?}"));
+    let services = mesh.services().map(|(_, of)| format!("{of:?}"));
+    let policies = mesh.policies().map(|(_, of)| format!("{of:?}"));
+    workloads.chain(services).chain(policies).collect()
+}
+
+fn sorted<'a>(all: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
+    all.cloned().collect()
+}
+
+/// A file of one object, or none.
+type Step = (usize, Option<String>, Option<(&'static str, &'static str)>);
+
+fn step() -> impl Strategy<Value = Step> {
+    let enrols = prop::option::weighted(0.2, (word(), word()));
+    (0..8_usize, prop::option::weighted(0.8, object()), enrols)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn what_changes_is_translated_to_what_it_would_be_at_once(
+        steps in prop::collection::vec(step(), 1..25),
+    ) {
+        let config = MeshConfig::of_node("a");
+        let mut collection = Collection::default();
+        let mut translated = Translated::new(config.clone());
+        let mut mesh = Mesh::default();
+        let mut files: BTreeMap<usize, Arc<object::Parsed>> = BTreeMap::new();
+        let mut pods: BTreeSet<PodKey> = BTreeSet::new();
+        let mut stale = Stale::all();
+        for (file, text, enrols) in steps {
+            let parsed = text.and_then(|text| object::parse(Path::new("p.yaml"), &text).ok());
+            let now = Arc::new(parsed.unwrap_or_default());
+            // An object that is in another file is refused by the folder.
+            let others = files.iter().filter(|(other, _)| **other != file);
+            let others: Vec<_> = others.flat_map(|(_, of)| &of.items).collect();
+            if now.items.iter().any(|new| others.iter().any(|old| old.identity() == new.identity())) {
+                continue;
+            }
+            let before = files.insert(file, Arc::clone(&now)).unwrap_or_default();
+            let name = Path::new("p.yaml").into();
+            let touched = collection.take(&[Change { file: name, before, now }]).objects;
+            if let Some((namespace, name)) = enrols {
+                let pod = PodKey { namespace: namespace.into(), name: name.into(), uid: "".into() };
+                stale.namespace(&pod.namespace);
+                if !pods.remove(&pod) {
+                    pods.insert(pod);
+                }
+            }
+            let enrolled: Enrolled = pods.iter().cloned().collect();
+            let objects = collection.objects();
+            let captured = BTreeSet::new();
+            let stale = std::mem::take(&mut stale);
+            let delta = translated.update((objects, &touched), stale, (&enrolled, &captured), &mesh);
+            mesh.apply(delta);
+
+            let Translation { workloads, services, policies, mut local, problems } =
+                translate(objects, &enrolled, &captured, &config);
+            let at_once = Delta::of(workloads, services, policies);
+            let at_once = at_once.from(&Mesh::default());
+            let mut whole = Mesh::default();
+            whole.apply(at_once);
+            // Networks that nobody is in any more are no fault: nobody asks there.
+            let networks: BTreeSet<_> = whole.workloads().map(|of| Arc::clone(&of.network)).collect();
+            let mut now = mesh.clone();
+            let mut pruned = Delta::default();
+            for (key, service) in mesh.services() {
+                let mut service = (**service).clone();
+                service.vips.retain(|at| at.network.is_empty() || networks.contains(&at.network));
+                pruned.services.insert(Arc::clone(key), Some(service));
+            }
+            now.apply(pruned);
+            prop_assert_eq!(everything(&now), everything(&whole));
+            let mut own: Vec<_> = translated.local().cloned().collect();
+            own.sort_by(|one, other| one.uid.cmp(&other.uid));
+            local.sort_by(|one, other| one.uid.cmp(&other.uid));
+            prop_assert_eq!(own, local);
+            prop_assert_eq!(sorted(translated.problems()), sorted(problems.iter()));
+            for workload in whole.workloads() {
+                prop_assert!(translated.says_workload(&workload.uid));
+            }
+        }
+    }
+}

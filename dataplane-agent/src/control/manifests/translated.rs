@@ -1,0 +1,297 @@
+//! What the objects mean, kept as they change: a change is translated anew with what shares its namespace,
+//! and the mesh is told of what is another by it.
+//!
+//! What a namespace means depends on its own objects, on the policies of the mesh's root namespace, and on
+//! what is the whole cluster's: nodes, gateways, networks. Endpoints that are written by hand may be pods of
+//! any namespace; where there are such, all is one.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+
+use super::super::enrolled::Enrolled;
+use super::object::{Identity, Key, Objects};
+use super::translate::{Beside, LocalPodSpec, MeshConfig, Translation, translate_beside};
+use crate::mesh::{Delta, Mesh};
+
+/// The part that is of all namespaces: no namespace is named so.
+const WHOLE: &str = "";
+
+/// What objects mean.
+#[derive(Debug)]
+pub struct Translated {
+    config: MeshConfig,
+    /// By namespace, or one for all.
+    parts: BTreeMap<Arc<str>, Part>,
+    /// The networks that workloads have been in.
+    networks: BTreeSet<Arc<str>>,
+    /// Slices that have endpoints which are written by hand.
+    by_hand: BTreeSet<Key>,
+}
+
+/// The pods that are enrolled, and the uids of those that are captured on this node.
+pub type Here<'a> = (&'a Enrolled, &'a BTreeSet<Arc<str>>);
+
+/// What the objects of a namespace mean.
+#[derive(Debug, Default)]
+struct Part {
+    workloads: Vec<Arc<str>>,
+    services: Vec<Arc<str>>,
+    policies: Vec<Arc<str>>,
+    local: Vec<LocalPodSpec>,
+    problems: Vec<String>,
+}
+
+impl Part {
+    fn is_empty(&self) -> bool {
+        let meshed = [&self.workloads, &self.services, &self.policies];
+        meshed.iter().all(|all| all.is_empty()) && self.local.is_empty() && self.problems.is_empty()
+    }
+}
+
+/// What is to be translated anew.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stale {
+    all: bool,
+    namespaces: BTreeSet<Arc<str>>,
+}
+
+impl Stale {
+    /// All that there is.
+    pub fn all() -> Self {
+        Self {
+            all: true,
+            ..Self::default()
+        }
+    }
+
+    /// Whether nothing is.
+    pub fn is_empty(&self) -> bool {
+        !self.all && self.namespaces.is_empty()
+    }
+
+    /// What shares a namespace with the pod of this workload is, besides.
+    pub fn pod(&mut self, uid: &str) {
+        // `<cluster>//Pod/<namespace>/<name>`
+        match uid.rsplit('/').nth(1) {
+            Some(namespace) => self.namespace(&namespace.into()),
+            None => self.all = true,
+        }
+    }
+
+    /// What is of a namespace is, besides.
+    pub fn namespace(&mut self, namespace: &Arc<str>) {
+        self.namespaces.insert(Arc::clone(namespace));
+    }
+}
+
+impl Translated {
+    /// Of nothing yet.
+    pub fn new(config: MeshConfig) -> Self {
+        Self {
+            config,
+            parts: BTreeMap::new(),
+            networks: BTreeSet::new(),
+            by_hand: BTreeSet::new(),
+        }
+    }
+
+    /// The names of the mesh.
+    pub fn config(&self) -> &MeshConfig {
+        &self.config
+    }
+
+    /// The pods of this node.
+    pub fn local(&self) -> impl Iterator<Item = &LocalPodSpec> {
+        self.parts.values().flat_map(|part| &part.local)
+    }
+
+    /// What was written and cannot be carried, and what is done instead.
+    pub fn problems(&self) -> impl Iterator<Item = &String> {
+        self.parts.values().flat_map(|part| &part.problems)
+    }
+
+    /// Whether the objects say a workload of this uid.
+    pub fn says_workload(&self, uid: &str) -> bool {
+        let mut all = self.parts.values().flat_map(|part| &part.workloads);
+        all.any(|own| **own == *uid)
+    }
+
+    /// Whether the objects say a policy of this key.
+    pub fn says_policy(&self, key: &str) -> bool {
+        let mut all = self.parts.values().flat_map(|part| &part.policies);
+        all.any(|own| **own == *key)
+    }
+
+    /// Takes objects of which these are others than before. `stale`: what is to be translated anew for
+    /// another reason. `here`: as for [`super::translate()`].
+    ///
+    /// Returns what is another in `mesh` by that.
+    pub fn update(
+        &mut self,
+        (objects, touched): (&Objects, &[Identity]),
+        mut stale: Stale,
+        here: Here<'_>,
+        mesh: &Mesh,
+    ) -> Delta {
+        let was_whole = !self.by_hand.is_empty();
+        for (kind, key) in touched {
+            self.touch(objects, (kind, key), &mut stale);
+        }
+        let all = || BTreeSet::from_iter(self.parts.keys().cloned());
+        let (mut parts, mut before) = if !self.by_hand.is_empty() {
+            (BTreeSet::from([WHOLE.into()]), all())
+        } else if stale.all || was_whole {
+            (self.every_namespace(objects), all())
+        } else {
+            (stale.namespaces.clone(), stale.namespaces)
+        };
+        loop {
+            let made: Vec<_> = parts
+                .iter()
+                .map(|part| (Arc::clone(part), self.make(objects, part, here)))
+                .collect();
+            let workloads = made.iter().flat_map(|(_, made)| &made.workloads);
+            let known = self.networks.len();
+            self.networks
+                .extend(workloads.map(|of| Arc::clone(&of.network)));
+            if self.networks.len() == known {
+                return self.take(objects, made, before, here, mesh);
+            }
+            // Services of all namespaces are known in a network that is new.
+            if self.by_hand.is_empty() {
+                parts = self.every_namespace(objects);
+                before = self.parts.keys().cloned().collect();
+            }
+        }
+    }
+
+    /// What an object that is another makes stale.
+    fn touch(&mut self, objects: &Objects, (kind, key): (&str, &Key), stale: &mut Stale) {
+        let root = *key.namespace == *self.config.root_namespace;
+        match kind {
+            "Node" | "Gateway" => stale.all = true,
+            "Namespace" => {
+                stale.all |= *key.name == *self.config.root_namespace;
+                stale.namespace(&key.name);
+                return;
+            }
+            "AuthorizationPolicy" => stale.all |= root,
+            "PeerAuthentication" => {
+                stale.all |= root;
+                // The root namespace has the policy that STRICT is made of as long as anybody asks.
+                stale.namespace(&self.config.root_namespace.as_str().into());
+            }
+            "EndpointSlice" => {
+                let slice = objects.endpoint_slices.get(key);
+                match slice.is_some_and(|slice| slice.body.is_by_hand(&key.namespace)) {
+                    true => self.by_hand.insert(key.clone()),
+                    false => self.by_hand.remove(key),
+                };
+            }
+            _ => {}
+        }
+        stale.namespace(&key.namespace);
+    }
+
+    fn every_namespace(&self, objects: &Objects) -> BTreeSet<Arc<str>> {
+        let mut all = objects.all_namespaces();
+        // It has the policy that STRICT is made of, whether it has objects or not.
+        all.insert(self.config.root_namespace.as_str().into());
+        all
+    }
+
+    /// Takes what parts mean in the place of what some meant before.
+    fn take(
+        &mut self,
+        objects: &Objects,
+        mut made: Vec<(Arc<str>, Translation)>,
+        before: BTreeSet<Arc<str>>,
+        here: Here<'_>,
+        mesh: &Mesh,
+    ) -> Delta {
+        let mut delta = Delta::default();
+        for part in before {
+            let old = self.parts.remove(&part).unwrap_or_default();
+            delta
+                .workloads
+                .extend(old.workloads.into_iter().map(|uid| (uid, None)));
+            delta
+                .services
+                .extend(old.services.into_iter().map(|key| (key, None)));
+            delta
+                .policies
+                .extend(old.policies.into_iter().map(|key| (key, None)));
+        }
+        // What is wrong with the root namespace's policies is told with each namespace's.
+        let root: Arc<str> = self.config.root_namespace.as_str().into();
+        made.sort_by_key(|(part, _)| *part != root);
+        let mut of_root: Option<HashSet<String>> = None;
+        for (part, made) in made {
+            let mut problems = made.problems;
+            if part != root && &*part != WHOLE {
+                let told = of_root.get_or_insert_with(|| match self.parts.get(&root) {
+                    Some(root) => root.problems.iter().cloned().collect(),
+                    None => {
+                        let made = self.make(objects, &root, here);
+                        made.problems.into_iter().collect()
+                    }
+                });
+                problems.retain(|problem| !told.contains(problem));
+            }
+            let mut kept = Part {
+                local: made.local,
+                problems,
+                ..Part::default()
+            };
+            for workload in made.workloads {
+                let uid = Arc::clone(&workload.uid);
+                kept.workloads.push(Arc::clone(&uid));
+                put(&mut delta.workloads, uid, workload, |uid| {
+                    mesh.workload(uid)
+                });
+            }
+            for service in made.services {
+                let key: Arc<str> = service.key().into();
+                kept.services.push(Arc::clone(&key));
+                put(&mut delta.services, key, service, |key| mesh.service(key));
+            }
+            for policy in made.policies {
+                let key: Arc<str> = policy.key().into();
+                kept.policies.push(Arc::clone(&key));
+                put(&mut delta.policies, key, policy, |key| mesh.policy(key));
+            }
+            if !kept.is_empty() {
+                self.parts.insert(part, kept);
+            }
+        }
+        delta
+    }
+
+    /// What the objects of one part mean.
+    fn make(&self, objects: &Objects, part: &Arc<str>, here: Here<'_>) -> Translation {
+        let beside = Beside {
+            networks: self.networks.clone(),
+            peer_authentications: !objects.peer_authentications.is_empty(),
+        };
+        if &**part == WHOLE {
+            return translate_beside((objects, here.0, here.1), &self.config, &beside);
+        }
+        let own = objects.of_namespace(part, &self.config.root_namespace);
+        let mut made = translate_beside((&own, here.0, here.1), &self.config, &beside);
+        made.policies.retain(|policy| policy.namespace == *part);
+        made
+    }
+}
+
+/// Says of one that it is so, unless it is so already.
+fn put<'a, T: PartialEq + 'a>(
+    delta: &mut BTreeMap<Arc<str>, Option<T>>,
+    key: Arc<str>,
+    value: T,
+    there: impl Fn(&str) -> Option<&'a Arc<T>>,
+) {
+    match there(&key).is_some_and(|there| **there == value) {
+        true => delta.remove(&key),
+        false => delta.insert(key, Some(value)),
+    };
+}

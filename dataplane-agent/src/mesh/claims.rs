@@ -1,0 +1,69 @@
+//! Who claims an address, or whatever else may be claimed by more than one.
+
+use std::sync::Arc;
+
+use imbl::OrdMap;
+
+/// Claims, by network, since an address means nothing without one. A copy shares what is in it.
+#[derive(Debug)]
+pub(super) struct Claims<P: Ord, T>(OrdMap<Arc<str>, OrdMap<P, Claimants<T>>>);
+
+/// Those of one place, whose claim holds first.
+type Claimants<T> = Arc<[Arc<T>]>;
+
+impl<P: Ord, T> Clone for Claims<P, T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<P: Ord, T> Default for Claims<P, T> {
+    fn default() -> Self {
+        Self(OrdMap::default())
+    }
+}
+
+impl<P: Ord + Clone, T> Claims<P, T> {
+    /// Who claims a place, whose claim holds first.
+    pub(super) fn of(&self, network: &str, place: &P) -> &[Arc<T>] {
+        let all = self.0.get(network).and_then(|of| of.get(place));
+        all.map_or(&[], |all| &**all)
+    }
+
+    /// Adds a claim, before all that `holds_before` does not put before it.
+    pub(super) fn insert(
+        &mut self,
+        network: &Arc<str>,
+        place: P,
+        claim: &Arc<T>,
+        holds_before: impl Fn(&T, &T) -> bool,
+    ) {
+        let of = self.0.entry(Arc::clone(network)).or_default();
+        let all = of.get(&place).map_or(&[][..], |all| &**all);
+        if all.iter().any(|other| Arc::ptr_eq(other, claim)) {
+            return;
+        }
+        let at = all.partition_point(|other| holds_before(other, claim));
+        let (before, after) = all.split_at(at);
+        let all = before.iter().chain([claim]).chain(after).cloned().collect();
+        of.insert(place, all);
+    }
+
+    /// Takes back the claim of this one and no other.
+    pub(super) fn remove(&mut self, network: &Arc<str>, place: &P, claim: &Arc<T>) {
+        let Some(of) = self.0.get_mut(network) else {
+            return;
+        };
+        let all = of.get(place).map_or(&[][..], |all| &**all);
+        let others = all.iter().filter(|other| !Arc::ptr_eq(other, claim));
+        let others: Arc<[Arc<T>]> = others.cloned().collect();
+        if others.is_empty() {
+            of.remove(place);
+            if of.is_empty() {
+                self.0.remove(network);
+            }
+        } else {
+            of.insert(place.clone(), others);
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Who is drawn, and how often, after endpoints have come and gone.
+
+use std::collections::{BTreeMap, HashMap};
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::super::workload::{self, tests::workload};
+use super::*;
+
+const KEY: &str = "ns/svc";
+
+/// An endpoint of a number, a weight, a health and a zone.
+fn endpoint(number: u8, capacity: u32, health: Health, zone: &str) -> Arc<Workload> {
+    let mut one = workload(&[]);
+    one.uid = format!("c//Pod/ns/{number}").into();
+    one.capacity = capacity;
+    one.locality.zone = zone.into();
+    let of_service = workload::Endpoint {
+        ports: BTreeMap::new(),
+        health,
+    };
+    one.services = BTreeMap::from([(KEY.into(), of_service)]);
+    Arc::new(one)
+}
+
+fn client() -> Workload {
+    let mut client = workload(&[]);
+    client.locality.zone = "here".into();
+    client
+}
+
+fn preferring_zones() -> Endpoints {
+    let mut endpoints = Endpoints::new(KEY.into());
+    endpoints.ranking.preferences = vec![Scope::Zone];
+    endpoints
+}
+
+/// How often each is drawn.
+fn draws(endpoints: &Endpoints, times: usize) -> HashMap<Arc<str>, f64> {
+    let mut drawn = HashMap::new();
+    for _ in 0..times {
+        let client = client();
+        if let Some((workload, ())) = endpoints.draw(&client, false, |_| Some(())) {
+            *drawn.entry(Arc::clone(&workload.uid)).or_default() += 1.0;
+        }
+    }
+    drawn
+}
+
+#[test]
+fn each_is_drawn_as_often_as_it_weighs_whatever_the_others_weigh() {
+    let weights = [1, 2, 3, 7, 8, 15, 64, 100];
+    let mut endpoints = preferring_zones();
+    for (number, weight) in (0..).zip(weights) {
+        endpoints.insert(&endpoint(number, weight, Health::Healthy, "here"));
+    }
+    const TIMES: usize = 100_000;
+    let drawn = draws(&endpoints, TIMES);
+    let total: u32 = weights.iter().sum();
+    let mut chi_square = 0.0;
+    for (number, weight) in (0..).zip(weights) {
+        let expected = TIMES as f64 * f64::from(weight) / f64::from(total);
+        let uid = &endpoint(number, 1, Health::Healthy, "").uid;
+        let found = drawn.get(uid).copied().unwrap_or_default();
+        chi_square += (found - expected).powi(2) / expected;
+    }
+    // Seven degrees of freedom: one run in ten million goes beyond this.
+    assert!(chi_square < 45.0, "{chi_square}: {drawn:?}");
+}
+
+#[test]
+fn one_that_will_do_is_found_among_many_that_will_not() {
+    let mut endpoints = preferring_zones();
+    for number in 0..250 {
+        endpoints.insert(&endpoint(number, 1, Health::Healthy, "here"));
+    }
+    let only = "c//Pod/ns/17";
+    let takes = |workload: &Workload| (*workload.uid == *only).then_some(17);
+    for _ in 0..20 {
+        let client = client();
+        let drawn = endpoints.draw(&client, false, takes);
+        let (workload, taken) = drawn.expect("there is one");
+        assert_eq!((&*workload.uid, taken), (only, 17));
+    }
+    let nobody = endpoints.draw(&client(), false, |_| None::<()>);
+    assert!(nobody.is_none());
+}
+
+fn health() -> impl Strategy<Value = Health> {
+    prop_oneof![
+        Just(Health::Healthy),
+        Just(Health::Terminating),
+        Just(Health::Unhealthy)
+    ]
+}
+
+proptest! {
+    /// However they have come and gone: of those that are there the best are drawn, and nobody else.
+    #[test]
+    fn the_best_that_are_there_are_drawn(
+        steps in vec((0..8_u8, any::<bool>(), 0..3_u32, health(), "here|away"), 1..40),
+    ) {
+        let mut endpoints = preferring_zones();
+        let mut there: BTreeMap<u8, (u32, Health, bool)> = BTreeMap::new();
+        for (number, stays, capacity, health, zone) in steps {
+            endpoints.remove(&endpoint(number, 0, health, "").uid);
+            there.remove(&number);
+            if stays {
+                endpoints.insert(&endpoint(number, capacity, health, &zone));
+                there.insert(number, (capacity, health, zone == "here"));
+            }
+            let able = there.iter().filter(|(_, (capacity, health, _))| {
+                *capacity > 0 && *health != Health::Unhealthy
+            });
+            let best = able.clone().map(|(_, (_, health, here))| (*health, *here)).max();
+            let mut expected: Vec<Arc<str>> = able
+                .filter(|(_, (_, health, here))| Some((*health, *here)) == best)
+                .map(|(number, _)| Arc::clone(&endpoint(*number, 0, Health::Healthy, "").uid))
+                .collect();
+            // One that weighs a fifteenth of all is missed once in a trillion times.
+            let mut found: Vec<Arc<str>> = draws(&endpoints, 400).into_keys().collect();
+            found.sort();
+            expected.sort();
+            prop_assert_eq!(found, expected);
+            let all: Vec<&Arc<str>> = endpoints.iter().map(|one| &one.uid).collect();
+            prop_assert_eq!(all.len(), there.len());
+        }
+    }
+}
