@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
@@ -110,6 +111,16 @@ impl Records {
     /// Where they are.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// When a record was written or removed last.
+    ///
+    /// # Errors
+    /// The folder cannot be looked at, or the state is not the one that was opened.
+    pub fn changed(&self) -> io::Result<SystemTime> {
+        self.state.look()?;
+        let folder = fs::metadata(&self.folder).and_then(|folder| folder.modified());
+        folder.map_err(|error| of_file(&self.folder, &error))
     }
 
     /// What they say now.

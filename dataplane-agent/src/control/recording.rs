@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
@@ -15,12 +15,21 @@ const FIRST: Duration = Duration::from_secs(1);
 /// and after twice as long each time that it fails again, up to this.
 const LONGEST: Duration = Duration::from_secs(30);
 
+/// A folder that was changed since so long may be changed again without showing it: clocks of file systems
+/// are coarse.
+const COARSE: Duration = Duration::from_secs(2);
+/// How often records are read of which nothing tells that they have changed: one may be written in place.
+const SLOW: Duration = Duration::from_secs(10);
+
 /// The records, and what is not as it should be with them.
 #[derive(Debug)]
 pub struct Recording {
     records: Records,
     /// The pods of all nodes, as they could be read last.
     enrolled: Enrolled,
+    /// Since when they had not changed as they were read last, and when that was; none if that is to be
+    /// done again whatever the folder looks like.
+    read: Option<(SystemTime, Instant)>,
     /// Whether none of them can be read now.
     away: bool,
     /// What of them cannot be read now, and why.
@@ -62,6 +71,7 @@ impl Recording {
             unsigned: BTreeSet::new(),
             namesakes: BTreeSet::new(),
             records,
+            read: None,
             away: false,
             unread: Vec::new(),
             failed: BTreeMap::new(),
@@ -87,8 +97,21 @@ impl Recording {
 
     /// Reads what is recorded now.
     pub fn look(&mut self) {
+        let changed = self.records.changed();
+        if let (Ok(changed), Some((as_read, when))) = (&changed, self.read)
+            && *changed == as_read
+            && when.elapsed() < SLOW
+        {
+            return;
+        }
         let said = self.records.read();
         self.away = said.is_err();
+        let is_settled = |at: &SystemTime| at.elapsed().is_ok_and(|age| age > COARSE);
+        let whole = said.as_ref().is_ok_and(|said| said.problems.is_empty());
+        self.read = match changed {
+            Ok(at) if whole && is_settled(&at) => Some((at, Instant::now())),
+            _ => None,
+        };
         match said {
             Ok(said) => self.hear(said),
             Err(error) => self.tell(vec![format!("{error}; what they said last holds")]),
@@ -354,6 +377,37 @@ mod tests {
             "{said:?}"
         );
         assert_eq!(here.problems().count(), 0);
+    }
+
+    #[test]
+    fn records_are_read_again_when_their_folder_has_changed() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        let (mut recording, two) = (recording(state.path()), tests::records(state.path(), "two"));
+        let folder = state.path().join("enrolled");
+        let long_ago = SystemTime::now() - Duration::from_secs(3600);
+        two.write(&pod("a", "1"))?;
+        fs::File::open(&folder)?.set_modified(long_ago)?;
+        recording.look();
+        assert!(recording.enrolled().contains(&key_of("a", "1")));
+        fs::write(folder.join("ns.a.json"), "{")?;
+        recording.look();
+        assert_eq!(recording.problems().count(), 0, "it is not read again");
+        two.write(&pod("b", "2"))?;
+        recording.look();
+        assert!(recording.enrolled().contains(&key_of("b", "2")));
+        assert_eq!(recording.problems().count(), 1);
+        // What is not whole is read at every look.
+        fs::File::open(&folder)?.set_modified(long_ago)?;
+        fs::remove_file(folder.join("ns.a.json"))?;
+        fs::File::open(&folder)?.set_modified(long_ago)?;
+        recording.look();
+        assert_eq!(recording.problems().count(), 0);
+        // What is away is told of at once.
+        recording.look();
+        fs::rename(&folder, state.path().join("away"))?;
+        recording.look();
+        assert!(recording.is_away());
+        Ok(())
     }
 
     #[test]
