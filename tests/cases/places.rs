@@ -137,6 +137,11 @@ fn a_start_that_pins_or_records_refuse_has_begun_nothing() {
     };
     refused("others than its owner may write");
     fs::remove_dir(&pins).expect("a folder");
+    // Nor may others make a node's folder.
+    let all = world.bpffs().join("dataplane");
+    fs::set_permissions(&all, fs::Permissions::from_mode(0o777)).expect("a mode");
+    refused("others than its owner may write");
+    fs::remove_dir(&all).expect("a folder");
     let records = world.folder().join("run/one/pods");
     fs::create_dir_all(&records).expect("a folder");
     fs::write(records.join("7.json"), "{").expect("a file");

@@ -74,13 +74,15 @@ impl Pins {
     /// # Errors
     /// Another user has made it; it is of another layout.
     pub fn refuse(&self) -> Result<(), CaptureError> {
-        if !self.are_there() {
-            return Ok(());
-        }
         for folder in self.above() {
-            is_private(folder).map_err(CaptureError::file(folder))?;
+            if fs::symlink_metadata(folder).is_ok() {
+                is_private(folder).map_err(CaptureError::file(folder))?;
+            }
         }
-        self.refuse_other_layout()
+        match self.are_there() {
+            true => self.refuse_other_layout(),
+            false => Ok(()),
+        }
     }
 
     /// The folder of the node, and those above it that are an agent's.
