@@ -192,8 +192,9 @@ pub fn namespaces_with_rules() -> Result<usize, CaptureError> {
         let mut count = 0;
         for found in processes::namespaces()?.namespaces.values() {
             // One that has gone meanwhile has none; any user's own may have any.
-            let Ok(netns) = Netns::open(&found.path) else {
-                continue;
+            let netns = match Netns::open(&found.path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                netns => netns?,
             };
             if netns.is_the_hosts()? {
                 let none =
