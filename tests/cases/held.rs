@@ -6,10 +6,10 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dataplane_tests::bpf::steering;
-use dataplane_tests::{Pair, Pod, Wire, eventually, repairs};
+use dataplane_tests::{Pair, Pod, Wire, eventually, repairs, scaled};
 
 const PORT: u16 = 7000;
 
@@ -150,4 +150,24 @@ fn c1_a_held_pod_that_has_lost_its_pin_has_its_program_while_it_is_enrolled() {
         watch.join().expect("it counts")
     });
     assert_eq!(without, 0);
+}
+
+#[test]
+fn c1_a_held_pod_that_cannot_be_enrolled_keeps_its_program_without_its_pin() {
+    let pair = held("10.100.0.1");
+    let netns = pair.client.netns.file();
+    eventually("it is looked after", 10, || steering(&netns) == 1);
+    let pins = pair.world.pinned("one", "pods");
+    let block = format!("{}-new", pins[0].display());
+    fs::create_dir(&block).expect("a folder");
+    pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
+    pair.one.logs(&["pod cannot be enrolled", "-new"]);
+    fs::remove_file(&pins[0]).expect("a pin");
+    let until = Instant::now() + scaled(Duration::from_secs(7));
+    while Instant::now() < until {
+        assert!(steering(&netns) > 0);
+    }
+    fs::remove_dir(&block).expect("a folder");
+    pair.one.up(&["client"]);
+    assert_eq!(steering(&netns), 1);
 }

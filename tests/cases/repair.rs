@@ -163,6 +163,58 @@ fn c1_programs_are_put_back_where_nothing_can_be_pinned() {
     assert!(pair.client.ask(outsider.at(PORT), "x").is_ok());
 }
 
+/// Keeps an agent from pinning programs anew; those that are pinned stay so.
+fn block(pair: &Pair, folders: &[&str]) -> Vec<PathBuf> {
+    let pins = folders.iter().flat_map(|of| pair.world.pinned("one", of));
+    let blocks = pins.map(|pin| PathBuf::from(format!("{}-new", pin.display())));
+    let blocks: Vec<PathBuf> = blocks.collect();
+    for block in &blocks {
+        fs::create_dir(block).expect("a folder");
+    }
+    blocks
+}
+
+#[test]
+fn c1_a_pin_of_what_was_detached_is_not_one_of_what_is_attached() {
+    let mut pair = Pair::new();
+    let blocks = block(&pair, &["links", "pods"]);
+    assert_eq!(blocks.len(), 5);
+    let inode = |file: &fs::File| file.metadata().expect("it is open").ino();
+    let cgroup = fs::File::open(&pair.nodes.0.cgroup.folder).expect("a cgroup");
+    let netns = pair.client.netns.file();
+    assert_eq!(bpf::detach(inode(&cgroup)), 4);
+    assert_eq!(bpf::detach(inode(&netns)), 1);
+    pair.one.is("client", "broken");
+    eventually("it is attached", 10, || bpf::steering(&netns) == 1);
+    // Two looks later too.
+    std::thread::sleep(scaled(Duration::from_secs(7)));
+    assert_eq!(pair.one.pod("client").0, "broken");
+    for block in &blocks {
+        fs::remove_dir(block).expect("a folder");
+    }
+    pair.one.up(&["client"]);
+    pair.one.kill();
+    std::thread::sleep(scaled(Duration::from_secs(1)));
+    assert_eq!(bpf::steering(&netns), 1);
+    assert_eq!(bpf::detach(inode(&cgroup)), 4);
+}
+
+#[test]
+fn c1_all_else_is_put_back_where_a_program_cannot_be_pinned() {
+    let pair = Pair::new();
+    let _blocks = block(&pair, &["pods"]);
+    let netns = &pair.client.netns;
+    let before = ["rule", "steer"].map(|part| repairs(&pair.one, part));
+    netns.show("rule del fwmark 0x511/0xfff");
+    let inode = netns.file().metadata().expect("it is open").ino();
+    assert_eq!(bpf::detach(inode), 1);
+    eventually("both are put back, and counted", 10, || {
+        ["rule", "steer"].map(|part| repairs(&pair.one, part)) == before.map(|count| count + 1)
+    });
+    assert_eq!(bpf::steering(&netns.file()), 1);
+    pair.one.is("client", "broken");
+}
+
 #[test]
 fn a_listener_that_is_ended_is_replaced() {
     let pair = Pair::new();

@@ -15,6 +15,7 @@ use crate::sys::hooks;
 /// A link of a program.
 #[derive(Debug)]
 pub struct Link {
+    id: u32,
     program: u32,
     link: OwnedFd,
 }
@@ -28,6 +29,7 @@ impl Link {
         let untold = |why| CaptureError::Program { program, why };
         let info = link.info().map_err(|error| untold(chain(&error)))?;
         Ok(Self {
+            id: info.id(),
             program: info.program_id(),
             link: hooks::link(info.id()).map_err(|error| untold(error.to_string()))?,
         })
@@ -37,9 +39,15 @@ impl Link {
     pub fn at(pin: &Path) -> Option<Self> {
         let info = FdLink::from(PinnedLink::from_pin(pin).ok()?).info().ok()?;
         Some(Self {
+            id: info.id(),
             program: info.program_id(),
             link: hooks::link(info.id()).ok()?,
         })
+    }
+
+    /// Whether it is what is pinned at a path. Where a link was detached the file is there all the same.
+    pub fn is_at(&self, pin: &Path) -> bool {
+        Self::at(pin).is_some_and(|pinned| pinned.id == self.id)
     }
 
     /// The id of its program.

@@ -132,7 +132,7 @@ pub fn restore(
         let pin = pins.links().join(name);
         let own = links.get(name);
         let own = own.filter(|link| attached.contains(&link.program()));
-        if own.is_some() && pin.exists() {
+        if own.is_some_and(|link| link.is_at(&pin)) {
             continue;
         }
         lost = true;
@@ -185,31 +185,62 @@ fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<Link
     Link::of(name, &link)
 }
 
+/// A program that is attached, whatever became of its pin.
+#[derive(Debug)]
+pub struct Restored {
+    /// Whether it was not, or was not pinned.
+    pub lost: bool,
+    /// Why it is not pinned: it is attached for as long as this agent runs.
+    pub pinned: Result<(), CaptureError>,
+}
+
+impl Restored {
+    /// Of a link: `attached`, if it was already, and pinned now if it was not.
+    pub fn of(link: &Link, attached: bool, pin: &Path) -> Self {
+        let was_pinned = link.is_at(pin);
+        let pinned = match was_pinned {
+            true => Ok(()),
+            false => link.pin(pin),
+        };
+        Self {
+            lost: !attached || (!was_pinned && pinned.is_ok()),
+            pinned,
+        }
+    }
+}
+
 impl PodProgram {
     /// Attaches it in the pod's network namespace, in place of a predecessor.
     ///
     /// # Errors
     /// The kernel refuses; it cannot be pinned, and is attached all the same.
     pub fn attach(&mut self, netns: &Netns, pin: &Path) -> Result<(), CaptureError> {
+        self.enter(netns)?.pin(pin)
+    }
+
+    fn enter(&mut self, netns: &Netns) -> Result<&Link, CaptureError> {
         let program = steer(&mut self.ebpf)?;
         let link = program.attach(netns).map_err(refused(OF_POD))?;
         let link = program.take_link(link).map_err(refused(OF_POD))?;
-        self.link.insert(Link::of(OF_POD, &link.into())?).pin(pin)
+        Ok(self.link.insert(Link::of(OF_POD, &link.into())?))
     }
 
-    /// Attaches it again if it is not attached, and pins it if it is not pinned any more; whether that was
-    /// so.
+    /// Attaches it again if it is not attached, and pins it if it is not pinned any more.
     ///
     /// # Errors
-    /// As [`PodProgram::attach`].
-    pub fn restore(&mut self, netns: &Netns, pin: &Path) -> Result<bool, CaptureError> {
-        let own = self.link.as_ref().map(Link::program);
-        match (steers(netns, own)?, &self.link) {
-            (true, _) if pin.exists() => return Ok(false),
-            (true, Some(link)) => link.pin(pin)?,
-            _ => self.attach(netns, pin)?,
-        }
-        Ok(true)
+    /// It is not attached.
+    pub fn restore(&mut self, netns: &Netns, pin: &Path) -> Result<Restored, CaptureError> {
+        let attached = steers(netns, self.id())?;
+        let link = match &self.link {
+            Some(link) if attached => link,
+            _ => self.enter(netns)?,
+        };
+        Ok(Restored::of(link, attached, pin))
+    }
+
+    /// The id of what is attached, if it was.
+    pub fn id(&self) -> Option<u32> {
+        self.link.as_ref().map(Link::program)
     }
 
     /// What keeps it attached, without the rest.

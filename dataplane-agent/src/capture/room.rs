@@ -179,6 +179,12 @@ impl Pod {
         Some(served.local.instance)
     }
 
+    /// The id of what steers in it, pinned or not, as far as this agent has it.
+    fn program(&self) -> Option<u32> {
+        let served = self.phase.served().and_then(|served| served.program.id());
+        served.or(self.held.as_ref().and_then(Held::program))
+    }
+
     /// When it is looked at.
     fn next_look(&self) -> Option<Instant> {
         let served = self.phase.served().map(|served| &served.looks);
@@ -479,7 +485,7 @@ impl Room {
 
     async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
         let cookie = desired.cookie;
-        let entered = match self.only_pinned(cookie) {
+        let entered = match self.pin_held(cookie) {
             Ok(()) => {
                 let (loader, records) = (&mut self.loader, &self.records);
                 enrol::enter(&desired, loader, records, &self.pins, &self.window).await
@@ -564,16 +570,11 @@ impl Room {
         }
     }
 
-    /// What steers in a pod that is enrolled is what is pinned, and nothing else of this agent's: a held
-    /// one's program is let go once it has its pin, which may have been lost.
-    fn only_pinned(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        if let Some(pod) = self.pods.get_mut(&cookie)
-            && let Some(held) = &pod.held
-        {
-            held.pin(&self.pins.pod(cookie))?;
-            pod.held = None;
-        }
-        Ok(())
+    /// What steers in a pod that is to be enrolled is what is pinned, and nothing else: a held one's program
+    /// is pinned first, which may have lost its pin, and kept until another one serves.
+    fn pin_held(&self, cookie: u64) -> Result<(), CaptureError> {
+        let held = self.pods.get(&cookie).and_then(|pod| pod.held.as_ref());
+        held.map_or(Ok(()), |held| held.pin(&self.pins.pod(cookie)))
     }
 
     /// The last step in: from here on the pod's own connections are captured.
@@ -651,7 +652,8 @@ impl Room {
     fn captures(&self, cookie: u64) -> bool {
         let netns = self.pods.get(&cookie).and_then(|pod| pod.netns.as_ref());
         let steers = netns.is_some_and(|netns| {
-            let mut own = self.pins.programs_of(cookie).into_iter();
+            let pinned = self.pins.programs_of(cookie).into_iter();
+            let mut own = pinned.chain(self.pods.get(&cookie).and_then(Pod::program));
             own.any(|program| programs::steers(netns, Some(program)).unwrap_or(false))
         });
         steers && self.window.maps().captures(cookie).unwrap_or(false)

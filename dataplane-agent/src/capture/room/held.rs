@@ -6,7 +6,7 @@ use std::path::Path;
 use super::super::enrol::Own;
 use super::super::link::Link;
 use super::super::pins::Pins;
-use super::super::programs::{self, Loader, PodProgram};
+use super::super::programs::{self, Loader, PodProgram, Restored};
 use super::super::repair::{Gone, Part};
 use super::super::routing::Routing;
 use super::super::undo::Record;
@@ -86,7 +86,7 @@ impl Held {
     /// The file system refuses.
     pub(super) fn pin(&self, pin: &Path) -> Result<(), CaptureError> {
         match &self.steer {
-            Some(link) if !pin.exists() => link.pin(pin),
+            Some(link) if !link.is_at(pin) => link.pin(pin),
             _ => Ok(()),
         }
     }
@@ -103,7 +103,7 @@ impl Held {
         let own = self.own(netns, record, window, gone);
         let steered = self.steered(netns, record.cookie, (loader, pins), gone);
         let routed = match steered {
-            Ok(()) => self.routed(netns, gone).await,
+            Ok(pinned) => self.routed(netns, gone).await.and(pinned),
             Err(error) => Err(error),
         };
         own.and(routed).and(set(netns, record, gone))
@@ -133,32 +133,38 @@ impl Held {
         Ok(())
     }
 
-    /// Its program: the predecessor's, or one without listeners, which lets nobody in or out.
+    /// The id of what steers, once it is known.
+    pub(super) fn program(&self) -> Option<u32> {
+        self.steer.as_ref().map(Link::program)
+    }
+
+    /// Its program: the predecessor's, or one without listeners, which lets nobody in or out. Whether it is
+    /// pinned, if it is attached.
     fn steered(
         &mut self,
         netns: &Netns,
         cookie: u64,
         (loader, pins): (&mut Loader, &Pins),
         gone: &mut Gone,
-    ) -> Result<(), CaptureError> {
+    ) -> Result<Result<(), CaptureError>, CaptureError> {
         let pin = pins.pod(cookie);
         if self.steer.is_none() {
             self.steer = Link::at(&pin);
         }
-        let own = self.steer.as_ref().map(Link::program);
-        if programs::steers(netns, own)? {
-            if !pin.exists() {
-                self.pin(&pin)?;
-                gone.add(Part::Steer);
+        let attached = programs::steers(netns, self.program())?;
+        let Restored { lost, pinned } = match &self.steer {
+            Some(link) if attached => Restored::of(link, true, &pin),
+            _ => {
+                let mut program = loader.pod(cookie, None, None)?;
+                let restored = program.restore(netns, &pin)?;
+                self.steer = program.into_link();
+                restored
             }
-            return Ok(());
+        };
+        if lost {
+            gone.add(Part::Steer);
         }
-        let mut program = loader.pod(cookie, None, None)?;
-        let attached = program.attach(netns, &pin);
-        self.steer = program.into_link().or(self.steer.take());
-        attached?;
-        gone.add(Part::Steer);
-        Ok(())
+        Ok(pinned)
     }
 
     /// Its rules and routes.

@@ -76,6 +76,7 @@ impl Room {
         let interfaces = enrol::interfaces(&desired.netns)?;
         let (addresses, _) = enrol::own(desired.own(), &interfaces, &self.window)?;
         let pin = self.pins.pod(desired.cookie);
+        // That it cannot be pinned is told by the next look.
         served.program.restore(&desired.netns, &pin)?;
         let first = addresses.first().copied();
         local.set_addresses(addresses);

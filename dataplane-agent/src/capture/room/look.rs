@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::super::programs;
+use super::super::programs::{self, Restored};
 use super::super::repair::{Gone, Part};
 use super::super::routing::Routing;
 use super::super::undo::Record;
@@ -179,19 +179,24 @@ async fn inside(
     gone: &mut Gone,
 ) -> Result<(), CaptureError> {
     let routed = match steered(served, pin, gone) {
-        Ok(()) => routed(served, gone).await,
+        Ok(pinned) => routed(served, gone).await.and(pinned),
         // What comes by the routes would go to the pod's own app.
         Err(error) => Err(error),
     };
     routed.and(set(&served.desired.netns, record, gone))
 }
 
-/// The pod's program, attached and pinned.
-fn steered(served: &mut Served, pin: &Path, gone: &mut Gone) -> Result<(), CaptureError> {
-    if served.program.restore(&served.desired.netns, pin)? {
+/// The pod's program, attached; whether it is pinned too.
+fn steered(
+    served: &mut Served,
+    pin: &Path,
+    gone: &mut Gone,
+) -> Result<Result<(), CaptureError>, CaptureError> {
+    let Restored { lost, pinned } = served.program.restore(&served.desired.netns, pin)?;
+    if lost {
         gone.add(Part::Steer);
     }
-    Ok(())
+    Ok(pinned)
 }
 
 /// Its rules and routes.
