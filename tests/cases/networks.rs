@@ -491,7 +491,8 @@ fn an_address_on_lo_is_a_pods_own_and_policy_holds_for_it() {
         eventually("it is reached again", 5, || outsider.ask(own, "x").is_ok());
         server.netns.ip(&format!("addr del {prefix} dev lo\n"));
         node.ip(&format!("route del {route}\n"));
-        eventually("it is not the pod's any more", 5, || {
+        // What begins before that is seen goes nowhere, and is waited for as long as an app waits.
+        eventually("it is not the pod's any more", 30, || {
             let captured = pair.two.counter("captured");
             let _ = server.ask(own, "to whom");
             pair.two.counter("captured") > captured
