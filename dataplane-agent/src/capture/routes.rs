@@ -192,9 +192,8 @@ pub fn namespaces_with_rules() -> Result<usize, CaptureError> {
         let mut count = 0;
         for found in processes::namespaces()?.namespaces.values() {
             // One that has gone meanwhile has none; any user's own may have any.
-            let netns = match Netns::open(&found.path) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                netns => netns?,
+            let Ok(netns) = Netns::open(&found.path) else {
+                continue;
             };
             if netns.is_the_hosts()? {
                 let none =
