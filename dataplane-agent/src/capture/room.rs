@@ -476,10 +476,16 @@ impl Room {
                 pod = %named(&pod.uid),
                 "pod is another than it was; its connections are cut"
             );
-            let (told, done) = oneshot::channel();
-            self.send(PodEvent::Down(instance, told)).await?;
-            let _ = done.await;
+            self.cut(instance).await?;
         }
+        Ok(())
+    }
+
+    /// Has the workers cut what runs of an enrolment, and waits until they have.
+    async fn cut(&self, instance: Instance) -> Result<(), CaptureError> {
+        let (told, done) = oneshot::channel();
+        self.send(PodEvent::Down(instance, told)).await?;
+        let _ = done.await;
         Ok(())
     }
 

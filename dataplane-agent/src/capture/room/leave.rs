@@ -119,10 +119,7 @@ impl Room {
         if let Some(pod) = self.pods.get(&cookie)
             && let Some(served) = pod.phase.served()
         {
-            let (told, done) = oneshot::channel();
-            self.send(PodEvent::Down(served.local.instance, told))
-                .await?;
-            let _ = done.await;
+            self.cut(served.local.instance).await?;
         }
         self.undo(cookie).await;
         Ok(())

@@ -8,14 +8,13 @@ use std::path::Path;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::super::programs::{self, Restored};
 use super::super::repair::{Gone, Part};
 use super::super::routing::Routing;
 use super::super::undo::Record;
-use super::super::{CaptureError, PodEvent, enrol, named, routes};
+use super::super::{CaptureError, enrol, named, routes};
 use super::{InPhase, Pod, Room, Served, Window};
 use crate::sys::netns::Netns;
 
@@ -140,9 +139,7 @@ impl Room {
             && let Some(instance) = pod.take_back()
         {
             // It is enrolled anew, with others; what runs is cut.
-            let (told, done) = oneshot::channel();
-            self.send(PodEvent::Down(instance, told)).await?;
-            let _ = done.await;
+            self.cut(instance).await?;
         }
         Ok(())
     }
