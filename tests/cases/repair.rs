@@ -179,6 +179,7 @@ fn c1_a_pin_of_what_was_detached_is_not_one_of_what_is_attached() {
     let mut pair = Pair::new();
     let blocks = block(&pair, &["links", "pods"]);
     assert_eq!(blocks.len(), 5);
+    let before = ["program", "steer"].map(|part| repairs(&pair.one, part));
     let inode = |file: &fs::File| file.metadata().expect("it is open").ino();
     let cgroup = fs::File::open(&pair.nodes.0.cgroup.folder).expect("a cgroup");
     let netns = pair.client.netns.file();
@@ -186,6 +187,9 @@ fn c1_a_pin_of_what_was_detached_is_not_one_of_what_is_attached() {
     assert_eq!(bpf::detach(inode(&netns)), 1);
     pair.one.is("client", "broken");
     eventually("it is attached", 10, || bpf::steering(&netns) == 1);
+    eventually("that is counted", 10, || {
+        ["program", "steer"].map(|part| repairs(&pair.one, part)) == before.map(|count| count + 1)
+    });
     // Two looks later too.
     std::thread::sleep(scaled(Duration::from_secs(7)));
     assert_eq!(pair.one.pod("client").0, "broken");

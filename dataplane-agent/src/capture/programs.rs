@@ -114,38 +114,41 @@ impl Loader {
 }
 
 /// Attaches those of the node's programs to a cgroup that are not, and pins those that are not, in place of
-/// a predecessor's; whether there were any. One that cannot be pinned is attached all the same.
+/// a predecessor's; each, whatever becomes of the others.
 ///
 /// # Errors
-/// The cgroup is not there; the kernel, or the file system, refuses. What can be done is.
+/// The cgroup is not there; the kernel does not tell what is attached to it.
 pub fn restore(
     ebpf: &mut Ebpf,
     cgroup: &Path,
     pins: &Pins,
     links: &mut Links,
-) -> Result<bool, CaptureError> {
+) -> Result<Restored, CaptureError> {
     let folder = File::open(cgroup).map_err(CaptureError::file(cgroup))?;
     let attached = hooks::of_cgroup(&folder).map_err(CaptureError::file(cgroup))?;
-    let mut lost = false;
-    let mut all = Ok(());
+    let mut all = Restored {
+        lost: false,
+        whole: Ok(()),
+    };
     for name in OF_NODE {
-        let pin = pins.links().join(name);
         let own = links.get(name);
-        let own = own.filter(|link| attached.contains(&link.program()));
-        if own.is_some_and(|link| link.is_at(&pin)) {
-            continue;
+        let is_attached = own.is_some_and(|link| attached.contains(&link.program()));
+        if !is_attached {
+            match attach_one(ebpf, name, &folder) {
+                Ok(link) => links.insert(name, link),
+                Err(error) => {
+                    all.whole = all.whole.and(Err(error));
+                    continue;
+                }
+            };
         }
-        lost = true;
-        let one = match own {
-            Some(link) => link.pin(&pin),
-            None => attach_one(ebpf, name, &folder).and_then(|link| {
-                links.insert(name, link);
-                links.get(name).map_or(Ok(()), |link| link.pin(&pin))
-            }),
-        };
-        all = all.and(one);
+        if let Some(link) = links.get(name) {
+            let one = Restored::of(link, is_attached, &pins.links().join(name));
+            all.lost |= one.lost;
+            all.whole = all.whole.and(one.whole);
+        }
     }
-    all.map(|()| lost)
+    Ok(all)
 }
 
 fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<Link, CaptureError> {
@@ -185,26 +188,27 @@ fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<Link
     Link::of(name, &link)
 }
 
-/// A program that is attached, whatever became of its pin.
+/// What was done to have programs attached and pinned.
 #[derive(Debug)]
 pub struct Restored {
-    /// Whether it was not, or was not pinned.
+    /// Whether one was not attached, or not pinned, and is now.
     pub lost: bool,
-    /// Why it is not pinned: it is attached for as long as this agent runs.
-    pub pinned: Result<(), CaptureError>,
+    /// Why one is not pinned: it is attached for as long as this agent runs. Of the node's, also why one is not
+    /// attached.
+    pub whole: Result<(), CaptureError>,
 }
 
 impl Restored {
     /// Of a link: `attached`, if it was already, and pinned now if it was not.
     pub fn of(link: &Link, attached: bool, pin: &Path) -> Self {
         let was_pinned = link.is_at(pin);
-        let pinned = match was_pinned {
+        let whole = match was_pinned {
             true => Ok(()),
             false => link.pin(pin),
         };
         Self {
-            lost: !attached || (!was_pinned && pinned.is_ok()),
-            pinned,
+            lost: !attached || (!was_pinned && whole.is_ok()),
+            whole,
         }
     }
 }

@@ -274,7 +274,7 @@ impl Room {
             log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
         };
         let mut links = Links::new();
-        programs::restore(&mut node.ebpf, &config.cgroup, &pins, &mut links)?;
+        programs::restore(&mut node.ebpf, &config.cgroup, &pins, &mut links)?.whole?;
         // Of two that looked at once, one at least sees the other now.
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         let pods = adopt(records.all()?);

@@ -35,7 +35,7 @@ fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
     let mut loader = Loader::new(&pins);
     let mut node = loader.node()?;
     let mut links = programs::Links::new();
-    programs::restore(&mut node.ebpf, cgroup, &pins, &mut links)?;
+    programs::restore(&mut node.ebpf, cgroup, &pins, &mut links)?.whole?;
     let listeners = enrol::listen(netns)?;
     let mut pod = loader.pod(netns.cookie()?, None, Some(&listeners))?;
     pod.attach(netns, &pins.pod(netns.cookie()?))?;

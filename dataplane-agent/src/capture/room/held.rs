@@ -152,7 +152,7 @@ impl Held {
             self.steer = Link::at(&pin);
         }
         let attached = programs::steers(netns, self.program())?;
-        let Restored { lost, pinned } = match &self.steer {
+        let Restored { lost, whole } = match &self.steer {
             Some(link) if attached => Restored::of(link, true, &pin),
             _ => {
                 let mut program = loader.pod(cookie, None, None)?;
@@ -164,7 +164,7 @@ impl Held {
         if lost {
             gone.add(Part::Steer);
         }
-        Ok(pinned)
+        Ok(whole)
     }
 
     /// Its rules and routes.

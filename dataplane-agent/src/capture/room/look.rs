@@ -103,13 +103,16 @@ impl Room {
         let folders = self.pins.restore(&mut self.pins_lock);
         let maps = self.pinned.restore(&self.pins);
         let (cgroup, links) = (&self.config.cgroup, &mut self.links);
-        let programs = programs::restore(&mut self.node, cgroup, &self.pins, links);
-        for (part, lost) in [(Part::Pin, &maps), (Part::Program, &programs)] {
-            if matches!(lost, Ok(true)) {
+        let (lost, programs) = match programs::restore(&mut self.node, cgroup, &self.pins, links) {
+            Ok(Restored { lost, whole }) => (lost, whole),
+            Err(error) => (false, Err(error)),
+        };
+        for (part, lost) in [(Part::Pin, matches!(maps, Ok(true))), (Part::Program, lost)] {
+            if lost {
                 gone.add(part);
             }
         }
-        folders.and(maps).and(programs).map(|_| ())
+        folders.and(maps).and(programs)
     }
 
     async fn look_at(&mut self, cookie: u64) -> Result<(), CaptureError> {
@@ -189,11 +192,11 @@ fn steered(
     pin: &Path,
     gone: &mut Gone,
 ) -> Result<Result<(), CaptureError>, CaptureError> {
-    let Restored { lost, pinned } = served.program.restore(&served.desired.netns, pin)?;
+    let Restored { lost, whole } = served.program.restore(&served.desired.netns, pin)?;
     if lost {
         gone.add(Part::Steer);
     }
-    Ok(pinned)
+    Ok(whole)
 }
 
 /// Its rules and routes.
