@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::object::{Key, Meta, Objects, of_namespace, selects};
+use super::object::{Key, Meta, Objects, all_in, selects};
 use super::pod::MODE_LABEL;
 use super::spelling::nearest;
 
@@ -34,7 +34,7 @@ pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
         let is_selected = |labels| match namespace == root {
             true => pods().any(|pod| selects(labels, &pod.labels)),
             false => {
-                let mut own = of_namespace(&objects.pods, &key.namespace);
+                let mut own = all_in(&objects.pods, namespace);
                 own.any(|(_, pod)| selects(labels, &pod.meta.labels))
             }
         };

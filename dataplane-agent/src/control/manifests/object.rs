@@ -205,12 +205,12 @@ impl Objects {
     }
 }
 
-/// Those of one namespace, in the order of their names.
-pub(crate) fn of_namespace<'a, T>(
+/// Those in one namespace, in the order of their names.
+pub(crate) fn all_in<'a, T>(
     all: &'a ByKey<T>,
-    namespace: &Arc<str>,
+    namespace: &str,
 ) -> impl Iterator<Item = (&'a Key, &'a Arc<Resource<T>>)> + use<'a, T> {
-    let namespace = Arc::clone(namespace);
+    let namespace: Arc<str> = namespace.into();
     let from = Key {
         namespace: Arc::clone(&namespace),
         name: "".into(),
@@ -221,7 +221,7 @@ pub(crate) fn of_namespace<'a, T>(
 
 fn within<'a, T>(all: &ByKey<T>, namespaces: impl IntoIterator<Item = &'a Arc<str>>) -> ByKey<T> {
     let of = namespaces.into_iter();
-    let all = of.flat_map(|namespace| of_namespace(all, namespace));
+    let all = of.flat_map(|namespace| all_in(all, namespace));
     all.map(|(key, of)| (key.clone(), Arc::clone(of))).collect()
 }
 

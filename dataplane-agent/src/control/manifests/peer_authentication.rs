@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::authorization_policy::{DRY_RUN_ANNOTATION, Selector};
 use super::node::{Node, NodeError};
-use super::object::{ByKey, Meta, Resource, selects, wrong};
+use super::object::{ByKey, Meta, Resource, all_in, selects, wrong};
 use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 
 const STATIC_STRICT: &str = "istio_converted_static_strict";
@@ -115,22 +115,19 @@ impl<'a> PeerAuthentications<'a> {
     }
 
     fn level_all(&self, namespace: &str) -> Vec<&'a Resource<PeerAuthentication>> {
-        let all = self.all.values().map(Arc::as_ref).filter(|found| {
-            &*found.meta.key.namespace == namespace && found.body.labels().is_none()
-        });
-        all.collect()
+        let all = all_in(self.all, namespace).map(|(_, found)| &**found);
+        all.filter(|found| found.body.labels().is_none()).collect()
     }
 
     /// Those for a pod alone.
     fn of_pod(&self, pod: &Meta) -> Vec<&'a Resource<PeerAuthentication>> {
         let namespace = &*pod.key.namespace;
-        let all = self.all.values().map(Arc::as_ref).filter(|found| {
+        let all = all_in(self.all, namespace).map(|(_, found)| &**found);
+        let selected = all.filter(|found| {
             let labels = found.body.labels();
-            *found.meta.key.namespace == *namespace
-                && namespace != self.root
-                && labels.is_some_and(|labels| selects(labels, &pod.labels))
+            namespace != self.root && labels.is_some_and(|labels| selects(labels, &pod.labels))
         });
-        all.collect()
+        selected.collect()
     }
 
     /// Says where several are for the same pods, and which of them holds.

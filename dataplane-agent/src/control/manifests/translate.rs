@@ -9,7 +9,7 @@ use super::super::enrolled::Enrolled;
 use super::authorization_policy;
 use super::endpoint_slice::{Endpoint, EndpointSlice, SERVICE_LABEL};
 use super::gateway::{self, Asker};
-use super::object::{Key, Meta, Objects, Resource, selects};
+use super::object::{Key, Meta, Objects, Resource, all_in, selects};
 use super::peer_authentication::PeerAuthentications;
 use super::pod::{self, Pod};
 use super::service;
@@ -386,18 +386,10 @@ impl<'a> Translator<'a> {
     }
 
     fn services_of(&self, pod: &Resource<Pod>) -> BTreeMap<Arc<str>, workload::Endpoint> {
-        let namespace = &pod.meta.key.namespace;
-        let from = Key {
-            namespace: namespace.clone(),
-            name: "".into(),
-        };
         let own = pod::health(pod);
-        let selecting = self
-            .objects
-            .services
-            .range(from..)
+        let services = all_in(&self.objects.services, &pod.meta.key.namespace);
+        let selecting = services
             .map(|(_, service)| service)
-            .take_while(|service| service.meta.key.namespace == *namespace)
             .filter(|service| {
                 let selector = &service.body.selector;
                 !selector.is_empty() && selects(selector, &pod.meta.labels)
