@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, de};
 use super::node::{Node, NodeError};
 use super::object::{Objects, Resource, wrong};
 use super::pod::Pod;
-use super::spelling::{DISTRIBUTION, DISTRIBUTIONS};
+use super::spelling::{DISTRIBUTION, is_distribution};
 use crate::control::written::Address;
 use crate::mesh::service::{Family, LoadBalancing, Scope};
 
@@ -205,8 +205,7 @@ impl Outside {
             Some(word) => Some(("spec.trafficDistribution", word.as_str())),
             None => annotation.map(|word| (DISTRIBUTION, word)),
         };
-        let known = |word: &str| DISTRIBUTIONS.iter().any(|is| is.eq_ignore_ascii_case(word));
-        if let Some((at, other)) = said.filter(|(_, word)| !known(word)) {
+        if let Some((at, other)) = said.filter(|(_, word)| !is_distribution(word)) {
             notes.push(format!(
                 "{at}: `{other}` is not known, endpoints are taken from everywhere"
             ));
@@ -259,12 +258,11 @@ pub(crate) fn load_balancing(service: &Resource<Service>, objects: &Objects) -> 
         .or_else(|| service.meta.annotations.get(DISTRIBUTION))
         .or_else(of_namespace);
     // In other letters than Kubernetes' own it is the annotation's: see `spelling`.
-    let is = |word: &str| distribution.is_some_and(|is| is.eq_ignore_ascii_case(word));
     let mut preferences = Vec::new();
-    if DISTRIBUTIONS.into_iter().any(is) {
+    if distribution.is_some_and(|word| is_distribution(word)) {
         preferences.extend([Scope::Network, Scope::Region, Scope::Zone]);
     }
-    if is("PreferSameNode") {
+    if distribution.is_some_and(|word| word.eq_ignore_ascii_case("PreferSameNode")) {
         preferences.extend([Scope::Subzone, Scope::Node]);
     }
     LoadBalancing {

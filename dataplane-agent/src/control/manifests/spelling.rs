@@ -168,7 +168,13 @@ const MODE: (&str, &[&str]) = ("istio.io/dataplane-mode", &["ambient", "none"]);
 pub(crate) const DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 
 /// What these may say.
-pub(crate) const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
+const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
+
+/// Whether that is one of these, in any letters, as istiod reads the annotation.
+pub(crate) fn is_distribution(word: &str) -> bool {
+    let mut all = DISTRIBUTIONS.iter();
+    all.any(|is| is.eq_ignore_ascii_case(word))
+}
 
 /// Checks an object of a kind that is read, as far as the types that it is read into do not.
 ///
@@ -209,10 +215,8 @@ fn mode(node: &Node) -> Result<(), NodeError> {
 }
 
 fn distribution_annotation(node: &Node) -> Result<(), NodeError> {
-    // In any letters, as istiod reads it.
-    let is = |word: &str| DISTRIBUTIONS.iter().any(|is| is.eq_ignore_ascii_case(word));
     named(node, "annotations", "annotation", DISTRIBUTION, |word| {
-        slip("word", word, &DISTRIBUTIONS).filter(|_| !is(word))
+        slip("word", word, &DISTRIBUTIONS).filter(|_| !is_distribution(word))
     })
 }
 
