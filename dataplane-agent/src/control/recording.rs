@@ -184,7 +184,10 @@ impl Recording {
         for key in &remove {
             if self.is_due(key, now) {
                 let removed = self.records.remove(key);
-                changed |= removed.is_ok();
+                if removed.is_ok() {
+                    changed = true;
+                    self.own.remove(key);
+                }
                 self.note(key, NOT_REMOVED, removed, now);
             }
         }
