@@ -24,6 +24,7 @@ use time::format_description::well_known::Rfc3339;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
+use super::owned;
 use crate::identity::{IdentityError, Issued, Issuer, sha256};
 use crate::mesh::Identity;
 
@@ -364,13 +365,7 @@ fn read_both(root: &Path, key: &Path) -> Result<Both, CaError> {
 
 /// Who else than root and this user could read or replace a key.
 fn exposed(owner: u32, mode: u32, own: u32) -> Option<String> {
-    if owner != 0 && owner != own {
-        Some(format!("belongs to user {owner} (chown root)"))
-    } else if mode & 0o077 != 0 {
-        Some(format!("mode {:o} (chmod 600)", mode & 0o777))
-    } else {
-        None
-    }
+    owned::fault((owner, mode & 0o777), own, (0o077, "chmod 600"))
 }
 
 fn read(

@@ -7,6 +7,7 @@ mod kept;
 pub mod local;
 pub mod machine;
 pub mod manifests;
+mod owned;
 pub mod pods;
 pub mod recording;
 pub mod state;

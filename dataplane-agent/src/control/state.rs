@@ -13,6 +13,7 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 
 use super::ca::{self, CaError, EmbeddedCa};
+use super::owned;
 use crate::sys::made::Made;
 
 const RECORDS: &str = "enrolled";
@@ -231,13 +232,7 @@ pub(super) fn fault(part: &Metadata) -> Option<String> {
 }
 
 fn fault_of(owner: u32, mode: u32, own: u32) -> Option<String> {
-    if owner != 0 && owner != own {
-        Some(format!("belongs to user {owner} (chown root)"))
-    } else if mode & 0o022 != 0 {
-        Some(format!("mode {mode:o} (chmod go-w)"))
-    } else {
-        None
-    }
+    owned::fault((owner, mode), own, (0o022, "chmod go-w"))
 }
 
 fn has_records(folder: &Path) -> io::Result<bool> {
