@@ -2,6 +2,7 @@
 
 pub mod ca;
 mod conflicts;
+mod doubts;
 pub mod enrolled;
 mod kept;
 pub mod local;

@@ -16,6 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::conflicts;
+use super::doubts::Doubts;
 use super::kept::{IsSaid, Kept};
 use super::machine::{Look, Machine, Missing, Outside};
 use super::manifests::applies;
@@ -23,8 +24,7 @@ use super::manifests::changes::PolicyChange;
 use super::manifests::{self, Folder, LocalPodSpec, PodKey, Translated, Translation, Watch};
 use super::recording::Recording;
 use crate::capture::{self, Desired, PodState, PodStatus, Status, named};
-use crate::mesh::Identity;
-use crate::mesh::{Delta, MeshWriter, Workload};
+use crate::mesh::{Delta, Identity, MeshWriter, Workload};
 
 /// How often the machine is looked at for pods that come and go.
 const LOOK: Duration = Duration::from_secs(1);
@@ -136,11 +136,7 @@ pub struct Pods {
     /// What was written and cannot be carried, and what is done instead.
     uncarried: Vec<String>,
     /// What is likely a slip.
-    doubts: Vec<String>,
-    /// Whether that is of the mesh as it is now.
-    doubted: bool,
-    /// When it was looked for last, and for how long.
-    last_doubt: (Option<Instant>, Duration),
+    doubts: Doubts,
     /// What the mesh knows beyond what is configured.
     kept: Kept,
     /// The uids of the pods that are captured, as of the last translation.
@@ -178,9 +174,7 @@ impl Pods {
             local: Vec::new(),
             problems: Vec::new(),
             uncarried: Vec::new(),
-            doubts: Vec::new(),
-            doubted: false,
-            last_doubt: (None, Duration::ZERO),
+            doubts: Doubts::default(),
             kept: Kept::default(),
             captured: BTreeSet::new(),
             leaving: BTreeMap::new(),
@@ -276,7 +270,7 @@ impl Pods {
                 match touched.is_empty() && stale.is_empty() {
                     true => Delta::default(),
                     false => {
-                        self.doubted = false;
+                        self.doubts.expire();
                         let objects = (folder.objects(), &touched[..]);
                         let here = (records.enrolled(), &captured);
                         let delta = translated.update(objects, stale, here, &mesh);
@@ -305,35 +299,29 @@ impl Pods {
             .keep(&served, (workload, policy), &mesh, &mut delta);
         if !delta.is_empty() {
             self.mesh.apply(delta);
-            self.doubted = false;
+            self.doubts.expire();
         }
         self.doubt();
     }
 
-    /// Looks for what is likely a slip, if the mesh has changed. It takes a look at all of it, so that of the
-    /// time between two looks one takes a tenth at most.
+    /// Looks for what is likely a slip.
     fn doubt(&mut self) {
-        let (ended, took) = self.last_doubt;
-        if self.doubted || ended.is_some_and(|ended| ended.elapsed() < took * 10) {
-            return;
-        }
-        let begun = Instant::now();
-        let mesh = self.mesh.current();
-        let mut doubts = Vec::new();
-        let is_kept = |of: &&Arc<Workload>| !self.kept.has(&of.uid);
-        let workloads = mesh.workloads().filter(is_kept).map(Arc::as_ref);
-        let services = mesh.services().map(|(_, of)| &**of);
-        conflicts::tell(workloads, services, &mut doubts);
-        if let Source::Manifests {
-            folder, translated, ..
-        } = &self.source
-        {
-            let root = &translated.config().root_namespace;
-            doubts.extend(applies::problems(folder.objects(), root));
-        }
-        tell(&mut self.doubts, doubts);
-        self.doubted = true;
-        self.last_doubt = (Some(Instant::now()), begun.elapsed());
+        let find = || {
+            let (mesh, mut found) = (self.mesh.current(), Vec::new());
+            let is_said = |of: &&Arc<Workload>| !self.kept.has(&of.uid);
+            let workloads = mesh.workloads().filter(is_said).map(Arc::as_ref);
+            let services = mesh.services().map(|(_, of)| &**of);
+            conflicts::tell(workloads, services, &mut found);
+            if let Source::Manifests {
+                folder, translated, ..
+            } = &self.source
+            {
+                let root = &translated.config().root_namespace;
+                found.extend(applies::problems(folder.objects(), root));
+            }
+            found
+        };
+        self.doubts.look(find, tell);
     }
 
     /// A node of another name than its pods' would serve nobody, without a word.
@@ -464,7 +452,7 @@ impl Pods {
                 }
             });
         let problems = self.problems.iter().chain(&self.uncarried);
-        let problems = problems.chain(&self.doubts);
+        let problems = problems.chain(self.doubts.found());
         let unsaid = self.unsaid.iter().filter_map(|uid| {
             let (name, why) = (named(uid), self.partial()?);
             Some(format!(
