@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use imbl::{OrdMap, Vector};
 use rand::Rng;
-use rand::seq::IndexedRandom;
+use rand::distr::Distribution;
+use rand::distr::weighted::WeightedIndex;
 
 use super::service::{Family, Scope, Service};
 use super::workload::{Health, Workload};
@@ -203,9 +204,8 @@ impl Pool {
         let all = self.0.values().flat_map(|class| class.workloads.iter());
         let able = all.filter_map(|workload| Some((workload, takes(workload)?)));
         let mut able: Vec<_> = able.collect();
-        let weight = |at: &usize| able[*at].0.capacity;
-        let all: Vec<usize> = (0..able.len()).collect();
-        let drawn = *all.choose_weighted(&mut rand::rng(), weight).ok()?;
+        let weights = able.iter().map(|(workload, _)| workload.capacity);
+        let drawn = WeightedIndex::new(weights).ok()?.sample(&mut rand::rng());
         Some(able.swap_remove(drawn))
     }
 

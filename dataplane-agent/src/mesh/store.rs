@@ -29,8 +29,9 @@ impl MeshWriter {
         self.0.send_replace(Arc::new(next));
     }
 
-    /// Makes the mesh this and nothing else. Costs as much as there is in it.
-    pub fn replace(&self, all: Delta) {
+    /// Makes the mesh this and nothing else.
+    #[cfg(test)]
+    pub(crate) fn replace(&self, all: Delta) {
         let delta = all.from(&self.0.borrow());
         if !delta.is_empty() {
             self.apply(delta);

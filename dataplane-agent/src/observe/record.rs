@@ -13,9 +13,7 @@ use super::seldom::Seldom;
 use super::series::Series;
 use super::{Failure, Flag};
 use crate::limits::source;
-use crate::mesh::Identity;
-use crate::mesh::service::Service;
-use crate::mesh::workload::Workload;
+use crate::mesh::{Identity, Service, Workload};
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -7,10 +7,9 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::mesh::Identity;
-use crate::mesh::Mesh;
 use crate::mesh::policy::PolicyScope;
 use crate::mesh::workload::tests::workload;
+use crate::mesh::{Identity, Mesh};
 
 fn string() -> impl Strategy<Value = StringMatch> {
     prop_oneof![
