@@ -13,7 +13,7 @@ use dataplane_agent::authorize::{Authorizer, Revoked};
 use dataplane_agent::mesh::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch,
 };
-use dataplane_agent::mesh::service::{Age, LoadBalancing, NetworkAddress, Scope, Service};
+use dataplane_agent::mesh::service::{LoadBalancing, NetworkAddress, Scope, Service};
 use dataplane_agent::mesh::workload::{
     Endpoint, Health, Locality, Protocol, Workload, WorkloadType,
 };
@@ -92,22 +92,13 @@ fn service(number: u32) -> Service {
             network: "".into(),
             address: vip(number),
         }],
-        balanced: Vec::new(),
-        external: Vec::new(),
-        cidrs: Vec::new(),
         ports: BTreeMap::from([(80, 8080)]),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        publish_not_ready: false,
-        family: None,
-        private: false,
         canonical: true,
-        age: Age::default(),
-        unsupported: None,
         load_balancing: LoadBalancing {
             preferences: vec![Scope::Region, Scope::Zone],
             strict: false,
         },
+        ..Service::default()
     }
 }
 
@@ -191,31 +182,32 @@ fn inbound(reader: &MeshReader, pod: &Arc<LocalPod>) -> Resolved<()> {
     resolve(reader, accepted).expect("it is the pod's own address")
 }
 
+/// Numbers below a bound, in no order.
+fn spread() -> impl FnMut(u32) -> u32 {
+    let mut next = 0;
+    move |bound| {
+        next = (next + 7919) % bound;
+        next
+    }
+}
+
 fn lookup(c: &mut Criterion) {
     let mut group = c.benchmark_group("lookup");
     for size in SIZES {
         let (_writer, reader) = mesh(size);
         let pod = pod(0, size);
-        let mut next = 0;
-        let mut spread = move |of: u32| {
-            next = (next + 7919) % of;
-            next
-        };
+        let mut number = spread();
         group.bench_function(BenchmarkId::new("workload", size), |b| {
             b.iter_batched(
-                || outbound(&pod, address(1 + spread(size - 1))),
+                || outbound(&pod, address(1 + number(size - 1))),
                 |accepted| resolve(&reader, accepted).expect("a workload"),
                 BatchSize::SmallInput,
             );
         });
-        let mut next = 0;
-        let mut spread = move |of: u32| {
-            next = (next + 7919) % of;
-            next
-        };
+        let mut number = spread();
         group.bench_function(BenchmarkId::new("service", size), |b| {
             b.iter_batched(
-                || outbound(&pod, vip(spread(size.min(MOST)))),
+                || outbound(&pod, vip(number(size.min(MOST)))),
                 |accepted| resolve(&reader, accepted).expect("an endpoint"),
                 BatchSize::SmallInput,
             );

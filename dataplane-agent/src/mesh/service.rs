@@ -11,7 +11,7 @@ use time::OffsetDateTime;
 use super::workload::Workload;
 
 /// What the mesh knows of one service. Field meanings are those of `istio.workload.Service`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Service {
     /// The object's name.
     pub name: Arc<str>,
@@ -152,5 +152,21 @@ impl Service {
     /// Whether its endpoints may be reached at an address.
     pub fn allows(&self, address: &IpAddr) -> bool {
         self.family.is_none_or(|family| family.has(address))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// One of namespace `ns` without addresses, with port 80 for 8080.
+    pub(crate) fn service(name: &str) -> Service {
+        Service {
+            name: name.into(),
+            namespace: "ns".into(),
+            hostname: format!("{name}.ns.svc.cluster.local").into(),
+            ports: BTreeMap::from([(80, 8080)]),
+            ..Service::default()
+        }
     }
 }

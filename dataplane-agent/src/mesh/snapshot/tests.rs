@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::super::policy::{Action, Rule};
-use super::super::service::{Age, LoadBalancing, NetworkAddress};
+use super::super::service::tests::service;
+use super::super::service::{Age, NetworkAddress};
 use super::super::workload::Endpoint;
 use super::super::workload::tests::workload;
 use ipnet::IpNet;
@@ -14,28 +15,6 @@ use super::*;
 
 fn ip(last: u8) -> IpAddr {
     IpAddr::from([10, 0, 0, last])
-}
-
-fn service(name: &str) -> Service {
-    Service {
-        name: name.into(),
-        namespace: "ns".into(),
-        hostname: format!("{name}.ns.svc.cluster.local").into(),
-        vips: Vec::new(),
-        balanced: Vec::new(),
-        external: Vec::new(),
-        cidrs: Vec::new(),
-        ports: BTreeMap::from([(80, 8080)]),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        publish_not_ready: false,
-        family: None,
-        private: false,
-        canonical: false,
-        age: Age::default(),
-        unsupported: None,
-        load_balancing: LoadBalancing::default(),
-    }
 }
 
 fn age(order: u64) -> Age {

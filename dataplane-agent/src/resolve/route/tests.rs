@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::accept::LocalPod;
-use crate::mesh::service::{Age, Family, LoadBalancing, NetworkAddress, Scope};
+use crate::mesh::service::{self, Family, LoadBalancing, NetworkAddress, Scope};
 use crate::mesh::workload::tests::workload;
 use crate::mesh::workload::{Endpoint, Health};
 use crate::mesh::{Delta, store};
@@ -49,23 +49,8 @@ fn here(addresses: &[&str]) -> Vec<NetworkAddress> {
 
 fn service() -> Service {
     Service {
-        name: "svc".into(),
-        namespace: "ns".into(),
-        hostname: "svc.ns.svc.cluster.local".into(),
         vips: here(&["10.96.0.1"]),
-        balanced: Vec::new(),
-        external: Vec::new(),
-        cidrs: Vec::new(),
-        ports: BTreeMap::from([(80, 8080)]),
-        subject_alt_names: Vec::new(),
-        waypoint: None,
-        publish_not_ready: false,
-        family: None,
-        private: false,
-        canonical: false,
-        age: Age::default(),
-        unsupported: None,
-        load_balancing: LoadBalancing::default(),
+        ..service::tests::service("svc")
     }
 }
 
