@@ -275,7 +275,8 @@ fn rules(netns: &Netns, v4: bool) -> io::Result<Rules> {
     Ok(rules)
 }
 
-/// Whether a rule of somebody else's may fit packets of this mark that begin in the namespace; that for the kernel's local addresses takes nothing of ours.
+/// Whether a rule of somebody else's may fit packets of this mark that begin in the namespace; that for the
+/// kernel's local addresses takes nothing of ours.
 fn hides(rule: &RuleMessage, of: u32) -> bool {
     let mut table = u32::from(rule.header.table);
     let (mut mark, mut mask, mut comes_in) = (0, 0, false);
