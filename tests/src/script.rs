@@ -14,7 +14,9 @@ use crate::scaled;
 pub const STEPS: &str = "write=TEXT fill=BYTES urgent=BYTE read=BYTES all fin wait=MILLISECONDS
   hangup (waits until the connection is broken) reset (ends it by one)";
 
-/// Does all steps until one of them breaks the script's form; what each saw, in order.
+const RESET: &str = "ECONNRESET";
+
+/// Does all steps until one of them is reset or breaks the script's form; what each saw, in order.
 ///
 /// # Errors
 /// A step has no such form.
@@ -71,6 +73,10 @@ pub fn run(stream: &TcpStream, steps: &[String]) -> io::Result<String> {
             }
             _ => return Err(io::Error::other(format!("no step: {step}"))),
         });
+        // The kernel tells it once: whoever reads after a write was told would see an end.
+        if saw.last().is_some_and(|seen| seen.ends_with(RESET)) {
+            break;
+        }
     }
     Ok(saw.join("; "))
 }
@@ -82,7 +88,7 @@ fn outcome(done: io::Result<String>) -> String {
 /// As the C library's names have it: what a program sees, it may well tell apart.
 fn word(error: &io::Error) -> String {
     match error.raw_os_error() {
-        Some(libc::ECONNRESET) => "ECONNRESET".into(),
+        Some(libc::ECONNRESET) => RESET.into(),
         Some(libc::EPIPE) => "EPIPE".into(),
         Some(libc::ETIMEDOUT) => "ETIMEDOUT".into(),
         Some(libc::EAGAIN) => "nothing".into(),
