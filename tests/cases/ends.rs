@@ -8,6 +8,8 @@ use std::time::Duration;
 use dataplane_tests::process::Process;
 use dataplane_tests::wire::Segment;
 use dataplane_tests::{Agent, Pair, Pod, Wire, eventually, scaled, within};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const PORT: u16 = 7000;
 
@@ -363,6 +365,29 @@ fn whoever_an_agent_leaves_by_dying_sees_a_reset_and_no_end() {
     pair.one.ask_to_end();
     assert!(pair.one.wait().success());
     across.are_reset("the client's agent is told twice to end");
+}
+
+#[test]
+fn a_connection_that_is_being_made_is_reset_when_its_agent_dies() {
+    let mut pair = Pair::new();
+    // Nothing answers there: the node drops it.
+    let nobody = "10.255.255.1:80".parse().expect("an address");
+    pair.nodes
+        .0
+        .netns
+        .ip("route add blackhole 10.255.255.1/32\n");
+    let dialled_for = pair.client.talk(nobody);
+    let opened = format!("dst.addr={nobody}");
+    pair.one.logs(&["connection opened", &opened]);
+    // From here on the kernel alone takes connections.
+    let agent = Pid::from_raw(pair.one.pid().try_into().expect("a pid"));
+    kill(agent, Signal::SIGSTOP).expect("it runs");
+    let queued = pair.client.talk(nobody);
+    pair.one.kill();
+    for (which, client) in [("dialled for", dialled_for), ("queued", queued)] {
+        let line = client.line_within(Duration::from_secs(5));
+        assert_eq!(line.as_deref(), Some("closed: reset"), "{which}");
+    }
 }
 
 #[test]
