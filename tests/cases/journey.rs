@@ -164,14 +164,10 @@ fn a_service_is_reached_by_its_address_and_spreads_over_its_pods() {
             .filter(|line| line.contains("direction=\"inbound\"") && line.contains("complete"))
             .count()
     };
-    assert!(
-        inbound(&pair.one) > 2,
-        "the pod of the client's own node takes its part"
-    );
-    assert!(
-        inbound(&pair.two) > 2,
-        "the pod of the other node takes its part"
-    );
+    for (agent, whose) in [(&pair.one, "the client's own"), (&pair.two, "the other")] {
+        let part = format!("the pod of {whose} node takes its part");
+        eventually(&part, 5, || inbound(agent) > 2);
+    }
     pair.one
         .logs(&["dst.service=\"server.demo.svc.cluster.local\""]);
     let wrong = "10.96.0.1:81".parse().expect("an address");

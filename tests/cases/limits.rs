@@ -109,19 +109,14 @@ fn a_peer_gets_in_while_another_holds_hundreds_of_silent_connections() {
     assert_eq!(silent.line(), "600 open");
     let answer = pair.client.ask(pair.server.at(PORT), "x");
     assert_eq!(answer, Ok(format!("{} x", pair.client.v4)));
-    assert!(
-        metric(
-            &pair.two,
-            "dataplane_connections_failed_total",
-            &["too_many_handshakes"]
-        ) > 0,
-        "those that gave way are counted"
-    );
-    let told = |agent: &Agent| agent.log().matches("too many handshakes at once").count();
-    assert!(
-        (1..60).contains(&told(&pair.two)),
-        "and told of with how many"
-    );
+    let gave_way = ["too_many_handshakes"];
+    eventually("those that gave way are counted", 5, || {
+        metric(&pair.two, "dataplane_connections_failed_total", &gave_way) > 0
+    });
+    pair.two.logs(&["too many handshakes at once"]);
+    let log = pair.two.log();
+    let told = log.matches("too many handshakes at once").count();
+    assert!(told < 60, "and told of with how many: {told}");
 }
 
 #[test]
@@ -233,7 +228,9 @@ fn a_peer_that_takes_all_it_can_keeps_no_other_out() {
         let many = greedy.app(&["many", &to.to_string(), "60"]);
         let open = opened(&many);
         assert!((15..=35).contains(&open), "{open}");
-        assert_eq!(refused() - before, 60 - open as u64);
+        eventually("the others are refused", 5, || {
+            refused() - before == 60 - open as u64
+        });
         assert!(greedy.ask(to, "x").is_err());
         let answer = other.ask(to, "x");
         assert_eq!(answer, Ok(format!("{} x", other.v4)), "another's");

@@ -473,8 +473,10 @@ fn a_pod_that_is_half_in_when_its_agent_is_to_end_is_served_to_the_end() {
     let of = |text: &str| agent.log().matches(text).count();
     eventually("it drains", 5, || of("draining") == 1);
     let steered = |pod: &&Pod| bpf::steering(&pod.netns.file()) > 0;
-    let half = others.iter().filter(steered).count();
-    assert_eq!(half, of("pod enrolled") - 1, "of {}", others.len());
+    let half = || others.iter().filter(steered).count();
+    eventually("what was begun is finished", 5, || {
+        half() == of("pod enrolled") - 1
+    });
     for pod in others.iter().filter(steered) {
         let answer = outsider.ask(pod.at(PORT), "x");
         assert!(answer.is_ok(), "{}: {answer:?}", pod.name);

@@ -117,8 +117,9 @@ fn a_pod_that_terminates_keeps_what_it_has_and_gets_more_only_where_it_is_alone(
         }
     };
     ask(both, 24);
-    eventually("both take load", 5, || {
-        taken("ends") > 2 && taken("stays") > 2
+    eventually("both take load, and all of it is told", 5, || {
+        let (ends, stays) = (taken("ends"), taken("stays"));
+        ends > 2 && stays > 2 && ends + stays == 24
     });
 
     object(&world, &two, &ends, true);
