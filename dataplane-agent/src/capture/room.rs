@@ -561,7 +561,7 @@ impl Room {
                         self.pods.insert(cookie, half);
                     }
                 }
-                let wait = before.map_or(FIRST_RETRY, |before| RETRY.min(before.wait * 2));
+                let wait = wait_after(before.map(|before| before.wait));
                 self.failed.insert(
                     cookie,
                     Failure {
@@ -678,6 +678,11 @@ impl Room {
     }
 }
 
+/// How long an enrolment that failed waits for its next trial, if it has waited so long for this one.
+fn wait_after(before: Option<Duration>) -> Duration {
+    before.map_or(FIRST_RETRY, |before| RETRY.min(before * 2))
+}
+
 /// Completes when a pod that drains is idle, or the namespace of one that is served changes.
 async fn idle_or_changed(pods: &mut BTreeMap<u64, Pod>) {
     std::future::poll_fn(|context| {
@@ -729,4 +734,17 @@ fn adopt(records: Vec<Record>) -> BTreeMap<u64, Pod> {
         (pod.record.cookie, pod)
     });
     adopted.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_enrolment_that_fails_is_tried_again_soon_and_then_less_often() {
+        let next = |before: &Duration| Some(wait_after(Some(*before)));
+        let waits = std::iter::successors(Some(wait_after(None)), next);
+        let waits: Vec<u128> = waits.take(7).map(|wait| wait.as_millis()).collect();
+        assert_eq!(waits, [250, 500, 1000, 2000, 4000, 5000, 5000]);
+    }
 }
