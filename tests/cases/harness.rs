@@ -6,6 +6,7 @@ use std::fs::File;
 use std::path::Path;
 
 use dataplane_tests::cgroup::{self, Cgroup};
+use dataplane_tests::claim::{Claim, NUMBERS};
 use dataplane_tests::netns::Netns;
 use dataplane_tests::{Wire, World, left};
 
@@ -64,6 +65,18 @@ fn a_process_of_a_pod_is_in_its_cgroup_and_namespace() {
     let (_, addresses, _) =
         dataplane_tests::process::output(pod.command("ip").args(["-o", "addr", "show", "eth0"]));
     assert!(addresses.contains(&pod.v4.to_string()), "{addresses}");
+}
+
+#[test]
+fn no_two_test_processes_have_one_number_at_a_time() {
+    // As for processes whose numbers are so far apart.
+    let claims = [0, NUMBERS, 2 * NUMBERS].map(|apart| Claim::new(7 + apart));
+    let numbers = claims.each_ref().map(|claim| claim.number);
+    for number in numbers {
+        assert!((1..=NUMBERS).contains(&number), "{numbers:?}");
+        let same = numbers.iter().filter(|other| **other == number);
+        assert_eq!(same.count(), 1, "{numbers:?}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod bpf;
 pub mod cgroup;
+pub mod claim;
 pub mod command;
 pub mod lacks;
 pub mod left;

@@ -3,8 +3,8 @@
 //! A node is a network namespace that forwards, and a cgroup that holds its pods. A pod is a
 //! network namespace with a veth to its node, and a cgroup below the node's. Pods of a node have the
 //! addresses `10.p.k.i` and `fd00:p:k::i`, and are routed, not bridged. No two nodes share `p` and
-//! `k`, which come from the process and from a count: an agent takes two namespaces with one address
-//! for what they are, a doubt.
+//! `k`, which are the process's [claim] and a count: an agent takes two namespaces with one
+//! address for what they are, a doubt. From 10.96 on there are services, the wire, and nobody.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -22,12 +22,7 @@ use crate::cgroup::{self, Cgroup};
 use crate::manifests::{Manifests, PodObject};
 use crate::netns::{Netns, has_ipv6};
 use crate::process::{Place, Process, output, place, said};
-use crate::{eventually, left, program, require_root};
-
-/// Addresses from 10.96 on are those of services, of the wire, and nobody's.
-fn process() -> u32 {
-    std::process::id() % 95 + 1
-}
+use crate::{claim, eventually, left, program, require_root};
 
 /// How many worlds this process has made.
 static WORLDS: AtomicU32 = AtomicU32::new(0);
@@ -238,7 +233,7 @@ impl World {
         ));
         for (node, other) in [(&one, &two), (&two, &one)] {
             let (own, there) = (node.number, other.number);
-            let p = process();
+            let p = claim::own();
             node.netns.ip(&format!(
                 "addr add 10.255.0.{own}/24 dev wire\n\
                  link set wire up\n\
@@ -409,8 +404,8 @@ impl Node {
         let netns = Netns::new(&format!("dp-{id}-{namespace}-{name}"));
         let veth = format!("veth{number}");
         let (v4, v6) = (
-            format!("10.{}.{node}.{number}", process()),
-            format!("fd00:{:x}:{node:x}::{number:x}", process()),
+            format!("10.{}.{node}.{number}", claim::own()),
+            format!("fd00:{:x}:{node:x}::{number:x}", claim::own()),
         );
         self.netns.ip(&format!(
             "link add {veth} type veth peer name eth0 netns {}\n\
