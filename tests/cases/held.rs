@@ -5,10 +5,11 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dataplane_tests::bpf::steering;
+use dataplane_tests::bpf::{detach, steering};
 use dataplane_tests::{Pair, Pod, Wire, eventually, repairs, scaled};
 
 const PORT: u16 = 7000;
@@ -150,6 +151,26 @@ fn c1_a_held_pod_that_has_lost_its_pin_has_its_program_while_it_is_enrolled() {
         watch.join().expect("it counts")
     });
     assert_eq!(without, 0);
+}
+
+#[test]
+fn c1_a_held_pods_program_that_was_detached_takes_no_others_pin() {
+    let pair = held("10.100.0.1");
+    let netns = pair.client.netns.file();
+    eventually("it is looked after", 10, || steering(&netns) == 1);
+    // Each trial attaches and pins a program, and fails when there is no way by `lo` for its routes.
+    pair.client.netns.ip("link set lo down\n");
+    pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
+    pair.one.logs(&["pod cannot be enrolled", "set routes"]);
+    let inode = netns.metadata().expect("it is open").ino();
+    assert!(detach(inode) > 0);
+    eventually("another one is attached", 10, || steering(&netns) > 0);
+    let until = Instant::now() + scaled(Duration::from_secs(4));
+    while Instant::now() < until {
+        assert!(steering(&netns) > 0);
+    }
+    pair.client.netns.ip("link set lo up\n");
+    pair.one.up(&["client"]);
 }
 
 #[test]

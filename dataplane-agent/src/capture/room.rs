@@ -491,7 +491,7 @@ impl Room {
 
     async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
         let cookie = desired.cookie;
-        let entered = match self.pin_held(cookie) {
+        let entered = match self.pin_held(&desired) {
             Ok(()) => {
                 let (loader, records) = (&mut self.loader, &self.records);
                 enrol::enter(&desired, loader, records, &self.pins, &self.window).await
@@ -578,9 +578,11 @@ impl Room {
 
     /// What steers in a pod that is to be enrolled is what is pinned, and nothing else: a held one's program
     /// is pinned first, which may have lost its pin, and kept until another one serves.
-    fn pin_held(&self, cookie: u64) -> Result<(), CaptureError> {
-        let held = self.pods.get(&cookie).and_then(|pod| pod.held.as_ref());
-        held.map_or(Ok(()), |held| held.pin(&self.pins.pod(cookie)))
+    fn pin_held(&self, desired: &Desired) -> Result<(), CaptureError> {
+        let pod = self.pods.get(&desired.cookie);
+        let held = pod.and_then(|pod| pod.held.as_ref());
+        let pin = self.pins.pod(desired.cookie);
+        held.map_or(Ok(()), |held| held.pin(&desired.netns, &pin))
     }
 
     /// The last step in: from here on the pod's own connections are captured.

@@ -80,13 +80,16 @@ impl Held {
         }
     }
 
-    /// Pins what steers, if that was lost.
+    /// Pins what steers, if its pin was lost. One that was detached does not steer any more: pinned, it would
+    /// take the place of one that does.
     ///
     /// # Errors
-    /// The file system refuses.
-    pub(super) fn pin(&self, pin: &Path) -> Result<(), CaptureError> {
+    /// The file system refuses; the kernel does not tell what steers.
+    pub(super) fn pin(&self, netns: &Netns, pin: &Path) -> Result<(), CaptureError> {
         match &self.steer {
-            Some(link) if !link.is_at(pin) => link.pin(pin),
+            Some(link) if programs::steers(netns, self.program())? && !link.is_at(pin) => {
+                link.pin(pin)
+            }
             _ => Ok(()),
         }
     }
