@@ -7,6 +7,7 @@ use std::ffi::OsStr;
 use std::fs::{self, DirEntry};
 use std::net::UdpSocket;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -16,7 +17,7 @@ use dataplane_tests::cgroup::{self, Cgroup};
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, scaled};
+use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, repairs, scaled};
 use nix::mount::MntFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -478,6 +479,39 @@ fn a_pod_that_is_half_in_when_its_agent_is_to_end_is_served_to_the_end() {
     }
     drop(apps);
     agent.kill();
+}
+
+#[test]
+fn what_a_pod_that_comes_back_has_lost_is_put_back_told_and_counted() {
+    let world = World::new();
+    let node = world.node("one");
+    let (client, server) = (
+        node.pod(&world, "client"),
+        node.bare(&world, "outside", "server"),
+    );
+    let _app = server.serve(PORT);
+    let agent = patient(&world, &node);
+    agent.up(&["client"]);
+    let mut live = client.talk(server.at(PORT));
+    let mut object = node.object(&client);
+    let none = ("istio.io/dataplane-mode".into(), "none".into());
+    object.labels.push(none);
+    world.manifests.pod(&object);
+    agent.logs(&["pod leaves the mesh"]);
+    // It is looked at now, and then not for some seconds.
+    client.netns.ip("addr add 10.100.0.1/32 dev eth0\n");
+    agent.logs(&["pod has other addresses than it had"]);
+    let before = repairs(&agent, "steer");
+    let netns = client.netns.file();
+    let inode = netns.metadata().expect("it is open").ino();
+    assert_eq!(bpf::detach(inode), 1);
+    world.manifests.pod(&node.object(&client));
+    agent.logs(&["pod enrolled again"]);
+    assert_eq!(bpf::steering(&netns), 1);
+    agent.logs(&["demo/client", "what keeps a pod captured was gone", "steer"]);
+    assert_eq!(repairs(&agent, "steer"), before + 1);
+    live.say("still");
+    assert_eq!(live.line(), format!("{} still", client.v4));
 }
 
 #[test]

@@ -7,10 +7,11 @@ use std::task::{Context, Poll};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::super::repair::Gone;
 use super::super::undo::Record;
 use super::super::wanted::Desired;
 use super::super::{CaptureError, PodEvent, enrol, named};
-use super::{InPhase, LINGER, Pod, RETRY, Room, Served};
+use super::{InPhase, LINGER, Pod, RETRY, Room, Served, look};
 use crate::sys::netns::Netns;
 
 impl Room {
@@ -52,7 +53,10 @@ impl Room {
         };
         let (uid, instance) = (pod.uid.clone(), served.local.instance);
         served.desired = want;
-        let attached = self.again_captured(&mut served);
+        let mut gone = Gone::default();
+        let attached = self.again_captured(&mut served, &mut gone);
+        look::told(named(&uid), &gone, Ok(()), None);
+        self.window.repairs.count(&gone);
         if let Some(pod) = self.pods.get_mut(&cookie) {
             pod.phase = InPhase::Serving(served);
         }
@@ -71,15 +75,15 @@ impl Room {
         }
     }
 
-    fn again_captured(&self, served: &mut Served) -> Result<(), CaptureError> {
-        let (desired, local) = (&served.desired, &served.local);
-        let interfaces = enrol::interfaces(&desired.netns)?;
-        let (addresses, _) = enrol::own(desired.own(), &interfaces, &self.window)?;
-        let pin = self.pins.pod(desired.cookie);
+    fn again_captured(&self, served: &mut Served, gone: &mut Gone) -> Result<(), CaptureError> {
+        let interfaces = enrol::interfaces(&served.desired.netns)?;
+        let (addresses, _) = enrol::own(served.desired.own(), &interfaces, &self.window)?;
+        let pin = self.pins.pod(served.desired.cookie);
         // That it cannot be pinned is told by the next look.
-        served.program.restore(&desired.netns, &pin)?;
+        let _ = look::steered(served, &pin, gone)?;
         let first = addresses.first().copied();
-        local.set_addresses(addresses);
+        served.local.set_addresses(addresses);
+        let desired = &served.desired;
         let mut maps = self.window.maps();
         maps.enrol(desired.cookie, first, &desired.groups)
     }

@@ -187,7 +187,7 @@ async fn inside(
 }
 
 /// The pod's program, attached; whether it is pinned too.
-fn steered(
+pub(super) fn steered(
     served: &mut Served,
     pin: &Path,
     gone: &mut Gone,
