@@ -266,6 +266,15 @@ fn a_pod_that_a_slip_takes_out_of_the_mesh_is_warned_of() {
         .logs(&["warn", "spec.nodeName", "demo/server", "node=\"noe\""]);
     replace(pod, "nodeName: noe", "nodeName: one");
     one.agent.up(&["server"]);
+    // One that is removed says no other node.
+    let text = fs::read_to_string(manifests.join(pod)).expect("a manifest");
+    let told = |what: &str| one.agent.log().matches(what).count();
+    let before = told("pod leaves the mesh");
+    one.world.manifests.remove_pod("demo", "server");
+    eventually("it leaves", 10, || told("pod leaves the mesh") > before);
+    assert_eq!(told("its manifest says another node"), 1);
+    fs::write(manifests.join(pod), text).expect("a file");
+    one.agent.up(&["server"]);
     replace("namespace-demo.yaml", "name: demo", "name: dmeo");
     let problem = "Pod demo/server: is of namespace demo, of which no manifest is, and so not in the mesh; did you mean it by Namespace dmeo?";
     eventually(problem, 10, || one.problems().contains(problem));

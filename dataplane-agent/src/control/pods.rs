@@ -393,7 +393,8 @@ impl Pods {
     }
 
     /// A pod that went to another node has another address there. One that its manifest says to be on
-    /// another node, and at the address at which it is here, leaves the mesh by a slip.
+    /// another node, and at the address at which it is here, leaves the mesh by a slip. One that is known only
+    /// as it is still served has no manifest.
     fn tell_of_another_node(&self, pod: &Desired, local: &[LocalPodSpec]) {
         let is_here = local.iter().any(|now| now.uid == pod.uid);
         let mesh = self.mesh.current();
@@ -403,6 +404,7 @@ impl Pods {
         };
         if let Some(now) = mesh.workload(&pod.uid).filter(is_it)
             && !is_here
+            && !self.kept.has(&pod.uid)
         {
             tracing::warn!(
                 pod = %named(&pod.uid),
