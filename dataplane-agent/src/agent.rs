@@ -253,10 +253,8 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         let (never, signal) = (pending::<()>(), signals.next());
         let signal = hand_on(rooms.as_mut(), never, &mut pod_events, &mut apply, signal).await?;
         tracing::info!(signal, drain = ?options.drain, "draining; pods stay captured");
-        // Capture rests: no pod is enrolled or let go any more, and none is left half in. What is configured
-        // goes on to hold, for what runs and for what comes.
+        // Capture rests: no pod is enrolled or let go any more, and none is left half in.
         rest.cancel();
-        draining.cancel();
         let again = signals.next();
         let again = hand_on(rooms.as_mut(), at_rest, &mut pod_events, &mut apply, again);
         if let Some(name) = again.await? {
@@ -272,6 +270,9 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
         while let Ok(event) = pod_events.try_recv() {
             apply(event);
         }
+        // Other nodes are told of what came last. What is configured goes on to hold, for what runs and for
+        // what comes.
+        draining.cancel();
         let (idle, again) = (workers.drain(options.drain), signals.next());
         if let Some(name) = hand_on(rooms.as_mut(), idle, &mut pod_events, drop, again).await? {
             tracing::warn!(signal = name, "ending at once");

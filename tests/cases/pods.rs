@@ -476,6 +476,10 @@ fn a_pod_that_is_half_in_when_its_agent_is_to_end_is_served_to_the_end() {
     for pod in others.iter().filter(steered) {
         let answer = outsider.ask(pod.at(PORT), "x");
         assert!(answer.is_ok(), "{}: {answer:?}", pod.name);
+        let record = format!("enrolled/demo.{}.json", pod.name);
+        eventually("other nodes are told of it", 5, || {
+            world.state.join(&record).exists()
+        });
     }
     drop(apps);
     agent.kill();

@@ -196,13 +196,17 @@ impl Pods {
         pods
     }
 
-    /// Follows the configuration, the machine and capture, until capture is gone. Once the agent drains
-    /// it follows the configuration alone: which pods are here is for the successor to say.
+    /// Follows the configuration, the machine and capture, until capture is gone. Once it is told to drain,
+    /// when capture rests, it hears what capture said last, and follows the configuration alone from then on:
+    /// which pods are here is for the successor to say.
     pub async fn run(mut self, draining: CancellationToken) {
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        while !draining.is_cancelled() {
+        loop {
             self.step();
+            if draining.is_cancelled() {
+                break;
+            }
             let next = self.leaving.values().map(|(_, when)| *when).min();
             tokio::select! {
                 () = changed(&mut self.source, &mut self.problems) => {}
