@@ -256,17 +256,41 @@ fn map_ids(program: &ProgramInfo) -> io::Result<Vec<u32>> {
 
 #[cfg(test)]
 mod tests {
+    use aya::maps::MapError;
+    use aya::programs::ProgramError;
+    use aya::programs::links::LinkError;
+    use aya::sys::SyscallError;
+
     use super::*;
 
     #[test]
     fn what_the_kernel_does_not_tell_is_not_taken_for_gone() {
-        let all = [libc::ENOENT, libc::EAGAIN, libc::EPERM]
-            .map(|number| Err(io::Error::from_raw_os_error(number)))
+        let syscall = |number| SyscallError {
+            call: "bpf_something",
+            io_error: io::Error::from_raw_os_error(number),
+        };
+        // Of programs, links and maps, as they are listed and asked for.
+        let errors: [fn(SyscallError) -> Box<dyn std::error::Error>; 3] = [
+            |error| Box::new(ProgramError::from(error)),
+            |error| Box::new(LinkError::from(error)),
+            |error| Box::new(MapError::from(error)),
+        ];
+        for of in errors {
+            for (number, gone) in [
+                (libc::ENOENT, true),
+                (libc::EAGAIN, true),
+                (libc::EPERM, false),
+                (libc::EINVAL, false),
+            ] {
+                let error = of(syscall(number));
+                assert_eq!(is_gone(&*error), gone, "{error:?}");
+            }
+        }
+        let all = [libc::ENOENT, libc::EPERM]
+            .map(|number| Err(ProgramError::from(syscall(number))))
             .into_iter()
             .chain([Ok(7)]);
-        let told: Vec<Result<u32, io::Error>> = there(all).collect();
-        assert_eq!(told.len(), 2, "{told:?}");
-        let error = told[0].as_ref().expect_err("not allowed");
-        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        let told: Vec<Result<u32, ProgramError>> = there(all).collect();
+        assert!(matches!(told[..], [Err(_), Ok(7)]), "{told:?}");
     }
 }
