@@ -6,6 +6,7 @@ mod machine;
 mod matrix;
 
 use std::collections::BTreeMap;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Result, bail, ensure};
@@ -108,20 +109,31 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if options.what == What::All {
         columns.push(Column::here(&built, &cases)?);
     }
-    for kernel in &kernels {
+    let inside = |kernel: &Kernel| {
         let started = Instant::now();
-        say(&format!(
-            "{}: Linux {}, {accelerator}",
-            kernel.name, kernel.release
-        ));
+        let name = &kernel.name;
+        say(&format!("{name}: Linux {}, {accelerator}", kernel.release));
         let append = &options.append;
         let column = Column::inside(kernel, &built, accelerator, append, &cases, &chosen)?;
-        say(&format!(
-            "{}: {:.0} s",
-            kernel.name,
-            started.elapsed().as_secs_f32()
-        ));
-        columns.push(column);
+        say(&format!("{name}: {:.0} s", started.elapsed().as_secs_f32()));
+        Ok(column)
+    };
+    // Beside each other: one that is emulated has work for one processor.
+    let found: Vec<Result<Column>> = thread::scope(|scope| {
+        let inside = &inside;
+        let all = kernels
+            .iter()
+            .map(|kernel| scope.spawn(move || inside(kernel)));
+        let all: Vec<_> = all.collect();
+        all.into_iter()
+            .map(|one| {
+                one.join()
+                    .unwrap_or_else(|_| bail!("a machine's thread panicked"))
+            })
+            .collect()
+    });
+    for column in found {
+        columns.push(column?);
     }
     for column in &mut columns {
         column.demand(&chosen);

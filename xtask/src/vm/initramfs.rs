@@ -13,7 +13,9 @@ use super::kernel::Module;
 use crate::command::{all_output, find_program, run as run_command};
 
 /// Programs of this machine that the tests call.
-const PROGRAMS: &[&str] = &["ip", "ss", "cat", "timeout", "unshare"];
+const PROGRAMS: &[&str] = &[
+    "ip", "ss", "cat", "flock", "mkdir", "timeout", "true", "unshare",
+];
 
 /// What is in a memory image, while it is put together.
 pub(crate) struct Initramfs {

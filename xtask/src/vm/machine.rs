@@ -43,7 +43,7 @@ impl Accelerator {
     pub(crate) fn find(kernel: &Kernel, init: &Path) -> Result<Self> {
         let why = if Path::new("/dev/kvm").exists() {
             say("trying KVM");
-            let image = image(init)?.pack(&[])?;
+            let image = image(&kernel.name, init)?.pack(&[])?;
             let mut up = false;
             let tried = boot(kernel, Self::Kvm, &image, "", TRIAL, |line| {
                 up |= line.starts_with("Linux ");
@@ -72,9 +72,10 @@ impl Accelerator {
     }
 }
 
-/// An image that has an init, and does nothing.
-pub(crate) fn image(init: &Path) -> Result<Initramfs> {
-    let image = Initramfs::new(&folder().join("root"), init)?;
+/// An image for a kernel that has an init, and does nothing.
+pub(crate) fn image(kernel: &str, init: &Path) -> Result<Initramfs> {
+    let name = format!("root-{}", kernel.replace(['/', '.'], "-"));
+    let image = Initramfs::new(&folder().join(name), init)?;
     image.modules(&[])?;
     Ok(image)
 }

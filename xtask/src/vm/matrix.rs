@@ -14,7 +14,7 @@ use crate::progress::say;
 use crate::test::{self, Built, Executable, Outcome};
 
 /// Longer than any suite takes on a slow machine.
-const PATIENCE: Duration = Duration::from_secs(30 * 60);
+const PATIENCE: Duration = Duration::from_secs(2 * 60 * 60);
 /// What is asked of the agent before the tests, which are run only where it agrees.
 const QUESTIONS: [&str; 2] = ["check", "load"];
 
@@ -91,7 +91,7 @@ impl Column {
             .copied()
             .filter(|case| !chosen[&case.name].is_empty())
             .collect();
-        let mut image = machine::image(built.program("init")?)?;
+        let mut image = machine::image(&kernel.name, built.program("init")?)?;
         image.modules(&kernel.modules()?)?;
         let (agent, app) = ("/dataplane", "/dataplane-test-app");
         image.program(built.program("dataplane")?, agent)?;
@@ -148,7 +148,7 @@ impl Column {
     fn begins(&self, number: Option<usize>) {
         let place = number.and_then(|number| number.checked_sub(QUESTIONS.len()));
         if let Some((name, _)) = place.and_then(|place| self.tests.get(place)) {
-            say(&format!("{}: {name}", self.kernel));
+            self.say(name);
         }
     }
 
@@ -157,17 +157,22 @@ impl Column {
             if let Some(release) = line.strip_prefix("Linux ") {
                 release.clone_into(&mut self.release);
             }
-            return say(line);
+            return self.say(line);
         };
         if let Some(said) = self.said.get_mut(number) {
             said.push_str(line);
             said.push('\n');
-            say(line);
+            self.say(line);
         } else if let Some((_, outcome)) = self.tests.get_mut(number - QUESTIONS.len())
             && outcome.hear(line)
         {
-            say(line);
+            self.say(line);
         }
+    }
+
+    /// Several machines may run beside each other.
+    fn say(&self, line: &str) {
+        say(&format!("{}: {line}", self.kernel));
     }
 
     fn ends(&mut self, number: Option<usize>, how: &str, took: Duration) {
