@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::authorize::Authorizer;
@@ -18,11 +18,13 @@ use crate::capture::{self, CaptureError, Instance, PodEvent, Room, room};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::ca::{CaError, RootEnd};
+use crate::control::configuration::{Configuration, Configured, Source};
 use crate::control::enrolled;
 use crate::control::local;
 use crate::control::machine::Machine;
 use crate::control::manifests::{Folder, MeshConfig, Translated, Translation, Watch};
-use crate::control::pods::{Ends, Pods, Source, State, View};
+use crate::control::pods::{Ends, Pods, State, View};
+use crate::control::recorded::Recorded;
 use crate::control::recording::Recording;
 use crate::control::state::{SharedState, StateError};
 use crate::exit::Exit;
@@ -112,7 +114,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     };
     // What is configured first: a wrong file stops the start before anything is made or touched. What is
     // made before nothing can refuse it any more is taken back with `folder` and `mounted`.
-    let configured = configured(&options)?;
+    let opened = opened(&options)?;
     let machine = Machine::new(&config.cgroup).map_err(|error| {
         AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
     })?;
@@ -120,7 +122,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     room::refuse(&config, &folder)?;
     let captured = node_folder::captured(&options.places.run_dir, &options.node);
     if captured > 0
-        && let Configured::Manifests { folder, .. } = &configured
+        && let Opened::Manifests { folder, .. } = &opened
         && folder.is_empty()
     {
         return Err(AgentError::Settings(format!(
@@ -162,7 +164,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     )
     .map_err(of_state)?;
     (mark.state, mark.root) = (canonical(&options.state), Some(state.root().to_owned()));
-    let source = source(&options, configured, state)?;
+    let (source, recording) = source(&options, opened, state)?;
     folder.mark(&mark)?;
     mounted.keep();
 
@@ -197,13 +199,18 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     // What fills their stores.
     let (wanted, to_capture) = watch::channel(None::<capture::Wanted>);
     let (view_writer, view) = watch::channel(View::default());
+    let rewritten = Arc::new(Notify::new());
+    let (configuration, configured) =
+        Configuration::new(source, status.clone(), mesh_writer, Arc::clone(&rewritten));
     let ends = Ends {
+        configured: configured.clone(),
         wanted,
         status,
-        mesh: mesh_writer,
+        recording,
+        rewritten,
         view: view_writer,
     };
-    let pods = Pods::new(source, machine, ends);
+    let pods = Pods::new(machine, ends);
 
     // Who watches.
     let socket = options.places.socket(&options.node);
@@ -213,7 +220,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let sources = sources(
         options.node.as_str(),
         &window,
-        &view,
+        (&configured, &view),
         &mesh,
         (&certs, root_end),
         level,
@@ -230,7 +237,12 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let draining = CancellationToken::new();
     let (rests, at_rest) = oneshot::channel();
     let capture = room.run(to_capture, rests);
-    let control = pods.run(draining.clone());
+    let control = async {
+        tokio::select! {
+            () = configuration.run() => {}
+            () = pods.run(draining.clone()) => {}
+        }
+    };
     let background = async {
         tokio::select! {
             () = certs.clone().rotate() => {}
@@ -381,18 +393,18 @@ fn of_state(error: StateError) -> AgentError {
 
 /// What is configured, read once.
 #[expect(clippy::large_enum_variant, reason = "there is one")]
-enum Configured {
+enum Opened {
     Manifests { folder: Folder, watch: Watch },
     Local(Translation),
 }
 
-fn configured(options: &RunOptions) -> Result<Configured, AgentError> {
+fn opened(options: &RunOptions) -> Result<Opened, AgentError> {
     let wrong = |error: String| AgentError::Settings(error);
     if let Some(file) = &options.local_xds_path {
         let node = options.node.as_str();
         let read = local::read(file, node, &options.network, &options.trust_domain);
         return read
-            .map(Configured::Local)
+            .map(Opened::Local)
             .map_err(|error| wrong(error.to_string()));
     }
     let Some(folder) = &options.manifests else {
@@ -402,7 +414,7 @@ fn configured(options: &RunOptions) -> Result<Configured, AgentError> {
     // As it was given, and not what it leads to: another folder may take its place.
     let dir =
         std::path::absolute(folder).map_err(|error| wrong(format!("--manifests: {error}")))?;
-    Ok(Configured::Manifests {
+    Ok(Opened::Manifests {
         watch: Watch::new(&dir),
         folder: Folder::open(&dir).map_err(|error| wrong(error.to_string()))?,
     })
@@ -410,21 +422,21 @@ fn configured(options: &RunOptions) -> Result<Configured, AgentError> {
 
 fn source(
     options: &RunOptions,
-    configured: Configured,
+    opened: Opened,
     state: SharedState,
-) -> Result<Source, AgentError> {
-    let (folder, watch) = match configured {
-        Configured::Local(translation) => return Ok(Source::Local(Some(translation))),
-        Configured::Manifests { folder, watch } => (folder, watch),
+) -> Result<(Source, Option<Recording>), AgentError> {
+    let (folder, watch) = match opened {
+        Opened::Local(translation) => return Ok((Source::Local(Some(translation)), None)),
+        Opened::Manifests { folder, watch } => (folder, watch),
     };
     let records = enrolled::Records::new(state, options.node.as_str(), &machine_id::facts());
     let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
-    let recording = Recording::new(records).context("--state")?;
-    Ok(Source::Manifests {
+    let recording = Recording::new(records.clone());
+    let source = Source::Manifests {
         watch,
         folder,
         records_watch,
-        records: recording,
+        records: Recorded::new(records).context("--state")?,
         translated: Translated::new(MeshConfig {
             cluster_id: options.cluster_id.clone(),
             cluster_domain: options.cluster_domain.clone(),
@@ -432,30 +444,32 @@ fn source(
             network: options.network.clone(),
             ..MeshConfig::of_node(options.node.as_str())
         }),
-    })
+    };
+    Ok((source, Some(recording)))
 }
 
 fn sources(
     node: &str,
     window: &room::Window,
-    view: &watch::Receiver<View>,
+    (configured, view): (&watch::Receiver<Configured>, &watch::Receiver<View>),
     mesh: &MeshReader,
     (certs, root_end): (&Certs, RootEnd),
     level: Level,
     metrics: Arc<Metrics>,
 ) -> Sources {
-    let (node, counted, shown) = (node.to_owned(), window.clone(), view.clone());
+    let (node, counted) = (node.to_owned(), window.clone());
+    let (said, shown) = (configured.clone(), view.clone());
     let status = Arc::new(move || {
-        let mut report = report(&node, &shown.borrow(), counted.counters());
+        let mut report = report(&node, &said.borrow(), &shown.borrow(), counted.counters());
         report.problems.extend(root_end.problem());
         report
     });
     let (for_dump, mesh, certs) = (Arc::clone(&status), mesh.clone(), certs.clone());
-    let (programs, seen) = (window.clone(), view.clone());
+    let (programs, said, seen) = (window.clone(), configured.clone(), view.clone());
     Sources {
         config_dump: Arc::new(move || dump::dump(&mesh.current(), &certs, &for_dump())),
         status,
-        ready: Arc::new(move || ready(&seen.borrow())),
+        ready: Arc::new(move || ready(&said.borrow(), &seen.borrow())),
         kernel_log: Arc::new(move |on| programs.set_log(on).map_err(|error| error.to_string())),
         level,
         metrics,
@@ -467,11 +481,11 @@ fn sources(
 ///
 /// # Errors
 /// What is waited for: the first look at the machine, the state that nodes share, an enrolment, or a capture that is broken.
-fn ready(view: &View) -> Result<(), String> {
+fn ready(configured: &Configured, view: &View) -> Result<(), String> {
     let any = |state| view.pods.iter().any(|pod| pod.state == state && pod.here);
     if !view.looked {
         Err("pods".into())
-    } else if view.away {
+    } else if configured.away {
         Err("state".into())
     } else if any(State::Waiting) {
         Err("enrolment".into())
@@ -482,7 +496,12 @@ fn ready(view: &View) -> Result<(), String> {
     }
 }
 
-fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> StatusReport {
+fn report(
+    node: &str,
+    configured: &Configured,
+    view: &View,
+    counters: Vec<(&'static str, u64)>,
+) -> StatusReport {
     let pod = |pod: &crate::control::pods::PodView| PodStatus {
         namespace: pod.namespace.to_string(),
         name: pod.name.to_string(),
@@ -506,8 +525,8 @@ fn report(node: &str, view: &View, counters: Vec<(&'static str, u64)>) -> Status
         node: node.to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         pods: view.pods.iter().map(pod).collect(),
-        policies: view.policies,
-        problems: view.problems.clone(),
+        policies: configured.policies,
+        problems: [&configured.problems[..], &view.problems].concat(),
         counters: counters
             .into_iter()
             .map(|(word, count)| (word.to_owned(), count))

@@ -58,7 +58,7 @@ impl FromIterator<PodKey> for Enrolled {
 }
 
 /// What the records say.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Said {
     /// The enrolled pods of all nodes.
     pub enrolled: Enrolled,

@@ -1,6 +1,7 @@
 //! The tradesmen's entrance: fills the stores that the rooms read. Nothing calls it.
 
 pub mod ca;
+pub mod configuration;
 mod conflicts;
 mod doubts;
 pub mod enrolled;
@@ -10,6 +11,7 @@ pub mod machine;
 pub mod manifests;
 mod owned;
 pub mod pods;
+pub mod recorded;
 pub mod recording;
 pub mod state;
 mod written;

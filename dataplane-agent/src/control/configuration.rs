@@ -1,0 +1,338 @@
+//! Follows what is configured: publishes the mesh, and tells which pods are of this node.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::conflicts;
+use super::doubts::Doubts;
+use super::enrolled::Said;
+use super::kept::{IsSaid, Kept};
+use super::manifests::applies;
+use super::manifests::changes::PolicyChange;
+use super::manifests::{Folder, LocalPodSpec, Translated, Translation, Watch};
+use super::recorded::Recorded;
+use crate::capture::{PodState, PodStatus, Status, named};
+use crate::mesh::{Delta, Mesh, MeshWriter, Workload};
+
+/// How often it is looked whether records have changed of which nothing tells.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Where the configuration is.
+#[expect(clippy::large_enum_variant, reason = "there is one")]
+pub enum Source {
+    /// A folder of manifests, and the records of enrolled pods beside it.
+    Manifests {
+        /// The folder, read once.
+        folder: Folder,
+        /// What tells of its changes.
+        watch: Watch,
+        /// The records.
+        records: Recorded,
+        /// What tells of theirs.
+        records_watch: Watch,
+        /// What they mean.
+        translated: Translated,
+    },
+    /// ztunnel's file; read once, as ztunnel does.
+    Local(Option<Translation>),
+}
+
+/// What is configured, as far as it concerns this node's pods and whoever asks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Configured {
+    /// The pods of this node.
+    pub local: Arc<[LocalPodSpec]>,
+    /// Why more may be configured than what is there yet.
+    pub partial: Option<String>,
+    /// What is wrong with it, and what holds instead.
+    pub problems: Vec<String>,
+    /// How many policies there are, whomever they are for.
+    pub policies: usize,
+    /// What the records say; none where there are none.
+    pub recorded: Option<Arc<Said>>,
+    /// Whether the state that nodes share cannot be read.
+    pub away: bool,
+}
+
+/// The task.
+pub struct Configuration {
+    source: Source,
+    status: watch::Receiver<Status>,
+    mesh: MeshWriter,
+    configured: watch::Sender<Configured>,
+    /// Told when this node has written or removed a record.
+    rewritten: Arc<Notify>,
+    /// The pods of this node.
+    local: Arc<[LocalPodSpec]>,
+    /// What is wrong with the files.
+    problems: Vec<String>,
+    /// What was written and cannot be carried, and what is done instead.
+    uncarried: Vec<String>,
+    /// What is likely a slip.
+    doubts: Doubts,
+    /// What the mesh knows beyond what is configured.
+    kept: Kept,
+    /// The uids of the pods that are captured, as of the last translation.
+    captured: BTreeSet<Arc<str>>,
+}
+
+impl Configuration {
+    /// Publishes the mesh as it is configured. `status`: how far capture is with this node's pods.
+    pub fn new(
+        source: Source,
+        status: watch::Receiver<Status>,
+        mesh: MeshWriter,
+        rewritten: Arc<Notify>,
+    ) -> (Self, watch::Receiver<Configured>) {
+        let (sender, configured) = watch::channel(Configured::default());
+        let mut new = Self {
+            source,
+            status,
+            mesh,
+            configured: sender,
+            rewritten,
+            local: Arc::default(),
+            problems: Vec::new(),
+            uncarried: Vec::new(),
+            doubts: Doubts::default(),
+            kept: Kept::default(),
+            captured: BTreeSet::new(),
+        };
+        new.publish();
+        new.tell_of_none();
+        (new, configured)
+    }
+
+    /// Follows the configuration, and how far capture is, until capture is gone.
+    pub async fn run(mut self) {
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = changed(&mut self.source, &mut self.problems) => {}
+                _ = look.tick() => {}
+                () = self.rewritten.notified() => {}
+                told = self.status.changed() => if told.is_err() { return },
+            }
+            if let Source::Manifests { records, .. } = &mut self.source {
+                records.look();
+            }
+            self.publish();
+        }
+    }
+
+    /// Makes the mesh what is configured, as far as that has changed; then tells of the pods of this node,
+    /// which so are in the mesh before they are looked for.
+    fn publish(&mut self) {
+        let status = self.status.borrow_and_update().clone();
+        let mesh = self.mesh.current();
+        let mut delta = self.read(captured(&status), &mesh);
+        let served = status.values().filter(|pod| is_served(pod));
+        let served: BTreeSet<Arc<str>> = served.map(|pod| Arc::clone(&pod.uid)).collect();
+        let workload: IsSaid<'_> = &|uid| self.source.says_workload(uid);
+        let policy: IsSaid<'_> = &|key| self.source.says_policy(key);
+        self.kept
+            .keep(&served, (workload, policy), &mesh, &mut delta);
+        self.tell_of_another_node(&served, &mesh, &delta);
+        if !delta.is_empty() {
+            self.mesh.apply(delta);
+            self.doubts.expire();
+        }
+        self.doubt();
+        let configured = self.configured();
+        self.configured.send_if_modified(|old| {
+            let changed = *old != configured;
+            *old = configured;
+            changed
+        });
+    }
+
+    /// What has changed by what is configured now.
+    fn read(&mut self, captured: BTreeSet<Arc<str>>, mesh: &Mesh) -> Delta {
+        match &mut self.source {
+            Source::Manifests {
+                folder,
+                records,
+                translated,
+                ..
+            } => {
+                let (touched, mut stale) = (folder.touched(), records.stale());
+                for uid in captured.symmetric_difference(&self.captured) {
+                    stale.pod(uid);
+                }
+                if touched.is_empty() && stale.is_empty() {
+                    return Delta::default();
+                }
+                self.doubts.expire();
+                let objects = (folder.objects(), &touched[..]);
+                let here = (records.enrolled(), &captured);
+                let delta = translated.update(objects, stale, here, mesh);
+                self.captured = captured;
+                self.local = translated.local().cloned().collect();
+                let problems = translated.problems();
+                let problems = problems.chain(&folder.objects().warnings).cloned();
+                tell(&mut self.uncarried, problems.collect());
+                delta
+            }
+            Source::Local(said) => said.take().map_or_else(Delta::default, |said| {
+                self.local = said.local.into();
+                tell(&mut self.uncarried, said.problems);
+                Delta::of(said.workloads, said.services, said.policies)
+            }),
+        }
+    }
+
+    fn configured(&self) -> Configured {
+        let problems = self.problems.iter().chain(&self.uncarried);
+        let mut problems: Vec<String> = problems.chain(self.doubts.found()).cloned().collect();
+        let mut configured = Configured {
+            local: Arc::clone(&self.local),
+            ..Configured::default()
+        };
+        match &self.source {
+            Source::Manifests {
+                folder, records, ..
+            } => {
+                problems.extend_from_slice(records.problems());
+                let objects = folder.objects();
+                configured.policies =
+                    objects.authorization_policies.len() + objects.peer_authentications.len();
+                configured.partial = folder.is_partial();
+                configured.recorded = Some(Arc::clone(records.said()));
+                configured.away = records.is_away();
+            }
+            Source::Local(_) => configured.policies = self.mesh.current().policies().len(),
+        }
+        configured.problems = problems;
+        configured
+    }
+
+    /// Looks for what is likely a slip.
+    fn doubt(&mut self) {
+        let find = || {
+            let (mesh, mut found) = (self.mesh.current(), Vec::new());
+            let is_said = |of: &&Arc<Workload>| !self.kept.has(&of.uid);
+            let workloads = mesh.workloads().filter(is_said).map(Arc::as_ref);
+            let services = mesh.services().map(|(_, of)| &**of);
+            conflicts::tell(workloads, services, &mut found);
+            if let Source::Manifests {
+                folder, translated, ..
+            } = &self.source
+            {
+                let root = &translated.config().root_namespace;
+                found.extend(applies::problems(folder.objects(), root));
+            }
+            found
+        };
+        self.doubts.look(find, tell);
+    }
+
+    /// A pod that went to another node has another address there. One that its manifest says to be on another
+    /// node, and at an address that it has here, leaves the mesh by a slip.
+    fn tell_of_another_node(&self, served: &BTreeSet<Arc<str>>, mesh: &Mesh, delta: &Delta) {
+        let is_here = |uid: &Arc<str>| self.local.iter().any(|pod| pod.uid == *uid);
+        for uid in served {
+            if let (Some(is), Some(Some(now))) = (mesh.workload(uid), delta.workloads.get(uid))
+                && is.node != now.node
+                && !is_here(uid)
+                && is.addresses.iter().any(|ip| now.addresses.contains(ip))
+            {
+                tracing::warn!(
+                    pod = %named(uid),
+                    node = &*now.node,
+                    "a pod that is on this machine leaves the mesh, as its manifest says another node (spec.nodeName)"
+                );
+            }
+        }
+    }
+
+    /// A node of another name than its pods' would serve nobody, without a word.
+    fn tell_of_none(&self) {
+        let mesh = self.mesh.current();
+        let nodes: BTreeSet<&str> = mesh.workloads().map(|pod| &*pod.node).collect();
+        if self.local.is_empty() && !nodes.is_empty() {
+            let some: Vec<&str> = nodes.into_iter().take(3).collect();
+            let some = some.join(", ");
+            tracing::warn!(
+                nodes = some,
+                "no pod is of this node (spec.nodeName); others are"
+            );
+        }
+    }
+}
+
+/// Whether anything of it may run.
+fn is_served(pod: &PodStatus) -> bool {
+    matches!(
+        pod.state,
+        PodState::Up | PodState::Broken { .. } | PodState::Draining
+    )
+}
+
+/// Those that are captured, and do not leave.
+fn captured(status: &Status) -> BTreeSet<Arc<str>> {
+    let captured = status.values().filter(|of| match of.state {
+        PodState::Up | PodState::Broken { .. } => true,
+        PodState::Adopted { captured } | PodState::Failed { captured, .. } => captured,
+        PodState::Draining => false,
+    });
+    captured.map(|of| Arc::clone(&of.uid)).collect()
+}
+
+/// Waits until there is something new to read, and reads it.
+async fn changed(source: &mut Source, problems: &mut Vec<String>) {
+    let Source::Manifests {
+        folder,
+        watch,
+        records_watch,
+        ..
+    } = source
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        reload = folder.next(watch) => {
+            let told: Vec<String> = reload.problems.iter().map(ToString::to_string).collect();
+            for problem in told.iter().filter(|problem| !problems.contains(problem)) {
+                tracing::error!("{problem}; what it said before holds");
+            }
+            *problems = told;
+            for renamed in &reload.renamed {
+                tracing::warn!("{renamed}");
+            }
+            reload.policies.iter().for_each(PolicyChange::log);
+        }
+        () = records_watch.changed() => {}
+    }
+}
+
+/// Takes what is wrong now in the place of what was, and tells of what is new.
+fn tell(told: &mut Vec<String>, problems: Vec<String>) {
+    let before: HashSet<&String> = told.iter().collect();
+    for problem in problems.iter().filter(|problem| !before.contains(problem)) {
+        tracing::warn!("{problem}");
+    }
+    *told = problems;
+}
+
+impl Source {
+    /// Whether a workload is configured.
+    fn says_workload(&self, uid: &str) -> bool {
+        match self {
+            Self::Manifests { translated, .. } => translated.says_workload(uid),
+            Self::Local(_) => true,
+        }
+    }
+
+    /// Whether a policy is configured.
+    fn says_policy(&self, key: &str) -> bool {
+        match self {
+            Self::Manifests { translated, .. } => translated.says_policy(key),
+            Self::Local(_) => true,
+        }
+    }
+}

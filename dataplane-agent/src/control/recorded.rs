@@ -1,0 +1,220 @@
+//! What the records of enrolled pods say, read again when their folder has changed. Those that could be read
+//! last hold.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::time::Instant;
+
+use super::enrolled::{Enrolled, Records, Said};
+use super::manifests::Stale;
+
+/// A folder that was changed since so long may be changed again without showing it: clocks of file systems
+/// are coarse.
+const COARSE: Duration = Duration::from_secs(2);
+/// How often records are read of which nothing tells that they have changed: one may be written in place.
+const SLOW: Duration = Duration::from_secs(10);
+
+/// The records, as they were read last.
+#[derive(Debug)]
+pub struct Recorded {
+    records: Records,
+    said: Arc<Said>,
+    /// Since when they had not changed as they were read last, and when that was; none if that is to be
+    /// done again whatever the folder looks like.
+    read: Option<(SystemTime, Instant)>,
+    /// Whether none of them can be read now.
+    away: bool,
+    /// What of them cannot be read now, and why.
+    unread: Vec<String>,
+    /// Of which namespaces what they say is another, since it was last asked for.
+    stale: Stale,
+}
+
+impl Recorded {
+    /// Reads the records for the first time.
+    ///
+    /// # Errors
+    /// Their folder cannot be read.
+    pub fn new(records: Records) -> io::Result<Self> {
+        let said = records.read()?;
+        let mut new = Self {
+            records,
+            said: Arc::default(),
+            read: None,
+            away: false,
+            unread: Vec::new(),
+            stale: Stale::all(),
+        };
+        new.hear(said);
+        Ok(new)
+    }
+
+    /// What they say; the last that could be read, if they cannot be now.
+    pub fn said(&self) -> &Arc<Said> {
+        &self.said
+    }
+
+    /// The enrolled pods of all nodes.
+    pub fn enrolled(&self) -> &Enrolled {
+        &self.said.enrolled
+    }
+
+    /// Of which namespaces [`Recorded::enrolled`] is another than when this was last asked.
+    pub fn stale(&mut self) -> Stale {
+        std::mem::take(&mut self.stale)
+    }
+
+    /// Whether the state that nodes share cannot be read now: of what other nodes say since nothing is known.
+    pub fn is_away(&self) -> bool {
+        self.away
+    }
+
+    /// What is wrong now.
+    pub fn problems(&self) -> &[String] {
+        &self.unread
+    }
+
+    /// Reads what is recorded now.
+    pub fn look(&mut self) {
+        let changed = self.records.changed();
+        if let (Ok(changed), Some((as_read, when))) = (&changed, self.read)
+            && *changed == as_read
+            && when.elapsed() < SLOW
+        {
+            return;
+        }
+        let said = self.records.read();
+        self.away = said.is_err();
+        let is_settled = |at: &SystemTime| at.elapsed().is_ok_and(|age| age > COARSE);
+        let whole = said.as_ref().is_ok_and(|said| said.problems.is_empty());
+        self.read = match changed {
+            Ok(at) if whole && is_settled(&at) => Some((at, Instant::now())),
+            _ => None,
+        };
+        match said {
+            Ok(said) => self.hear(said),
+            Err(error) => self.tell(vec![format!("{error}; what they said last holds")]),
+        }
+    }
+
+    fn hear(&mut self, said: Said) {
+        let mut problems = said.problems.clone();
+        if let Some(some) = said.namesakes.first() {
+            problems.push(format!(
+                "{}: a node of this name wrote it on another machine, and {} others: they stay; give one of \
+                 the two another --node, or, if this machine was another one before (/etc/machine-id and \
+                 the firmware's serial numbers say so), remove them",
+                self.records.path_of(some).display(),
+                said.namesakes.len() - 1,
+            ));
+        }
+        said.enrolled.differ(&self.said.enrolled, &mut self.stale);
+        if said != *self.said {
+            self.said = Arc::new(said);
+        }
+        self.tell(problems);
+    }
+
+    fn tell(&mut self, unread: Vec<String>) {
+        let unread = unread.into_iter();
+        let told = unread.map(|problem| format!("records of enrolled pods: {problem}"));
+        let told: Vec<String> = told.collect();
+        for problem in told.iter().filter(|problem| !self.unread.contains(problem)) {
+            tracing::warn!("{problem}");
+        }
+        self.unread = told;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::super::enrolled::tests::{self, key_of, pod};
+    use super::*;
+
+    fn recorded(state: &Path) -> Recorded {
+        Recorded::new(tests::records(state, "one")).expect("a folder")
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_read_hides_no_other_and_its_pod_counts_as_enrolled() {
+        let state = tempfile::tempdir().expect("a folder");
+        let two = tests::records(state.path(), "two");
+        two.write(&pod("a", "1")).expect("a record");
+        let bad = state.path().join("enrolled/ns.bad.json");
+        fs::write(&bad, "{").expect("a file");
+        // At a start as later.
+        let mut recorded = recorded(state.path());
+        two.write(&pod("b", "2")).expect("a record");
+        recorded.look();
+        for (name, uid) in [("a", "1"), ("b", "2"), ("bad", "3"), ("bad", "")] {
+            assert!(
+                recorded.enrolled().contains(&key_of(name, uid)),
+                "{name} {uid}"
+            );
+        }
+        assert!(!recorded.enrolled().contains(&key_of("a", "2")));
+        let problems = recorded.problems();
+        assert!(
+            problems.len() == 1 && problems[0].contains("enrolled/ns.bad.json: EOF"),
+            "{problems:?}"
+        );
+        two.write(&pod("bad", "3")).expect("a record");
+        recorded.look();
+        assert!(recorded.enrolled().contains(&key_of("bad", "3")));
+        assert!(!recorded.enrolled().contains(&key_of("bad", "")));
+        assert_eq!(recorded.problems(), [""; 0]);
+    }
+
+    #[test]
+    fn records_are_read_again_when_their_folder_has_changed() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        let (mut recorded, two) = (recorded(state.path()), tests::records(state.path(), "two"));
+        let folder = state.path().join("enrolled");
+        let long_ago = SystemTime::now() - Duration::from_secs(3600);
+        two.write(&pod("a", "1"))?;
+        fs::File::open(&folder)?.set_modified(long_ago)?;
+        recorded.look();
+        assert!(recorded.enrolled().contains(&key_of("a", "1")));
+        fs::write(folder.join("ns.a.json"), "{")?;
+        recorded.look();
+        assert_eq!(recorded.problems(), [""; 0], "it is not read again");
+        two.write(&pod("b", "2"))?;
+        recorded.look();
+        assert!(recorded.enrolled().contains(&key_of("b", "2")));
+        assert_eq!(recorded.problems().len(), 1);
+        // What is not whole is read at every look.
+        fs::File::open(&folder)?.set_modified(long_ago)?;
+        fs::remove_file(folder.join("ns.a.json"))?;
+        fs::File::open(&folder)?.set_modified(long_ago)?;
+        recorded.look();
+        assert_eq!(recorded.problems(), [""; 0]);
+        // What is away is told of at once.
+        recorded.look();
+        fs::rename(&folder, state.path().join("away"))?;
+        recorded.look();
+        assert!(recorded.is_away());
+        Ok(())
+    }
+
+    #[test]
+    fn records_that_cannot_be_read_are_a_problem_and_the_last_ones_hold() {
+        let state = tempfile::tempdir().expect("a folder");
+        let two = tests::records(state.path(), "two");
+        two.write(&pod("a", "")).expect("a record");
+        let mut recorded = recorded(state.path());
+        let key = key_of("a", "");
+        fs::rename(state.path().join("enrolled"), state.path().join("away")).expect("a folder");
+        recorded.look();
+        assert!(recorded.enrolled().contains(&key) && recorded.is_away());
+        let problems = recorded.problems();
+        assert!(
+            problems[0].contains("what they said last holds"),
+            "{problems:?}"
+        );
+    }
+}
