@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::authorize::Authorizer;
 use crate::capture::node_folder::{self, Mark, NodeFolder};
 use crate::capture::uninstall::canonical;
-use crate::capture::{self, CaptureError, Instance, PodEvent, Room, room};
+use crate::capture::{self, CaptureError, Room, room};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::ca::{CaError, RootEnd};
@@ -35,6 +35,7 @@ use crate::observe::admin::{self, Socket, Sources};
 use crate::observe::log::Level;
 use crate::observe::status::{PodStatus, StatusReport};
 use crate::observe::{Metrics, Observer, dump, kernel, metrics};
+use crate::seam::{Instance, PodEvent};
 use crate::sys::netns::Netns;
 use crate::sys::{bpffs, caps, cgroup, limits, machine_id, memory, processes};
 use crate::workers::{Shared, Threads};
@@ -351,16 +352,16 @@ fn unfinished(view: &View) -> String {
 /// Holds the certificate of a pod for as long as it is served.
 fn hold(certs: &Certs, held: &mut HashMap<Instance, Identity>, event: &PodEvent) {
     match event {
-        PodEvent::Up(pod, _) => {
-            certs.hold(&pod.identity);
-            held.insert(pod.instance, pod.identity.clone());
+        PodEvent::Up(lease) => {
+            certs.hold(&lease.identity);
+            held.insert(lease.instance, lease.identity.clone());
         }
         PodEvent::Down(instance, _) => {
             if let Some(identity) = held.remove(instance) {
                 certs.forget(&identity);
             }
         }
-        PodEvent::Drain(..) | PodEvent::Revive(_) => {}
+        PodEvent::Addresses(..) | PodEvent::Drain(..) | PodEvent::Revive(_) => {}
     }
 }
 

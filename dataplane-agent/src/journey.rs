@@ -8,9 +8,8 @@ use http::StatusCode;
 use tokio::net::TcpStream;
 
 use crate::accept::hbone::{self as tunnels, AcceptError};
-use crate::accept::{Accepted, Direction, Io};
+use crate::accept::{Accepted, Direction, Io, LocalPod};
 use crate::authorize::{Authorizer, Denied};
-use crate::capture::LocalPod;
 use crate::drain::Scope;
 use crate::hbone;
 use crate::identity::Certs;

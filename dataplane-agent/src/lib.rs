@@ -24,6 +24,7 @@ pub mod load;
 pub mod mesh;
 pub mod observe;
 pub mod resolve;
+pub mod seam;
 pub mod sys;
 pub mod transport;
 pub mod workers;

@@ -18,9 +18,10 @@ use tokio::task::LocalSet;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use crate::accept::LocalPod;
 use crate::accept::listener::Listener;
 use crate::authorize::Authorizer;
-use crate::capture::{Instance, Listeners, LocalPod, PodEvent, named};
+use crate::capture::named;
 use crate::drain::{Scope, tasks};
 use crate::identity::Certs;
 use crate::journey::{Admitted, Corridor, Entrance, admit, walk};
@@ -28,6 +29,7 @@ use crate::limits::NodePlaces;
 use crate::load::{BUSY, Begun, Load};
 use crate::mesh::MeshReader;
 use crate::observe::Observer;
+use crate::seam::{Instance, Listeners, PodEvent};
 use crate::transport::means::OfNode;
 use crate::transport::{Carrier, Pool};
 
@@ -67,6 +69,7 @@ pub struct Workers {
 /// Where a pod is at home.
 #[derive(Debug)]
 struct Home {
+    pod: Arc<LocalPod>,
     worker: usize,
     /// What all workers run for it.
     tasks: TaskTracker,
@@ -183,7 +186,8 @@ impl Workers {
     /// Does what capture says of a pod.
     pub fn apply(&mut self, event: PodEvent) {
         match event {
-            PodEvent::Up(pod, listeners) => {
+            PodEvent::Up(lease) => {
+                let (pod, listeners) = LocalPod::of(*lease);
                 let (home, tasks) = (self.home(), tasks());
                 // Who accepts comes last: it hands connections to the others.
                 for (number, door) in self.doors.iter().enumerate() {
@@ -191,10 +195,15 @@ impl Workers {
                         door.order(Order::Up(Arc::clone(&pod), tasks.clone(), None));
                     }
                 }
-                let instance = pod.instance;
-                self.doors[home].order(Order::Up(pod, tasks.clone(), Some(listeners)));
+                let order = Order::Up(Arc::clone(&pod), tasks.clone(), Some(listeners));
+                self.doors[home].order(order);
                 let worker = home;
-                self.homes.insert(instance, Home { worker, tasks });
+                self.homes.insert(pod.instance, Home { pod, worker, tasks });
+            }
+            PodEvent::Addresses(instance, addresses) => {
+                if let Some(home) = self.homes.get(&instance) {
+                    home.pod.set_addresses(addresses);
+                }
             }
             PodEvent::Drain(instance, told) => self.all(instance, told, Order::Drain),
             PodEvent::Revive(instance) => {

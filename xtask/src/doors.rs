@@ -20,8 +20,10 @@ const GROUND: &str = "mesh";
 
 /// What a room may use besides.
 const DOORS: &[(&str, &[&str])] = &[
-    ("capture", &[]),
-    ("accept", &["capture"]),
+    // What the node leases to the rooms behind it; they know no more of capture than that.
+    ("seam", &[]),
+    ("capture", &["seam"]),
+    ("accept", &["seam"]),
     ("resolve", &["accept"]),
     ("authorize", &["resolve"]),
     ("transport", &["authorize"]),

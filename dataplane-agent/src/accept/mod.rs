@@ -5,6 +5,8 @@
 
 pub mod hbone;
 pub mod listener;
+pub mod pod;
+mod ports;
 
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
@@ -14,10 +16,10 @@ use http::StatusCode;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-pub use crate::capture::pods::Clients;
-pub use crate::capture::{Instance, LocalPod};
+pub use self::pod::{Clients, LocalPod};
 use crate::hbone::stream::Waiting;
 use crate::mesh::Identity;
+pub use crate::seam::Instance;
 
 /// One connection of one enrolled pod, or one CONNECT stream to it: TLS finished, peer verified.
 #[derive(Debug)]

@@ -6,21 +6,19 @@
 //! that takes what comes by it: the pod's own app would get it, if it listens on that port.
 
 use std::net::IpAddr;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use dataplane_ebpf::mark;
 use dataplane_ebpf::pod::ADDRESSES;
 
 use super::pins::{self, Pins};
-use super::pods::Clients;
-use super::ports::Ports;
 use super::programs::{Loader, PodProgram};
 use super::room::Window;
 use super::routing::Routing;
 use super::undo::{Record, Records};
 use super::wanted::Desired;
-use super::{CaptureError, Instance, Listeners, LocalPod, attached, named, routes};
-use crate::limits::{Handshakes, PodPlaces};
+use super::{CaptureError, attached, named, routes};
+use crate::seam::Listeners;
 use crate::sys::netns::{Interfaces, Netns};
 use crate::sys::socket;
 
@@ -29,8 +27,8 @@ pub const PORTS: [u16; 3] = [15001, 15006, 15008];
 
 /// A pod that was entered.
 pub struct Entered {
-    /// What the corridor is told of.
-    pub pod: Arc<LocalPod>,
+    /// What the pod's own addresses are.
+    pub addresses: Arc<[IpAddr]>,
     /// Its listeners.
     pub listeners: Listeners,
     /// Its program, attached.
@@ -78,25 +76,8 @@ pub async fn enter(
     let mut program = loader.pod(desired.cookie, first, Some(&listeners))?;
     program.attach(netns, &pins.pod(desired.cookie))?;
     routes::put(netns, &routing).await?;
-    let ports = [&listeners.outbound, &listeners.inbound, &listeners.hbone]
-        .map(|listener| listener.local_addr().map_or(0, |address| address.port()));
-    let pod = LocalPod {
-        instance: Instance::next(),
-        ports,
-        handshakes: Handshakes::default(),
-        places: PodPlaces::default(),
-        uid: desired.uid.clone(),
-        namespace: desired.namespace.clone(),
-        name: desired.name.clone(),
-        identity: desired.identity.clone(),
-        addresses: RwLock::new(addresses),
-        netns: netns.clone(),
-        clients: Clients::default(),
-        spoofed: Ports::default(),
-        stamp: Arc::clone(&window.stamp),
-    };
     Ok(Entered {
-        pod: Arc::new(pod),
+        addresses,
         listeners,
         program,
         interfaces,

@@ -10,9 +10,9 @@ use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::pod::{Node, Owned, Steered, listener};
 
+use super::CaptureError;
 use super::pins::Pins;
-use super::stamp::Stamp;
-use super::{CaptureError, Listeners};
+use crate::seam::{Listeners, Stamp};
 use crate::sys::cgroup::CgroupId;
 
 /// Maps that all programs of a node share; pinned.

@@ -2,7 +2,7 @@
 //!
 //! Told by control which pods are wanted, it brings the machine there step by step
 //! ([`reconcile::diff`] says which step is next), and tells how far each pod is. Door out: a
-//! [`LocalPod`] with its [`Listeners`]; what they accept has the original destination as its local
+//! [`crate::seam::Lease`] of each; what its listeners accept has the original destination as its local
 //! address.
 //!
 //! Whatever is changed on the machine is written down before it is changed, and whatever keeps
@@ -16,15 +16,12 @@ mod link;
 pub mod maps;
 pub mod node_folder;
 pub mod pins;
-pub mod pods;
-pub mod ports;
 pub mod programs;
 pub mod reconcile;
 pub mod repair;
 pub mod room;
 pub mod routes;
 pub mod routing;
-pub mod stamp;
 pub mod undo;
 pub mod uninstall;
 pub mod wanted;
@@ -35,7 +32,6 @@ use std::path::PathBuf;
 
 use crate::config::NodeName;
 
-pub use pods::{Instance, Listeners, LocalPod, PodEvent};
 pub use room::Room;
 pub use wanted::{Desired, PodState, PodStatus, Status, Wanted};
 

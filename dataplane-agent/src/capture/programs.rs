@@ -13,10 +13,11 @@ use aya::programs::{
 };
 use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 
+use super::CaptureError;
 use super::link::Link;
 use super::maps::{self, NodeMaps, chain};
 use super::pins::Pins;
-use super::{CaptureError, Listeners};
+use crate::seam::Listeners;
 use crate::sys::netns::Netns;
 use crate::sys::{hooks, verifier};
 

@@ -6,6 +6,7 @@ mod look;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
@@ -27,11 +28,11 @@ use super::programs::{self, Links, Loader, PodProgram};
 use super::reconcile::{Has, Phase, Step, Want, diff};
 use super::repair::Repairs;
 use super::routing::Routing;
-use super::stamp::Stamp;
 use super::undo::{self, Record, Records};
 use super::wanted::{Desired, PodState, PodStatus, Status, Wanted};
-use super::{CaptureError, Instance, Listeners, LocalPod, PodEvent, attached, enrol, named};
+use super::{CaptureError, attached, enrol, named};
 use crate::config::NodeName;
+use crate::seam::{Instance, Lease, Listeners, PodEvent, Stamp};
 use crate::sys::netns::{Changes, Interfaces, Netns};
 
 /// How long listeners stay after their pod has left: handshakes that had begun end in them.
@@ -63,7 +64,6 @@ pub struct Config {
 pub struct Window {
     maps: Arc<Mutex<NodeMaps>>,
     repairs: Arc<Repairs>,
-    pub(super) stamp: Arc<Stamp>,
 }
 
 impl Window {
@@ -105,6 +105,8 @@ pub struct Room {
     told: Instant,
     events: mpsc::Sender<PodEvent>,
     status: watch::Sender<Status>,
+    /// What is lent with each pod.
+    stamp: Arc<Stamp>,
     /// When the node's programs are looked at.
     looks: Looks,
     /// Whether it is to rest.
@@ -150,7 +152,9 @@ enum InPhase {
 /// What the corridor serves.
 struct Served {
     desired: Desired,
-    local: Arc<LocalPod>,
+    instance: Instance,
+    /// Its own addresses, as the corridor knows them.
+    addresses: Arc<[IpAddr]>,
     program: PodProgram,
     /// What it had on its interfaces as it was looked at last.
     interfaces: Interfaces,
@@ -176,7 +180,7 @@ impl Pod {
             | InPhase::Draining { served, .. } => served,
         };
         self.held = Some(Held::by(served.program));
-        Some(served.local.instance)
+        Some(served.instance)
     }
 
     /// The id of what steers in it, pinned or not, as far as this agent has it.
@@ -190,6 +194,28 @@ impl Pod {
         let served = self.phase.served().map(|served| &served.looks);
         let held = self.held.as_ref().map(|held| &held.looks);
         served.or(held).map(Looks::next)
+    }
+}
+
+impl Served {
+    /// It has these addresses now, and the corridor is told if they are others.
+    ///
+    /// # Errors
+    /// The rooms behind this one are gone.
+    async fn has(
+        &mut self,
+        addresses: Arc<[IpAddr]>,
+        events: &mpsc::Sender<PodEvent>,
+    ) -> Result<(), CaptureError> {
+        if self.addresses != addresses {
+            self.addresses = Arc::clone(&addresses);
+            let event = PodEvent::Addresses(self.instance, addresses);
+            events
+                .send(event)
+                .await
+                .map_err(|_| CaptureError::Stopping)?;
+        }
+        Ok(())
     }
 }
 
@@ -288,7 +314,6 @@ impl Room {
         let window = Window {
             maps: Arc::new(Mutex::new(node.maps)),
             repairs: Arc::default(),
-            stamp: Arc::new(super::maps::stamp(&mut node.ebpf)?),
         };
         let (status, told) = watch::channel(Status::new());
         let mut room = Self {
@@ -302,6 +327,7 @@ impl Room {
             told: Instant::now(),
             events,
             status,
+            stamp: Arc::new(super::maps::stamp(&mut node.ebpf)?),
             looks: Looks::begin(0),
             rest,
             pinned: PinnedMaps::open(&pins)?,
@@ -500,26 +526,38 @@ impl Room {
         };
         let entered = entered.and_then(|entered| {
             let watched = watched(&desired, &entered)?;
-            let record = self.mark(&desired, &entered.pod)?;
+            let record = self.mark(&desired, &entered.addresses)?;
             Ok((entered, watched, record))
         });
         match entered {
             Ok((entered, (listeners, changes), record)) => {
-                let pod = entered.pod;
+                let instance = Instance::next();
                 tracing::info!(
                     pod = %format_args!("{}/{}", desired.namespace, desired.name),
                     netns = cookie,
-                    addresses = ?pod.addresses(),
+                    addresses = ?entered.addresses,
                     "pod enrolled"
                 );
                 self.failed.remove(&cookie);
-                let pod_in_room = Pod {
+                let lease = Lease {
+                    instance,
+                    uid: desired.uid.clone(),
+                    namespace: desired.namespace.clone(),
+                    name: desired.name.clone(),
+                    identity: desired.identity.clone(),
+                    addresses: Arc::clone(&entered.addresses),
+                    netns: desired.netns.clone(),
+                    listeners: entered.listeners,
+                    stamp: Arc::clone(&self.stamp),
+                };
+                let pod = Pod {
                     record,
                     uid: desired.uid.clone(),
                     netns: Some(desired.netns.clone()),
                     phase: InPhase::Serving(Box::new(Served {
                         desired,
-                        local: Arc::clone(&pod),
+                        instance,
+                        addresses: Arc::clone(&entered.addresses),
                         program: entered.program,
                         interfaces: entered.interfaces,
                         told: true,
@@ -531,8 +569,8 @@ impl Room {
                     })),
                     held: None,
                 };
-                self.pods.insert(cookie, pod_in_room);
-                self.send(PodEvent::Up(pod, entered.listeners)).await
+                self.pods.insert(cookie, pod);
+                self.send(PodEvent::Up(Box::new(lease))).await
             }
             Err(error) => {
                 let before = self.failed.remove(&cookie);
@@ -586,13 +624,13 @@ impl Room {
     }
 
     /// The last step in: from here on the pod's own connections are captured.
-    fn mark(&self, desired: &Desired, pod: &LocalPod) -> Result<Record, CaptureError> {
+    fn mark(&self, desired: &Desired, addresses: &[IpAddr]) -> Result<Record, CaptureError> {
         let record = self.records.of(desired.cookie)?;
         let record = record.ok_or_else(|| CaptureError::Namespace {
             what: "find the record of what was changed",
             why: "it is gone from the run folder".into(),
         })?;
-        let first = pod.addresses().first().copied();
+        let first = addresses.first().copied();
         let mut maps = self.window.maps();
         maps.enrol(desired.cookie, first, &desired.groups)?;
         Ok(record)

@@ -10,7 +10,8 @@ use std::path::Path;
 use super::CheckOptions;
 use crate::capture::pins::Pins;
 use crate::capture::programs::{self, Loader};
-use crate::capture::{CaptureError, Listeners, enrol, routes};
+use crate::capture::{CaptureError, enrol, routes};
+use crate::seam::Listeners;
 use crate::sys::netns::Netns;
 use crate::sys::{bpffs, caps, cgroup, processes, socket};
 

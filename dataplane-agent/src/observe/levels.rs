@@ -3,7 +3,7 @@
 use tracing_subscriber::filter::EnvFilter;
 
 /// The first parts of the targets of our own modules, as they are in the log.
-const ROOMS: [&str; 20] = [
+const ROOMS: [&str; 21] = [
     "accept",
     "agent",
     "authorize",
@@ -21,6 +21,7 @@ const ROOMS: [&str; 20] = [
     "mesh",
     "observe",
     "resolve",
+    "seam",
     "sys",
     "transport",
     "workers",

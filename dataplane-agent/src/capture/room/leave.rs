@@ -10,8 +10,9 @@ use tokio::time::Instant;
 use super::super::repair::Gone;
 use super::super::undo::Record;
 use super::super::wanted::Desired;
-use super::super::{CaptureError, PodEvent, enrol, named};
+use super::super::{CaptureError, enrol, named};
 use super::{InPhase, LINGER, Pod, RETRY, Room, Served, look};
+use crate::seam::PodEvent;
 use crate::sys::netns::Netns;
 
 impl Room {
@@ -51,10 +52,10 @@ impl Room {
                 return Ok(());
             }
         };
-        let (uid, instance) = (pod.uid.clone(), served.local.instance);
+        let (uid, instance) = (pod.uid.clone(), served.instance);
         served.desired = want;
         let mut gone = Gone::default();
-        let attached = self.again_captured(&mut served, &mut gone);
+        let attached = self.again_captured(&mut served, &mut gone).await;
         look::told(named(&uid), &gone, Ok(()), None);
         self.window.repairs.count(&gone);
         if let Some(pod) = self.pods.get_mut(&cookie) {
@@ -75,14 +76,18 @@ impl Room {
         }
     }
 
-    fn again_captured(&self, served: &mut Served, gone: &mut Gone) -> Result<(), CaptureError> {
+    async fn again_captured(
+        &self,
+        served: &mut Served,
+        gone: &mut Gone,
+    ) -> Result<(), CaptureError> {
         let interfaces = enrol::interfaces(&served.desired.netns)?;
         let (addresses, _) = enrol::own(served.desired.own(), &interfaces, &self.window)?;
         let pin = self.pins.pod(served.desired.cookie);
         // That it cannot be pinned is told by the next look.
         let _ = look::steered(served, &pin, gone)?;
         let first = addresses.first().copied();
-        served.local.set_addresses(addresses);
+        served.has(addresses, &self.events).await?;
         let desired = &served.desired;
         let mut maps = self.window.maps();
         maps.enrol(desired.cookie, first, &desired.groups)
@@ -99,7 +104,7 @@ impl Room {
             match &mut pod.phase {
                 InPhase::Lingering(served, until) if *until <= now => {
                     let (told, idle) = oneshot::channel();
-                    let instance = served.local.instance;
+                    let instance = served.instance;
                     if let InPhase::Lingering(served, _) =
                         std::mem::replace(&mut pod.phase, InPhase::Adopted)
                     {
@@ -123,7 +128,7 @@ impl Room {
         if let Some(pod) = self.pods.get(&cookie)
             && let Some(served) = pod.phase.served()
         {
-            self.cut(served.local.instance).await?;
+            self.cut(served.instance).await?;
         }
         self.undo(cookie).await;
         Ok(())

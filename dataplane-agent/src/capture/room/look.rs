@@ -8,6 +8,7 @@ use std::path::Path;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::super::programs::{self, Restored};
@@ -16,6 +17,7 @@ use super::super::routing::Routing;
 use super::super::undo::Record;
 use super::super::{CaptureError, enrol, named, routes};
 use super::{InPhase, Pod, Room, Served, Window};
+use crate::seam::PodEvent;
 use crate::sys::netns::Netns;
 
 /// Between two looks at one pod, and at the node's programs.
@@ -127,7 +129,7 @@ impl Room {
         let mut gone = Gone::default();
         // What fails of one is no reason to leave the others as they are. What somebody else may have by
         // now is taken away first.
-        let mut mended = own(served, &self.window);
+        let mut mended = own(served, &self.window, &self.events).await;
         mended = mended.and(inside(served, record, &self.pins.pod(cookie), &mut gone).await);
         // Not known is as it was.
         let forwards = routes::forwards(&served.desired.netns, &served.interfaces);
@@ -149,7 +151,11 @@ impl Room {
 }
 
 /// What is the pod's own: what it has on its interfaces now.
-fn own(served: &mut Served, window: &Window) -> Result<(), CaptureError> {
+async fn own(
+    served: &mut Served,
+    window: &Window,
+    events: &mpsc::Sender<PodEvent>,
+) -> Result<(), CaptureError> {
     let desired = &served.desired;
     let interfaces = enrol::interfaces(&desired.netns)?;
     if interfaces != served.interfaces {
@@ -158,17 +164,17 @@ fn own(served: &mut Served, window: &Window) -> Result<(), CaptureError> {
     }
     if !served.told {
         let (addresses, _) = enrol::own(desired.own(), &served.interfaces, window)?;
-        if addresses != served.local.addresses() {
+        if addresses != served.addresses {
             tracing::info!(
                 pod = %named(&desired.uid),
                 ?addresses,
                 "pod has other addresses than it had"
             );
         }
-        served.local.set_addresses(addresses);
+        served.has(addresses, events).await?;
         served.told = true;
     }
-    enrol::has_known(desired, &served.interfaces)
+    enrol::has_known(&served.desired, &served.interfaces)
 }
 
 /// What keeps inside whatever the pod has, as long as it is known to the kernel.
@@ -231,7 +237,7 @@ fn captured(served: &Served, window: &Window, gone: &mut Gone) -> Result<(), Cap
         gone.add(Part::Listener);
     }
     let desired = &served.desired;
-    let first = served.local.addresses().first().copied();
+    let first = served.addresses.first().copied();
     let mut maps = window.maps();
     if maps.restore(desired.cookie, first, &desired.groups)? {
         gone.add(Part::Entry);

@@ -1,33 +1,16 @@
-//! Enrolled pods: what the corridor is told of them.
+//! Enrolled pods, as they are served: what is leased of them, and what is counted and remembered of each.
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use socket2::SockRef;
-use tokio::sync::oneshot;
-
 use super::ports::{self, Ports, SPOOFED_PORTS};
-use super::stamp::Stamp;
 use crate::limits::{Handshakes, PodPlaces};
 use crate::mesh::Identity;
+use crate::seam::{Instance, Lease, Listeners, Stamp};
 use crate::sys::netns::Netns;
 use crate::sys::socket;
-
-/// One enrolment of one pod. A pod that comes back under its name and uid is another one, and so is one
-/// that is enrolled anew in its namespace: what is kept of a pod is kept by this, never by its name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Instance(u64);
-
-impl Instance {
-    /// The next one; no other enrolment of this process has it.
-    pub fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
-    }
-}
 
 /// A pod of this node that is enrolled. Shared by all that serves it.
 #[derive(Debug)]
@@ -93,57 +76,29 @@ impl Drop for Connected {
     }
 }
 
-/// The listeners in a pod's network namespace; non-blocking, listening. Where there is IPv6 they
-/// take both families, and show IPv4 addresses as IPv6 ones (`::ffff:a.b.c.d`).
-#[derive(Debug)]
-pub struct Listeners {
-    /// What the pod connects to (15001); carries mark CAPTURE.
-    pub outbound: TcpListener,
-    /// What comes to the pod in clear (15006).
-    pub inbound: TcpListener,
-    /// What comes to the pod in HBONE (15008).
-    pub hbone: TcpListener,
-}
-
-impl Listeners {
-    /// The same sockets, held by others too.
-    ///
-    /// # Errors
-    /// There are no descriptors left.
-    pub fn share(&self) -> io::Result<Self> {
-        Ok(Self {
-            outbound: self.outbound.try_clone()?,
-            inbound: self.inbound.try_clone()?,
-            hbone: self.hbone.try_clone()?,
-        })
-    }
-
-    /// Whether all of them listen: who may administer the pod's network can end a socket in it.
-    pub fn alive(&self) -> bool {
-        [&self.outbound, &self.inbound, &self.hbone]
-            .into_iter()
-            .all(|listener| SockRef::from(listener).is_listener().unwrap_or(false))
-    }
-}
-
-/// What happens to the set of enrolled pods, in order. Two of one name may be among them: one drains,
-/// and its successor is up.
-#[derive(Debug)]
-pub enum PodEvent {
-    /// Serve this pod from now on.
-    Up(Arc<LocalPod>, Listeners),
-    /// No longer in the mesh: take what is still in the accept queues, open no new tunnel streams
-    /// (GOAWAY), let what runs go on. Answered when nothing runs any more.
-    Drain(Instance, oneshot::Sender<()>),
-    /// It was draining and is enrolled again: the same listeners serve on.
-    Revive(Instance),
-    /// Cut what still runs, and drop everything of the pod; answered when that is done.
-    Down(Instance, oneshot::Sender<()>),
-}
-
 impl LocalPod {
     /// How many ports are tried for one connection in a client's name.
     pub const PORT_TRIES: usize = ports::TRIES;
+
+    /// One that is leased; its listeners are for whoever accepts from them.
+    pub fn of(lease: Lease) -> (Arc<Self>, Listeners) {
+        let pod = Self {
+            instance: lease.instance,
+            uid: lease.uid,
+            namespace: lease.namespace,
+            name: lease.name,
+            identity: lease.identity,
+            addresses: RwLock::new(lease.addresses),
+            netns: lease.netns,
+            ports: lease.listeners.ports(),
+            handshakes: Handshakes::default(),
+            places: PodPlaces::default(),
+            clients: Clients::default(),
+            spoofed: Ports::default(),
+            stamp: lease.stamp,
+        };
+        (Arc::new(pod), lease.listeners)
+    }
 
     /// One whose namespace is that of the tests.
     #[cfg(test)]

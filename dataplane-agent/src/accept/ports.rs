@@ -14,10 +14,10 @@ use rand::Rng;
 
 /// Ports that the agent takes when it connects in a client's name: none that clients take
 /// themselves, since an established socket is found before any program runs.
-pub const SPOOFED_PORTS: RangeInclusive<u16> = 10000..=32767;
+pub(super) const SPOOFED_PORTS: RangeInclusive<u16> = 10000..=32767;
 /// How many ports are tried for one connection. With 20,000 live ones of a client to one address of an
 /// app, one in ten million million finds none.
-pub const TRIES: usize = 256;
+pub(super) const TRIES: usize = 256;
 /// How many pairs are remembered; then all begin anew.
 const PAIRS: usize = 4096;
 

@@ -8,8 +8,6 @@ use std::sync::{Mutex, PoisonError};
 
 use aya::maps::{MapData, SkStorage};
 
-use super::maps::chain;
-
 /// Puts stamps; the default, which tests have, puts none.
 #[derive(Debug, Default)]
 pub struct Stamp(Option<Mutex<SkStorage<MapData, u32>>>);
@@ -31,6 +29,11 @@ impl Stamp {
         };
         let mut map = map.lock().unwrap_or_else(PoisonError::into_inner);
         let done = map.insert(socket, 1, 0);
-        done.map_err(|error| io::Error::other(format!("kernel map `AGENT`: {}", chain(&error))))
+        done.map_err(|error| {
+            io::Error::other(format!(
+                "kernel map `AGENT`: {:#}",
+                anyhow::Error::new(error)
+            ))
+        })
     }
 }

@@ -1,0 +1,110 @@
+//! What the two halves of the agent say to each other. The half that knows the node (which pods are here,
+//! the kernel's programs and maps) leases each captured pod to the half that carries its connections, and
+//! says what happens to it; all that is said could go to another process.
+
+mod stamp;
+
+use std::io;
+use std::net::{IpAddr, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use socket2::SockRef;
+use tokio::sync::oneshot;
+
+pub use self::stamp::Stamp;
+use crate::mesh::Identity;
+use crate::sys::netns::Netns;
+
+/// One enrolment of one pod. A pod that comes back under its name and uid is another one, and so is one
+/// that is enrolled anew in its namespace: what is kept of a pod is kept by this, never by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Instance(u64);
+
+impl Instance {
+    /// The next one; no other enrolment of this process has it.
+    pub fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// An enrolled pod, and what is lent to serve it: its network namespace, its listeners, and the stamp.
+#[derive(Debug)]
+pub struct Lease {
+    /// This enrolment of it.
+    pub instance: Instance,
+    /// The workload's uid in the mesh.
+    pub uid: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Who it is.
+    pub identity: Identity,
+    /// Its addresses now: those that the mesh knows it by, and all else that its namespace has besides
+    /// those of loopback and of one link.
+    pub addresses: Arc<[IpAddr]>,
+    /// Its network namespace; every connection made for it is made there.
+    pub netns: Netns,
+    /// Its listeners; the node has them too.
+    pub listeners: Listeners,
+    /// What the agent's own sockets in it are known by.
+    pub stamp: Arc<Stamp>,
+}
+
+/// The listeners in a pod's network namespace; non-blocking, listening. Where there is IPv6 they
+/// take both families, and show IPv4 addresses as IPv6 ones (`::ffff:a.b.c.d`).
+#[derive(Debug)]
+pub struct Listeners {
+    /// What the pod connects to (15001); carries mark CAPTURE.
+    pub outbound: TcpListener,
+    /// What comes to the pod in clear (15006).
+    pub inbound: TcpListener,
+    /// What comes to the pod in HBONE (15008).
+    pub hbone: TcpListener,
+}
+
+impl Listeners {
+    /// The same sockets, held by others too.
+    ///
+    /// # Errors
+    /// There are no descriptors left.
+    pub fn share(&self) -> io::Result<Self> {
+        Ok(Self {
+            outbound: self.outbound.try_clone()?,
+            inbound: self.inbound.try_clone()?,
+            hbone: self.hbone.try_clone()?,
+        })
+    }
+
+    /// The ports that they listen on, in this order.
+    pub fn ports(&self) -> [u16; 3] {
+        [&self.outbound, &self.inbound, &self.hbone]
+            .map(|listener| listener.local_addr().map_or(0, |address| address.port()))
+    }
+
+    /// Whether all of them listen: who may administer the pod's network can end a socket in it.
+    pub fn alive(&self) -> bool {
+        [&self.outbound, &self.inbound, &self.hbone]
+            .into_iter()
+            .all(|listener| SockRef::from(listener).is_listener().unwrap_or(false))
+    }
+}
+
+/// What happens to the set of enrolled pods, in order. Two of one name may be among them: one drains,
+/// and its successor is up.
+#[derive(Debug)]
+pub enum PodEvent {
+    /// Serve this pod from now on.
+    Up(Box<Lease>),
+    /// It has these addresses now.
+    Addresses(Instance, Arc<[IpAddr]>),
+    /// No longer in the mesh: take what is still in the accept queues, open no new tunnel streams
+    /// (GOAWAY), let what runs go on. Answered when nothing runs any more.
+    Drain(Instance, oneshot::Sender<()>),
+    /// It was draining and is enrolled again: the same listeners serve on.
+    Revive(Instance),
+    /// Cut what still runs, and drop everything of the pod; answered when that is done.
+    Down(Instance, oneshot::Sender<()>),
+}
