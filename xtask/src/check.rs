@@ -1,5 +1,6 @@
 //! What needs no privilege: format, doors, lints, documentation, unit tests.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -8,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::command::{cargo, run as run_command, workspace};
 use crate::progress::say;
-use crate::{build, doors, setup};
+use crate::{build, doors, setup, words};
 
 /// Checks what needs no privilege: format, doors, lints, documentation, unit tests.
 ///
@@ -19,6 +20,9 @@ pub(crate) struct Options {
     /// The parts to check, all by default.
     #[arg(value_enum)]
     parts: Vec<Part>,
+    /// Writes the words that are found into tests/golden/words.txt, for `words`.
+    #[arg(long)]
+    write: bool,
 }
 
 /// One thing that is checked.
@@ -28,6 +32,8 @@ enum Part {
     Fmt,
     /// No room of the agent uses another but through its door (see ARCHITECTURE.md).
     Doors,
+    /// The words that leave the agent are those of tests/golden/words.txt.
+    Words,
     /// clippy has nothing to say about what runs on the host.
     Clippy,
     /// clippy has nothing to say about the kernel programs.
@@ -47,7 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for (index, part) in parts.iter().enumerate() {
         let started = Instant::now();
         say(&format!("[{}/{}] {}", index + 1, parts.len(), part.name()));
-        let done = part.check();
+        let done = part.check(options.write);
         let seconds = started.elapsed().as_secs_f32();
         match done {
             Ok(()) => say(&format!("      good ({seconds:.1} s)")),
@@ -70,6 +76,7 @@ impl Part {
         match self {
             Self::Fmt => "fmt",
             Self::Doors => "doors",
+            Self::Words => "words",
             Self::Clippy => "clippy",
             Self::ClippyEbpf => "clippy-ebpf",
             Self::Docs => "docs",
@@ -77,10 +84,11 @@ impl Part {
         }
     }
 
-    fn check(self) -> Result<()> {
+    fn check(self, write: bool) -> Result<()> {
         match self {
             Self::Fmt => run_command(cargo().args(["fmt", "--all", "--check"])),
             Self::Doors => doors(),
+            Self::Words => words(write),
             Self::Clippy => run_command(
                 build::host("clippy", false)
                     .args(["--quiet", "--workspace", "--all-targets"])
@@ -124,6 +132,45 @@ fn doors() -> Result<()> {
     ensure!(
         broken == 0,
         "{broken} uses of a room that are not through its door; the table is in xtask/src/doors.rs"
+    );
+    Ok(())
+}
+
+/// What is at the top of the golden file.
+const ABOUT: &str = "\
+# Words that leave the agent, by the kind of place that they are in: somebody's dashboard, script or alert may
+# have each. Written by `cargo xtask check words --write`; a line that changes here is a decision.
+";
+
+fn words(write: bool) -> Result<()> {
+    let path = workspace().join("tests/golden/words.txt");
+    let mut found = BTreeSet::new();
+    for of in ["dataplane-agent/src", "dataplane-ebpf/src"] {
+        for (path, text) in sources(&workspace().join(of))? {
+            let is_test = |part: &std::ffi::OsStr| part == "tests" || part == "tests.rs";
+            if !path.iter().any(is_test) {
+                found.extend(words::of(&path, &text)?);
+            }
+        }
+    }
+    if write {
+        let lines = found.iter().map(|(kind, word)| format!("{kind}: {word}\n"));
+        let text = ABOUT.to_owned() + &lines.collect::<String>();
+        return fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()));
+    }
+    let text =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let golden = words::golden(&text)?;
+    let found: BTreeSet<(&str, &str)> = found.iter().map(|(kind, word)| (*kind, &**word)).collect();
+    for (kind, word) in found.difference(&golden) {
+        say(&format!("{kind}: {word} is new"));
+    }
+    for (kind, word) in golden.difference(&found) {
+        say(&format!("{kind}: {word} is gone"));
+    }
+    ensure!(
+        found == golden,
+        "tests/golden/words.txt says others; `cargo xtask check words --write` writes it"
     );
     Ok(())
 }

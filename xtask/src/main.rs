@@ -13,6 +13,7 @@ mod progress;
 mod setup;
 mod test;
 mod vm;
+mod words;
 
 use std::process::ExitCode;
 

@@ -129,3 +129,34 @@ pub fn print(text: &str) -> io::Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `--help` says of it and of its subcommands, whatever the environment is.
+    fn help(command: clap::Command, text: &mut String) {
+        let mut command = command.mut_args(|arg| arg.hide_env_values(true));
+        let name = command.get_bin_name().unwrap_or("dataplane").to_owned();
+        text.push_str(&format!(
+            "$ {name} --help\n{}\n",
+            command.render_long_help()
+        ));
+        for sub in command.get_subcommands() {
+            help(sub.clone(), text);
+        }
+    }
+
+    #[test]
+    fn what_help_says_is_the_golden_one() {
+        let mut command = <Cli as clap::CommandFactory>::command().disable_help_subcommand(true);
+        command.build();
+        let mut text = String::new();
+        help(command, &mut text);
+        let golden = include_str!("../../../tests/golden/help.txt");
+        assert!(
+            text == golden,
+            "tests/golden/help.txt differs from this:\n{text}"
+        );
+    }
+}
