@@ -4,19 +4,18 @@
 use std::net::{self, SocketAddr};
 use std::sync::Arc;
 
-use http::StatusCode;
 use tokio::net::TcpStream;
 
 use crate::accept::hbone::{self as tunnels, AcceptError};
 use crate::accept::{Accepted, Direction, Io, LocalPod};
-use crate::authorize::{Authorizer, Denied};
+use crate::authorize::Authorizer;
 use crate::drain::Scope;
 use crate::hbone;
 use crate::identity::Certs;
 use crate::limits::{NodePlaces, Place, Turns};
 use crate::mesh::MeshReader;
-use crate::observe::{Arrival, Facts, Observer, Reporter};
-use crate::resolve::{self, Hop, ResolveError, Resolved};
+use crate::observe::{Arrival, Facts, Failure, Observer, Reporter};
+use crate::resolve::{self, Hop, Resolved};
 use crate::sys::socket::canonical;
 use crate::transport::{Carried, Carrier, carry};
 
@@ -174,10 +173,7 @@ async fn tunnel(
                     });
                 }
                 Err((io, error)) => {
-                    io.refuse(match error {
-                        AcceptError::Full(_) => StatusCode::SERVICE_UNAVAILABLE,
-                        _ => StatusCode::BAD_REQUEST,
-                    });
+                    io.refuse(error.status());
                     arrival.refuse(&error);
                 }
             }
@@ -197,7 +193,7 @@ async fn pass(
         Ok(resolved) => resolved,
         Err((accepted, error)) => {
             arrival.refuse(&error);
-            return accepted.io.refuse(status_of(&error));
+            return accepted.io.refuse(error.status());
         }
     };
     let facts = facts(&resolved, arrival.reporter, local);
@@ -205,7 +201,7 @@ async fn pass(
     let permit = match corridor.authorizer.authorize(resolved) {
         Ok(permit) => permit,
         Err((resolved, denied)) => {
-            resolved.accepted.io.refuse(status_of_denied(&denied));
+            resolved.accepted.io.refuse(denied.status());
             return record.close(Err(&denied));
         }
     };
@@ -215,17 +211,6 @@ async fn pass(
         Ok(Carried::ClientGone) => record.give_up(),
         Err(error) => record.close(Err(&error)),
     }
-}
-
-fn status_of(error: &ResolveError) -> StatusCode {
-    match error {
-        ResolveError::IpMismatch { .. } => StatusCode::BAD_REQUEST,
-        _ => StatusCode::SERVICE_UNAVAILABLE,
-    }
-}
-
-fn status_of_denied(_: &Denied) -> StatusCode {
-    StatusCode::UNAUTHORIZED
 }
 
 fn facts(resolved: &Resolved<Io>, reporter: Reporter, local: SocketAddr) -> Facts {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use h2::{Reason, server};
-use http::{Method, header, request};
+use http::{Method, StatusCode, header, request};
 use rustls::server::Acceptor;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -89,6 +89,12 @@ impl Failure for AcceptError {
             Self::Handshake(_) => "handshake",
             Self::Method(_) => "method",
             Self::Authority(_) => "authority",
+        }
+    }
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Full(_) => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::BAD_REQUEST,
         }
     }
 }

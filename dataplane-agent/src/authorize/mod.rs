@@ -9,6 +9,8 @@ pub mod watch;
 
 use std::sync::Arc;
 
+use http::StatusCode;
+
 use crate::mesh::policy::Question;
 use crate::observe::{Failure, Flag};
 pub use crate::resolve::{Accepted, Clients, Direction, Hop, Instance, Io, LocalPod, Resolved};
@@ -69,6 +71,9 @@ impl Failure for Denied {
             Self::UnknownPolicy(_) => "unknown_policy",
             Self::NoWorkload => "no_workload",
         }
+    }
+    fn status(&self) -> StatusCode {
+        StatusCode::UNAUTHORIZED
     }
 }
 

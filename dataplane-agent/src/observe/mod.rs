@@ -16,6 +16,8 @@ pub mod series;
 pub mod status;
 pub mod writer;
 
+use http::StatusCode;
+
 pub use metrics::Metrics;
 pub use record::{Arrival, Bytes, Facts, Observer, Record, Reporter};
 
@@ -25,6 +27,10 @@ pub trait Failure: std::fmt::Display {
     fn flag(&self) -> Flag;
     /// The stable word for it, in the log's field and the metric's label of that name.
     fn reason(&self) -> &'static str;
+    /// What a peer is answered that asked for the connection by CONNECT.
+    fn status(&self) -> StatusCode {
+        StatusCode::SERVICE_UNAVAILABLE
+    }
 }
 
 /// What kind of failure; `response_flags` of the metrics.

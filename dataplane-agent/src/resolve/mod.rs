@@ -7,6 +7,8 @@ pub mod route;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use http::StatusCode;
+
 pub use crate::accept::{Accepted, Clients, Direction, Instance, Io, LocalPod};
 use crate::mesh::{Identity, Service, Workload};
 use crate::observe::{Failure, Flag};
@@ -62,6 +64,12 @@ impl Failure for ResolveError {
             Self::NoAddress(_) => "no_address",
             Self::IpMismatch { .. } => "ip_mismatch",
             Self::SelfCall => "self_call",
+        }
+    }
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
+            _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 }

@@ -3,8 +3,6 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use http::StatusCode;
-
 use super::hbone::Connect;
 use super::pool::{Key, Pool};
 use super::relay::{End, Meter, RelayError, relay};
@@ -13,7 +11,7 @@ use crate::authorize::{Hop, Io, Permit, Revoked};
 use crate::drain::Scope;
 use crate::hbone::headers;
 use crate::limits::memory::Share;
-use crate::observe;
+use crate::observe::{self, Failure};
 
 /// What connections of one worker are carried with.
 #[derive(Clone)]
@@ -112,11 +110,7 @@ pub async fn carry(
         Ok(Some(upstream)) => upstream,
         Ok(None) => return Ok(Carried::ClientGone),
         Err(error) => {
-            let status = match error {
-                TransportError::Revoked => StatusCode::UNAUTHORIZED,
-                _ => StatusCode::SERVICE_UNAVAILABLE,
-            };
-            accepted.io.refuse(status);
+            accepted.io.refuse(error.status());
             return Err(error);
         }
     };
@@ -169,6 +163,8 @@ async fn relay_while_allowed(
 #[cfg(test)]
 mod tests {
     use std::future::{pending, ready};
+
+    use http::StatusCode;
 
     use super::*;
 

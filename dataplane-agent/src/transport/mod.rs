@@ -120,4 +120,10 @@ impl Failure for TransportError {
             Self::Revoked => "revoked",
         }
     }
+    fn status(&self) -> http::StatusCode {
+        match self {
+            Self::Revoked => http::StatusCode::UNAUTHORIZED,
+            _ => http::StatusCode::SERVICE_UNAVAILABLE,
+        }
+    }
 }
