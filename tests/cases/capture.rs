@@ -14,51 +14,9 @@ use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, output, said};
 use dataplane_tests::wire::Segment;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Pair, Wire, World, eventually, program, require_root, scaled};
+use dataplane_tests::{Pair, Taps, Wire, World, eventually, program, require_root, scaled};
 
 const PORT: u16 = 7000;
-
-/// Taps on both pods' veths, and on the wire.
-fn taps(pair: &Pair) -> [(&'static str, Wire); 3] {
-    let (one, two) = (&pair.nodes.0.netns, &pair.nodes.1.netns);
-    [
-        (
-            "the client's veth",
-            Wire::tap(one.file(), &pair.client.veth),
-        ),
-        (
-            "the server's veth",
-            Wire::tap(two.file(), &pair.server.veth),
-        ),
-        ("the wire", Wire::tap(one.file(), "wire")),
-    ]
-}
-
-/// Fails if a segment from or to one of these ports was seen; and if nothing was seen at all.
-fn nothing_leaked(taps: [(&'static str, Wire); 3], ports: std::ops::Range<u16>) {
-    for (name, tap) in taps {
-        let segments = tap.end();
-        assert!(!segments.is_empty(), "the tap on {name} sees the tunnel");
-        let leaked: Vec<_> = segments
-            .iter()
-            .filter(|segment| ports.contains(&segment.from.1) || ports.contains(&segment.to.1))
-            .map(|segment| {
-                (
-                    segment.from,
-                    segment.to,
-                    segment.flags,
-                    segment.payload.len(),
-                )
-            })
-            .collect();
-        assert!(
-            leaked.is_empty(),
-            "{} on {name}: {:?}",
-            leaked.len(),
-            &leaked[..leaked.len().min(8)]
-        );
-    }
-}
 
 #[test]
 fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
@@ -73,7 +31,7 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
             server
         })
         .collect();
-    let taps = taps(&pair);
+    let taps = Taps::of(&pair);
     let mut endings: Vec<(u16, &str)> = ["now", "sent", "half", "reset", "unread", "vanish"]
         .map(|how| (PORT, how))
         .to_vec();
@@ -135,7 +93,7 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
     std::thread::sleep(scaled(Duration::from_millis(500)));
     drop((left, servers));
     std::thread::sleep(scaled(Duration::from_millis(300)));
-    nothing_leaked(taps, PORT..PORT + 6);
+    taps.saw_nothing_of(PORT..PORT + 6);
     pair.two.restart();
     pair.two.up(&["server"]);
 }
@@ -228,7 +186,7 @@ fn c1_without_an_agent_nobody_reaches_a_pod_and_nothing_of_it_leaves() {
 fn c2_the_apps_own_marks_stay_and_a_socket_that_is_connected_anew_is_decided_anew() {
     let pair = Pair::new();
     let (_app, _own) = (pair.server.serve(PORT), pair.client.serve(PORT));
-    let taps = taps(&pair);
+    let taps = Taps::of(&pair);
     let to = pair.server.at(PORT);
     // Bits above ours, and all of ours: they are replaced.
     let marked = |to, options: &[&str], marked: u32| {
@@ -254,7 +212,7 @@ fn c2_the_apps_own_marks_stay_and_a_socket_that_is_connected_anew_is_decided_ane
     marked(own, &["mark=0x10000", &first], 0x10000);
     marked(to, &[&local], 0x511);
     marked(to, &["mark=0x10000", &local], 0x10511);
-    nothing_leaked(taps, PORT..PORT + 1);
+    taps.saw_nothing_of(PORT..PORT + 1);
 }
 
 #[test]
@@ -296,7 +254,7 @@ fn c5_every_kind_of_tcp_connection_is_captured() {
         client.netns.set_sysctl("net.ipv4.tcp_fastopen", "1027");
     });
     let _app = pair.server.serve(PORT);
-    let taps = taps(&pair);
+    let taps = Taps::of(&pair);
     let before = pair.one.counter("captured");
     let kinds = [
         (pair.server.at(PORT), &["mapped"][..]),
@@ -317,7 +275,7 @@ fn c5_every_kind_of_tcp_connection_is_captured() {
         assert_eq!(answer, Ok(format!("{client} x")), "{to} {options:?}");
     }
     assert!(pair.one.counter("captured") >= before + kinds.len() as u64);
-    nothing_leaked(taps, PORT..PORT + 1);
+    taps.saw_nothing_of(PORT..PORT + 1);
 }
 
 #[test]
@@ -506,7 +464,7 @@ fn c8_a_second_agent_of_a_node_does_not_start() {
 fn c9_what_was_captured_does_not_leave_by_another_way() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    let taps = taps(&pair);
+    let taps = Taps::of(&pair);
     for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
         // Bound to an interface before it connects: captured as any other.
         assert!(
@@ -524,13 +482,13 @@ fn c9_what_was_captured_does_not_leave_by_another_way() {
                 });
         }
     }
-    nothing_leaked(taps, PORT..PORT + 1);
+    taps.saw_nothing_of(PORT..PORT + 1);
 }
 
 #[test]
 fn c9_an_apps_end_does_not_leave_by_another_way() {
     let pair = Pair::new();
-    let taps = taps(&pair);
+    let taps = Taps::of(&pair);
     let mut apps = Vec::new();
     for (port, option) in (PORT..).zip(["late-mark=0", "late-mark=1337", "late-device=eth0"]) {
         let app = pair.server.app(&["serve", &port.to_string(), option]);
@@ -544,14 +502,14 @@ fn c9_an_apps_end_does_not_leave_by_another_way() {
         }
         apps.push(app);
     }
-    nothing_leaked(taps, PORT..PORT + 3);
+    taps.saw_nothing_of(PORT..PORT + 3);
 }
 
 #[test]
 fn c9_a_pod_that_leaves_keeps_inside_what_was_captured() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    let taps = taps(&pair);
+    let taps = Taps::of(&pair);
     let mut talks = [pair.server.at(PORT), pair.server.at6(PORT)].map(|to| {
         let mut talk = pair.client.talk(to);
         talk.say("hello");
@@ -567,7 +525,7 @@ fn c9_a_pod_that_leaves_keeps_inside_what_was_captured() {
             talk.say("runs away");
         });
     }
-    nothing_leaked(taps, PORT..PORT + 1);
+    taps.saw_nothing_of(PORT..PORT + 1);
 }
 
 #[test]

@@ -16,6 +16,7 @@ pub mod one;
 pub mod peer;
 pub mod process;
 pub mod script;
+pub mod taps;
 pub mod traces;
 pub mod wire;
 pub mod world;
@@ -26,6 +27,7 @@ use std::time::{Duration, Instant};
 pub use agent::{Agent, repairs};
 pub use one::One;
 pub use process::Process;
+pub use taps::Taps;
 pub use wire::Wire;
 pub use world::{Node, Pair, Pod, World};
 

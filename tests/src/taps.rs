@@ -1,0 +1,57 @@
+//! What leaves the pods of a pair, and their nodes.
+
+use std::ops::Range;
+
+use crate::{Pair, Wire};
+
+/// Taps on both pods' veths, and on the wire.
+#[derive(Debug)]
+#[must_use = "nobody judges what they see"]
+pub struct Taps([(&'static str, Wire); 3]);
+
+impl Taps {
+    /// From now on.
+    pub fn of(pair: &Pair) -> Self {
+        let (one, two) = (&pair.nodes.0.netns, &pair.nodes.1.netns);
+        Self([
+            (
+                "the client's veth",
+                Wire::tap(one.file(), &pair.client.veth),
+            ),
+            (
+                "the server's veth",
+                Wire::tap(two.file(), &pair.server.veth),
+            ),
+            ("the wire", Wire::tap(one.file(), "wire")),
+        ])
+    }
+
+    /// Ends them.
+    ///
+    /// # Panics
+    /// A segment from or to one of these ports was seen; or nothing was seen at all.
+    pub fn saw_nothing_of(self, ports: Range<u16>) {
+        for (name, tap) in self.0 {
+            let segments = tap.end();
+            assert!(!segments.is_empty(), "the tap on {name} sees the tunnel");
+            let leaked: Vec<_> = segments
+                .iter()
+                .filter(|segment| ports.contains(&segment.from.1) || ports.contains(&segment.to.1))
+                .map(|segment| {
+                    (
+                        segment.from,
+                        segment.to,
+                        segment.flags,
+                        segment.payload.len(),
+                    )
+                })
+                .collect();
+            assert!(
+                leaked.is_empty(),
+                "{} on {name}: {:?}",
+                leaked.len(),
+                &leaked[..leaked.len().min(8)]
+            );
+        }
+    }
+}
