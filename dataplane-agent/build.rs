@@ -17,8 +17,13 @@ fn main() {
     if let Some(Err(error)) = lock.as_ref().map(fs::File::lock_shared) {
         panic!("cannot wait for the kernel programs: {error}");
     }
+    let other = setting("CARGO_FEATURE_OTHER_LAYOUT").is_some();
     for name in ["node", "pod"] {
-        let object = made.as_ref().map(|folder| folder.join(name));
+        let made_as = match other {
+            true => format!("other-{name}"),
+            false => name.into(),
+        };
+        let object = made.as_ref().map(|folder| folder.join(made_as));
         if let Some(object) = &object {
             // Cargo looks at the time of a file, and at whether it is there.
             println!("cargo::rerun-if-changed={}", object.display());

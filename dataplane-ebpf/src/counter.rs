@@ -41,6 +41,9 @@ impl Counter {
         Self::EventLost,
     ];
 
+    /// How many slots the map has. New ones come at the end: what was counted is found by its slot.
+    pub const SLOTS: u32 = Self::ALL.len() as u32 + crate::OTHER as u32;
+
     /// Its word in metrics.
     pub const fn word(self) -> &'static str {
         match self {

@@ -6,10 +6,11 @@
 //! which no reuse can change; and an entry of a pod that stays is never written anew. The one value
 //! of a hash map that is read is a cgroup's owner, and a wrong one refuses a connect.
 
+use crate::OTHER;
 use crate::address::Ip;
 
 /// How many pods a node has enrolled at once; a further one waits.
-pub const PODS: u32 = 1024;
+pub const PODS: u32 = if OTHER { 2048 } else { 1024 };
 /// How many cgroups of one pod are known to be its own: each of its containers may have one, where no
 /// cgroup holds them all. What is in a further one counts as outside of the pod's cgroups.
 pub const CGROUPS: u32 = 16;
@@ -20,7 +21,14 @@ pub const DEPTH: u32 = 12;
 /// is captured like any other destination, and refused to who connects to it from outside.
 pub const ADDRESSES: usize = 64;
 /// How many keys all pods have in the map `ADDRESSES`; a pod beyond that waits.
-pub const OWNED: u32 = 65_536;
+pub const OWNED: u32 = if OTHER { 16_384 } else { 65_536 };
+
+/// What an entry has that says all by being there: 1.
+#[cfg(not(feature = "other-layout"))]
+pub type There = u32;
+/// The same, of the layout that only tests have.
+#[cfg(feature = "other-layout")]
+pub type There = u64;
 
 /// An address that a pod has: a key of the map `ADDRESSES`.
 #[repr(C)]
@@ -34,7 +42,7 @@ pub struct Owned {
 }
 
 /// How many connections of all pods are remembered as [`Begun`] at once; then the oldest is forgotten.
-pub const BEGUN: u32 = 8192;
+pub const BEGUN: u32 = if OTHER { 4096 } else { 8192 };
 
 /// A connection that a pod is beginning from one of its own addresses to another one: a key of the map
 /// `BEGUN`.

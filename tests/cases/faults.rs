@@ -425,17 +425,19 @@ fn a_policy_counts_however_its_file_comes_and_changes() {
 }
 
 #[test]
-fn pins_of_another_layout_stop_the_start_and_are_left_as_they_are() {
+fn what_nobody_knows_among_the_pins_stops_the_start_and_is_left_as_it_is() {
     let world = World::new();
     let node = world.node("one");
     let pins = world.bpffs().join("dataplane/one");
-    fs::create_dir_all(pins.join("v0/maps")).expect("a folder");
+    for name in ["v0", "v1"] {
+        fs::create_dir_all(pins.join(name).join("maps")).expect("a folder");
+    }
     let mut agent = world.agent(&node);
-    agent.logs(&["v0 was pinned by another version"]);
-    assert_eq!(agent.wait().code(), Some(1));
-    let entries = fs::read_dir(&pins).expect("a folder").flatten();
-    let names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
-    assert_eq!(names, ["v0"], "whoever pinned it can start again");
+    agent.logs(&["is not a dataplane agent's: it is beside"]);
+    assert_eq!(agent.wait().code(), Some(2));
+    for name in ["v0", "v1"] {
+        assert!(pins.join(name).exists(), "{name}");
+    }
 }
 
 #[test]

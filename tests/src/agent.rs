@@ -18,9 +18,14 @@ pub const CAPABILITIES: [(&str, u8); 3] = [
     ("CAP_SYS_PTRACE", 19),
 ];
 
+/// Names the daemon that has another layout of maps.
+pub const OTHER: &str = "DATAPLANE_TEST_OTHER";
+
 /// How and where it runs.
 #[derive(Debug)]
 pub struct Setup {
+    /// The variable that names the daemon: `DATAPLANE_BIN`, or [`OTHER`].
+    pub program: &'static str,
     /// The node's name.
     pub node: String,
     /// The arguments of `run` besides node and folders.
@@ -84,7 +89,7 @@ impl Setup {
     /// The command that starts it.
     pub fn command(&self) -> Command {
         let setup = self;
-        let mut command = Command::new(program("DATAPLANE_BIN"));
+        let mut command = Command::new(program(setup.program));
         command
             .arg("run")
             .args(["--node", &setup.node])
@@ -121,6 +126,14 @@ impl Agent {
         let mut child = self.child.take().expect("it runs");
         child.kill().expect("a child");
         child.wait().expect("a child");
+    }
+
+    /// Kills it, if it has not ended.
+    pub fn end(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            child.wait().expect("a child");
+        }
     }
 
     /// Asks it to end, and waits until it has.
@@ -205,7 +218,7 @@ impl Agent {
 
     /// What a subcommand says of it.
     pub fn ask(&self, arguments: &[&str]) -> (std::process::ExitStatus, String, String) {
-        let mut command = Command::new(program("DATAPLANE_BIN"));
+        let mut command = Command::new(program(self.setup.program));
         command
             .args(arguments)
             .args(["--node", &self.setup.node])

@@ -8,15 +8,23 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+const BPF_MAP_CREATE: libc::c_long = 0;
+const BPF_MAP_LOOKUP_ELEM: libc::c_long = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_long = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
 const BPF_MAP_GET_NEXT_KEY: libc::c_long = 4;
+const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const BPF_LINK_GET_NEXT_ID: libc::c_long = 31;
 const BPF_LINK_DETACH: libc::c_long = 34;
+/// Kinds of maps of `enum bpf_map_type`.
+const HASH: u64 = 1;
+const ARRAY: u64 = 2;
+/// A hash table that forgets the oldest.
+const LRU: u64 = 9;
 
 /// The keys of a map that is a hash table; none if something else is pinned there.
 pub fn keys(pin: &Path) -> Option<Vec<Vec<u8>>> {
@@ -57,30 +65,79 @@ pub fn clear(pin: &Path) -> usize {
 
 /// Puts keys into a hash table of numbers until it is full, with zeroes for values of up to 32 bytes.
 pub fn fill(pin: &Path) {
-    #[repr(C)]
-    struct Update {
-        map: u32,
-        padding: u32,
-        key: u64,
-        value: u64,
-        flags: u64,
-    }
     let pinned = open(pin).expect("a map");
     let value = [0_u8; 32];
     for number in 0.. {
         let key = u64::MAX - number;
-        let update = Update {
-            map: pinned.as_raw_fd() as u32,
-            padding: 0,
-            key: (&raw const key) as u64,
-            value: value.as_ptr() as u64,
-            flags: 0,
-        };
-        match bpf(BPF_MAP_UPDATE_ELEM, &update) {
+        let (key, value) = ((&raw const key) as u64, value.as_ptr() as u64);
+        match element(BPF_MAP_UPDATE_ELEM, &pinned, key, value) {
             Err(error) if error.raw_os_error() == Some(libc::E2BIG) => return,
             done => _ = done.expect("a key of this size"),
         }
     }
+}
+
+/// How many entries a map has room for.
+pub fn most(pin: &Path) -> u64 {
+    let told = told(&open(pin).expect("a map")).expect("it is told");
+    told("max_entries:").expect("of a map")
+}
+
+/// The kernel's number of a map, if one is pinned there.
+pub fn id(pin: &Path) -> Option<u64> {
+    open(pin)
+        .ok()
+        .and_then(|pinned| told(&pinned).ok()?("map_id:"))
+}
+
+/// Pins in the place of a map one with so many times the room, and what it holds if that can be listed.
+pub fn remake(pin: &Path, times: u32) {
+    let old = open(pin).expect("a map");
+    let told = told(&old).expect("it is told");
+    let number = |name| told(name).expect("of a map");
+    let sizes = [
+        "map_type:",
+        "key_size:",
+        "value_size:",
+        "max_entries:",
+        "map_flags:",
+    ];
+    let [kind, key, value, most, flags] = sizes.map(|name| number(name) as u32);
+    let new = create([kind, key, value, most * times, flags]);
+    if [HASH, ARRAY].contains(&number("map_type:")) {
+        let mut after = None;
+        while let Some(found) = next(&old, after.as_ref(), key as usize).expect("a map") {
+            let mut bytes = vec![0_u8; value as usize];
+            let to = bytes.as_mut_ptr() as u64;
+            element(BPF_MAP_LOOKUP_ELEM, &old, found.as_ptr() as u64, to).expect("an entry");
+            element(BPF_MAP_UPDATE_ELEM, &new, found.as_ptr() as u64, to).expect("room");
+            after = Some(found);
+        }
+    }
+    fs::remove_file(pin).expect("a pin");
+    pinned(&new, pin);
+}
+
+/// Pins an empty hash table, with keys of 8 bytes and values of 16.
+pub fn hash(pin: &Path, most: u32) {
+    pinned(&create([HASH as u32, 8, 16, most, 0]), pin);
+}
+
+/// Makes a map: its kind, the sizes of keys and values, how many, flags.
+fn create(attributes: [u32; 5]) -> OwnedFd {
+    let descriptor = bpf(BPF_MAP_CREATE, &attributes).expect("a map");
+    // SAFETY: the kernel has made it for us alone.
+    unsafe { OwnedFd::from_raw_fd(descriptor) }
+}
+
+fn pinned(map: &OwnedFd, pin: &Path) {
+    let path = CString::new(pin.as_os_str().as_bytes()).expect("a path");
+    let put = Pinned {
+        path: path.as_ptr() as u64,
+        descriptor: map.as_raw_fd() as u32,
+        flags: 0,
+    };
+    bpf(BPF_OBJ_PIN, &put).expect("nothing is there");
 }
 
 /// Detaches, by force, what is attached by links to a network namespace or a cgroup, of this inode number;
@@ -161,16 +218,44 @@ pub fn steering(netns: &File) -> u32 {
     query.into_inner().count
 }
 
-/// As the kernel tells it of the descriptor.
-fn key_size(pinned: &OwnedFd) -> io::Result<Option<usize>> {
-    const HASHES: [usize; 2] = [1, 9]; // the second one forgets the oldest
-    let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", pinned.as_raw_fd()))?;
-    let number = |name: &str| {
-        let mut lines = told.lines();
-        lines.find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+/// Does it with an element of a map.
+fn element(what: libc::c_long, map: &OwnedFd, key: u64, value: u64) -> io::Result<i32> {
+    #[repr(C)]
+    struct Element {
+        map: u32,
+        padding: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let element = Element {
+        map: map.as_raw_fd() as u32,
+        padding: 0,
+        key,
+        value,
+        flags: 0,
     };
-    Ok(number("key_size:")
-        .filter(|_| number("map_type:").is_some_and(|kind| HASHES.contains(&kind))))
+    bpf(what, &element)
+}
+
+fn key_size(pinned: &OwnedFd) -> io::Result<Option<usize>> {
+    let told = told(pinned)?;
+    let size = told("key_size:")
+        .filter(|_| told("map_type:").is_some_and(|kind| [HASH, LRU].contains(&kind)));
+    Ok(size.map(|size| size as usize))
+}
+
+/// What the kernel tells of the descriptor: numbers by their names.
+fn told(pinned: &OwnedFd) -> io::Result<impl Fn(&str) -> Option<u64> + use<>> {
+    let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", pinned.as_raw_fd()))?;
+    Ok(move |name: &str| {
+        let found = told.lines().find_map(|line| line.strip_prefix(name))?;
+        let found = found.trim();
+        match found.strip_prefix("0x") {
+            Some(hex) => u64::from_str_radix(hex, 16).ok(),
+            None => found.parse().ok(),
+        }
+    })
 }
 
 /// Opens what is pinned, as anybody may who sees the file system.
@@ -178,14 +263,8 @@ fn key_size(pinned: &OwnedFd) -> io::Result<Option<usize>> {
 /// # Errors
 /// Nothing is pinned there.
 pub fn open(pin: &Path) -> io::Result<OwnedFd> {
-    #[repr(C)]
-    struct Get {
-        path: u64,
-        descriptor: u32,
-        flags: u32,
-    }
     let path = CString::new(pin.as_os_str().as_bytes())?;
-    let get = Get {
+    let get = Pinned {
         path: path.as_ptr() as u64,
         descriptor: 0,
         flags: 0,
@@ -193,6 +272,14 @@ pub fn open(pin: &Path) -> io::Result<OwnedFd> {
     let descriptor = bpf(BPF_OBJ_GET, &get)?;
     // SAFETY: the kernel has made it for us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// What is said of a pin.
+#[repr(C)]
+struct Pinned {
+    path: u64,
+    descriptor: u32,
+    flags: u32,
 }
 
 fn next(map: &OwnedFd, after: Option<&Vec<u8>>, size: usize) -> io::Result<Option<Vec<u8>>> {

@@ -15,10 +15,23 @@ pub enum Lacks {
     Programs(u32),
     /// IPv6: no socket of its family can be made.
     Ipv6,
+    /// The right to list programs.
+    List,
+    /// Time: it ends who begins the step of this number, counted from 0. A step pins something, attaches
+    /// a program, or renames a file.
+    Time(u32),
 }
 
 /// `BPF_PROG_LOAD` of `enum bpf_cmd`.
 const PROG_LOAD: u32 = 5;
+/// `BPF_PROG_GET_NEXT_ID` of it.
+const PROG_LIST: u32 = 11;
+/// `BPF_OBJ_PIN`, `BPF_LINK_CREATE` and `BPF_LINK_UPDATE` of it.
+const STEPS: [u32; 3] = [6, 28, 29];
+#[cfg(target_arch = "x86_64")]
+const RENAME: libc::c_long = libc::SYS_rename;
+#[cfg(not(target_arch = "x86_64"))]
+const RENAME: libc::c_long = libc::SYS_renameat;
 /// Where the system call's number and its first two arguments' lower halves are in `seccomp_data`.
 const NUMBER: u32 = 0;
 const FIRST: u32 = 16;
@@ -26,40 +39,22 @@ const FIRST: u32 = 16;
 /// Starts what the command starts on a kernel that lacks this.
 pub fn lacks(command: &mut Command, what: Lacks) {
     let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
-    let (call, first, verdict) = match what {
-        Lacks::Programs(_) => (libc::SYS_bpf, PROG_LOAD, libc::SECCOMP_RET_USER_NOTIF),
-        Lacks::Ipv6 => (
-            libc::SYS_socket,
-            libc::AF_INET6.cast_unsigned(),
-            libc::SECCOMP_RET_ERRNO | libc::EAFNOSUPPORT.cast_unsigned(),
-        ),
-    };
-    let load = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
-    let equal = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
-    let answer = (libc::BPF_RET | libc::BPF_K) as u16;
-    let step = |code, k, jt, jf| libc::sock_filter { code, jt, jf, k };
-    let mut filter = [
-        step(load, NUMBER, 0, 0),
-        step(equal, u32::try_from(call).expect("a small number"), 0, 3),
-        step(load, FIRST, 0, 0),
-        step(equal, first, 0, 1),
-        step(answer, verdict, 0, 0),
-        step(answer, libc::SECCOMP_RET_ALLOW, 0, 0),
-    ];
+    let mut filter = filter(what);
+    let is_asked = matches!(what, Lacks::Programs(_) | Lacks::Time(_));
     let install = move || {
         let program = libc::sock_fprog {
-            len: 6,
+            len: filter.len() as u16,
             filter: filter.as_mut_ptr(),
         };
-        let flags = match what {
-            Lacks::Programs(_) => libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
-            Lacks::Ipv6 => 0,
+        let flags = match is_asked {
+            true => libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
+            false => 0,
         };
         let mode = libc::SECCOMP_SET_MODE_FILTER;
         // SAFETY: the program and its filter live for the length of the call.
         let made = unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) };
         let listener = i32::try_from(nix::errno::Errno::result(made)?).unwrap_or(-1);
-        if matches!(what, Lacks::Programs(_)) {
+        if is_asked {
             // It is closed by exec: not before somebody else has it.
             (&theirs).write_all(&listener.to_ne_bytes())?;
             (&theirs).write_all(&std::process::id().to_ne_bytes())?;
@@ -69,7 +64,7 @@ pub fn lacks(command: &mut Command, what: Lacks) {
     };
     // SAFETY: between fork and exec only system calls are made, with what was prepared before.
     unsafe { command.pre_exec(install) };
-    if let Lacks::Programs(kind) = what {
+    if is_asked {
         std::thread::spawn(move || {
             let mut said = [0; 8];
             if ours.read_exact(&mut said).is_err() {
@@ -79,9 +74,58 @@ pub fn lacks(command: &mut Command, what: Lacks) {
             let pid = i32::from_ne_bytes(said[4..].try_into().expect("four bytes"));
             let listener = taken(pid, listener).expect("the filter's listener");
             ours.write_all(&[0]).expect("it waits");
-            answer_loads(&listener, kind);
+            match what {
+                Lacks::Programs(kind) => answer_loads(&listener, kind),
+                Lacks::Time(steps) => end_at(&listener, pid, steps),
+                Lacks::Ipv6 | Lacks::List => {}
+            }
         });
     }
+}
+
+/// Asks of what is lacking, or refuses it.
+fn filter(what: Lacks) -> Vec<libc::sock_filter> {
+    let load = |k| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, k, 0, 0);
+    let is = |k, then, other| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k, then, other);
+    let answer = |k| step(libc::BPF_RET | libc::BPF_K, k, 0, 0);
+    let number = |call: libc::c_long| u32::try_from(call).expect("a small number");
+    let (ask, allow) = (libc::SECCOMP_RET_USER_NOTIF, libc::SECCOMP_RET_ALLOW);
+    let refuse = |error: i32| libc::SECCOMP_RET_ERRNO | error.cast_unsigned();
+    let one = |call, first, verdict| {
+        vec![
+            load(NUMBER),
+            is(number(call), 0, 3),
+            load(FIRST),
+            is(first, 0, 1),
+            answer(verdict),
+            answer(allow),
+        ]
+    };
+    match what {
+        Lacks::Programs(_) => one(libc::SYS_bpf, PROG_LOAD, ask),
+        Lacks::Ipv6 => one(
+            libc::SYS_socket,
+            libc::AF_INET6.cast_unsigned(),
+            refuse(libc::EAFNOSUPPORT),
+        ),
+        Lacks::List => one(libc::SYS_bpf, PROG_LIST, refuse(libc::EPERM)),
+        Lacks::Time(_) => vec![
+            load(NUMBER),
+            is(number(RENAME), 6, 0),
+            is(number(libc::SYS_bpf), 0, 4),
+            load(FIRST),
+            is(STEPS[0], 3, 0),
+            is(STEPS[1], 2, 0),
+            is(STEPS[2], 1, 0),
+            answer(allow),
+            answer(ask),
+        ],
+    }
+}
+
+fn step(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
+    let code = code as u16;
+    libc::sock_filter { code, jt, jf, k }
 }
 
 /// Another process's descriptor.
@@ -100,28 +144,52 @@ fn taken(pid: i32, descriptor: i32) -> nix::Result<OwnedFd> {
 
 /// Refuses programs of a kind as a kernel does that does not know it, for as long as somebody may ask.
 fn answer_loads(listener: &OwnedFd, kind: u32) {
-    loop {
-        // SAFETY: plain numbers, for which zero is a value.
-        let mut asked: libc::seccomp_notif = unsafe { std::mem::zeroed() };
-        let request = libc::SECCOMP_IOCTL_NOTIF_RECV;
-        // SAFETY: the kernel fills the structure, whose size is in the request's number.
-        if unsafe { libc::ioctl(listener.as_raw_fd(), request, &raw mut asked) } != 0 {
-            return;
-        }
+    while let Some(asked) = next(listener) {
         // The attributes begin with the program's kind.
         let mut found = [0; 4];
         let memory = File::open(format!("/proc/{}/mem", asked.pid));
         let read = memory.and_then(|memory| memory.read_exact_at(&mut found, asked.data.args[1]));
-        // SAFETY: as above.
-        let mut answer: libc::seccomp_notif_resp = unsafe { std::mem::zeroed() };
-        answer.id = asked.id;
-        if read.is_ok() && u32::from_ne_bytes(found) == kind {
-            answer.error = -libc::EINVAL;
-        } else {
+        let refused = read.is_ok() && u32::from_ne_bytes(found) == kind;
+        answer(listener, &asked, refused.then_some(libc::EINVAL));
+    }
+}
+
+/// Lets as many steps be done, and ends the process in place of the next one.
+fn end_at(listener: &OwnedFd, pid: i32, steps: u32) {
+    for _ in 0..steps {
+        let Some(asked) = next(listener) else {
+            return;
+        };
+        answer(listener, &asked, None);
+    }
+    if next(listener).is_some() {
+        let pid = nix::unistd::Pid::from_raw(pid);
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// The next call that is asked of; none when nobody can ask any more.
+fn next(listener: &OwnedFd) -> Option<libc::seccomp_notif> {
+    // SAFETY: plain numbers, for which zero is a value.
+    let mut asked: libc::seccomp_notif = unsafe { std::mem::zeroed() };
+    let request = libc::SECCOMP_IOCTL_NOTIF_RECV;
+    // SAFETY: the kernel fills the structure, whose size is in the request's number.
+    let done = unsafe { libc::ioctl(listener.as_raw_fd(), request, &raw mut asked) };
+    (done == 0).then_some(asked)
+}
+
+/// Lets it be done, or refuses it.
+fn answer(listener: &OwnedFd, asked: &libc::seccomp_notif, error: Option<i32>) {
+    // SAFETY: plain numbers, for which zero is a value.
+    let mut answer: libc::seccomp_notif_resp = unsafe { std::mem::zeroed() };
+    answer.id = asked.id;
+    match error {
+        Some(error) => answer.error = -error,
+        None => {
             answer.flags = u32::try_from(libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE).expect("one");
         }
-        let request = libc::SECCOMP_IOCTL_NOTIF_SEND;
-        // SAFETY: as above; it fails where the asker has ended meanwhile.
-        unsafe { libc::ioctl(listener.as_raw_fd(), request, &raw mut answer) };
     }
+    let request = libc::SECCOMP_IOCTL_NOTIF_SEND;
+    // SAFETY: as in `next`; it fails where the asker has ended meanwhile.
+    unsafe { libc::ioctl(listener.as_raw_fd(), request, &raw mut answer) };
 }

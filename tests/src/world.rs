@@ -250,6 +250,7 @@ impl World {
     /// How an agent of the node is started.
     pub fn setup(&self, node: &Node) -> Setup {
         Setup {
+            program: "DATAPLANE_BIN",
             node: node.name.clone(),
             arguments: vec![
                 "--manifests".into(),

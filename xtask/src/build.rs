@@ -54,7 +54,10 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
 pub(crate) fn with_kernel_programs<T>(host: impl FnOnce() -> Result<T>) -> Result<T> {
     let mut steps = setup::packages()?;
     let mut programs = || kernel_programs(&setup::toolchain(&mut steps)?);
-    if OBJECTS.iter().all(|name| objects().join(name).exists()) {
+    let mut made = OBJECTS
+        .iter()
+        .map(|name| objects().join(format!("other-{name}")));
+    if made.all(|object| object.exists()) {
         programs()?;
         return host();
     }
@@ -89,15 +92,20 @@ fn lock() -> Result<File> {
     lock().with_context(|| format!("cannot lock {}", path.display()))
 }
 
-/// Builds the kernel programs, and puts those that changed where the agent's build takes them.
+/// Builds the kernel programs, and those of the layout that only tests have, and puts those that changed
+/// where the agent's build takes them.
 fn kernel_programs(toolchain: &Toolchain) -> Result<()> {
     say("kernel programs");
-    run_command(for_bpf(toolchain.compiler.cargo().arg("build"), &toolchain.linker).arg("--bins"))?;
     fs::create_dir_all(objects())
         .with_context(|| format!("cannot make {}", objects().display()))?;
-    for name in OBJECTS {
-        let built = target().join("ebpf").join(BPF).join("release").join(name);
-        copy_changed(&built, &objects().join(name))?;
+    for (prefix, features) in [("", &[][..]), ("other-", &["--features", "other-layout"])] {
+        let mut cargo = toolchain.compiler.cargo();
+        let cargo = for_bpf(cargo.arg("build"), &toolchain.linker);
+        run_command(cargo.arg("--bins").args(features))?;
+        for name in OBJECTS {
+            let built = target().join("ebpf").join(BPF).join("release").join(name);
+            copy_changed(&built, &objects().join(format!("{prefix}{name}")))?;
+        }
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Builds every test, runs them here, and counts.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::build;
-use crate::command::{output, require_root, shown};
+use crate::command::{output, require_root, run as run_command, shown};
 use crate::progress::say;
 
 /// Runs all tests on this machine, as root: unit tests, then those on the real kernel.
@@ -66,6 +67,7 @@ pub(crate) fn run_all(
 
 /// What the tests' build made.
 pub(crate) struct Built {
+    release: bool,
     programs: Vec<(String, PathBuf)>,
     tests: Vec<Executable>,
 }
@@ -147,7 +149,35 @@ impl Built {
 
         // Unit tests first: they are quick, and what they find explains the rest.
         tests.sort_by(|a, b| (&a.case, &a.name).cmp(&(&b.case, &b.name)));
-        Ok(Self { programs, tests })
+        Ok(Self {
+            release,
+            programs,
+            tests,
+        })
+    }
+
+    /// The agent with the layout of maps that only tests have, where tests want it.
+    ///
+    /// # Errors
+    /// It cannot be built.
+    pub(crate) fn other_agent(&self) -> Result<PathBuf> {
+        say("agent with another layout");
+        let agent = self.program("dataplane")?;
+        let (kept, other) = (
+            agent.with_file_name("dataplane-kept"),
+            agent.with_file_name("dataplane-other-layout"),
+        );
+        let rename = |from: &Path, to: &Path| {
+            fs::rename(from, to).with_context(|| format!("cannot rename {}", from.display()))
+        };
+        // Cargo puts it in the place of the real one.
+        rename(agent, &kept)?;
+        let mut cargo = build::host_bins(self.release);
+        let features = ["--features", "dataplane-agent/other-layout"];
+        cargo.args(["--package", "dataplane-agent"]).args(features);
+        let built = run_command(&mut cargo).and_then(|()| rename(agent, &other));
+        rename(&kept, agent)?;
+        built.map(|()| other)
     }
 
     /// A program that was built.
@@ -204,6 +234,11 @@ impl Executable {
         Ok(names.map(str::to_owned).collect())
     }
 
+    /// Whether a test of it, of those that a filter is for, starts an agent with another layout.
+    pub(crate) fn wants_other_agent(&self, filter: Option<&str>) -> Result<bool> {
+        Ok(self.case.as_deref() == Some("upgrade") && !self.list(filter)?.is_empty())
+    }
+
     fn run(&self, built: &Built, filter: Option<&str>, libtest: &[String]) -> Result<Outcome> {
         let started = Instant::now();
         let mut command = Command::new(&self.path);
@@ -215,6 +250,9 @@ impl Executable {
             .env("DATAPLANE_BIN", built.program("dataplane")?)
             .env("DATAPLANE_TEST_APP", built.program("dataplane-test-app")?)
             .stdout(Stdio::piped());
+        if self.wants_other_agent(filter)? {
+            command.env("DATAPLANE_TEST_OTHER", built.other_agent()?);
+        }
         let mut child = command
             .spawn()
             .with_context(|| format!("cannot start `{}`", shown(&command)))?;

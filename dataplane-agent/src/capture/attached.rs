@@ -107,6 +107,24 @@ pub fn anywhere(pins: &Pins) -> Result<usize, CaptureError> {
     }
 }
 
+/// The programs that what is pinned here attaches, each with the ids of its maps.
+///
+/// # Errors
+/// The kernel does not tell.
+pub fn pinned(pins: &Pins) -> Result<Vec<(ProgramInfo, Vec<u32>)>, CaptureError> {
+    let pinned = pins.programs();
+    let not_told = || CaptureError::file(pins.folder());
+    let mut all = Vec::new();
+    for program in there(loaded_programs()) {
+        let program = program.map_err(whole).map_err(not_told())?;
+        if pinned.contains(&program.id()) {
+            let maps = map_ids(&program).map_err(not_told())?;
+            all.push((program, maps));
+        }
+    }
+    Ok(all)
+}
+
 /// The ids of a node's programs, attached or not, of this agent and of those before it: they use the
 /// maps that are pinned here.
 ///
@@ -187,6 +205,11 @@ fn is_gone(error: &(dyn std::error::Error + 'static)) -> bool {
     false
 }
 
+/// The error with what caused it, which aya's own words leave out.
+fn whole(error: impl std::error::Error) -> io::Error {
+    io::Error::other(chain(&error))
+}
+
 fn untold<E: std::error::Error>(pins: &Pins) -> impl FnOnce(E) -> CaptureError {
     let folder = pins.folder().to_owned();
     move |error| CaptureError::Detach {
@@ -215,7 +238,7 @@ fn others(
     // There is no asking by number in this library; one that is gone meanwhile is not attached either.
     let mut count = 0;
     for program in there(loaded_programs()) {
-        let program = program.map_err(io::Error::other)?;
+        let program = program.map_err(whole)?;
         if unknown.contains(&program.id()) && is_ours(&program)? {
             count += 1;
         }
@@ -238,7 +261,7 @@ fn is_of_a_pod(program: &ProgramInfo) -> io::Result<bool> {
 fn uses(program: &ProgramInfo, names: &[&str]) -> io::Result<bool> {
     let maps = map_ids(program)?.into_iter().map(MapInfo::from_id);
     for map in there(maps) {
-        let map = map.map_err(io::Error::other)?;
+        let map = map.map_err(whole)?;
         if map.name_as_str().is_some_and(|name| names.contains(&name)) {
             return Ok(true);
         }
@@ -250,7 +273,7 @@ fn uses(program: &ProgramInfo, names: &[&str]) -> io::Result<bool> {
 fn map_ids(program: &ProgramInfo) -> io::Result<Vec<u32>> {
     match program.map_ids() {
         Err(error) if is_gone(&error) => Ok(Vec::new()),
-        ids => Ok(ids.map_err(io::Error::other)?.unwrap_or_default()),
+        ids => Ok(ids.map_err(whole)?.unwrap_or_default()),
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use aya::programs::ProgramFd;
 use aya::programs::links::{FdLink, PinnedLink};
 
 use super::CaptureError;
@@ -53,6 +54,14 @@ impl Link {
     /// The id of its program.
     pub fn program(&self) -> u32 {
         self.program
+    }
+
+    /// Has it attach another program of the same kind.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn replace(&self, program: &ProgramFd) -> std::io::Result<()> {
+        hooks::replace(&self.link, program)
     }
 
     /// Pins it, in place of one that may be there: there is no moment without either.

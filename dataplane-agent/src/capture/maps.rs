@@ -8,7 +8,7 @@ use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockMap};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
-use dataplane_ebpf::pod::{Node, Owned, Steered, listener};
+use dataplane_ebpf::pod::{Node, Owned, Steered, There, listener};
 
 use super::CaptureError;
 use super::pins::Pins;
@@ -28,7 +28,32 @@ pub const SHARED: [&str; 7] = [
 /// Maps of the programs that are attached to the cgroup; pinned.
 pub const OF_NODE: [&str; 4] = ["PODS", "CGROUPS", "INSIDE", "AGENT"];
 /// Maps of one pod's program.
-pub const OF_POD: [&str; 2] = ["POD", "LISTENERS"];
+pub const OF_POD: [&str; 2] = ["POD", LISTENERS];
+/// The map of a pod's listeners.
+pub const LISTENERS: &str = "LISTENERS";
+
+/// What is in a map, for who takes it over from another version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holds {
+    /// What keeps pods captured.
+    Pods,
+    /// What only the kernel can read: which sockets stay inside.
+    Sockets,
+    /// What was counted, or has just begun.
+    Passing,
+    /// What the agent says anew, or who was there before it said.
+    Nothing,
+}
+
+/// What is in a map that is pinned.
+pub fn holds(map: &str) -> Holds {
+    match map {
+        "PODS" | "LEAVING" | "CGROUPS" | "ADDRESSES" => Holds::Pods,
+        "INSIDE" => Holds::Sockets,
+        "COUNTERS" | "BEGUN" => Holds::Passing,
+        _ => Holds::Nothing,
+    }
+}
 
 /// The maps of the node's programs.
 ///
@@ -38,7 +63,7 @@ pub struct NodeMaps {
     node: Array<MapData, Node>,
     counters: PerCpuArray<MapData, u64>,
     pods: HashMap<MapData, u64, Ip>,
-    leaving: HashMap<MapData, u64, u32>,
+    leaving: HashMap<MapData, u64, There>,
     cgroups: HashMap<MapData, u64, u64>,
     addresses: HashMap<MapData, Owned, u32>,
     /// What is in `addresses`, by pod.
@@ -66,6 +91,12 @@ impl NodeMaps {
             addresses,
             owned,
         })
+    }
+
+    /// A pod's first address, as it was enrolled with.
+    pub fn first(&self, cookie: u64) -> Option<IpAddr> {
+        let first = self.pods.get(&cookie, 0).ok()?;
+        (first != Ip::NONE).then(|| first.into())
     }
 
     /// Says what is the host's.
@@ -361,7 +392,7 @@ pub fn fill_pod(
         first: first.map_or(Ip::NONE, Ip::from),
     };
     pod.set(0, steered, 0).map_err(failed("POD"))?;
-    let mut sockets: SockMap<MapData> = take(ebpf, "LISTENERS")?;
+    let mut sockets: SockMap<MapData> = take(ebpf, LISTENERS)?;
     let Some(listeners) = listeners else {
         return Ok(());
     };
@@ -372,7 +403,7 @@ pub fn fill_pod(
     ] {
         sockets
             .set(place, &socket.as_raw_fd(), 0)
-            .map_err(failed("LISTENERS"))?;
+            .map_err(failed(LISTENERS))?;
     }
     Ok(())
 }
@@ -415,7 +446,8 @@ fn take<T: TryFrom<Map, Error = MapError>>(
     T::try_from(found).map_err(failed(map))
 }
 
-fn failed(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
+/// An error of a map, by its name.
+pub(super) fn failed(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
     move |error| CaptureError::Map {
         map,
         why: chain(&error),

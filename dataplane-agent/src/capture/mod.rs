@@ -10,6 +10,7 @@
 //! over.
 
 pub mod attached;
+pub mod definition;
 pub mod dump;
 pub mod enrol;
 mod link;
@@ -22,6 +23,7 @@ pub mod repair;
 pub mod room;
 pub mod routes;
 pub mod routing;
+pub mod takeover;
 pub mod undo;
 pub mod uninstall;
 pub mod wanted;
@@ -59,11 +61,19 @@ pub enum CaptureError {
         /// What the kernel says.
         why: String,
     },
-    /// Pins of another version of this agent are in the way.
+    /// A map that another version of this agent has pinned cannot be taken over.
     #[error(
-        "{0} was pinned by another version of the dataplane; run `dataplane uninstall` with that version first"
+        "kernel map `{map}`, pinned in {pins}, cannot be taken over: {why}; nothing is changed: start the \
+         agent that pinned it, or run `dataplane uninstall` first, which lets go of all pods"
     )]
-    OtherLayout(PathBuf),
+    OtherLayout {
+        /// Which.
+        map: &'static str,
+        /// Where.
+        pins: PathBuf,
+        /// In what it differs.
+        why: String,
+    },
     /// Another agent serves this node.
     #[error("another dataplane agent already runs for this node: it holds {0}")]
     Held(PathBuf),
@@ -161,7 +171,7 @@ impl CaptureError {
             Self::NoObject(_) => "no_object",
             Self::Program { .. } => "program",
             Self::Map { .. } => "map",
-            Self::OtherLayout(_) => "other_layout",
+            Self::OtherLayout { .. } => "other_layout",
             Self::Held(_) => "held",
             Self::Attached { .. } => "attached",
             Self::Detach { .. } => "detach",

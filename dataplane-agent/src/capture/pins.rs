@@ -1,10 +1,12 @@
 //! Where the kernel objects of a node are pinned, and the lock that makes one agent their owner.
 //!
 //! `<bpffs>/dataplane/<node>/v<layout>/` holds `maps/`, `links/` (attached to the cgroup) and
-//! `pods/`, a link per pod named by the cookie of its network namespace. The layout's number is in
-//! the path since a map of one layout must not be read by programs of another.
+//! `pods/`, a link per pod named by the cookie of its network namespace. The layout's number says whose
+//! maps they are; an agent of another layout takes them over as they are there (see [`super::takeover`]),
+//! and then gives the folder its own number.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, Metadata, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -25,35 +27,47 @@ use crate::sys::bpffs;
 pub struct Pins {
     bpffs: PathBuf,
     node: PathBuf,
+    /// The folder of the layout that is there, or else of this agent's.
+    layout: PathBuf,
 }
 
 impl Pins {
     /// Of this node, below a mounted bpffs.
     pub fn new(bpffs: &Path, node: &NodeName) -> Self {
-        Self {
-            bpffs: bpffs.to_owned(),
-            // A bpffs keeps names with dots to itself; no node's name has a colon.
-            node: bpffs
-                .join("dataplane")
-                .join(node.as_str().replace('.', ":")),
-        }
+        // A bpffs keeps names with dots to itself; no node's name has a colon.
+        let node = node.as_str().replace('.', ":");
+        Self::at(bpffs, bpffs.join("dataplane").join(node))
     }
 
     /// Of a trial, in a bpffs of its own.
     pub fn trial(bpffs: &Path) -> Self {
-        Self {
+        Self::at(bpffs, bpffs.join("trial"))
+    }
+
+    fn at(bpffs: &Path, node: PathBuf) -> Self {
+        let mut pins = Self {
             bpffs: bpffs.to_owned(),
-            node: bpffs.join("trial"),
-        }
+            layout: PathBuf::new(),
+            node,
+        };
+        pins.find();
+        pins
+    }
+
+    /// Which layout is there.
+    fn find(&mut self) {
+        let own = self.own_layout();
+        let mut layouts = entries(&self.node).map(|entry| entry.path());
+        let found = layouts.find(|path| path.file_name().is_some_and(is_layout));
+        self.layout = found.unwrap_or(own);
     }
 
     /// Makes the folders, and this process the owner of what is pinned in them as long as it has what is
     /// returned. Whatever else an agent was told, there is one for these pins.
     ///
     /// # Errors
-    /// There is no bpffs; another user has made them; another agent has them; pins of another layout are
-    /// there.
-    pub fn make(&self) -> Result<File, CaptureError> {
+    /// There is no bpffs; another user has made them; another agent has them; something else is there.
+    pub fn make(&mut self) -> Result<File, CaptureError> {
         if !bpffs::is_mounted(&self.bpffs).map_err(CaptureError::file(&self.bpffs))? {
             let error = io::Error::other("no BPF file system is mounted there");
             return Err(CaptureError::file(&self.bpffs)(error));
@@ -62,7 +76,8 @@ impl Pins {
             make_private(folder).map_err(CaptureError::file(folder))?;
         }
         let lock = lock(&self.node, || File::open(&self.node))?;
-        self.refuse_other_layout()?;
+        self.find();
+        self.refuse_others()?;
         for folder in [self.maps(), self.links(), self.pods()] {
             fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
         }
@@ -72,7 +87,7 @@ impl Pins {
     /// Refuses what is there already as [`Pins::make`] would; nothing is made.
     ///
     /// # Errors
-    /// Another user has made it; it is of another layout.
+    /// Another user has made it; something else is there.
     pub fn refuse(&self) -> Result<(), CaptureError> {
         for folder in self.above() {
             if fs::symlink_metadata(folder).is_ok() {
@@ -80,7 +95,7 @@ impl Pins {
             }
         }
         match self.are_there() {
-            true => self.refuse_other_layout(),
+            true => self.refuse_others(),
             false => Ok(()),
         }
     }
@@ -91,12 +106,13 @@ impl Pins {
         above.take_while(|of| *of != self.bpffs).collect()
     }
 
-    /// Whoever pinned it may come back.
-    fn refuse_other_layout(&self) -> Result<(), CaptureError> {
+    /// Whoever pinned something else there may come back.
+    fn refuse_others(&self) -> Result<(), CaptureError> {
         for entry in fs::read_dir(&self.node).map_err(CaptureError::file(&self.node))? {
             let path = entry.map_err(CaptureError::file(&self.node))?.path();
-            if path != self.layout() {
-                return Err(CaptureError::OtherLayout(path));
+            if path != self.layout {
+                let what = format!("it is beside {}", self.layout.display());
+                return Err(CaptureError::NotOurs { path, what });
             }
         }
         Ok(())
@@ -107,7 +123,7 @@ impl Pins {
     ///
     /// # Errors
     /// As [`Pins::make`].
-    pub fn restore(&self, lock: &mut File) -> Result<(), CaptureError> {
+    pub fn restore(&mut self, lock: &mut File) -> Result<(), CaptureError> {
         let mounted = bpffs::ensure(&self.bpffs).map_err(CaptureError::file(&self.bpffs))?;
         mounted.keep();
         if !self.node.is_dir() {
@@ -123,11 +139,26 @@ impl Pins {
     ///
     /// # Errors
     /// An agent has it.
-    pub fn lock(&self) -> Result<Option<File>, CaptureError> {
+    pub fn lock(&mut self) -> Result<Option<File>, CaptureError> {
         if !self.are_there() {
             return Ok(None);
         }
-        lock(&self.node, || File::open(&self.node)).map(Some)
+        let lock = lock(&self.node, || File::open(&self.node))?;
+        self.find();
+        Ok(Some(lock))
+    }
+
+    /// Gives what is pinned this agent's layout, whichever it had.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn settle(&mut self) -> Result<(), CaptureError> {
+        let own = self.own_layout();
+        if self.layout != own {
+            fs::rename(&self.layout, &own).map_err(CaptureError::file(&self.layout))?;
+            self.layout = own;
+        }
+        Ok(())
     }
 
     /// Whether the node has any.
@@ -143,17 +174,17 @@ impl Pins {
 
     /// Maps that programs share, by their names.
     pub fn maps(&self) -> PathBuf {
-        self.layout().join(MAPS)
+        self.layout.join(MAPS)
     }
 
     /// Links of the programs that are attached to the cgroup, by the programs' names.
     pub fn links(&self) -> PathBuf {
-        self.layout().join(LINKS)
+        self.layout.join(LINKS)
     }
 
     /// Links of the pods' programs, by the cookies of their network namespaces.
     pub fn pods(&self) -> PathBuf {
-        self.layout().join(PODS)
+        self.layout.join(PODS)
     }
 
     /// The link of one pod.
@@ -237,7 +268,7 @@ impl Pins {
         }
         let mut left = Vec::new();
         for layout in children(&self.node)? {
-            if !layout.is_dir || !is_layout(&layout.name) {
+            if !layout.is_dir || !is_layout(OsStr::new(&layout.name)) {
                 left.push(layout.path);
                 continue;
             }
@@ -268,7 +299,15 @@ impl Pins {
         Ok(left)
     }
 
-    fn layout(&self) -> PathBuf {
+    /// Those of the maps, by their names; also those of which this agent does not know.
+    pub fn pinned_maps(&self) -> Vec<PathBuf> {
+        let is_map = |name: &OsStr| name.to_str().is_some_and(FOLDERS[0].1);
+        let pins = entries(&self.maps()).map(|entry| entry.path());
+        pins.filter(|pin| pin.file_name().is_some_and(is_map))
+            .collect()
+    }
+
+    fn own_layout(&self) -> PathBuf {
         self.node.join(format!("v{}", dataplane_ebpf::LAYOUT))
     }
 }
@@ -298,9 +337,9 @@ fn is_word(name: &str, is_letter: fn(u8) -> bool) -> bool {
     !name.is_empty() && name.bytes().all(fits)
 }
 
-fn is_layout(name: &str) -> bool {
-    name.strip_prefix('v')
-        .is_some_and(|number| number.parse::<u32>().is_ok())
+fn is_layout(name: &OsStr) -> bool {
+    let number = name.to_str().and_then(|name| name.strip_prefix('v'));
+    number.is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
 /// Where a pin is made before it takes another one's place.
@@ -468,7 +507,7 @@ mod tests {
         let pin = dir.path().join("dataplane/one/v1/maps/PODS");
         fs::create_dir_all(pin.parent().expect("a folder")).expect("a folder");
         fs::write(&pin, "").expect("a file");
-        let pins = Pins::new(dir.path(), &"one".parse().expect("a name"));
+        let mut pins = Pins::new(dir.path(), &"one".parse().expect("a name"));
         assert_eq!(
             pins.remove_all().expect("nothing to do"),
             Vec::<PathBuf>::new()

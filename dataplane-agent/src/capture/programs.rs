@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aya::programs::links::{FdLink, LinkError};
 use aya::programs::{
@@ -15,8 +15,9 @@ use aya::{Ebpf, EbpfError, EbpfLoader, include_bytes_aligned};
 
 use super::CaptureError;
 use super::link::Link;
-use super::maps::{self, NodeMaps, chain};
+use super::maps::{self, chain};
 use super::pins::Pins;
+use super::takeover::Takeover;
 use crate::seam::Listeners;
 use crate::sys::netns::Netns;
 use crate::sys::{hooks, verifier};
@@ -36,14 +37,6 @@ pub struct Loader {
     loader: EbpfLoader<'static>,
 }
 
-/// What was loaded for the node.
-pub struct NodeProgramsLoaded {
-    /// Programs, and the maps that nobody has taken.
-    pub ebpf: Ebpf,
-    /// The maps.
-    pub maps: NodeMaps,
-}
-
 /// What keeps the node's programs attached, by their names, wherever their pins are.
 pub type Links = BTreeMap<&'static str, Link>;
 
@@ -57,18 +50,30 @@ pub struct PodProgram {
 impl Loader {
     /// With maps in these places: those that are pinned there are taken, others are made.
     pub fn new(pins: &Pins) -> Self {
+        Self::at(|name| pins.maps().join(name))
+    }
+
+    /// The same while others' maps are taken over; pods' listeners are pinned too.
+    pub fn taking_over(takeover: &Takeover) -> Self {
+        let mut own = Self::at(|name| takeover.path(name));
+        let listeners = takeover.listeners();
+        own.loader.map_pin_path(maps::LISTENERS, listeners);
+        own
+    }
+
+    fn at(path: impl Fn(&str) -> PathBuf) -> Self {
         let mut loader = EbpfLoader::new();
         for name in maps::SHARED.into_iter().chain(maps::OF_NODE) {
-            loader.map_pin_path(name, pins.maps().join(name));
+            loader.map_pin_path(name, path(name));
         }
         Self { loader }
     }
 
-    /// Loads the node's programs.
+    /// Loads the node's programs, with the maps that nobody has taken yet.
     ///
     /// # Errors
     /// The kernel refuses one; there are none in this build.
-    pub fn node(&mut self) -> Result<NodeProgramsLoaded, CaptureError> {
+    pub fn node(&mut self) -> Result<Ebpf, CaptureError> {
         let mut ebpf = self.load("node", NODE)?;
         for name in OF_NODE {
             let program = program(&mut ebpf, name)?;
@@ -80,8 +85,7 @@ impl Loader {
             }
             .map_err(refused(name))?;
         }
-        let maps = NodeMaps::take(&mut ebpf)?;
-        Ok(NodeProgramsLoaded { ebpf, maps })
+        Ok(ebpf)
     }
 
     /// Loads a pod's program, and tells it of the pod; without listeners it lets nobody in or out.
@@ -228,6 +232,19 @@ impl PodProgram {
         let link = program.attach(netns).map_err(refused(OF_POD))?;
         let link = program.take_link(link).map_err(refused(OF_POD))?;
         Ok(self.link.insert(Link::of(OF_POD, &link.into())?))
+    }
+
+    /// Puts it in the place of the one that a link attaches.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn replace(&mut self, link: &Link) -> Result<(), CaptureError> {
+        let program = steer(&mut self.ebpf)?.fd().map_err(refused(OF_POD))?;
+        link.replace(program)
+            .map_err(|error| CaptureError::Program {
+                program: OF_POD,
+                why: error.to_string(),
+            })
     }
 
     /// Attaches it again if it is not attached, and pins it if it is not pinned any more.

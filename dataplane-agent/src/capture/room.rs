@@ -28,6 +28,7 @@ use super::programs::{self, Links, Loader, PodProgram};
 use super::reconcile::{Has, Phase, Step, Want, diff};
 use super::repair::Repairs;
 use super::routing::Routing;
+use super::takeover::{self, Takeover};
 use super::undo::{self, Record, Records};
 use super::wanted::{Desired, PodState, PodStatus, Status, Wanted};
 use super::{CaptureError, attached, enrol, named};
@@ -259,16 +260,17 @@ pub struct Reports {
 /// Refuses where [`Room::open`] would, before anything is made.
 ///
 /// # Errors
-/// Another agent runs, or its programs are attached; another user has made the pins, or another version
-/// of the agent; how to undo what is pinned is recorded elsewhere, or cannot be read.
+/// Another agent runs, or its programs are attached; another user has made the pins, or what is pinned
+/// cannot be taken over; how to undo it is recorded elsewhere, or cannot be read.
 pub fn refuse(config: &Config, folder: &NodeFolder) -> Result<(), CaptureError> {
-    let pins = Pins::new(&config.bpffs, &config.node);
+    let mut pins = Pins::new(&config.bpffs, &config.node);
     let _lock = pins.lock()?;
     pins.refuse()?;
     attached::refuse_on_cgroup(&config.cgroup, &pins, &BTreeSet::new())?;
     let records = folder.records()?;
     records.all()?;
-    pins.refuse_without(&records)
+    pins.refuse_without(&records)?;
+    takeover::refuse(&pins)
 }
 
 impl Room {
@@ -283,43 +285,48 @@ impl Room {
         events: mpsc::Sender<PodEvent>,
         rest: CancellationToken,
     ) -> Result<(Self, Window, Reports, watch::Receiver<Status>), CaptureError> {
-        let pins = Pins::new(&config.bpffs, &config.node);
+        let mut pins = Pins::new(&config.bpffs, &config.node);
         let lock = pins.make()?;
         let predecessors = pins.programs();
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         let records = folder.records()?;
         pins.refuse_without(&records)?;
-        let mut loader = Loader::new(&pins);
+        let takeover = Takeover::begin(&pins)?;
+        let mut loader = Loader::taking_over(&takeover);
         let mut node = loader.node()?;
-        node.maps.declare(Node {
+        takeover.copy()?;
+        let mut maps = NodeMaps::take(&mut node)?;
+        maps.declare(Node {
             hosts: config.hosts,
             ..Node::default()
         })?;
         let reports = Reports {
-            events: super::maps::events(&mut node.ebpf)?,
-            log: aya_log::EbpfLogger::init(&mut node.ebpf).ok(),
+            events: super::maps::events(&mut node)?,
+            log: aya_log::EbpfLogger::init(&mut node).ok(),
         };
+        takeover.steer(&mut loader, &pins, &maps)?;
         let mut links = Links::new();
-        programs::restore(&mut node.ebpf, &config.cgroup, &pins, &mut links)?.whole?;
+        programs::restore(&mut node, &config.cgroup, &pins, &mut links)?.whole?;
         // Of two that looked at once, one at least sees the other now.
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
+        takeover.finish(&mut pins)?;
         let pods = adopt(records.all()?);
         // What has no record was pinned by nobody who finished; nothing of it is in use.
-        for cookie in node.maps.enrolled() {
+        for cookie in maps.enrolled() {
             if !pods.contains_key(&cookie) {
-                node.maps.forget(cookie)?;
+                maps.forget(cookie)?;
             }
         }
         pins.sweep(|cookie| pods.contains_key(&cookie))?;
         let window = Window {
-            maps: Arc::new(Mutex::new(node.maps)),
+            maps: Arc::new(Mutex::new(maps)),
             repairs: Arc::default(),
         };
         let (status, told) = watch::channel(Status::new());
         let mut room = Self {
             config,
             records,
-            loader,
+            loader: Loader::new(&pins),
             window: window.clone(),
             pods,
             failed: BTreeMap::new(),
@@ -327,11 +334,11 @@ impl Room {
             told: Instant::now(),
             events,
             status,
-            stamp: Arc::new(super::maps::stamp(&mut node.ebpf)?),
+            stamp: Arc::new(super::maps::stamp(&mut node)?),
             looks: Looks::begin(0),
             rest,
             pinned: PinnedMaps::open(&pins)?,
-            node: node.ebpf,
+            node,
             links,
             pins,
             pins_lock: lock,

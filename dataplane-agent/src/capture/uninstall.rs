@@ -60,7 +60,7 @@ impl Ended {
                 others.join(" and ")
             )));
         }
-        let pins = Pins::new(&mark.bpffs, node);
+        let mut pins = Pins::new(&mark.bpffs, node);
         let _lock = pins.lock()?;
         pins.refuse_without(&folder.records()?)?;
         // Whatever is not pinned here would go on without its routes.

@@ -229,7 +229,7 @@ async fn trial(folder: &Path) -> Vec<Line> {
 }
 
 fn load(folder: &Path, netns: &Netns, listeners: &Listeners) -> Result<(), CaptureError> {
-    let pins = Pins::trial(folder);
+    let mut pins = Pins::trial(folder);
     let _lock = pins.make()?;
     let mut loader = Loader::new(&pins);
     let _node = loader.node()?;

@@ -30,12 +30,12 @@ pub fn run(folder: &Path) -> Result<String> {
 }
 
 fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
-    let pins = Pins::trial(folder);
+    let mut pins = Pins::trial(folder);
     let _lock = pins.make()?;
     let mut loader = Loader::new(&pins);
     let mut node = loader.node()?;
     let mut links = programs::Links::new();
-    programs::restore(&mut node.ebpf, cgroup, &pins, &mut links)?.whole?;
+    programs::restore(&mut node, cgroup, &pins, &mut links)?.whole?;
     let listeners = enrol::listen(netns)?;
     let mut pod = loader.pod(netns.cookie()?, None, Some(&listeners))?;
     pod.attach(netns, &pins.pod(netns.cookie()?))?;
@@ -43,7 +43,7 @@ fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
         "{:<10} {:<18} {:>6} {:>9} {:>6}  maps\n",
         "program", "kind", "insns", "verified", "stack"
     );
-    list(&mut text, &node.ebpf, programs::NODE)?;
+    list(&mut text, &node, programs::NODE)?;
     list(&mut text, pod.ebpf(), programs::POD)?;
     writeln!(
         text,

@@ -1,6 +1,6 @@
 //! Which programs are attached to a cgroup or a network namespace (`BPF_PROG_QUERY`), and how they are
-//! detached (`BPF_LINK_DETACH`), or pinned (`BPF_OBJ_PIN`): what of bpf(2) aya does not have, or not for
-//! all kinds.
+//! detached (`BPF_LINK_DETACH`), replaced (`BPF_LINK_UPDATE`) or pinned (`BPF_OBJ_PIN`): what of bpf(2) aya
+//! does not have, or not for all kinds.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -22,6 +22,8 @@ const SK_LOOKUP: u32 = 36;
 const PIN: libc::c_long = 6;
 /// `BPF_PROG_QUERY` of `enum bpf_cmd`.
 const QUERY: libc::c_long = 16;
+/// `BPF_LINK_UPDATE` of `enum bpf_cmd`.
+const LINK_UPDATE: libc::c_long = 29;
 /// `BPF_LINK_GET_FD_BY_ID` of `enum bpf_cmd`.
 const LINK_BY_ID: libc::c_long = 30;
 /// `BPF_LINK_DETACH` of `enum bpf_cmd`.
@@ -119,7 +121,7 @@ fn query(target: impl AsFd, kind: u32, flags: u32, ids: &mut [u32]) -> io::Resul
 pub fn detach(id: u32) -> io::Result<()> {
     match link(id) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        link => by_number(LINK_DETACH, link?.as_raw_fd().cast_unsigned()).map(|_| ()),
+        link => by_numbers(LINK_DETACH, [number(&link?), 0, 0, 0]).map(|_| ()),
     }
 }
 
@@ -128,9 +130,21 @@ pub fn detach(id: u32) -> io::Result<()> {
 /// # Errors
 /// It is gone; CAP_SYS_ADMIN is missing.
 pub fn link(id: u32) -> io::Result<OwnedFd> {
-    let opened = i32::try_from(by_number(LINK_BY_ID, id)?).map_err(io::Error::other)?;
+    let opened = i32::try_from(by_numbers(LINK_BY_ID, [id, 0, 0, 0])?).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(opened) })
+}
+
+/// Puts a program in the place of the one that a link attaches: there is no moment with neither or both.
+/// What it was attached to may be gone: that is nothing.
+///
+/// # Errors
+/// The kernel refuses: it is of another kind.
+pub fn replace(link: &OwnedFd, program: impl AsFd) -> io::Result<()> {
+    match by_numbers(LINK_UPDATE, [number(link), number(&program), 0, 0]) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(()),
+        done => done.map(|_| ()),
+    }
 }
 
 /// Pins a link at a path that is free.
@@ -161,9 +175,12 @@ pub fn pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
     }
 }
 
-/// A command that takes a number alone: the first one of `union bpf_attr`.
-fn by_number(command: libc::c_long, number: u32) -> io::Result<libc::c_long> {
-    let attributes = [number, 0, 0, 0];
+fn number(of: &impl AsFd) -> u32 {
+    of.as_fd().as_raw_fd().cast_unsigned()
+}
+
+/// A command that takes numbers alone: the first ones of `union bpf_attr`.
+fn by_numbers(command: libc::c_long, attributes: [u32; 4]) -> io::Result<libc::c_long> {
     // SAFETY: the kernel reads within the array, whose size is given, and writes nothing to it.
     let done = unsafe {
         libc::syscall(

@@ -4,6 +4,7 @@
 pub mod bpffs;
 pub mod caps;
 pub mod cgroup;
+pub mod elements;
 pub mod hooks;
 pub mod limits;
 pub mod machine_id;

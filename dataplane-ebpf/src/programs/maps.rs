@@ -6,7 +6,7 @@ use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::event::Event;
-use dataplane_ebpf::pod::{self, Begun, Node, Owned};
+use dataplane_ebpf::pod::{self, Begun, Node, Owned, There};
 
 /// What holds for all pods; one entry, written by the agent.
 #[map]
@@ -22,7 +22,7 @@ static ADDRESSES: HashMap<Owned, u32> = HashMap::with_max_entries(pod::OWNED, BP
 /// the agent: first at leaving, and first at enrolment. When it is full, a pod that leaves stays captured,
 /// and enrolment fails.
 #[map]
-static LEAVING: HashMap<u64, u32> = HashMap::with_max_entries(pod::PODS, 0);
+static LEAVING: HashMap<u64, There> = HashMap::with_max_entries(pod::PODS, 0);
 
 /// Connections that pods are beginning from one of their own addresses to another. Written by `sock_ops`
 /// before the SYN is sent, read by `steer` as it arrives, and removed by `sock_ops` as the other end is
@@ -32,7 +32,7 @@ pub(crate) static BEGUN: LruHashMap<Begun, u32> = LruHashMap::with_max_entries(p
 
 /// Counts, a slot per [`Counter`]; written here, read by the agent.
 #[map]
-static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::SLOTS, 0);
 
 /// Reports, read by the agent. When it is full, reports are lost and that is counted.
 #[map]

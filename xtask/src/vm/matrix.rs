@@ -96,6 +96,13 @@ impl Column {
         let (agent, app) = ("/dataplane", "/dataplane-test-app");
         image.program(built.program("dataplane")?, agent)?;
         image.program(built.program("dataplane-test-app")?, app)?;
+        let mut other = String::new();
+        for case in &cases {
+            if case.wants_other_agent(None)? {
+                image.program(&built.other_agent()?, "/dataplane-other")?;
+                other = "DATAPLANE_TEST_OTHER=/dataplane-other".into();
+            }
+        }
         let mut plan = Vec::new();
         for question in QUESTIONS {
             plan.push(format!("!{agent}\t{question}"));
@@ -109,8 +116,9 @@ impl Column {
             plan.push(words.collect::<Vec<_>>().join("\t"));
         }
         let image = image.pack(&plan)?;
-        let append =
-            format!("DATAPLANE_BIN={agent} DATAPLANE_TEST_APP={app} RUST_BACKTRACE=0 {append}");
+        let append = format!(
+            "DATAPLANE_BIN={agent} DATAPLANE_TEST_APP={app} RUST_BACKTRACE=0 {other} {append}"
+        );
 
         let mut column = Self::new(&kernel.name, &kernel.release, "virtual", &cases);
         let (mut current, mut ended, mut started) = (None, 0, Instant::now());

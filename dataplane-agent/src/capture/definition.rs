@@ -1,0 +1,158 @@
+//! How a kernel map is made: as the kernel tells it of one, and as an object of programs asks for it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use aya::maps::{MapData, MapError, MapType};
+use aya_obj::Object;
+use aya_obj::generated::bpf_map_type;
+
+use super::CaptureError;
+use super::maps::chain;
+use crate::sys::elements::is_per_cpu;
+
+/// How a map is made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Definition {
+    /// Its kind.
+    pub kind: MapType,
+    /// Bytes of a key.
+    pub key: u32,
+    /// Bytes of a value, for each CPU that has one of its own.
+    pub value: u32,
+    /// How many entries it has room for; of a ring buffer, bytes.
+    pub most: u32,
+    /// `BPF_F_…`.
+    pub flags: u32,
+}
+
+/// The maps of an object, by their names.
+///
+/// # Errors
+/// There is none in this build; it is not one.
+pub fn expected(
+    object: &'static str,
+    bytes: &[u8],
+) -> Result<BTreeMap<String, Definition>, CaptureError> {
+    if bytes.is_empty() {
+        return Err(CaptureError::NoObject(object));
+    }
+    let parsed = Object::parse(bytes).map_err(|error| CaptureError::Program {
+        program: object,
+        why: chain(&error),
+    })?;
+    let maps = parsed.maps.into_iter();
+    Ok(maps
+        .map(|(name, map)| (name, Definition::asked(&map)))
+        .collect())
+}
+
+impl Definition {
+    /// As the kernel tells it.
+    ///
+    /// # Errors
+    /// The kernel refuses; it is of a kind that nobody here knows.
+    pub fn is(map: &MapData) -> Result<Self, MapError> {
+        let info = map.info()?;
+        Ok(Self {
+            kind: info.map_type()?,
+            key: info.key_size(),
+            value: info.value_size(),
+            most: info.max_entries(),
+            flags: info.map_flags(),
+        })
+    }
+
+    /// As an object has it. The loader makes a ring buffer's size one of whole pages, which ours are.
+    fn asked(map: &aya_obj::Map) -> Self {
+        let kind = bpf_map_type::try_from(map.map_type()).ok();
+        let kind = kind.and_then(|kind| MapType::try_from(kind).ok());
+        Self {
+            kind: kind.unwrap_or(MapType::Unspecified),
+            key: map.key_size(),
+            value: map.value_size(),
+            most: map.max_entries(),
+            flags: map.map_flags(),
+        }
+    }
+
+    /// Why what is in it cannot be put into another one, if it cannot.
+    pub fn obstacle(&self, other: &Self) -> Option<String> {
+        use MapType::{Array, Hash, LruHash, LruPerCpuHash, PerCpuArray, PerCpuHash};
+        let listed = [Array, Hash, LruHash, LruPerCpuHash, PerCpuArray, PerCpuHash];
+        let both = listed.contains(&self.kind) && listed.contains(&other.kind);
+        if !both || is_per_cpu(self.kind) != is_per_cpu(other.kind) || self.key != other.key {
+            return Some(format!("it is {self}, not {other}"));
+        }
+        None
+    }
+}
+
+impl fmt::Display for Definition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            kind,
+            key,
+            value,
+            most,
+            flags,
+        } = self;
+        write!(
+            f,
+            "{kind:?} of {most}, keys of {key} bytes, values of {value}, flags {flags:#x}"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_listed_by_the_same_keys_is_copied() {
+        let hash = Definition {
+            kind: MapType::Hash,
+            key: 8,
+            value: 4,
+            most: 10,
+            flags: 0,
+        };
+        for (other, is_copied) in [
+            (
+                Definition {
+                    value: 16,
+                    most: 5,
+                    flags: 1,
+                    ..hash
+                },
+                true,
+            ),
+            (
+                Definition {
+                    kind: MapType::LruHash,
+                    ..hash
+                },
+                true,
+            ),
+            (Definition { key: 4, ..hash }, false),
+            (
+                Definition {
+                    kind: MapType::PerCpuHash,
+                    ..hash
+                },
+                false,
+            ),
+            (
+                Definition {
+                    kind: MapType::SkStorage,
+                    ..hash
+                },
+                false,
+            ),
+        ] {
+            for (from, to) in [(hash, other), (other, hash)] {
+                assert_eq!(from.obstacle(&to).is_none(), is_copied, "{from} to {to}");
+            }
+        }
+    }
+}
