@@ -11,7 +11,7 @@ use dataplane_tests::agent::Setup;
 use dataplane_tests::command::{dataplane, refused, run, under, uninstall};
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, One, World, eventually};
+use dataplane_tests::{Agent, One, World, bpf, eventually};
 
 const PORT: u16 = 7000;
 
@@ -122,7 +122,7 @@ fn a_start_that_is_refused_does_not_unmount_what_another_agent_has_begun_to_use(
 }
 
 #[test]
-fn a_start_that_pins_or_records_refuse_has_begun_nothing() {
+fn a_start_that_pins_refuse_has_begun_nothing() {
     let world = World::new();
     let node = world.node("one");
     let pins = world.bpffs().join("dataplane/one");
@@ -141,11 +141,11 @@ fn a_start_that_pins_or_records_refuse_has_begun_nothing() {
     let all = world.bpffs().join("dataplane");
     fs::set_permissions(&all, fs::Permissions::from_mode(0o777)).expect("a mode");
     refused("others than its owner may write");
-    fs::remove_dir(&all).expect("a folder");
-    let records = world.folder().join("run/one/pods");
-    fs::create_dir_all(&records).expect("a folder");
-    fs::write(records.join("7.json"), "{").expect("a file");
-    refused("7.json");
+    fs::set_permissions(&all, fs::Permissions::from_mode(0o700)).expect("a mode");
+    let maps = pins.join("v1/maps");
+    fs::create_dir_all(&maps).expect("a folder");
+    bpf::hash(&maps.join("INSIDE"), 4);
+    refused("`INSIDE`");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use dataplane_tests::agent::OTHER;
 use dataplane_tests::lacks::Lacks;
-use dataplane_tests::{Pair, Process, Taps, bpf, eventually, program};
+use dataplane_tests::{One, Pair, Process, Taps, bpf, eventually, program};
 
 const PORT: u16 = 7000;
 const REAL: &str = "DATAPLANE_BIN";
@@ -296,4 +296,34 @@ fn c1_maps_whose_pins_are_lost_while_no_agent_runs_are_found_again() {
     pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
     pair.one.up(&["client"]);
     assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
+}
+
+#[test]
+fn c1_a_record_that_cannot_be_read_keeps_its_pod_captured_and_blocks_no_other() {
+    let mut one = One::new();
+    let _app = one.server.serve(PORT);
+    let second = one.node.pod(&one.world, "second");
+    let _second = second.serve(PORT);
+    one.agent.up(&["second"]);
+    one.agent.kill();
+    let record = one
+        .folder()
+        .join("pods")
+        .join(one.server.netns.cookie() + ".json");
+    let kept = fs::read(&record).expect("a record");
+    fs::write(&record, "{\"of\": \"another version\"}").expect("a file");
+    one.agent.restart();
+    one.agent.up(&["second"]);
+    one.agent
+        .logs(&["cannot be read", &record.display().to_string()]);
+    assert!(one.outsider.ask(second.at(PORT), "x").is_ok());
+    assert!(one.denies(PORT), "nobody serves it, and it is captured");
+    let (state, why) = one.agent.pod("server");
+    assert!(
+        state == "waiting" && why.contains(".json") && why.contains("stays captured"),
+        "{state}: {why}"
+    );
+    fs::write(&record, kept).expect("a file");
+    one.agent.up(&["server"]);
+    assert!(one.outsider.ask(one.server.at(PORT), "x").is_ok());
 }

@@ -5,6 +5,7 @@
 //! is lost by a step that fails. Out: the same, backwards. So there is no route to `lo` without the program
 //! that takes what comes by it: the pod's own app would get it, if it listens on that port.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -57,12 +58,17 @@ pub async fn enter(
     let found = routes::sysctls(netns)?;
     // A predecessor's record tells what was there before *it* came.
     let before = records.of(desired.cookie)?;
+    let (sysctls, rest) = match before {
+        Some(record) => (record.sysctls, record.rest),
+        None => (found, BTreeMap::new()),
+    };
     let record = Record {
         uid: desired.uid.clone(),
         cookie: desired.cookie,
         inode: netns.inode(),
         cgroup: desired.groups.first().map_or(0, |group| group.id),
-        sysctls: before.map_or(found, |record| record.sysctls),
+        sysctls,
+        rest,
     };
     records.write(&record)?;
     routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;

@@ -261,15 +261,13 @@ pub struct Reports {
 ///
 /// # Errors
 /// Another agent runs, or its programs are attached; another user has made the pins, or what is pinned
-/// cannot be taken over; how to undo it is recorded elsewhere, or cannot be read.
+/// cannot be taken over; how to undo it is recorded elsewhere.
 pub fn refuse(config: &Config, folder: &NodeFolder) -> Result<(), CaptureError> {
     let mut pins = Pins::new(&config.bpffs, &config.node);
     let _lock = pins.lock()?;
     pins.refuse()?;
     attached::refuse_on_cgroup(&config.cgroup, &pins, &BTreeSet::new())?;
-    let records = folder.records()?;
-    records.all()?;
-    pins.refuse_without(&records)?;
+    pins.refuse_without(&folder.records()?)?;
     takeover::refuse(&pins)
 }
 
@@ -310,14 +308,16 @@ impl Room {
         // Of two that looked at once, one at least sees the other now.
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         takeover.finish(&mut pins)?;
-        let pods = adopt(records.all()?);
-        // What has no record was pinned by nobody who finished; nothing of it is in use.
+        // What has no record was pinned by nobody who finished; nothing of it is in use. One that cannot be
+        // read is of a pod that stays as it is.
+        let recorded = records.cookies()?;
         for cookie in maps.enrolled() {
-            if !pods.contains_key(&cookie) {
+            if !recorded.contains(&cookie) {
                 maps.forget(cookie)?;
             }
         }
-        pins.sweep(|cookie| pods.contains_key(&cookie))?;
+        pins.sweep(|cookie| recorded.contains(&cookie))?;
+        let pods = adopt(readable(&records)?);
         let window = Window {
             maps: Arc::new(Mutex::new(maps)),
             repairs: Arc::default(),
@@ -704,6 +704,9 @@ impl Room {
     /// Whether the kernel captures it, whatever was meant: what it sends, and what comes to it.
     fn captures(&self, cookie: u64) -> bool {
         let netns = self.pods.get(&cookie).and_then(|pod| pod.netns.as_ref());
+        // Of one whose record cannot be read nothing else is known here.
+        let failed = self.failed.get(&cookie);
+        let netns = netns.or(failed.map(|failed| &failed.desired.netns));
         let steers = netns.is_some_and(|netns| {
             let pinned = self.pins.programs_of(cookie).into_iter();
             let mut own = pinned.chain(self.pods.get(&cookie).and_then(Pod::program));
@@ -757,6 +760,19 @@ async fn until(when: Option<Instant>) {
         Some(when) => sleep_until(when).await,
         None => std::future::pending().await,
     }
+}
+
+/// The records that can be read.
+fn readable(records: &Records) -> Result<Vec<Record>, CaptureError> {
+    let each = records.each()?.into_iter();
+    Ok(each
+        .filter_map(|(_, record)| {
+            let told = |error: &CaptureError| {
+                tracing::error!(%error, "record of a pod cannot be read; until it can the pod is not served, and stays as it is");
+            };
+            record.inspect_err(told).ok()
+        })
+        .collect())
 }
 
 /// What a predecessor captured, with the namespaces that are still there.

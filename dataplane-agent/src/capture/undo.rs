@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::CaptureError;
 use super::pins;
@@ -28,10 +29,15 @@ pub struct Record {
     pub cookie: u64,
     /// The inode number of its network namespace.
     pub inode: u64,
-    /// Its cgroup's id.
+    /// Its cgroup's id; 0 if it is not said.
+    #[serde(default)]
     pub cgroup: u64,
     /// Settings below `/proc/sys` and what they were.
+    #[serde(default)]
     pub sysctls: BTreeMap<String, String>,
+    /// What another version of the agent has written besides, for that version to read again.
+    #[serde(flatten)]
+    pub rest: BTreeMap<String, Value>,
 }
 
 /// A record's file, and what it says if it can be read.
@@ -52,14 +58,6 @@ impl Records {
             });
         }
         Ok(Self(folder.to_owned()))
-    }
-
-    /// All of them.
-    ///
-    /// # Errors
-    /// One cannot be read: the way back of one pod would be lost.
-    pub fn all(&self) -> Result<Vec<Record>, CaptureError> {
-        self.each()?.into_iter().map(|(_, record)| record).collect()
     }
 
     /// Each with its file, also those that cannot be read.
@@ -227,6 +225,7 @@ mod tests {
             inode: 1,
             cgroup: 1,
             sysctls: BTreeMap::new(),
+            rest: BTreeMap::new(),
         };
         records.write(&record).expect("a file");
         for (name, text) in [("8.json", "{"), ("9.new", "{"), ("notes.json", "")] {
@@ -236,7 +235,6 @@ mod tests {
         assert_eq!(records.of(7).expect("readable"), Some(record));
         assert_eq!(records.of(11).expect("none"), None);
         assert!(records.of(8).is_err() && records.of(10).is_err());
-        assert!(records.all().is_err());
         let mut each = records.each().expect("a folder");
         each.sort_by_key(|(path, _)| path.clone());
         let good: Vec<bool> = each.iter().map(|(_, record)| record.is_ok()).collect();
@@ -245,5 +243,22 @@ mod tests {
             records.unfinished().expect("a folder"),
             [dir.path().join("9.new")]
         );
+    }
+
+    #[test]
+    fn a_record_of_another_version_is_read_and_keeps_what_that_one_wrote() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let records = Records::open(dir.path()).expect("a folder");
+        let path = dir.path().join("7.json");
+        let older = r#"{"uid":"pod","cookie":7,"inode":1}"#;
+        fs::write(&path, older).expect("a file");
+        let record = records.of(7).expect("readable").expect("there");
+        assert_eq!((record.cgroup, record.sysctls.len()), (0, 0));
+        let newer = r#"{"uid":"pod","cookie":7,"inode":1,"hold":{"mark":"0x512"}}"#;
+        fs::write(&path, newer).expect("a file");
+        let record = records.of(7).expect("readable").expect("there");
+        records.write(&record).expect("a file");
+        let written = fs::read_to_string(&path).expect("a file");
+        assert!(written.contains(r#""hold":{"mark":"0x512"}"#), "{written}");
     }
 }

@@ -220,11 +220,18 @@ pub fn records(input: &[u8]) {
     }
     let undo = undo::Records::open(&folder.join("pods")).expect("a folder");
     fs::write(undo.folder().join("4096.json"), input).expect("a file");
-    match undo.all() {
+    match undo.of(4096) {
         Ok(read) => {
-            let written = serde_json::to_vec(&read[0]).expect("JSON");
-            let again: undo::Record = serde_json::from_slice(&written).expect("its own words");
-            assert_eq!(read, [again]);
+            let mut read = read.expect("it is there");
+            let written = serde_json::to_vec(&read).expect("JSON");
+            let mut again: undo::Record = serde_json::from_slice(&written).expect("its own words");
+            // What is not ours may have numbers that are not the same when they are read again.
+            let names = |record: &mut undo::Record| {
+                let rest = std::mem::take(&mut record.rest).into_keys();
+                rest.collect::<Vec<_>>()
+            };
+            assert_eq!(names(&mut read), names(&mut again));
+            assert_eq!(read, again);
         }
         Err(error) => assert!(error.to_string().contains("4096.json"), "{error}"),
     }
