@@ -89,6 +89,20 @@ fn programs_and_pins_that_are_lost_are_put_back() {
     put_back(&pair, &pair.one, "pin", "the maps'", || {
         remove(&pair.world.pinned("one", "maps"));
     });
+    let is_pods = |pin: &&PathBuf| pin.ends_with("PODS");
+    let maps = pair.world.pinned("one", "maps");
+    let pods = maps.iter().find(is_pods).expect("a map");
+    let own = bpf::id(pods);
+    put_back(
+        &pair,
+        &pair.one,
+        "pin",
+        "another map's in its place",
+        || {
+            bpf::remake(pods, 1);
+        },
+    );
+    assert_eq!(bpf::id(pods), own);
     // What is pinned is what is in use: the next agent takes it over.
     pair.one.kill();
     pair.one.restart();

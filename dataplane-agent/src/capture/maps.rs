@@ -5,13 +5,15 @@ use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use aya::Ebpf;
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockMap};
+use aya::maps::{
+    Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage, SockMap,
+};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::pod::{Node, Owned, Steered, There, listener};
 
 use super::CaptureError;
-use super::pins::Pins;
+use super::pins::{self, Pins};
 use crate::seam::{Listeners, Stamp};
 use crate::sys::cgroup::CgroupId;
 
@@ -342,7 +344,7 @@ impl PinnedMaps {
         names.map(open).collect::<Result<_, _>>().map(Self)
     }
 
-    /// Pins what is not pinned any more; whether there was something.
+    /// Pins what is not pinned any more, or in whose place something else is; whether there was something.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -350,7 +352,9 @@ impl PinnedMaps {
         let mut lost = false;
         for (name, map) in &self.0 {
             let path = pins.maps().join(name);
-            if !path.exists() {
+            let own = map.info().map_err(failed(name))?.id();
+            if !MapInfo::from_pin(&path).is_ok_and(|pinned| pinned.id() == own) {
+                pins::remove(&path)?;
                 map.pin(&path)
                     .map_err(|error| CaptureError::file(&path)(std::io::Error::other(error)))?;
                 lost = true;

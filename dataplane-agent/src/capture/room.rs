@@ -524,6 +524,7 @@ impl Room {
 
     async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
         let cookie = desired.cookie;
+        self.look_at_node();
         let entered = match self.pin_held(&desired) {
             Ok(()) => {
                 let (loader, records) = (&mut self.loader, &self.records);

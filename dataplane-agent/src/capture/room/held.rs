@@ -38,6 +38,10 @@ impl Default for Held {
 impl Room {
     /// Looks at a pod, if it is held.
     pub(super) async fn look_at_held(&mut self, cookie: u64) {
+        if self.pods.get(&cookie).is_none_or(|pod| pod.held.is_none()) {
+            return;
+        }
+        self.look_at_node();
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return;
         };

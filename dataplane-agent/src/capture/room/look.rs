@@ -91,8 +91,9 @@ impl Room {
         Ok(())
     }
 
-    /// The node's programs, and where all is pinned.
-    fn look_at_node(&mut self) {
+    /// The node's programs, and where all is pinned. A pod's program is loaded after it: that takes the maps
+    /// that it finds pinned.
+    pub(super) fn look_at_node(&mut self) {
         let mut gone = Gone::default();
         let mended = self.mend_node(&mut gone);
         let broken = told("the node", &gone, mended, self.looks.broken.as_deref());
