@@ -86,15 +86,14 @@ fn list(text: &mut String, ebpf: &Ebpf, object: &[u8]) -> Result<()> {
     }
     programs.sort_unstable_by_key(|(name, ..)| *name);
     for (name, kind, info, names) in programs {
-        let verified = verifier::verify(object, name, &maps)
+        let stack = verifier::stack(object, name, &maps)
             .with_context(|| format!("kernel program {name}"))?;
         writeln!(
             text,
-            "{name:<10} {:<18} {:>6} {:>9} {:>6}  {names}",
+            "{name:<10} {:<18} {:>6} {:>9} {stack:>6}  {names}",
             format!("{kind:?}"),
             info.size_translated().map_or(0, |bytes| bytes / 8),
-            verified.instructions,
-            verified.stack,
+            info.verified_instruction_count().unwrap_or(0),
         )?;
     }
     Ok(())
