@@ -1,4 +1,7 @@
 //! IP addresses as maps and programs hold them: 128 bits, IPv4 in the form `::ffff:a.b.c.d`.
+//!
+//! What is asked of one is computed and not branched for: the verifier walks through all that follows a
+//! branch once for each of its ways.
 
 /// An address, as four words in network byte order. Two spellings of one IPv4 address are equal.
 #[repr(C)]
@@ -6,6 +9,18 @@
 pub struct Ip {
     /// The four words, each in network byte order.
     pub words: [u32; 4],
+}
+
+/// All bits if a number is 0, none otherwise: what 1 less than it borrows.
+#[inline(always)]
+const fn all_if_zero(number: u32) -> u32 {
+    ((number as u64).wrapping_sub(1) >> 32) as u32
+}
+
+/// Whether one of two numbers is 0. The product of two of 32 bits has at most 64.
+#[inline(always)]
+const fn is_any_zero(one: u32, other: u32) -> bool {
+    one as u64 * other as u64 == 0
 }
 
 const MAPPED: u32 = 0x0000_ffff_u32.to_be();
@@ -28,49 +43,72 @@ impl Ip {
         Self { words }
     }
 
+    /// From what a kernel context has for both families: the IPv4 one if the number is 0, or else the IPv6
+    /// one.
+    #[inline(always)]
+    pub const fn v4_if_zero(number: u32, v4: u32, v6: [u32; 4]) -> Self {
+        let is_v4 = all_if_zero(number);
+        let [a, b, c, d] = v6;
+        Self {
+            words: [
+                a & !is_v4,
+                b & !is_v4,
+                (c & !is_v4) | (MAPPED & is_v4),
+                (d & !is_v4) | (v4 & is_v4),
+            ],
+        }
+    }
+
     /// The unspecified address of its family, `0.0.0.0` or `::`.
     #[inline(always)]
     pub const fn family(&self) -> Self {
         Self {
-            words: [0, 0, if self.is_v4() { MAPPED } else { 0 }, 0],
+            words: [0, 0, MAPPED & all_if_zero(self.not_v4()), 0],
         }
     }
 
-    /// Stands for an interface that has an address of a family, where addresses are keys. Nobody has
-    /// it: it is one of multicast.
+    /// Stands for an interface that has an address of the family of this one, where addresses are keys.
+    /// Nobody has it: it is one of multicast.
     #[inline(always)]
-    pub const fn interface(index: u32, v4: bool) -> Self {
+    pub const fn interface(index: u32, family: &Self) -> Self {
         Self {
-            words: [u32::MAX, u32::MAX, v4 as u32, index],
+            words: [u32::MAX, u32::MAX, 1 & all_if_zero(family.not_v4()), index],
         }
     }
 
     /// Whether it is an IPv4 address, in either spelling.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
-        self.words[0] == 0 && self.words[1] == 0 && self.words[2] == MAPPED
+        self.not_v4() == 0
     }
 
     /// `127.0.0.0/8` or `::1`.
     #[inline(always)]
     pub const fn is_loopback(&self) -> bool {
-        if self.is_v4() {
-            self.words[3] & 0xff00_0000_u32.to_be() == 0x7f00_0000_u32.to_be()
-        } else {
-            self.words[0] == 0
-                && self.words[1] == 0
-                && self.words[2] == 0
-                && self.words[3] == 1_u32.to_be()
-        }
+        let [a, b, c, d] = self.words;
+        let not_v4 = self.not_v4() | ((d & 0xff00_0000_u32.to_be()) ^ 0x7f00_0000_u32.to_be());
+        let not_v6 = a | b | c | (d ^ 1_u32.to_be());
+        is_any_zero(not_v4, not_v6)
     }
 
     /// `0.0.0.0` or `::`; to connect there is to connect to loopback.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
-        self.words[0] == 0
-            && self.words[1] == 0
-            && self.words[3] == 0
-            && (self.words[2] == 0 || self.words[2] == MAPPED)
+        let [a, b, c, d] = self.words;
+        is_any_zero(self.not_v4() | d, a | b | c | d)
+    }
+
+    /// Whether it is the same one.
+    #[inline(always)]
+    pub const fn is(&self, other: &Self) -> bool {
+        let ([a, b, c, d], [e, f, g, h]) = (self.words, other.words);
+        (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
+    }
+
+    /// 0 if it is an IPv4 address.
+    #[inline(always)]
+    const fn not_v4(&self) -> u32 {
+        self.words[0] | self.words[1] | (self.words[2] ^ MAPPED)
     }
 
     /// The bytes, in the order they are written.

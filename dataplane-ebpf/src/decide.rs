@@ -25,7 +25,7 @@ pub enum Connect {
 /// would leave in clear.
 #[inline(always)]
 pub fn connect_elsewhere(to: &Ip, of_pod: bool) -> Connect {
-    if of_pod && !to.is_loopback() && !to.is_unspecified() {
+    if of_pod && !(to.is_loopback() | to.is_unspecified()) {
         Connect::Refuse(Reason::ForeignCgroup)
     } else {
         Connect::Pass
@@ -50,7 +50,7 @@ pub struct Asked {
 pub fn connect(asked: Asked, to: &Ip) -> Connect {
     if asked.foreign {
         Connect::Refuse(Reason::ForeignCgroup)
-    } else if asked.own || to.is_loopback() || to.is_unspecified() {
+    } else if asked.own | to.is_loopback() | to.is_unspecified() {
         Connect::Local
     } else if !asked.family {
         // Without a source address there is no capture route, and it would leave by another.
@@ -131,9 +131,9 @@ pub fn steer(
     by_lo: bool,
     begun: impl FnOnce() -> bool,
 ) -> Steer {
-    if from == to {
+    if from.is(to) {
         Steer::App
-    } else if owns.to || to.is_loopback() {
+    } else if owns.to | to.is_loopback() {
         if by_lo || (owns.from && begun()) {
             Steer::App
         } else if to_port == HBONE_PORT {
@@ -368,6 +368,52 @@ mod tests {
             prop_assert_eq!(ip.is_unspecified(), address.is_unspecified());
             prop_assert_eq!(ip.is_v4(), address.is_ipv4());
         });
+    }
+
+    #[test]
+    fn addresses_at_the_edges_are_what_they_are() {
+        let all = [
+            "0.0.0.0",
+            "::",
+            "127.0.0.0",
+            "127.255.255.255",
+            "126.255.255.255",
+            "128.0.0.0",
+            "::1",
+            "::2",
+            "::100:0",
+            "0.0.0.1",
+            "::7f00:1",
+            "1::",
+            "0:1::1",
+            "255.255.255.255",
+            "::ffff:0:0:0",
+            "::fffe:7f00:1",
+            "8000::1",
+            "::8000:0:0:1",
+        ];
+        for text in all {
+            let (address, ip) = (text.parse::<IpAddr>().expect("an address"), ip(text));
+            assert_eq!(ip.is_loopback(), address.is_loopback(), "{text}");
+            assert_eq!(ip.is_unspecified(), address.is_unspecified(), "{text}");
+            assert_eq!(ip.is_v4(), address.is_ipv4(), "{text}");
+            let unspecified = if address.is_ipv4() { "0.0.0.0" } else { "::" };
+            assert_eq!(ip.family(), self::ip(unspecified), "{text}");
+            let interface = Ip::interface(3, &ip);
+            assert_eq!(
+                interface.words,
+                [u32::MAX, u32::MAX, address.is_ipv4().into(), 3]
+            );
+            for other in all {
+                assert_eq!(ip.is(&self::ip(other)), text == other, "{text} {other}");
+            }
+        }
+        let IpAddr::V6(v6) = "1:2::3".parse().expect("an address") else {
+            panic!("of IPv6")
+        };
+        let (v4, v6) = (u32::from_ne_bytes([10, 1, 0, 5]), Ip::from(IpAddr::V6(v6)));
+        assert_eq!(Ip::v4_if_zero(0, v4, v6.words), ip("10.1.0.5"));
+        assert_eq!(Ip::v4_if_zero(8, v4, v6.words), v6);
     }
 
     proptest! {

@@ -606,7 +606,10 @@ fn the_programs_log_when_they_are_told_to_and_not_before() {
     let answer = pair.one.post("/logging?kernel=on");
     assert!(answer.contains("200 OK"), "{answer}");
     assert!(pair.client.ask(pair.server.at(PORT), "told").is_ok());
-    pair.one.logs(&["connect netns=", "port=7000 captured=1"]);
+    let kernel = "\tinfo\tkernel\t";
+    pair.one
+        .logs(&[kernel, "connect netns=", "port=7000 captured=1"]);
+    pair.one.logs(&[kernel, "steer port=7000 to=0"]);
     pair.one.post("/logging?kernel=off");
     burst();
     let before = pair.one.log().matches("captured=1").count();

@@ -141,7 +141,10 @@ impl Routing {
     /// The interfaces by which the pod is captured, as the kernel programs know them.
     pub fn interfaces(&self) -> impl Iterator<Item = Ip> {
         let captured = self.routes.iter().filter(|route| route.table == CAPTURE);
-        captured.map(|route| Ip::interface(route.output, route.v4))
+        captured.map(|route| {
+            let family = if route.v4 { Ip::v4(0) } else { Ip::NONE };
+            Ip::interface(route.output, &family)
+        })
     }
 
     /// Whether there is anything of this family.

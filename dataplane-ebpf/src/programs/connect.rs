@@ -52,7 +52,9 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     if !unsafe { AGENT.get_ptr_mut(ctx) }.is_null() {
         return ALLOW;
     }
-    let node = node();
+    let Some(node) = node() else {
+        return DENY; // an array has its entries from the start
+    };
     let is_pod = PODS.get_ptr(netns).is_some() && !leaves(netns);
     let is_hosts = node.hosts[0] == netns || node.hosts[1] == netns;
     let other = if is_hosts { 0 } else { other(netns) };
@@ -62,22 +64,16 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
             foreign,
             own: owns(netns, *to),
             family: owns(netns, to.family()),
-            interface: has_interface(ctx, netns, to.is_v4()),
+            interface: has_interface(ctx, netns, to),
         };
         decide::connect(asked, to)
     } else {
         decide::connect_elsewhere(to, foreign)
     };
-    if node.log != 0 {
-        info!(
-            ctx,
-            "connect netns={} port={} captured={}",
-            netns,
-            port,
-            u32::from(decision == Connect::Capture)
-        );
-    }
     let captured = decision == Connect::Capture;
+    if node.log != 0 {
+        log_connect(netns, port.into(), captured.into());
+    }
     let failed = match decision {
         Connect::Refuse(reason) => Some(reason),
         Connect::Pass => (!let_go(ctx)).then_some(Reason::MarkFailed),
@@ -111,16 +107,28 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     DENY
 }
 
-/// Whether the socket is bound to no interface, or to one by which it can be captured.
+/// Logs what becomes of a connect.
+///
+/// A function that the object exports is verified once, for any arguments, and not at each call. In its
+/// caller's place the eight sizes that aya may reserve for a line would be walked through for each decision.
+/// The kernel wants such a function to return a number.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn log_connect(netns: u64, port: u32, captured: u32) -> u32 {
+    info!((), target: "kernel", "connect netns={} port={} captured={}", netns, port, captured);
+    0
+}
+
+/// Whether the socket is bound to no interface, or to one by which it can be captured to this address.
 #[inline(always)]
-fn has_interface(ctx: &SockAddrContext, netns: u64, v4: bool) -> bool {
+fn has_interface(ctx: &SockAddrContext, netns: u64, to: &Ip) -> bool {
     let sk = context::socket(ctx);
     if sk.is_null() {
         return false;
     }
     // SAFETY: not null, and the verifier allows this field.
     let index = unsafe { (*sk).bound_dev_if };
-    matches!(index, 0 | context::LO) || owns(netns, Ip::interface(index, v4))
+    matches!(index, 0 | context::LO) || owns(netns, Ip::interface(index, to))
 }
 
 /// A pod's first address, for a report.
@@ -136,7 +144,7 @@ fn first(netns: u64) -> Ip {
 #[inline(never)]
 fn other(netns: u64) -> u64 {
     let mut other = 0;
-    for level in 1..=pod::DEPTH as i32 {
+    for level in 1..pod::DEPTH as i32 + 1 {
         let cgroup = ancestor(level);
         if cgroup == 0 {
             break;

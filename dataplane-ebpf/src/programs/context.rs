@@ -5,6 +5,7 @@
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr, bpf_sock_ops};
 use aya_ebpf::programs::{SkLookupContext, SockAddrContext};
 use dataplane_ebpf::address::Ip;
+use dataplane_ebpf::pod::Begun;
 
 /// The loopback interface has this number in every network namespace.
 pub(crate) const LO: u32 = 1;
@@ -72,45 +73,40 @@ macro_rules! words {
     };
 }
 
+/// The IPv4 address where the family is `AF_INET`, or else the IPv6 one.
+macro_rules! address {
+    ($context:ident, $v4:ident, $v6:ident) => {
+        Ip::v4_if_zero(
+            field!($context, family) ^ INET,
+            field!($context, $v4),
+            words!($context, $v6),
+        )
+    };
+}
+
 /// A SYN for which a listener is looked up.
 pub(crate) struct Syn {
-    /// Who sends it.
-    pub(crate) from: Ip,
-    /// Where it goes.
-    pub(crate) to: Ip,
-    /// The port that it comes from.
-    pub(crate) from_port: u16,
-    /// The port that it goes to.
-    pub(crate) to_port: u16,
+    /// The connection that it begins.
+    pub(crate) connection: Begun,
     /// Whether it came by `lo`.
     pub(crate) by_lo: bool,
 }
 
-/// Reads the SYN; none if it is not TCP.
+/// Reads the SYN, which has come to this namespace; none if it is not TCP.
 #[inline(always)]
-pub(crate) fn syn(ctx: &SkLookupContext) -> Option<Syn> {
+pub(crate) fn syn(ctx: &SkLookupContext, netns: u64) -> Option<Syn> {
     let lookup = ctx.lookup;
     if field!(lookup, protocol) != TCP {
         return None;
     }
-    let v4 = (
-        Ip::v4(field!(lookup, remote_ip4)),
-        Ip::v4(field!(lookup, local_ip4)),
-    );
-    let v6 = (
-        Ip::v6(words!(lookup, remote_ip6)),
-        Ip::v6(words!(lookup, local_ip6)),
-    );
-    let (from, to) = if field!(lookup, family) == INET {
-        v4
-    } else {
-        v6
-    };
     Some(Syn {
-        from,
-        to,
-        from_port: u16::from_be(field!(lookup, remote_port)),
-        to_port: field!(lookup, local_port) as u16,
+        connection: Begun {
+            netns,
+            from: address!(lookup, remote_ip4, remote_ip6),
+            to: address!(lookup, local_ip4, local_ip6),
+            from_port: u16::from_be(field!(lookup, remote_port)).into(),
+            to_port: field!(lookup, local_port),
+        },
         by_lo: field!(lookup, ingress_ifindex) == LO,
     })
 }
@@ -130,19 +126,17 @@ pub(crate) struct Connection {
 /// Reads it.
 #[inline(always)]
 pub(crate) fn connection(ops: *mut bpf_sock_ops) -> Connection {
-    let v4 = (
-        Ip::v4(field!(ops, local_ip4)),
-        Ip::v4(field!(ops, remote_ip4)),
-    );
-    let v6 = (
-        Ip::v6(words!(ops, local_ip6)),
-        Ip::v6(words!(ops, remote_ip6)),
-    );
-    let (own, other) = if field!(ops, family) == INET { v4 } else { v6 };
     Connection {
-        own,
-        other,
+        own: address!(ops, local_ip4, local_ip6),
+        other: address!(ops, remote_ip4, remote_ip6),
         own_port: field!(ops, local_port),
         other_port: u32::from_be(field!(ops, remote_port)),
     }
+}
+
+/// The same connection, but read from memory wherever it is used. Words in registers are saved on the stack
+/// around each call, in 8 bytes each.
+#[inline(always)]
+pub(crate) fn in_memory(connection: &Begun) -> &Begun {
+    core::hint::black_box(connection)
 }

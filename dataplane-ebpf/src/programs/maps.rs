@@ -40,8 +40,8 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 
 /// What holds for all pods.
 #[inline(always)]
-pub(crate) fn node() -> Node {
-    NODE.get(0).copied().unwrap_or_default()
+pub(crate) fn node() -> Option<&'static Node> {
+    NODE.get(0)
 }
 
 /// Whether the pod of this network namespace has the address, or what stands for a family or an
@@ -71,7 +71,11 @@ pub(crate) fn count(counter: Counter) {
 /// Reports, or counts that the report was lost.
 #[inline(always)]
 pub(crate) fn report(event: Event) {
-    if EVENTS.output::<Event>(&event, 0).is_err() {
-        count(Counter::EventLost);
+    match EVENTS.reserve::<Event>(0) {
+        Some(mut entry) => {
+            entry.write(event);
+            entry.submit(0);
+        }
+        None => count(Counter::EventLost),
     }
 }

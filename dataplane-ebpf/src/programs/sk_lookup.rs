@@ -11,7 +11,7 @@ use dataplane_ebpf::decide::{self, Owns, Steer};
 use dataplane_ebpf::event::{Event, Reason};
 use dataplane_ebpf::pod::{Begun, Steered, listener};
 
-use crate::context::{self, Syn};
+use crate::context::{self, Syn, in_memory};
 use crate::maps::{BEGUN, count, leaves, node, owns, report};
 
 /// The agent's listeners in this pod. Written by the agent; a listener that is closed leaves.
@@ -26,44 +26,26 @@ static POD: Array<Steered> = Array::with_max_entries(1, 0);
 /// pod's own wildcard listener traffic that no policy has seen.
 #[sk_lookup]
 pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
-    let Some(Syn {
-        from,
-        to,
-        from_port,
-        to_port,
-        by_lo,
-    }) = context::syn(&ctx)
-    else {
+    let (Some(pod), Some(node)) = (POD.get(0), node()) else {
+        return SK_DROP; // arrays have their entries from the start
+    };
+    let Some(Syn { connection, by_lo }) = context::syn(&ctx, pod.netns) else {
         return SK_PASS; // not TCP
     };
-    let Some(pod) = POD.get(0) else {
-        return SK_DROP; // an array has its entries from the start
-    };
+    let connection = in_memory(&connection);
+    let Begun { from, to, .. } = connection;
+    let to_port = connection.to_port as u16;
     let owns = Owns {
-        from: owns(pod.netns, from),
-        to: owns(pod.netns, to),
+        from: owns(pod.netns, *from),
+        to: owns(pod.netns, *to),
     };
-    let begun = || {
-        let connection = Begun {
-            netns: pod.netns,
-            from,
-            to,
-            from_port: u32::from(from_port),
-            to_port: u32::from(to_port),
-        };
-        BEGUN.get_ptr(connection).is_some()
-    };
-    let mut steer = decide::steer(owns, &from, &to, to_port, by_lo, begun);
+    let begun = || BEGUN.get_ptr(connection).is_some();
+    let mut steer = decide::steer(owns, from, to, to_port, by_lo, begun);
     if leaves(pod.netns) {
         steer = steer.of_one_that_leaves();
     }
-    if node().log != 0 {
-        info!(
-            &ctx,
-            "steer port={} to={}",
-            to_port,
-            steer.listener().unwrap_or(listener::COUNT)
-        );
+    if node.log != 0 {
+        log_steer(to_port.into(), steer.listener().unwrap_or(listener::COUNT));
     }
     let Some(place) = steer.listener() else {
         return SK_PASS;
@@ -73,7 +55,7 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
         report(Event {
             netns: pod.netns,
             cgroup: 0,
-            to,
+            to: *to,
             pod: pod.first,
             reason: Reason::NoListener as u32,
             port: u32::from(to_port),
@@ -86,4 +68,13 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
         Steer::Inbound | Steer::App => Counter::SteeredInbound,
     });
     SK_PASS
+}
+
+/// Logs where a SYN goes: exported, so that it is verified once, for any arguments, and not for each way
+/// that a SYN may go. The kernel wants such a function to return a number.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn log_steer(port: u32, to: u32) -> u32 {
+    info!((), target: "kernel", "steer port={} to={}", port, to);
+    0
 }

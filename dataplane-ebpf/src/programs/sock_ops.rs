@@ -17,7 +17,7 @@ use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::mark;
 use dataplane_ebpf::pod::Begun;
 
-use crate::context::{self, Connection};
+use crate::context::{self, Connection, in_memory};
 use crate::maps::{BEGUN, count, owns};
 use crate::node_maps::{PODS, inside};
 
@@ -58,6 +58,8 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
         from_port,
         to_port,
     };
+    let connection = in_memory(&connection);
+    let Begun { from, to, .. } = connection;
     if ends {
         // It has failed, or nobody of the pods' cgroup has accepted it.
         let _ = BEGUN.remove(connection);
@@ -66,20 +68,20 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
     if PODS.get_ptr(netns).is_none() {
         return 0;
     }
-    let to_itself = owns(netns, other);
+    let to_itself = owns(netns, if is_accepted { *from } else { *to });
     // SAFETY: not null.
     if !to_itself && !mark::stays_inside(unsafe { (*sk).mark }) {
         return 0;
     }
     keep_inside(sk);
-    if !to_itself || own == other {
+    if !to_itself || from.is(to) {
         return 0;
     }
     if is_accepted {
         // Not as the client's end is established: a handshake with a SYN cookie looks up the listener
         // once more, for the packet after that.
         let _ = BEGUN.remove(connection);
-    } else if owns(netns, own) && tells_its_end(&ctx) {
+    } else if owns(netns, *from) && tells_its_end(&ctx) {
         // Where it finds no room it is taken for somebody else's, and goes to the agent.
         let _ = BEGUN.insert(connection, 1, 0);
     }
