@@ -21,7 +21,7 @@ use crate::control::ca::{CaError, RootEnd};
 use crate::control::configuration::{Configuration, Configured, Source};
 use crate::control::enrolled;
 use crate::control::local;
-use crate::control::machine::Machine;
+use crate::control::machine::Looks;
 use crate::control::manifests::{Folder, MeshConfig, Translated, Translation, Watch};
 use crate::control::pods::{Ends, Pods, State, View};
 use crate::control::recorded::Recorded;
@@ -116,7 +116,7 @@ pub async fn run(options: RunOptions, level: Level) -> Result<(), AgentError> {
     // What is configured first: a wrong file stops the start before anything is made or touched. What is
     // made before nothing can refuse it any more is taken back with `folder` and `mounted`.
     let opened = opened(&options)?;
-    let machine = Machine::new(&config.cgroup).map_err(|error| {
+    let machine = Looks::new(&config.cgroup).map_err(|error| {
         AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
     })?;
     let mut folder = NodeFolder::claim(&options.places.run_dir, &mark)?;

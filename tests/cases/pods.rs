@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use dataplane_tests::bpf::{self, keys};
 use dataplane_tests::cgroup::{self, Cgroup};
+use dataplane_tests::lacks::Lacks;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
 use dataplane_tests::world::Mounted;
@@ -601,6 +602,110 @@ fn a_pod_whose_namespace_is_gone_is_dialled_by_hbone_no_more() {
     agent.logs(&["pod left the mesh"]);
     agent.is("pod", "waiting");
     eventually("it is not any more", 5, || agent.tunnelled() == 0);
+}
+
+/// An agent that says of each look at the machine why it was and when the next one is.
+fn watchful(world: &World, node: &Node, lacks: Option<Lacks>) -> Agent {
+    let mut setup = world.setup(node);
+    let level = "info,dataplane_agent::control::machine=debug";
+    setup.variables = vec![("RUST_LOG".into(), level.into())];
+    setup.lacks = lacks;
+    Agent::start(setup)
+}
+
+/// The looks that an agent has told of since it had logged so much.
+fn looks(agent: &Agent, since: usize) -> Vec<String> {
+    let log = agent.log();
+    let looks = log[since..].lines();
+    let looks = looks.filter(|line| line.contains("the machine was looked at"));
+    looks.map(str::to_owned).collect()
+}
+
+/// Ends what runs in a pod.
+fn end(pod: &Pod) {
+    for pid in processes(&pod.cgroup) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("a process");
+    }
+    eventually("it is empty", 5, || processes(&pod.cgroup).is_empty());
+}
+
+#[test]
+fn a_pod_that_starts_and_one_that_ends_are_looked_at_as_it_happens() {
+    let world = World::new();
+    let node = world.node("one");
+    let pods = ["first", "late"].map(|name| node.pod(&world, name));
+    let [first, late] = &pods;
+    end(late);
+    let agent = watchful(&world, &node, None);
+    agent.up(&["first"]);
+    agent.is("late", "waiting");
+    let is_told = |since: usize| {
+        looks(&agent, since)
+            .iter()
+            .any(|look| look.contains("cgroups"))
+    };
+    // What came with the start was looked at.
+    let since = || agent.log().len();
+    eventually("nothing happens", 20, || {
+        let since = since();
+        std::thread::sleep(scaled(Duration::from_secs(2)));
+        !is_told(since)
+    });
+    let since_start = since();
+    let begun = late.app(&["pause"]);
+    assert_eq!(begun.line(), "ready");
+    eventually("it is told that the pod starts", 5, || is_told(since_start));
+    agent.up(&["first", "late"]);
+    let since_end = since();
+    end(first);
+    eventually("it is told that the pod ends", 5, || is_told(since_end));
+    let delete = ["netns", "del", &first.netns.name];
+    assert!(said(Command::new("ip").args(delete)).is_ok());
+    agent.logs(&["pod left the mesh", "demo/first"]);
+    // In a cgroup that is made later, too.
+    let container = Cgroup::new(&late.cgroup.folder.join("later"));
+    eventually("all is told of it", 20, || {
+        let since = since();
+        std::thread::sleep(scaled(Duration::from_secs(1)));
+        !is_told(since)
+    });
+    let since_inside = since();
+    let inside = Process::start(&mut app(&late.netns, &container.folder, &["pause"]));
+    assert_eq!(inside.line(), "ready");
+    eventually("it is told that it fills", 5, || is_told(since_inside));
+    drop((begun, inside));
+}
+
+#[test]
+fn where_nothing_is_told_of_cgroups_the_machine_is_looked_at_each_second() {
+    let world = World::new();
+    let node = world.node("one");
+    let _first = node.pod(&world, "first");
+    let agent = watchful(&world, &node, Some(Lacks::Inotify));
+    agent.up(&["first"]);
+    agent.logs(&[
+        "cannot be told of changes of cgroups",
+        "looking each second",
+    ]);
+    let late = node.pod(&world, "late");
+    agent.up(&["first", "late"]);
+    drop(late);
+    agent.logs(&["pod left the mesh", "demo/late"]);
+    let since = agent.log().len();
+    std::thread::sleep(scaled(Duration::from_secs(3)));
+    let looks = looks(&agent, since);
+    assert!(looks.len() >= 2, "{looks:?}");
+    assert!(
+        looks
+            .iter()
+            .all(|look| look.contains("next=1s") || look.contains("ms")),
+        "{looks:?}"
+    );
+    let told = agent
+        .log()
+        .matches("cannot be told of changes of cgroups")
+        .count();
+    assert_eq!(told, 1);
 }
 
 #[test]

@@ -20,6 +20,8 @@ pub enum Lacks {
     /// Time: it ends who begins the step of this number, counted from 0. A step pins something, attaches
     /// a program, or renames a file.
     Time(u32),
+    /// Instances of inotify: others have them all.
+    Inotify,
 }
 
 /// `BPF_PROG_LOAD` of `enum bpf_cmd`.
@@ -77,7 +79,7 @@ pub fn lacks(command: &mut Command, what: Lacks) {
             match what {
                 Lacks::Programs(kind) => answer_loads(&listener, kind),
                 Lacks::Time(steps) => end_at(&listener, pid, steps),
-                Lacks::Ipv6 | Lacks::List => {}
+                Lacks::Ipv6 | Lacks::List | Lacks::Inotify => {}
             }
         });
     }
@@ -109,6 +111,11 @@ fn filter(what: Lacks) -> Vec<libc::sock_filter> {
             refuse(libc::EAFNOSUPPORT),
         ),
         Lacks::List => one(libc::SYS_bpf, PROG_LIST, refuse(libc::EPERM)),
+        Lacks::Inotify => one(
+            libc::SYS_inotify_init1,
+            (libc::IN_CLOEXEC | libc::IN_NONBLOCK).cast_unsigned(),
+            refuse(libc::EMFILE),
+        ),
         Lacks::Time(_) => vec![
             load(NUMBER),
             is(number(RENAME), 6, 0),

@@ -8,7 +8,10 @@
 
 mod cgroups;
 mod claims;
+mod due;
+mod events;
 mod grow;
+mod looks;
 mod place;
 mod seen;
 
@@ -21,6 +24,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use self::due::{POLL, SLOW, WAITING};
+pub use self::looks::Looks;
 use self::seen::Seen;
 use super::manifests::{LocalPodSpec, Wanted};
 use crate::capture::Status;
@@ -258,6 +263,28 @@ impl Machine {
             .iter()
             .filter(|(_, sight)| sight.misses >= MISSES);
         gone.map(|(cookie, _)| *cookie).collect()
+    }
+
+    /// The longest time until the next look, after one that brought this. `is_told`: whether changes of
+    /// cgroups are told.
+    fn longest(&self, look: &Look, is_told: bool, now: Instant) -> Duration {
+        let is_missed = |sight: &Sight| (1..MISSES).contains(&sight.misses);
+        let is_new = |since: &Instant| now - *since < APART;
+        let may_be_here = |missing: &Missing| matches!(missing, Missing::Doubtful(_));
+        if !is_told
+            || look.failed.is_some()
+            || self.sights.values().any(is_missed)
+            || self
+                .places
+                .values()
+                .any(|place| place.outside.values().any(is_new))
+        {
+            POLL
+        } else if look.waiting.values().any(may_be_here) {
+            WAITING
+        } else {
+            SLOW
+        }
     }
 
     fn find(

@@ -12,18 +12,18 @@ use std::time::Duration;
 
 use dataplane_ebpf::pod::CGROUPS;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use super::configuration::Configured;
-use super::machine::{Look, Machine, Missing, Outside};
+use super::machine::{Look, Looks, Missing, Outside};
 use super::manifests::{self, LocalPodSpec, PodKey};
 use super::recording::Recording;
 use crate::capture::{self, Desired, PodState, PodStatus, Status, named};
 use crate::mesh::Identity;
 
-/// How often the machine is looked at for pods that come and go.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often it is seen to what is to be done again or later, as a record that could not be written.
+const STEP: Duration = Duration::from_secs(1);
 /// Between the removal of a pod's record and the end of its capture: other nodes stop dialling it.
 const NOTICE: Duration = Duration::from_secs(1);
 
@@ -96,7 +96,7 @@ impl State {
 /// The task.
 pub struct Pods {
     configured: watch::Receiver<Configured>,
-    machine: Machine,
+    machine: Looks,
     wanted: watch::Sender<Option<capture::Wanted>>,
     status: watch::Receiver<Status>,
     recording: Option<Recording>,
@@ -128,7 +128,7 @@ pub struct Ends {
 
 impl Pods {
     /// No pod is looked for yet.
-    pub fn new(machine: Machine, ends: Ends) -> Self {
+    pub fn new(machine: Looks, ends: Ends) -> Self {
         let captured = ends.status.borrow();
         let unsaid = captured.values().map(|of| Arc::clone(&of.uid)).collect();
         drop(captured);
@@ -155,8 +155,6 @@ impl Pods {
     /// when capture rests, it hears what capture said last, and rests too: which pods are here is for the
     /// successor to say.
     pub async fn run(mut self, draining: CancellationToken) {
-        let mut look = interval(LOOK);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.step();
             if draining.is_cancelled() {
@@ -165,7 +163,8 @@ impl Pods {
             let next = self.leaving.values().map(|(_, when)| *when).min();
             tokio::select! {
                 told = self.configured.changed() => if told.is_err() { return },
-                _ = look.tick() => {}
+                () = self.machine.due() => {}
+                () = sleep(STEP) => {}
                 () = until(next) => {}
                 told = self.status.changed() => if told.is_err() { return },
                 () = draining.cancelled() => {}

@@ -22,8 +22,20 @@ impl<T: log::Log> Owner for EbpfLogger<T> {}
 /// # Errors
 /// The runtime cannot watch more.
 pub fn readable<T: Owner>(of: T) -> io::Result<AsyncFd<T>> {
+    watch(of, Interest::READABLE)
+}
+
+/// Watches a descriptor for urgent data, on this thread's runtime.
+///
+/// # Errors
+/// As of [`readable`].
+pub fn urgent<T: Owner>(of: T) -> io::Result<AsyncFd<T>> {
+    watch(of, Interest::PRIORITY)
+}
+
+fn watch<T: Owner>(of: T, interest: Interest) -> io::Result<AsyncFd<T>> {
     // SAFETY: an `Owner` keeps its one descriptor open until it is dropped, and `AsyncFd` drops it
     // after it has stopped watching.
-    let watched = unsafe { AsyncFd::register_with_interest(of, Interest::READABLE) };
+    let watched = unsafe { AsyncFd::register_with_interest(of, interest) };
     watched.map_err(|error| io::Error::other(error.to_string()))
 }

@@ -1,0 +1,173 @@
+//! When to look at the machine next: a pure decision.
+//!
+//! What happens is looked at soon, and then less and less often, since a process is in its cgroup some
+//! time before it is in its network namespace: what follows within a time is found within as much again.
+//! When nothing happens a look now and then repairs what was not told.
+
+use std::time::{Duration, Instant};
+
+/// From an event until the look at it; what comes within this time is one event.
+const SOON: Duration = Duration::from_millis(50);
+/// How often to look where nothing tells of what happens, or something is to be seen again; and in the
+/// long run at most, however much happens.
+pub(super) const POLL: Duration = Duration::from_secs(1);
+/// The longest time between looks while a pod that may be here is waited for.
+pub(super) const WAITING: Duration = Duration::from_secs(2);
+/// The longest time between looks.
+pub(super) const SLOW: Duration = Duration::from_secs(5);
+/// Looks that may come sooner than that one after the other, saved up while nothing happens.
+const SAVED: u32 = 16;
+
+/// When the next look is due.
+#[derive(Debug)]
+pub(super) struct Due {
+    next: Instant,
+    /// When something has happened last.
+    event: Instant,
+    last: Instant,
+    /// For how many looks time is saved up, as of the last one.
+    saved: Duration,
+}
+
+impl Due {
+    /// The first look is due at once.
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            next: now,
+            event: now,
+            last: now,
+            saved: SAVED * POLL,
+        }
+    }
+
+    pub(super) fn next(&self) -> Instant {
+        self.next
+    }
+
+    /// Something has happened on the machine.
+    pub(super) fn happened(&mut self, now: Instant) {
+        self.event = now;
+        self.next = self.next.min(self.affordable(now + SOON));
+    }
+
+    /// The machine was looked at. `longest`: the time that may be until it is again.
+    pub(super) fn looked(&mut self, now: Instant, longest: Duration) {
+        self.saved = (self.saved + (now - self.last)).min(SAVED * POLL);
+        self.saved = self.saved.saturating_sub(POLL);
+        self.last = now;
+        // As late again as it is since the event, however many looks there were.
+        let gap = (now - self.event).max(SOON).min(longest);
+        self.next = self.affordable(now + gap);
+    }
+
+    /// `at`, or when a look is saved up: never later than [`POLL`] after the last one.
+    fn affordable(&self, at: Instant) -> Instant {
+        at.max(self.last + POLL.saturating_sub(self.saved))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// When looks are, if things happen at these times, in milliseconds. `asked`: looks that come for another
+    /// reason, as a change of the configuration.
+    fn looks(happens: &[u64], asked: &[u64], longest: Duration, until: u64) -> Vec<u64> {
+        let begin = Instant::now();
+        let (mut due, mut looks) = (Due::new(begin), Vec::new());
+        let happens: BTreeSet<u64> = happens.iter().copied().collect();
+        let asked: BTreeSet<u64> = asked.iter().copied().collect();
+        let mut at = 0;
+        while at < until {
+            let now = begin + Duration::from_millis(at);
+            if happens.contains(&at) {
+                due.happened(now);
+            }
+            if due.next() <= now || asked.contains(&at) {
+                due.looked(now, longest);
+                looks.push(at);
+            }
+            let next = [&happens, &asked].map(|of| of.range(at + 1..).next().copied());
+            let next = next.into_iter().flatten().min();
+            at = millis(due.next() - begin).min(next.unwrap_or(until));
+        }
+        looks
+    }
+
+    fn millis(of: Duration) -> u64 {
+        u64::try_from(of.as_millis()).expect("a short time")
+    }
+
+    #[test]
+    fn what_happens_is_looked_at_soon_and_then_less_and_less_often() {
+        let looks = looks(&[20_000], &[20_060, 20_070, 20_080], SLOW, 40_000);
+        let after: Vec<u64> = looks.iter().filter(|at| **at >= 20_000).copied().collect();
+        let asked = [20_060, 20_070, 20_080];
+        let by_itself = [
+            20_050, 20_160, 20_320, 20_640, 21_280, 22_560, 25_120, 30_120, 35_120,
+        ];
+        assert_eq!(
+            BTreeSet::from_iter(after),
+            asked.into_iter().chain(by_itself).collect()
+        );
+    }
+
+    #[test]
+    fn what_is_to_be_seen_again_is_looked_at_each_second() {
+        let looks = looks(&[], &[], POLL, 60_000);
+        assert!(looks.len() >= 60, "{looks:?}");
+    }
+
+    fn times(most: usize) -> impl Strategy<Value = Vec<u64>> {
+        proptest::collection::vec(0..30_000u64, 0..most)
+    }
+
+    proptest! {
+        #[test]
+        fn no_event_waits_for_longer_than_a_regular_look_would_let_it(
+            happens in times(300), asked in times(100), longest in 0..3usize
+        ) {
+            let longest = [POLL, WAITING, SLOW][longest];
+            let looks = looks(&happens, &asked, longest, 40_000);
+            for at in happens {
+                let next = looks.iter().find(|look| **look >= at).expect("a look");
+                prop_assert!(next - at <= millis(POLL), "{at}: {looks:?}");
+            }
+            for pair in looks.windows(2) {
+                prop_assert!(pair[1] - pair[0] <= millis(longest), "{pair:?}");
+            }
+        }
+
+        #[test]
+        fn an_event_after_quiet_times_is_looked_at_soon(happens in 20_000..30_000u64) {
+            let looks = looks(&[happens], &[], SLOW, 40_000);
+            let next = looks.iter().find(|look| **look >= happens).expect("a look");
+            prop_assert!(next - happens <= millis(SOON));
+        }
+
+        #[test]
+        fn what_follows_an_event_is_found_within_as_much_time_again(
+            happens in 20_000..25_000u64, later in 0..15_000u64, asked in times(6)
+        ) {
+            let looks = looks(&[happens], &asked, SLOW, 60_000);
+            let next = looks.iter().find(|look| **look >= happens + later).expect("a look");
+            let late = next - happens - later;
+            prop_assert!(late <= later.max(millis(SOON)).min(millis(SLOW)), "{late}");
+        }
+
+        #[test]
+        fn however_much_happens_there_is_a_look_a_second_in_the_long_run(
+            happens in times(2_000), longest in 0..3usize, from in 0..30_000u64, span in 0..30_000u64
+        ) {
+            let longest = [POLL, WAITING, SLOW][longest];
+            let looks = looks(&happens, &[], longest, 60_000);
+            let within = looks.iter().filter(|at| (from..from + span).contains(at)).count();
+            let most = u64::from(SAVED) + span / millis(POLL) + 1;
+            prop_assert!(within as u64 <= most, "{within}, of {most}");
+        }
+    }
+}

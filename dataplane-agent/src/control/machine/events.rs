@@ -1,0 +1,379 @@
+//! Tells that what a look would find may be another: cgroups that are made, filled, emptied and removed
+//! below the pods' cgroup, and what is mounted and unmounted, as a network namespace that gets a name.
+//!
+//! Not everything is told. A process that goes from one cgroup with processes to another one, or into
+//! another namespace, is no event; whoever looks does so now and then without having been told.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::cgroups;
+use crate::sys::readiness;
+
+/// So many watches the kernel is asked for at most;
+const MOST: usize = 32_768;
+/// and half of what one user may have: the others are those of the machine's own services.
+const LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
+/// How often it is tried again to be told, where the kernel has refused it.
+const RETRY: Duration = Duration::from_secs(30);
+
+/// What tells of changes of this machine.
+#[derive(Debug)]
+pub(super) struct Events {
+    /// What holds all pods.
+    pods: PathBuf,
+    /// None where they cannot be watched.
+    cgroups: Option<Cgroups>,
+    /// Since when that was last tried.
+    tried: Option<Instant>,
+    /// `/proc/self/mountinfo`, of which the kernel says that it is another as of urgent data:
+    /// <https://man7.org/linux/man-pages/man5/proc_pid_mounts.5.html>.
+    mounts: Option<AsyncFd<OwnedFd>>,
+}
+
+impl Events {
+    /// Of cgroups below this one.
+    pub(super) fn new(pods: &Path) -> Self {
+        let mounts = File::open("/proc/self/mountinfo");
+        let mounts = mounts.and_then(|file| readiness::urgent(file.into()));
+        Self {
+            pods: pods.to_owned(),
+            cgroups: None,
+            tried: None,
+            mounts: mounts.ok(),
+        }
+    }
+
+    /// Sees to it that cgroups are watched; whether they are. What happened before is not told: who looks
+    /// now sees it.
+    pub(super) fn follow(&mut self, now: Instant) -> bool {
+        let is_due = self.tried.is_none_or(|tried| now - tried >= RETRY);
+        if self.cgroups.is_none() && is_due {
+            match (Cgroups::watch(&self.pods), self.tried) {
+                (Ok(cgroups), tried) => {
+                    if tried.is_some() {
+                        tracing::info!("the kernel tells of changes of cgroups again");
+                    }
+                    (self.cgroups, self.tried) = (Some(cgroups), None);
+                }
+                (Err(error), None) => {
+                    tracing::warn!(
+                        %error,
+                        "cannot be told of changes of cgroups (fs.inotify.max_user_watches, max_user_instances); looking each second"
+                    );
+                    self.tried = Some(now);
+                }
+                (Err(_), Some(_)) => self.tried = Some(now),
+            }
+        }
+        self.cgroups.is_some()
+    }
+
+    /// Waits until something has happened, and says to what. Cancelling it loses nothing.
+    pub(super) async fn happened(&mut self) -> &'static str {
+        let of_cgroups = of_cgroups(self.cgroups.as_mut());
+        let happened = tokio::select! {
+            happened = of_cgroups => happened,
+            () = of_mounts(self.mounts.as_ref()) => return "mounts",
+        };
+        if happened.is_err() {
+            // Some of it was lost. The look that comes now begins anew.
+            self.cgroups = None;
+        }
+        "cgroups"
+    }
+}
+
+async fn of_cgroups(cgroups: Option<&mut Cgroups>) -> io::Result<()> {
+    match cgroups {
+        Some(cgroups) => cgroups.happened().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn of_mounts(mounts: Option<&AsyncFd<OwnedFd>>) {
+    let readiness = match mounts {
+        Some(mounts) => mounts.ready(Interest::PRIORITY).await.ok(),
+        None => None,
+    };
+    match readiness {
+        Some(mut readiness) => readiness.clear_ready(),
+        None => std::future::pending().await,
+    }
+}
+
+/// Watches on the cgroups below one.
+///
+/// The kernel does not take a watch away with a cgroup that is removed, and keeps what is watched: that is
+/// done here, by what the cgroup above tells.
+#[derive(Debug)]
+struct Cgroups {
+    /// What holds all pods.
+    pods: PathBuf,
+    inotify: Inotify,
+    /// The same, as what a runtime waits for.
+    readable: AsyncFd<OwnedFd>,
+    /// So many there may be.
+    most: usize,
+    /// Of each cgroup, by its folder: on its `cgroup.events`, which is modified when the first process comes to
+    /// it or below, and when the last is gone; the root has none:
+    /// <https://www.kernel.org/doc/html/v6.1/admin-guide/cgroup-v2.html#un-populated-notification>.
+    /// And on the folder, for those below it. What is below one that is a pod's or a container's by its name is
+    /// its own, however many it makes.
+    watches: BTreeMap<PathBuf, Vec<WatchDescriptor>>,
+    /// Which folder a watch is on.
+    folders: HashMap<WatchDescriptor, PathBuf>,
+}
+
+impl Cgroups {
+    fn watch(pods: &Path) -> io::Result<Self> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        let limit = fs::read_to_string(LIMIT)?;
+        let limit: usize = limit.trim().parse().map_err(io::Error::other)?;
+        let mut cgroups = Self {
+            pods: pods.to_owned(),
+            readable: readiness::readable(inotify.as_fd().try_clone_to_owned()?)?,
+            inotify,
+            most: MOST.min(limit / 2),
+            watches: BTreeMap::new(),
+            folders: HashMap::new(),
+        };
+        cgroups.add(pods.to_owned())?;
+        match cgroups.watches.is_empty() {
+            true => Err(io::ErrorKind::NotFound.into()),
+            false => Ok(cgroups),
+        }
+    }
+
+    /// Waits until something has happened.
+    ///
+    /// # Errors
+    /// Some of it was lost, or what came cannot be watched.
+    async fn happened(&mut self) -> io::Result<()> {
+        loop {
+            let mut readiness = self.readable.readable().await?;
+            let events = match self.inotify.read_events() {
+                Err(Errno::EAGAIN) => {
+                    readiness.clear_ready();
+                    continue;
+                }
+                events => events?,
+            };
+            for event in events {
+                self.follow(&event)?;
+            }
+            return Ok(());
+        }
+    }
+
+    fn follow(&mut self, event: &InotifyEvent) -> io::Result<()> {
+        use AddWatchFlags as Is;
+        let is = |what| event.mask.contains(what);
+        if is(Is::IN_Q_OVERFLOW) || is(Is::IN_UNMOUNT) {
+            return Err(io::Error::other("events were lost"));
+        }
+        let folder = self.folders.get(&event.wd);
+        let below = folder.zip(event.name.as_ref());
+        match below.map(|(folder, name)| folder.join(name)) {
+            Some(folder) if is(Is::IN_ISDIR | Is::IN_CREATE) => self.add(folder),
+            Some(folder) if is(Is::IN_ISDIR | Is::IN_DELETE) => {
+                self.remove(&folder);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Watches a cgroup and those below it. Each is watched before it is read: what comes later is told.
+    fn add(&mut self, folder: PathBuf) -> io::Result<()> {
+        let mut folders = vec![folder];
+        while let Some(folder) = folders.pop() {
+            match self.add_one(&folder, &mut folders) {
+                // It is gone again, which is told by the one above it.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error) => {
+                    let told = format!("{}: {error}", folder.display());
+                    return Err(io::Error::other(told));
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn add_one(&mut self, folder: &Path, others: &mut Vec<PathBuf>) -> io::Result<()> {
+        if 2 * self.watches.len() >= self.most {
+            return Err(io::Error::other(format!(
+                "it would be more than {} watches",
+                self.most
+            )));
+        }
+        let below = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_DELETE | AddWatchFlags::IN_ONLYDIR;
+        let own = match cgroups::named(folder, &self.pods) {
+            Some(_) => None,
+            None => Some(self.inotify.add_watch(folder, below)?),
+        };
+        let events = folder.join("cgroup.events");
+        let events = match self.inotify.add_watch(&events, AddWatchFlags::IN_MODIFY) {
+            Err(Errno::ENOENT) => None,
+            events => Some(events?),
+        };
+        let watches: Vec<WatchDescriptor> = [own, events].into_iter().flatten().collect();
+        // One that was removed and made again is another.
+        if self.watches.get(folder).is_some_and(|of| *of != watches) {
+            self.remove(folder);
+            return self.add_one(folder, others);
+        }
+        self.watches.insert(folder.to_owned(), watches);
+        let Some(own) = own else {
+            return Ok(());
+        };
+        self.folders.insert(own, folder.to_owned());
+        for entry in fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                others.push(entry.path());
+            }
+        }
+        Ok(())
+    }
+
+    /// Watches a cgroup and those below it no more.
+    fn remove(&mut self, folder: &Path) {
+        let from = self.watches.range(folder.to_owned()..);
+        let of_it = from.take_while(|(at, _)| at.starts_with(folder));
+        let folders: Vec<PathBuf> = of_it.map(|(at, _)| at.clone()).collect();
+        let watches = folders.iter().filter_map(|at| self.watches.remove(at));
+        for watch in watches.flatten() {
+            self.folders.remove(&watch);
+            // A kernel that takes it away with the cgroup has done so.
+            let _ = self.inotify.rm_watch(watch);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder that looks like the cgroups of pods.
+    fn cgroup(at: &Path) {
+        fs::create_dir(at).expect("a folder");
+        fs::write(at.join("cgroup.events"), "populated 0\n").expect("a file");
+        fs::write(at.join("cgroup.procs"), "").expect("a file");
+    }
+
+    async fn is_told(events: &mut Events) -> bool {
+        let told = events.happened();
+        tokio::time::timeout(Duration::from_millis(500), told)
+            .await
+            .is_ok()
+    }
+
+    /// Hears all that there is to hear.
+    async fn settle(events: &mut Events) {
+        while is_told(events).await {}
+    }
+
+    fn watched(events: &Events) -> usize {
+        let cgroups = events.cgroups.as_ref().expect("they are watched");
+        let on_folders = cgroups.watches.values().flatten();
+        let on_folders = on_folders.filter(|watch| cgroups.folders.contains_key(watch));
+        assert_eq!(on_folders.count(), cgroups.folders.len());
+        cgroups.watches.len()
+    }
+
+    #[tokio::test]
+    async fn cgroups_that_come_fill_and_go_are_told() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let pods = dir.path().join("pods");
+        cgroup(&pods);
+        cgroup(&pods.join("before"));
+        let mut events = Events::new(&pods);
+        // What is mounted on this machine is another's.
+        events.mounts = None;
+        assert!(events.follow(Instant::now()));
+        assert!(!is_told(&mut events).await, "nothing happens");
+        let deep = pods.join("before/later/below");
+        fs::create_dir(pods.join("before/later")).expect("a folder");
+        cgroup(&deep);
+        settle(&mut events).await;
+        assert_eq!(watched(&events), 4);
+        fs::write(deep.join("cgroup.events"), "populated 1\n").expect("a file");
+        assert!(is_told(&mut events).await, "it fills");
+        settle(&mut events).await;
+        fs::write(deep.join("cgroup.procs"), "0\n").expect("a file");
+        assert!(!is_told(&mut events).await, "that is nothing");
+        fs::remove_dir_all(pods.join("before")).expect("a folder");
+        settle(&mut events).await;
+        assert_eq!(watched(&events), 1);
+        // One of the same name.
+        cgroup(&pods.join("before"));
+        assert!(is_told(&mut events).await, "it is made again");
+        fs::write(pods.join("before/cgroup.events"), "populated 1\n").expect("a file");
+        settle(&mut events).await;
+        fs::write(pods.join("before/cgroup.events"), "populated 0\n").expect("a file");
+        assert!(is_told(&mut events).await, "it fills");
+        assert_eq!(watched(&events), 2);
+    }
+
+    #[tokio::test]
+    async fn what_a_container_makes_below_its_cgroup_is_its_own() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let pods = dir.path().join("pods");
+        cgroup(&pods);
+        let mut events = Events::new(&pods);
+        events.mounts = None;
+        assert!(events.follow(Instant::now()));
+        let container = pods.join(format!("docker-{:064x}.scope", 1));
+        cgroup(&container);
+        settle(&mut events).await;
+        cgroup(&container.join("inside"));
+        assert!(!is_told(&mut events).await);
+        assert_eq!(watched(&events), 2);
+        fs::write(container.join("cgroup.events"), "populated 1\n").expect("a file");
+        assert!(is_told(&mut events).await, "it fills");
+    }
+
+    #[tokio::test]
+    async fn more_cgroups_than_may_be_watched_are_looked_for_regularly() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let pods = dir.path().join("pods");
+        cgroup(&pods);
+        let mut events = Events::new(&pods);
+        events.mounts = None;
+        let now = Instant::now();
+        assert!(events.follow(now));
+        events.cgroups.as_mut().expect("they are watched").most = 2;
+        cgroup(&pods.join("more"));
+        assert!(is_told(&mut events).await);
+        assert!(events.cgroups.is_none(), "nothing is told any more");
+        assert!(events.follow(now), "it is tried anew");
+    }
+
+    #[tokio::test]
+    async fn where_there_is_nothing_to_watch_it_is_tried_again() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let pods = dir.path().join("pods");
+        let mut events = Events::new(&pods);
+        events.mounts = None;
+        let now = Instant::now();
+        assert!(!events.follow(now));
+        cgroup(&pods);
+        assert!(!events.follow(now + RETRY / 2));
+        assert!(events.follow(now + RETRY));
+        // What was lost is begun anew.
+        events.cgroups = None;
+        assert!(events.follow(now + RETRY));
+    }
+}
