@@ -191,10 +191,9 @@ impl Pod {
     }
 
     /// When it is looked at.
-    fn next_look(&self) -> Option<Instant> {
+    fn looks(&self) -> Option<&Looks> {
         let served = self.phase.served().map(|served| &served.looks);
-        let held = self.held.as_ref().map(|held| &held.looks);
-        served.or(held).map(Looks::next)
+        served.or(self.held.as_ref().map(|held| &held.looks))
     }
 }
 
@@ -723,7 +722,7 @@ impl Room {
             InPhase::Adopted | InPhase::Serving(_) => None,
         });
         let failed = self.failed.values().map(|failed| failed.again);
-        let looks = self.pods.values().filter_map(Pod::next_look);
+        let looks = self.pods.values().filter_map(Pod::looks).map(Looks::next);
         let looks = looks.chain([self.looks.next()]);
         leaving.chain(failed).chain(looks).chain(self.again).min()
     }

@@ -60,9 +60,13 @@ impl Looks {
     }
 
     pub(super) fn done(&mut self, broken: Option<String>) {
-        self.last = Instant::now();
-        self.next = self.last + LOOK;
+        self.done_at(Instant::now());
         self.broken = broken;
+    }
+
+    fn done_at(&mut self, now: Instant) {
+        self.last = now;
+        self.next = now + LOOK;
     }
 
     /// Something has changed: it is looked at soon.
@@ -73,16 +77,22 @@ impl Looks {
     fn hurries(&self) -> bool {
         self.next <= self.last + SETTLE
     }
+
+    /// Whether it is time, or nearly: those of about the same time are looked at together, since a round of
+    /// the room costs something for each of its pods, whichever is looked at.
+    fn is_due(&self, now: Instant) -> bool {
+        self.next <= now || !self.hurries() && self.next <= now + SETTLE
+    }
 }
 
 impl Room {
     /// Looks at what is due.
     pub(super) async fn look(&mut self) -> Result<(), CaptureError> {
         let now = Instant::now();
-        if self.looks.next <= now {
+        if self.looks.is_due(now) {
             self.look_at_node();
         }
-        let is_due = |pod: &Pod| pod.next_look().is_some_and(|next| next <= now);
+        let is_due = |pod: &Pod| pod.looks().is_some_and(|looks| looks.is_due(now));
         let due = self.pods.iter().filter(|(_, pod)| is_due(pod));
         for cookie in due.map(|(cookie, _)| *cookie).collect::<Vec<u64>>() {
             self.look_at(cookie).await?;
@@ -281,4 +291,38 @@ pub(super) fn changed(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) 
         }
     }
     told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_pods_are_looked_at_in_few_rounds_and_none_later_than_it_is_due() {
+        const PODS: u64 = 250;
+        const LOOKS: u32 = 10;
+        let mut pods: Vec<Looks> = (0..PODS).map(Looks::begin).collect();
+        let begin = Instant::now();
+        let (mut rounds, mut now) = (0, begin);
+        while now < begin + LOOK * LOOKS {
+            now = pods.iter().map(Looks::next).min().expect("a pod");
+            rounds += 1;
+            for pod in pods.iter_mut().filter(|pod| pod.is_due(now)) {
+                assert!(pod.next >= now, "it is late");
+                pod.done_at(now);
+            }
+        }
+        let most = LOOK.as_millis() / SETTLE.as_millis() + 1;
+        assert!(rounds <= u128::from(LOOKS + 1) * most, "{rounds} rounds");
+    }
+
+    #[test]
+    fn a_pod_that_changes_all_the_time_waits_its_time_whoever_else_is_due() {
+        let mut pod = Looks::begin(0);
+        let now = pod.next();
+        pod.done_at(now);
+        pod.hurry();
+        assert!(!pod.is_due(now + SETTLE / 2));
+        assert!(pod.is_due(now + SETTLE));
+    }
 }
