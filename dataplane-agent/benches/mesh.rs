@@ -49,7 +49,7 @@ fn workload(number: u32, of: u32, health: Health) -> Workload {
     let name: Arc<str> = format!("pod-{number}").into();
     let namespace = namespace(number);
     let serves = Endpoint {
-        ports: BTreeMap::from([(80, 8080)]),
+        ports: BTreeMap::from([(80, 8080)]).into(),
         health,
     };
     Workload {
@@ -70,13 +70,13 @@ fn workload(number: u32, of: u32, health: Health) -> Workload {
         canonical_name: name,
         canonical_revision: "v1".into(),
         waypoint: None,
-        policies: vec![format!("{namespace}/p-{}", number % of.min(MOST)).into()],
-        services: BTreeMap::from([(service_key(number % of.min(MOST)), serves)]),
-        locality: Locality {
+        policies: [format!("{namespace}/p-{}", number % of.min(MOST)).into()].into(),
+        services: BTreeMap::from([(service_key(number % of.min(MOST)), serves)]).into(),
+        locality: Arc::new(Locality {
             region: "region".into(),
             zone: format!("zone-{}", number % 3).into(),
             subzone: "".into(),
-        },
+        }),
         capacity: 1,
         unsupported: None,
         namespace,

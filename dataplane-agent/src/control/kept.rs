@@ -40,13 +40,13 @@ impl Kept {
             if let (Some(None), Some(last)) = (delta.workloads.get(uid), mesh.workload(uid)) {
                 // It is nobody's endpoint any more.
                 let mut last = Workload::clone(last);
-                last.services.clear();
+                last.services = Arc::default();
                 delta.workloads.insert(Arc::clone(uid), Some(last));
                 self.workloads.insert(Arc::clone(uid));
             }
         }
         let workloads = self.workloads.iter().filter_map(|uid| mesh.workload(uid));
-        let named: BTreeSet<&Arc<str>> = workloads.flat_map(|last| &last.policies).collect();
+        let named: BTreeSet<&Arc<str>> = workloads.flat_map(|last| last.policies.iter()).collect();
         self.policies.retain(|key| !policy(key));
         for key in self.policies.iter().filter(|key| !named.contains(key)) {
             delta.policies.insert(Arc::clone(key), None);
@@ -82,7 +82,7 @@ mod tests {
     /// A mesh of one pod that serves somebody and names a policy.
     fn mesh() -> Mesh {
         let mut pod = workload(&["ns/p"]);
-        pod.services = [("ns/s".into(), Endpoint::default())].into();
+        pod.services = Arc::new([("ns/s".into(), Endpoint::default())].into());
         Mesh::of(vec![pod], Vec::new(), vec![policy()])
     }
 

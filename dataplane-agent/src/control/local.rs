@@ -8,6 +8,7 @@ use super::manifests::node::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
 use super::written::Block;
 use crate::mesh::Identity;
+use crate::mesh::interner::Interner;
 use crate::mesh::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
 use crate::mesh::service::{Age, Family, LoadBalancing, Scope, Service};
 use crate::mesh::workload::{Endpoint, Locality, Protocol, Workload, WorkloadType};
@@ -120,11 +121,13 @@ fn told_apart(workloads: &[Workload]) -> Result<(), (usize, String)> {
 impl Config {
     fn translate(self, node: &str) -> Translation {
         let mut problems = Vec::new();
-        let mut workloads: Vec<Workload> = self
-            .workloads
-            .into_iter()
-            .map(|raw| raw.translate(&mut problems))
-            .collect();
+        let mut interner = Interner::default();
+        let mut workloads = Vec::with_capacity(self.workloads.len());
+        for raw in self.workloads {
+            let mut workload = raw.translate(&mut problems);
+            interner.workload(&mut workload);
+            workloads.push(workload);
+        }
         let mut by_uid: HashMap<Arc<str>, usize> = HashMap::new();
         for (at, workload) in workloads.iter().enumerate() {
             by_uid.insert(workload.uid.clone(), at);
@@ -208,6 +211,10 @@ impl RawWorkload {
             report("waypoint: is not carried yet, traffic to it is refused");
         }
         let health = self.status.health();
+        let services = self.services.into_iter().map(|(key, ports)| {
+            let ports = ports.into();
+            (key.into(), Endpoint { ports, health })
+        });
         Workload {
             name: self.name.into(),
             namespace: self.namespace.into(),
@@ -239,16 +246,12 @@ impl RawWorkload {
                 .into_iter()
                 .map(Arc::from)
                 .collect(),
-            services: self
-                .services
-                .into_iter()
-                .map(|(key, ports)| (key.into(), Endpoint { ports, health }))
-                .collect(),
-            locality: Locality {
+            services: Arc::new(services.collect()),
+            locality: Arc::new(Locality {
                 region: self.locality.region.into(),
                 zone: self.locality.zone.into(),
                 subzone: self.locality.subzone.into(),
-            },
+            }),
             capacity: self.capacity.unwrap_or(1),
             unsupported: wants_proxy.then(|| "applicationTunnel PROXY".into()),
             uid,
@@ -281,13 +284,13 @@ impl RawService {
                 continue;
             };
             let health = endpoint.status.health().min(workload.health);
-            let of = workload.services.entry(key.clone());
+            let services = Arc::make_mut(&mut workload.services);
             // What the workload itself says of its ports holds.
-            of.or_insert_with(|| Endpoint {
-                ports: endpoint.port,
+            let of = services.entry(key.clone()).or_insert_with(|| Endpoint {
+                ports: endpoint.port.into(),
                 health,
-            })
-            .health = health;
+            });
+            of.health = health;
         }
         let balancer = self.load_balancer;
         let passthrough = balancer

@@ -5,6 +5,8 @@ pub mod configuration;
 mod conflicts;
 mod doubts;
 pub mod enrolled;
+#[cfg(test)]
+mod footprint;
 mod kept;
 pub mod local;
 pub mod machine;

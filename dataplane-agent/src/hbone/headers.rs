@@ -167,7 +167,7 @@ mod tests {
         let mut workload = crate::mesh::workload::tests::workload(&[]);
         workload.workload_name = name.into();
         workload.workload_type = WorkloadType::Deployment;
-        workload.locality.region = region.into();
+        std::sync::Arc::make_mut(&mut workload.locality).region = region.into();
         workload
     }
 }

@@ -6,6 +6,7 @@ mod claims;
 pub mod delta;
 pub mod endpoints;
 pub mod identity;
+pub(crate) mod interner;
 pub mod policy;
 mod ranges;
 pub mod service;

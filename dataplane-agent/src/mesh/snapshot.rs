@@ -282,7 +282,7 @@ impl Mesh {
             policies: shared.flat_map(|shared| shared.policies.values()).collect(),
             unknown: Vec::new(),
         };
-        for key in &workload.policies {
+        for key in workload.policies.iter() {
             match self.policies.get(key) {
                 // Whatever its scope says: one that is passed over would let everything pass.
                 Some(Since(policy, _)) => {

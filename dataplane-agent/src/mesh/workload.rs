@@ -46,28 +46,34 @@ pub struct Workload {
     /// The waypoint that traffic to its address must pass, `namespace/hostname` or `network/ip`.
     pub waypoint: Option<Arc<str>>,
     /// Keys (`namespace/name`) of the policies that select it.
-    pub policies: Vec<Arc<str>>,
-    /// The services that it is an endpoint of, by their keys, `namespace/hostname`.
-    pub services: BTreeMap<Arc<str>, Endpoint>,
+    pub policies: Arc<[Arc<str>]>,
+    /// The services that it is an endpoint of.
+    pub services: Arc<Services>,
     /// Where it runs.
-    pub locality: Locality,
+    pub locality: Arc<Locality>,
     /// Its weight among endpoints; 0 takes no load.
     pub capacity: u32,
     /// What its app wants of connections and does not get: none is handed to it.
     pub unsupported: Option<Arc<str>>,
 }
 
+/// Services by their keys, `namespace/hostname`.
+pub type Services = BTreeMap<Arc<str>, Endpoint>;
+
+/// Service port to target port.
+pub type Ports = BTreeMap<u16, u16>;
+
 /// What a workload is to one service.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Endpoint {
-    /// Service port to target port.
-    pub ports: BTreeMap<u16, u16>,
+    /// Where each port of the service leads.
+    pub ports: Arc<Ports>,
     /// Whether it takes load.
     pub health: Health,
 }
 
 /// Whether an endpoint takes load; the greater is the better.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Health {
     /// It takes none.
     Unhealthy,
@@ -105,7 +111,7 @@ pub enum WorkloadType {
 }
 
 /// Region, zone and subzone; empty where unknown.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Locality {
     /// `topology.kubernetes.io/region` of the node.
     pub region: Arc<str>,
@@ -148,8 +154,8 @@ pub(crate) mod tests {
             canonical_revision: "latest".into(),
             waypoint: None,
             policies: policies.iter().map(|key| Arc::from(*key)).collect(),
-            services: BTreeMap::new(),
-            locality: Locality::default(),
+            services: Arc::default(),
+            locality: Arc::default(),
             capacity: 1,
             unsupported: None,
         }

@@ -11,3 +11,52 @@ pub fn give_back() {
         libc::malloc_trim(0);
     }
 }
+
+/// What unit tests count of the memory that they take.
+#[cfg(test)]
+pub(crate) mod counted {
+    use std::alloc::{GlobalAlloc, Layout, System};
+    use std::cell::Cell;
+
+    struct Counted;
+
+    #[global_allocator]
+    static COUNTED: Counted = Counted;
+
+    thread_local! {
+        static TAKEN: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+    }
+
+    /// The bytes that this thread has taken and not given back, and how often it has taken some. What it
+    /// gives back for another thread counts as its own.
+    pub(crate) fn taken() -> (usize, usize) {
+        TAKEN.get()
+    }
+
+    fn count(more: usize, less: usize, times: usize) {
+        let (bytes, often) = TAKEN.get();
+        let bytes = bytes.wrapping_add(more).wrapping_sub(less);
+        TAKEN.set((bytes, often + times));
+    }
+
+    // SAFETY: the system's allocator does it all; what is counted is not allocated.
+    unsafe impl GlobalAlloc for Counted {
+        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+            count(layout.size(), 0, 1);
+            // SAFETY: as the caller promises.
+            unsafe { System.alloc(layout) }
+        }
+
+        unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+            count(0, layout.size(), 0);
+            // SAFETY: as the caller promises.
+            unsafe { System.dealloc(at, layout) }
+        }
+
+        unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+            count(size, layout.size(), 1);
+            // SAFETY: as the caller promises.
+            unsafe { System.realloc(at, layout, size) }
+        }
+    }
+}

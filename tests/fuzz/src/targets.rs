@@ -182,7 +182,7 @@ pub fn manifests(input: &[u8]) {
     let keys: BTreeSet<String> = made.policies.iter().map(|policy| policy.key()).collect();
     assert_eq!(keys.len(), made.policies.len(), "one policy of each name");
     for workload in &made.workloads {
-        for key in &workload.policies {
+        for key in workload.policies.iter() {
             assert!(keys.contains(&**key), "{key} is attached and not there");
         }
     }

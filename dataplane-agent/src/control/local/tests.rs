@@ -63,7 +63,7 @@ fn the_file_is_read() {
     );
     assert_eq!(
         till.services["shop/till.shop.svc.cluster.local"].ports,
-        BTreeMap::from([(80, 8080)])
+        BTreeMap::from([(80, 8080)]).into()
     );
     assert_eq!(
         (till.protocol, till.capacity, till.health),

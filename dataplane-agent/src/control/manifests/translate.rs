@@ -15,7 +15,9 @@ use super::pod::{self, Pod};
 use super::service;
 use crate::mesh::policy::Policy;
 use crate::mesh::service::{NetworkAddress, Service};
-use crate::mesh::workload::{self, Health, Locality, Protocol, Workload, WorkloadType};
+use crate::mesh::workload::{
+    self, Health, Locality, Ports, Protocol, Services, Workload, WorkloadType,
+};
 
 /// The label that says which network an object's addresses belong to.
 const NETWORK_LABEL: &str = "topology.istio.io/network";
@@ -362,7 +364,7 @@ impl<'a> Translator<'a> {
             workload_type: WorkloadType::Pod,
             waypoint,
             policies: self.policies_of(pod, policies),
-            services: self.services_of(pod),
+            services: self.services_of(pod).into(),
             locality: self.locality(&body.node),
             capacity: 1,
             unsupported: None,
@@ -370,7 +372,7 @@ impl<'a> Translator<'a> {
     }
 
     /// The keys of the policies that select a pod, and of what PeerAuthentication asks of it.
-    fn policies_of(&self, pod: &Resource<Pod>, policies: &Selected<'_>) -> Vec<Arc<str>> {
+    fn policies_of(&self, pod: &Resource<Pod>, policies: &Selected<'_>) -> Arc<[Arc<str>]> {
         let here = |policy: &Policy| {
             policy.namespace == pod.meta.key.namespace
                 || *policy.namespace == *self.mesh.root_namespace
@@ -385,7 +387,7 @@ impl<'a> Translator<'a> {
             .collect()
     }
 
-    fn services_of(&self, pod: &Resource<Pod>) -> BTreeMap<Arc<str>, workload::Endpoint> {
+    fn services_of(&self, pod: &Resource<Pod>) -> Services {
         let own = pod::health(pod);
         let services = all_in(&self.objects.services, &pod.meta.key.namespace);
         let selecting = services
@@ -405,7 +407,7 @@ impl<'a> Translator<'a> {
             .chain(naming)
             .filter(|(service, _)| !service.body.external)
             .map(|(service, health)| {
-                let ports = service.body.ports_in(&pod.body);
+                let ports = service.body.ports_in(&pod.body).into();
                 let endpoint = workload::Endpoint { ports, health };
                 (self.key(&service.meta.key), endpoint)
             })
@@ -422,7 +424,7 @@ impl<'a> Translator<'a> {
         let Some(service) = service_of(self.objects, slice).filter(|s| !s.body.external) else {
             return;
         };
-        let ports: BTreeMap<u16, u16> = service
+        let ports: Ports = service
             .body
             .ports
             .iter()
@@ -435,17 +437,19 @@ impl<'a> Translator<'a> {
                 Some((port.port, *there))
             })
             .collect();
+        let ports = Arc::new(ports);
         let key = self.key(&service.meta.key);
         let no_object = |endpoint: &&Endpoint| endpoint.pod.is_none() && !endpoint.other_object;
         for endpoint in slice.body.endpoints.iter().filter(no_object) {
             let of_service = |health| workload::Endpoint {
-                ports: ports.clone(),
+                ports: Arc::clone(&ports),
                 health,
             };
             for address in &endpoint.addresses {
                 if let Some(pod) = pods_at.get(address).map(|&number| &mut workloads[number]) {
                     let of_service = of_service(endpoint.health.min(pod.health));
-                    pod.services.entry(key.clone()).or_insert(of_service);
+                    let services = Arc::make_mut(&mut pod.services);
+                    services.entry(key.clone()).or_insert(of_service);
                     continue;
                 }
                 let services = BTreeMap::from([(key.clone(), of_service(endpoint.health))]);
@@ -459,7 +463,7 @@ impl<'a> Translator<'a> {
         slice: &Resource<EndpointSlice>,
         endpoint: &Endpoint,
         address: IpAddr,
-        services: BTreeMap<Arc<str>, workload::Endpoint>,
+        services: Services,
     ) -> Workload {
         let Key { namespace, name } = &slice.meta.key;
         let cluster = &self.cluster_id;
@@ -484,8 +488,8 @@ impl<'a> Translator<'a> {
             canonical_name: name.clone(),
             canonical_revision: "latest".into(),
             waypoint: None,
-            policies: Vec::new(),
-            services,
+            policies: Arc::default(),
+            services: services.into(),
             locality: self.locality(node),
             capacity: 1,
             unsupported: None,
@@ -587,13 +591,13 @@ impl<'a> Translator<'a> {
         self.objects.nodes.get(&key)?.meta.label(name)
     }
 
-    fn locality(&self, node: &str) -> Locality {
+    fn locality(&self, node: &str) -> Arc<Locality> {
         let label = |name| self.node_label(node, name).map(Arc::from);
-        Locality {
+        Arc::new(Locality {
             region: label("topology.kubernetes.io/region").unwrap_or_default(),
             zone: label("topology.kubernetes.io/zone").unwrap_or_default(),
             subzone: label("topology.istio.io/subzone").unwrap_or_default(),
-        }
+        })
     }
 }
 

@@ -15,18 +15,18 @@ fn endpoint(number: u8, capacity: u32, health: Health, zone: &str) -> Arc<Worklo
     let mut one = workload(&[]);
     one.uid = format!("c//Pod/ns/{number}").into();
     one.capacity = capacity;
-    one.locality.zone = zone.into();
+    Arc::make_mut(&mut one.locality).zone = zone.into();
     let of_service = workload::Endpoint {
-        ports: BTreeMap::new(),
+        ports: Arc::default(),
         health,
     };
-    one.services = BTreeMap::from([(KEY.into(), of_service)]);
+    one.services = BTreeMap::from([(KEY.into(), of_service)]).into();
     Arc::new(one)
 }
 
 fn client() -> Workload {
     let mut client = workload(&[]);
-    client.locality.zone = "here".into();
+    Arc::make_mut(&mut client.locality).zone = "here".into();
     client
 }
 

@@ -7,8 +7,8 @@ use proptest::prelude::*;
 use super::super::policy::{Action, Rule};
 use super::super::service::tests::service;
 use super::super::service::{Age, NetworkAddress};
-use super::super::workload::Endpoint;
 use super::super::workload::tests::workload;
+use super::super::workload::{Endpoint, Services};
 use ipnet::IpNet;
 
 use super::*;
@@ -273,11 +273,12 @@ fn change() -> impl Strategy<Value = Delta> {
                     } else {
                         Protocol::Tcp
                     },
-                    policies: vec![format!("ns/{policy}").into()],
+                    policies: [format!("ns/{policy}").into()].into(),
                     services: serves
                         .map(|name| (format!("ns/{name}").into(), Endpoint::default()))
                         .into_iter()
-                        .collect(),
+                        .collect::<Services>()
+                        .into(),
                     ..workload(&[])
                 },
             );

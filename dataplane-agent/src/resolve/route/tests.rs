@@ -9,7 +9,7 @@ use super::*;
 use crate::accept::LocalPod;
 use crate::mesh::service::{self, Family, LoadBalancing, NetworkAddress, Scope};
 use crate::mesh::workload::tests::workload;
-use crate::mesh::workload::{Endpoint, Health};
+use crate::mesh::workload::{Endpoint, Health, Services};
 use crate::mesh::{Delta, store};
 
 const KEY: &str = "ns/svc.ns.svc.cluster.local";
@@ -33,9 +33,9 @@ fn endpoint(name: &str, address: &str) -> Workload {
 }
 
 /// As an endpoint of the service, at a port.
-fn serves(port: u16, health: Health) -> BTreeMap<Arc<str>, Endpoint> {
-    let ports = BTreeMap::from([(80, port)]);
-    BTreeMap::from([(KEY.into(), Endpoint { ports, health })])
+fn serves(port: u16, health: Health) -> Arc<Services> {
+    let ports = BTreeMap::from([(80, port)]).into();
+    BTreeMap::from([(KEY.into(), Endpoint { ports, health })]).into()
 }
 
 /// Addresses in the network without a name.
@@ -238,12 +238,12 @@ fn the_service_that_a_peer_asked_for_is_told_if_the_pod_serves_it() {
     };
     // One has the port that the service says, two has one of its own.
     let serves = |name: &str, own: &[(u16, u16)]| {
-        let ports = own.iter().copied().collect();
+        let ports = Arc::new(own.iter().copied().collect());
         let health = Health::Healthy;
         (Arc::from(named(name).key()), Endpoint { ports, health })
     };
     let pod = Workload {
-        services: BTreeMap::from([serves("one", &[]), serves("two", &[(80, 9191)])]),
+        services: BTreeMap::from([serves("one", &[]), serves("two", &[(80, 9191)])]).into(),
         ..workload(&[])
     };
     let services = ["one", "two", "other"].map(named);
@@ -415,7 +415,7 @@ fn who_has_a_waypoints_address_and_is_somebody_else_is_not_the_waypoint() {
     // Another service claims the waypoint's address, and the pod is its endpoint.
     let other: Arc<str> = "ns/other.ns.svc.cluster.local".into();
     let pod = Workload {
-        services: BTreeMap::from([(Arc::clone(&other), Endpoint::default())]),
+        services: BTreeMap::from([(Arc::clone(&other), Endpoint::default())]).into(),
         ..workload(&[])
     };
     let claims = Service {
@@ -777,7 +777,7 @@ fn a_service_that_claims_a_pods_address_does_not_get_its_connections() {
     };
     let thief = endpoint("thief", "10.0.0.3");
     let victim = Workload {
-        services: BTreeMap::new(),
+        services: Arc::default(),
         ..endpoint("victim", "10.0.0.2")
     };
     let all = vec![workload(&[]), thief, victim];
@@ -887,8 +887,9 @@ prop_compose! {
 }
 
 fn put(mut workload: Workload, [region, zone, node, network]: &[String; 4]) -> Workload {
-    workload.locality.region = region.as_str().into();
-    workload.locality.zone = zone.as_str().into();
+    let locality = Arc::make_mut(&mut workload.locality);
+    locality.region = region.as_str().into();
+    locality.zone = zone.as_str().into();
     workload.node = node.as_str().into();
     workload.network = network.as_str().into();
     workload

@@ -88,7 +88,7 @@ proptest! {
         let made = translate(&objects, &enrolled, &BTreeSet::new(), &MeshConfig::of_node("a"));
         let keys: BTreeSet<String> = made.policies.iter().map(|policy| policy.key()).collect();
         for workload in &made.workloads {
-            for key in &workload.policies {
+            for key in workload.policies.iter() {
                 prop_assert!(keys.contains(&**key), "{key} is attached and not there");
             }
         }

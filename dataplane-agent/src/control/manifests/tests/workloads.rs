@@ -94,11 +94,11 @@ fn a_pod_becomes_a_workload() {
     );
     assert_eq!(
         pod.services["shop/till.shop.svc.cluster.local"].ports,
-        BTreeMap::from([(80, 8080), (81, 81)])
+        BTreeMap::from([(80, 8080), (81, 81)]).into()
     );
     assert_eq!(
         pod.services["shop/bank.shop.svc.cluster.local"].ports,
-        BTreeMap::from([(443, 443)])
+        BTreeMap::from([(443, 443)]).into()
     );
 }
 
@@ -155,7 +155,7 @@ fn an_endpoint_without_a_pod_is_a_workload_without_identity_of_its_address() {
     assert_eq!(bare.health, Health::Unhealthy);
     assert_eq!(
         bare.services["shop/bank.shop.svc.cluster.local"].ports,
-        BTreeMap::from([(443, 8443)])
+        BTreeMap::from([(443, 8443)]).into()
     );
 }
 
