@@ -56,12 +56,14 @@ struct PoolKey {
 }
 
 /// Endpoints by the power of two that their weight is at least, so that none of a class weighs twice as
-/// much as another.
+/// much as another. There are few classes, mostly one.
 #[derive(Clone, Debug, Default)]
-struct Pool(OrdMap<u32, Class>);
+struct Pool(Arc<[Class]>);
 
 #[derive(Clone, Debug, Default)]
 struct Class {
+    /// The power of two.
+    power: u32,
     /// The sum of their weights.
     weight: u64,
     workloads: Vector<Arc<Workload>>,
@@ -201,7 +203,7 @@ impl Pool {
                 return Some((workload, taken));
             }
         }
-        let all = self.0.values().flat_map(|class| class.workloads.iter());
+        let all = self.0.iter().flat_map(|class| class.workloads.iter());
         let able = all.filter_map(|workload| Some((workload, takes(workload)?)));
         let mut able: Vec<_> = able.collect();
         let weights = able.iter().map(|(workload, _)| workload.capacity);
@@ -210,12 +212,12 @@ impl Pool {
     }
 
     fn weight(&self) -> u64 {
-        self.0.values().map(|class| class.weight).sum()
+        self.0.iter().map(|class| class.weight).sum()
     }
 
     /// Whose turn it is.
     fn class(&self, mut drawn: u64) -> Option<&Class> {
-        self.0.values().find(|class| {
+        self.0.iter().find(|class| {
             let is = drawn < class.weight;
             drawn = drawn.saturating_sub(class.weight);
             is
@@ -224,7 +226,17 @@ impl Pool {
 
     /// Adds one, and says where it is in its class.
     fn push(&mut self, workload: &Arc<Workload>) -> usize {
-        let class = self.0.entry(workload.capacity.ilog2()).or_default();
+        let power = workload.capacity.ilog2();
+        let at = self.0.iter().position(|class| class.power == power);
+        let at = at.unwrap_or_else(|| {
+            let new = Class {
+                power,
+                ..Class::default()
+            };
+            self.0 = self.0.iter().cloned().chain([new]).collect();
+            self.0.len() - 1
+        });
+        let class = &mut Arc::make_mut(&mut self.0)[at];
         class.weight += u64::from(workload.capacity);
         class.workloads.push_back(Arc::clone(workload));
         class.workloads.len() - 1
@@ -232,11 +244,14 @@ impl Pool {
 
     /// Takes out the one of that weight that is there, and says who is in its place now.
     fn take(&mut self, at: usize, weight: u32) -> Option<Arc<Workload>> {
-        let class = self.0.get_mut(&weight.ilog2())?;
+        let power = weight.ilog2();
+        let mut classes = Arc::make_mut(&mut self.0).iter_mut();
+        let class = classes.find(|class| class.power == power)?;
         class.weight -= u64::from(weight);
         let last = class.workloads.pop_back()?;
         if class.workloads.is_empty() {
-            self.0.remove(&weight.ilog2());
+            let others = self.0.iter().filter(|class| class.power != power);
+            self.0 = others.cloned().collect();
         } else if at < class.workloads.len() {
             class.workloads.set(at, Arc::clone(&last));
             return Some(last);
