@@ -9,7 +9,39 @@ use imbl::OrdMap;
 pub(super) struct Claims<P: Ord, T>(OrdMap<Arc<str>, OrdMap<P, Claimants<T>>>);
 
 /// Those of one place, whose claim holds first.
-type Claimants<T> = Arc<[Arc<T>]>;
+#[derive(Debug)]
+enum Claimants<T> {
+    One(Arc<T>),
+    Several(Arc<[Arc<T>]>),
+}
+
+impl<T> Claimants<T> {
+    fn all(&self) -> &[Arc<T>] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Several(all) => all,
+        }
+    }
+}
+
+impl<T> Clone for Claimants<T> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::One(one) => Self::One(Arc::clone(one)),
+            Self::Several(all) => Self::Several(Arc::clone(all)),
+        }
+    }
+}
+
+impl<T> FromIterator<Arc<T>> for Claimants<T> {
+    fn from_iter<I: IntoIterator<Item = Arc<T>>>(all: I) -> Self {
+        let all: Arc<[_]> = all.into_iter().collect();
+        match &*all {
+            [one] => Self::One(Arc::clone(one)),
+            _ => Self::Several(all),
+        }
+    }
+}
 
 impl<P: Ord, T> Clone for Claims<P, T> {
     fn clone(&self) -> Self {
@@ -27,7 +59,7 @@ impl<P: Ord + Clone, T> Claims<P, T> {
     /// Who claims a place, whose claim holds first.
     pub(super) fn of(&self, network: &str, place: &P) -> &[Arc<T>] {
         let all = self.0.get(network).and_then(|of| of.get(place));
-        all.map_or(&[], |all| &**all)
+        all.map_or(&[], Claimants::all)
     }
 
     /// Adds a claim, before all that `holds_before` does not put before it.
@@ -39,7 +71,7 @@ impl<P: Ord + Clone, T> Claims<P, T> {
         holds_before: impl Fn(&T, &T) -> bool,
     ) {
         let of = self.0.entry(Arc::clone(network)).or_default();
-        let all = of.get(&place).map_or(&[][..], |all| &**all);
+        let all = of.get(&place).map_or(&[][..], Claimants::all);
         if all.iter().any(|other| Arc::ptr_eq(other, claim)) {
             return;
         }
@@ -54,10 +86,10 @@ impl<P: Ord + Clone, T> Claims<P, T> {
         let Some(of) = self.0.get_mut(network) else {
             return;
         };
-        let all = of.get(place).map_or(&[][..], |all| &**all);
+        let all = of.get(place).map_or(&[][..], Claimants::all);
         let others = all.iter().filter(|other| !Arc::ptr_eq(other, claim));
-        let others: Arc<[Arc<T>]> = others.cloned().collect();
-        if others.is_empty() {
+        let others: Claimants<T> = others.cloned().collect();
+        if others.all().is_empty() {
             of.remove(place);
             if of.is_empty() {
                 self.0.remove(network);
