@@ -17,9 +17,12 @@ use super::manifests::{Folder, LocalPodSpec, Translated, Translation, Watch};
 use super::recorded::Recorded;
 use crate::capture::{PodState, PodStatus, Status, named};
 use crate::mesh::{Delta, Mesh, MeshWriter, Workload};
+use crate::sys::memory;
 
 /// How often it is looked whether records have changed of which nothing tells.
 const LOOK: Duration = Duration::from_secs(1);
+/// What so many changes left behind is given back: what they were read from, and what was there before.
+const MANY: usize = 1000;
 
 /// Where the configuration is.
 #[expect(clippy::large_enum_variant, reason = "there is one")]
@@ -138,11 +141,16 @@ impl Configuration {
         self.kept
             .keep(&served, (workload, policy), &mesh, &mut delta);
         self.tell_of_another_node(&served, &mesh, &delta);
-        if !delta.is_empty() {
+        drop(mesh);
+        let changes = delta.len();
+        if changes > 0 {
             self.mesh.apply(delta);
             self.doubts.expire();
         }
         self.doubt();
+        if changes >= MANY {
+            memory::give_back();
+        }
         let configured = self.configured();
         self.configured.send_if_modified(|old| {
             let changed = *old != configured;

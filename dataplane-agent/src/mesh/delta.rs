@@ -34,7 +34,12 @@ impl Delta {
 
     /// Whether nothing is to change.
     pub fn is_empty(&self) -> bool {
-        self.workloads.is_empty() && self.services.is_empty() && self.policies.is_empty()
+        self.len() == 0
+    }
+
+    /// How much is to change.
+    pub fn len(&self) -> usize {
+        self.workloads.len() + self.services.len() + self.policies.len()
     }
 }
 
