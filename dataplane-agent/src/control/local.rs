@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
+use super::manifests::node::each::{Collect, Document, Each};
 use super::manifests::node::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
 use super::written::Block;
@@ -74,18 +75,18 @@ pub fn read(
 /// As [`read`].
 pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, ManifestError> {
     let fault = |error: NodeError| ManifestError::at(file, error);
-    let documents = node::documents_1_2(text).map_err(fault)?;
-    let config: Config = match documents.as_slice() {
-        [] => Config::default(),
-        [one] => one.read_lenient().map_err(fault)?,
-        [_, second, ..] => {
-            return Err(ManifestError {
-                line: Some(second.line),
-                ..ManifestError::of_file(file, "one document is enough")
-            });
-        }
-    };
-    let made = config.translate(node);
+    let mut documents: Vec<Document<Config>> = node::documents_1_2(text).map_err(fault)?;
+    if let Some(second) = documents.get(1) {
+        return Err(ManifestError {
+            line: Some(second.line()),
+            ..ManifestError::of_file(file, "one document is enough")
+        });
+    }
+    let config = documents
+        .pop()
+        .map_or(Ok(Config::default()), Document::lists);
+    let made = config.and_then(|config| config.translate(node));
+    let made = made.map_err(fault)?;
     let fault = |field: &str, (at, what): (usize, String)| ManifestError {
         field: format!("{field}[{at}]"),
         ..ManifestError::of_file(file, what)
@@ -119,21 +120,20 @@ fn told_apart(workloads: &[Workload]) -> Result<(), (usize, String)> {
 }
 
 impl Config {
-    fn translate(self, node: &str) -> Translation {
-        let mut problems = Vec::new();
-        let mut interner = Interner::default();
-        let mut workloads = Vec::with_capacity(self.workloads.len());
-        for raw in self.workloads {
-            let mut workload = raw.translate(&mut problems);
-            interner.workload(&mut workload);
-            workloads.push(workload);
-        }
+    fn translate(self, node: &str) -> Result<Translation, NodeError> {
+        let Workloads {
+            mut workloads,
+            mut problems,
+            ..
+        } = in_field("workloads", self.workloads)?;
+        let policies = in_field("policies", self.policies)?;
+        let raw_services = in_field("services", self.services)?;
         let mut by_uid: HashMap<Arc<str>, usize> = HashMap::new();
         for (at, workload) in workloads.iter().enumerate() {
             by_uid.insert(workload.uid.clone(), at);
         }
         let mut services = Vec::new();
-        for raw in self.services {
+        for raw in raw_services {
             services.push(raw.translate(&mut workloads, &by_uid, &mut problems));
         }
         let keys: Vec<String> = services.iter().map(Service::key).collect();
@@ -149,18 +149,36 @@ impl Config {
             .filter(|workload| workload.protocol == Protocol::Hbone && !workload.host_network)
             .map(local)
             .collect();
-        let policies = self
-            .policies
-            .into_iter()
-            .map(RawPolicy::translate)
-            .collect();
-        Translation {
+        let policies = policies.into_iter().map(RawPolicy::translate).collect();
+        Ok(Translation {
             workloads,
             services,
             policies,
             local,
             problems,
-        }
+        })
+    }
+}
+
+fn in_field<C>(name: &str, Each(list): Each<C>) -> Result<C, NodeError> {
+    list.map_err(|error| error.below(name))
+}
+
+/// Workloads as they are read, and what is wrong with them.
+#[derive(Default)]
+struct Workloads {
+    workloads: Vec<Workload>,
+    problems: Vec<String>,
+    interner: Interner,
+}
+
+impl Collect for Workloads {
+    type Element = RawWorkload;
+
+    fn add(&mut self, raw: RawWorkload) {
+        let mut workload = raw.translate(&mut self.problems);
+        self.interner.workload(&mut workload);
+        self.workloads.push(workload);
     }
 }
 

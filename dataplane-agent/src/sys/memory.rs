@@ -25,6 +25,7 @@ pub(crate) mod counted {
 
     thread_local! {
         static TAKEN: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
+        static MOST: Cell<usize> = const { Cell::new(0) };
     }
 
     /// The bytes that this thread has taken and not given back, and how often it has taken some. What it
@@ -33,10 +34,21 @@ pub(crate) mod counted {
         TAKEN.get()
     }
 
+    /// The most bytes that something takes at one time.
+    pub(crate) fn most<T>(of: impl FnOnce() -> T) -> (usize, T) {
+        let (before, _) = taken();
+        MOST.set(before);
+        let made = of();
+        (MOST.get() - before, made)
+    }
+
     fn count(more: usize, less: usize, times: usize) {
         let (bytes, often) = TAKEN.get();
         let bytes = bytes.wrapping_add(more).wrapping_sub(less);
         TAKEN.set((bytes, often + times));
+        if more > less {
+            MOST.set(MOST.get().max(bytes));
+        }
     }
 
     // SAFETY: the system's allocator does it all; what is counted is not allocated.

@@ -6,21 +6,45 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::Deserialize;
+use serde::de::{IgnoredAny, MapAccess};
 
+use super::Workloads;
+use crate::control::manifests::node::each::{Each, Lists};
 use crate::control::written::{Address, Block};
 use crate::mesh::policy::{Action, PolicyScope};
 use crate::mesh::service::NetworkAddress;
 use crate::mesh::workload::Health;
 
-#[derive(Default, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[derive(Default)]
 pub(super) struct Config {
-    #[serde(default)]
-    pub(super) workloads: Vec<RawWorkload>,
-    #[serde(default)]
-    pub(super) policies: Vec<RawPolicy>,
-    #[serde(default)]
-    pub(super) services: Vec<RawService>,
+    pub(super) workloads: Each<Workloads>,
+    pub(super) policies: Each<Vec<RawPolicy>>,
+    pub(super) services: Each<Vec<RawService>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Names {
+    #[serde(rename = "workloads")]
+    _workloads: Option<IgnoredAny>,
+    #[serde(rename = "policies")]
+    _policies: Option<IgnoredAny>,
+    #[serde(rename = "services")]
+    _services: Option<IgnoredAny>,
+}
+
+impl Lists for Config {
+    type Names = Names;
+
+    fn take<'de, A: MapAccess<'de>>(&mut self, name: &str, map: &mut A) -> Result<bool, A::Error> {
+        match name {
+            "workloads" => self.workloads = map.next_value()?,
+            "policies" => self.policies = map.next_value()?,
+            "services" => self.services = map.next_value()?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
 }
 
 #[derive(Deserialize)]

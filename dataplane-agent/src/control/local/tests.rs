@@ -1,9 +1,11 @@
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use super::super::conflicts;
 use super::*;
 use crate::mesh::workload::Health;
+use crate::sys::memory::counted::most;
 
 const FILE: &str = r#"
 policies:
@@ -264,6 +266,26 @@ fn errors_name_file_line_and_field() {
             "local.yaml:1: workload: unknown field `workload`",
         ),
         (
+            "[]\n",
+            "local.yaml:1: invalid type: sequence, expected a map",
+        ),
+        (
+            "workloads: 5\n",
+            "local.yaml:1: workloads: invalid type: integer `5`, expected a sequence",
+        ),
+        (
+            "policies:\nworkloads: {a: b}\n",
+            "local.yaml:2: workloads: invalid type: map, expected a sequence",
+        ),
+        (
+            "services: !x []\n",
+            "local.yaml:1: services: unexpected tag !x",
+        ),
+        (
+            "services: []\n---\nservices: []\n",
+            "local.yaml:3: one document is enough",
+        ),
+        (
             "workloads:\n- namespace: a\n  services: {}\n",
             "local.yaml:2: workloads[0]: missing field `workloadIps`",
         ),
@@ -325,6 +347,24 @@ fn a_workload_that_could_be_taken_for_another_is_refused() {
         let told = told.to_string();
         assert!(told.starts_with(expected), "{told}\nis not\n{expected}");
     }
+}
+
+#[test]
+fn a_long_list_is_read_one_by_one() {
+    const MANY: usize = 2000;
+    let one = |number: usize| {
+        let address = Ipv4Addr::from(number as u32);
+        format!(
+            "- {{name: pod-{number}, namespace: a, serviceAccount: sa, node: n, protocol: HBONE, workloadName: w, \
+             workloadIps: [{address}], services: {{a/s: {{80: 8080}}}}, authorizationPolicies: [a/p]}}\n"
+        )
+    };
+    let text = format!("workloads:\n{}", (0..MANY).map(one).collect::<String>());
+    let (most, made) = most(|| parsed(&text));
+    assert_eq!(made.workloads.len(), MANY);
+    // The tree of all of it takes more than 2 kB for each.
+    let each = most / MANY;
+    assert!(each < 1000, "{each} bytes for each");
 }
 
 #[test]

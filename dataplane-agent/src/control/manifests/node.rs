@@ -6,12 +6,14 @@
 use std::fmt;
 
 use serde::de::{
-    self, DeserializeSeed, EnumAccess, Expected, IntoDeserializer, MapAccess, SeqAccess,
-    Unexpected, VariantAccess, Visitor,
+    self, DeserializeOwned, DeserializeSeed, EnumAccess, Expected, IntoDeserializer, MapAccess,
+    SeqAccess, Unexpected, VariantAccess, Visitor,
 };
 use serde::{Deserialize, Deserializer, forward_to_deserialize_any};
 
 use super::spelling;
+
+pub(crate) mod each;
 
 /// One YAML node.
 #[derive(Clone, Debug, PartialEq)]
@@ -49,11 +51,14 @@ pub(crate) fn documents(text: &str) -> Result<Vec<Node>, NodeError> {
 }
 
 /// As [`documents`], by YAML 1.2: only `true` and `false` are booleans.
-pub(crate) fn documents_1_2(text: &str) -> Result<Vec<Node>, NodeError> {
+pub(crate) fn documents_1_2<T: DeserializeOwned>(text: &str) -> Result<Vec<T>, NodeError> {
     read_documents(text, true)
 }
 
-fn read_documents(text: &str, strict_booleans: bool) -> Result<Vec<Node>, NodeError> {
+fn read_documents<T: DeserializeOwned>(
+    text: &str,
+    strict_booleans: bool,
+) -> Result<Vec<T>, NodeError> {
     let options = serde_saphyr::options! {
         // What the objects of a whole cluster take; alias bombs still end early.
         budget: serde_saphyr::budget! {
@@ -246,64 +251,84 @@ impl de::Error for NodeError {
     }
 }
 
-impl<'de> Deserialize<'de> for Node {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        type Wrapped = serde_saphyr::Spanned<serde_saphyr::Tagged<Value>>;
-        let spanned = Wrapped::deserialize(deserializer)?;
+/// Any value with its line and its tag.
+#[derive(Deserialize)]
+struct Wrapped<T>(serde_saphyr::Spanned<serde_saphyr::Tagged<T>>);
+
+impl<T> Wrapped<T> {
+    fn parts(self) -> (u64, Option<String>, T) {
+        let Self(spanned) = self;
         let line = spanned.referenced.line();
         let serde_saphyr::Tagged(value, tag) = spanned.value;
+        (line, tag, value)
+    }
+}
+
+impl<'de> Deserialize<'de> for Node {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let (line, tag, value) = Wrapped::deserialize(deserializer)?.parts();
         Ok(Self { line, tag, value })
     }
 }
 
 impl<'de> Deserialize<'de> for Value {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct AnyValue;
-        impl<'de> Visitor<'de> for AnyValue {
-            type Value = Value;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a YAML value")
-            }
-            fn visit_unit<E>(self) -> Result<Value, E> {
-                Ok(Value::Null)
-            }
-            fn visit_none<E>(self) -> Result<Value, E> {
-                Ok(Value::Null)
-            }
-            fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-                Ok(Value::Bool(value))
-            }
-            fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-                Ok(Value::Int(value))
-            }
-            fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-                Ok(Value::Uint(value))
-            }
-            fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-                Ok(Value::Float(value))
-            }
-            fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-                Ok(Value::Text(value.to_owned()))
-            }
-            fn visit_string<E>(self, value: String) -> Result<Value, E> {
-                Ok(Value::Text(value))
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
-                let mut nodes = Vec::new();
-                while let Some(node) = seq.next_element()? {
-                    nodes.push(node);
-                }
-                Ok(Value::List(nodes))
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-                let mut fields = Vec::new();
-                while let Some(field) = map.next_entry()? {
-                    fields.push(field);
-                }
-                Ok(Value::Map(fields))
-            }
-        }
         deserializer.deserialize_any(AnyValue)
+    }
+}
+
+/// A visitor's methods for what is neither a list nor a map.
+macro_rules! scalars {
+    () => {
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a YAML value")
+        }
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(Value::Null.into())
+        }
+        fn visit_none<E>(self) -> Result<Self::Value, E> {
+            Ok(Value::Null.into())
+        }
+        fn visit_bool<E>(self, value: bool) -> Result<Self::Value, E> {
+            Ok(Value::Bool(value).into())
+        }
+        fn visit_i64<E>(self, value: i64) -> Result<Self::Value, E> {
+            Ok(Value::Int(value).into())
+        }
+        fn visit_u64<E>(self, value: u64) -> Result<Self::Value, E> {
+            Ok(Value::Uint(value).into())
+        }
+        fn visit_f64<E>(self, value: f64) -> Result<Self::Value, E> {
+            Ok(Value::Float(value).into())
+        }
+        fn visit_str<E>(self, value: &str) -> Result<Self::Value, E> {
+            Ok(Value::Text(value.to_owned()).into())
+        }
+        fn visit_string<E>(self, value: String) -> Result<Self::Value, E> {
+            Ok(Value::Text(value).into())
+        }
+    };
+}
+use scalars;
+
+struct AnyValue;
+
+impl<'de> Visitor<'de> for AnyValue {
+    type Value = Value;
+    scalars!();
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let mut nodes = Vec::new();
+        while let Some(node) = seq.next_element()? {
+            nodes.push(node);
+        }
+        Ok(Value::List(nodes))
+    }
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let mut fields = Vec::new();
+        while let Some(field) = map.next_entry()? {
+            fields.push(field);
+        }
+        Ok(Value::Map(fields))
     }
 }
 
