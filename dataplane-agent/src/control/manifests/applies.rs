@@ -16,7 +16,7 @@ type Labels = BTreeMap<String, String>;
 /// A line for each policy that applies to nobody, and for each namespace that has pods and no manifest.
 /// `root`: the namespace whose policies are for the whole mesh.
 pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
-    let pods = || objects.pods.values().map(|pod| &pod.meta);
+    let pods = || objects.pods.values().map(|pod| &*pod.meta);
     let written: BTreeSet<&str> = objects.namespaces.keys().map(|key| &*key.name).collect();
     let with_pods: BTreeSet<&str> = pods().map(|pod| &*pod.key.namespace).collect();
     let known: Vec<&str> = written.union(&with_pods).copied().collect();

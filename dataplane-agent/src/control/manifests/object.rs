@@ -53,13 +53,13 @@ pub struct Meta {
     pub controller: Option<(String, String)>,
 }
 
-/// An object with its metadata.
+/// An object with its metadata; both are the file's that has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resource<T> {
     /// Its metadata.
-    pub meta: Meta,
+    pub meta: Arc<Meta>,
     /// What it says.
-    pub body: T,
+    pub body: Arc<T>,
     /// Its age among all: oldest wins where only one may.
     pub age: Age,
 }
@@ -183,16 +183,16 @@ impl Objects {
     }
 
     pub(crate) fn insert(&mut self, item: Item, age: Age) {
-        fn put<T>(map: &mut ByKey<T>, meta: Meta, body: T, age: Age) {
+        fn put<T>(map: &mut ByKey<T>, meta: Arc<Meta>, body: Arc<T>, age: Age) {
             let key = meta.key.clone();
             map.insert(key, Arc::new(Resource { meta, body, age }));
         }
         let meta = item.meta;
         match item.body {
-            Body::Namespace => put(&mut self.namespaces, meta, (), age),
-            Body::ServiceAccount => put(&mut self.service_accounts, meta, (), age),
-            Body::Node => put(&mut self.nodes, meta, (), age),
-            Body::HttpRoute => put(&mut self.http_routes, meta, (), age),
+            Body::Namespace => put(&mut self.namespaces, meta, Arc::new(()), age),
+            Body::ServiceAccount => put(&mut self.service_accounts, meta, Arc::new(()), age),
+            Body::Node => put(&mut self.nodes, meta, Arc::new(()), age),
+            Body::HttpRoute => put(&mut self.http_routes, meta, Arc::new(()), age),
             Body::Pod(body) => put(&mut self.pods, meta, body, age),
             Body::Service(body) => put(&mut self.services, meta, body, age),
             Body::EndpointSlice(body) => put(&mut self.endpoint_slices, meta, body, age),
@@ -225,11 +225,11 @@ fn within<'a, T>(all: &ByKey<T>, namespaces: impl IntoIterator<Item = &'a Arc<st
     all.map(|(key, of)| (key.clone(), Arc::clone(of))).collect()
 }
 
-/// One object of a file.
+/// One object of a file. A copy shares what is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Item {
     pub(crate) line: u64,
-    pub(crate) meta: Meta,
+    pub(crate) meta: Arc<Meta>,
     pub(crate) body: Body,
 }
 
@@ -239,12 +239,12 @@ pub(crate) enum Body {
     ServiceAccount,
     Node,
     HttpRoute,
-    Pod(Pod),
-    Service(Service),
-    EndpointSlice(EndpointSlice),
-    AuthorizationPolicy(AuthorizationPolicy),
-    PeerAuthentication(PeerAuthentication),
-    Gateway(Gateway),
+    Pod(Arc<Pod>),
+    Service(Arc<Service>),
+    EndpointSlice(Arc<EndpointSlice>),
+    AuthorizationPolicy(Arc<AuthorizationPolicy>),
+    PeerAuthentication(Arc<PeerAuthentication>),
+    Gateway(Arc<Gateway>),
 }
 
 /// What a file says.
@@ -428,16 +428,18 @@ fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(
         ("", "ServiceAccount") => Body::ServiceAccount,
         ("", "Node") => Body::Node,
         ("gateway.networking.k8s.io", "HTTPRoute") => Body::HttpRoute,
-        ("", "Pod") => Body::Pod(Pod::read(node)?),
-        ("", "Service") => Body::Service(Service::read(node)?),
-        ("discovery.k8s.io", "EndpointSlice") => Body::EndpointSlice(EndpointSlice::read(node)?),
+        ("", "Pod") => Body::Pod(Pod::read(node)?.into()),
+        ("", "Service") => Body::Service(Service::read(node)?.into()),
+        ("discovery.k8s.io", "EndpointSlice") => {
+            Body::EndpointSlice(EndpointSlice::read(node)?.into())
+        }
         ("security.istio.io", "AuthorizationPolicy") => {
-            Body::AuthorizationPolicy(AuthorizationPolicy::read(node)?)
+            Body::AuthorizationPolicy(AuthorizationPolicy::read(node)?.into())
         }
         ("security.istio.io", "PeerAuthentication") => {
-            Body::PeerAuthentication(PeerAuthentication::read(node)?)
+            Body::PeerAuthentication(PeerAuthentication::read(node)?.into())
         }
-        ("gateway.networking.k8s.io", "Gateway") => Body::Gateway(Gateway::read(node)?),
+        ("gateway.networking.k8s.io", "Gateway") => Body::Gateway(Gateway::read(node)?.into()),
         (group, kind) => {
             parsed.warnings.push(passed_over(file, node, group, kind)?);
             parsed.passed_over.push(PassedOver {
@@ -452,7 +454,7 @@ fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(
     let meta = Meta::read(node, matches!(body, Body::Namespace | Body::Node))?;
     parsed.items.push(Item {
         line: node.line,
-        meta,
+        meta: meta.into(),
         body,
     });
     Ok(())

@@ -221,7 +221,7 @@ fn policies<'a>(
             .into_iter()
             .map(|policy| (policy, None)),
     );
-    peers.tell(objects.pods.values().map(|pod| &pod.meta), problems);
+    peers.tell(objects.pods.values().map(|pod| &*pod.meta), problems);
     policies.sort_by_key(|(policy, _)| policy.key());
     policies
 }
