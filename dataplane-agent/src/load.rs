@@ -16,6 +16,8 @@ pub const BUSY: u32 = 1000;
 
 /// A shorter time than this is no interval: chance decides how busy it was.
 const INTERVAL: Duration = Duration::from_millis(100);
+/// An interval lasts until what it has begun is known, but no longer than this.
+const LONGEST: Duration = Duration::from_secs(1);
 
 /// The load of one worker. Clones are the same one. Nobody waits who asks for it.
 #[derive(Clone, Debug)]
@@ -33,6 +35,8 @@ struct Inner {
 struct Interval {
     /// When it began, in microseconds. Whoever sets it ends the one before.
     began: AtomicU64,
+    /// When something was begun last, in microseconds.
+    last: AtomicU64,
     /// How long the worker had been busy by then, in microseconds.
     before: AtomicU64,
     /// How busy the worker was in the one before.
@@ -74,7 +78,7 @@ impl Load {
     pub fn begin(&self) -> Begun {
         Begun {
             load: self.clone(),
-            interval: self.0.interval.begin(),
+            interval: self.0.interval.begin(self.0.made.elapsed()),
         }
     }
 }
@@ -85,7 +89,9 @@ impl Interval {
         let now = micros(now);
         let began = self.began.load(Ordering::Relaxed);
         let length = now.saturating_sub(began);
-        if length < micros(INTERVAL) {
+        let known = now.saturating_sub(self.last.load(Ordering::Relaxed));
+        let is_known = known >= micros(INTERVAL) || length >= micros(LONGEST);
+        if length < micros(INTERVAL) || !is_known {
             return;
         }
         let ends = (self.began).compare_exchange(began, now, Ordering::Relaxed, Ordering::Relaxed);
@@ -107,7 +113,8 @@ impl Interval {
     }
 
     /// Counts one more; in which interval.
-    fn begin(&self) -> u32 {
+    fn begin(&self, now: Duration) -> u32 {
+        self.last.store(micros(now), Ordering::Relaxed);
         parts(self.begun.fetch_add(1, Ordering::Relaxed)).0
     }
 
@@ -154,7 +161,7 @@ mod tests {
     fn a_worker_weighs_by_what_it_did_and_not_by_what_it_holds() {
         let of = Interval::default();
         for _ in 0..500 {
-            of.begin();
+            of.begin(after(0));
         }
         assert_eq!(of.load(), 500 * BUSY, "it is not known yet what they are");
         of.next(after(1000), || after(5));
@@ -168,15 +175,32 @@ mod tests {
     #[test]
     fn a_moment_is_no_interval() {
         let of = Interval::default();
-        of.begin();
+        of.begin(after(0));
         of.next(after(99), || panic!("not asked"));
         assert_eq!(of.load(), BUSY);
     }
 
     #[test]
+    fn what_has_just_begun_is_not_forgotten_as_an_interval_ends() {
+        let of = Interval::default();
+        of.begin(after(97));
+        of.next(after(101), || after(4));
+        assert_eq!(of.load(), BUSY, "it is not known yet what it is");
+        of.next(after(197), || after(100));
+        assert_eq!(of.load(), 100 * BUSY / 197);
+        // However much is begun, what is idle weighs nothing in the end.
+        for time in 198..1197 {
+            of.begin(after(time));
+            of.next(after(time), || panic!("not asked"));
+        }
+        of.next(after(1197), || after(100));
+        assert_eq!(of.load(), 0);
+    }
+
+    #[test]
     fn what_ends_weighs_no_more_and_is_not_taken_off_twice() {
         let of = Interval::default();
-        let (first, second) = (of.begin(), of.begin());
+        let (first, second) = (of.begin(after(0)), of.begin(after(0)));
         of.end(first);
         assert_eq!(of.load(), BUSY);
         of.next(INTERVAL, || Duration::ZERO);
@@ -191,7 +215,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for number in 0..20_000 {
-                        let begun = of.begin();
+                        let begun = of.begin(after(number));
                         of.next(after(number), || after(number / 2));
                         of.end(begun);
                     }
