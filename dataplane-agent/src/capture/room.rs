@@ -102,8 +102,6 @@ pub struct Room {
     failed: BTreeMap<u64, Failure>,
     /// When what could not be undone is tried again.
     again: Option<Instant>,
-    /// When control was told last.
-    told: Instant,
     events: mpsc::Sender<PodEvent>,
     status: watch::Sender<Status>,
     /// What is lent with each pod.
@@ -322,7 +320,7 @@ impl Room {
             repairs: Arc::default(),
         };
         let (status, told) = watch::channel(Status::new());
-        let mut room = Self {
+        let room = Self {
             config,
             records,
             loader: Loader::new(&pins),
@@ -330,7 +328,6 @@ impl Room {
             pods,
             failed: BTreeMap::new(),
             again: None,
-            told: Instant::now(),
             events,
             status,
             stamp: Arc::new(super::maps::stamp(&mut node)?),
@@ -414,7 +411,8 @@ impl Room {
                 (*cookie, has)
             })
             .collect();
-        let mut more = false;
+        // Nothing yet of what is enrolled here.
+        let (mut more, mut told) = (false, None::<Instant>);
         self.hold(&want);
         self.grow(&by_cookie);
         for step in diff(&want, &have) {
@@ -434,8 +432,9 @@ impl Room {
                         self.enrol((*desired).clone()).await?;
                     }
                     // Other nodes dial it in clear until then, and STRICT refuses that.
-                    if self.told.elapsed() >= TELL {
+                    if told.is_none_or(|told| told.elapsed() >= TELL) {
                         self.tell();
+                        told = Some(Instant::now());
                     }
                 }
                 Step::Revive(cookie) => {
@@ -650,8 +649,7 @@ impl Room {
             .map_err(|_| CaptureError::Stopping)
     }
 
-    fn tell(&mut self) {
-        self.told = Instant::now();
+    fn tell(&self) {
         let mut status = Status::new();
         for (&cookie, pod) in &self.pods {
             let looks = pod.phase.served().map(|of| &of.looks);
