@@ -7,13 +7,37 @@
 
 use std::future::Future;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::load::Load;
+
+/// Is shared by all that were told the same, and answers when the last of them lets go of it.
+#[derive(Clone, Debug)]
+pub struct Answer(#[expect(dead_code, reason = "it acts as it is dropped")] Arc<OnDrop>);
+
+#[derive(Debug)]
+struct OnDrop(Option<oneshot::Sender<()>>);
+
+impl Answer {
+    /// By which `told` hears.
+    pub fn new(told: oneshot::Sender<()>) -> Self {
+        Self(Arc::new(OnDrop(Some(told))))
+    }
+}
+
+impl Drop for OnDrop {
+    fn drop(&mut self) {
+        if let Some(told) = self.0.take() {
+            // Whoever asked may have given up.
+            let _ = told.send(());
+        }
+    }
+}
 
 /// The tasks of one pod on one worker. Clones share them.
 #[derive(Clone, Debug)]

@@ -22,7 +22,7 @@ use crate::accept::LocalPod;
 use crate::accept::listener::Listener;
 use crate::authorize::Authorizer;
 use crate::capture::named;
-use crate::drain::{Scope, tasks};
+use crate::drain::{Answer, Scope, tasks};
 use crate::identity::Certs;
 use crate::journey::{Admitted, Corridor, Entrance, admit, walk};
 use crate::limits::NodePlaces;
@@ -96,27 +96,6 @@ enum Order {
     Down(Instance, Answer),
     /// No more orders.
     Stop,
-}
-
-/// Shared by all workers that were ordered the same: it is given when the last one lets go of it.
-type Answer = Arc<OnDrop>;
-
-#[derive(Debug)]
-struct OnDrop(Option<oneshot::Sender<()>>);
-
-impl OnDrop {
-    fn answer(told: oneshot::Sender<()>) -> Answer {
-        Arc::new(Self(Some(told)))
-    }
-}
-
-impl Drop for OnDrop {
-    fn drop(&mut self) {
-        if let Some(told) = self.0.take() {
-            // Whoever asked may have given up.
-            let _ = told.send(());
-        }
-    }
 }
 
 impl Door {
@@ -269,9 +248,9 @@ impl Workers {
 
     /// Orders it from all workers; `told` hears when all have done it.
     fn all(&self, pod: Instance, told: oneshot::Sender<()>, order: fn(Instance, Answer) -> Order) {
-        let answer = OnDrop::answer(told);
+        let answer = Answer::new(told);
         for door in &self.doors {
-            door.order(order(pod, Arc::clone(&answer)));
+            door.order(order(pod, answer.clone()));
         }
     }
 }

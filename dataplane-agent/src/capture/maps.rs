@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use aya::Ebpf;
 use aya::maps::{
-    Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SkStorage, SockMap,
+    Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SockMap,
 };
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
@@ -377,7 +377,13 @@ pub fn events(ebpf: &mut Ebpf) -> Result<RingBuf<MapData>, CaptureError> {
 /// # Errors
 /// The map is not there.
 pub fn stamp(ebpf: &mut Ebpf) -> Result<Stamp, CaptureError> {
-    take::<SkStorage<_, u32>>(ebpf, "AGENT").map(Stamp::new)
+    let error = |why: String| CaptureError::Map { map: "AGENT", why };
+    let Some(Map::SkStorage(map)) = ebpf.map("AGENT") else {
+        return Err(error("it is not there".into()));
+    };
+    let descriptor = map.fd().as_fd().try_clone_to_owned();
+    let stamp = descriptor.and_then(Stamp::of);
+    stamp.map_err(|why| error(why.to_string()))
 }
 
 /// Tells a pod's program whose it is, and the listeners if there are any.

@@ -2,12 +2,19 @@
 //! the kernel's programs and maps) leases each captured pod to the half that carries its connections, and
 //! says what happens to it; all that is said could go to another process.
 
+pub mod borrow;
+pub mod lend;
+mod packets;
 mod stamp;
+#[cfg(test)]
+mod tests;
+pub mod wire;
 
 use std::io;
 use std::net::{IpAddr, TcpListener};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use socket2::SockRef;
 use tokio::sync::oneshot;
@@ -22,10 +29,16 @@ use crate::sys::netns::Netns;
 pub struct Instance(u64);
 
 impl Instance {
-    /// The next one; no other enrolment of this process has it.
+    /// The next one; no other enrolment on this machine has it, by whichever process.
     pub fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+        static NEXT: OnceLock<AtomicU64> = OnceLock::new();
+        let next = NEXT.get_or_init(|| {
+            // Fewer pods are enrolled than nanoseconds pass.
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            let now = now.map_or(0, |now| now.as_nanos());
+            AtomicU64::new(u64::try_from(now).unwrap_or_default())
+        });
+        Self(next.fetch_add(1, Ordering::Relaxed))
     }
 }
 

@@ -67,16 +67,25 @@ impl Netns {
             return Err(other());
         }
         let file = File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))?;
+        Self::of(file.into())?.ok_or_else(other)
+    }
+
+    /// The one that a descriptor is of; none if it is of something else.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn of(descriptor: OwnedFd) -> io::Result<Option<Self>> {
+        if fstatfs(&descriptor)?.filesystem_type() != MAGIC {
+            return Ok(None);
+        }
+        let file = File::from(descriptor);
         // SAFETY: the descriptor is open; this request takes no argument.
         let kind = unsafe { libc::ioctl(file.as_raw_fd(), NS_GET_NSTYPE) };
-        if kind != libc::CLONE_NEWNET {
-            return Err(other());
-        }
         let inode = file.metadata()?.ino();
-        Ok(Self {
+        Ok((kind == libc::CLONE_NEWNET).then(|| Self {
             file: Arc::new(file),
             inode,
-        })
+        }))
     }
 
     /// The agent's own.

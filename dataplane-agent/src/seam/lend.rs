@@ -1,0 +1,340 @@
+//! The node's end between two processes: lends each pod to whoever connects, and tells what happens to it.
+//! The node keeps the listeners, so that nothing is refused while nobody serves: connections wait in them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use prost::Message;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use super::packets::{Channel, Entry, Packet};
+use super::wire::{
+    self, Add, Addresses, Hello, Nothing, Of, Request, Response, Said, Told, VERSION, Welcome,
+    WorkloadInfo,
+};
+use super::{Instance, Lease, PodEvent, Stamp};
+use crate::drain::Answer;
+
+/// How long who serves may take to say hello, and to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait when nobody can be accepted.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What is lent, and to whom.
+pub struct Lender {
+    node: String,
+    stamp: Arc<Stamp>,
+    leased: BTreeMap<Instance, Leased>,
+    proxies: Vec<Proxy>,
+    /// How many serve.
+    serving: watch::Sender<usize>,
+}
+
+struct Leased {
+    lease: Lease,
+    /// Whether nothing new is to be opened for it.
+    drains: bool,
+}
+
+/// One that serves, and what it was lent.
+struct Proxy {
+    orders: mpsc::UnboundedSender<Order>,
+    has: BTreeSet<Instance>,
+}
+
+/// What is to be said to one that serves.
+#[derive(Default)]
+struct Order {
+    said: Option<Said>,
+    descriptors: Vec<OwnedFd>,
+    /// Is let go when it has been done, or cannot be any more.
+    done: Option<Answer>,
+    /// Is let go when nothing runs any more of the pod that drains.
+    idle: Option<(Instance, Answer)>,
+}
+
+impl Lender {
+    /// Lends nothing yet. The other end hears how many serve.
+    pub fn new(node: &str, stamp: Arc<Stamp>) -> (Self, watch::Receiver<usize>) {
+        let (serving, told) = watch::channel(0);
+        let new = Self {
+            node: node.to_owned(),
+            stamp,
+            leased: BTreeMap::new(),
+            proxies: Vec::new(),
+            serving,
+        };
+        (new, told)
+    }
+
+    /// Lends what `events` say to all that connect, until there are no more events.
+    pub async fn run(mut self, entry: Entry, mut events: mpsc::Receiver<PodEvent>) {
+        let mut conversations = FuturesUnordered::new();
+        loop {
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.apply(event),
+                    None => return,
+                },
+                came = entry.accept() => match came.and_then(|channel| Ok((channel, self.meet()?))) {
+                    Ok((channel, orders)) => conversations.push(converse(channel, orders)),
+                    Err(error) => {
+                        tracing::warn!(%error, "who came to serve pods is not let in");
+                        sleep(PAUSE).await;
+                    }
+                },
+                Some(()) = conversations.next() => {
+                    self.proxies.retain(|proxy| !proxy.orders.is_closed());
+                }
+            }
+            self.serving.send_if_modified(|old| {
+                let changed = *old != self.proxies.len();
+                *old = self.proxies.len();
+                changed
+            });
+        }
+    }
+
+    /// Lends all that there is to one that has come.
+    fn meet(&mut self) -> io::Result<mpsc::UnboundedReceiver<Order>> {
+        let (orders, inbox) = mpsc::unbounded_channel();
+        let mut proxy = Proxy {
+            orders,
+            has: BTreeSet::new(),
+        };
+        let welcome = Welcome {
+            lease: VERSION,
+            node: self.node.clone(),
+        };
+        proxy.order(Order {
+            said: Some(Said::Welcome(welcome)),
+            descriptors: copies(self.stamp.descriptor())?,
+            ..Order::default()
+        });
+        for leased in self.leased.values().filter(|leased| !leased.drains) {
+            proxy.add(&leased.lease)?;
+        }
+        proxy.say(Said::SnapshotSent(Nothing {}));
+        self.proxies.push(proxy);
+        Ok(inbox)
+    }
+
+    fn apply(&mut self, event: PodEvent) {
+        match event {
+            PodEvent::Up(lease) => {
+                self.add(&lease);
+                let leased = Leased {
+                    lease: *lease,
+                    drains: false,
+                };
+                self.leased.insert(leased.lease.instance, leased);
+            }
+            PodEvent::Addresses(instance, addresses) => {
+                let said = Said::Addresses(Addresses {
+                    instance: instance.0,
+                    addresses: addresses.iter().map(wire::bytes).collect(),
+                });
+                for proxy in self.having(instance) {
+                    proxy.say(said.clone());
+                }
+                if let Some(leased) = self.leased.get_mut(&instance) {
+                    leased.lease.addresses = addresses;
+                }
+            }
+            PodEvent::Drain(instance, told) => {
+                let (answer, of) = (Answer::new(told), self.of(instance));
+                if let Some(leased) = self.leased.get_mut(&instance) {
+                    leased.drains = true;
+                }
+                for proxy in self.having(instance) {
+                    proxy.order(Order {
+                        said: Some(Said::Drain(of.clone())),
+                        idle: Some((instance, answer.clone())),
+                        ..Order::default()
+                    });
+                }
+            }
+            PodEvent::Revive(instance) => {
+                let of = self.of(instance);
+                for proxy in self.having(instance) {
+                    proxy.say(Said::Revive(of.clone()));
+                }
+                // Who has come meanwhile was not lent it.
+                if let Some(mut leased) = self.leased.remove(&instance) {
+                    leased.drains = false;
+                    self.add(&leased.lease);
+                    self.leased.insert(instance, leased);
+                }
+            }
+            PodEvent::Down(instance, told) => self.take_back(instance, told),
+        }
+    }
+
+    /// Takes a pod back from all that have it; `told` hears when they have given it.
+    fn take_back(&mut self, instance: Instance, told: oneshot::Sender<()>) {
+        let (answer, of) = (Answer::new(told), self.of(instance));
+        for proxy in self.having(instance) {
+            proxy.has.remove(&instance);
+            proxy.order(Order {
+                said: Some(Said::Del(of.clone())),
+                done: Some(answer.clone()),
+                ..Order::default()
+            });
+        }
+        self.leased.remove(&instance);
+    }
+
+    /// Lends a pod to all that do not have it.
+    fn add(&mut self, lease: &Lease) {
+        // To which it cannot be lent is let go, and comes again.
+        self.proxies.retain_mut(|proxy| match proxy.add(lease) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(pod = %lease.name, %error, "a pod cannot be lent");
+                false
+            }
+        });
+    }
+
+    fn having(&mut self, instance: Instance) -> impl Iterator<Item = &mut Proxy> {
+        let proxies = self.proxies.iter_mut();
+        proxies.filter(move |proxy| proxy.has.contains(&instance))
+    }
+
+    fn of(&self, instance: Instance) -> Of {
+        let leased = self.leased.get(&instance);
+        Of {
+            uid: leased.map_or_else(String::new, |leased| leased.lease.uid.to_string()),
+            instance: instance.0,
+        }
+    }
+}
+
+impl Proxy {
+    fn order(&self, order: Order) {
+        // One that is gone is noticed as its conversation ends.
+        let _ = self.orders.send(order);
+    }
+
+    fn say(&self, said: Said) {
+        self.order(Order {
+            said: Some(said),
+            ..Order::default()
+        });
+    }
+
+    /// Lends it a pod, unless it has it.
+    fn add(&mut self, lease: &Lease) -> io::Result<()> {
+        if self.has.contains(&lease.instance) {
+            return Ok(());
+        }
+        let add = Add {
+            uid: lease.uid.to_string(),
+            workload_info: Some(WorkloadInfo {
+                name: lease.name.to_string(),
+                namespace: lease.namespace.to_string(),
+                service_account: lease.identity.service_account().to_owned(),
+            }),
+            instance: lease.instance.0,
+            addresses: lease.addresses.iter().map(wire::bytes).collect(),
+            trust_domain: lease.identity.trust_domain().to_owned(),
+        };
+        let listeners = &lease.listeners;
+        let lent = [
+            lease.netns.as_fd(),
+            listeners.outbound.as_fd(),
+            listeners.inbound.as_fd(),
+            listeners.hbone.as_fd(),
+        ];
+        self.order(Order {
+            said: Some(Said::Add(add)),
+            descriptors: copies(lent)?,
+            ..Order::default()
+        });
+        self.has.insert(lease.instance);
+        Ok(())
+    }
+}
+
+fn copies<'a>(of: impl IntoIterator<Item = BorrowedFd<'a>>) -> io::Result<Vec<OwnedFd>> {
+    let copies = of.into_iter().map(|one| one.try_clone_to_owned());
+    copies.collect()
+}
+
+/// Says what is ordered to one that serves, one thing after the other, until it is gone.
+async fn converse(channel: Channel, orders: mpsc::UnboundedReceiver<Order>) {
+    match talk(&channel, orders).await {
+        Ok(()) => tracing::info!("a proxy has gone"),
+        Err(error) => tracing::warn!(%error, "a proxy is let go; it may come again"),
+    }
+}
+
+async fn talk(channel: &Channel, mut orders: mpsc::UnboundedReceiver<Order>) -> io::Result<()> {
+    let hello = timeout(PATIENCE, channel.receive()).await;
+    let hello = hello.map_err(|_| late("it does not say hello"))??;
+    let hello = match hello {
+        Some(packet) => Hello::decode(&*packet.bytes).map_err(io::Error::other)?,
+        None => return Ok(()),
+    };
+    if hello.lease != VERSION {
+        let what = format!(
+            "it speaks version {} of the seam, and this node version {VERSION}: run both of one release",
+            hello.lease
+        );
+        return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+    }
+    tracing::info!("a proxy serves");
+    // Until when the last order is to be answered, and who waits for that.
+    let mut waits: Option<(Instant, Option<Answer>)> = None;
+    let mut idle: BTreeMap<u64, Answer> = BTreeMap::new();
+    loop {
+        let until = waits.as_ref().map(|(until, _)| *until);
+        tokio::select! {
+            order = orders.recv(), if waits.is_none() => {
+                let Some(order) = order else { return Ok(()) };
+                if let Some(Said::Revive(of)) = &order.said {
+                    idle.remove(&of.instance);
+                }
+                idle.extend(order.idle.map(|(instance, answer)| (instance.0, answer)));
+                let lent: Vec<BorrowedFd<'_>> = order.descriptors.iter().map(AsFd::as_fd).collect();
+                channel.send(&Request { said: order.said }.encode_to_vec(), &lent)?;
+                waits = Some((Instant::now() + PATIENCE, order.done));
+            }
+            packet = channel.receive() => {
+                let Some(Packet { bytes, .. }) = packet? else { return Ok(()) };
+                match Response::decode(&*bytes).map_err(io::Error::other)?.told {
+                    Some(Told::Ack(ack)) => {
+                        if waits.take().is_none() {
+                            return Err(io::Error::other("it answers what was not asked"));
+                        }
+                        if !ack.error.is_empty() {
+                            return Err(io::Error::other(ack.error));
+                        }
+                    }
+                    Some(Told::Idle(of)) => {
+                        idle.remove(&of.instance);
+                    }
+                    None => return Err(io::Error::other("it says a word that is not known")),
+                }
+            }
+            () = at(until) => return Err(late("it does not answer")),
+        }
+    }
+}
+
+fn late(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, what)
+}
+
+async fn at(until: Option<Instant>) {
+    match until {
+        Some(until) => sleep_until(until).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,227 @@
+//! Packets between the two halves: a Unix socket of sequenced packets, each with the descriptors that belong
+//! to it. Only the user of the agent, and root, may connect.
+
+use std::fs::{self, Permissions};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    accept_with, bind, connect, listen, recvmsg, sendmsg, socket_with, sockopt,
+};
+use tokio::io::unix::AsyncFd;
+
+use crate::sys::readiness;
+
+/// The longest packet, in bytes: a pod with the longest names and as many addresses as are known takes half.
+const LONGEST: usize = 4096;
+/// The most descriptors that one has.
+const MOST: usize = 8;
+/// How many may wait to be accepted.
+const BACKLOG: i32 = 8;
+const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
+
+/// What was received at once.
+#[derive(Debug)]
+pub struct Packet {
+    /// What it says.
+    pub bytes: Vec<u8>,
+    /// The descriptors that came with it.
+    pub descriptors: Vec<OwnedFd>,
+}
+
+/// One end.
+#[derive(Debug)]
+pub struct Channel(AsyncFd<OwnedFd>);
+
+/// Where others connect to.
+#[derive(Debug)]
+pub struct Entry(AsyncFd<OwnedFd>);
+
+impl Entry {
+    /// Makes it, in place of one that a predecessor left.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
+        bind(&socket, &SocketAddrUnix::new(path)?)?;
+        fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        listen(&socket, BACKLOG)?;
+        Ok(Self(readiness::readable(socket)?))
+    }
+
+    /// The next one that connects.
+    ///
+    /// # Errors
+    /// There are no descriptors left; it is another user's.
+    pub async fn accept(&self) -> io::Result<Channel> {
+        let socket = ready(&self.0, |socket| Ok(accept_with(socket, FLAGS)?)).await?;
+        let peer = sockopt::socket_peercred(&socket)?.uid;
+        if !peer.is_root() && peer != rustix::process::geteuid() {
+            let what = format!("user {} may not be a half of the agent", peer.as_raw());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+        }
+        Ok(Channel(readiness::readable(socket)?))
+    }
+}
+
+impl Channel {
+    /// To who listens at a path.
+    ///
+    /// # Errors
+    /// Nobody does, or too many wait.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
+        connect(&socket, &SocketAddrUnix::new(path)?)?;
+        Ok(Self(readiness::readable(socket)?))
+    }
+
+    /// Sends a packet. What was sent before is answered, so that there is room for it.
+    ///
+    /// # Errors
+    /// The other end is gone, or does not read.
+    pub fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
+        let mut beside = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !beside.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(io::Error::other(format!("more than {MOST} descriptors")));
+        }
+        let socket = self.0.get_ref();
+        sendmsg(
+            socket,
+            &[IoSlice::new(bytes)],
+            &mut beside,
+            SendFlags::NOSIGNAL,
+        )?;
+        Ok(())
+    }
+
+    /// Waits for a packet; none comes any more if the other end is gone.
+    ///
+    /// # Errors
+    /// It is longer than any should be, or has more descriptors; none of these stays open.
+    pub async fn receive(&self) -> io::Result<Option<Packet>> {
+        ready(&self.0, receive).await
+    }
+}
+
+async fn ready<T>(
+    socket: &AsyncFd<OwnedFd>,
+    act: impl Fn(BorrowedFd<'_>) -> io::Result<T>,
+) -> io::Result<T> {
+    loop {
+        let mut ready = socket.readable().await?;
+        if let Ok(done) = ready.try_io(|socket| act(socket.get_ref().as_fd())) {
+            return done;
+        }
+    }
+}
+
+fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
+    let mut bytes = vec![0; LONGEST];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
+    let mut beside = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let came = recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut bytes)],
+        &mut beside,
+        flags,
+    )?;
+    let mut descriptors = Vec::new();
+    for message in beside.drain() {
+        if let RecvAncillaryMessage::ScmRights(all) = message {
+            descriptors.extend(all);
+        }
+    }
+    if came
+        .flags
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+    {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "a packet is longer than any",
+        ));
+    }
+    bytes.truncate(came.bytes);
+    Ok((came.bytes > 0).then_some(Packet { bytes, descriptors }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+
+    use super::*;
+
+    fn pair() -> (Channel, Channel) {
+        let (one, other) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)
+                .expect("a pair");
+        let channel = |socket| Channel(readiness::readable(socket).expect("a runtime"));
+        (channel(one), channel(other))
+    }
+
+    #[tokio::test]
+    async fn packets_come_one_by_one_with_their_descriptors() {
+        let (one, other) = pair();
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("file");
+        fs::write(&path, "lent").expect("a file");
+        let file = File::open(&path).expect("the file");
+        one.send(b"first", &[file.as_fd()]).expect("there is room");
+        one.send(b"second", &[]).expect("there is room");
+        let first = other.receive().await.expect("a packet").expect("one");
+        assert_eq!(first.bytes, b"first");
+        let mut said = String::new();
+        let [lent] = <[OwnedFd; 1]>::try_from(first.descriptors).expect("one");
+        File::from(lent).read_to_string(&mut said).expect("a file");
+        assert_eq!(said, "lent");
+        let second = other.receive().await.expect("a packet").expect("one");
+        assert_eq!(
+            (&*second.bytes, second.descriptors.len()),
+            (&b"second"[..], 0)
+        );
+        drop(one);
+        assert!(other.receive().await.expect("an end").is_none());
+    }
+
+    #[tokio::test]
+    async fn a_packet_that_is_too_long_is_an_error_and_leaves_nothing_open() {
+        let (one, other) = pair();
+        let (near, far) = io::pipe().expect("a pipe");
+        one.send(&[7; LONGEST + 1], &[far.as_fd()])
+            .expect("there is room");
+        drop(far);
+        assert!(other.receive().await.is_err());
+        let mut end = Vec::new();
+        let mut near = near;
+        near.read_to_end(&mut end)
+            .expect("nobody has its other end");
+    }
+
+    #[tokio::test]
+    async fn who_connects_is_heard_and_a_socket_that_was_left_is_replaced() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        drop(Entry::open(&path).expect("a socket"));
+        assert!(Channel::connect(&path).is_err(), "nobody listens");
+        let entry = Entry::open(&path).expect("in its place");
+        let mode = fs::metadata(&path).expect("it is there").permissions();
+        assert_eq!(mode.mode() & 0o777, 0o600);
+        let one = Channel::connect(&path).expect("somebody listens");
+        let other = entry.accept().await.expect("who has connected");
+        one.send(b"hello", &[]).expect("there is room");
+        let hello = other.receive().await.expect("a packet").expect("one");
+        assert_eq!(hello.bytes, b"hello");
+    }
+}
