@@ -138,6 +138,16 @@ impl Places {
         self.of_node(node).join("admin.sock")
     }
 
+    /// The admin socket of who serves a node's pods. It may be there before the node is.
+    pub fn proxy_socket(&self, node: &NodeName) -> PathBuf {
+        self.run_dir.join(format!("{node}.proxy.sock"))
+    }
+
+    /// The socket by which a node lends its pods to who serves them.
+    pub fn seam(&self, node: &NodeName) -> PathBuf {
+        self.of_node(node).join("zds.sock")
+    }
+
     /// Whether the admin socket's path is one that the kernel takes.
     ///
     /// # Errors

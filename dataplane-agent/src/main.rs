@@ -3,13 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use dataplane_agent::agent::{self, AgentError};
+use dataplane_agent::agent::{self, AgentError, Halves};
 use dataplane_agent::capture::uninstall::Done;
 use dataplane_agent::cli::{self, Cli, Command, UninstallOptions, check, load, status, uninstall};
 use dataplane_agent::config::{RunOptions, unknown_variable};
 use dataplane_agent::exit::Exit;
+use dataplane_agent::observe::levels;
+use dataplane_agent::observe::log::{self, Level};
 use dataplane_agent::observe::writer::WAITING;
-use dataplane_agent::observe::{levels, log};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -21,7 +22,9 @@ fn main() -> ExitCode {
         );
     }
     match cli.command {
-        Command::Run(options) => run(*options),
+        Command::Run(options) => run(Halves::Both, *options),
+        Command::Node(options) => run(Halves::Node, *options),
+        Command::Proxy(options) => run(Halves::Proxy, *options),
         Command::Check(options) => match runtime().map(|all| all.block_on(check::run(&options))) {
             Ok((text, true)) => print(&text, Exit::Good),
             Ok((text, false)) => print(&text, Exit::Machine),
@@ -51,7 +54,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: RunOptions) -> ExitCode {
+fn run(halves: Halves, options: RunOptions) -> ExitCode {
     let level = match log::start(&options.log, options.log_format, WAITING) {
         Ok(level) => level,
         Err(error) => return fail(Exit::Settings, &format!("--log: {error}")),
@@ -59,9 +62,9 @@ fn run(options: RunOptions) -> ExitCode {
     if let Some(told) = levels::unknown_targets(&options.log) {
         tracing::warn!("--log: {told}");
     }
-    let ended = agent::privileges().and_then(|()| {
+    let ended = agent::privileges(halves).and_then(|()| {
         let runtime = runtime().map_err(anyhow::Error::from)?;
-        runtime.block_on(agent::run(options, level))
+        runtime.block_on(agent::run(halves, options, level))
     });
     log::flush();
     match ended {

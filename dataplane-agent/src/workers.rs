@@ -94,6 +94,8 @@ enum Order {
     Revive(Instance),
     /// The answer goes when nothing of the pod is left.
     Down(Instance, Answer),
+    /// Accept nothing any more.
+    Rest,
     /// No more orders.
     Stop,
 }
@@ -194,6 +196,13 @@ impl Workers {
                 self.homes.remove(&instance);
                 self.all(instance, told, Order::Down);
             }
+        }
+    }
+
+    /// Accepts nothing any more, of any pod.
+    pub fn rest(&self) {
+        for door in &self.doors {
+            door.order(Order::Rest);
         }
     }
 
@@ -337,6 +346,11 @@ impl Worker {
                     }
                 }
                 Order::Down(instance, answer) => self.down(instance, answer),
+                Order::Rest => {
+                    for here in self.pods.values() {
+                        here.entrances.cut().await;
+                    }
+                }
                 Order::Stop => break,
             }
         }

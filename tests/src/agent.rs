@@ -18,6 +18,9 @@ pub const CAPABILITIES: [(&str, u8); 3] = [
     ("CAP_SYS_PTRACE", 19),
 ];
 
+/// What its proxy half may do, by their numbers.
+pub const PROXY_CAPABILITIES: [u8; 2] = [21, 12];
+
 /// Names the daemon that has another layout of maps.
 pub const OTHER: &str = "DATAPLANE_TEST_OTHER";
 
@@ -26,6 +29,8 @@ pub const OTHER: &str = "DATAPLANE_TEST_OTHER";
 pub struct Setup {
     /// The variable that names the daemon: `DATAPLANE_BIN`, or [`OTHER`].
     pub program: &'static str,
+    /// Both halves of it, `run`, or one: `node` or `proxy`.
+    pub halves: &'static str,
     /// The node's name.
     pub node: String,
     /// The arguments of `run` besides node and folders.
@@ -91,7 +96,7 @@ impl Setup {
         let setup = self;
         let mut command = Command::new(program(setup.program));
         command
-            .arg("run")
+            .arg(setup.halves)
             .args(["--node", &setup.node])
             .arg("--run-dir")
             .arg(&setup.run_dir)
@@ -324,9 +329,11 @@ impl Drop for Agent {
                 std::thread::sleep(Duration::from_millis(10));
             }
         }
-        let (status, _, error) = self.uninstall();
-        if !status.success() {
-            eprintln!("uninstall {}: {error}", self.setup.node);
+        if self.setup.halves != "proxy" {
+            let (status, _, error) = self.uninstall();
+            if !status.success() {
+                eprintln!("uninstall {}: {error}", self.setup.node);
+            }
         }
         if std::thread::panicking() {
             // A second panic would end the process, and with it what is to be cleared up.

@@ -251,6 +251,7 @@ impl World {
     pub fn setup(&self, node: &Node) -> Setup {
         Setup {
             program: "DATAPLANE_BIN",
+            halves: "run",
             node: node.name.clone(),
             arguments: vec![
                 "--manifests".into(),

@@ -5,9 +5,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 
 use aya::Ebpf;
-use aya::maps::{
-    Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SockMap,
-};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SockMap};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::pod::{Node, Owned, Steered, There, listener};

@@ -345,6 +345,11 @@ impl Room {
         Ok((room, window, reports, told))
     }
 
+    /// What the agent's own sockets in pods are known by.
+    pub fn stamp(&self) -> Arc<Stamp> {
+        Arc::clone(&self.stamp)
+    }
+
     /// Does what control wants until control is gone, or it is to rest: pods stay captured then. It rests
     /// between two steps, tells so, and keeps what it has: of a pod that is half in the listeners would be
     /// there, and nobody would accept from them.

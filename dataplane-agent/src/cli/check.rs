@@ -150,7 +150,7 @@ fn version() -> Line {
 }
 
 fn capabilities() -> Vec<Line> {
-    let missing = caps::missing();
+    let missing = caps::missing(caps::NEEDED);
     if missing.is_empty() {
         let names: Vec<String> = caps::NEEDED
             .iter()

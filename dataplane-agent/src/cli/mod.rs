@@ -44,6 +44,18 @@ pub enum Command {
     /// captured, so that nothing of theirs passes in clear while no agent runs; the next one takes
     /// over. To let go of them run `dataplane uninstall`.
     Run(Box<RunOptions>),
+    /// Runs the half of the daemon that knows the node: which pods are here, and what captures them.
+    ///
+    /// `dataplane proxy` serves the pods; any number may, one after the other or at once. The node keeps the
+    /// pods' listeners, so that nothing is refused while none does: connections wait. It has no key, and asks
+    /// no policy.
+    Node(Box<RunOptions>),
+    /// Runs the half of the daemon that carries the connections of a node's pods.
+    ///
+    /// It has their certificates, the mesh and its policies, and serves what `dataplane node` lends it. A
+    /// signal drains: it accepts nothing any more, which the next one does, and what runs goes on for as long
+    /// as --drain.
+    Proxy(Box<RunOptions>),
     /// Says what this machine has and lacks, a line each; fails if `run` would refuse to start.
     Check(CheckOptions),
     /// Shows the pods of a running daemon: which are up, which wait and why.

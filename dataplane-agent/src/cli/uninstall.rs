@@ -23,7 +23,7 @@ const NOTICE: Duration = Duration::from_secs(1);
 /// A privilege is missing; nothing of the node is known, and something may be there; an agent runs.
 /// Nothing was changed then.
 pub async fn run(options: &UninstallOptions) -> Result<Option<Done>, AgentError> {
-    agent::privileges()?;
+    agent::privileges(agent::Halves::Node)?;
     let node = &options.node;
     let (run_dir, bpffs) = (&options.places.run_dir, &options.places.bpffs);
     let ended = match Ended::find(run_dir, bpffs, &options.state, node) {

@@ -15,7 +15,7 @@ use super::manifests::applies;
 use super::manifests::changes::PolicyChange;
 use super::manifests::{Folder, LocalPodSpec, Translated, Translation, Watch};
 use super::recorded::Recorded;
-use crate::capture::{PodState, PodStatus, Status, named};
+use crate::capture::{PodState, Status, named};
 use crate::mesh::{Delta, Mesh, MeshWriter, Workload};
 use crate::sys::memory;
 
@@ -61,10 +61,41 @@ pub struct Configured {
     pub away: bool,
 }
 
-/// The task.
-pub struct Configuration {
+/// The pods of this node that are here, by the uids of their workloads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Here {
+    /// Those that are captured, and do not leave.
+    pub captured: BTreeSet<Arc<str>>,
+    /// Those of which anything may run.
+    pub served: BTreeSet<Arc<str>>,
+}
+
+impl Here {
+    /// As capture tells it.
+    pub fn of(status: &Status) -> Self {
+        let uids = |are: fn(&PodState) -> bool| {
+            let all = status.values().filter(|of| are(&of.state));
+            all.map(|of| Arc::clone(&of.uid)).collect()
+        };
+        Self {
+            captured: uids(|state| match state {
+                PodState::Up | PodState::Broken { .. } => true,
+                PodState::Adopted { captured } | PodState::Failed { captured, .. } => *captured,
+                PodState::Draining => false,
+            }),
+            served: uids(|state| {
+                let draining = matches!(state, PodState::Draining);
+                draining || matches!(state, PodState::Up | PodState::Broken { .. })
+            }),
+        }
+    }
+}
+
+/// The task; `S` is what tells which pods are here.
+pub struct Configuration<S> {
     source: Source,
-    status: watch::Receiver<Status>,
+    status: watch::Receiver<S>,
+    here: fn(&S) -> Here,
     mesh: MeshWriter,
     configured: watch::Sender<Configured>,
     /// Told when this node has written or removed a record.
@@ -83,11 +114,11 @@ pub struct Configuration {
     captured: BTreeSet<Arc<str>>,
 }
 
-impl Configuration {
-    /// Publishes the mesh as it is configured. `status`: how far capture is with this node's pods.
+impl<S> Configuration<S> {
+    /// Publishes the mesh as it is configured. `status`, `here`: which pods of this node are here.
     pub fn new(
         source: Source,
-        status: watch::Receiver<Status>,
+        (status, here): (watch::Receiver<S>, fn(&S) -> Here),
         mesh: MeshWriter,
         rewritten: Arc<Notify>,
     ) -> (Self, watch::Receiver<Configured>) {
@@ -95,6 +126,7 @@ impl Configuration {
         let mut new = Self {
             source,
             status,
+            here,
             mesh,
             configured: sender,
             rewritten,
@@ -110,7 +142,7 @@ impl Configuration {
         (new, configured)
     }
 
-    /// Follows the configuration, and how far capture is, until capture is gone.
+    /// Follows the configuration, and which pods are here, until nobody tells of these any more.
     pub async fn run(mut self) {
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -131,11 +163,9 @@ impl Configuration {
     /// Makes the mesh what is configured, as far as that has changed; then tells of the pods of this node,
     /// which so are in the mesh before they are looked for.
     fn publish(&mut self) {
-        let status = self.status.borrow_and_update().clone();
+        let Here { captured, served } = (self.here)(&self.status.borrow_and_update());
         let mesh = self.mesh.current();
-        let mut delta = self.read(captured(&status), &mesh);
-        let served = status.values().filter(|pod| is_served(pod));
-        let served: BTreeSet<Arc<str>> = served.map(|pod| Arc::clone(&pod.uid)).collect();
+        let mut delta = self.read(captured, &mesh);
         let workload: IsSaid<'_> = &|uid| self.source.says_workload(uid);
         let policy: IsSaid<'_> = &|key| self.source.says_policy(key);
         self.kept
@@ -271,24 +301,6 @@ impl Configuration {
             );
         }
     }
-}
-
-/// Whether anything of it may run.
-fn is_served(pod: &PodStatus) -> bool {
-    matches!(
-        pod.state,
-        PodState::Up | PodState::Broken { .. } | PodState::Draining
-    )
-}
-
-/// Those that are captured, and do not leave.
-fn captured(status: &Status) -> BTreeSet<Arc<str>> {
-    let captured = status.values().filter(|of| match of.state {
-        PodState::Up | PodState::Broken { .. } => true,
-        PodState::Adopted { captured } | PodState::Failed { captured, .. } => captured,
-        PodState::Draining => false,
-    });
-    captured.map(|of| Arc::clone(&of.uid)).collect()
 }
 
 /// Waits until there is something new to read, and reads it.

@@ -127,14 +127,25 @@ impl SharedState {
         let ca = EmbeddedCa::open_after(&first, folder, trust_domain, ttl)?;
         first()?;
         made.keep();
-        let found = ca.fingerprint();
-        match known.filter(|known| **known != found) {
-            Some(known) => Err(StateError::OtherRoot {
-                path: root,
-                found,
+        let state = Self::known(folder, ca.fingerprint());
+        if let Some(known) = known {
+            state.is(known)?;
+        }
+        Ok((state, ca))
+    }
+
+    /// That it is the one of which a node has known the root.
+    ///
+    /// # Errors
+    /// It is another mesh's.
+    pub fn is(&self, known: &str) -> Result<(), StateError> {
+        match self.root == known {
+            true => Ok(()),
+            false => Err(StateError::OtherRoot {
+                path: ca::root_of(&self.folder),
+                found: self.root.clone(),
                 wanted: known.to_owned(),
             }),
-            None => Ok((Self::known(folder, found), ca)),
         }
     }
 

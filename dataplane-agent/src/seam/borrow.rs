@@ -16,9 +16,10 @@ use futures_util::stream::FuturesUnordered;
 use prost::Message;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
 use super::packets::{Channel, Packet};
-use super::wire::{self, Ack, Add, Hello, Of, Request, Response, Said, Told, VERSION};
+use super::wire::{self, Ack, Add, Hello, Nothing, Of, Request, Response, Said, Told, VERSION};
 use super::{Instance, Lease, Listeners, PodEvent, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
@@ -32,6 +33,8 @@ const LONGEST: Duration = Duration::from_secs(1);
 pub struct Borrower {
     path: PathBuf,
     events: mpsc::Sender<PodEvent>,
+    /// Says that nothing new is accepted any more.
+    leaving: CancellationToken,
     held: BTreeSet<Instance>,
     draining: FuturesUnordered<LocalBoxFuture<'static, Drained>>,
 }
@@ -52,11 +55,13 @@ struct Heard {
 }
 
 impl Borrower {
-    /// From the node that listens there; `events` hears of its pods.
-    pub fn new(path: PathBuf, events: mpsc::Sender<PodEvent>) -> Self {
+    /// From the node that listens there; `events` hears of its pods. `leaving`: nothing new is accepted any
+    /// more.
+    pub fn new(path: PathBuf, events: mpsc::Sender<PodEvent>, leaving: CancellationToken) -> Self {
         Self {
             path,
             events,
+            leaving,
             held: BTreeSet::new(),
             draining: FuturesUnordered::new(),
         }
@@ -98,8 +103,13 @@ impl Borrower {
             listed: Some(BTreeSet::new()),
             ..Heard::default()
         };
+        let mut leaves = false;
         loop {
             let told = tokio::select! {
+                () = self.leaving.cancelled(), if !leaves => {
+                    leaves = true;
+                    Told::Leaving(Nothing {})
+                }
                 packet = channel.receive() => {
                     let Some(packet) = packet? else { return Ok(()) };
                     let done = self.hear(packet, &mut heard).await;
@@ -148,6 +158,9 @@ impl Borrower {
                 let lease = lease(add, descriptors, stamp)?;
                 let instance = lease.instance;
                 heard.listed.as_mut().map(|listed| listed.insert(instance));
+                if self.leaving.is_cancelled() {
+                    return Ok(()); // it is another's to serve
+                }
                 match self.held.insert(instance) {
                     true => self.tell(PodEvent::Up(Box::new(lease))).await,
                     false => {

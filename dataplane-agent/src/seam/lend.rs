@@ -1,16 +1,18 @@
 //! The node's end between two processes: lends each pod to whoever connects, and tells what happens to it.
 //! The node keeps the listeners, so that nothing is refused while nobody serves: connections wait in them.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use prost::Message;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::packets::{Channel, Entry, Packet};
@@ -34,6 +36,8 @@ pub struct Lender {
     proxies: Vec<Proxy>,
     /// How many serve.
     serving: watch::Sender<usize>,
+    /// Told when one is about to leave.
+    leaving: Rc<Notify>,
 }
 
 struct Leased {
@@ -46,6 +50,8 @@ struct Leased {
 struct Proxy {
     orders: mpsc::UnboundedSender<Order>,
     has: BTreeSet<Instance>,
+    /// Whether it accepts nothing any more.
+    leaves: Rc<Cell<bool>>,
 }
 
 /// What is to be said to one that serves.
@@ -69,6 +75,7 @@ impl Lender {
             leased: BTreeMap::new(),
             proxies: Vec::new(),
             serving,
+            leaving: Rc::default(),
         };
         (new, told)
     }
@@ -83,7 +90,14 @@ impl Lender {
                     None => return,
                 },
                 came = entry.accept() => match came.and_then(|channel| Ok((channel, self.meet()?))) {
-                    Ok((channel, orders)) => conversations.push(converse(channel, orders)),
+                    Ok((channel, (orders, leaves))) => {
+                        let leaving = Rc::clone(&self.leaving);
+                        let leave = move || {
+                            leaves.set(true);
+                            leaving.notify_one();
+                        };
+                        conversations.push(converse(channel, orders, leave));
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "who came to serve pods is not let in");
                         sleep(PAUSE).await;
@@ -92,21 +106,25 @@ impl Lender {
                 Some(()) = conversations.next() => {
                     self.proxies.retain(|proxy| !proxy.orders.is_closed());
                 }
+                () = self.leaving.notified() => {}
             }
+            let serve = self.proxies.iter().filter(|proxy| !proxy.leaves.get());
+            let serve = serve.count();
             self.serving.send_if_modified(|old| {
-                let changed = *old != self.proxies.len();
-                *old = self.proxies.len();
+                let changed = *old != serve;
+                *old = serve;
                 changed
             });
         }
     }
 
     /// Lends all that there is to one that has come.
-    fn meet(&mut self) -> io::Result<mpsc::UnboundedReceiver<Order>> {
+    fn meet(&mut self) -> io::Result<(mpsc::UnboundedReceiver<Order>, Rc<Cell<bool>>)> {
         let (orders, inbox) = mpsc::unbounded_channel();
         let mut proxy = Proxy {
             orders,
             has: BTreeSet::new(),
+            leaves: Rc::default(),
         };
         let welcome = Welcome {
             lease: VERSION,
@@ -121,8 +139,9 @@ impl Lender {
             proxy.add(&leased.lease)?;
         }
         proxy.say(Said::SnapshotSent(Nothing {}));
+        let leaves = Rc::clone(&proxy.leaves);
         self.proxies.push(proxy);
-        Ok(inbox)
+        Ok((inbox, leaves))
     }
 
     fn apply(&mut self, event: PodEvent) {
@@ -231,7 +250,7 @@ impl Proxy {
 
     /// Lends it a pod, unless it has it.
     fn add(&mut self, lease: &Lease) -> io::Result<()> {
-        if self.has.contains(&lease.instance) {
+        if self.leaves.get() || self.has.contains(&lease.instance) {
             return Ok(());
         }
         let add = Add {
@@ -268,14 +287,18 @@ fn copies<'a>(of: impl IntoIterator<Item = BorrowedFd<'a>>) -> io::Result<Vec<Ow
 }
 
 /// Says what is ordered to one that serves, one thing after the other, until it is gone.
-async fn converse(channel: Channel, orders: mpsc::UnboundedReceiver<Order>) {
-    match talk(&channel, orders).await {
+async fn converse(channel: Channel, orders: mpsc::UnboundedReceiver<Order>, leave: impl Fn()) {
+    match talk(&channel, orders, leave).await {
         Ok(()) => tracing::info!("a proxy has gone"),
         Err(error) => tracing::warn!(%error, "a proxy is let go; it may come again"),
     }
 }
 
-async fn talk(channel: &Channel, mut orders: mpsc::UnboundedReceiver<Order>) -> io::Result<()> {
+async fn talk(
+    channel: &Channel,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    leave: impl Fn(),
+) -> io::Result<()> {
     let hello = timeout(PATIENCE, channel.receive()).await;
     let hello = hello.map_err(|_| late("it does not say hello"))??;
     let hello = match hello {
@@ -320,6 +343,7 @@ async fn talk(channel: &Channel, mut orders: mpsc::UnboundedReceiver<Order>) -> 
                     Some(Told::Idle(of)) => {
                         idle.remove(&of.instance);
                     }
+                    Some(Told::Leaving(_)) => leave(),
                     None => return Err(io::Error::other("it says a word that is not known")),
                 }
             }

@@ -3,6 +3,7 @@
 //! says what happens to it; all that is said could go to another process.
 
 pub mod borrow;
+mod leases;
 pub mod lend;
 mod packets;
 mod stamp;
@@ -19,6 +20,8 @@ use std::time::SystemTime;
 use socket2::SockRef;
 use tokio::sync::oneshot;
 
+pub use self::leases::Leases;
+pub use self::packets::Entry;
 pub use self::stamp::Stamp;
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;

@@ -9,6 +9,7 @@ use prost::Message;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::borrow::Borrower;
 use super::lend::Lender;
@@ -47,6 +48,7 @@ struct Node {
 /// Who serves, in a task that ends with it.
 struct Proxy {
     events: mpsc::Receiver<PodEvent>,
+    leaving: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -96,10 +98,12 @@ impl Proxy {
     #[expect(clippy::disallowed_methods, reason = "a test stands for its process")]
     fn of(path: &Path) -> Self {
         let (events, inbox) = mpsc::channel(8);
-        let borrower = Borrower::new(path.to_owned(), events);
+        let leaving = CancellationToken::new();
+        let borrower = Borrower::new(path.to_owned(), events, leaving.clone());
         let task = tokio::task::spawn_local(borrower.run());
         Self {
             events: inbox,
+            leaving,
             task,
         }
     }
@@ -200,6 +204,33 @@ async fn who_comes_later_is_lent_all_but_what_drains_and_that_when_it_goes_on() 
         node.say(PodEvent::Revive(one)).await;
         assert!(matches!(early.hears().await, PodEvent::Revive(of) if of == one));
         assert_eq!(late.is_lent().await.instance, one);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_leaves_is_lent_nothing_new_and_is_heard_out() {
+    with_a_path(async |path| {
+        let (mut node, mut old) = (Node::at(&path), Proxy::of(&path));
+        let own = lease();
+        let before = own.instance;
+        node.say(PodEvent::Up(own)).await;
+        old.is_lent().await;
+        let mut new = Proxy::of(&path);
+        new.is_lent().await;
+        node.serves(2).await;
+        old.leaving.cancel();
+        node.serves(1).await;
+        node.say(PodEvent::Up(lease())).await;
+        new.is_lent().await;
+        let idle = node.drain(before).await;
+        assert!(matches!(new.hears().await, PodEvent::Drain(of, _) if of == before));
+        let PodEvent::Drain(of, running) = old.hears().await else {
+            panic!("it drains, and nothing was lent besides");
+        };
+        assert_eq!(of, before);
+        running.send(()).expect("somebody waits");
+        soon(idle).await.expect("it is told");
     })
     .await;
 }

@@ -129,7 +129,7 @@ pub struct Addresses {
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Response {
     /// What.
-    #[prost(oneof = "Told", tags = "1, 100")]
+    #[prost(oneof = "Told", tags = "1, 100, 101")]
     pub told: Option<Told>,
 }
 
@@ -142,6 +142,9 @@ pub enum Told {
     /// Nothing runs any more of a pod that drains; it is no answer to a request.
     #[prost(message, tag = "100")]
     Idle(Of),
+    /// It is to end: it accepts nothing any more, and is lent nothing new. Nor is this an answer.
+    #[prost(message, tag = "101")]
+    Leaving(Nothing),
 }
 
 /// How a request went.

@@ -1,5 +1,5 @@
-//! The capabilities that the daemon needs, each with its reason. What is not listed here it neither
-//! asks for nor keeps.
+//! The capabilities that the daemon needs, or a half of it, each with its reason. What is not listed here
+//! it neither asks for nor keeps.
 
 use caps::{CapSet, Capability, CapsHashSet};
 
@@ -19,10 +19,22 @@ pub const NEEDED: &[(Capability, &str)] = &[
     ),
 ];
 
-/// Those that the process lacks.
-pub fn missing() -> Vec<(Capability, &'static str)> {
+/// Those of them that are needed to serve pods which another process lends.
+pub const NEEDED_BY_PROXY: &[(Capability, &str)] = &[
+    (
+        Capability::CAP_SYS_ADMIN,
+        "enter the network namespaces of pods that the node lends",
+    ),
+    (
+        Capability::CAP_NET_ADMIN,
+        "connect to pods in their clients' names, and mark what it connects",
+    ),
+];
+
+/// Those that the process lacks of these.
+pub fn missing(needed: &[(Capability, &'static str)]) -> Vec<(Capability, &'static str)> {
     let have = caps::read(None, CapSet::Effective).unwrap_or_default();
-    NEEDED
+    needed
         .iter()
         .copied()
         .filter(|(capability, _)| !have.contains(capability))
@@ -34,12 +46,12 @@ pub fn may_see_processes() -> bool {
     caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_PTRACE).unwrap_or(false)
 }
 
-/// Gives up all that is not needed, for good.
+/// Gives up all but these, for good.
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn drop_others() -> Result<(), caps::errors::CapsError> {
-    let needed: CapsHashSet = NEEDED.iter().map(|&(capability, _)| capability).collect();
+pub fn drop_others(needed: &[(Capability, &str)]) -> Result<(), caps::errors::CapsError> {
+    let needed: CapsHashSet = needed.iter().map(|&(capability, _)| capability).collect();
     let have = caps::read(None, CapSet::Permitted)?;
     let keep: CapsHashSet = have.intersection(&needed).copied().collect();
     caps::clear(None, CapSet::Ambient)?;

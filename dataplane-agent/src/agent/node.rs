@@ -1,0 +1,145 @@
+//! The half that knows the node: which pods are here, and what captures them. It has no key, and asks no
+//! policy.
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::AgentError;
+use super::opened::Opened;
+use crate::capture::node_folder::{self, Mark, NodeFolder};
+use crate::capture::room::{self, Reports, Window};
+use crate::capture::uninstall::canonical;
+use crate::capture::{Room, Status};
+use crate::cli::check;
+use crate::config::{self, RunOptions};
+use crate::control::machine::Looks;
+use crate::control::state::SharedState;
+use crate::seam::PodEvent;
+use crate::sys::bpffs::{self, Mounted};
+use crate::sys::cgroup;
+use crate::sys::netns::Netns;
+
+/// What was asked of the machine, and nothing is left of if it is dropped.
+pub(super) struct Prepared {
+    config: room::Config,
+    looks: Looks,
+    folder: NodeFolder,
+    mark: Mark,
+    mounted: Mounted,
+}
+
+/// Capture, as it was opened.
+pub(super) struct Node {
+    pub(super) room: Room,
+    pub(super) window: Window,
+    pub(super) reports: Reports,
+    pub(super) status: watch::Receiver<Status>,
+    pub(super) events: mpsc::Receiver<PodEvent>,
+    /// Has capture rest.
+    pub(super) rest: CancellationToken,
+    pub(super) looks: Looks,
+}
+
+impl Prepared {
+    /// Refuses where an agent of this node cannot run.
+    pub(super) async fn new(options: &RunOptions, opened: &Opened) -> Result<Self, AgentError> {
+        let config = config(options)?;
+        let mark = Mark {
+            node: options.node.clone(),
+            bpffs: canonical(&options.places.bpffs),
+            cgroup: config.cgroup.clone(),
+            state: canonical(&options.state),
+            cluster_id: options.cluster_id.clone(),
+            root: None,
+        };
+        let looks = Looks::new(&config.cgroup).map_err(|error| {
+            AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
+        })?;
+        let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
+        room::refuse(&config, &folder)?;
+        let captured = node_folder::captured(&options.places.run_dir, &options.node);
+        if captured > 0
+            && let Opened::Manifests { folder, .. } = opened
+            && folder.is_empty()
+        {
+            return Err(AgentError::Settings(format!(
+                "--manifests: there are none, as if the folder were not mounted, and {captured} pods of \
+                 this node are captured; to say that they shall be let go put a manifest in it, if only an \
+                 empty List"
+            )));
+        }
+        let bpffs = &options.places.bpffs;
+        let mounted = bpffs::ensure(bpffs).map_err(|error| {
+            AgentError::Machine(format!(
+                "no BPF file system at {}: {error}",
+                bpffs.display()
+            ))
+        })?;
+        // A kernel that lacks something is told of now, and not at the first pod.
+        let found = check::kernel(bpffs).await;
+        let of = |verdict| found.iter().filter(move |line| line.verdict == verdict);
+        for line in of(check::Verdict::Note) {
+            tracing::warn!("{}: {}", line.what, line.detail);
+        }
+        let lacks = of(check::Verdict::Lacks);
+        let lacks: Vec<String> = lacks
+            .map(|line| format!("{}: {}", line.what, line.detail))
+            .collect();
+        if !lacks.is_empty() {
+            return Err(AgentError::Machine(lacks.join("\n")));
+        }
+        Ok(Self {
+            config,
+            looks,
+            folder,
+            mark,
+            mounted,
+        })
+    }
+
+    /// The fingerprint of the root that the node had of its state, if it had one.
+    pub(super) fn known_root(&self) -> Option<String> {
+        self.folder.known_root()
+    }
+
+    /// Takes the node. From now on what is made stays until it is uninstalled.
+    pub(super) fn open(
+        mut self,
+        options: &RunOptions,
+        state: Option<&SharedState>,
+    ) -> Result<Node, AgentError> {
+        self.mark.state = canonical(&options.state);
+        self.mark.root = state.map(|state| state.root().to_owned());
+        self.folder.mark(&self.mark)?;
+        self.mounted.keep();
+        let (events, told) = mpsc::channel(64);
+        let rest = CancellationToken::new();
+        let opened = Room::open(self.config, self.folder, events, rest.clone())?;
+        let (room, window, reports, status) = opened;
+        Ok(Node {
+            room,
+            window,
+            reports,
+            status,
+            events: told,
+            rest,
+            looks: self.looks,
+        })
+    }
+}
+
+fn config(options: &RunOptions) -> Result<room::Config, AgentError> {
+    let machine = |error: std::io::Error| AgentError::Machine(error.to_string());
+    let fits = options.places.socket_fits(&options.node);
+    fits.map_err(AgentError::Settings)?;
+    let root = cgroup::root().map_err(machine)?;
+    let pods = options.cgroup.as_deref().unwrap_or(&root);
+    let pods = config::folder("--cgroup", pods).map_err(AgentError::Settings)?;
+    Ok(room::Config {
+        cgroup: pods,
+        hosts: Netns::host_cookies().map_err(machine)?,
+        bpffs: options.places.bpffs.clone(),
+        node: options.node.clone(),
+        drain: options.drain,
+    })
+}

@@ -1,0 +1,81 @@
+//! Where the configuration is, opened: a wrong file stops the start before anything is made or touched.
+
+use std::path::absolute;
+
+use anyhow::Context;
+
+use super::AgentError;
+use crate::config::{self, RunOptions};
+use crate::control::configuration::Source;
+use crate::control::enrolled;
+use crate::control::local;
+use crate::control::manifests::{Folder, MeshConfig, Translated, Translation, Watch};
+use crate::control::recorded::Recorded;
+use crate::control::state::SharedState;
+use crate::sys::machine_id;
+
+/// What is configured, read once.
+#[expect(clippy::large_enum_variant, reason = "there is one")]
+pub(super) enum Opened {
+    Manifests { folder: Folder, watch: Watch },
+    Local(Translation),
+}
+
+impl Opened {
+    pub(super) fn new(options: &RunOptions) -> Result<Self, AgentError> {
+        let wrong = |error: String| AgentError::Settings(error);
+        if let Some(file) = &options.local_xds_path {
+            let node = options.node.as_str();
+            let read = local::read(file, node, &options.network, &options.trust_domain);
+            return read
+                .map(Self::Local)
+                .map_err(|error| wrong(error.to_string()));
+        }
+        let Some(folder) = &options.manifests else {
+            return Err(wrong("--manifests or LOCAL_XDS_PATH is wanted".into()));
+        };
+        config::folder("--manifests", folder).map_err(wrong)?;
+        // As it was given, and not what it leads to: another folder may take its place.
+        let dir = absolute(folder).map_err(|error| wrong(format!("--manifests: {error}")))?;
+        Ok(Self::Manifests {
+            watch: Watch::new(&dir),
+            folder: Folder::open(&dir).map_err(|error| wrong(error.to_string()))?,
+        })
+    }
+
+    /// Whether other nodes are told of pods by records in the state.
+    pub(super) fn has_records(&self) -> bool {
+        matches!(self, Self::Manifests { .. })
+    }
+
+    /// With the records in a state beside it, which tell what other nodes have enrolled; and those.
+    pub(super) fn with(
+        self,
+        options: &RunOptions,
+        state: Option<SharedState>,
+    ) -> Result<(Source, Option<enrolled::Records>), AgentError> {
+        let (folder, watch, state) = match (self, state) {
+            (Self::Local(translation), _) => return Ok((Source::Local(Some(translation)), None)),
+            (Self::Manifests { folder, watch }, Some(state)) => (folder, watch, state),
+            (Self::Manifests { .. }, None) => {
+                return Err(AgentError::Settings("--state: manifests want one".into()));
+            }
+        };
+        let records = enrolled::Records::new(state, options.node.as_str(), &machine_id::facts());
+        let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
+        let source = Source::Manifests {
+            watch,
+            folder,
+            records_watch,
+            records: Recorded::new(records.clone()).context("--state")?,
+            translated: Translated::new(MeshConfig {
+                cluster_id: options.cluster_id.clone(),
+                cluster_domain: options.cluster_domain.clone(),
+                trust_domain: options.trust_domain.clone(),
+                network: options.network.clone(),
+                ..MeshConfig::of_node(options.node.as_str())
+            }),
+        };
+        Ok((source, Some(records)))
+    }
+}

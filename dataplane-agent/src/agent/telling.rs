@@ -1,0 +1,154 @@
+//! What the admin socket tells, out of what each part says.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::capture::room::Window;
+use crate::control::ca::RootEnd;
+use crate::control::configuration::Configured;
+use crate::control::pods::{PodView, State, View};
+use crate::identity::Certs;
+use crate::mesh::MeshReader;
+use crate::observe::admin::Sources;
+use crate::observe::dump;
+use crate::observe::log::Level;
+use crate::observe::metrics::Metrics;
+use crate::observe::status::{PodStatus, StatusReport};
+
+/// What there is to tell of. A half that knows nothing of something says nothing of it.
+#[derive(Clone)]
+pub(super) struct Told {
+    pub(super) node: String,
+    pub(super) configured: watch::Receiver<Configured>,
+    /// Of the half that knows the node.
+    pub(super) node_half: Option<OfNode>,
+    /// Of the half that serves pods.
+    pub(super) proxy_half: Option<OfProxy>,
+}
+
+/// What the node half tells of.
+#[derive(Clone)]
+pub(super) struct OfNode {
+    pub(super) window: Window,
+    pub(super) view: watch::Receiver<View>,
+    /// How many serve its pods, where others do.
+    pub(super) serving: Option<watch::Receiver<usize>>,
+}
+
+/// What the proxy half tells of.
+#[derive(Clone)]
+pub(super) struct OfProxy {
+    pub(super) mesh: MeshReader,
+    pub(super) certs: Certs,
+    pub(super) root_end: RootEnd,
+}
+
+/// Why connections wait, where somebody else is to serve them.
+const NOBODY: &str = "no proxy serves this node's pods (`dataplane proxy`); what comes to them, and from them, waits";
+
+impl Told {
+    /// As the admin socket asks for it.
+    pub(super) fn sources(self, level: Level, metrics: Arc<Metrics>) -> Sources {
+        let (for_dump, for_status, for_ready) = (self.clone(), self.clone(), self.clone());
+        let window = self.node_half.map(|node| node.window);
+        Sources {
+            config_dump: Arc::new(move || match &for_dump.proxy_half {
+                Some(proxy) => dump::dump(&proxy.mesh.current(), &proxy.certs, &for_dump.report()),
+                None => serde_json::json!(for_dump.report()),
+            }),
+            status: Arc::new(move || for_status.report()),
+            ready: Arc::new(move || for_ready.ready()),
+            kernel_log: Arc::new(move |on| match &window {
+                Some(window) => window.set_log(on).map_err(|error| error.to_string()),
+                None => Err("this half has no kernel programs: ask the node's".into()),
+            }),
+            level,
+            metrics,
+        }
+    }
+
+    /// Ready is a node that has captured and serves every pod of its own that is here, and of which other
+    /// nodes know that. One that may not run yet does not count: it may never.
+    ///
+    /// # Errors
+    /// What is waited for: the first look at the machine, the state that nodes share, who serves, an
+    /// enrolment, or a capture that is broken.
+    fn ready(&self) -> Result<(), String> {
+        if self.configured.borrow().away {
+            return Err("state".into());
+        }
+        let Some(node) = &self.node_half else {
+            return Ok(());
+        };
+        let view = node.view.borrow();
+        let any = |state| view.pods.iter().any(|pod| pod.state == state && pod.here);
+        if !view.looked {
+            Err("pods".into())
+        } else if node.is_unserved() {
+            Err("proxy".into())
+        } else if any(State::Waiting) {
+            Err("enrolment".into())
+        } else if any(State::Broken) {
+            Err("capture".into())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn report(&self) -> StatusReport {
+        let configured = self.configured.borrow();
+        let mut report = StatusReport {
+            node: self.node.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            policies: configured.policies,
+            problems: configured.problems.clone(),
+            ..StatusReport::default()
+        };
+        if let Some(node) = &self.node_half {
+            let view = node.view.borrow();
+            report.pods = view.pods.iter().map(pod).collect();
+            report.problems.extend_from_slice(&view.problems);
+            report
+                .problems
+                .extend(node.is_unserved().then(|| NOBODY.to_owned()));
+            let counters = node.window.counters().into_iter();
+            report.counters = counters
+                .map(|(word, count)| (word.to_owned(), count))
+                .collect();
+        }
+        if let Some(proxy) = &self.proxy_half {
+            report.problems.extend(proxy.root_end.problem());
+        }
+        report
+    }
+}
+
+impl OfNode {
+    fn is_unserved(&self) -> bool {
+        let serving = self.serving.as_ref();
+        serving.is_some_and(|serving| *serving.borrow() == 0)
+    }
+}
+
+fn pod(pod: &PodView) -> PodStatus {
+    PodStatus {
+        namespace: pod.namespace.to_string(),
+        name: pod.name.to_string(),
+        uid: pod.uid.to_string(),
+        state: pod.state.word().to_owned(),
+        reason: pod.reason.clone(),
+        addresses: pod.addresses.iter().map(ToString::to_string).collect(),
+        netns: pod.netns,
+        cgroup: (!pod.cgroups.is_empty()).then(|| {
+            let folders = pod
+                .cgroups
+                .iter()
+                .map(|folder| folder.display().to_string());
+            folders.collect::<Vec<_>>().join(", ")
+        }),
+        outside: pod.outside.processes,
+        in_clear: pod.outside.in_clear,
+        forwards: pod.forwards,
+    }
+}

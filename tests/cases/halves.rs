@@ -1,0 +1,174 @@
+//! The two halves of the agent, each in a process of its own: one knows the node, the other carries the
+//! connections of its pods.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use dataplane_tests::agent::PROXY_CAPABILITIES;
+use dataplane_tests::{Agent, Node, Pod, World, eventually};
+
+const PORT: u16 = 7000;
+
+/// Two nodes, of which the first has an agent of two halves.
+struct Halves {
+    client: Pod,
+    server: Pod,
+    proxy: Option<Agent>,
+    node: Agent,
+    _two: Agent,
+    nodes: (Node, Node),
+    world: World,
+}
+
+impl Halves {
+    fn new() -> Self {
+        let world = World::new();
+        let nodes = world.two_nodes();
+        let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
+        let two = world.agent(&nodes.1);
+        two.up(&["server"]);
+        let node = half(&world, &nodes.0, "node", "node");
+        let proxy = half(&world, &nodes.0, "proxy", "proxy-1");
+        node.up(&["client"]);
+        let halves = Self {
+            client,
+            server,
+            proxy: Some(proxy),
+            node,
+            _two: two,
+            nodes,
+            world,
+        };
+        halves.serves();
+        halves
+    }
+
+    /// Another proxy of the first node.
+    fn another(&self, log: &str) -> Agent {
+        half(&self.world, &self.nodes.0, "proxy", log)
+    }
+
+    /// Waits until the node's pods are served, and dialled by HBONE.
+    fn serves(&self) {
+        eventually("the node is ready", 20, || {
+            self.node.get("/healthz/ready").contains("ready")
+        });
+        let (app, to) = (self.server.serve(PORT + 90), self.server.at(PORT + 90));
+        eventually("it is carried in HBONE", 20, || {
+            let answer = self.client.ask(to, "x");
+            let log = self.proxy.as_ref().map_or_else(String::new, Agent::log);
+            answer.is_ok() && log.contains("dst.hbone_addr")
+        });
+        drop(app);
+    }
+}
+
+fn half(world: &World, node: &Node, which: &'static str, log: &str) -> Agent {
+    let mut setup = world.setup(node);
+    setup.halves = which;
+    if which == "proxy" {
+        setup.place.capabilities = Some(PROXY_CAPABILITIES.to_vec());
+    }
+    setup.log = setup.log.with_file_name(format!("{log}.log"));
+    Agent::start(setup)
+}
+
+#[test]
+fn two_halves_serve_as_one_agent_does() {
+    let halves = Halves::new();
+    let (_theirs, _own) = (halves.server.serve(PORT), halves.client.serve(PORT));
+    let answer = halves.client.ask(halves.server.at(PORT), "out");
+    assert_eq!(answer, Ok(format!("{} out", halves.client.v4)));
+    let answer = halves.server.ask(halves.client.at(PORT), "in");
+    assert_eq!(answer, Ok(format!("{} in", halves.server.v4)));
+    let proxy = halves.proxy.as_ref().expect("it runs");
+    for direction in ["outbound", "inbound"] {
+        proxy.logs(&["connection complete", &format!("direction=\"{direction}\"")]);
+    }
+    assert!(!halves.node.log().contains("connection complete"));
+}
+
+#[test]
+fn c1_what_begins_while_no_proxy_runs_waits_and_is_refused_by_nobody() {
+    let mut halves = Halves::new();
+    let (_theirs, _own) = (halves.server.serve(PORT), halves.client.serve(PORT));
+    halves.proxy.as_mut().expect("it runs").kill();
+    eventually("that is told", 10, || {
+        halves.node.get("/healthz/ready").contains("proxy")
+    });
+    let mut out = halves.client.talk(halves.server.at(PORT));
+    let mut into = halves.server.talk(halves.client.at(PORT));
+    out.say("out");
+    into.say("in");
+    halves.proxy.as_mut().expect("it was started").restart();
+    assert_eq!(out.line(), format!("{} out", halves.client.v4));
+    assert_eq!(into.line(), format!("{} in", halves.server.v4));
+}
+
+#[test]
+fn a_proxy_that_is_replaced_cuts_nothing_that_drains() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.client.talk(halves.server.at(PORT));
+    live.say("before");
+    assert_eq!(live.line(), format!("{} before", halves.client.v4));
+    let second = halves.another("proxy-2");
+    second.logs(&["serves the pods of the node"]);
+    let mut first = halves.proxy.replace(second).expect("it runs");
+    first.ask_to_end();
+    first.logs(&["draining"]);
+    for number in 0..20 {
+        let answer = halves.client.ask(halves.server.at(PORT), "new");
+        assert_eq!(answer, Ok(format!("{} new", halves.client.v4)), "{number}");
+    }
+    live.say("after");
+    assert_eq!(live.line(), format!("{} after", halves.client.v4));
+    drop(live);
+    assert!(first.wait().success());
+    let second = halves.proxy.as_ref().expect("it runs").log();
+    assert!(
+        second.matches("connection complete").count() >= 20,
+        "{second}"
+    );
+}
+
+#[test]
+fn what_runs_goes_on_while_the_node_half_is_killed_and_comes_back() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.client.talk(halves.server.at(PORT));
+    halves.node.kill();
+    live.say("without");
+    assert_eq!(live.line(), format!("{} without", halves.client.v4));
+    let answer = halves.client.ask(halves.server.at(PORT), "new");
+    assert_eq!(answer, Ok(format!("{} new", halves.client.v4)));
+    halves.node.restart();
+    halves.node.up(&["client"]);
+    halves.serves();
+    live.say("again");
+    assert_eq!(live.line(), format!("{} again", halves.client.v4));
+}
+
+#[test]
+fn whichever_half_is_started_first_waits_for_the_other() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    let _app = client.serve(PORT);
+    // Nobody has made the state yet, and who has no key makes none.
+    let mut first = half(&world, &node, "node", "node");
+    first.logs(&["waits for the state that nodes share"]);
+    let mut proxy = half(&world, &node, "proxy", "proxy");
+    first.up(&["client"]);
+    proxy.logs(&["serves the pods of the node"]);
+    let outsider = node.bare(&world, "outside", "outsider");
+    let asks = || outsider.ask(client.at(PORT), "x");
+    assert_eq!(asks(), Ok(format!("{} x", outsider.v4)));
+    // The other way round, with what the last ones have left.
+    assert!(first.terminate().success());
+    assert!(proxy.terminate().success());
+    proxy.restart();
+    proxy.logs(&["the node cannot be reached; it is tried again"]);
+    first.restart();
+    first.up(&["client"]);
+    eventually("it is served", 20, || asks().is_ok());
+}
