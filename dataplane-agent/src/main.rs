@@ -8,9 +8,8 @@ use dataplane_agent::capture::uninstall::Done;
 use dataplane_agent::cli::{self, Cli, Command, UninstallOptions, check, load, status, uninstall};
 use dataplane_agent::config::{RunOptions, unknown_variable};
 use dataplane_agent::exit::Exit;
-use dataplane_agent::observe::levels;
-use dataplane_agent::observe::log::{self, Level};
 use dataplane_agent::observe::writer::WAITING;
+use dataplane_agent::observe::{levels, log};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
