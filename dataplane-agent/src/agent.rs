@@ -17,16 +17,15 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use self::node::{Node, Prepared};
+use self::node::{Control, Node, Prepared, counted};
 use self::opened::Opened;
 use self::proxy::Proxy;
 use self::telling::{OfNode, OfProxy, Told};
-use crate::capture::{self, CaptureError, Status};
+use crate::capture::CaptureError;
 use crate::config::RunOptions;
 use crate::control::ca::{CaError, EmbeddedCa};
 use crate::control::configuration::{Configuration, Here};
-use crate::control::pods::{Ends, Pods, State, View};
-use crate::control::recording::Recording;
+use crate::control::pods::{State, View};
 use crate::control::state::{SharedState, StateError};
 use crate::exit::Exit;
 use crate::limits::NodePlaces;
@@ -131,7 +130,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let opened = Opened::new(&options)?;
     let prepared = Prepared::new(&options, &opened).await?;
     let (state, ca) = open_state(&options, prepared.known_root().as_deref())?;
-    let (source, records) = opened.with(&options, Some(state.clone()))?;
+    let configured = opened.with(&options, Some(state.clone()))?;
     let Node {
         room,
         window,
@@ -143,34 +142,15 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     } = prepared.open(&options, Some(&state))?;
 
     let (mesh_writer, mesh) = mesh::store();
-    let (counters, repairs) = (window.clone(), window.clone());
-    let counted: (Box<metrics::Counted>, Box<metrics::Counted>) = (
-        Box::new(move || counters.counters()),
-        Box::new(move || repairs.repairs()),
-    );
-    let mut proxy = Proxy::start(&options, ca, &mesh, counted)?;
-
-    let (wanted, to_capture) = watch::channel(None::<capture::Wanted>);
-    let (view_writer, view) = watch::channel(View::default());
-    let rewritten = Arc::new(Notify::new());
-    let here = (status.clone(), Here::of as fn(&Status) -> Here);
-    let (configuration, configured) =
-        Configuration::new(source, here, mesh_writer, Arc::clone(&rewritten));
-    let ends = Ends {
-        configured: configured.clone(),
-        wanted,
-        status,
-        recording: records.map(Recording::new),
-        rewritten,
-        view: view_writer,
-    };
-    let pods = Pods::new(looks, ends);
+    let mut proxy = Proxy::start(&options, ca, &mesh, counted(&window))?;
+    let (control, to_capture) = Control::new(looks, status, configured, mesh_writer);
+    let view = control.view.clone();
 
     let socket = options.places.socket(&options.node);
     let listener = open_socket(&socket)?;
     let told = Told {
         node: options.node.to_string(),
-        configured,
+        configured: control.configured.clone(),
         node_half: Some(OfNode {
             window,
             view: view.clone(),
@@ -192,12 +172,6 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     );
     let draining = CancellationToken::new();
     let (rests, at_rest) = oneshot::channel();
-    let control = async {
-        tokio::select! {
-            () = configuration.run() => {}
-            () = pods.run(draining.clone()) => {}
-        }
-    };
     let besides = proxy.background();
     let background = async {
         tokio::select! {
@@ -208,7 +182,11 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
         }
     };
     // One for all of the agent's life: none of them may stand still meanwhile.
-    let rooms = one_ends(room.run(to_capture, rests), control, background);
+    let rooms = one_ends(
+        room.run(to_capture, rests),
+        control.run(draining.clone()),
+        background,
+    );
     tokio::pin!(rooms);
     let ended = async {
         let (never, signal) = (pending::<()>(), signals.next());
@@ -261,7 +239,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     if let (Some(state), Some(known)) = (&state, &known) {
         state.is(known).map_err(of_state)?;
     }
-    let (source, records) = opened.with(&options, state.clone())?;
+    let configured = opened.with(&options, state.clone())?;
     let Node {
         room,
         window,
@@ -273,21 +251,8 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     } = prepared.open(&options, state.as_ref())?;
 
     let (mesh_writer, _) = mesh::store();
-    let (wanted, to_capture) = watch::channel(None::<capture::Wanted>);
-    let (view_writer, view) = watch::channel(View::default());
-    let rewritten = Arc::new(Notify::new());
-    let here = (status.clone(), Here::of as fn(&Status) -> Here);
-    let (configuration, configured) =
-        Configuration::new(source, here, mesh_writer, Arc::clone(&rewritten));
-    let ends = Ends {
-        configured: configured.clone(),
-        wanted,
-        status,
-        recording: records.map(Recording::new),
-        rewritten,
-        view: view_writer,
-    };
-    let pods = Pods::new(looks, ends);
+    let (control, to_capture) = Control::new(looks, status, configured, mesh_writer);
+    let view = control.view.clone();
     let (lender, serving) = Lender::new(options.node.as_str(), room.stamp());
     let seam = options.places.seam(&options.node);
     let entry =
@@ -295,17 +260,17 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
 
     let socket = options.places.socket(&options.node);
     let listener = open_socket(&socket)?;
-    let (counters, repairs) = (window.clone(), window.clone());
+    let (kernel, repairs) = counted(&window);
     let metrics = Arc::new(Metrics::new(metrics::Sources {
-        kernel: Box::new(move || counters.counters()),
-        repairs: Box::new(move || repairs.repairs()),
+        kernel,
+        repairs,
         places: NodePlaces::fitting(None, 0, 0),
         workers: Vec::new(),
         root_ends: 0,
     }));
     let told = Told {
         node: options.node.to_string(),
-        configured,
+        configured: control.configured.clone(),
         node_half: Some(OfNode {
             window,
             view: view.clone(),
@@ -317,12 +282,6 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     tracing::info!(node = %options.node, admin = %socket.display(), seam = %seam.display(), "started");
     let draining = CancellationToken::new();
     let (rests, at_rest) = oneshot::channel();
-    let control = async {
-        tokio::select! {
-            () = configuration.run() => {}
-            () = pods.run(draining.clone()) => {}
-        }
-    };
     let background = async {
         tokio::select! {
             () = lender.run(entry, events) => {}
@@ -331,7 +290,11 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
             () = admin::serve(listener, sources) => {}
         }
     };
-    let rooms = one_ends(room.run(to_capture, rests), control, background);
+    let rooms = one_ends(
+        room.run(to_capture, rests),
+        control.run(draining.clone()),
+        background,
+    );
     tokio::pin!(rooms);
     let (_never, mut nothing) = mpsc::channel(1);
     let ended = async {

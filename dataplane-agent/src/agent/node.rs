@@ -1,7 +1,9 @@
 //! The half that knows the node: which pods are here, and what captures them. It has no key, and asks no
 //! policy.
 
-use tokio::sync::{mpsc, watch};
+use std::sync::Arc;
+
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::AgentError;
@@ -9,11 +11,17 @@ use super::opened::Opened;
 use crate::capture::node_folder::{self, Mark, NodeFolder};
 use crate::capture::room::{self, Reports, Window};
 use crate::capture::uninstall::canonical;
-use crate::capture::{Room, Status};
+use crate::capture::{Room, Status, Wanted};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
+use crate::control::configuration::{Configuration, Configured, Here, Source};
+use crate::control::enrolled::Records;
 use crate::control::machine::Looks;
+use crate::control::pods::{Ends, Pods, View};
+use crate::control::recording::Recording;
 use crate::control::state::SharedState;
+use crate::mesh::MeshWriter;
+use crate::observe::metrics::Counted;
 use crate::seam::PodEvent;
 use crate::sys::bpffs::{self, Mounted};
 use crate::sys::cgroup;
@@ -38,6 +46,63 @@ pub(super) struct Node {
     /// Has capture rest.
     pub(super) rest: CancellationToken,
     pub(super) looks: Looks,
+}
+
+/// What says which pods capture is to take, and follows what is configured.
+pub(super) struct Control {
+    configuration: Configuration<Status>,
+    pods: Pods,
+    pub(super) configured: watch::Receiver<Configured>,
+    pub(super) view: watch::Receiver<View>,
+}
+
+impl Control {
+    /// Publishes the mesh as it is configured. The other end hears what capture is to do.
+    pub(super) fn new(
+        looks: Looks,
+        status: watch::Receiver<Status>,
+        (source, records): (Source, Option<Records>),
+        mesh: MeshWriter,
+    ) -> (Self, watch::Receiver<Option<Wanted>>) {
+        let (wanted, to_capture) = watch::channel(None);
+        let (view_writer, view) = watch::channel(View::default());
+        let rewritten = Arc::new(Notify::new());
+        let here = (status.clone(), Here::of as fn(&Status) -> Here);
+        let (configuration, configured) =
+            Configuration::new(source, here, mesh, Arc::clone(&rewritten));
+        let ends = Ends {
+            configured: configured.clone(),
+            wanted,
+            status,
+            recording: records.map(Recording::new),
+            rewritten,
+            view: view_writer,
+        };
+        let new = Self {
+            configuration,
+            pods: Pods::new(looks, ends),
+            configured,
+            view,
+        };
+        (new, to_capture)
+    }
+
+    /// Runs until capture is gone. Once it drains it follows what is configured alone.
+    pub(super) async fn run(self, draining: CancellationToken) {
+        tokio::select! {
+            () = self.configuration.run() => {}
+            () = self.pods.run(draining) => {}
+        }
+    }
+}
+
+/// What capture counts, for the metrics: events of the kernel programs, and what was put back.
+pub(super) fn counted(window: &Window) -> (Box<Counted>, Box<Counted>) {
+    let (counters, repairs) = (window.clone(), window.clone());
+    (
+        Box::new(move || counters.counters()),
+        Box::new(move || repairs.repairs()),
+    )
 }
 
 impl Prepared {
