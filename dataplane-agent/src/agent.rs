@@ -376,19 +376,22 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let rooms = one_ends(pending(), configuration.run(), background);
     tokio::pin!(rooms);
     let ended = async {
-        let mut apply = |event| {
+        let apply = |proxy: &mut Proxy, event| {
             leases.hear(&event);
             let (served, captured) = leases.uids();
             here.send_replace(Here { captured, served });
             proxy.apply(event);
         };
         let (never, signal) = (pending::<()>(), signals.next());
-        let signal = hand_on(rooms.as_mut(), never, &mut told_of, &mut apply, signal).await?;
+        let hear = |event| apply(&mut proxy, event);
+        let signal = hand_on(rooms.as_mut(), never, &mut told_of, hear, signal).await?;
         tracing::info!(signal, drain = ?options.drain, "draining; what comes waits for the next proxy");
         leaving.cancel();
         proxy.rest();
+        // The node goes on to say what happens to its pods.
         let (idle, again) = (proxy.drain(options.drain), signals.next());
-        if let Some(name) = hand_on(rooms.as_mut(), idle, &mut told_of, drop, again).await? {
+        let hear = |event| apply(&mut proxy, event);
+        if let Some(name) = hand_on(rooms.as_mut(), idle, &mut told_of, hear, again).await? {
             tracing::warn!(signal = name, "ending at once");
         }
         Ok(())

@@ -208,20 +208,23 @@ impl Workers {
 
     /// Lets what runs go on, and what begins meanwhile, until nothing runs of any pod, or for as long as
     /// this.
-    pub async fn drain(&self, long: Duration) {
+    pub fn drain(&self, long: Duration) -> impl Future<Output = ()> + use<> {
         for instance in self.homes.keys() {
             // It is of no use that this one was idle while others were not.
             let (told, _) = oneshot::channel();
             self.all(*instance, told, Order::Drain);
         }
-        let idle = async {
-            let busy = || self.homes.values().find(|home| !home.tasks.is_empty());
-            while let Some(home) = busy() {
-                home.tasks.wait().await;
+        let homes = self.homes.values().map(|home| home.tasks.clone());
+        let homes: Vec<TaskTracker> = homes.collect();
+        async move {
+            let idle = async {
+                while let Some(busy) = homes.iter().find(|tasks| !tasks.is_empty()) {
+                    busy.wait().await;
+                }
+            };
+            if tokio::time::timeout(long, idle).await.is_err() {
+                tracing::warn!("connection failed to drain within the timeout");
             }
-        };
-        if tokio::time::timeout(long, idle).await.is_err() {
-            tracing::warn!("connection failed to drain within the timeout");
         }
     }
 

@@ -3,8 +3,10 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use std::time::Duration;
+
 use dataplane_tests::agent::PROXY_CAPABILITIES;
-use dataplane_tests::{Agent, Node, Pod, World, eventually};
+use dataplane_tests::{Agent, Node, Pod, World, eventually, scaled};
 
 const PORT: u16 = 7000;
 
@@ -171,4 +173,28 @@ fn whichever_half_is_started_first_waits_for_the_other() {
     first.restart();
     first.up(&["client"]);
     eventually("it is served", 20, || asks().is_ok());
+}
+
+#[test]
+fn c7_what_leaves_the_mesh_while_its_proxy_drains_is_cut_when_its_time_is_over() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let proxy = halves.proxy.as_mut().expect("it runs");
+    proxy.terminate();
+    let drain = proxy.setup().arguments.last_mut();
+    *drain.expect("a time to drain") = "300s".into();
+    proxy.restart();
+    halves.serves();
+    let mut proxy = halves.proxy.take().expect("it runs");
+    let mut live = halves.client.talk(halves.server.at(PORT));
+    live.say("before");
+    assert_eq!(live.line(), format!("{} before", halves.client.v4));
+    proxy.ask_to_end();
+    proxy.logs(&["draining"]);
+    // The node lets what runs of it go on for five seconds.
+    halves.world.manifests.remove_pod("demo", "client");
+    halves.node.logs(&["pod left the mesh"]);
+    let end = live.line_within(scaled(Duration::from_secs(10)));
+    assert!(end.is_some_and(|end| end.starts_with("closed")));
+    proxy.kill();
 }

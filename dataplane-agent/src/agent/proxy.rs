@@ -111,8 +111,8 @@ impl Proxy {
     }
 
     /// Lets what runs go on for as long as this, or until nothing does.
-    pub(super) async fn drain(&self, long: Duration) {
-        self.workers.drain(long).await;
+    pub(super) fn drain(&self, long: Duration) -> impl Future<Output = ()> + use<> {
+        self.workers.drain(long)
     }
 
     /// Accepts nothing any more: others who have the listeners do, or will.
