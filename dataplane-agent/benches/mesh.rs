@@ -8,8 +8,6 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
-use dataplane_agent::accept::{Accepted, Direction, Instance, LocalPod};
-use dataplane_agent::authorize::{Authorizer, Revoked};
 use dataplane_agent::mesh::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch,
 };
@@ -18,7 +16,9 @@ use dataplane_agent::mesh::workload::{
     Endpoint, Health, Locality, Protocol, Workload, WorkloadType,
 };
 use dataplane_agent::mesh::{Delta, Identity, MeshReader, MeshWriter, store};
-use dataplane_agent::resolve::{Resolved, resolve};
+use dataplane_agent::proxy::accept::{Accepted, Direction, Instance, LocalPod};
+use dataplane_agent::proxy::authorize::{Authorizer, Revoked};
+use dataplane_agent::proxy::resolve::{Resolved, resolve};
 use dataplane_agent::sys::netns::Netns;
 use futures_util::FutureExt;
 

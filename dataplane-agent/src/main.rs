@@ -4,10 +4,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use dataplane_agent::agent::{self, AgentError, Halves};
-use dataplane_agent::capture::uninstall::Done;
 use dataplane_agent::cli::{self, Cli, Command, UninstallOptions, check, load, status, uninstall};
 use dataplane_agent::config::{RunOptions, unknown_variable};
 use dataplane_agent::exit::Exit;
+use dataplane_agent::node::capture::uninstall::Done;
 use dataplane_agent::observe::writer::WAITING;
 use dataplane_agent::observe::{levels, log};
 
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         Command::Load(options) => {
             // With all that the verifier says of a program that it refuses.
             let level = log::start(
-                "warn,dataplane_agent::capture::programs=debug",
+                "warn,dataplane_agent::node::capture::programs=debug",
                 log::Format::default(),
                 usize::MAX,
             );

@@ -607,7 +607,7 @@ fn a_pod_whose_namespace_is_gone_is_dialled_by_hbone_no_more() {
 /// An agent that says of each look at the machine why it was and when the next one is.
 fn watchful(world: &World, node: &Node, lacks: Option<Lacks>) -> Agent {
     let mut setup = world.setup(node);
-    let level = "info,dataplane_agent::control::machine=debug";
+    let level = "info,dataplane_agent::node::machine=debug";
     setup.variables = vec![("RUST_LOG".into(), level.into())];
     setup.lacks = lacks;
     Agent::start(setup)

@@ -1,47 +1,75 @@
 //! The doors rule: which room of the agent may `use` which.
 //!
-//! A connection walks through the rooms in one direction, and nothing walks back: that is what
-//! makes each room readable alone. A room may use the output of the room before it, and what is
-//! lent to all. The scanner reads tokens, not meaning: paths that start at `crate`, or climb there
-//! by `super`, in `use` groups and inline; in tests too, since a test that needs another room is
-//! a test of both.
+//! A connection walks through the rooms of the proxy half in one direction, and nothing walks back: that
+//! is what makes each room readable alone. A room may use the output of the room before it, and what is
+//! lent to all. The two halves meet in the seam alone. The scanner reads tokens, not meaning: paths that
+//! start at `crate`, or climb there by `super`, in `use` groups and inline; in tests too, since a test that
+//! needs another room is a test of both.
 
 use std::fmt;
 use std::path::Path;
 
-/// What every room may use: the nouns of the mesh, the key cabinet, the words of the wire, the cellar,
-/// settings, the spawner, the bounds, the corridor's window.
-const LENT: &[&str] = &[
-    "mesh", "identity", "hbone", "sys", "config", "drain", "limits", "load", "observe",
-];
+/// The modules that are halves. A room in one of them is named with it: `proxy::accept`.
+const HALVES: &[&str] = &["node", "proxy"];
 
-/// What all stand on: it uses nothing, of what is lent neither.
+/// Rooms that every room may use: the nouns of the mesh, system calls, settings, the owner of tasks, how
+/// busy workers are, and what watches.
+const LENT: &[&str] = &["mesh", "sys", "config", "drain", "load", "observe"];
+
+/// Rooms of the proxy half that every room of it may use: certificates, the words of the wire, the bounds.
+const LENT_IN_PROXY: &[&str] = &["proxy::identity", "proxy::hbone", "proxy::limits"];
+
+/// The room that all stand on. It uses no other, not even what is lent.
 const GROUND: &str = "mesh";
 
-/// What a room may use besides.
+/// The rooms that a connection walks through, in order.
+const WALKED: &[&str] = &[
+    "seam",
+    "proxy::accept",
+    "proxy::resolve",
+    "proxy::authorize",
+    "proxy::transport",
+    "proxy::connection",
+];
+
+/// What each room may use besides.
 const DOORS: &[(&str, &[&str])] = &[
-    // What the node leases to the rooms behind it; they know no more of capture than that.
+    // What the halves say to each other.
     ("seam", &[]),
-    ("capture", &["seam"]),
-    ("accept", &["seam"]),
-    ("resolve", &["accept"]),
-    ("authorize", &["resolve"]),
-    ("transport", &["authorize"]),
-    // Fills the stores, in their own types.
-    ("control", &["capture"]),
-    ("observe", &[]),
-    ("hbone", &[]),
+    ("node::capture", &["seam"]),
+    ("node::machine", &["node::capture", "control"]),
+    ("node::recording", &["control"]),
+    (
+        "node::pods",
+        &[
+            "node::capture",
+            "node::machine",
+            "node::recording",
+            "control",
+        ],
+    ),
+    ("proxy::accept", &["seam"]),
+    ("proxy::resolve", &["proxy::accept"]),
+    ("proxy::authorize", &["proxy::resolve"]),
+    ("proxy::transport", &["proxy::authorize"]),
+    ("proxy::hbone", &[]),
+    ("proxy::identity", &[]),
+    ("proxy::limits", &[]),
+    // The order of the rooms, and the threads on which connections walk through them.
+    ("proxy::connection", WALKED),
+    ("proxy::workers", WALKED),
+    // Fills the stores in their own types, and issues certificates.
+    ("control", &["proxy::identity"]),
+    ("observe", &["proxy::identity", "proxy::limits"]),
     (GROUND, &[]),
-    ("identity", &[]),
     ("sys", &[]),
     ("config", &[]),
     ("drain", &[]),
-    ("limits", &[]),
     ("load", &[]),
 ];
 
-/// What is never a room's to use: those that build and walk all rooms.
-const ABOVE: &[&str] = &["agent", "cli", "journey"];
+/// Rooms that no other may use: they build all rooms.
+const ABOVE: &[&str] = &["agent", "cli"];
 
 /// One use of a room that is not through its door.
 #[derive(Debug, PartialEq, Eq)]
@@ -61,30 +89,44 @@ impl fmt::Display for Breach {
 /// The breaches in a file of the agent, given its path from `src`.
 pub(crate) fn breaches(path: &Path, text: &str) -> Vec<Breach> {
     let module = module(path);
-    let Some(room) = module.first() else {
-        return Vec::new(); // main.rs, lib.rs
+    let Some(room) = room(&module) else {
+        return Vec::new(); // main.rs, lib.rs, node/mod.rs, proxy/mod.rs
     };
-    let Some((_, doors)) = DOORS.iter().find(|(name, _)| name == room) else {
-        return Vec::new(); // agent.rs, journey.rs, cli
+    let Some((_, doors)) = DOORS.iter().find(|(name, _)| *name == room) else {
+        return Vec::new(); // agent.rs, cli
     };
+    let in_proxy = room.starts_with("proxy::");
     let closed = |name: &str| {
-        let known = ABOVE.contains(&name) || DOORS.iter().any(|(room, _)| *room == name);
-        let lent = room != GROUND && LENT.contains(&name);
-        known && name != room && !lent && !doors.contains(&name)
+        let half = name.split("::").next().unwrap_or_default();
+        let known = HALVES.contains(&half)
+            || ABOVE.contains(&name)
+            || DOORS.iter().any(|(room, _)| *room == name);
+        let lent = LENT.contains(&name) || in_proxy && LENT_IN_PROXY.contains(&name);
+        known && name != room && !(lent && room != GROUND) && !doors.contains(&name)
     };
-    Scanner::new(text, module.len())
+    Scanner::new(text, &module)
         .uses()
         .into_iter()
         .filter(|(_, name)| closed(name))
-        .map(|(line, name)| Breach {
+        .map(|(line, uses)| Breach {
             line,
             room: room.clone(),
-            uses: name.to_owned(),
+            uses,
         })
         .collect()
 }
 
-/// The module that a file is: `accept/hbone.rs` is `accept::hbone`, `accept/mod.rs` is `accept`.
+/// The room that a path from the crate's top leads to; `None` if it stops before one.
+fn room<S: AsRef<str>>(path: &[S]) -> Option<String> {
+    let first = path.first()?.as_ref();
+    match HALVES.contains(&first) {
+        true => Some(format!("{first}::{}", path.get(1)?.as_ref())),
+        false => Some(first.to_owned()),
+    }
+}
+
+/// The module that a file is: `proxy/accept/hbone.rs` is `proxy::accept::hbone`,
+/// `proxy/mod.rs` is `proxy`.
 fn module(path: &Path) -> Vec<String> {
     let path = path.with_extension("");
     let mut names: Vec<String> = path
@@ -105,20 +147,20 @@ type Token<'a> = (usize, &'a str);
 
 struct Scanner<'a> {
     tokens: Vec<Token<'a>>,
-    /// How many modules the file is below the crate.
-    depth: usize,
+    /// The module that the file is.
+    module: &'a [String],
 }
 
 impl<'a> Scanner<'a> {
-    fn new(text: &'a str, depth: usize) -> Self {
+    fn new(text: &'a str, module: &'a [String]) -> Self {
         Self {
             tokens: tokens(text),
-            depth,
+            module,
         }
     }
 
-    /// The first name of every path that starts at the crate's top.
-    fn uses(&self) -> Vec<Token<'a>> {
+    /// The room of every path that starts at the crate's top or climbs above the file, with its line.
+    fn uses(&self) -> Vec<(usize, String)> {
         let mut found = Vec::new();
         // Inline modules that are open, by the depth of braces outside them.
         let mut modules = Vec::new();
@@ -137,9 +179,15 @@ impl<'a> Scanner<'a> {
                 // `self::super` climbs as `super` does; `x::super` is no path.
                 "crate" | "super" => {
                     let (end, climbed) = self.climb(at);
-                    let top = word == "crate" || climbed == self.depth + modules.len();
-                    if top {
-                        self.first_names(end, &mut found);
+                    let above = match word {
+                        "crate" => 0,
+                        _ => (self.module.len() + modules.len()).saturating_sub(climbed),
+                    };
+                    let mut path: Vec<&str> =
+                        self.module.iter().take(above).map(String::as_str).collect();
+                    // A path that stays in the file's own room needs no door.
+                    if room(&path).is_none() {
+                        self.follow(end, &mut path, &mut found);
                     }
                     at = end;
                     continue;
@@ -161,32 +209,66 @@ impl<'a> Scanner<'a> {
         (end, climbed)
     }
 
-    /// What follows `crate` or its like: `::name`, or the head of each path of `::{…}`.
-    fn first_names(&self, at: usize, found: &mut Vec<Token<'a>>) {
+    /// Follows `::name` or `::{…}` after a path that leads to no room yet, until each of its branches
+    /// does. A half that is used as a whole counts as one. Returns where the path ends.
+    fn follow<'b>(
+        &'b self,
+        at: usize,
+        path: &mut Vec<&'b str>,
+        found: &mut Vec<(usize, String)>,
+    ) -> usize {
         if !self.separator(at) {
-            return;
+            if let (Some((line, _)), false) = (self.tokens.get(at - 1), path.is_empty()) {
+                found.push((*line, path.join("::")));
+            }
+            return at;
         }
         if self.word(at + 2) != Some("{") {
-            found.extend(self.tokens.get(at + 2));
-            return;
+            return self.step(at + 2, path, found);
         }
-        let mut braces = 0;
+        let mut at = at + 3;
+        let mut braces = 1;
         let mut head = true;
-        for token in &self.tokens[at + 2..] {
-            match token.1 {
+        while let Some(word) = self.word(at) {
+            match word {
                 "{" => braces += 1,
                 "}" => braces -= 1,
                 "," if braces == 1 => head = true,
                 _ if head => {
-                    found.push(*token);
                     head = false;
+                    at = self.step(at, path, found);
+                    continue;
                 }
                 _ => {}
             }
+            at += 1;
             if braces == 0 {
-                return;
+                break;
             }
         }
+        at
+    }
+
+    /// Takes the name at `at` into the path.
+    fn step<'b>(
+        &'b self,
+        at: usize,
+        path: &mut Vec<&'b str>,
+        found: &mut Vec<(usize, String)>,
+    ) -> usize {
+        let Some((line, name)) = self.tokens.get(at) else {
+            return at;
+        };
+        path.push(name);
+        let end = match room(path) {
+            Some(room) => {
+                found.push((*line, room));
+                at + 1
+            }
+            None => self.follow(at + 1, path, found),
+        };
+        path.pop();
+        end
     }
 
     fn separator(&self, at: usize) -> bool {

@@ -8,19 +8,19 @@ use tokio_util::sync::CancellationToken;
 
 use super::AgentError;
 use super::opened::Opened;
-use crate::capture::node_folder::{self, Mark, NodeFolder};
-use crate::capture::room::{self, Reports, Window};
-use crate::capture::uninstall::canonical;
-use crate::capture::{Room, Status, Wanted};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::configuration::{Configuration, Configured, Here, Source};
 use crate::control::enrolled::Records;
-use crate::control::machine::Looks;
-use crate::control::pods::{Ends, Pods, View};
-use crate::control::recording::Recording;
 use crate::control::state::SharedState;
 use crate::mesh::MeshWriter;
+use crate::node::capture::node_folder::{self, Mark, NodeFolder};
+use crate::node::capture::room::{self, Reports, Window};
+use crate::node::capture::uninstall::canonical;
+use crate::node::capture::{Room, Status, Wanted};
+use crate::node::machine::Looks;
+use crate::node::pods::{self, Ends, Pods, View};
+use crate::node::recording::Recording;
 use crate::observe::metrics::Counted;
 use crate::seam::PodEvent;
 use crate::sys::bpffs::{self, Mounted};
@@ -67,7 +67,7 @@ impl Control {
         let (wanted, to_capture) = watch::channel(None);
         let (view_writer, view) = watch::channel(View::default());
         let rewritten = Arc::new(Notify::new());
-        let here = (status.clone(), Here::of as fn(&Status) -> Here);
+        let here = (status.clone(), pods::here as fn(&Status) -> Here);
         let (configuration, configured) =
             Configuration::new(source, here, mesh, Arc::clone(&rewritten));
         let ends = Ends {

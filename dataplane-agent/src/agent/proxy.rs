@@ -8,17 +8,17 @@ use std::time::Duration;
 use anyhow::Context;
 
 use super::AgentError;
-use crate::authorize::Authorizer;
 use crate::config::RunOptions;
 use crate::control::ca::{EmbeddedCa, RootEnd};
-use crate::identity::Certs;
-use crate::limits::NodePlaces;
 use crate::mesh::{Identity, MeshReader};
 use crate::observe::metrics::{self, Counted};
 use crate::observe::{Metrics, Observer};
+use crate::proxy::authorize::Authorizer;
+use crate::proxy::identity::Certs;
+use crate::proxy::limits::NodePlaces;
+use crate::proxy::workers::{Shared, Threads, Workers};
 use crate::seam::{Instance, PodEvent};
 use crate::sys::{limits, memory};
-use crate::workers::{Shared, Threads, Workers};
 
 /// How often it is looked whether memory can be given back.
 const TIDY: Duration = Duration::from_secs(10);

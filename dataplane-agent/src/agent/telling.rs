@@ -4,17 +4,17 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use crate::capture::room::Window;
 use crate::control::ca::RootEnd;
 use crate::control::configuration::Configured;
-use crate::control::pods::{PodView, State, View};
-use crate::identity::Certs;
 use crate::mesh::MeshReader;
+use crate::node::capture::room::Window;
+use crate::node::pods::{PodView, State, View};
 use crate::observe::admin::Sources;
 use crate::observe::dump;
 use crate::observe::log::Level;
 use crate::observe::metrics::Metrics;
 use crate::observe::status::{PodStatus, StatusReport};
+use crate::proxy::identity::Certs;
 
 /// What there is to tell of. A half that knows nothing of something says nothing of it.
 #[derive(Clone)]

@@ -8,9 +8,9 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use super::CheckOptions;
-use crate::capture::pins::Pins;
-use crate::capture::programs::{self, Loader};
-use crate::capture::{CaptureError, enrol, routes};
+use crate::node::capture::pins::Pins;
+use crate::node::capture::programs::{self, Loader};
+use crate::node::capture::{CaptureError, enrol, routes};
 use crate::seam::Listeners;
 use crate::sys::netns::Netns;
 use crate::sys::{bpffs, caps, cgroup, processes, socket};

@@ -11,9 +11,9 @@ use aya::Ebpf;
 use aya::maps::MapInfo;
 use aya::programs::ProgramInfo;
 
-use crate::capture::pins::Pins;
-use crate::capture::programs::{self, Loader};
-use crate::capture::{enrol, maps};
+use crate::node::capture::pins::Pins;
+use crate::node::capture::programs::{self, Loader};
+use crate::node::capture::{enrol, maps};
 use crate::sys::netns::Netns;
 use crate::sys::{bpffs, cgroup, verifier};
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::StatusOptions;
-use crate::capture::node_folder::{self, Holder};
+use crate::node::capture::node_folder::{self, Holder};
 use crate::observe::status::{PodStatus, StatusReport};
 
 /// A daemon that does not answer within this hangs.
@@ -184,8 +184,8 @@ fn outside(pod: &PodStatus) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::node_folder::{Mark, NodeFolder};
-    use crate::capture::uninstall::Ended;
+    use crate::node::capture::node_folder::{Mark, NodeFolder};
+    use crate::node::capture::uninstall::Ended;
 
     #[test]
     fn a_process_that_connects_in_clear_is_told_with_that() {

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use super::UninstallOptions;
 use crate::agent::{self, AgentError};
-use crate::capture::CaptureError;
-use crate::capture::uninstall::{Done, Ended, refuse_elsewhere, refuse_unless_clean};
 use crate::config::NodeName;
 use crate::control::enrolled::Records;
 use crate::control::state::SharedState;
+use crate::node::capture::CaptureError;
+use crate::node::capture::uninstall::{Done, Ended, refuse_elsewhere, refuse_unless_clean};
 use crate::observe::log;
 use crate::sys::machine_id;
 

@@ -25,8 +25,8 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
 use super::owned;
-use crate::identity::{IdentityError, Issued, Issuer, sha256};
 use crate::mesh::Identity;
+use crate::proxy::identity::{IdentityError, Issued, Issuer, sha256};
 
 /// How long the root lives.
 const ROOT_LIFE: time::Duration = time::Duration::days(3650);

@@ -15,7 +15,7 @@ use super::manifests::applies;
 use super::manifests::changes::PolicyChange;
 use super::manifests::{Folder, LocalPodSpec, Translated, Translation, Watch};
 use super::recorded::Recorded;
-use crate::capture::{PodState, Status, named};
+use crate::mesh::workload::named;
 use crate::mesh::{Delta, Mesh, MeshWriter, Workload};
 use crate::sys::memory;
 
@@ -68,27 +68,6 @@ pub struct Here {
     pub captured: BTreeSet<Arc<str>>,
     /// Those of which anything may run.
     pub served: BTreeSet<Arc<str>>,
-}
-
-impl Here {
-    /// As capture tells it.
-    pub fn of(status: &Status) -> Self {
-        let uids = |are: fn(&PodState) -> bool| {
-            let all = status.values().filter(|of| are(&of.state));
-            all.map(|of| Arc::clone(&of.uid)).collect()
-        };
-        Self {
-            captured: uids(|state| match state {
-                PodState::Up | PodState::Broken { .. } => true,
-                PodState::Adopted { captured } | PodState::Failed { captured, .. } => *captured,
-                PodState::Draining => false,
-            }),
-            served: uids(|state| {
-                let draining = matches!(state, PodState::Draining);
-                draining || matches!(state, PodState::Up | PodState::Broken { .. })
-            }),
-        }
-    }
 }
 
 /// The task; `S` is what tells which pods are here.

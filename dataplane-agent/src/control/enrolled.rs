@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::manifests::{LocalPodSpec, PodKey, Stale};
 use super::state::{self, SharedState};
-use crate::identity;
+use crate::proxy::identity;
 
 /// What a record's file ends in while it is written.
 pub const UNFINISHED: &str = "new";

@@ -128,6 +128,11 @@ impl Workload {
     }
 }
 
+/// A pod's name for people, `<namespace>/<name>`, by its uid.
+pub fn named(uid: &str) -> &str {
+    uid.split_once("//Pod/").map_or(uid, |(_, name)| name)
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;

@@ -9,13 +9,13 @@ use time::format_description::well_known::Rfc3339;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::status::StatusReport;
-use crate::identity::Certs;
-use crate::identity::certs::Listed;
 use crate::mesh::Mesh;
 use crate::mesh::endpoints::Endpoints;
 use crate::mesh::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};
 use crate::mesh::service::Service;
 use crate::mesh::workload::{Health, Workload, WorkloadType};
+use crate::proxy::identity::Certs;
+use crate::proxy::identity::certs::Listed;
 
 /// All of it.
 pub fn dump(mesh: &Mesh, certs: &Certs, status: &StatusReport) -> Value {

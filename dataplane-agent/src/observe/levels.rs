@@ -3,28 +3,9 @@
 use tracing_subscriber::filter::EnvFilter;
 
 /// The first parts of the targets of our own modules, as they are in the log.
-const ROOMS: [&str; 21] = [
-    "accept",
-    "agent",
-    "authorize",
-    "capture",
-    "cli",
-    "config",
-    "control",
-    "drain",
-    "exit",
-    "hbone",
-    "identity",
-    "journey",
-    "limits",
-    "load",
-    "mesh",
-    "observe",
-    "resolve",
-    "seam",
-    "sys",
-    "transport",
-    "workers",
+const ROOMS: [&str; 13] = [
+    "agent", "cli", "config", "control", "drain", "exit", "load", "mesh", "node", "observe",
+    "proxy", "seam", "sys",
 ];
 /// Others of which something may be logged: those that are no module, and libraries.
 const OTHERS: [&str; 14] = [
@@ -118,10 +99,13 @@ mod tests {
     #[test]
     fn levels_of_targets_that_there_are_not_are_told() {
         assert_eq!(
-            unknown_targets("info,access=debug,control::pods=warn,h2=off"),
+            unknown_targets("info,access=debug,node::pods=warn,h2=off"),
             None
         );
-        assert_eq!(unknown_targets("dataplane_agent::capture=trace"), None);
+        assert_eq!(
+            unknown_targets("dataplane_agent::node::capture=trace"),
+            None
+        );
         let told = unknown_targets("info,aces=debug,ztunnel::proxy=warn").expect("two");
         assert!(
             told.contains("`aces`, `ztunnel::proxy`; targets begin with access"),
@@ -133,10 +117,10 @@ mod tests {
 
     #[test]
     fn targets_are_those_that_are_in_the_log() {
-        let filter = parse("warn,control::pods=debug,controls=info").expect("directives");
+        let filter = parse("warn,node::pods=debug,controls=info").expect("directives");
         let shown = filter.to_string();
         assert!(
-            shown.contains("dataplane_agent::control::pods=debug"),
+            shown.contains("dataplane_agent::node::pods=debug"),
             "{shown}"
         );
         assert!(

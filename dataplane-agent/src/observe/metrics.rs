@@ -18,8 +18,8 @@ use super::labels::{Flagged, Labels};
 use super::record::Reporter;
 use super::series::{AllSeries, Counts, MOST, Series};
 use super::{Failure, Flag, log};
-use crate::limits::NodePlaces;
 use crate::load::Load;
+use crate::proxy::limits::NodePlaces;
 
 /// The registry, and what is counted.
 #[derive(Debug)]

@@ -12,8 +12,8 @@ use super::metrics::Metrics;
 use super::seldom::Seldom;
 use super::series::Series;
 use super::{Failure, Flag};
-use crate::limits::source;
 use crate::mesh::{Identity, Service, Workload};
+use crate::proxy::limits::source;
 
 #[cfg(test)]
 pub(crate) mod tests;

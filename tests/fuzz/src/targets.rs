@@ -6,15 +6,15 @@ use std::sync::LazyLock;
 use std::{fs, str};
 
 use arbitrary::Unstructured;
-use dataplane_agent::capture::undo;
 use dataplane_agent::control::enrolled::{self, Enrolled};
 use dataplane_agent::control::local as local_file;
 use dataplane_agent::control::manifests::{MeshConfig, Objects, PodKey, Translation, translate};
 use dataplane_agent::control::state::SharedState;
-use dataplane_agent::hbone::headers as words;
-use dataplane_agent::identity::tls::peer_identity;
 use dataplane_agent::mesh::Identity;
 use dataplane_agent::mesh::workload::Protocol;
+use dataplane_agent::node::capture::undo;
+use dataplane_agent::proxy::hbone::headers as words;
+use dataplane_agent::proxy::identity::tls::peer_identity;
 use dataplane_agent::sys::cgroup as groups;
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::decide::{Asked, Connect, Owns, Steer, connect, connect_elsewhere, steer};

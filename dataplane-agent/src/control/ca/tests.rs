@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
-use crate::identity::Certs;
+use crate::proxy::identity::Certs;
 
 const DAY: Duration = Duration::from_secs(86400);
 
@@ -39,7 +39,7 @@ fn certs(ca: EmbeddedCa, identities: &[Identity]) -> Certs {
 async fn current(
     certs: &Certs,
     identity: &Identity,
-) -> Result<Arc<crate::identity::WorkloadCertificate>, IdentityError> {
+) -> Result<Arc<crate::proxy::identity::WorkloadCertificate>, IdentityError> {
     tokio::select! {
         () = certs.clone().rotate() => unreachable!("it runs until it is dropped"),
         current = certs.current(identity) => current,

@@ -46,7 +46,7 @@ fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
     let observer = Observer::new(Arc::new(Metrics::new(Sources {
         kernel: Box::new(Vec::new),
         repairs: Box::new(Vec::new),
-        places: crate::limits::NodePlaces::new(1),
+        places: crate::proxy::limits::NodePlaces::new(1),
         workers: Vec::new(),
         root_ends: 0,
     })));

@@ -1,0 +1,179 @@
+//! The way out: a pod is let go, its connections end, and what was changed is put back.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::super::repair::Gone;
+use super::super::undo::Record;
+use super::super::wanted::Desired;
+use super::super::{CaptureError, enrol};
+use super::{InPhase, LINGER, Pod, RETRY, Room, Served, look};
+use crate::mesh::workload::named;
+use crate::seam::PodEvent;
+use crate::sys::netns::Netns;
+
+impl Room {
+    /// The first step out: the kernel programs let pass what is new. All else stays until the pod has
+    /// left, since what it has sent by the capture route may still be on its way, or be sent again.
+    pub(super) fn release(&self, cookie: u64) {
+        if let Err(error) = self.window.maps().release(cookie) {
+            tracing::error!(%error, netns = cookie, "pod stays captured");
+        }
+    }
+
+    pub(super) fn leave(&mut self, cookie: u64) {
+        self.release(cookie);
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return;
+        };
+        tracing::info!(pod = %named(&pod.uid), "pod leaves the mesh");
+        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
+        pod.phase = match phase {
+            InPhase::Serving(served) => InPhase::Lingering(served, Instant::now() + LINGER),
+            other => other,
+        };
+    }
+
+    /// Captures again what drains, as what is wanted now: the same listeners serve on.
+    pub(super) async fn revive(&mut self, want: Desired) -> Result<(), CaptureError> {
+        let cookie = want.cookie;
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return Ok(());
+        };
+        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
+        let (mut served, told) = match phase {
+            InPhase::Lingering(served, _) => (served, false),
+            InPhase::Draining { served, .. } => (served, true),
+            other => {
+                pod.phase = other;
+                return Ok(());
+            }
+        };
+        let (uid, instance) = (pod.uid.clone(), served.instance);
+        served.desired = want;
+        let mut gone = Gone::default();
+        let attached = self.again_captured(&mut served, &mut gone).await;
+        look::told(named(&uid), &gone, Ok(()), None);
+        self.window.repairs.count(&gone);
+        if let Some(pod) = self.pods.get_mut(&cookie) {
+            pod.phase = InPhase::Serving(served);
+        }
+        match attached {
+            Ok(()) => tracing::info!(pod = %named(&uid), "pod enrolled again"),
+            Err(error) => {
+                tracing::warn!(pod = %named(&uid), %error, "pod cannot be enrolled again");
+                self.leave(cookie);
+                return Ok(());
+            }
+        }
+        if told {
+            self.send(PodEvent::Revive(instance)).await
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn again_captured(
+        &self,
+        served: &mut Served,
+        gone: &mut Gone,
+    ) -> Result<(), CaptureError> {
+        let interfaces = enrol::interfaces(&served.desired.netns)?;
+        let (addresses, _) = enrol::own(served.desired.own(), &interfaces, &self.window)?;
+        let pin = self.pins.pod(served.desired.cookie);
+        // That it cannot be pinned is told by the next look.
+        let _ = look::steered(served, &pin, gone)?;
+        let first = addresses.first().copied();
+        served.has(addresses, &self.events).await?;
+        let desired = &served.desired;
+        let mut maps = self.window.maps();
+        maps.enrol(desired.cookie, first, &desired.groups)
+    }
+
+    /// Takes those that leave one step further.
+    pub(super) async fn go_on(&mut self) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        let cookies: Vec<u64> = self.pods.keys().copied().collect();
+        for cookie in cookies {
+            let Some(pod) = self.pods.get_mut(&cookie) else {
+                continue;
+            };
+            match &mut pod.phase {
+                InPhase::Lingering(served, until) if *until <= now => {
+                    let (told, idle) = oneshot::channel();
+                    let instance = served.instance;
+                    if let InPhase::Lingering(served, _) =
+                        std::mem::replace(&mut pod.phase, InPhase::Adopted)
+                    {
+                        pod.phase = InPhase::Draining {
+                            served,
+                            idle,
+                            until: now + self.config.drain,
+                        };
+                    }
+                    self.send(PodEvent::Drain(instance, told)).await?;
+                }
+                InPhase::Draining { until, .. } if *until <= now => self.end(cookie).await?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Cuts what still runs of a pod that is not captured any more, and puts back what was changed.
+    pub(super) async fn end(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        if let Some(pod) = self.pods.get(&cookie)
+            && let Some(served) = pod.phase.served()
+        {
+            self.cut(served.instance).await?;
+        }
+        self.undo(cookie).await;
+        Ok(())
+    }
+
+    pub(super) async fn undo(&mut self, cookie: u64) {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return;
+        };
+        pod.phase = InPhase::Adopted; // its listeners and program are gone
+        let (uid, record, netns) = (pod.uid.clone(), pod.record.clone(), pod.netns.clone());
+        match self.put_back(&record, netns.as_ref()).await {
+            Ok(()) => {
+                tracing::info!(pod = %named(&uid), "pod left the mesh");
+                self.pods.remove(&cookie);
+            }
+            Err(error) => {
+                tracing::warn!(pod = %named(&uid), %error, "pod's namespace is not as it was; it is tried again");
+                self.again = Some(Instant::now() + RETRY);
+            }
+        }
+    }
+
+    /// The last step out. The kernel forgets the pod when all else is as it was: until then it keeps
+    /// inside what is the pod's.
+    pub(super) async fn put_back(
+        &self,
+        record: &Record,
+        netns: Option<&Netns>,
+    ) -> Result<(), CaptureError> {
+        enrol::undo(record, netns, &self.records, &self.pins).await?;
+        self.window.maps().forget(record.cookie)
+    }
+}
+
+/// Ready when a pod that drains has nothing that runs any more.
+pub(super) fn idle(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
+    for pod in pods.values_mut() {
+        if let InPhase::Draining { idle, until, .. } = &mut pod.phase
+            && Pin::new(idle).poll(context).is_ready()
+        {
+            *until = Instant::now();
+            return Poll::Ready(());
+        }
+    }
+    Poll::Pending
+}

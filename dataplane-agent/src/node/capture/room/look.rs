@@ -1,0 +1,329 @@
+//! Looks at what keeps pods captured, again and again, and puts back what is gone.
+//!
+//! Every pod is looked at every few seconds, each at a time of its own, and soon after its namespace
+//! tells of a change. Interfaces and addresses that have come or gone since are taken over on the way.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::super::programs::{self, Restored};
+use super::super::repair::{Gone, Part};
+use super::super::routing::Routing;
+use super::super::undo::Record;
+use super::super::{CaptureError, enrol, routes};
+use super::{InPhase, Pod, Room, Served, Window};
+use crate::mesh::workload::named;
+use crate::seam::PodEvent;
+use crate::sys::netns::Netns;
+
+/// Between two looks at one pod, and at the node's programs.
+const LOOK: Duration = Duration::from_secs(3);
+/// A pod that changes all the time is looked at no more often than this.
+const SETTLE: Duration = Duration::from_millis(250);
+
+/// When a pod is looked at, and what was found.
+pub(super) struct Looks {
+    next: Instant,
+    last: Instant,
+    /// Why the pod does not work, as of the last look.
+    pub(super) broken: Option<String>,
+}
+
+impl Looks {
+    /// Of one of which nobody knows how it is.
+    pub(super) fn at_once() -> Self {
+        let now = Instant::now();
+        Self {
+            next: now,
+            last: now,
+            broken: None,
+        }
+    }
+
+    /// Of one that has just been put in place; `spread` sets it apart from others.
+    pub(super) fn begin(spread: u64) -> Self {
+        let now = Instant::now();
+        let apart = Duration::from_millis(spread.wrapping_mul(367) % 1000);
+        Self {
+            next: now + LOOK - apart,
+            last: now,
+            broken: None,
+        }
+    }
+
+    pub(super) fn next(&self) -> Instant {
+        self.next
+    }
+
+    pub(super) fn done(&mut self, broken: Option<String>) {
+        self.done_at(Instant::now());
+        self.broken = broken;
+    }
+
+    fn done_at(&mut self, now: Instant) {
+        self.last = now;
+        self.next = now + LOOK;
+    }
+
+    /// Something has changed: it is looked at soon.
+    fn hurry(&mut self) {
+        self.next = self.next.min(self.last + SETTLE);
+    }
+
+    fn hurries(&self) -> bool {
+        self.next <= self.last + SETTLE
+    }
+
+    /// Whether it is time, or nearly: those of about the same time are looked at together, since a round of
+    /// the room costs something for each of its pods, whichever is looked at.
+    fn is_due(&self, now: Instant) -> bool {
+        self.next <= now || !self.hurries() && self.next <= now + SETTLE
+    }
+}
+
+impl Room {
+    /// Looks at what is due.
+    pub(super) async fn look(&mut self) -> Result<(), CaptureError> {
+        let now = Instant::now();
+        if self.looks.is_due(now) {
+            self.look_at_node();
+        }
+        let is_due = |pod: &Pod| pod.looks().is_some_and(|looks| looks.is_due(now));
+        let due = self.pods.iter().filter(|(_, pod)| is_due(pod));
+        for cookie in due.map(|(cookie, _)| *cookie).collect::<Vec<u64>>() {
+            self.look_at(cookie).await?;
+            self.look_at_held(cookie).await;
+        }
+        Ok(())
+    }
+
+    /// The node's programs, and where all is pinned. A pod's program is loaded after it: that takes the maps
+    /// that it finds pinned.
+    pub(super) fn look_at_node(&mut self) {
+        let mut gone = Gone::default();
+        let mended = self.mend_node(&mut gone);
+        let broken = told("the node", &gone, mended, self.looks.broken.as_deref());
+        self.window.repairs.count(&gone);
+        self.looks.done(broken);
+    }
+
+    fn mend_node(&mut self, gone: &mut Gone) -> Result<(), CaptureError> {
+        // Where nothing can be pinned, what is attached holds all the same.
+        let folders = self.pins.restore(&mut self.pins_lock);
+        let maps = self.pinned.restore(&self.pins);
+        let (cgroup, links) = (&self.config.cgroup, &mut self.links);
+        let (lost, programs) = match programs::restore(&mut self.node, cgroup, &self.pins, links) {
+            Ok(Restored { lost, whole }) => (lost, whole),
+            Err(error) => (false, Err(error)),
+        };
+        for (part, lost) in [(Part::Pin, matches!(maps, Ok(true))), (Part::Program, lost)] {
+            if lost {
+                gone.add(part);
+            }
+        }
+        folders.and(maps).and(programs)
+    }
+
+    async fn look_at(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return Ok(());
+        };
+        let serving = matches!(pod.phase, InPhase::Serving(_));
+        let (name, record) = (named(&pod.uid).to_owned(), &pod.record);
+        let Some(served) = pod.phase.served_mut() else {
+            return Ok(());
+        };
+        let mut gone = Gone::default();
+        // What fails of one is no reason to leave the others as they are. What somebody else may have by
+        // now is taken away first.
+        let mut mended = own(served, &self.window, &self.events).await;
+        mended = mended.and(inside(served, record, &self.pins.pod(cookie), &mut gone).await);
+        // Not known is as it was.
+        let forwards = routes::forwards(&served.desired.netns, &served.interfaces);
+        served.forwards = forwards.unwrap_or(served.forwards);
+        if serving {
+            mended = mended.and(captured(served, &self.window, &mut gone));
+        }
+        let broken = told(&name, &gone, mended, served.looks.broken.as_deref());
+        self.window.repairs.count(&gone);
+        served.looks.done(broken);
+        if gone.has(Part::Listener)
+            && let Some(instance) = pod.take_back()
+        {
+            // It is enrolled anew, with others; what runs is cut.
+            self.cut(instance).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What is the pod's own: what it has on its interfaces now.
+async fn own(
+    served: &mut Served,
+    window: &Window,
+    events: &mpsc::Sender<PodEvent>,
+) -> Result<(), CaptureError> {
+    let desired = &served.desired;
+    let interfaces = enrol::interfaces(&desired.netns)?;
+    if interfaces != served.interfaces {
+        served.interfaces = interfaces;
+        served.told = false;
+    }
+    if !served.told {
+        let (addresses, _) = enrol::own(desired.own(), &served.interfaces, window)?;
+        if addresses != served.addresses {
+            tracing::info!(
+                pod = %named(&desired.uid),
+                ?addresses,
+                "pod has other addresses than it had"
+            );
+        }
+        served.has(addresses, events).await?;
+        served.told = true;
+    }
+    enrol::has_known(&served.desired, &served.interfaces)
+}
+
+/// What keeps inside whatever the pod has, as long as it is known to the kernel.
+async fn inside(
+    served: &mut Served,
+    record: &Record,
+    pin: &Path,
+    gone: &mut Gone,
+) -> Result<(), CaptureError> {
+    let routed = match steered(served, pin, gone) {
+        Ok(pinned) => routed(served, gone).await.and(pinned),
+        // What comes by the routes would go to the pod's own app.
+        Err(error) => Err(error),
+    };
+    routed.and(set(&served.desired.netns, record, gone))
+}
+
+/// The pod's program, attached; whether it is pinned too.
+pub(super) fn steered(
+    served: &mut Served,
+    pin: &Path,
+    gone: &mut Gone,
+) -> Result<Result<(), CaptureError>, CaptureError> {
+    let Restored { lost, whole } = served.program.restore(&served.desired.netns, pin)?;
+    if lost {
+        gone.add(Part::Steer);
+    }
+    Ok(whole)
+}
+
+/// Its rules and routes.
+async fn routed(served: &mut Served, gone: &mut Gone) -> Result<(), CaptureError> {
+    let desired = &served.desired;
+    let addresses = enrol::addresses(&desired.addresses, &served.interfaces);
+    let routing = Routing::of(&addresses, &served.interfaces);
+    let lacked = routes::put(&desired.netns, &routing).await?;
+    gone.of_routing(&lacked, &served.routing);
+    served.routing = routing;
+    Ok(())
+}
+
+/// The settings of the pod's namespace that capture needs.
+pub(super) fn set(netns: &Netns, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
+    let is = routes::sysctls(netns)?;
+    let lost = record.sysctls.keys().filter(|name| {
+        let value = is.get(*name);
+        value.is_some_and(|value| value != "1")
+    });
+    let lost: Vec<&String> = lost.collect();
+    if !lost.is_empty() {
+        routes::set_sysctls(netns, lost.into_iter().map(|name| (name, "1")))?;
+        gone.add(Part::Setting);
+    }
+    Ok(())
+}
+
+/// What takes new connections of it to the agent.
+fn captured(served: &Served, window: &Window, gone: &mut Gone) -> Result<(), CaptureError> {
+    if !served.listeners.alive() {
+        gone.add(Part::Listener);
+    }
+    let desired = &served.desired;
+    let first = served.addresses.first().copied();
+    let mut maps = window.maps();
+    if maps.restore(desired.cookie, first, &desired.groups)? {
+        gone.add(Part::Entry);
+    }
+    Ok(())
+}
+
+/// Says what a look has brought, once; why it does not work, if it does not.
+pub(super) fn told(
+    whose: &str,
+    gone: &Gone,
+    mended: Result<(), CaptureError>,
+    before: Option<&str>,
+) -> Option<String> {
+    let broken = mended.err().map(|error| error.to_string());
+    match &broken {
+        Some(why) if before != Some(why) => {
+            tracing::error!(pod = whose, gone = %gone, error = %why, "what keeps a pod captured cannot be put back; it is tried again");
+        }
+        Some(_) => {}
+        None if !gone.is_empty() => {
+            tracing::warn!(pod = whose, gone = %gone, "what keeps a pod captured was gone, and is put back");
+        }
+        None if before.is_some() => tracing::info!(pod = whose, "it is captured as it is to be"),
+        None => {}
+    }
+    broken
+}
+
+/// Ready when the namespace of a pod that is served tells of a change.
+pub(super) fn changed(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
+    let mut told = Poll::Pending;
+    for pod in pods.values_mut() {
+        if let Some(served) = pod.phase.served_mut()
+            && !served.looks.hurries()
+            && served.changes.poll(context).is_ready()
+        {
+            served.looks.hurry();
+            told = Poll::Ready(());
+        }
+    }
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_pods_are_looked_at_in_few_rounds_and_none_later_than_it_is_due() {
+        const PODS: u64 = 250;
+        const LOOKS: u32 = 10;
+        let mut pods: Vec<Looks> = (0..PODS).map(Looks::begin).collect();
+        let begin = Instant::now();
+        let (mut rounds, mut now) = (0, begin);
+        while now < begin + LOOK * LOOKS {
+            now = pods.iter().map(Looks::next).min().expect("a pod");
+            rounds += 1;
+            for pod in pods.iter_mut().filter(|pod| pod.is_due(now)) {
+                assert!(pod.next >= now, "it is late");
+                pod.done_at(now);
+            }
+        }
+        let most = LOOK.as_millis() / SETTLE.as_millis() + 1;
+        assert!(rounds <= u128::from(LOOKS + 1) * most, "{rounds} rounds");
+    }
+
+    #[test]
+    fn a_pod_that_changes_all_the_time_waits_its_time_whoever_else_is_due() {
+        let mut pod = Looks::begin(0);
+        let now = pod.next();
+        pod.done_at(now);
+        pod.hurry();
+        assert!(!pod.is_due(now + SETTLE / 2));
+        assert!(pod.is_due(now + SETTLE));
+    }
+}

@@ -1,0 +1,224 @@
+//! Finds the namespace of a pod that has none yet.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::cgroups;
+use super::claims::{self, Claims, Doubt};
+use super::seen::{Candidate, Seen, Who};
+use super::{Key, Machine, Missing, Place, Sight};
+use crate::control::manifests::LocalPodSpec;
+use crate::mesh::workload::named;
+use crate::node::capture::Status;
+use crate::sys::netns::Netns;
+
+impl Machine {
+    /// Finds the namespaces of pods that have none yet; why others have none still.
+    pub(super) fn place(
+        &mut self,
+        pods: &[LocalPodSpec],
+        captured: &Status,
+        seen: &mut Seen,
+    ) -> BTreeMap<Arc<str>, Missing> {
+        let mut why = BTreeMap::new();
+        let mut claims = Claims::new();
+        let taken: BTreeSet<u64> = self
+            .places
+            .values()
+            .map(|place| place.netns.inode())
+            .collect();
+        for pod in pods {
+            if self.places.contains_key(&pod.uid) {
+                continue;
+            }
+            if pod.addresses.is_empty() {
+                let reason = "it has no address yet (status.podIPs)".to_owned();
+                why.insert(pod.uid.clone(), Missing::NotYet(reason));
+                continue;
+            }
+            match self.candidates(pod, pods, captured, &taken, seen) {
+                Ok(namespaces) => _ = claims.insert(pod.uid.clone(), namespaces),
+                Err(reason) => _ = why.insert(pod.uid.clone(), reason),
+            }
+        }
+        let mut doubts = Vec::new();
+        for (uid, settled) in claims::settle(claims) {
+            let Some(pod) = pods.iter().find(|pod| pod.uid == uid) else {
+                continue;
+            };
+            match settled {
+                Ok(inode) => {
+                    if let Some(Ok(Some(candidate))) = seen.opened.get(&inode)
+                        && let Ok(who) = &candidate.who
+                    {
+                        let place = Place {
+                            key: Key::of(pod),
+                            netns: candidate.netns.clone(),
+                            cookie: who.cookie,
+                            groups: Vec::new(),
+                            outside: BTreeMap::new(),
+                        };
+                        self.sights.entry(place.cookie).or_insert_with(|| Sight {
+                            inode,
+                            last: self.looks,
+                            ..Sight::default()
+                        });
+                        self.places.insert(uid, place);
+                    }
+                }
+                Err(doubt) => doubts.push((pod, doubt)),
+            }
+        }
+        for (pod, doubt) in doubts {
+            let told = seen.told(pod, &doubt);
+            let missing = match doubt {
+                Doubt::None => Missing::Nowhere(told + &self.but_that_of(pod)),
+                Doubt::Several(_) | Doubt::Shared(..) => Missing::Doubtful(told),
+            };
+            why.insert(pod.uid.clone(), missing);
+        }
+        why
+    }
+
+    /// The pod that has these addresses and was found: nothing is left for another one that says them too.
+    fn but_that_of(&self, pod: &LocalPodSpec) -> String {
+        let has_all = |place: &Place| {
+            let there = &place.key.addresses;
+            pod.addresses.iter().all(|address| there.contains(address))
+        };
+        let other = self.places.iter().find(|(_, place)| has_all(place));
+        other.map_or_else(String::new, |(uid, _)| {
+            format!(" but that of pod {}", named(uid))
+        })
+    }
+
+    /// The namespaces that may be a pod's.
+    fn candidates(
+        &self,
+        pod: &LocalPodSpec,
+        pods: &[LocalPodSpec],
+        captured: &Status,
+        taken: &BTreeSet<u64>,
+        seen: &mut Seen,
+    ) -> Result<BTreeSet<u64>, Missing> {
+        if let Some(path) = &pod.netns_path {
+            let inode = self.named(path, pod, seen)?;
+            let owner = self
+                .places
+                .iter()
+                .find(|(_, place)| place.netns.inode() == inode);
+            return match owner {
+                Some((uid, _)) => Err(Missing::Doubtful(format!(
+                    "its network namespace is that of {uid}"
+                ))),
+                None => Ok([inode].into()),
+            };
+        }
+        let lost = self
+            .lost
+            .get(&pod.uid)
+            .filter(|(key, _)| *key == Key::of(pod))
+            .map_or(0, |(_, last)| *last);
+        let own = BTreeSet::from_iter(pod.cgroup_uids().map(cgroups::normal));
+        let others: BTreeSet<String> = pods
+            .iter()
+            .flat_map(|other| other.cgroup_uids().map(cgroups::normal))
+            .filter(|uid| !own.contains(uid))
+            .collect();
+        let (mut named, mut unnamed) = (BTreeSet::new(), BTreeSet::new());
+        let (mut before, mut failed) = (None, None);
+        let inodes: Vec<u64> = seen.namespaces.keys().copied().collect();
+        for inode in inodes {
+            let is_old = lost > 0 && self.since.get(&inode).is_some_and(|since| *since <= lost);
+            if taken.contains(&inode) || self.hosts.contains(&inode) || is_old {
+                continue;
+            }
+            let candidate = match seen.open(inode, &self.root, &self.pods) {
+                Ok(Some(candidate)) => candidate,
+                Ok(None) => continue,
+                Err(error) => {
+                    failed.get_or_insert_with(|| error.clone());
+                    continue;
+                }
+            };
+            if !pod
+                .addresses
+                .iter()
+                .all(|address| candidate.addresses.contains(address))
+            {
+                continue;
+            }
+            let who = match &candidate.who {
+                Ok(who) => who,
+                Err(error) => {
+                    failed.get_or_insert_with(|| error.clone());
+                    continue;
+                }
+            };
+            match captured.get(&who.cookie) {
+                Some(is) if is.uid == pod.uid => before = Some(inode),
+                // Captured as another pod, that will be found in it.
+                Some(is)
+                    if !self.places.contains_key(&is.uid)
+                        && pods.iter().any(|pod| pod.uid == is.uid) =>
+                {
+                    continue;
+                }
+                _ => {}
+            }
+            if !who.uids.is_disjoint(&own) {
+                named.insert(inode);
+            } else if who.uids.is_disjoint(&others) && (own.is_empty() || who.uids.is_empty()) {
+                unnamed.insert(inode);
+            }
+        }
+        let is_named = !named.is_empty();
+        let candidates = if is_named { named } else { unnamed };
+        match (before, failed) {
+            // What it is captured as already.
+            (Some(before), _) if candidates.contains(&before) => Ok([before].into()),
+            // What could not be looked into may have the address too.
+            (_, Some(error)) if !is_named => Err(Missing::Doubtful(error)),
+            _ => Ok(candidates),
+        }
+    }
+
+    /// The namespace that a pod's annotation names.
+    fn named(&self, path: &Path, pod: &LocalPodSpec, seen: &mut Seen) -> Result<u64, Missing> {
+        let wrong = |error: io::Error| {
+            let told = format!("{}: {error}", path.display());
+            match error.kind() {
+                io::ErrorKind::NotFound => Missing::Nowhere(told),
+                _ => Missing::Doubtful(told),
+            }
+        };
+        let netns = Netns::open(path).map_err(wrong)?;
+        let inode = netns.inode();
+        if self.hosts.contains(&inode) {
+            let told = format!("{} is the host's network namespace", path.display());
+            return Err(Missing::Doubtful(told));
+        }
+        let addresses = netns.interfaces().map_err(wrong)?.addresses;
+        if let Some(address) = pod
+            .addresses
+            .iter()
+            .find(|address| !addresses.contains(address))
+        {
+            let told = format!("{} does not have {address}", path.display());
+            return Err(Missing::Doubtful(told));
+        }
+        let who = Who {
+            cookie: netns.cookie().map_err(wrong)?,
+            uids: BTreeSet::new(),
+        };
+        let candidate = Candidate {
+            netns,
+            addresses,
+            who: Ok(who),
+        };
+        seen.opened.insert(inode, Ok(Some(candidate)));
+        Ok(inode)
+    }
+}

@@ -1,0 +1,144 @@
+//! What one look shows, opened as far as somebody asks.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::path::Path;
+
+use super::cgroups;
+use super::claims::Doubt;
+use crate::control::manifests::{LocalPodSpec, pod};
+use crate::sys::cgroup;
+use crate::sys::netns::Netns;
+use crate::sys::processes::{self, Namespace};
+
+/// One look, with what was asked of it.
+pub(super) struct Seen {
+    pub namespaces: BTreeMap<u64, Namespace>,
+    pub hidden: BTreeSet<u32>,
+    /// The processes of the host's namespaces.
+    pub hosts: BTreeSet<u32>,
+    /// Candidates that were opened.
+    pub opened: BTreeMap<u64, Opened>,
+}
+
+/// A namespace that may be a pod's; none if it is not of the machine, or is gone.
+pub(super) type Opened = Result<Option<Candidate>, String>;
+
+#[derive(Debug)]
+pub(super) struct Candidate {
+    pub netns: Netns,
+    pub addresses: Vec<IpAddr>,
+    /// Why it could not be had matters to a pod of these addresses alone: what is odd in a namespace may
+    /// be of its processes' making.
+    pub who: Result<Who, String>,
+}
+
+/// What tells namespaces of the same addresses apart.
+#[derive(Debug)]
+pub(super) struct Who {
+    pub cookie: u64,
+    /// The uids of the pods that the kubelet made its processes' cgroups for.
+    pub uids: BTreeSet<String>,
+}
+
+impl Seen {
+    pub(super) fn new(look: processes::Look, hosts: &BTreeSet<u64>) -> Self {
+        let of_host = hosts.iter().filter_map(|inode| look.namespaces.get(inode));
+        Self {
+            hosts: of_host
+                .flat_map(|of| of.processes.iter().copied())
+                .collect(),
+            namespaces: look.namespaces,
+            hidden: look.hidden,
+            opened: BTreeMap::new(),
+        }
+    }
+
+    /// Opens a namespace, once in a look.
+    pub(super) fn open(
+        &mut self,
+        inode: u64,
+        root: &Path,
+        pods: &Path,
+    ) -> Result<Option<&Candidate>, &String> {
+        let Some(namespace) = self.namespaces.get(&inode) else {
+            return Ok(None);
+        };
+        let opened = self.opened.entry(inode).or_insert_with(|| {
+            let wrong = |error: io::Error| {
+                format!(
+                    "{} cannot be looked into: {error}",
+                    namespace.path.display()
+                )
+            };
+            let Some(netns) = open(namespace, inode).map_err(wrong)? else {
+                return Ok(None);
+            };
+            let who = || {
+                Ok(Who {
+                    cookie: netns.cookie()?,
+                    uids: uids(&namespace.processes, root, pods)?,
+                })
+            };
+            Ok(Some(Candidate {
+                addresses: netns.interfaces().map_err(wrong)?.addresses,
+                who: who().map_err(wrong),
+                netns,
+            }))
+        });
+        opened.as_ref().map(Option::as_ref)
+    }
+
+    /// A doubt, for people.
+    pub(super) fn told(&self, of: &LocalPodSpec, doubt: &Doubt) -> String {
+        let all: Vec<String> = of.addresses.iter().map(ToString::to_string).collect();
+        let all = all.join(", ");
+        let path = |inode: &u64| {
+            let namespace = self.namespaces.get(inode);
+            namespace.map_or_else(String::new, |of| of.path.display().to_string())
+        };
+        match doubt {
+            Doubt::None => format!("no network namespace of this machine has {all}"),
+            Doubt::Several(several) => {
+                let some: Vec<String> = several.iter().take(2).map(path).collect();
+                format!(
+                    "more than one network namespace has {all} ({}): name its own in the annotation {}",
+                    some.join(", "),
+                    pod::NETNS_ANNOTATION,
+                )
+            }
+            Doubt::Shared(namespace, other) => format!(
+                "the network namespace that has {all} ({}) may be that of {other}",
+                path(namespace)
+            ),
+        }
+    }
+}
+
+fn open(namespace: &Namespace, inode: u64) -> io::Result<Option<Netns>> {
+    let netns = match Netns::open(&namespace.path) {
+        Err(error) if processes::has_ended(&error) => return Ok(None),
+        netns => netns?,
+    };
+    // Any user can make a namespace of their own, and give it any address.
+    let is_its = netns.inode() == inode && netns.is_the_hosts()?;
+    Ok(is_its.then_some(netns))
+}
+
+/// The uids of the pods that the kubelet made the cgroups of these processes for.
+fn uids(processes: &[u32], root: &Path, pods: &Path) -> io::Result<BTreeSet<String>> {
+    let mut uids = BTreeSet::new();
+    for pid in processes {
+        match fs::read(format!("/proc/{pid}/cgroup")) {
+            Err(error) if processes::has_ended(&error) => {}
+            text => {
+                if let Some(folder) = cgroup::of_process(root, &text?) {
+                    uids.extend(cgroups::uid_of(&folder, pods));
+                }
+            }
+        }
+    }
+    Ok(uids)
+}

@@ -1,0 +1,494 @@
+//! Which pods are here, and how far they are: finds those that are configured on this machine, and tells
+//! capture which to take.
+//!
+//! A pod is dialled by HBONE only while it is captured: its record is written when capture says that
+//! it serves the pod, and removed before capture is told to let it go.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dataplane_ebpf::pod::CGROUPS;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use super::machine::{Look, Looks, Missing, Outside};
+use super::recording::Recording;
+use crate::control::configuration::{Configured, Here};
+use crate::control::manifests::{self, LocalPodSpec, PodKey};
+use crate::mesh::Identity;
+use crate::mesh::workload::named;
+use crate::node::capture::{self, Desired, PodState, Status};
+
+/// How often it is seen to what is to be done again or later, as a record that could not be written.
+const STEP: Duration = Duration::from_secs(1);
+/// Between the removal of a pod's record and the end of its capture: other nodes stop dialling it.
+const NOTICE: Duration = Duration::from_secs(1);
+
+/// What is told to whoever asks for the state of the node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// Pods of this node.
+    pub pods: Vec<PodView>,
+    /// What is wrong with the machine, with pods that are wanted, and with this node's records.
+    pub problems: Vec<String>,
+    /// Whether the machine was looked at yet.
+    pub looked: bool,
+}
+
+/// One pod of this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodView {
+    /// The workload's uid.
+    pub uid: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Whether it is on this machine, or may be.
+    pub here: bool,
+    /// How far it is.
+    pub state: State,
+    /// Why it is not up.
+    pub reason: Option<String>,
+    /// The cookie of its network namespace, once found.
+    pub netns: Option<u64>,
+    /// Its cgroups, once found.
+    pub cgroups: Vec<PathBuf>,
+    /// Processes of its namespace outside of its cgroups.
+    pub outside: Outside,
+    /// Whether it forwards between its interfaces.
+    pub forwards: bool,
+}
+
+/// How far a pod is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Captured and served.
+    Up,
+    /// Captured, and does not work: what is gone of its capture cannot be put back.
+    Broken,
+    /// Wanted, and not captured yet, or other nodes are not told of it yet.
+    Waiting,
+    /// Leaving; what runs goes on.
+    Draining,
+    /// Not to be captured.
+    Ignored,
+}
+
+impl State {
+    /// Its word.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Broken => "broken",
+            Self::Waiting => "waiting",
+            Self::Draining => "draining",
+            Self::Ignored => "ignored",
+        }
+    }
+}
+
+/// The task.
+pub struct Pods {
+    configured: watch::Receiver<Configured>,
+    machine: Looks,
+    wanted: watch::Sender<Option<capture::Wanted>>,
+    status: watch::Receiver<Status>,
+    recording: Option<Recording>,
+    rewritten: Arc<Notify>,
+    view: watch::Sender<View>,
+    /// Pods whose record is removed, and that are let go then; by the cookies of their namespaces, since
+    /// one of the same name may have come.
+    leaving: BTreeMap<u64, (Desired, Instant)>,
+    /// Pods that a predecessor captured and of which nothing is said, by uid: they stay so until what is
+    /// configured is whole.
+    unsaid: BTreeSet<Arc<str>>,
+}
+
+/// What it is connected to.
+pub struct Ends {
+    /// What is configured.
+    pub configured: watch::Receiver<Configured>,
+    /// What capture is to do.
+    pub wanted: watch::Sender<Option<capture::Wanted>>,
+    /// How far capture is.
+    pub status: watch::Receiver<Status>,
+    /// The records of this node's pods, if other nodes are told by such,
+    pub recording: Option<Recording>,
+    /// and who is told that one was written or removed.
+    pub rewritten: Arc<Notify>,
+    /// What is told to whoever asks.
+    pub view: watch::Sender<View>,
+}
+
+impl Pods {
+    /// No pod is looked for yet.
+    pub fn new(machine: Looks, ends: Ends) -> Self {
+        let captured = ends.status.borrow();
+        let unsaid = captured.values().map(|of| Arc::clone(&of.uid)).collect();
+        drop(captured);
+        let mut pods = Self {
+            configured: ends.configured,
+            machine,
+            wanted: ends.wanted,
+            status: ends.status,
+            recording: ends.recording,
+            rewritten: ends.rewritten,
+            view: ends.view,
+            leaving: BTreeMap::new(),
+            unsaid,
+        };
+        let configured = pods.configured.borrow().clone();
+        pods.hear_of(&configured);
+        for uid in &pods.unsaid {
+            tracing::warn!(pod = %named(uid), "no manifest says a pod that was captured; it stays so for now");
+        }
+        pods
+    }
+
+    /// Follows the configuration, the machine and capture, until capture is gone. Once it is told to drain,
+    /// when capture rests, it hears what capture said last, and rests too: which pods are here is for the
+    /// successor to say.
+    pub async fn run(mut self, draining: CancellationToken) {
+        loop {
+            self.step();
+            if draining.is_cancelled() {
+                break;
+            }
+            let next = self.leaving.values().map(|(_, when)| *when).min();
+            tokio::select! {
+                told = self.configured.changed() => if told.is_err() { return },
+                () = self.machine.due() => {}
+                () = sleep(STEP) => {}
+                () = until(next) => {}
+                told = self.status.changed() => if told.is_err() { return },
+                () = draining.cancelled() => {}
+            }
+        }
+        std::future::pending::<()>().await;
+    }
+
+    fn step(&mut self) {
+        let configured = self.configured.borrow_and_update().clone();
+        self.hear_of(&configured);
+        let local = &*configured.local;
+        let wants = |pod: &&LocalPodSpec| pod.wanted == manifests::Wanted::Yes;
+        let here: Vec<&LocalPodSpec> = local.iter().filter(wants).collect();
+        let status = self.status.borrow_and_update().clone();
+        let look = self.machine.look(local, &status);
+        let wanted = self.wanted(&here, &look);
+        self.record(&here, &status, &look, &configured);
+        self.tell(&configured, &look, &status);
+        self.wanted.send_if_modified(|old| {
+            let changed = old.as_ref().is_none_or(|old| !same(old, &wanted));
+            *old = Some(wanted);
+            changed
+        });
+    }
+
+    /// Forgets of which captured pods nothing is said, as far as something is, or nothing more will be.
+    fn hear_of(&mut self, configured: &Configured) {
+        for pod in &*configured.local {
+            self.unsaid.remove(&pod.uid);
+        }
+        if configured.partial.is_none() {
+            for uid in std::mem::take(&mut self.unsaid) {
+                tracing::warn!(pod = %named(&uid), "no manifest says a pod that was captured; it is let go");
+            }
+        }
+    }
+
+    /// What capture is to do: found pods, and for a while those that leave.
+    fn wanted(&mut self, here: &[&LocalPodSpec], look: &Look) -> capture::Wanted {
+        let now = Instant::now();
+        let mut wanted = capture::Wanted {
+            pods: here.iter().filter_map(|pod| desired(pod, look)).collect(),
+            waiting: look.waiting.keys().chain(&self.unsaid).cloned().collect(),
+            gone: look.gone.clone(),
+        };
+        let before = self.wanted.borrow().clone().unwrap_or_default();
+        let again: BTreeSet<u64> = wanted.pods.iter().map(|pod| pod.cookie).collect();
+        for pod in before.pods {
+            let stays = again.contains(&pod.cookie) || wanted.waiting.contains(&pod.uid);
+            if !stays && !wanted.gone.contains(&pod.cookie) {
+                let leaves = self.leaving.entry(pod.cookie);
+                leaves.or_insert((pod, now + NOTICE));
+            }
+        }
+        self.leaving.retain(|cookie, (_, when)| {
+            *when > now && !again.contains(cookie) && !wanted.gone.contains(cookie)
+        });
+        wanted
+            .pods
+            .extend(self.leaving.values().map(|(pod, _)| pod.clone()));
+        wanted
+    }
+
+    /// Has records of pods that are served, and of no others.
+    fn record(
+        &mut self,
+        here: &[&LocalPodSpec],
+        status: &Status,
+        look: &Look,
+        configured: &Configured,
+    ) {
+        let (Some(recording), Some(said)) = (&mut self.recording, &configured.recorded) else {
+            return;
+        };
+        recording.hear(said);
+        let (mut served, mut adopted) = (BTreeMap::new(), BTreeSet::new());
+        for pod in here {
+            let found = look.found.get(&pod.uid).map(|found| found.cookie);
+            let mut of_pod = status.iter().filter(|(cookie, of)| {
+                of.uid == pod.uid && found.is_none_or(|found| found == **cookie)
+            });
+            // What is captured is in the status from the first one on.
+            if of_pod.clone().any(|(_, of)| is_adopted(&of.state)) {
+                adopted.insert(key(pod));
+            }
+            if of_pod.any(|(_, of)| matches!(of.state, PodState::Up | PodState::Broken { .. })) {
+                served.insert(key(pod), *pod);
+            }
+        }
+        let unsaid = &self.unsaid;
+        let is_unsaid = |key: &PodKey| {
+            let name = format!("{}/{}", key.namespace, key.name);
+            unsaid.iter().any(|uid| named(uid) == name)
+        };
+        let stays = |key: &PodKey| adopted.contains(key) || is_unsaid(key);
+        if recording.update(&served, stays, Instant::now()) {
+            self.rewritten.notify_one();
+        }
+    }
+
+    /// What is wrong now: with the machine, with pods that are wanted, and with this node's records.
+    fn problems(&self, look: &Look, partial: Option<&str>) -> Vec<String> {
+        let missing = look
+            .waiting
+            .iter()
+            .filter_map(|(uid, missing)| match missing {
+                Missing::NotYet(_) => None,
+                Missing::Nowhere(why) | Missing::Doubtful(why) => {
+                    Some(format!("Pod {}: {why}", named(uid)))
+                }
+            });
+        let unsaid = self.unsaid.iter().filter_map(|uid| {
+            let (name, why) = (named(uid), partial?);
+            Some(format!(
+                "Pod {name}: was captured, and no manifest says it; it stays so as long as {why}"
+            ))
+        });
+        let problems = look.failed.iter().cloned().chain(missing).chain(unsaid);
+        let unrecorded = self.recording.iter().flat_map(Recording::problems);
+        problems.chain(unrecorded).collect()
+    }
+
+    /// Why other nodes do not know that a pod is served, if that is so.
+    fn unrecorded(&self, pod: &LocalPodSpec) -> Option<String> {
+        self.recording.as_ref()?.why_not(&key(pod))
+    }
+
+    fn tell(&self, configured: &Configured, look: &Look, status: &Status) {
+        let pods = configured.local.iter().map(|pod| {
+            let found = look.found.get(&pod.uid);
+            let (state, reason) = state(pod, look, status, self.unrecorded(pod));
+            PodView {
+                uid: pod.uid.clone(),
+                namespace: pod.namespace.clone(),
+                name: pod.name.clone(),
+                addresses: pod.addresses.clone(),
+                here: match look.waiting.get(&pod.uid) {
+                    Some(Missing::NotYet(_) | Missing::Nowhere(_)) => {
+                        status.values().any(|of| of.uid == pod.uid)
+                    }
+                    Some(Missing::Doubtful(_)) | None => true,
+                },
+                state,
+                reason,
+                netns: found.map(|found| found.cookie),
+                cgroups: found.map_or_else(Vec::new, |found| {
+                    found
+                        .groups
+                        .iter()
+                        .map(|(folder, _)| folder.clone())
+                        .collect()
+                }),
+                outside: look.outside.get(&pod.uid).copied().unwrap_or_default(),
+                forwards: status.values().any(|of| of.uid == pod.uid && of.forwards),
+            }
+        });
+        let view = View {
+            pods: pods.collect(),
+            problems: self.problems(look, configured.partial.as_deref()),
+            looked: true,
+        };
+        self.view.send_if_modified(|old| {
+            if let Some(failed) = &look.failed
+                && !old.problems.contains(failed)
+            {
+                tracing::warn!("{failed}; what was found before holds");
+            }
+            for pod in &view.pods {
+                let was = old.pods.iter().find(|old| old.uid == pod.uid);
+                if pod.state == State::Waiting && was.is_none_or(|was| was.reason != pod.reason) {
+                    let reason = pod.reason.as_deref().unwrap_or_default();
+                    let whose = format_args!("{}/{}", pod.namespace, pod.name);
+                    match reason.ends_with(NOT_CAPTURED) || reason.ends_with(IN_CLEAR) {
+                        true => tracing::warn!(pod = %whose, reason, "pod waits"),
+                        false => tracing::info!(pod = %whose, reason, "pod waits"),
+                    }
+                }
+                if pod.forwards && was.is_none_or(|was| !was.forwards) {
+                    tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), "the pod forwards between its interfaces: what it does for others is not captured, and no policy of it holds");
+                }
+                if pod.outside.processes > 0 && was.is_none_or(|was| was.outside != pod.outside) {
+                    let reason = match pod.cgroups.len() < CGROUPS as usize {
+                        true => "outside_of_cgroups",
+                        false => "too_many_cgroups",
+                    };
+                    let Outside {
+                        processes,
+                        in_clear,
+                    } = pod.outside;
+                    let then = match in_clear {
+                        0 => "",
+                        _ => "; those that are outside of the pods' cgroup too connect in clear and without identity",
+                    };
+                    tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), reason, processes, in_clear, "processes in the pod's network namespace are outside of its cgroups{then}");
+                }
+            }
+            let changed = *old != view;
+            *old = view;
+            changed
+        });
+    }
+}
+
+fn key(pod: &LocalPodSpec) -> PodKey {
+    PodKey {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        uid: pod.pod_uid.clone(),
+    }
+}
+
+/// What is told of a pod that is open.
+const NOT_CAPTURED: &str = "until then it is not captured, and no policy holds";
+const IN_CLEAR: &str = "until then it is captured, and they connect to it in clear";
+
+/// How far a pod is, and why it is not up. `unrecorded`: why other nodes do not know of one that is.
+fn state(
+    pod: &LocalPodSpec,
+    look: &Look,
+    status: &Status,
+    unrecorded: Option<String>,
+) -> (State, Option<String>) {
+    let of_uid = || status.iter().filter(|(_, of)| of.uid == pod.uid);
+    if let manifests::Wanted::No(why) = &pod.wanted {
+        return match of_uid().any(|(_, of)| is_served(&of.state)) {
+            true => (State::Draining, None),
+            false => (State::Ignored, Some(why.to_string())),
+        };
+    }
+    // Of two of its name, the one that is here now.
+    let found = look.found.get(&pod.uid).map(|found| found.cookie);
+    let is = of_uid()
+        .find(|(cookie, _)| found == Some(**cookie))
+        .or_else(|| of_uid().find(|_| found.is_none()));
+    let captured = is.is_some_and(|(_, of)| {
+        matches!(
+            of.state,
+            PodState::Up
+                | PodState::Adopted { captured: true }
+                | PodState::Failed { captured: true, .. }
+        )
+    });
+    let why = match is {
+        Some((_, of)) if of.state == PodState::Up => {
+            let Some(why) = unrecorded else {
+                return (State::Up, None);
+            };
+            let why = format!("{why}; {IN_CLEAR}");
+            return (State::Waiting, Some(why));
+        }
+        Some((_, of)) if let PodState::Broken { why } = &of.state => {
+            return (State::Broken, Some(why.clone()));
+        }
+        Some((_, of)) if let PodState::Failed { why, .. } = &of.state => Some(why.as_str()),
+        _ => look.waiting.get(&pod.uid).map(Missing::why),
+    };
+    let reason = match (why, captured) {
+        (None, _) => "it is being enrolled".into(),
+        (Some(why), true) => format!("{why}; until then it stays captured, and nothing passes"),
+        (Some(why), false) => format!("{why}; {NOT_CAPTURED}"),
+    };
+    (State::Waiting, Some(reason))
+}
+
+/// Which pods of this node are here, from how far capture is with each.
+pub fn here(status: &Status) -> Here {
+    let uids = |are: fn(&PodState) -> bool| {
+        let all = status.values().filter(|of| are(&of.state));
+        all.map(|of| Arc::clone(&of.uid)).collect()
+    };
+    Here {
+        captured: uids(|state| match state {
+            PodState::Up | PodState::Broken { .. } => true,
+            PodState::Adopted { captured } | PodState::Failed { captured, .. } => *captured,
+            PodState::Draining => false,
+        }),
+        served: uids(is_served),
+    }
+}
+
+fn is_served(state: &PodState) -> bool {
+    matches!(
+        state,
+        PodState::Up | PodState::Broken { .. } | PodState::Draining
+    )
+}
+
+fn is_adopted(state: &PodState) -> bool {
+    matches!(
+        state,
+        PodState::Adopted { .. } | PodState::Failed { captured: true, .. }
+    )
+}
+
+fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
+    let found = look.found.get(&pod.uid)?;
+    Some(Desired {
+        uid: pod.uid.clone(),
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        identity: Identity::new(&pod.trust_domain, &pod.namespace, &pod.service_account),
+        addresses: pod.addresses.clone(),
+        netns: found.netns.clone(),
+        cookie: found.cookie,
+        groups: found.groups.iter().map(|(_, id)| *id).collect(),
+    })
+}
+
+fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
+    let has = |wanted: &capture::Wanted, pod: &Desired| {
+        let own = wanted.pods.iter().find(|own| own.cookie == pod.cookie);
+        own.is_some_and(|own| own.says(pod) && own.groups == pod.groups)
+    };
+    one.pods.len() == other.pods.len()
+        && one.pods.iter().all(|pod| has(other, pod))
+        && one.waiting == other.waiting
+        && one.gone == other.gone
+}
+
+async fn until(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,290 @@
+//! Writes the records of enrolled pods: one for each pod of this node that is served, and none for another.
+//! What could not be written or removed is told once, and tried again less and less often.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::control::enrolled::{Records, Said};
+use crate::control::manifests::{LocalPodSpec, PodKey};
+
+/// What did not work is tried again after this time,
+const FIRST: Duration = Duration::from_secs(1);
+/// and after twice as long each time that it fails again, up to this.
+const LONGEST: Duration = Duration::from_secs(30);
+
+/// This node's records, and what is not as it should be with them.
+#[derive(Debug)]
+pub struct Recording {
+    records: Records,
+    /// What they said when they were read last,
+    said: Arc<Said>,
+    /// and those of them that are this node's since: what was written and removed is known at once,
+    own: BTreeSet<PodKey>,
+    /// as is which do not say its machine.
+    unsigned: BTreeSet<PodKey>,
+    /// What could not be written, or removed.
+    failed: BTreeMap<PodKey, Failure>,
+}
+
+#[derive(Debug)]
+struct Failure {
+    what: &'static str,
+    why: String,
+    wait: Duration,
+    again: Instant,
+}
+
+const NOT_WRITTEN: &str = "other nodes cannot be told of it";
+const NOT_REMOVED: &str = "other nodes cannot be told that it leaves";
+
+impl Recording {
+    /// Of nothing that is known to be written yet.
+    pub fn new(records: Records) -> Self {
+        Self {
+            records,
+            said: Arc::default(),
+            own: BTreeSet::new(),
+            unsigned: BTreeSet::new(),
+            failed: BTreeMap::new(),
+        }
+    }
+
+    /// What all records say now.
+    pub fn hear(&mut self, said: &Arc<Said>) {
+        if !Arc::ptr_eq(said, &self.said) {
+            self.said = Arc::clone(said);
+            (self.own, self.unsigned) = (said.own.clone(), said.unsigned.clone());
+        }
+    }
+
+    /// Writes the records of pods that are served, and removes those of all others that need not stay. Whether
+    /// any was.
+    pub fn update(
+        &mut self,
+        served: &BTreeMap<PodKey, &LocalPodSpec>,
+        stays: impl Fn(&PodKey) -> bool,
+        now: Instant,
+    ) -> bool {
+        let own = &self.own;
+        let is_written = |key: &PodKey| match own.contains(key) {
+            true => !self.unsigned.contains(key),
+            // It says the same, and two that write over each other never end.
+            false => self.said.namesakes.contains(key),
+        };
+        let write: Vec<_> = served.iter().filter(|(key, _)| !is_written(key)).collect();
+        let stays = |key: &PodKey| served.contains_key(key) || stays(key);
+        let remove: Vec<PodKey> = own.iter().filter(|key| !stays(key)).cloned().collect();
+        self.failed
+            .retain(|key, _| !is_written(key) && served.contains_key(key) || remove.contains(key));
+        let mut changed = false;
+        for (key, pod) in write {
+            if self.is_due(key, now) {
+                let written = self.records.write(pod);
+                if written.is_ok() {
+                    changed = true;
+                    self.own.insert(key.clone());
+                    self.unsigned.remove(key);
+                }
+                self.note(key, NOT_WRITTEN, written, now);
+            }
+        }
+        for key in &remove {
+            if self.is_due(key, now) {
+                let removed = self.records.remove(key);
+                if removed.is_ok() {
+                    changed = true;
+                    self.own.remove(key);
+                }
+                self.note(key, NOT_REMOVED, removed, now);
+            }
+        }
+        changed
+    }
+
+    /// Why a pod that is served has no record, if that is so.
+    pub fn why_not(&self, pod: &PodKey) -> Option<String> {
+        let failure = self.failed.get(pod)?;
+        (failure.what == NOT_WRITTEN).then(|| failure.told())
+    }
+
+    /// What is wrong now.
+    pub fn problems(&self) -> impl Iterator<Item = String> {
+        let failed = self.failed.iter();
+        failed.map(|(key, failure)| format!("Pod {}: {}", named(key), failure.told()))
+    }
+
+    fn is_due(&self, key: &PodKey, now: Instant) -> bool {
+        self.failed
+            .get(key)
+            .is_none_or(|failure| failure.again <= now)
+    }
+
+    fn note(&mut self, key: &PodKey, what: &'static str, done: io::Result<()>, now: Instant) {
+        let before = self.failed.remove(key);
+        let Err(error) = done else {
+            if before.is_some() {
+                tracing::info!(pod = %named(key), "other nodes are told");
+            }
+            return;
+        };
+        let why = error.to_string();
+        let is_new = before
+            .as_ref()
+            .is_none_or(|before| (before.what, &before.why) != (what, &why));
+        if is_new {
+            tracing::error!(pod = %named(key), error = %why, "{what}; it is tried again");
+        }
+        let wait = before.map_or(FIRST, |before| (before.wait * 2).min(LONGEST));
+        let failure = Failure {
+            what,
+            why,
+            wait,
+            again: now + wait,
+        };
+        self.failed.insert(key.clone(), failure);
+    }
+}
+
+impl Failure {
+    fn told(&self) -> String {
+        format!("{}: {}", self.what, self.why)
+    }
+}
+
+fn named(key: &PodKey) -> String {
+    format!("{}/{}", key.namespace, key.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+    use crate::control::enrolled::tests::{self, key_of, pod};
+    use crate::control::recorded::Recorded;
+
+    /// Who writes the records of node `one`, and who reads all.
+    struct Both {
+        recording: Recording,
+        recorded: Recorded,
+    }
+
+    impl Both {
+        fn of(state: &Path) -> Self {
+            let records = tests::records(state, "one");
+            Self {
+                recorded: Recorded::new(records.clone()).expect("no record yet"),
+                recording: Recording::new(records),
+            }
+        }
+
+        fn update(&mut self, served: &[(&PodKey, &LocalPodSpec)], now: Instant) {
+            self.recording.hear(self.recorded.said());
+            let served = served.iter().map(|(key, pod)| ((*key).clone(), *pod));
+            if self.recording.update(&served.collect(), |_| false, now) {
+                self.recorded.look();
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_told_and_tried_again_less_and_less_often() {
+        let state = tempfile::tempdir().expect("a folder");
+        let mut both = Both::of(state.path());
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        let served = [(&key, &pod)];
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        // Where the file would be made.
+        let in_the_way = both.recording.records.unfinished();
+        fs::create_dir(&in_the_way).expect("a folder");
+        both.update(&served, at(0));
+        let why = both.recording.why_not(&key).expect("it is not written");
+        assert!(
+            why.contains("enrolled/ns.a.json: ") && why.contains("os error"),
+            "{why}"
+        );
+        let mut problems = both.recording.problems();
+        assert!(problems.any(|problem| problem.contains("Pod ns/a: ")));
+        drop(problems);
+        both.update(&served, at(1));
+        fs::remove_dir(&in_the_way).expect("a folder");
+        both.update(&served, at(2));
+        assert!(
+            both.recording.why_not(&key).is_some(),
+            "it waits twice as long"
+        );
+        both.update(&served, at(3));
+        assert_eq!(both.recording.why_not(&key), None);
+        assert!(both.recorded.enrolled().contains(&key));
+    }
+
+    #[test]
+    fn who_leaves_before_its_record_was_written_is_no_problem_any_more() {
+        let state = tempfile::tempdir().expect("a folder");
+        let mut both = Both::of(state.path());
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        fs::create_dir(both.recording.records.unfinished()).expect("a folder");
+        both.update(&[(&key, &pod)], Instant::now());
+        assert_eq!(both.recording.problems().count(), 1);
+        both.update(&[], Instant::now());
+        assert_eq!(both.recording.problems().count(), 0);
+    }
+
+    #[test]
+    fn records_of_the_same_node_on_another_machine_stay_and_are_a_problem() {
+        let state = tempfile::tempdir().expect("a folder");
+        let there = tests::of_machine(state.path(), "one", "there");
+        there.write(&pod("a", "1")).expect("a record");
+        let mut both = Both::of(state.path());
+        let (key, pod) = (key_of("a", "1"), pod("a", "1"));
+        both.update(&[], Instant::now());
+        assert!(
+            both.recorded.enrolled().contains(&key),
+            "it is not dialled in clear"
+        );
+        let problems = both.recorded.problems();
+        assert!(
+            problems.len() == 1
+                && problems[0].contains("enrolled/ns.a.json: a node of this name wrote it"),
+            "{problems:?}"
+        );
+        // Whose it is does not go to and fro.
+        both.update(&[(&key, &pod)], Instant::now());
+        assert_eq!(both.recording.why_not(&key), None);
+        assert!(there.read().expect("records").own.contains(&key));
+    }
+
+    #[test]
+    fn a_record_that_names_no_machine_is_written_anew() {
+        let state = tempfile::tempdir().expect("a folder");
+        drop(tests::records(state.path(), "one"));
+        let text = r#"{"namespace":"ns","name":"a","uid":"","node":"one","addresses":[]}"#;
+        fs::write(state.path().join("enrolled/ns.a.json"), text).expect("a file");
+        let mut both = Both::of(state.path());
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        both.update(&[(&key, &pod)], Instant::now());
+        let said = both.recorded.said();
+        assert!(
+            said.own.contains(&key) && said.unsigned.is_empty(),
+            "{said:?}"
+        );
+        assert_eq!(both.recorded.problems(), [""; 0]);
+    }
+
+    #[test]
+    fn what_was_written_is_not_written_again_before_it_is_read() {
+        let state = tempfile::tempdir().expect("a folder");
+        let mut both = Both::of(state.path());
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        let served = BTreeMap::from([(key, &pod)]);
+        let mut update = |served: &_| both.recording.update(served, |_| false, Instant::now());
+        assert!(update(&served) && !update(&served));
+        assert!(update(&BTreeMap::new()) && !update(&BTreeMap::new()));
+    }
+}

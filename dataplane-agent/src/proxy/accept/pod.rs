@@ -1,0 +1,239 @@
+//! Enrolled pods, as they are served: what is leased of them, and what is counted and remembered of each.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use super::ports::{self, Ports, SPOOFED_PORTS};
+use crate::mesh::Identity;
+use crate::proxy::limits::{Handshakes, PodPlaces};
+use crate::seam::{Instance, Lease, Listeners, Stamp};
+use crate::sys::netns::Netns;
+use crate::sys::socket;
+
+/// A pod of this node that is enrolled. Shared by all that serves it.
+#[derive(Debug)]
+pub struct LocalPod {
+    /// This enrolment of it.
+    pub instance: Instance,
+    /// The workload's uid in the mesh.
+    pub uid: Arc<str>,
+    /// Its namespace.
+    pub namespace: Arc<str>,
+    /// Its name.
+    pub name: Arc<str>,
+    /// Who it is; stamped at enrolment, never derived from an address.
+    pub identity: Identity,
+    /// Its addresses: those that the mesh knows it by, and all else that its namespace has besides
+    /// those of loopback and of one link. They change as its interfaces do.
+    pub addresses: RwLock<Arc<[IpAddr]>>,
+    /// Its network namespace; every connection made for it is made there.
+    pub netns: Netns,
+    /// The ports of its listeners: the usual three, unless an app had one of them first.
+    pub ports: [u16; 3],
+    /// Places for handshakes of tunnels to it: one that is attacked does not take another's.
+    pub handshakes: Handshakes,
+    /// Places for its connections and tunnels.
+    pub places: PodPlaces,
+    /// Clients that are connected in clear from a port that the agent might take in their name.
+    pub clients: Clients,
+    /// Which port is taken next in a client's name.
+    pub spoofed: Ports,
+    /// What the agent's own sockets in it are known by.
+    pub stamp: Arc<Stamp>,
+}
+
+/// Clients of a pod, each with how many connections it has from this port.
+///
+/// An established socket is found before any program runs: of a client and of the agent in its name
+/// on one port, the later one would hang.
+#[derive(Debug, Default)]
+pub struct Clients(Mutex<HashMap<SocketAddr, usize>>);
+
+/// A client that is connected; no longer when this is dropped.
+#[derive(Debug)]
+pub struct Connected(Arc<LocalPod>, SocketAddr);
+
+impl Clients {
+    fn has(&self, client: SocketAddr) -> bool {
+        self.lock().contains_key(&client)
+    }
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SocketAddr, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        let mut clients = self.0.clients.lock();
+        if let Some(count) = clients.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                clients.remove(&self.1);
+            }
+        }
+    }
+}
+
+impl LocalPod {
+    /// How many ports are tried for one connection in a client's name.
+    pub const PORT_TRIES: usize = ports::TRIES;
+
+    /// One that is leased; its listeners are for whoever accepts from them.
+    pub fn of(lease: Lease) -> (Arc<Self>, Listeners) {
+        let pod = Self {
+            instance: lease.instance,
+            uid: lease.uid,
+            namespace: lease.namespace,
+            name: lease.name,
+            identity: lease.identity,
+            addresses: RwLock::new(lease.addresses),
+            netns: lease.netns,
+            ports: lease.listeners.ports(),
+            handshakes: Handshakes::default(),
+            places: PodPlaces::default(),
+            clients: Clients::default(),
+            spoofed: Ports::default(),
+            stamp: lease.stamp,
+        };
+        (Arc::new(pod), lease.listeners)
+    }
+
+    /// One whose namespace is that of the tests.
+    #[cfg(test)]
+    pub fn example(uid: &str, identity: Identity, addresses: Vec<IpAddr>) -> Arc<Self> {
+        Arc::new(Self {
+            instance: Instance::next(),
+            ports: [15001, 15006, 15008],
+            handshakes: Handshakes::default(),
+            places: PodPlaces::default(),
+            uid: uid.into(),
+            namespace: identity.namespace().into(),
+            name: "pod".into(),
+            identity,
+            addresses: RwLock::new(addresses.into()),
+            netns: Netns::own().expect("/proc is there"),
+            clients: Clients::default(),
+            spoofed: Ports::default(),
+            stamp: Arc::default(),
+        })
+    }
+
+    /// Whether the address is one of the pod's own.
+    pub fn owns(&self, address: IpAddr) -> bool {
+        self.addresses().contains(&address)
+    }
+
+    /// What the pod has now.
+    pub fn addresses(&self) -> Arc<[IpAddr]> {
+        let addresses = self.addresses.read();
+        Arc::clone(&addresses.unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The pod has these now.
+    pub fn set_addresses(&self, new: Arc<[IpAddr]>) {
+        let addresses = self.addresses.write();
+        *addresses.unwrap_or_else(PoisonError::into_inner) = new;
+    }
+
+    /// Remembers a client that is connected in clear, as long as the answer lives. Nothing is to be
+    /// remembered where its port is none that the agent would take.
+    pub fn connected(self: &Arc<Self>, client: SocketAddr) -> Option<Connected> {
+        SPOOFED_PORTS.contains(&client.port()).then(|| {
+            *self.clients.lock().entry(client).or_default() += 1;
+            Connected(Arc::clone(self), client)
+        })
+    }
+
+    /// The address that a connection to `to` has to be made from, for one that the pod made from
+    /// `client`: what its app has bound its socket to, or has by the interface that it is bound to.
+    /// None where the pod's routes are to choose, as for an app that has bound nothing: that one is
+    /// captured from the pod's first address.
+    pub fn source_of(&self, client: IpAddr, to: SocketAddr) -> Option<IpAddr> {
+        let addresses = self.addresses();
+        let mut same = addresses
+            .iter()
+            .filter(|own| own.is_ipv4() == client.is_ipv4());
+        let chosen = same.next() != Some(&client) && same.any(|own| *own == client);
+        (chosen && to.is_ipv4() == client.is_ipv4()).then_some(client)
+    }
+
+    /// A new stream socket in the pod's namespace, which connects to `to`: bound to `from` if that is
+    /// given, non-blocking, Nagle off, keepalive on, mark AGENT.
+    /// Connect it with `tokio::net::TcpSocket::from_std_stream`.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered, or the socket cannot be made; the pod no longer has `from`.
+    pub fn socket(&self, from: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
+        self.stamped(self.netns.enter(|| socket::client(from, to))?)
+    }
+
+    /// As [`LocalPod::socket`], for the pod's app at `to`: bound to the client's own address `from`
+    /// (transparent, a port of a range that clients do not use), to `lo`, and marked RETURN,
+    /// so that the app sees its client. Where `from` is the pod's own address it is a plain socket.
+    ///
+    /// # Errors
+    /// As [`LocalPod::socket`]; no port is free; `to` is not the pod's: the packets would come back
+    /// to the agent for ever.
+    pub fn socket_as(&self, from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+        if !self.owns(to.ip()) {
+            let what = format!("{} is not an address of the pod", to.ip());
+            return Err(io::Error::new(io::ErrorKind::AddrNotAvailable, what));
+        }
+        let plain = self.owns(from) || from.is_loopback() || from.is_ipv4() != to.is_ipv4();
+        let made = self.netns.enter(|| {
+            if plain {
+                return socket::client(None, to);
+            }
+            for _ in 0..Self::PORT_TRIES {
+                let client = SocketAddr::new(from, self.spoofed.next(from, to));
+                // A live connection of the client's own is found before any program runs.
+                if !self.clients.has(client) {
+                    match socket::client_as(client) {
+                        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+                        made => return made,
+                    }
+                }
+                self.spoofed.jump(from, to);
+            }
+            Err(io::ErrorKind::AddrInUse.into())
+        })?;
+        self.stamped(made)
+    }
+
+    /// A socket of the agent's own, known to the kernel programs as one.
+    fn stamped(&self, made: io::Result<TcpStream>) -> io::Result<TcpStream> {
+        let socket = made?;
+        self.stamp.put(&socket)?;
+        Ok(socket)
+    }
+
+    /// The kernel had a connection from the port of the last socket: another one is tried elsewhere.
+    pub fn port_was_taken(&self, from: IpAddr, to: SocketAddr) {
+        self.spoofed.jump(from, to);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn c10_a_port_that_a_client_has_is_not_taken_in_its_name() {
+        let identity = Identity::new("td", "ns", "sa");
+        let pod = LocalPod::example("uid", identity, Vec::new());
+        let client: SocketAddr = "192.0.2.1:10001".parse().expect("an address");
+        let (first, second) = (pod.connected(client), pod.connected(client));
+        assert!(pod.clients.has(client));
+        drop(first);
+        assert!(
+            pod.clients.has(client),
+            "another connection to another port has it still"
+        );
+        drop(second);
+        assert!(!pod.clients.has(client));
+        let usual: SocketAddr = "192.0.2.1:40000".parse().expect("an address");
+        assert!(pod.connected(usual).is_none(), "the agent never takes it");
+    }
+}

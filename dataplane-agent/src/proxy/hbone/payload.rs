@@ -1,0 +1,225 @@
+//! What a stream sends. `h2` does not say when it has written something; the buffer that it is
+//! given does.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use bytes::{Buf, Bytes};
+use tokio::time::Instant;
+
+use super::{SEND_BUFFER, SEND_LEAST, SEND_LESS};
+use crate::proxy::limits::memory::{Hold, Level, Share};
+
+/// What a piece costs besides its bytes. A peer that makes many small ones pays for them.
+const PIECE: usize = 512;
+/// What each stream may have waiting at least: what [`SEND_LEAST`] lets begin, one piece as large, and the
+/// end.
+const FREE: usize = 2 * (SEND_LEAST + PIECE) + PIECE;
+
+/// Bytes of one stream, which tell as they are written to the tunnel.
+#[derive(Debug)]
+pub struct Payload {
+    bytes: Bytes,
+    /// What it takes of memory, until its last byte is written: a part of it frees nothing.
+    cost: usize,
+    unsent: Rc<Unsent>,
+}
+
+impl Payload {
+    /// Without bytes it is the end of the stream, and waits as any other: the engine drops it when it has
+    /// written it.
+    pub(super) fn new(bytes: Bytes, unsent: &Rc<Unsent>) -> Self {
+        let cost = bytes.len() + PIECE;
+        unsent.more(cost);
+        Self {
+            bytes,
+            cost,
+            unsent: Rc::clone(unsent),
+        }
+    }
+}
+
+impl Buf for Payload {
+    fn remaining(&self) -> usize {
+        self.bytes.len()
+    }
+    fn chunk(&self) -> &[u8] {
+        &self.bytes
+    }
+    fn advance(&mut self, count: usize) {
+        self.bytes.advance(count);
+        if let Some(told) = self.unsent.told.get() {
+            told(count as u64);
+        }
+        let freed = if self.bytes.is_empty() {
+            std::mem::take(&mut self.cost)
+        } else {
+            0
+        };
+        self.unsent.less(freed);
+    }
+}
+
+impl Drop for Payload {
+    /// What is left was discarded: the stream was reset, or its tunnel has ended. Or it was the end.
+    fn drop(&mut self) {
+        if self.cost > 0 {
+            self.unsent.less(self.cost);
+        }
+    }
+}
+
+/// Is told how much was written to the tunnel, each time.
+pub type Told = Box<dyn Fn(u64)>;
+
+/// What of one stream waits to be written to the tunnel.
+pub(super) struct Unsent {
+    /// With what each piece costs besides.
+    bytes: Cell<usize>,
+    /// Counts it among what the pod's connections hold.
+    held: OnceCell<Hold>,
+    told: OnceCell<Told>,
+    waiting: RefCell<Option<Waker>>,
+    /// At how much the one that waits is woken.
+    enough: Cell<usize>,
+    /// Since when nothing of it was written; it is among the `stalls`.
+    since: Cell<Option<Instant>>,
+    stalls: Rc<Stalls>,
+}
+
+impl Unsent {
+    pub(super) fn new(stalls: &Rc<Stalls>) -> Rc<Self> {
+        Rc::new(Self {
+            bytes: Cell::new(0),
+            held: OnceCell::new(),
+            told: OnceCell::new(),
+            waiting: RefCell::default(),
+            enough: Cell::new(0),
+            since: Cell::new(None),
+            stalls: Rc::clone(stalls),
+        })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.bytes.get() == 0
+    }
+
+    /// Has somebody told; once.
+    pub(super) fn tell(&self, told: Told) {
+        // Who was first stays.
+        let _ = self.told.set(told);
+    }
+
+    /// Counts what waits in a pod's share, and keeps to it; once.
+    pub(super) fn share(&self, share: &Share) {
+        // Who was first stays.
+        let held = self.held.get_or_init(|| Hold::new(share, FREE));
+        held.set(self.bytes.get());
+    }
+
+    /// Completes when one more piece may wait. At the bound of its pod a stream still sends as its own
+    /// bytes leave.
+    pub(super) fn poll_room(&self, context: &Context<'_>) -> Poll<()> {
+        let bytes = self.bytes.get();
+        if bytes < SEND_LEAST {
+            return Poll::Ready(());
+        }
+        let most = match self.held.get().map(Hold::level) {
+            None | Some(Level::Plenty) => SEND_BUFFER,
+            Some(Level::Little) => SEND_LESS,
+            Some(Level::Nothing) => SEND_LEAST,
+        };
+        if bytes < most {
+            return Poll::Ready(());
+        }
+        self.wait(most / 4 * 3, context)
+    }
+
+    /// Completes when nothing waits.
+    pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
+        if self.is_empty() {
+            return Poll::Ready(());
+        }
+        self.wait(0, context)
+    }
+
+    fn wait(&self, enough: usize, context: &Context<'_>) -> Poll<()> {
+        self.enough.set(enough);
+        let mut waiting = self.waiting.borrow_mut();
+        match &mut *waiting {
+            Some(waker) => waker.clone_from(context.waker()),
+            none => *none = Some(context.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    fn more(&self, cost: usize) {
+        self.hold(self.bytes.get() + cost);
+        if self.since.get().is_none() {
+            self.since.set(Some(self.stalls.begin()));
+        }
+    }
+
+    /// Something was written, or discarded, and so much is free by that.
+    fn less(&self, cost: usize) {
+        self.hold(self.bytes.get() - cost);
+        if let Some(since) = self.since.take() {
+            self.stalls.end(since);
+        }
+        if !self.is_empty() {
+            self.since.set(Some(self.stalls.begin()));
+        }
+        if self.bytes.get() <= self.enough.get()
+            && let Some(waker) = self.waiting.take()
+        {
+            waker.wake();
+        }
+    }
+
+    fn hold(&self, bytes: usize) {
+        self.bytes.set(bytes);
+        if let Some(held) = self.held.get() {
+            held.set(bytes);
+        }
+    }
+}
+
+impl std::fmt::Debug for Unsent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Unsent")
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The streams of one tunnel that have something to send: since when each could send nothing. What matters
+/// is the peer's window, so it is all the same whether anybody waits to send more.
+#[derive(Debug, Default)]
+pub struct Stalls {
+    since: RefCell<Vec<Instant>>,
+}
+
+impl Stalls {
+    /// How many wait for longer than [`super::STALLED`].
+    pub fn count(&self) -> usize {
+        let since = self.since.borrow();
+        let long = since
+            .iter()
+            .filter(|since| since.elapsed() > super::STALLED);
+        long.count()
+    }
+
+    fn begin(&self) -> Instant {
+        let now = Instant::now();
+        self.since.borrow_mut().push(now);
+        now
+    }
+
+    fn end(&self, since: Instant) {
+        let mut all = self.since.borrow_mut();
+        if let Some(at) = all.iter().position(|other| *other == since) {
+            all.swap_remove(at);
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! A tunnel's socket. It is read in large pieces: rustls asks for one record at a time, at most, which
+//! would be a system call for each 4 to 16 KiB. It is read on while it cannot be written: `h2` reads
+//! nothing before what it owes its peer (a PING's answer, SETTINGS) is written, and two ends that both
+//! wait for that would wait for each other. And it is closed when its peer has taken what was written.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, Sleep, sleep};
+
+use super::LINGER;
+use crate::proxy::limits::memory::{Hold, Level, Share};
+use crate::sys::socket::{close_by_end, read, unacknowledged};
+
+/// The size of a read while little comes.
+const SMALL: usize = 16 << 10;
+/// The size of a read while each comes back full.
+const LARGE: usize = 256 << 10;
+
+/// After so much the tunnel's task pauses once, even if there is more: what was read is passed on before
+/// the rest comes, however many frames that is.
+const TURN: usize = 1 << 20;
+
+/// How much is read while nothing can be written. To Linux a socket can be written again when a third of
+/// what it may hold for sending is free, 1.4 MiB of the 4 MiB that `tcp_wmem` allows by default; so much at
+/// least is to be taken from a peer that reads nothing meanwhile.
+pub(crate) const AHEAD: usize = 4 << 20;
+
+/// A socket with what has been read from it and not yet been taken. An idle one holds no buffer.
+#[derive(Debug)]
+pub struct ReadAhead {
+    tcp: TcpStream,
+    buffer: BytesMut,
+    /// Counts what was read while nothing could be written.
+    ahead: Hold,
+    /// How reading on has failed: the next read tells it.
+    failed: Option<io::Error>,
+    /// What of `buffer` is taken.
+    taken: usize,
+    /// How much the next read asks for.
+    size: usize,
+    /// How much has been read in this turn.
+    turn: usize,
+    /// We have said our end.
+    linger: Option<Linger>,
+}
+
+/// The wait for the peer's end, after ours. Closing the socket before that would have the kernel answer
+/// what the peer still sends, if only credit, by a reset, and discard what the peer has not taken.
+#[derive(Debug)]
+struct Linger {
+    look: Pin<Box<Sleep>>,
+    /// What was not acknowledged at the last look.
+    unacknowledged: usize,
+}
+
+impl ReadAhead {
+    /// Around a socket of a pod that has this share of the memory for what is not delivered. Closing it ends the tunnel without a reset, which would discard what was written
+    /// and is not sent: that a tunnel was cut is told by the TLS in it, which has not said its end.
+    pub fn new(tcp: TcpStream, share: &Share) -> Self {
+        // Fails for no socket.
+        let _ = close_by_end(&tcp);
+        Self {
+            tcp,
+            buffer: BytesMut::new(),
+            ahead: Hold::new(share, 0),
+            failed: None,
+            taken: 0,
+            size: SMALL,
+            turn: 0,
+            linger: None,
+        }
+    }
+
+    /// Fills the empty buffer; `false` at the end of file.
+    fn fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        self.ahead.set(0);
+        if let Some(error) = self.failed.take() {
+            return Poll::Ready(Err(error));
+        }
+        if self.turn >= TURN {
+            self.turn = 0;
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        loop {
+            if self.tcp.poll_read_ready(context)?.is_pending() {
+                self.turn = 0;
+                return Poll::Pending;
+            }
+            self.taken = 0;
+            if self.buffer.capacity() > 2 * LARGE {
+                self.buffer = BytesMut::new();
+            } else {
+                self.buffer.clear();
+            }
+            match read(&self.tcp, &mut self.buffer, self.size) {
+                Ok(0) => return Poll::Ready(Ok(false)),
+                Ok(length) => {
+                    self.turn += length;
+                    self.size = if length == self.size {
+                        LARGE.min(self.size * 4)
+                    } else {
+                        SMALL.max(self.size / 2)
+                    };
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+            return Poll::Ready(Ok(true));
+        }
+    }
+}
+
+impl ReadAhead {
+    /// What became of a write; one that has to wait reads on.
+    fn or_read<T>(
+        &mut self,
+        context: &mut Context<'_>,
+        written: Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if written.is_pending() && self.read_on(context) {
+            // Whoever waits to read finds it, and is not woken by the socket any more.
+            context.waker().wake_by_ref();
+        }
+        written
+    }
+
+    /// Reads what there is, up to a bound; whether there was anything.
+    fn read_on(&mut self, context: &mut Context<'_>) -> bool {
+        let before = (self.buffer.len() - self.taken, self.failed.is_some());
+        self.buffer.advance(std::mem::take(&mut self.taken));
+        while self.failed.is_none()
+            && self.buffer.len() < AHEAD
+            && self.ahead.level() != Level::Nothing
+            && let Poll::Ready(ready) = self.tcp.poll_read_ready(context)
+        {
+            match ready.and_then(|()| read(&self.tcp, &mut self.buffer, LARGE)) {
+                // The next read finds the end once more.
+                Ok(0) => break,
+                Ok(_) => self.ahead.set(self.buffer.len()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => self.failed = Some(error),
+            }
+        }
+        (self.buffer.len(), self.failed.is_some()) != before
+    }
+}
+
+impl Linger {
+    fn new(tcp: &TcpStream) -> Self {
+        Self {
+            look: Box::pin(sleep(LINGER)),
+            unacknowledged: unacknowledged(tcp).unwrap_or(0),
+        }
+    }
+
+    /// Completes when the peer has taken nothing for a while.
+    fn poll_over(&mut self, tcp: &TcpStream, context: &mut Context<'_>) -> Poll<()> {
+        while self.look.as_mut().poll(context).is_ready() {
+            // Fails only where the socket is broken.
+            let left = unacknowledged(tcp).unwrap_or(0);
+            if left == 0 || left >= self.unacknowledged {
+                return Poll::Ready(());
+            }
+            self.unacknowledged = left;
+            self.look.as_mut().reset(Instant::now() + LINGER);
+        }
+        Poll::Pending
+    }
+}
+
+impl AsyncRead for ReadAhead {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.taken == this.buffer.len() {
+            match this.fill(context) {
+                Poll::Ready(Ok(true)) => {}
+                Poll::Ready(end) => return Poll::Ready(end.map(|_| ())),
+                Poll::Pending => {
+                    this.buffer = BytesMut::new();
+                    this.taken = 0;
+                    return Poll::Pending;
+                }
+            }
+        }
+        let rest = &this.buffer[this.taken..];
+        let piece = &rest[..rest.len().min(out.remaining())];
+        out.put_slice(piece);
+        this.taken += piece.len();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for ReadAhead {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.tcp).poll_write(context, bytes);
+        self.or_read(context, written)
+    }
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.tcp).poll_write_vectored(context, slices);
+        self.or_read(context, written)
+    }
+    fn is_write_vectored(&self) -> bool {
+        self.tcp.is_write_vectored()
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.tcp).poll_flush(context)
+    }
+    /// Completes when the peer has ended too, or takes no more of what was written.
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.linger.is_none() {
+            ready!(Pin::new(&mut this.tcp).poll_shutdown(context))?;
+            this.linger = Some(Linger::new(&this.tcp));
+        }
+        loop {
+            match this.fill(context) {
+                // Nobody wants it any more.
+                Poll::Ready(Ok(true)) => {}
+                Poll::Ready(Ok(false) | Err(_)) => return Poll::Ready(Ok(())),
+                Poll::Pending => break,
+            }
+        }
+        this.buffer = BytesMut::new();
+        this.taken = 0;
+        let over = this
+            .linger
+            .as_mut()
+            .map(|linger| linger.poll_over(&this.tcp, context));
+        over.unwrap_or(Poll::Ready(())).map(Ok)
+    }
+}

@@ -1,0 +1,382 @@
+//! How much a peer may send. A stream that nobody reads must hold back itself alone, though `h2` gives
+//! credit for stream and tunnel together, as bytes are delivered. So the tunnel's window grows with
+//! what is not delivered, and as that becomes much the windows of its streams become small: what all
+//! of them can still send never exceeds what the tunnel may hold, and none waits for another.
+//!
+//! | not delivered, of one tunnel | window of each of its streams |
+//! |---|---|
+//! | less than 16 MiB | 4 MiB |
+//! | less than 32 MiB | 1 MiB |
+//! | more | 64 KiB |
+//!
+//! What was under way before the peer heard of the smaller window is at most the tunnel's window. So a
+//! tunnel holds at most 32 MiB, 16 MiB that were under way, and 64 KiB of each of 200 streams: 61 MiB.
+//!
+//! All tunnels of a pod together have a bound as well, their share of the node's memory for it. From half
+//! of it on, every stream's window is 64 KiB; at it no tunnel's window grows any more, so that streams of
+//! one tunnel may wait for each other, but the daemon is not killed for its memory. What was not granted
+//! is looked at again, until it is granted or not needed any more.
+
+use std::cell::{Cell, RefCell};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Waker};
+use std::time::Duration;
+
+use tokio::time::{Sleep, sleep};
+
+use super::{CONNECTION_WINDOW, STREAM_WINDOW};
+use crate::proxy::limits::memory::{Hold, Level, Share};
+
+/// By how much what is not delivered must change before the tunnel's window follows.
+const STEP: usize = 1 << 20;
+/// When what was not granted is looked at again. Others' memory becomes free on other threads, and a look
+/// is cheaper than word of it.
+const AGAIN: Duration = Duration::from_millis(100);
+/// From how many bytes that are not delivered a stream's window is how large.
+const WINDOWS: [(usize, u32); 3] = [
+    (0, STREAM_WINDOW),
+    (16 << 20, 1 << 20),
+    (32 << 20, SMALLEST),
+];
+const SMALLEST: u32 = 64 << 10;
+
+/// What has come by a tunnel, of all its streams, and is not delivered.
+#[derive(Debug)]
+pub struct Undelivered {
+    bytes: Cell<usize>,
+    /// Counts it among what the pod's tunnels hold.
+    held: Hold,
+    /// What it was as it was last looked at.
+    seen: Cell<usize>,
+    driver: RefCell<Option<Waker>>,
+}
+
+impl Undelivered {
+    /// Of a tunnel of a pod that has this share.
+    pub fn new(share: &Share) -> Self {
+        Self {
+            bytes: Cell::new(0),
+            held: Hold::new(share, 0),
+            seen: Cell::new(0),
+            driver: RefCell::default(),
+        }
+    }
+
+    pub(super) fn more(&self, bytes: usize) {
+        self.set(self.bytes.get() + bytes);
+    }
+
+    pub(super) fn less(&self, bytes: usize) {
+        self.set(self.bytes.get() - bytes);
+    }
+
+    fn set(&self, bytes: usize) {
+        self.bytes.set(bytes);
+        self.held.set(bytes);
+        if bytes.abs_diff(self.seen.get()) >= STEP
+            && let Some(driver) = self.driver.take()
+        {
+            driver.wake();
+        }
+    }
+}
+
+/// A connection of either side, whose windows can be changed.
+pub trait Connection {
+    /// What all streams together may send.
+    fn set_tunnel(&mut self, size: u32);
+    /// What each stream may send, those included that are open.
+    ///
+    /// # Errors
+    /// The peer has not yet heard of the last change.
+    fn set_streams(&mut self, size: u32) -> Result<(), h2::Error>;
+}
+
+impl<T, B> Connection for h2::client::Connection<T, B>
+where
+    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    B: bytes::Buf,
+{
+    fn set_tunnel(&mut self, size: u32) {
+        self.set_target_window_size(size);
+    }
+    fn set_streams(&mut self, size: u32) -> Result<(), h2::Error> {
+        self.set_initial_window_size(size)
+    }
+}
+
+impl<T, B> Connection for h2::server::Connection<T, B>
+where
+    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    B: bytes::Buf,
+{
+    fn set_tunnel(&mut self, size: u32) {
+        self.set_target_window_size(size);
+    }
+    fn set_streams(&mut self, size: u32) -> Result<(), h2::Error> {
+        self.set_initial_window_size(size)
+    }
+}
+
+/// Keeps the windows of one tunnel; who drives the connection calls it each time before.
+#[derive(Debug)]
+pub struct Windows {
+    undelivered: Rc<Undelivered>,
+    /// By how much the tunnel's window was last set to be larger than it is at first.
+    granted: usize,
+    /// More was wanted than the pod has left.
+    again: Option<Pin<Box<Sleep>>>,
+    streams: u32,
+}
+
+impl Windows {
+    /// Of a connection with the settings of [`super::client`] or [`super::server`].
+    pub fn new(undelivered: &Rc<Undelivered>) -> Self {
+        Self {
+            undelivered: Rc::clone(undelivered),
+            granted: 0,
+            again: None,
+            streams: STREAM_WINDOW,
+        }
+    }
+
+    /// Sets what must be changed, and has the driver woken when more must.
+    pub fn keep(&mut self, connection: &mut impl Connection, context: &mut Context<'_>) {
+        let all = Rc::clone(&self.undelivered);
+        let bytes = all.bytes.get();
+        if bytes.abs_diff(all.seen.get()) >= STEP {
+            all.seen.set(bytes);
+        }
+        // The window follows in steps.
+        let wanted = all.seen.get();
+        let level = all.held.level();
+        let denied = wanted > self.granted && level == Level::Nothing;
+        if wanted != self.granted && !denied {
+            self.granted = wanted;
+            // 61 MiB at most, besides: far from where it would not fit.
+            let wanted = u32::try_from(wanted).unwrap_or(u32::MAX >> 2);
+            connection.set_tunnel(CONNECTION_WINDOW + wanted.min(u32::MAX >> 2));
+        }
+        self.look_again(denied, context);
+        let wanted = stream_window(bytes, level != Level::Plenty, self.streams);
+        if wanted != self.streams && connection.set_streams(wanted).is_ok() {
+            self.streams = wanted;
+        }
+        let mut driver = all.driver.borrow_mut();
+        match &mut *driver {
+            Some(waker) => waker.clone_from(context.waker()),
+            none => *none = Some(context.waker().clone()),
+        }
+    }
+}
+
+impl Windows {
+    /// Has the driver woken for another look, as long as it is `denied` what it wants.
+    fn look_again(&mut self, denied: bool, context: &mut Context<'_>) {
+        if !denied {
+            self.again = None;
+            return;
+        }
+        let again = self.again.get_or_insert_with(|| Box::pin(sleep(AGAIN)));
+        while again.as_mut().poll(context).is_ready() {
+            again.set(sleep(AGAIN));
+        }
+    }
+}
+
+/// The window of a stream when so much is not delivered, and of the pod's tunnels together `much`. It
+/// grows again only when half of what made it small is gone: each change is a message to the peer.
+fn stream_window(undelivered: usize, much: bool, now: u32) -> u32 {
+    if much {
+        return SMALLEST;
+    }
+    let of = |bytes: usize| {
+        let reached = WINDOWS.iter().rev().find(|(from, _)| bytes >= *from);
+        reached.map_or(STREAM_WINDOW, |(_, window)| *window)
+    };
+    let smaller = of(undelivered);
+    let larger = of(undelivered.saturating_mul(2));
+    if smaller < now {
+        smaller
+    } else {
+        larger.max(now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Poll;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::proxy::limits::memory::{Memory, PodMemory};
+
+    #[test]
+    fn a_stream_may_send_less_the_more_is_not_delivered_and_more_again_when_half_is_gone() {
+        let mib = 1 << 20;
+        assert_eq!(stream_window(0, false, STREAM_WINDOW), STREAM_WINDOW);
+        assert_eq!(stream_window(16 * mib, false, STREAM_WINDOW), 1 << 20);
+        assert_eq!(stream_window(40 * mib, false, STREAM_WINDOW), 64 << 10);
+        assert_eq!(stream_window(17 * mib, false, 64 << 10), 64 << 10);
+        assert_eq!(stream_window(15 * mib, false, 64 << 10), 1 << 20);
+        assert_eq!(stream_window(9 * mib, false, 1 << 20), 1 << 20);
+        assert_eq!(stream_window(7 * mib, false, 1 << 20), STREAM_WINDOW);
+        assert_eq!(stream_window(0, true, STREAM_WINDOW), SMALLEST);
+        assert_eq!(stream_window(0, false, SMALLEST), STREAM_WINDOW);
+    }
+
+    /// A peer that sends what it may, on as many streams as it may, of which none is ever read; and how
+    /// the engine gives it credit.
+    #[derive(Default)]
+    struct Peer {
+        tunnel: u32,
+        streams: u32,
+        /// What it has sent.
+        sent: usize,
+        /// What it may still send by the tunnel, as far as it has heard.
+        credit: usize,
+    }
+
+    impl Peer {
+        fn new() -> Self {
+            Self {
+                tunnel: CONNECTION_WINDOW,
+                streams: STREAM_WINDOW,
+                sent: 0,
+                credit: CONNECTION_WINDOW as usize,
+            }
+        }
+
+        fn send(&mut self, bytes: usize) {
+            self.sent += bytes;
+            self.credit -= bytes;
+        }
+
+        /// The engine tells of new credit when it is at least half of what the peer has.
+        fn hear(&mut self) {
+            let may = (self.tunnel as usize).saturating_sub(self.sent);
+            if may.saturating_sub(self.credit) >= self.credit / 2 {
+                self.credit = self.credit.max(may);
+            }
+        }
+    }
+
+    impl Connection for Peer {
+        fn set_tunnel(&mut self, size: u32) {
+            self.tunnel = size;
+        }
+        fn set_streams(&mut self, size: u32) -> Result<(), h2::Error> {
+            self.streams = size;
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_pod_has_no_memory_for_is_granted_when_there_is_some_and_others_get_theirs() {
+        let mib = 1 << 20;
+        let memory = Memory::new(64 << 20);
+        let pods: [PodMemory; 2] = Default::default();
+        let tunnel = |pod| {
+            let undelivered = Rc::new(Undelivered::new(&memory.share(pod)));
+            let windows = Windows::new(&undelivered);
+            (undelivered, windows, Peer::new())
+        };
+        let mut none = Context::from_waker(Waker::noop());
+        let (greedy, mut windows, mut peer) = tunnel(&pods[0]);
+        greedy.more(40 * mib);
+        windows.keep(&mut peer, &mut none);
+        assert_eq!((peer.tunnel, peer.streams), (CONNECTION_WINDOW, SMALLEST));
+
+        let (late, mut late_windows, mut late_peer) = tunnel(&pods[0]);
+        late.more(5 * mib);
+        late_windows.keep(&mut late_peer, &mut none);
+        assert_eq!(late_peer.tunnel, CONNECTION_WINDOW, "nothing is left");
+        late.less(mib);
+        late_windows.keep(&mut late_peer, &mut none);
+        assert_eq!(late_peer.tunnel, CONNECTION_WINDOW, "less is no grant");
+
+        let (other, mut other_windows, mut other_peer) = tunnel(&pods[1]);
+        other.more(5 * mib);
+        other_windows.keep(&mut other_peer, &mut none);
+        let grown = CONNECTION_WINDOW + (5 << 20);
+        assert_eq!(
+            (other_peer.tunnel, other_peer.streams),
+            (grown, STREAM_WINDOW)
+        );
+
+        greedy.less(40 * mib);
+        windows.keep(&mut peer, &mut none);
+        assert_eq!(memory.held(), 9 * mib);
+        // Nothing happens in that tunnel, and its driver is woken all the same.
+        let granted = std::future::poll_fn(|context| {
+            late_windows.keep(&mut late_peer, context);
+            let grown = CONNECTION_WINDOW + (4 << 20);
+            match late_peer.tunnel == grown && late_peer.streams == STREAM_WINDOW {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        });
+        granted.await;
+        assert!(late_windows.again.is_none(), "it has what it wants");
+        drop((windows, late_windows, other_windows));
+        drop((greedy, late, other));
+        assert_eq!(memory.held(), 0);
+    }
+
+    #[tokio::test]
+    async fn who_was_denied_is_woken_when_others_let_go() {
+        let memory = Memory::new(64 << 20);
+        let share = memory.share(&PodMemory::default());
+        let (greedy, denied) = (Hold::new(&share, 0), Rc::new(Undelivered::new(&share)));
+        greedy.set(40 << 20);
+        denied.more(5 << 20);
+        let (mut windows, mut peer) = (Windows::new(&denied), Peer::new());
+        let granted = std::future::poll_fn(|context| {
+            windows.keep(&mut peer, context);
+            match peer.tunnel > CONNECTION_WINDOW {
+                true => Poll::Ready(()),
+                false => Poll::Pending,
+            }
+        });
+        // As a worker does that this one knows nothing of.
+        let released = std::thread::spawn(move || {
+            std::thread::sleep(AGAIN * 3);
+            drop(greedy);
+        });
+        tokio::select! {
+            biased;
+            () = sleep(AGAIN * 100) => panic!("nobody has woken it"),
+            () = granted => {}
+        }
+        released.join().expect("released");
+    }
+
+    proptest! {
+        #[test]
+        fn no_stream_waits_for_another_and_what_a_tunnel_holds_is_bounded(
+            turns in proptest::collection::vec((0..200_usize, 1..1_000_000_usize), 1..2000),
+            late in 0..16_usize,
+        ) {
+            let undelivered = Rc::new(Undelivered::new(&Share::default()));
+            let mut windows = Windows::new(&undelivered);
+            let mut peer = Peer::new();
+            // What the peer has heard of, some turns later.
+            let mut heard = std::collections::VecDeque::from(vec![STREAM_WINDOW; late]);
+            let mut sent = vec![0; 200];
+            for (stream, bytes) in turns {
+                heard.push_back(peer.streams);
+                let window = heard.pop_front().unwrap_or(peer.streams) as usize;
+                let may = window.saturating_sub(sent[stream]).min(bytes);
+                prop_assert!(may <= peer.credit, "a stream waits for the tunnel");
+                sent[stream] += may;
+                peer.send(may);
+                undelivered.more(may);
+                windows.keep(&mut peer, &mut Context::from_waker(Waker::noop()));
+                peer.hear();
+                prop_assert!(undelivered.bytes.get() <= 61 << 20);
+            }
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! Where a connection goes, as a pure function of one snapshot of the mesh.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use super::{Accepted, Direction, Hop, ResolveError, Resolved};
+use crate::mesh::workload::Protocol;
+use crate::mesh::{Destination, Identity, Mesh, MeshReader, Service, Workload};
+use crate::proxy::hbone;
+
+#[cfg(test)]
+mod tests;
+
+/// Ports of the agent's own in a pod.
+const OWN: [u16; 3] = [hbone::OUTBOUND_PORT, hbone::INBOUND_PORT, hbone::PORT];
+
+/// Finds out who each end of a connection is and where it goes, in the mesh as it is now.
+///
+/// # Errors
+/// It goes nowhere; the connection is given back.
+pub fn resolve<I>(
+    mesh: &MeshReader,
+    accepted: Accepted<I>,
+) -> Result<Resolved<I>, (Accepted<I>, ResolveError)> {
+    let mesh = mesh.current();
+    let found = match &accepted.direction {
+        Direction::Outbound => outbound(&mesh, &accepted),
+        Direction::InboundPlain | Direction::InboundHbone { .. } => inbound(&mesh, &accepted),
+    };
+    match found {
+        Ok(Found {
+            source,
+            target,
+            service,
+            hop,
+        }) => Ok(Resolved {
+            accepted,
+            source,
+            target,
+            service,
+            hop,
+        }),
+        Err(error) => Err((accepted, error)),
+    }
+}
+
+struct Found {
+    source: Option<Arc<Workload>>,
+    target: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
+    hop: Hop,
+}
+
+fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError> {
+    let to = accepted.destination;
+    // A tunnel is for the address that it came to: of another family the app would see itself as
+    // its client.
+    let (pod, meant) = match &accepted.direction {
+        Direction::InboundHbone { at, .. } => (*at, *at == to.ip()),
+        _ => {
+            let own = accepted.pod.addresses();
+            (own.first().copied().unwrap_or(to.ip()), true)
+        }
+    };
+    if !meant || !accepted.pod.owns(to.ip()) {
+        return Err(ResolveError::IpMismatch {
+            pod,
+            asked: to.ip(),
+        });
+    }
+    if OWN.contains(&to.port()) || accepted.pod.ports.contains(&to.port()) {
+        return Err(ResolveError::SelfCall);
+    }
+    let target = local(mesh, accepted)?;
+    if let Some(what) = &target.unsupported {
+        return Err(ResolveError::Unsupported(what.clone()));
+    }
+    let service = match &accepted.direction {
+        Direction::InboundHbone {
+            service: Some(asked),
+            ..
+        } => target
+            .services
+            .keys()
+            .filter_map(|key| mesh.service(key))
+            .find(|service| *service.hostname == **asked)
+            .cloned(),
+        _ => None,
+    };
+    let service = service.or_else(|| service_by_port(mesh, &target, to.port()));
+    Ok(Found {
+        source: mesh
+            .workload_at(&target.network, accepted.peer.ip())
+            .cloned(),
+        target: Some(target),
+        service,
+        hop: Hop::App(to),
+    })
+}
+
+fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError> {
+    let to = accepted.destination;
+    // The kernel takes neither loopback nor the pod's own addresses. Somebody in the pod connected
+    // to the listener itself, on whichever port it is, and would come back to it for ever.
+    let ip = to.ip().to_canonical();
+    let itself = accepted.peer.ip().to_canonical() == ip;
+    if ip.is_loopback() || accepted.pod.owns(ip) || itself {
+        return Err(ResolveError::SelfCall);
+    }
+    let source = local(mesh, accepted)?;
+    let (target, service, hop) = match mesh.destination(&source, to) {
+        None => (None, None, Hop::Plain(to)),
+        Some(Destination::Workload(target)) => {
+            if let Some(waypoint) = &target.waypoint
+                && !is_waypoint(mesh, waypoint, &source, accepted.peer.ip())
+            {
+                return Err(ResolveError::UnknownWaypoint(waypoint.clone()));
+            }
+            let hop = next(target, to.port(), to.ip(), None)?;
+            (Some(Arc::clone(target)), None, hop)
+        }
+        Some(Destination::Service(service)) => by_service(mesh, service, &source, to, false)?,
+        Some(Destination::External(service)) => by_service(mesh, service, &source, to, true)?,
+        Some(Destination::Range(service)) => {
+            let what = format!("range of addresses of {}", service.key());
+            return Err(ResolveError::Unsupported(what.into()));
+        }
+    };
+    Ok(Found {
+        source: Some(source),
+        target,
+        service,
+        hop,
+    })
+}
+
+type Next = (Option<Arc<Workload>>, Option<Arc<Service>>, Hop);
+
+/// To one of a service's endpoints. `external`: the service was asked for by an address from
+/// outside.
+fn by_service(
+    mesh: &Mesh,
+    service: &Arc<Service>,
+    source: &Workload,
+    to: SocketAddr,
+    external: bool,
+) -> Result<Next, ResolveError> {
+    if !service.is_visible_to(&source.namespace) {
+        return Err(ResolveError::NotVisible(to));
+    }
+    if let Some(waypoint) = &service.waypoint {
+        return Err(ResolveError::UnknownWaypoint(waypoint.clone()));
+    }
+    if let Some(what) = &service.unsupported {
+        return Err(ResolveError::Unsupported(what.clone()));
+    }
+    let Some((target, port)) = draw(mesh, service, source, to.port(), external) else {
+        return Err(nobody(mesh, service, source, to));
+    };
+    let hop = next(target, port, to.ip(), Some(service))?;
+    Ok((Some(Arc::clone(target)), Some(Arc::clone(service)), hop))
+}
+
+/// Why nobody takes a connection to a service.
+fn nobody(mesh: &Mesh, service: &Service, source: &Workload, to: SocketAddr) -> ResolveError {
+    let elsewhere = |endpoint: &&Arc<Workload>| endpoint.network != source.network;
+    let found = mesh
+        .endpoints(service)
+        .and_then(|all| all.iter().find(elsewhere));
+    match found.filter(|_| service.ports.contains_key(&to.port())) {
+        None => ResolveError::NoHealthyUpstream(to),
+        Some(endpoint) => match &endpoint.network_gateway {
+            Some(gateway) => ResolveError::Unsupported(
+                format!("double HBONE by network gateway {gateway}").into(),
+            ),
+            None => ResolveError::NoAddress(endpoint.uid.clone()),
+        },
+    }
+}
+
+/// The pod as the mesh knows it. By its uid: an address may have been another pod's before.
+fn local<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Arc<Workload>, ResolveError> {
+    let pod = &accepted.pod;
+    let found = mesh
+        .workload(&pod.uid)
+        .filter(|found| found.identity() == pod.identity);
+    found.cloned().ok_or_else(|| {
+        let account = pod.identity.service_account();
+        let who = format!("{account}.{} ({})", pod.namespace, pod.name);
+        ResolveError::UnknownLocal(who.into())
+    })
+}
+
+/// Whether `source`, which connects from `address`, is that waypoint: what it has let through goes
+/// on to the workload. By identity and by address in its network, as others may have the same service
+/// account.
+fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    let is_source = |pod: &Arc<Workload>| {
+        let own = pod
+            .addresses
+            .iter()
+            .any(|own| own.to_canonical() == address);
+        own && pod.network == source.network && pod.identity() == source.identity()
+    };
+    let serves = |service: &Arc<Service>| {
+        let all = mesh.endpoints(service);
+        all.is_some_and(|all| all.iter().any(is_source))
+    };
+    match waypoint.split_once('/') {
+        Some((network, name)) => match name.parse::<IpAddr>() {
+            Ok(at) => match mesh.workload_at(network, at) {
+                Some(workload) => is_source(workload),
+                // Of several services with the address nobody knows which one is meant.
+                None => match mesh.services_at(network, at) {
+                    [service] => serves(service),
+                    _ => false,
+                },
+            },
+            Err(_) => mesh.service(waypoint).is_some_and(serves),
+        },
+        None => false,
+    }
+}
+
+/// The hop to a workload's port; at an address of the family that was asked for, if it has one and
+/// the service allows it.
+fn next(
+    target: &Arc<Workload>,
+    port: u16,
+    asked: IpAddr,
+    service: Option<&Service>,
+) -> Result<Hop, ResolveError> {
+    let allowed = |address: &&IpAddr| service.is_none_or(|service| service.allows(address));
+    let addresses = || target.addresses.iter().filter(allowed);
+    let address = addresses()
+        .find(|address| **address == asked)
+        .or_else(|| addresses().find(|address| address.is_ipv4() == asked.is_ipv4()))
+        .or_else(|| addresses().next());
+    let Some(&address) = address else {
+        return Err(ResolveError::NoAddress(target.uid.clone()));
+    };
+    let authority = SocketAddr::new(address, port);
+    match target.protocol {
+        Protocol::Tcp => Ok(Hop::Plain(authority)),
+        Protocol::Hbone => {
+            let mut expected = vec![target.identity()];
+            // One that is not an identity could not be presented either.
+            let names = service.map_or(&[][..], |service| &service.subject_alt_names);
+            expected.extend(
+                names
+                    .iter()
+                    .filter_map(|name| name.parse::<Identity>().ok()),
+            );
+            Ok(Hop::Hbone {
+                to: SocketAddr::new(address, hbone::PORT),
+                authority,
+                target: Arc::clone(target),
+                expected,
+            })
+        }
+    }
+}
+
+/// Of the endpoints that take load on a port the healthiest, of these the nearest, and of these one at random
+/// by weight; with the port that it has for the service's one.
+fn draw<'a>(
+    mesh: &'a Mesh,
+    service: &Service,
+    source: &Workload,
+    port: u16,
+    external: bool,
+) -> Option<(&'a Arc<Workload>, u16)> {
+    let target = *service.ports.get(&port)?;
+    let key = service.key();
+    let port_of = |workload: &Workload| {
+        let own = workload.services.get(key.as_str())?.ports.get(&port);
+        let port = own.copied().filter(|&port| port != 0).unwrap_or(target);
+        (port != 0).then_some(port)
+    };
+    // Who comes by an address from outside is not bound to its node (as with kube-proxy).
+    let near = service.load_balancing.strict && !external;
+    mesh.endpoints(service)?.draw(source, near, port_of)
+}
+
+/// A service of the workload that has this port as a target; for logs.
+fn service_by_port(mesh: &Mesh, workload: &Workload, port: u16) -> Option<Arc<Service>> {
+    workload.services.iter().find_map(|(key, endpoint)| {
+        let service = mesh.service(key)?;
+        let by_endpoint = endpoint.ports.values().any(|&target| target == port);
+        let by_service = service.ports.values().any(|&target| target == port);
+        (by_endpoint || by_service).then(|| Arc::clone(service))
+    })
+}

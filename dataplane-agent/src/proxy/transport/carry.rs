@@ -1,0 +1,185 @@
+//! Carries a permitted connection to its next hop.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::hbone::Connect;
+use super::pool::{Key, Pool};
+use super::relay::{End, Meter, RelayError, relay};
+use super::{Means, TransportError, plain};
+use crate::drain::Scope;
+use crate::observe::{self, Failure};
+use crate::proxy::authorize::{Hop, Io, Permit, Revoked};
+use crate::proxy::hbone::headers;
+use crate::proxy::limits::memory::Share;
+
+/// What connections of one worker are carried with.
+#[derive(Clone)]
+pub struct Carrier {
+    /// Connections from pods' network namespaces.
+    pub means: Rc<dyn Means>,
+    /// Tunnels to other pods.
+    pub pool: Rc<Pool>,
+}
+
+impl std::fmt::Debug for Carrier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Carrier").finish_non_exhaustive()
+    }
+}
+
+impl Meter for Arc<observe::Bytes> {
+    fn upward(&self, bytes: u64) {
+        self.add_up(bytes);
+    }
+    fn downward(&self, bytes: u64) {
+        self.add_down(bytes);
+    }
+}
+
+/// How a connection came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carried {
+    /// It was connected, and both ends have finished or one was reset.
+    Whole,
+    /// Its client went before it was connected, which is its right.
+    ClientGone,
+}
+
+/// Connects to the next hop and carries bytes until both ends have finished, one breaks, or policy
+/// no longer allows it. Where nothing could be carried the client is told so: by a status, or by a
+/// reset.
+///
+/// # Errors
+/// Why it did not come to its end.
+pub async fn carry(
+    permit: Permit<Io>,
+    carrier: &Carrier,
+    scope: &Scope,
+    bytes: &Arc<observe::Bytes>,
+) -> Result<Carried, TransportError> {
+    let Permit {
+        resolved,
+        mut revoked,
+        ..
+    } = permit;
+    let mut accepted = resolved.accepted;
+    let peer = accepted.peer;
+    let pod = Arc::clone(&accepted.pod);
+    let share = carrier.means.unsent(&pod);
+    let upstream = async {
+        match &resolved.hop {
+            Hop::App(to) => {
+                let from = peer.ip();
+                let tcp = plain::to_app(&*carrier.means, &pod, from, *to).await?;
+                Ok((End::Tcp(tcp), None))
+            }
+            Hop::Plain(to) => {
+                let from = pod.source_of(peer.ip(), *to);
+                let tcp = plain::to_peer(&*carrier.means, &pod, from, *to).await?;
+                Ok((End::Tcp(tcp), None))
+            }
+            Hop::Hbone {
+                to,
+                authority,
+                target,
+                expected,
+            } => {
+                let key = Key {
+                    source: pod.instance,
+                    from: pod.source_of(peer.ip(), *to),
+                    target: target.uid.clone(),
+                    to: *to,
+                    expected: expected.clone(),
+                };
+                let connect = Connect {
+                    authority: *authority,
+                    client: peer,
+                    host: resolved
+                        .service
+                        .as_ref()
+                        .map(|service| service.hostname.clone()),
+                    baggage: resolved.source.as_deref().map(headers::baggage),
+                };
+                let (stream, lease) = carrier.pool.connect(&key, &pod, scope, &connect).await?;
+                Ok((End::Stream(stream), Some(lease)))
+            }
+        }
+    };
+    let (upstream, _lease) = match wait(revoked.wait(), accepted.io.gone(), upstream).await {
+        Ok(Some(upstream)) => upstream,
+        Ok(None) => return Ok(Carried::ClientGone),
+        Err(error) => {
+            accepted.io.refuse(error.status());
+            return Err(error);
+        }
+    };
+    let client = match accepted.io {
+        Io::Tcp(tcp) => End::Tcp(tcp),
+        Io::Stream(waiting) => {
+            let baggage = resolved.target.as_deref().map(headers::baggage);
+            match waiting.connected(baggage.as_deref()) {
+                Ok(stream) => End::Stream(stream),
+                // It has gone just now.
+                Err(_) => return Ok(Carried::ClientGone),
+            }
+        }
+    };
+    relay_while_allowed(client, upstream, &share, bytes, &mut revoked).await?;
+    Ok(Carried::Whole)
+}
+
+/// Waits for the upstream while policy allows it and somebody waits for it; `None` when the client has gone.
+/// What became of the upstream by then counts: a client that gives up must not make it look well.
+async fn wait<T>(
+    revoked: impl Future<Output = ()>,
+    gone: impl Future<Output = ()>,
+    upstream: impl Future<Output = Result<T, TransportError>>,
+) -> Result<Option<T>, TransportError> {
+    tokio::select! {
+        biased;
+        () = revoked => Err(TransportError::Revoked),
+        upstream = upstream => upstream.map(Some),
+        () = gone => Ok(None),
+    }
+}
+
+async fn relay_while_allowed(
+    client: End,
+    upstream: End,
+    share: &Share,
+    bytes: &Arc<observe::Bytes>,
+    revoked: &mut Revoked,
+) -> Result<(), TransportError> {
+    tokio::select! {
+        biased;
+        () = revoked.wait() => Err(TransportError::Revoked),
+        end = relay(client, upstream, share, bytes) => {
+            end.map_err(|error: RelayError| TransportError::Relay(error.into()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::{pending, ready};
+
+    use http::StatusCode;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_upstream_that_fails_is_told_of_though_its_client_has_just_gone() {
+        let failed = || {
+            ready(Err::<(), _>(TransportError::Status(
+                StatusCode::BAD_GATEWAY,
+            )))
+        };
+        let end = wait(pending(), ready(()), failed()).await;
+        assert!(matches!(end, Err(TransportError::Status(_))), "{end:?}");
+        let end = wait::<()>(pending(), ready(()), pending()).await;
+        assert!(matches!(end, Ok(None)), "{end:?}");
+        let end = wait(ready(()), ready(()), failed()).await;
+        assert!(matches!(end, Err(TransportError::Revoked)), "{end:?}");
+    }
+}

@@ -1,0 +1,354 @@
+//! Client side of HBONE: one tunnel, and one CONNECT in it.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use h2::client::{ResponseFuture, SendRequest};
+use h2::{RecvStream, SendStream};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::pool::Key;
+use super::{Means, TransportError};
+use crate::drain::Scope;
+use crate::proxy::authorize::LocalPod;
+use crate::proxy::hbone::keepalive::{self, Health};
+use crate::proxy::hbone::payload::Payload;
+use crate::proxy::hbone::readahead::ReadAhead;
+use crate::proxy::hbone::stream::{Shared, Stream};
+use crate::proxy::hbone::window::Windows;
+use crate::proxy::hbone::{self, headers};
+use crate::proxy::identity::certs;
+use crate::proxy::limits::{Idle, IdleTunnels, Place};
+
+/// What a CONNECT says.
+#[derive(Clone, Debug)]
+pub struct Connect {
+    /// The pod's own address and port, or what the waypoint shall resolve.
+    pub authority: SocketAddr,
+    /// The client.
+    pub client: SocketAddr,
+    /// The service that the client asked for.
+    pub host: Option<Arc<str>>,
+    /// The client's workload, in the words of [`headers::baggage`].
+    pub baggage: Option<String>,
+}
+
+/// A tunnel to one peer.
+#[derive(Debug)]
+pub struct Tunnel {
+    /// Until it is closed: the connection ends when nobody has this.
+    send: RefCell<Option<SendRequest<Payload>>>,
+    shared: Shared,
+    health: Rc<Health>,
+    streams: Cell<usize>,
+    /// No longer used for new streams.
+    pub(super) closed: Cell<bool>,
+    /// When the first of the two ends' certificates ends: from then on neither is who it was, and what is new
+    /// goes elsewhere.
+    until: SystemTime,
+    /// To be closed when it carries nothing.
+    leaving: Cell<bool>,
+    /// When the last stream ended.
+    pub(super) idle_since: Cell<Instant>,
+    /// Its place among the pod's connections. It is given back before the tunnel is idle no more.
+    _place: Place,
+    idle: RefCell<Option<Idle>>,
+    idle_tunnels: IdleTunnels,
+}
+
+/// Why a stream was not opened.
+#[derive(Debug)]
+pub enum Failed {
+    /// The tunnel is no good, and no byte of the connection was sent: try another tunnel.
+    Tunnel(TransportError),
+    /// Anything else.
+    Final(TransportError),
+}
+
+/// Connects, shakes hands, and leaves a task in `scope` that drives the tunnel.
+///
+/// # Errors
+/// Each step has its own, and its own time.
+pub async fn dial(
+    means: &dyn Means,
+    pod: &LocalPod,
+    key: &Key,
+    place: Place,
+    scope: &Scope,
+) -> Result<Rc<Tunnel>, TransportError> {
+    let Key { to, expected, .. } = key;
+    let (to, tls) = (*to, means.client(pod, expected));
+    let (tls, own_end) = tls
+        .await
+        .map_err(|error| TransportError::Identity(error.into()))?;
+    let tcp = super::plain::to_peer(means, pod, key.from, to)
+        .await
+        .map_err(|error| match error {
+            TransportError::Connect(error) if error.kind() == io::ErrorKind::TimedOut => {
+                TransportError::Blocked(error)
+            }
+            error => error,
+        })?;
+    // Nobody looks at it: SNI is off, and peers are known by their identity.
+    let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
+    let share = means.undelivered(pod);
+    let handshake = async {
+        let io = ReadAhead::new(tcp, &share);
+        let tls = tokio_rustls::TlsConnector::from(tls)
+            .connect_with(nobody, io, |session| {
+                session.set_buffer_limit(Some(hbone::TLS_BUFFER));
+            })
+            .await
+            .map_err(|error| TransportError::Tls(error.into()))?;
+        if tls.get_ref().1.alpn_protocol() != Some(hbone::ALPN) {
+            let error = io::Error::new(io::ErrorKind::InvalidData, "peer did not choose h2");
+            return Err(TransportError::Tls(error.into()));
+        }
+        let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
+        let peers_end = certs::end_of(chain)
+            .map_err(|error| TransportError::Identity(error.to_string().into()))?;
+        let handshake = hbone::client().handshake::<_, Payload>(tls).await;
+        handshake
+            .map(|made| (made, peers_end))
+            .map_err(|error| TransportError::Handshake(error.to_string().into()))
+    };
+    let ((send, mut connection), peers_end) =
+        timeout(hbone::TIMEOUT, handshake).await.map_err(|_| {
+            TransportError::Handshake("the peer did not finish the handshake in time".into())
+        })??;
+    let tunnel = Rc::new(Tunnel {
+        send: RefCell::new(Some(send)),
+        shared: Shared::new(&share),
+        health: Rc::default(),
+        streams: Cell::new(0),
+        closed: Cell::new(false),
+        until: own_end.min(peers_end),
+        leaving: Cell::new(false),
+        idle_since: Cell::new(Instant::now()),
+        _place: place,
+        idle: RefCell::new(Some(pod.places.idle.rest())),
+        idle_tunnels: pod.places.idle.clone(),
+    });
+    // Weak: the connection ends also when nobody has the tunnel.
+    let driven = Rc::downgrade(&tunnel);
+    let mut windows = Windows::new(&tunnel.shared.undelivered);
+    let health = Rc::clone(&tunnel.health);
+    let peer = expected.iter().map(ToString::to_string);
+    let peer = peer.collect::<Vec<_>>().join(" or ");
+    let closing = scope.closing();
+    let leaves = Rc::downgrade(&tunnel);
+    let until = tunnel.until;
+    let leaving = async move {
+        let drains = async {
+            closing.await;
+            // Who waited for it takes it first: a pod that drains may go on to connect.
+            sleep(hbone::LEAVE).await;
+        };
+        tokio::select! {
+            () = drains => {}
+            () = certs::ended(until) => tracing::debug!(%to, "the tunnel's certificates have ended"),
+        }
+        if let Some(tunnel) = leaves.upgrade() {
+            tunnel.leaving.set(true);
+            tunnel.close_if_idle();
+        }
+        std::future::pending::<()>().await;
+    };
+    scope.spawn(async move {
+        let lost = keepalive::lost(connection.ping_pong(), &health);
+        let end = poll_fn(|context| {
+            windows.keep(&mut connection, context);
+            Pin::new(&mut connection).poll(context)
+        });
+        tokio::select! {
+            end = end => if let Err(error) = end {
+                tracing::debug!(%to, peer, %error, "tunnel ended");
+            },
+            () = leaving => {}
+            () = lost => tracing::warn!(%to, peer, "HBONE ping timeout/error"),
+        }
+        if let Some(tunnel) = driven.upgrade() {
+            tunnel.closed.set(true);
+        }
+    });
+    Ok(tunnel)
+}
+
+impl Tunnel {
+    /// Streams that it carries now.
+    pub fn streams(&self) -> usize {
+        self.streams.get()
+    }
+
+    /// Whether one more stream should be opened here: there may be, the peer answers, and the tunnel's
+    /// window is not used up by streams that it does not read.
+    pub fn has_room(&self) -> bool {
+        let stalled = self.shared.stalls.count() >= hbone::MOST_STALLED;
+        self.may_carry() && !self.health.is_late() && !stalled
+    }
+
+    /// Whether it takes no more streams, whatever becomes of those that it has.
+    pub fn is_over(&self) -> bool {
+        self.closed.get() || self.until <= SystemTime::now()
+    }
+
+    /// Whether one more stream may be opened.
+    pub fn may_carry(&self) -> bool {
+        let send = self.send.borrow();
+        let peer = send
+            .as_ref()
+            .map_or(0, SendRequest::current_max_send_streams);
+        !self.is_over() && self.streams.get() < hbone::CLIENT_STREAMS.min(peer.max(1))
+    }
+
+    fn close_if_idle(&self) {
+        if self.leaving.get() && self.streams.get() == 0 {
+            self.closed.set(true);
+            self.send.take();
+        }
+    }
+
+    /// Takes a place for one stream; call it only if there [is room](Self::has_room).
+    pub fn lease(self: Rc<Self>) -> Lease {
+        self.streams.set(self.streams.get() + 1);
+        self.idle.take();
+        Lease(self)
+    }
+}
+
+/// A stream's place in a tunnel; given back when dropped.
+#[derive(Debug)]
+pub struct Lease(Rc<Tunnel>);
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.streams.set(self.0.streams.get() - 1);
+        if self.0.streams() == 0 {
+            self.0.idle_since.set(Instant::now());
+            self.0.idle.replace(Some(self.0.idle_tunnels.rest()));
+        }
+        self.0.close_if_idle();
+    }
+}
+
+impl Lease {
+    /// Asks the peer to connect, and waits for its answer. If this is dropped before, a task in `scope`
+    /// waits for it.
+    ///
+    /// # Errors
+    /// The peer refuses, the tunnel fails, or there is no answer in time.
+    pub async fn connect(&self, connect: &Connect, scope: &Scope) -> Result<Stream, Failed> {
+        let request = request(connect).map_err(Failed::Final)?;
+        let send = self.0.send.borrow().clone();
+        let answer = async {
+            let never_sent = |error: h2::Error| {
+                self.0.closed.set(true);
+                Failed::Tunnel(TransportError::H2(error.into()))
+            };
+            let gone = || never_sent(h2::Reason::CANCEL.into());
+            let mut ready = send.ok_or_else(gone)?.ready().await.map_err(never_sent)?;
+            let asked = ready.send_request(request, false).map_err(never_sent)?;
+            let asked = Asked {
+                lease: self,
+                scope,
+                asked: Some(asked),
+            };
+            asked.answer().await.map_err(|error| self.failed(error))
+        };
+        let late = async {
+            sleep(hbone::DOUBT).await;
+            self.0.health.late().await;
+        };
+        let none = || {
+            let error = io::Error::new(io::ErrorKind::TimedOut, "no answer to CONNECT");
+            TransportError::Connect(error.into())
+        };
+        let (response, send) = tokio::select! {
+            biased;
+            answer = timeout(hbone::ANSWER, answer) => {
+                answer.map_err(|_| Failed::Final(none()))??
+            }
+            () = late => return Err(Failed::Tunnel(none())),
+        };
+        if response.status() != StatusCode::OK {
+            return Err(Failed::Final(TransportError::Status(response.status())));
+        }
+        Ok(Stream::new(send, response.into_body(), &self.0.shared))
+    }
+
+    fn failed(&self, error: h2::Error) -> Failed {
+        let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+        let tunnel = !error.is_reset();
+        if tunnel {
+            self.0.closed.set(true);
+        }
+        let failure = TransportError::H2(error.into());
+        if refused || tunnel {
+            Failed::Tunnel(failure)
+        } else {
+            Failed::Final(failure)
+        }
+    }
+}
+
+/// A CONNECT that is not answered. When nobody waits for it any more it keeps its place in the tunnel,
+/// as it does in the peer's, and is reset when it is answered: see [`hbone::ABANDONED`].
+struct Asked<'a> {
+    lease: &'a Lease,
+    scope: &'a Scope,
+    asked: Option<(ResponseFuture, SendStream<Payload>)>,
+}
+
+impl Asked<'_> {
+    async fn answer(mut self) -> Result<(Response<RecvStream>, SendStream<Payload>), h2::Error> {
+        let gone = || h2::Error::from(h2::Reason::CANCEL);
+        let (response, _) = self.asked.as_mut().ok_or_else(gone)?;
+        let response = response.await;
+        let (_, send) = self.asked.take().ok_or_else(gone)?;
+        Ok((response?, send))
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if let Some((response, mut send)) = self.asked.take() {
+            let lease = Rc::clone(&self.lease.0).lease();
+            self.scope.spawn(async move {
+                let answered = timeout(hbone::ABANDONED, response).await;
+                send.send_reset(h2::Reason::CANCEL);
+                drop((answered, lease));
+            });
+        }
+    }
+}
+
+fn request(connect: &Connect) -> Result<Request<()>, TransportError> {
+    let words = || -> Result<Request<()>, http::Error> {
+        let host = connect.host.as_deref();
+        let mut request = Request::builder()
+            .method(Method::CONNECT)
+            .uri(
+                Uri::builder()
+                    .authority(connect.authority.to_string())
+                    .build()?,
+            )
+            .header(header::FORWARDED, headers::forwarded(connect.client, host))
+            .header("traceparent", headers::traceparent());
+        // What the mesh says of a workload need not be fit for a header; then it is not told.
+        if let Some(baggage) = &connect.baggage
+            && let Ok(baggage) = HeaderValue::from_str(baggage)
+        {
+            request = request.header("baggage", baggage);
+        }
+        request.body(())
+    };
+    words().map_err(|error| TransportError::Handshake(error.to_string().into()))
+}

@@ -1,0 +1,57 @@
+//! Connections in clear: to the app of an inbound connection, and to peers outside the mesh.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::{Means, TransportError};
+use crate::proxy::authorize::LocalPod;
+use crate::proxy::hbone::TIMEOUT;
+
+/// To a peer, from the pod: from this address of it, or from the one that its routes choose.
+///
+/// # Errors
+/// It refuses, cannot be reached or does not answer in time.
+pub async fn to_peer(
+    means: &dyn Means,
+    pod: &LocalPod,
+    from: Option<IpAddr>,
+    to: SocketAddr,
+) -> Result<TcpStream, TransportError> {
+    in_time(means.connect(pod, from, to)).await
+}
+
+/// To the pod's app, from the client's own address.
+///
+/// # Errors
+/// As [`to_peer`].
+pub async fn to_app(
+    means: &dyn Means,
+    pod: &LocalPod,
+    from: IpAddr,
+    to: SocketAddr,
+) -> Result<TcpStream, TransportError> {
+    // The port is one of ours, but a live connection of the client may have the same.
+    let mut end = in_time(means.connect_as(pod, from, to)).await;
+    for _ in 1..LocalPod::PORT_TRIES {
+        match &end {
+            Err(TransportError::Connect(error))
+                if error.kind() == io::ErrorKind::AddrNotAvailable && pod.owns(to.ip()) => {}
+            _ => break,
+        }
+        pod.port_was_taken(from, to);
+        end = in_time(means.connect_as(pod, from, to)).await;
+    }
+    end
+}
+
+async fn in_time(
+    connect: impl Future<Output = io::Result<TcpStream>>,
+) -> Result<TcpStream, TransportError> {
+    timeout(TIMEOUT, connect)
+        .await
+        .map_err(|_| TransportError::Connect(io::Error::from(io::ErrorKind::TimedOut).into()))?
+        .map_err(|error| TransportError::Connect(error.into()))
+}

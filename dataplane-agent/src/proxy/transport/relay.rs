@@ -1,0 +1,361 @@
+//! Two-way copy between two ends, each a TCP connection or a stream of a tunnel.
+//!
+//! A connection through the mesh ends as it would end without. Each direction ends by itself (half
+//! close). An end that breaks is noticed whatever the relay waits for; what it had sent before is
+//! delivered, and then the other end is reset. An end that said its end and is gone later, as a server
+//! that has closed, is no news to the other end until that writes: it is closed, and its kernel is
+//! answered by ours. A relay that is dropped, because it was revoked or its worker stops, resets both:
+//! a cut connection must never look like one that came to its end.
+//!
+//! What is in memory for one direction is one read (at most 256 KiB), or what a stream's window lets
+//! its peer send, besides what waits in a stream's send buffer (512 KiB). Reads and send buffers are
+//! smaller, down to 16 KiB, the less memory the pod has left. An idle relay holds no buffer.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use h2::Reason;
+use tokio::net::TcpStream;
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use super::ends::{Sink, Socket, Source, halves};
+use crate::proxy::hbone::batch::Batch;
+use crate::proxy::hbone::payload::Told;
+use crate::proxy::hbone::stream::Stream;
+use crate::proxy::limits::memory::Share;
+
+/// An end that broke has left something to deliver: it takes no longer, then the other end is reset.
+pub const FLUSH: Duration = Duration::from_secs(2);
+/// How often a direction reads and writes before others have their turn: the other one, and all else on the
+/// worker. Between sockets that is a MiB at most.
+const TURN: usize = 4;
+/// Between two looks whether a socket's peer has acknowledged all; doubles up to 64 of it.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// One end of a relay.
+#[derive(Debug)]
+pub enum End {
+    /// A TCP connection.
+    Tcp(TcpStream),
+    /// A stream of a tunnel.
+    Stream(Stream),
+}
+
+/// Is told of bytes as they are delivered.
+pub trait Meter {
+    /// Bytes of the client have gone to the upstream.
+    fn upward(&self, bytes: u64);
+    /// Bytes of the upstream have gone to the client.
+    fn downward(&self, bytes: u64);
+}
+
+/// How a relay failed; a reset by a peer is not a failure.
+#[derive(Debug, thiserror::Error)]
+pub enum RelayError {
+    /// The client broke.
+    #[error("send: {0}")]
+    Send(Broken),
+    /// The upstream broke.
+    #[error("receive: {0}")]
+    Receive(Broken),
+}
+
+/// What broke.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// A socket.
+    #[error("io error: {0}")]
+    Io(#[from] io::Error),
+    /// A tunnel or its stream.
+    #[error("h2 failed: {0}")]
+    H2(#[from] h2::Error),
+}
+
+impl Broken {
+    /// Whether it is the ordinary end of a peer that did not say goodbye: a reset of a connection, or
+    /// of a stream. A tunnel that is lost is none, nor is a peer that does not answer.
+    fn is_reset(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+        match self {
+            Self::Io(error) => {
+                matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
+            }
+            Self::H2(error) if error.is_go_away() || error.is_io() => false,
+            Self::H2(error) => matches!(
+                error.reason(),
+                Some(
+                    Reason::NO_ERROR
+                        | Reason::CANCEL
+                        | Reason::STREAM_CLOSED
+                        | Reason::CONNECT_ERROR
+                )
+            ),
+        }
+    }
+
+    /// Itself, unless it is an ordinary end.
+    fn failure(self) -> Option<Self> {
+        (!self.is_reset()).then_some(self)
+    }
+
+    /// Whether it may be that the peer has said its end, and its kernel has forgotten the connection
+    /// since: then nobody need be told before he writes.
+    fn may_be_forgotten(&self) -> bool {
+        match self {
+            Self::Io(_) => self.is_reset(),
+            Self::H2(error) => self.is_reset() && error.reason() == Some(Reason::NO_ERROR),
+        }
+    }
+}
+
+/// Copies both ways until both directions have ended, or one end breaks. What waits to be sent keeps to
+/// the pod's `share` of memory.
+///
+/// # Errors
+/// An end broke, other than by its peer's reset.
+pub async fn relay(
+    client: End,
+    upstream: End,
+    share: &Share,
+    meter: &(impl Meter + Clone + 'static),
+) -> Result<(), RelayError> {
+    let (from_client, to_client) = halves(client, share);
+    let (from_upstream, to_upstream) = halves(upstream, share);
+    let client = pin!(error(to_client.socket()));
+    let upstream = pin!(error(to_upstream.socket()));
+    let (upward, downward) = (meter.clone(), meter.clone());
+    let upward = Box::new(move |bytes| upward.upward(bytes));
+    let downward = Box::new(move |bytes| downward.downward(bytes));
+    let mut up = Way::new(from_client, to_upstream, upward);
+    let mut down = Way::new(from_upstream, to_client, downward);
+    match both(&mut up, &mut down, client, upstream).await {
+        None => {
+            up.sink.done();
+            down.sink.done();
+            Ok(())
+        }
+        Some(At::Client(broken)) => {
+            let broken = wind_up(broken, &mut up, &mut down).await;
+            broken
+                .failure()
+                .map_or(Ok(()), |broken| Err(RelayError::Send(broken)))
+        }
+        Some(At::Upstream(broken)) => {
+            let broken = wind_up(broken, &mut down, &mut up).await;
+            broken
+                .failure()
+                .map_or(Ok(()), |broken| Err(RelayError::Receive(broken)))
+        }
+    }
+}
+
+/// Which end broke, and how if that is known yet.
+enum At {
+    Client(Option<Broken>),
+    Upstream(Option<Broken>),
+}
+
+/// Moves bytes both ways; `None` when both have ended. `client` and `upstream` complete when these
+/// sockets break.
+async fn both(
+    up: &mut Way,
+    down: &mut Way,
+    mut client: Pin<&mut impl Future<Output = ()>>,
+    mut upstream: Pin<&mut impl Future<Output = ()>>,
+) -> Option<At> {
+    poll_fn(|context| {
+        match up.poll(down.read_all, context) {
+            Poll::Ready(Err(Cut::Source(broken))) => {
+                return Poll::Ready(Some(At::Client(Some(broken))));
+            }
+            Poll::Ready(Err(Cut::Sink(broken))) => {
+                return Poll::Ready(Some(At::Upstream(Some(broken))));
+            }
+            Poll::Ready(Ok(())) | Poll::Pending => {}
+        }
+        match down.poll(up.read_all, context) {
+            Poll::Ready(Err(Cut::Source(broken))) => {
+                return Poll::Ready(Some(At::Upstream(Some(broken))));
+            }
+            Poll::Ready(Err(Cut::Sink(broken))) => {
+                return Poll::Ready(Some(At::Client(Some(broken))));
+            }
+            Poll::Ready(Ok(())) | Poll::Pending => {}
+        }
+        if up.over && down.over {
+            return Poll::Ready(None);
+        }
+        if !up.listens()
+            && let Poll::Ready(broken) = down.sink.poll_broken(client.as_mut(), context)
+        {
+            return Poll::Ready(Some(At::Client(broken)));
+        }
+        if !down.listens()
+            && let Poll::Ready(broken) = up.sink.poll_broken(upstream.as_mut(), context)
+        {
+            return Poll::Ready(Some(At::Upstream(broken)));
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+async fn error(socket: Option<Rc<Socket>>) {
+    match socket {
+        Some(socket) => socket.broken().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// An end broke. Delivers what it had sent, by `last`, and tells the other end; `back` went to it.
+/// Says how it broke.
+async fn wind_up(broken: Option<Broken>, last: &mut Way, back: &mut Way) -> Broken {
+    let deadline = Instant::now() + FLUSH;
+    let mut met = None;
+    // What takes longer is discarded.
+    let _ = timeout_at(deadline, last.rest(back, &mut met)).await;
+    let broken = broken.or(met).unwrap_or_else(|| last.source.error());
+    if last.over && broken.may_be_forgotten() && !back.moved_late() {
+        last.sink.close();
+        return broken;
+    }
+    if let Some(socket) = last.sink.socket() {
+        let mut pause = LOOK;
+        while socket.unacknowledged() > 0 && Instant::now() < deadline {
+            sleep(pause).await;
+            pause = (pause * 2).min(LOOK * 64);
+        }
+    }
+    last.sink.reset(Reason::CONNECT_ERROR);
+    broken
+}
+
+/// At which end of a way it broke.
+enum Cut {
+    /// Where it reads.
+    Source(Broken),
+    /// Where it writes.
+    Sink(Broken),
+}
+
+/// One direction.
+struct Way {
+    source: Source,
+    sink: Sink,
+    batch: Batch,
+    /// No more comes: the source has said its end, or is broken.
+    read_all: bool,
+    /// The source has said its end.
+    ended: bool,
+    /// That was passed on.
+    finished: bool,
+    /// All before it has been delivered as well.
+    over: bool,
+    /// Something was written after the sink had said the end of the other direction.
+    late: bool,
+    /// Is told of what is written, if it is not told elsewhere.
+    told: Option<Told>,
+}
+
+impl Way {
+    fn new(source: Source, sink: Sink, told: Told) -> Self {
+        let told = sink.tell(told);
+        Self {
+            source,
+            sink,
+            batch: Batch::default(),
+            read_all: false,
+            ended: false,
+            finished: false,
+            over: false,
+            late: false,
+            told,
+        }
+    }
+
+    /// Moves what can be moved in a [`TURN`]; completes at the end. What comes after an error of the source is
+    /// what was read before it; then it completes as well. `late`: the other direction has been read to its
+    /// end.
+    fn poll(&mut self, late: bool, context: &mut Context<'_>) -> Poll<Result<(), Cut>> {
+        for _ in 0..TURN {
+            let mut moved = false;
+            if !self.read_all {
+                match self.source.poll_read(&mut self.batch, context) {
+                    Poll::Ready(Ok(more)) => {
+                        moved = true;
+                        self.ended = !more;
+                        self.read_all = !more;
+                    }
+                    Poll::Ready(Err(broken)) => {
+                        self.read_all = true;
+                        return Poll::Ready(Err(Cut::Source(broken)));
+                    }
+                    Poll::Pending => {}
+                }
+            }
+            if !self.batch.is_empty() {
+                match self.sink.poll_write(&mut self.batch, context) {
+                    Poll::Ready(Ok(written)) => {
+                        moved = true;
+                        self.late |= late;
+                        self.source.delivered(written);
+                        if let Some(told) = &self.told {
+                            told(written as u64);
+                        }
+                    }
+                    Poll::Ready(Err(broken)) => return Poll::Ready(Err(Cut::Sink(broken))),
+                    Poll::Pending => {}
+                }
+            }
+            if self.read_all && self.batch.is_empty() {
+                if self.ended && !self.finished {
+                    self.finished = true;
+                    if let Err(broken) = self.sink.finish() {
+                        return Poll::Ready(Err(Cut::Sink(broken)));
+                    }
+                }
+                return self.sink.poll_flushed(context).map(|()| {
+                    self.over = self.finished;
+                    Ok(())
+                });
+            }
+            if !moved {
+                return Poll::Pending;
+            }
+        }
+        // It is woken when all else has had its turn, and the kernel was asked what is new.
+        let _: Poll<()> = pin!(yield_now()).poll(context);
+        Poll::Pending
+    }
+
+    /// Moves what is left to move, though the source is broken, and says how it broke. Meanwhile what comes
+    /// `back` has nowhere to go.
+    async fn rest(&mut self, back: &mut Self, broken: &mut Option<Broken>) {
+        let mut step = |context: &mut Context<'_>| {
+            back.source.hold(&mut back.batch, context);
+            self.poll(false, context)
+        };
+        loop {
+            match poll_fn(&mut step).await {
+                Err(Cut::Source(met)) => *broken = Some(met),
+                Ok(()) | Err(Cut::Sink(_)) => return,
+            }
+        }
+    }
+
+    /// Whether it waits for its source, and so hears of it if that breaks.
+    fn listens(&self) -> bool {
+        !self.read_all && self.batch.is_empty()
+    }
+
+    /// Whether something was, or would have been, written after the sink had said the end of the other
+    /// direction.
+    fn moved_late(&self) -> bool {
+        self.late || !self.batch.is_empty() || !self.sink.is_flushed()
+    }
+}
