@@ -132,8 +132,8 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let (state, ca) = open_state(&options, prepared.known_root().as_deref())?;
     let configured = opened.with(&options, Some(state.clone()))?;
     let Node {
-        room,
-        window,
+        reconciler,
+        handle,
         reports,
         status,
         mut events,
@@ -142,7 +142,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     } = prepared.open(&options, Some(&state))?;
 
     let (mesh_writer, mesh) = mesh::store();
-    let mut proxy = Proxy::start(&options, ca, &mesh, counted(&window))?;
+    let mut proxy = Proxy::start(&options, ca, &mesh, counted(&handle))?;
     let (control, to_capture) = Control::new(looks, status, configured, mesh_writer);
     let view = control.view.clone();
 
@@ -152,7 +152,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
         node: options.node.to_string(),
         configured: control.configured.clone(),
         node_half: Some(OfNode {
-            window,
+            handle,
             view: view.clone(),
             serving: None,
         }),
@@ -183,7 +183,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     };
     // One for all of the agent's life: none of them may stand still meanwhile.
     let rooms = one_ends(
-        room.run(to_capture, rests),
+        reconciler.run(to_capture, rests),
         control.run(draining.clone()),
         background,
     );
@@ -241,8 +241,8 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     }
     let configured = opened.with(&options, state.clone())?;
     let Node {
-        room,
-        window,
+        reconciler,
+        handle,
         reports,
         status,
         events,
@@ -253,14 +253,14 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let (mesh_writer, _) = mesh::store();
     let (control, to_capture) = Control::new(looks, status, configured, mesh_writer);
     let view = control.view.clone();
-    let (lender, serving) = Lender::new(options.node.as_str(), room.stamp());
+    let (lender, serving) = Lender::new(options.node.as_str(), reconciler.stamp());
     let seam = options.places.seam(&options.node);
     let entry =
         Entry::open(&seam).with_context(|| format!("socket for proxies {}", seam.display()))?;
 
     let socket = options.places.socket(&options.node);
     let listener = open_socket(&socket)?;
-    let (kernel, repairs) = counted(&window);
+    let (kernel, repairs) = counted(&handle);
     let metrics = Arc::new(Metrics::new(metrics::Sources {
         kernel,
         repairs,
@@ -272,7 +272,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         node: options.node.to_string(),
         configured: control.configured.clone(),
         node_half: Some(OfNode {
-            window,
+            handle,
             view: view.clone(),
             serving: Some(serving),
         }),
@@ -291,7 +291,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         }
     };
     let rooms = one_ends(
-        room.run(to_capture, rests),
+        reconciler.run(to_capture, rests),
         control.run(draining.clone()),
         background,
     );

@@ -7,7 +7,7 @@ use dataplane_agent::agent::{self, AgentError, Halves};
 use dataplane_agent::cli::{self, Cli, Command, UninstallOptions, check, load, status, uninstall};
 use dataplane_agent::config::{RunOptions, unknown_variable};
 use dataplane_agent::exit::Exit;
-use dataplane_agent::node::capture::uninstall::Done;
+use dataplane_agent::node::capture::uninstall::Outcome;
 use dataplane_agent::observe::writer::WAITING;
 use dataplane_agent::observe::{levels, log};
 
@@ -88,11 +88,11 @@ fn uninstall(options: &UninstallOptions) -> ExitCode {
             ),
             Exit::Good,
         ),
-        Ok(Some(Done { pods, left })) if left.is_empty() => print(
+        Ok(Some(Outcome { pods, left })) if left.is_empty() => print(
             &format!("node {node}: {pods} pods let go, nothing is left\n"),
             Exit::Good,
         ),
-        Ok(Some(Done { pods, left })) => {
+        Ok(Some(Outcome { pods, left })) => {
             for line in &left {
                 log::say(&format!("left: {line}"));
             }

@@ -15,9 +15,9 @@ use crate::control::enrolled::Records;
 use crate::control::state::SharedState;
 use crate::mesh::MeshWriter;
 use crate::node::capture::node_folder::{self, Mark, NodeFolder};
-use crate::node::capture::room::{self, Reports, Window};
+use crate::node::capture::room::{self, CaptureHandle, Reports};
 use crate::node::capture::uninstall::canonical;
-use crate::node::capture::{Room, Status, Wanted};
+use crate::node::capture::{Reconciler, Status, Wanted};
 use crate::node::machine::Looks;
 use crate::node::pods::{self, Ends, Pods, View};
 use crate::node::recording::Recording;
@@ -38,8 +38,8 @@ pub(super) struct Prepared {
 
 /// Capture, as it was opened.
 pub(super) struct Node {
-    pub(super) room: Room,
-    pub(super) window: Window,
+    pub(super) reconciler: Reconciler,
+    pub(super) handle: CaptureHandle,
     pub(super) reports: Reports,
     pub(super) status: watch::Receiver<Status>,
     pub(super) events: mpsc::Receiver<PodEvent>,
@@ -97,8 +97,8 @@ impl Control {
 }
 
 /// What capture counts, for the metrics: events of the kernel programs, and what was put back.
-pub(super) fn counted(window: &Window) -> (Box<Counted>, Box<Counted>) {
-    let (counters, repairs) = (window.clone(), window.clone());
+pub(super) fn counted(handle: &CaptureHandle) -> (Box<Counted>, Box<Counted>) {
+    let (counters, repairs) = (handle.clone(), handle.clone());
     (
         Box::new(move || counters.counters()),
         Box::new(move || repairs.repairs()),
@@ -175,15 +175,15 @@ impl Prepared {
     ) -> Result<Node, AgentError> {
         self.mark.state = canonical(&options.state);
         self.mark.root = state.map(|state| state.root().to_owned());
-        self.folder.mark(&self.mark)?;
+        self.folder.write_mark(&self.mark)?;
         self.mounted.keep();
         let (events, told) = mpsc::channel(64);
         let rest = CancellationToken::new();
-        let opened = Room::open(self.config, self.folder, events, rest.clone())?;
-        let (room, window, reports, status) = opened;
+        let opened = Reconciler::open(self.config, self.folder, events, rest.clone())?;
+        let (reconciler, handle, reports, status) = opened;
         Ok(Node {
-            room,
-            window,
+            reconciler,
+            handle,
             reports,
             status,
             events: told,

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use crate::control::ca::RootEnd;
 use crate::control::configuration::Configured;
 use crate::mesh::MeshReader;
-use crate::node::capture::room::Window;
+use crate::node::capture::room::CaptureHandle;
 use crate::node::pods::{PodView, State, View};
 use crate::observe::admin::Sources;
 use crate::observe::dump;
@@ -30,7 +30,7 @@ pub(super) struct Told {
 /// What the node half tells of.
 #[derive(Clone)]
 pub(super) struct OfNode {
-    pub(super) window: Window,
+    pub(super) handle: CaptureHandle,
     pub(super) view: watch::Receiver<View>,
     /// How many serve its pods, where others do.
     pub(super) serving: Option<watch::Receiver<usize>>,
@@ -51,7 +51,7 @@ impl Told {
     /// As the admin socket asks for it.
     pub(super) fn sources(self, level: Level, metrics: Arc<Metrics>) -> Sources {
         let (for_dump, for_status, for_ready) = (self.clone(), self.clone(), self.clone());
-        let window = self.node_half.map(|node| node.window);
+        let handle = self.node_half.map(|node| node.handle);
         Sources {
             config_dump: Arc::new(move || match &for_dump.proxy_half {
                 Some(proxy) => dump::dump(&proxy.mesh.current(), &proxy.certs, &for_dump.report()),
@@ -59,8 +59,8 @@ impl Told {
             }),
             status: Arc::new(move || for_status.report()),
             ready: Arc::new(move || for_ready.ready()),
-            kernel_log: Arc::new(move |on| match &window {
-                Some(window) => window.set_log(on).map_err(|error| error.to_string()),
+            kernel_log: Arc::new(move |on| match &handle {
+                Some(handle) => handle.set_log(on).map_err(|error| error.to_string()),
                 None => Err("this half has no kernel programs: ask the node's".into()),
             }),
             level,
@@ -112,7 +112,7 @@ impl Told {
             report
                 .problems
                 .extend(node.is_unserved().then(|| NOBODY.to_owned()));
-            let counters = node.window.counters().into_iter();
+            let counters = node.handle.counters().into_iter();
             report.counters = counters
                 .map(|(word, count)| (word.to_owned(), count))
                 .collect();

@@ -214,8 +214,8 @@ async fn trial(folder: &Path) -> Vec<Line> {
             "programs",
             format!(
                 "{} and {} load",
-                programs::OF_NODE.join(", "),
-                programs::OF_POD
+                programs::NODE_PROGRAMS.join(", "),
+                programs::POD_PROGRAM
             ),
         ),
         Err(error) => {

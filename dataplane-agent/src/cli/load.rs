@@ -48,8 +48,8 @@ fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
     writeln!(
         text,
         "\nloaded, attached and taken off again: {} programs, {} pinned maps",
-        programs::OF_NODE.len() + 1,
-        maps::SHARED.len() + maps::OF_NODE.len()
+        programs::NODE_PROGRAMS.len() + 1,
+        maps::SHARED.len() + maps::NODE_MAPS.len()
     )?;
     Ok(text)
 }

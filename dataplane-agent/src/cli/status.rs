@@ -185,7 +185,7 @@ fn outside(pod: &PodStatus) -> Option<String> {
 mod tests {
     use super::*;
     use crate::node::capture::node_folder::{Mark, NodeFolder};
-    use crate::node::capture::uninstall::Ended;
+    use crate::node::capture::uninstall::StoppedNode;
 
     #[test]
     fn a_process_that_connects_in_clear_is_told_with_that() {
@@ -245,7 +245,7 @@ mod tests {
             root: None,
         };
         let mut agent = NodeFolder::claim(run.path(), &mark).expect("free");
-        agent.mark(&mark).expect("a mark");
+        agent.write_mark(&mark).expect("a mark");
         let said = || {
             let socket = only_socket(run.path()).expect("somebody has it");
             get(&socket, "/status")
@@ -254,7 +254,7 @@ mod tests {
         };
         assert!(said().contains("agent of node one runs"), "{}", said());
         drop(agent);
-        let ended = Ended::find(run.path(), &mark.bpffs, &mark.state, &mark.node);
+        let ended = StoppedNode::find(run.path(), &mark.bpffs, &mark.state, &mark.node);
         let ended = ended.expect("it has ended");
         assert!(
             said().contains("node one: it is being uninstalled"),

@@ -9,7 +9,9 @@ use crate::config::NodeName;
 use crate::control::enrolled::Records;
 use crate::control::state::SharedState;
 use crate::node::capture::CaptureError;
-use crate::node::capture::uninstall::{Done, Ended, refuse_elsewhere, refuse_unless_clean};
+use crate::node::capture::uninstall::{
+    Outcome, StoppedNode, refuse_elsewhere, refuse_unless_clean,
+};
 use crate::observe::log;
 use crate::sys::machine_id;
 
@@ -22,11 +24,11 @@ const NOTICE: Duration = Duration::from_secs(1);
 /// # Errors
 /// A privilege is missing; nothing of the node is known, and something may be there; an agent runs.
 /// Nothing was changed then.
-pub async fn run(options: &UninstallOptions) -> Result<Option<Done>, AgentError> {
+pub async fn run(options: &UninstallOptions) -> Result<Option<Outcome>, AgentError> {
     agent::privileges(agent::Halves::Node)?;
     let node = &options.node;
     let (run_dir, bpffs) = (&options.places.run_dir, &options.places.bpffs);
-    let ended = match Ended::find(run_dir, bpffs, &options.state, node) {
+    let ended = match StoppedNode::find(run_dir, bpffs, &options.state, node) {
         Err(unknown @ CaptureError::UnknownNode { .. }) => {
             refuse_unless_clean(unknown, run_dir, bpffs, node)?;
             refuse_records(options)?;

@@ -385,7 +385,7 @@ mod tests {
             uid: "pod".into(),
             inode: 1,
             cgroup: 0,
-            state: PodState::Adopted { captured: true },
+            state: PodState::Unserved { captured: true },
             forwards: false,
         };
         let mut look = processes::Look::default();

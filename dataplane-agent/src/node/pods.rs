@@ -209,13 +209,13 @@ impl Pods {
         let now = Instant::now();
         let mut wanted = capture::Wanted {
             pods: here.iter().filter_map(|pod| desired(pod, look)).collect(),
-            waiting: look.waiting.keys().chain(&self.unsaid).cloned().collect(),
+            unlocated: look.waiting.keys().chain(&self.unsaid).cloned().collect(),
             gone: look.gone.clone(),
         };
         let before = self.wanted.borrow().clone().unwrap_or_default();
         let again: BTreeSet<u64> = wanted.pods.iter().map(|pod| pod.cookie).collect();
         for pod in before.pods {
-            let stays = again.contains(&pod.cookie) || wanted.waiting.contains(&pod.uid);
+            let stays = again.contains(&pod.cookie) || wanted.unlocated.contains(&pod.uid);
             if !stays && !wanted.gone.contains(&pod.cookie) {
                 let leaves = self.leaving.entry(pod.cookie);
                 leaves.or_insert((pod, now + NOTICE));
@@ -405,7 +405,7 @@ fn state(
         matches!(
             of.state,
             PodState::Up
-                | PodState::Adopted { captured: true }
+                | PodState::Unserved { captured: true }
                 | PodState::Failed { captured: true, .. }
         )
     });
@@ -440,7 +440,7 @@ pub fn here(status: &Status) -> Here {
     Here {
         captured: uids(|state| match state {
             PodState::Up | PodState::Broken { .. } => true,
-            PodState::Adopted { captured } | PodState::Failed { captured, .. } => *captured,
+            PodState::Unserved { captured } | PodState::Failed { captured, .. } => *captured,
             PodState::Draining => false,
         }),
         served: uids(is_served),
@@ -457,7 +457,7 @@ fn is_served(state: &PodState) -> bool {
 fn is_adopted(state: &PodState) -> bool {
     matches!(
         state,
-        PodState::Adopted { .. } | PodState::Failed { captured: true, .. }
+        PodState::Unserved { .. } | PodState::Failed { captured: true, .. }
     )
 }
 
@@ -478,11 +478,11 @@ fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
 fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
     let has = |wanted: &capture::Wanted, pod: &Desired| {
         let own = wanted.pods.iter().find(|own| own.cookie == pod.cookie);
-        own.is_some_and(|own| own.says(pod) && own.groups == pod.groups)
+        own.is_some_and(|own| own.same_identity_and_addresses(pod) && own.groups == pod.groups)
     };
     one.pods.len() == other.pods.len()
         && one.pods.iter().all(|pod| has(other, pod))
-        && one.waiting == other.waiting
+        && one.unlocated == other.unlocated
         && one.gone == other.gone
 }
 

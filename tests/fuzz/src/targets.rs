@@ -218,15 +218,16 @@ pub fn records(input: &[u8]) {
         }
         more => panic!("of one file: {more:?}"),
     }
-    let undo = undo::Records::open(&folder.join("pods")).expect("a folder");
+    let undo = undo::UndoRecords::open(&folder.join("pods")).expect("a folder");
     fs::write(undo.folder().join("4096.json"), input).expect("a file");
-    match undo.of(4096) {
+    match undo.read(4096) {
         Ok(read) => {
             let mut read = read.expect("it is there");
             let written = serde_json::to_vec(&read).expect("JSON");
-            let mut again: undo::Record = serde_json::from_slice(&written).expect("its own words");
+            let mut again: undo::UndoRecord =
+                serde_json::from_slice(&written).expect("its own words");
             // What is not ours may have numbers that are not the same when they are read again.
-            let names = |record: &mut undo::Record| {
+            let names = |record: &mut undo::UndoRecord| {
                 let rest = std::mem::take(&mut record.rest).into_keys();
                 rest.collect::<Vec<_>>()
             };

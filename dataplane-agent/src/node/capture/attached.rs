@@ -19,9 +19,9 @@ use crate::sys::netns::Netns;
 
 /// The kernel detaches what was unpinned a moment later: programs that are still there after this time
 /// are somebody's.
-const DETACHED: Duration = Duration::from_secs(2);
+const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often it is asked again until then.
-const AGAIN: Duration = Duration::from_millis(20);
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Refuses where an agent's programs are attached to the cgroup that are neither pinned here nor were:
 /// another agent has it, or had it and was not uninstalled.
@@ -31,17 +31,17 @@ const AGAIN: Duration = Duration::from_millis(20);
 pub fn refuse_on_cgroup(
     cgroup: &Path,
     pins: &Pins,
-    were: &BTreeSet<u32>,
+    predecessors: &BTreeSet<u32>,
 ) -> Result<(), CaptureError> {
     let folder = File::open(cgroup).map_err(CaptureError::file(cgroup))?;
-    let own = &pins.programs() | were;
-    let deadline = Instant::now() + DETACHED;
+    let own = &pins.programs() | predecessors;
+    let deadline = Instant::now() + DETACH_TIMEOUT;
     loop {
         let attached = hooks::of_cgroup(&folder).map_err(CaptureError::file(cgroup))?;
-        let others = others(&attached, &own, is_of_a_node);
+        let others = count_foreign(&attached, &own, is_node_program);
         match others.map_err(CaptureError::file(cgroup))? {
             0 => return Ok(()),
-            _ if Instant::now() < deadline => std::thread::sleep(AGAIN),
+            _ if Instant::now() < deadline => std::thread::sleep(POLL_INTERVAL),
             count => {
                 return Err(CaptureError::Attached {
                     to: format!("the cgroup {}", cgroup.display()),
@@ -59,16 +59,16 @@ pub fn refuse_on_cgroup(
 /// As [`refuse_on_cgroup`].
 pub async fn refuse_in_pod(netns: &Netns, cookie: u64, pins: &Pins) -> Result<(), CaptureError> {
     let own = pins.programs_of(cookie);
-    let deadline = Instant::now() + DETACHED;
+    let deadline = Instant::now() + DETACH_TIMEOUT;
     let not_seen = |error: io::Error| CaptureError::Namespace {
         what: "see which programs are attached",
         why: chain(&error),
     };
     loop {
         let attached = hooks::of_netns(netns).map_err(not_seen)?;
-        match others(&attached, &own, is_of_a_pod).map_err(not_seen)? {
+        match count_foreign(&attached, &own, is_pod_program).map_err(not_seen)? {
             0 => return Ok(()),
-            _ if Instant::now() < deadline => tokio::time::sleep(AGAIN).await,
+            _ if Instant::now() < deadline => tokio::time::sleep(POLL_INTERVAL).await,
             count => {
                 return Err(CaptureError::Attached {
                     to: "the pod's network namespace".into(),
@@ -84,26 +84,26 @@ pub async fn refuse_in_pod(netns: &Netns, cookie: u64, pins: &Pins) -> Result<()
 ///
 /// # Errors
 /// The kernel does not tell.
-pub fn anywhere(pins: &Pins) -> Result<usize, CaptureError> {
-    let deadline = Instant::now() + DETACHED;
+pub fn count_links(pins: &Pins) -> Result<usize, CaptureError> {
+    let deadline = Instant::now() + DETACH_TIMEOUT;
     loop {
         let mut ours = BTreeSet::new();
-        for program in there(loaded_programs()) {
-            let program = program.map_err(untold(pins))?;
-            let of_a_node = is_of_a_node(&program).map_err(untold(pins))?;
-            if of_a_node || is_of_a_pod(&program).map_err(untold(pins))? {
+        for program in skip_gone(loaded_programs()) {
+            let program = program.map_err(detach_error(pins))?;
+            let of_a_node = is_node_program(&program).map_err(detach_error(pins))?;
+            if of_a_node || is_pod_program(&program).map_err(detach_error(pins))? {
                 ours.insert(program.id());
             }
         }
         let mut links = 0;
-        for link in there(loaded_links()) {
-            let link = link.map_err(untold(pins))?;
+        for link in skip_gone(loaded_links()) {
+            let link = link.map_err(detach_error(pins))?;
             links += usize::from(ours.contains(&link.program_id()));
         }
         if links == 0 || Instant::now() >= deadline {
             return Ok(links);
         }
-        std::thread::sleep(AGAIN);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -111,12 +111,12 @@ pub fn anywhere(pins: &Pins) -> Result<usize, CaptureError> {
 ///
 /// # Errors
 /// The kernel does not tell.
-pub fn pinned(pins: &Pins) -> Result<Vec<(ProgramInfo, Vec<u32>)>, CaptureError> {
+pub fn pinned_programs(pins: &Pins) -> Result<Vec<(ProgramInfo, Vec<u32>)>, CaptureError> {
     let pinned = pins.programs();
     let not_told = || CaptureError::file(pins.folder());
     let mut all = Vec::new();
-    for program in there(loaded_programs()) {
-        let program = program.map_err(whole).map_err(not_told())?;
+    for program in skip_gone(loaded_programs()) {
+        let program = program.map_err(with_sources).map_err(not_told())?;
         if pinned.contains(&program.id()) {
             let maps = map_ids(&program).map_err(not_told())?;
             all.push((program, maps));
@@ -130,12 +130,12 @@ pub fn pinned(pins: &Pins) -> Result<Vec<(ProgramInfo, Vec<u32>)>, CaptureError>
 ///
 /// # Errors
 /// The kernel does not tell.
-pub fn own(pins: &Pins) -> Result<BTreeSet<u32>, CaptureError> {
+pub fn own_programs(pins: &Pins) -> Result<BTreeSet<u32>, CaptureError> {
     let maps = pins.map_ids();
     let mut own = BTreeSet::new();
-    for program in there(loaded_programs()) {
-        let program = program.map_err(untold(pins))?;
-        let ids = map_ids(&program).map_err(untold(pins))?;
+    for program in skip_gone(loaded_programs()) {
+        let program = program.map_err(detach_error(pins))?;
+        let ids = map_ids(&program).map_err(detach_error(pins))?;
         if ids.iter().any(|id| maps.contains(id)) {
             own.insert(program.id());
         }
@@ -154,11 +154,11 @@ pub fn detach(
     from: Option<LinkType>,
     pins: &Pins,
 ) -> Result<(), CaptureError> {
-    for link in there(loaded_links()) {
-        let link = link.map_err(untold(pins))?;
+    for link in skip_gone(loaded_links()) {
+        let link = link.map_err(detach_error(pins))?;
         let is_there = from.is_none_or(|kind| link.link_type().is_ok_and(|is| is == kind));
         if is_there && programs.contains(&link.program_id()) {
-            hooks::detach(link.id()).map_err(untold(pins))?;
+            hooks::detach(link.id()).map_err(detach_error(pins))?;
         }
     }
     Ok(())
@@ -169,25 +169,25 @@ pub fn detach(
 /// # Errors
 /// The kernel refuses.
 pub fn detach_from_pod(netns: &Netns, pins: &Pins) -> Result<(), CaptureError> {
-    let attached = hooks::of_netns(netns).map_err(untold(pins))?;
+    let attached = hooks::of_netns(netns).map_err(detach_error(pins))?;
     if attached.is_empty() {
         return Ok(());
     }
-    let mut of_pod = own(pins)?;
+    let mut of_pod = own_programs(pins)?;
     of_pod.retain(|id| attached.contains(id));
     detach(&of_pod, None, pins)?;
-    let attached = hooks::of_netns(netns).map_err(untold(pins))?;
-    still(&attached, &of_pod).map_or(Ok(()), |why| Err(untold(pins)(why)))
+    let attached = hooks::of_netns(netns).map_err(detach_error(pins))?;
+    still_attached(&attached, &of_pod).map_or(Ok(()), |why| Err(detach_error(pins)(why)))
 }
 
 /// What is told of those of these programs that are attached all the same.
-pub fn still(attached: &[u32], own: &BTreeSet<u32>) -> Option<io::Error> {
+pub fn still_attached(attached: &[u32], own: &BTreeSet<u32>) -> Option<io::Error> {
     let left = attached.iter().filter(|id| own.contains(id)).count();
     (left > 0).then(|| io::Error::other(format!("{left} are still attached")))
 }
 
 /// What of all that the kernel lists is there still, or already.
-fn there<T, E: std::error::Error + 'static>(
+fn skip_gone<T, E: std::error::Error + 'static>(
     all: impl Iterator<Item = Result<T, E>>,
 ) -> impl Iterator<Item = Result<T, E>> {
     all.filter(|one| !one.as_ref().is_err_and(|error| is_gone(error)))
@@ -206,11 +206,11 @@ fn is_gone(error: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 /// The error with what caused it, which aya's own words leave out.
-fn whole(error: impl std::error::Error) -> io::Error {
+fn with_sources(error: impl std::error::Error) -> io::Error {
     io::Error::other(chain(&error))
 }
 
-fn untold<E: std::error::Error>(pins: &Pins) -> impl FnOnce(E) -> CaptureError {
+fn detach_error<E: std::error::Error>(pins: &Pins) -> impl FnOnce(E) -> CaptureError {
     let folder = pins.folder().to_owned();
     move |error| CaptureError::Detach {
         pins: folder,
@@ -222,7 +222,7 @@ fn untold<E: std::error::Error>(pins: &Pins) -> impl FnOnce(E) -> CaptureError {
 ///
 /// # Errors
 /// The kernel does not tell: then it may be any number.
-fn others(
+fn count_foreign(
     attached: &[u32],
     own: &BTreeSet<u32>,
     is_ours: fn(&ProgramInfo) -> io::Result<bool>,
@@ -237,8 +237,8 @@ fn others(
     }
     // There is no asking by number in this library; one that is gone meanwhile is not attached either.
     let mut count = 0;
-    for program in there(loaded_programs()) {
-        let program = program.map_err(whole)?;
+    for program in skip_gone(loaded_programs()) {
+        let program = program.map_err(with_sources)?;
         if unknown.contains(&program.id()) && is_ours(&program)? {
             count += 1;
         }
@@ -246,22 +246,22 @@ fn others(
     Ok(count)
 }
 
-fn is_of_a_node(program: &ProgramInfo) -> io::Result<bool> {
+fn is_node_program(program: &ProgramInfo) -> io::Result<bool> {
     let named = program
         .name_as_str()
-        .is_some_and(|name| programs::OF_NODE.contains(&name));
-    Ok(named && uses(program, &maps::OF_NODE)?)
+        .is_some_and(|name| programs::NODE_PROGRAMS.contains(&name));
+    Ok(named && uses(program, &maps::NODE_MAPS)?)
 }
 
-fn is_of_a_pod(program: &ProgramInfo) -> io::Result<bool> {
-    Ok(program.name_as_str() == Some(programs::OF_POD) && uses(program, &maps::OF_POD)?)
+fn is_pod_program(program: &ProgramInfo) -> io::Result<bool> {
+    Ok(program.name_as_str() == Some(programs::POD_PROGRAM) && uses(program, &maps::POD_MAPS)?)
 }
 
 /// A program's name alone may be anybody's; with one of our maps it is ours, of whichever version.
 fn uses(program: &ProgramInfo, names: &[&str]) -> io::Result<bool> {
     let maps = map_ids(program)?.into_iter().map(MapInfo::from_id);
-    for map in there(maps) {
-        let map = map.map_err(whole)?;
+    for map in skip_gone(maps) {
+        let map = map.map_err(with_sources)?;
         if map.name_as_str().is_some_and(|name| names.contains(&name)) {
             return Ok(true);
         }
@@ -273,7 +273,7 @@ fn uses(program: &ProgramInfo, names: &[&str]) -> io::Result<bool> {
 fn map_ids(program: &ProgramInfo) -> io::Result<Vec<u32>> {
     match program.map_ids() {
         Err(error) if is_gone(&error) => Ok(Vec::new()),
-        ids => Ok(ids.map_err(whole)?.unwrap_or_default()),
+        ids => Ok(ids.map_err(with_sources)?.unwrap_or_default()),
     }
 }
 
@@ -313,7 +313,7 @@ mod tests {
             .map(|number| Err(ProgramError::from(syscall(number))))
             .into_iter()
             .chain([Ok(7)]);
-        let told: Vec<Result<u32, ProgramError>> = there(all).collect();
+        let told: Vec<Result<u32, ProgramError>> = skip_gone(all).collect();
         assert!(matches!(told[..], [Err(_), Ok(7)]), "{told:?}");
     }
 }

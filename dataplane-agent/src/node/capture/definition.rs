@@ -17,11 +17,11 @@ pub struct Definition {
     /// Its kind.
     pub kind: MapType,
     /// Bytes of a key.
-    pub key: u32,
+    pub key_size: u32,
     /// Bytes of a value, for each CPU that has one of its own.
-    pub value: u32,
+    pub value_size: u32,
     /// How many entries it has room for; of a ring buffer, bytes.
-    pub most: u32,
+    pub max_entries: u32,
     /// `BPF_F_…`.
     pub flags: u32,
 }
@@ -43,7 +43,7 @@ pub fn expected(
     })?;
     let maps = parsed.maps.into_iter();
     Ok(maps
-        .map(|(name, map)| (name, Definition::asked(&map)))
+        .map(|(name, map)| (name, Definition::of_object(&map)))
         .collect())
 }
 
@@ -52,36 +52,39 @@ impl Definition {
     ///
     /// # Errors
     /// The kernel refuses; it is of a kind that nobody here knows.
-    pub fn is(map: &MapData) -> Result<Self, MapError> {
+    pub fn of_map(map: &MapData) -> Result<Self, MapError> {
         let info = map.info()?;
         Ok(Self {
             kind: info.map_type()?,
-            key: info.key_size(),
-            value: info.value_size(),
-            most: info.max_entries(),
+            key_size: info.key_size(),
+            value_size: info.value_size(),
+            max_entries: info.max_entries(),
             flags: info.map_flags(),
         })
     }
 
     /// As an object has it. The loader makes a ring buffer's size one of whole pages, which ours are.
-    fn asked(map: &aya_obj::Map) -> Self {
+    fn of_object(map: &aya_obj::Map) -> Self {
         let kind = bpf_map_type::try_from(map.map_type()).ok();
         let kind = kind.and_then(|kind| MapType::try_from(kind).ok());
         Self {
             kind: kind.unwrap_or(MapType::Unspecified),
-            key: map.key_size(),
-            value: map.value_size(),
-            most: map.max_entries(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            max_entries: map.max_entries(),
             flags: map.map_flags(),
         }
     }
 
     /// Why what is in it cannot be put into another one, if it cannot.
-    pub fn obstacle(&self, other: &Self) -> Option<String> {
+    pub fn copy_obstacle(&self, other: &Self) -> Option<String> {
         use MapType::{Array, Hash, LruHash, LruPerCpuHash, PerCpuArray, PerCpuHash};
         let listed = [Array, Hash, LruHash, LruPerCpuHash, PerCpuArray, PerCpuHash];
         let both = listed.contains(&self.kind) && listed.contains(&other.kind);
-        if !both || is_per_cpu(self.kind) != is_per_cpu(other.kind) || self.key != other.key {
+        if !both
+            || is_per_cpu(self.kind) != is_per_cpu(other.kind)
+            || self.key_size != other.key_size
+        {
             return Some(format!("it is {self}, not {other}"));
         }
         None
@@ -92,14 +95,14 @@ impl fmt::Display for Definition {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             kind,
-            key,
-            value,
-            most,
+            key_size,
+            value_size,
+            max_entries,
             flags,
         } = self;
         write!(
             f,
-            "{kind:?} of {most}, keys of {key} bytes, values of {value}, flags {flags:#x}"
+            "{kind:?} of {max_entries}, keys of {key_size} bytes, values of {value_size}, flags {flags:#x}"
         )
     }
 }
@@ -112,16 +115,16 @@ mod tests {
     fn what_can_be_listed_by_the_same_keys_is_copied() {
         let hash = Definition {
             kind: MapType::Hash,
-            key: 8,
-            value: 4,
-            most: 10,
+            key_size: 8,
+            value_size: 4,
+            max_entries: 10,
             flags: 0,
         };
         for (other, is_copied) in [
             (
                 Definition {
-                    value: 16,
-                    most: 5,
+                    value_size: 16,
+                    max_entries: 5,
                     flags: 1,
                     ..hash
                 },
@@ -134,7 +137,13 @@ mod tests {
                 },
                 true,
             ),
-            (Definition { key: 4, ..hash }, false),
+            (
+                Definition {
+                    key_size: 4,
+                    ..hash
+                },
+                false,
+            ),
             (
                 Definition {
                     kind: MapType::PerCpuHash,
@@ -151,7 +160,11 @@ mod tests {
             ),
         ] {
             for (from, to) in [(hash, other), (other, hash)] {
-                assert_eq!(from.obstacle(&to).is_none(), is_copied, "{from} to {to}");
+                assert_eq!(
+                    from.copy_obstacle(&to).is_none(),
+                    is_copied,
+                    "{from} to {to}"
+                );
             }
         }
     }

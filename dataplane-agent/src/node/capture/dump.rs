@@ -13,7 +13,7 @@ use rtnetlink::sys::{Socket, protocols::NETLINK_ROUTE};
 use crate::sys::netns::Netns;
 
 /// The kernel never tells more at once: `netlink_dump` takes 32 KiB at most.
-const AT_ONCE: usize = 32 * 1024;
+const MAX_DATAGRAM: usize = 32 * 1024;
 
 /// Asks for what fits `of`, and hands on one after the other until `each` breaks. What the kernel cannot
 /// select by, it refuses.
@@ -42,7 +42,7 @@ fn ask(
     let mut bytes = vec![0; request.buffer_len()];
     request.serialize(&mut bytes);
     socket.send(&bytes, 0)?;
-    let mut bytes = vec![0; AT_ONCE];
+    let mut bytes = vec![0; MAX_DATAGRAM];
     loop {
         // What is told next is there as soon as the last was read: nothing waits here.
         let length = socket.recv(&mut &mut bytes[..], libc::MSG_DONTWAIT)?;

@@ -14,9 +14,9 @@ use dataplane_ebpf::pod::ADDRESSES;
 
 use super::pins::{self, Pins};
 use super::programs::{Loader, PodProgram};
-use super::room::Window;
+use super::room::CaptureHandle;
 use super::routing::Routing;
-use super::undo::{Record, Records};
+use super::undo::{UndoRecord, UndoRecords};
 use super::wanted::Desired;
 use super::{CaptureError, attached, routes};
 use crate::mesh::workload::named;
@@ -28,7 +28,7 @@ use crate::sys::socket;
 pub const PORTS: [u16; 3] = [15001, 15006, 15008];
 
 /// A pod that was entered.
-pub struct Entered {
+pub struct PreparedPod {
     /// What the pod's own addresses are.
     pub addresses: Arc<[IpAddr]>,
     /// Its listeners.
@@ -46,24 +46,24 @@ pub struct Entered {
 ///
 /// # Errors
 /// The step that failed; what was done is undone by [`undo`].
-pub async fn enter(
+pub async fn prepare(
     desired: &Desired,
     loader: &mut Loader,
-    records: &Records,
+    records: &UndoRecords,
     pins: &Pins,
-    window: &Window,
-) -> Result<Entered, CaptureError> {
+    handle: &CaptureHandle,
+) -> Result<PreparedPod, CaptureError> {
     let netns = &desired.netns;
     attached::refuse_in_pod(netns, desired.cookie, pins).await?;
     let interfaces = interfaces(netns)?;
-    let found = routes::sysctls(netns)?;
+    let found = routes::read_sysctls(netns)?;
     // A predecessor's record tells what was there before *it* came.
-    let before = records.of(desired.cookie)?;
+    let before = records.read(desired.cookie)?;
     let (sysctls, rest) = match before {
         Some(record) => (record.sysctls, record.rest),
         None => (found, BTreeMap::new()),
     };
-    let record = Record {
+    let record = UndoRecord {
         uid: desired.uid.clone(),
         cookie: desired.cookie,
         inode: netns.inode(),
@@ -74,16 +74,16 @@ pub async fn enter(
     records.write(&record)?;
     routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;
     // Before the program is there: it takes what is not known to be the pod's for somebody else's.
-    let (addresses, routing) = own(desired.own(), &interfaces, window)?;
+    let (addresses, routing) = update_addresses(desired.address_owner(), &interfaces, handle)?;
     let first = addresses.first().copied();
-    window
+    handle
         .maps()
         .reserve(desired.cookie, first, &desired.groups)?;
     let listeners = listen(netns)?;
     let mut program = loader.pod(desired.cookie, first, Some(&listeners))?;
     program.attach(netns, &pins.pod(desired.cookie))?;
     routes::put(netns, &routing).await?;
-    Ok(Entered {
+    Ok(PreparedPod {
         addresses,
         listeners,
         program,
@@ -94,7 +94,7 @@ pub async fn enter(
 
 /// Whose addresses are told to the kernel.
 #[derive(Clone, Copy, Debug)]
-pub struct Own<'a> {
+pub struct AddressOwner<'a> {
     /// The workload's uid.
     pub uid: &'a str,
     /// The cookie of its network namespace.
@@ -105,8 +105,8 @@ pub struct Own<'a> {
 
 impl Desired {
     /// It, as far as its addresses go.
-    pub fn own(&self) -> Own<'_> {
-        Own {
+    pub fn address_owner(&self) -> AddressOwner<'_> {
+        AddressOwner {
             uid: &self.uid,
             cookie: self.cookie,
             known: &self.addresses,
@@ -145,7 +145,7 @@ pub fn addresses(known: &[IpAddr], interfaces: &Interfaces) -> Arc<[IpAddr]> {
 ///
 /// # Errors
 /// One is on none of its interfaces.
-pub fn has_known(desired: &Desired, interfaces: &Interfaces) -> Result<(), CaptureError> {
+pub fn check_known(desired: &Desired, interfaces: &Interfaces) -> Result<(), CaptureError> {
     let mut known = desired.addresses.iter();
     match known.find(|address| !interfaces.addresses.contains(address)) {
         None => Ok(()),
@@ -157,10 +157,10 @@ pub fn has_known(desired: &Desired, interfaces: &Interfaces) -> Result<(), Captu
 ///
 /// # Errors
 /// The kernel refuses.
-pub fn own(
-    pod: Own<'_>,
+pub fn update_addresses(
+    pod: AddressOwner<'_>,
     interfaces: &Interfaces,
-    window: &Window,
+    handle: &CaptureHandle,
 ) -> Result<(Arc<[IpAddr]>, Routing), CaptureError> {
     let addresses = addresses(pod.known, interfaces);
     let routing = Routing::of(&addresses, interfaces);
@@ -180,8 +180,8 @@ pub fn own(
             "pod has addresses that are not used: their duplicate address detection goes on, or has failed"
         );
     }
-    let mut maps = window.maps();
-    maps.own(pod.cookie, &addresses, routing.interfaces())?;
+    let mut maps = handle.maps();
+    maps.set_addresses(pod.cookie, &addresses, routing.interfaces())?;
     Ok((addresses, routing))
 }
 
@@ -213,9 +213,9 @@ pub fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
 /// # Errors
 /// The step that failed, such as looking for the namespace; the record stays, and it can be tried again.
 pub async fn undo(
-    record: &Record,
+    record: &UndoRecord,
     held: Option<&Netns>,
-    records: &Records,
+    records: &UndoRecords,
     pins: &Pins,
 ) -> Result<(), CaptureError> {
     let netns = match held {

@@ -10,7 +10,7 @@ use aya::programs::links::{FdLink, PinnedLink};
 
 use super::CaptureError;
 use super::maps::chain;
-use super::pins::{beside, remove};
+use super::pins::{new_pin, remove};
 use crate::sys::hooks;
 
 /// A link of a program.
@@ -69,7 +69,7 @@ impl Link {
     /// # Errors
     /// The file system refuses; what it keeps attached stays so.
     pub fn pin(&self, path: &Path) -> Result<(), CaptureError> {
-        let new = beside(path);
+        let new = new_pin(path);
         remove(&new)?;
         hooks::pin(&self.link, &new).map_err(CaptureError::file(&new))?;
         let renamed = fs::rename(&new, path).map_err(CaptureError::file(path));

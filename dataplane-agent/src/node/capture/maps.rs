@@ -26,32 +26,32 @@ pub const SHARED: [&str; 7] = [
     "AYA_LOGS",
 ];
 /// Maps of the programs that are attached to the cgroup; pinned.
-pub const OF_NODE: [&str; 4] = ["PODS", "CGROUPS", "INSIDE", "AGENT"];
+pub const NODE_MAPS: [&str; 4] = ["PODS", "CGROUPS", "INSIDE", "AGENT"];
 /// Maps of one pod's program.
-pub const OF_POD: [&str; 2] = ["POD", LISTENERS];
+pub const POD_MAPS: [&str; 2] = ["POD", LISTENERS];
 /// The map of a pod's listeners.
 pub const LISTENERS: &str = "LISTENERS";
 
 /// What is in a map, for who takes it over from another version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Holds {
+pub enum MapContents {
     /// What keeps pods captured.
     Pods,
     /// What only the kernel can read: which sockets stay inside.
     Sockets,
     /// What was counted, or has just begun.
-    Passing,
+    Transient,
     /// What the agent says anew, or who was there before it said.
-    Nothing,
+    Rewritten,
 }
 
 /// What is in a map that is pinned.
-pub fn holds(map: &str) -> Holds {
+pub fn contents(map: &str) -> MapContents {
     match map {
-        "PODS" | "LEAVING" | "CGROUPS" | "ADDRESSES" => Holds::Pods,
-        "INSIDE" => Holds::Sockets,
-        "COUNTERS" | "BEGUN" => Holds::Passing,
-        _ => Holds::Nothing,
+        "PODS" | "LEAVING" | "CGROUPS" | "ADDRESSES" => MapContents::Pods,
+        "INSIDE" => MapContents::Sockets,
+        "COUNTERS" | "BEGUN" => MapContents::Transient,
+        _ => MapContents::Rewritten,
     }
 }
 
@@ -79,7 +79,7 @@ impl NodeMaps {
         let addresses: HashMap<_, Owned, u32> = take(ebpf, "ADDRESSES")?;
         let mut owned: BTreeMap<u64, BTreeSet<Ip>> = BTreeMap::new();
         for key in addresses.keys() {
-            let Owned { netns, ip } = key.map_err(failed("ADDRESSES"))?;
+            let Owned { netns, ip } = key.map_err(map_error("ADDRESSES"))?;
             owned.entry(netns).or_default().insert(ip);
         }
         Ok(Self {
@@ -94,7 +94,7 @@ impl NodeMaps {
     }
 
     /// A pod's first address, as it was enrolled with.
-    pub fn first(&self, cookie: u64) -> Option<IpAddr> {
+    pub fn first_address(&self, cookie: u64) -> Option<IpAddr> {
         let first = self.pods.get(&cookie, 0).ok()?;
         (first != Ip::NONE).then(|| first.into())
     }
@@ -103,8 +103,8 @@ impl NodeMaps {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn declare(&mut self, node: Node) -> Result<(), CaptureError> {
-        self.node.set(0, node, 0).map_err(failed("NODE"))
+    pub fn set_node(&mut self, node: Node) -> Result<(), CaptureError> {
+        self.node.set(0, node, 0).map_err(map_error("NODE"))
     }
 
     /// Turns the programs' logging on or off.
@@ -112,8 +112,8 @@ impl NodeMaps {
     /// # Errors
     /// The kernel refuses.
     pub fn set_log(&mut self, on: bool) -> Result<(), CaptureError> {
-        let node = self.node.get(&0, 0).map_err(failed("NODE"))?;
-        self.declare(Node {
+        let node = self.node.get(&0, 0).map_err(map_error("NODE"))?;
+        self.set_node(Node {
             log: on.into(),
             ..node
         })
@@ -133,13 +133,15 @@ impl NodeMaps {
         if !has(&self.pods, "PODS", cookie)? {
             ensure(&mut self.leaving, "LEAVING", cookie, 1)?;
             let first = first.map_or(Ip::NONE, Ip::from);
-            self.pods.insert(cookie, first, 0).map_err(failed("PODS"))?;
+            self.pods
+                .insert(cookie, first, 0)
+                .map_err(map_error("PODS"))?;
         }
         // A predecessor may have known others, that are gone since.
-        self.adopt(cookie, groups)
+        self.set_cgroups(cookie, groups)
     }
 
-    /// From now on the pod's connections are captured; what is its [own](Self::own) is told before. Who
+    /// From now on the pod's connections are captured; what is its [own](Self::set_addresses) is told before. Who
     /// is in one of its cgroups, and neither in its namespace nor in the host's, is refused.
     ///
     /// # Errors
@@ -150,8 +152,8 @@ impl NodeMaps {
         first: Option<IpAddr>,
         groups: &[CgroupId],
     ) -> Result<(), CaptureError> {
-        let adopted = self.stamp(cookie, groups);
-        self.capture(cookie, first).and(adopted)
+        let added = self.add_cgroups(cookie, groups);
+        self.capture(cookie, first).and(added)
     }
 
     /// From now on the pod's connections are captured, whatever else is known of it: where nobody takes
@@ -163,9 +165,11 @@ impl NodeMaps {
         // For reports alone: not written again where another address was first.
         if !has(&self.pods, "PODS", cookie)? {
             let first = first.map_or(Ip::NONE, Ip::from);
-            self.pods.insert(cookie, first, 0).map_err(failed("PODS"))?;
+            self.pods
+                .insert(cookie, first, 0)
+                .map_err(map_error("PODS"))?;
         }
-        absent(self.leaving.remove(&cookie)).map_err(failed("LEAVING"))
+        ignore_missing(self.leaving.remove(&cookie)).map_err(map_error("LEAVING"))
     }
 
     /// Whether the pod's new connections are captured.
@@ -180,12 +184,12 @@ impl NodeMaps {
     ///
     /// # Errors
     /// The kernel refuses; the map is full.
-    pub fn adopt(&mut self, cookie: u64, groups: &[CgroupId]) -> Result<(), CaptureError> {
-        self.disown(cookie, groups)?;
-        self.stamp(cookie, groups)
+    pub fn set_cgroups(&mut self, cookie: u64, groups: &[CgroupId]) -> Result<(), CaptureError> {
+        self.remove_cgroups(cookie, groups)?;
+        self.add_cgroups(cookie, groups)
     }
 
-    fn stamp(&mut self, cookie: u64, groups: &[CgroupId]) -> Result<(), CaptureError> {
+    fn add_cgroups(&mut self, cookie: u64, groups: &[CgroupId]) -> Result<(), CaptureError> {
         let mut done = Ok(());
         for group in groups {
             done = done.and(ensure(&mut self.cgroups, "CGROUPS", group.id, cookie));
@@ -208,7 +212,7 @@ impl NodeMaps {
             lost |= !has(&self.cgroups, "CGROUPS", group.id)?;
         }
         let done = self.enrol(cookie, first, groups);
-        let own = self.restore_own(cookie);
+        let own = self.restore_addresses(cookie);
         done.and(own).map(|own| lost || own)
     }
 
@@ -216,7 +220,7 @@ impl NodeMaps {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn restore_own(&mut self, cookie: u64) -> Result<bool, CaptureError> {
+    pub fn restore_addresses(&mut self, cookie: u64) -> Result<bool, CaptureError> {
         let (mut lost, mut done) = (false, Ok(()));
         for ip in self.owned.get(&cookie).into_iter().flatten() {
             let key = Owned {
@@ -225,7 +229,7 @@ impl NodeMaps {
             };
             if !has(&self.addresses, "ADDRESSES", key)? {
                 let put = self.addresses.insert(key, 1, 0);
-                done = done.and(put.map_err(failed("ADDRESSES")));
+                done = done.and(put.map_err(map_error("ADDRESSES")));
                 lost = true;
             }
         }
@@ -237,7 +241,7 @@ impl NodeMaps {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn own(
+    pub fn set_addresses(
         &mut self,
         cookie: u64,
         addresses: &[IpAddr],
@@ -255,12 +259,12 @@ impl NodeMaps {
         // First what it has no more, which may be somebody else's: that there is no room for what it has
         // by now is no reason to keep it.
         for ip in owned.clone().difference(&want) {
-            absent(self.addresses.remove(&key(ip))).map_err(failed("ADDRESSES"))?;
+            ignore_missing(self.addresses.remove(&key(ip))).map_err(map_error("ADDRESSES"))?;
             owned.remove(ip);
         }
         for ip in want.difference(&owned.clone()) {
             let done = self.addresses.insert(key(ip), 1, 0);
-            done.map_err(failed("ADDRESSES"))?;
+            done.map_err(map_error("ADDRESSES"))?;
             owned.insert(*ip);
         }
         Ok(())
@@ -270,13 +274,13 @@ impl NodeMaps {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub fn release(&mut self, cookie: u64) -> Result<(), CaptureError> {
+    pub fn stop_capture(&mut self, cookie: u64) -> Result<(), CaptureError> {
         ensure(&mut self.leaving, "LEAVING", cookie, 1)?;
-        self.disown(cookie, &[])
+        self.remove_cgroups(cookie, &[])
     }
 
     /// Takes from a pod all cgroups but these.
-    fn disown(&mut self, cookie: u64, but: &[CgroupId]) -> Result<(), CaptureError> {
+    fn remove_cgroups(&mut self, cookie: u64, but: &[CgroupId]) -> Result<(), CaptureError> {
         let owned: Vec<u64> = self
             .cgroups
             .iter()
@@ -286,7 +290,7 @@ impl NodeMaps {
             .filter(|cgroup| but.iter().all(|group| group.id != *cgroup))
             .collect();
         for cgroup in owned {
-            absent(self.cgroups.remove(&cgroup)).map_err(failed("CGROUPS"))?;
+            ignore_missing(self.cgroups.remove(&cgroup)).map_err(map_error("CGROUPS"))?;
         }
         Ok(())
     }
@@ -296,11 +300,11 @@ impl NodeMaps {
     /// # Errors
     /// The kernel refuses.
     pub fn forget(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        absent(self.pods.remove(&cookie)).map_err(failed("PODS"))?;
-        absent(self.leaving.remove(&cookie)).map_err(failed("LEAVING"))?;
-        self.own(cookie, &[], [])?;
+        ignore_missing(self.pods.remove(&cookie)).map_err(map_error("PODS"))?;
+        ignore_missing(self.leaving.remove(&cookie)).map_err(map_error("LEAVING"))?;
+        self.set_addresses(cookie, &[], [])?;
         self.owned.remove(&cookie);
-        self.disown(cookie, &[])
+        self.remove_cgroups(cookie, &[])
     }
 
     /// The cookies of all pods that the kernel knows.
@@ -335,10 +339,10 @@ impl PinnedMaps {
     /// One is not.
     pub fn open(pins: &Pins) -> Result<Self, CaptureError> {
         let open = |name: &'static str| {
-            let map = MapData::from_pin(pins.maps().join(name)).map_err(failed(name))?;
+            let map = MapData::from_pin(pins.maps().join(name)).map_err(map_error(name))?;
             Ok((name, map))
         };
-        let names = SHARED.into_iter().chain(OF_NODE);
+        let names = SHARED.into_iter().chain(NODE_MAPS);
         names.map(open).collect::<Result<_, _>>().map(Self)
     }
 
@@ -350,7 +354,7 @@ impl PinnedMaps {
         let mut lost = false;
         for (name, map) in &self.0 {
             let path = pins.maps().join(name);
-            let own = map.info().map_err(failed(name))?.id();
+            let own = map.info().map_err(map_error(name))?.id();
             if !MapInfo::from_pin(&path).is_ok_and(|pinned| pinned.id() == own) {
                 pins::remove(&path)?;
                 map.pin(&path)
@@ -399,7 +403,7 @@ pub fn fill_pod(
         netns: cookie,
         first: first.map_or(Ip::NONE, Ip::from),
     };
-    pod.set(0, steered, 0).map_err(failed("POD"))?;
+    pod.set(0, steered, 0).map_err(map_error("POD"))?;
     let mut sockets: SockMap<MapData> = take(ebpf, LISTENERS)?;
     let Some(listeners) = listeners else {
         return Ok(());
@@ -411,7 +415,7 @@ pub fn fill_pod(
     ] {
         sockets
             .set(place, &socket.as_raw_fd(), 0)
-            .map_err(failed(LISTENERS))?;
+            .map_err(map_error(LISTENERS))?;
     }
     Ok(())
 }
@@ -425,7 +429,7 @@ fn has<K: aya::Pod, V: aya::Pod>(
     match map.get(&key, 0) {
         Ok(_) => Ok(true),
         Err(MapError::KeyNotFound) => Ok(false),
-        Err(error) => Err(failed(name)(error)),
+        Err(error) => Err(map_error(name)(error)),
     }
 }
 
@@ -438,8 +442,8 @@ fn ensure<V: aya::Pod + PartialEq>(
 ) -> Result<(), CaptureError> {
     match map.get(&key, 0) {
         Ok(is) if is == value => Ok(()),
-        Ok(_) | Err(MapError::KeyNotFound) => map.insert(key, value, 0).map_err(failed(name)),
-        Err(error) => Err(failed(name)(error)),
+        Ok(_) | Err(MapError::KeyNotFound) => map.insert(key, value, 0).map_err(map_error(name)),
+        Err(error) => Err(map_error(name)(error)),
     }
 }
 
@@ -451,11 +455,11 @@ fn take<T: TryFrom<Map, Error = MapError>>(
         map,
         why: "is not in the object".into(),
     })?;
-    T::try_from(found).map_err(failed(map))
+    T::try_from(found).map_err(map_error(map))
 }
 
 /// An error of a map, by its name.
-pub(super) fn failed(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
+pub(super) fn map_error(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
     move |error| CaptureError::Map {
         map,
         why: chain(&error),
@@ -463,7 +467,7 @@ pub(super) fn failed(map: &'static str) -> impl FnOnce(MapError) -> CaptureError
 }
 
 /// What is not there is as good as removed.
-fn absent(done: Result<(), MapError>) -> Result<(), MapError> {
+fn ignore_missing(done: Result<(), MapError>) -> Result<(), MapError> {
     match done {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error))

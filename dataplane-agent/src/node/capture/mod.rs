@@ -34,7 +34,7 @@ use std::path::PathBuf;
 
 use crate::config::NodeName;
 
-pub use room::Room;
+pub use room::Reconciler;
 pub use wanted::{Desired, PodState, PodStatus, Status, Wanted};
 
 /// Why traffic cannot be captured, or let go.

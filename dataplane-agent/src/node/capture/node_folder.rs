@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::undo::{Record, Records};
+use super::undo::{UndoRecord, UndoRecords};
 use super::{CaptureError, pins};
 use crate::config::{DEFAULT_CLUSTER, NodeName};
 use crate::sys::made::Made;
@@ -119,7 +119,7 @@ impl NodeFolder {
         }
         let found = read(&path)?;
         if found.is_none()
-            && let Some(stranger) = strangers(&path)?.first()
+            && let Some(stranger) = unknown_entries(&path)?.first()
         {
             let what = format!("{} is in it", stranger.display());
             return Err(CaptureError::NotOurs { path, what });
@@ -131,7 +131,7 @@ impl NodeFolder {
         }
         if let Some(found) = &folder.found {
             if let Some(why) = mark.differs_from(found)
-                && !folder.records()?.each()?.is_empty()
+                && !folder.records()?.read_all()?.is_empty()
             {
                 return Err(CaptureError::OtherPlace(why));
             }
@@ -149,7 +149,7 @@ impl NodeFolder {
     ///
     /// # Errors
     /// The file system refuses.
-    pub fn mark(&mut self, mark: &Mark) -> Result<(), CaptureError> {
+    pub fn write_mark(&mut self, mark: &Mark) -> Result<(), CaptureError> {
         let (path, new) = (self.path.join(MARK), self.path.join(NEW_MARK));
         let write = || {
             let mut file = File::create(&new)?;
@@ -195,8 +195,8 @@ impl NodeFolder {
     ///
     /// # Errors
     /// Their folder cannot be made.
-    pub fn records(&self) -> Result<Records, CaptureError> {
-        Records::open(&self.path.join(PODS))
+    pub fn records(&self) -> Result<UndoRecords, CaptureError> {
+        UndoRecords::open(&self.path.join(PODS))
     }
 
     /// Removes what an agent has in it, and itself. If something else is there, or a record, then that
@@ -213,7 +213,7 @@ impl NodeFolder {
         for file in [SOCKET, NEW_MARK] {
             pins::remove(&self.path.join(file))?;
         }
-        let mut left = strangers(&self.path)?;
+        let mut left = unknown_entries(&self.path)?;
         left.extend(entries(&self.path.join(PODS)).unwrap_or_default());
         if left.is_empty() && all_else_is_gone {
             pins::remove(&self.path.join(MARK))?;
@@ -224,7 +224,7 @@ impl NodeFolder {
     }
 
     /// Says that who has it takes away what an agent has left. Nothing goes by that but what people are told.
-    pub fn is_uninstalled(&mut self) {
+    pub fn set_uninstalling(&mut self) {
         let _ = self.lock.write_all(UNINSTALL);
     }
 
@@ -237,7 +237,7 @@ impl NodeFolder {
         // It is used by whoever has it, whoever made it.
         let lock = locked.inspect_err(|_| made.keep())?;
         // Of one that was uninstalled in part.
-        if says(&file) == UNINSTALL {
+        if lock_text(&file) == UNINSTALL {
             lock.set_len(0).map_err(CaptureError::file(&file))?;
         }
         Ok(Self {
@@ -261,13 +261,13 @@ pub enum Holder {
 /// Who has this folder, if somebody does.
 pub fn holder(folder: &Path) -> Option<Holder> {
     let lock = folder.join(LOCK);
-    pins::is_locked(&lock).then(|| match says(&lock).as_slice() {
+    pins::is_locked(&lock).then(|| match lock_text(&lock).as_slice() {
         UNINSTALL => Holder::Uninstall,
         _ => Holder::Agent,
     })
 }
 
-fn says(lock: &Path) -> Vec<u8> {
+fn lock_text(lock: &Path) -> Vec<u8> {
     fs::read(lock).unwrap_or_default()
 }
 
@@ -275,7 +275,7 @@ fn says(lock: &Path) -> Vec<u8> {
 pub fn captured(run_dir: &Path, node: &NodeName) -> usize {
     let pods = entries(&run_dir.join(node.as_str()).join(PODS)).unwrap_or_default();
     pods.iter()
-        .filter(|path| Record::cookie_of(path).is_some())
+        .filter(|path| UndoRecord::cookie_of(path).is_some())
         .count()
 }
 
@@ -321,7 +321,7 @@ fn read(path: &Path) -> Result<Option<Mark>, CaptureError> {
 }
 
 /// What is in it and not an agent's.
-fn strangers(path: &Path) -> Result<Vec<PathBuf>, CaptureError> {
+fn unknown_entries(path: &Path) -> Result<Vec<PathBuf>, CaptureError> {
     let known = [MARK, NEW_MARK, LOCK, SOCKET, PODS];
     let all = entries(path).map_err(CaptureError::file(path))?;
     Ok(all
@@ -352,7 +352,7 @@ mod tests {
     /// One that an agent has begun with.
     fn begun(run_dir: &Path, mark: &Mark) -> Result<NodeFolder, CaptureError> {
         let mut folder = NodeFolder::claim(run_dir, mark)?;
-        folder.mark(mark).map(|()| folder)
+        folder.write_mark(mark).map(|()| folder)
     }
 
     #[test]

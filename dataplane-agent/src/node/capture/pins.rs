@@ -18,7 +18,7 @@ use nix::unistd::geteuid;
 
 use super::CaptureError;
 use super::link::Link;
-use super::undo::Records;
+use super::undo::UndoRecords;
 use crate::config::NodeName;
 use crate::sys::bpffs;
 
@@ -50,12 +50,12 @@ impl Pins {
             layout: PathBuf::new(),
             node,
         };
-        pins.find();
+        pins.find_layout();
         pins
     }
 
     /// Which layout is there.
-    fn find(&mut self) {
+    fn find_layout(&mut self) {
         let own = self.own_layout();
         let mut layouts = entries(&self.node).map(|entry| entry.path());
         let found = layouts.find(|path| path.file_name().is_some_and(is_layout));
@@ -72,11 +72,11 @@ impl Pins {
             let error = io::Error::other("no BPF file system is mounted there");
             return Err(CaptureError::file(&self.bpffs)(error));
         }
-        for folder in self.above().into_iter().rev() {
+        for folder in self.folders().into_iter().rev() {
             make_private(folder).map_err(CaptureError::file(folder))?;
         }
         let lock = lock(&self.node, || File::open(&self.node))?;
-        self.find();
+        self.find_layout();
         self.refuse_others()?;
         for folder in [self.maps(), self.links(), self.pods()] {
             fs::create_dir_all(&folder).map_err(CaptureError::file(&folder))?;
@@ -89,19 +89,19 @@ impl Pins {
     /// # Errors
     /// Another user has made it; something else is there.
     pub fn refuse(&self) -> Result<(), CaptureError> {
-        for folder in self.above() {
+        for folder in self.folders() {
             if fs::symlink_metadata(folder).is_ok() {
                 is_private(folder).map_err(CaptureError::file(folder))?;
             }
         }
-        match self.are_there() {
+        match self.exist() {
             true => self.refuse_others(),
             false => Ok(()),
         }
     }
 
     /// The folder of the node, and those above it that are an agent's.
-    fn above(&self) -> Vec<&Path> {
+    fn folders(&self) -> Vec<&Path> {
         let above = self.node.ancestors();
         above.take_while(|of| *of != self.bpffs).collect()
     }
@@ -140,11 +140,11 @@ impl Pins {
     /// # Errors
     /// An agent has it.
     pub fn lock(&mut self) -> Result<Option<File>, CaptureError> {
-        if !self.are_there() {
+        if !self.exist() {
             return Ok(None);
         }
         let lock = lock(&self.node, || File::open(&self.node))?;
-        self.find();
+        self.find_layout();
         Ok(Some(lock))
     }
 
@@ -152,7 +152,7 @@ impl Pins {
     ///
     /// # Errors
     /// The file system refuses.
-    pub fn settle(&mut self) -> Result<(), CaptureError> {
+    pub fn rename_to_own_layout(&mut self) -> Result<(), CaptureError> {
         let own = self.own_layout();
         if self.layout != own {
             fs::rename(&self.layout, &own).map_err(CaptureError::file(&self.layout))?;
@@ -162,7 +162,7 @@ impl Pins {
     }
 
     /// Whether the node has any.
-    pub fn are_there(&self) -> bool {
+    pub fn exist(&self) -> bool {
         bpffs::is_mounted(&self.bpffs).unwrap_or(false)
             && fs::symlink_metadata(&self.node).is_ok_and(|found| found.is_dir())
     }
@@ -228,7 +228,7 @@ impl Pins {
     /// Those of one pod.
     pub fn programs_of(&self, cookie: u64) -> BTreeSet<u32> {
         let pin = self.pod(cookie);
-        [beside(&pin), pin]
+        [new_pin(&pin), pin]
             .iter()
             .filter_map(|pin| program(pin))
             .collect()
@@ -239,7 +239,7 @@ impl Pins {
     ///
     /// # Errors
     /// There are such pods; the records cannot be listed.
-    pub fn refuse_without(&self, records: &Records) -> Result<(), CaptureError> {
+    pub fn refuse_unrecorded(&self, records: &UndoRecords) -> Result<(), CaptureError> {
         let recorded = records.cookies()?;
         let lost = entries(&self.pods())
             .filter_map(|pin| pin.file_name().to_str()?.parse().ok())
@@ -263,7 +263,7 @@ impl Pins {
     /// # Errors
     /// The file system refuses.
     pub fn remove_all(&self) -> Result<Vec<PathBuf>, CaptureError> {
-        if !self.are_there() {
+        if !self.exist() {
             return Ok(Vec::new());
         }
         let mut left = Vec::new();
@@ -313,7 +313,7 @@ impl Pins {
 }
 
 /// Who asks whether it is locked may have it for a moment.
-const ASKED: Duration = Duration::from_millis(100);
+const PROBE_TIME: Duration = Duration::from_millis(100);
 
 const MAPS: &str = "maps";
 const LINKS: &str = "links";
@@ -343,7 +343,7 @@ fn is_layout(name: &OsStr) -> bool {
 }
 
 /// Where a pin is made before it takes another one's place.
-pub(super) fn beside(pin: &Path) -> PathBuf {
+pub(super) fn new_pin(pin: &Path) -> PathBuf {
     let name = pin.file_name().unwrap_or_default().to_string_lossy();
     pin.with_file_name(format!("{name}-new"))
 }
@@ -459,13 +459,13 @@ pub fn is_locked(path: &Path) -> bool {
 /// # Errors
 /// Another process has it; it cannot be opened.
 pub fn lock(path: &Path, open: impl Fn() -> io::Result<File>) -> Result<File, CaptureError> {
-    let deadline = Instant::now() + ASKED;
+    let deadline = Instant::now() + PROBE_TIME;
     loop {
         let file = open().map_err(CaptureError::file(path))?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::sleep(ASKED / 10);
+                std::thread::sleep(PROBE_TIME / 10);
                 continue;
             }
             Err(TryLockError::WouldBlock) => return Err(CaptureError::Held(path.to_owned())),

@@ -28,9 +28,9 @@ pub static NODE: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/node"
 pub static POD: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pod"));
 
 /// Programs that are attached once per node, to the cgroup that holds the pods.
-pub const OF_NODE: [&str; 4] = ["connect4", "connect6", "egress", "sock_ops"];
+pub const NODE_PROGRAMS: [&str; 4] = ["connect4", "connect6", "egress", "sock_ops"];
 /// The program that is attached in each pod's network namespace.
-pub const OF_POD: &str = "steer";
+pub const POD_PROGRAM: &str = "steer";
 
 /// Loads programs whose shared maps are pinned.
 pub struct Loader {
@@ -63,7 +63,7 @@ impl Loader {
 
     fn at(path: impl Fn(&str) -> PathBuf) -> Self {
         let mut loader = EbpfLoader::new();
-        for name in maps::SHARED.into_iter().chain(maps::OF_NODE) {
+        for name in maps::SHARED.into_iter().chain(maps::NODE_MAPS) {
             loader.map_pin_path(name, path(name));
         }
         Self { loader }
@@ -75,7 +75,7 @@ impl Loader {
     /// The kernel refuses one; there are none in this build.
     pub fn node(&mut self) -> Result<Ebpf, CaptureError> {
         let mut ebpf = self.load("node", NODE)?;
-        for name in OF_NODE {
+        for name in NODE_PROGRAMS {
             let program = program(&mut ebpf, name)?;
             match program {
                 Program::CgroupSockAddr(program) => program.load(),
@@ -100,7 +100,7 @@ impl Loader {
     ) -> Result<PodProgram, CaptureError> {
         let mut ebpf = self.load("pod", POD)?;
         // In this order: the program names its maps by descriptors, which `fill_pod` closes.
-        steer(&mut ebpf)?.load().map_err(refused(OF_POD))?;
+        steer(&mut ebpf)?.load().map_err(refused(POD_PROGRAM))?;
         maps::fill_pod(&mut ebpf, cookie, first, listeners)?;
         Ok(PodProgram { ebpf, link: None })
     }
@@ -135,7 +135,7 @@ pub fn restore(
         lost: false,
         whole: Ok(()),
     };
-    for name in OF_NODE {
+    for name in NODE_PROGRAMS {
         let own = links.get(name);
         let is_attached = own.is_some_and(|link| attached.contains(&link.program()));
         if !is_attached {
@@ -224,14 +224,14 @@ impl PodProgram {
     /// # Errors
     /// The kernel refuses; it cannot be pinned, and is attached all the same.
     pub fn attach(&mut self, netns: &Netns, pin: &Path) -> Result<(), CaptureError> {
-        self.enter(netns)?.pin(pin)
+        self.attach_unpinned(netns)?.pin(pin)
     }
 
-    fn enter(&mut self, netns: &Netns) -> Result<&Link, CaptureError> {
+    fn attach_unpinned(&mut self, netns: &Netns) -> Result<&Link, CaptureError> {
         let program = steer(&mut self.ebpf)?;
-        let link = program.attach(netns).map_err(refused(OF_POD))?;
-        let link = program.take_link(link).map_err(refused(OF_POD))?;
-        Ok(self.link.insert(Link::of(OF_POD, &link.into())?))
+        let link = program.attach(netns).map_err(refused(POD_PROGRAM))?;
+        let link = program.take_link(link).map_err(refused(POD_PROGRAM))?;
+        Ok(self.link.insert(Link::of(POD_PROGRAM, &link.into())?))
     }
 
     /// Puts it in the place of the one that a link attaches.
@@ -239,10 +239,10 @@ impl PodProgram {
     /// # Errors
     /// The kernel refuses.
     pub fn replace(&mut self, link: &Link) -> Result<(), CaptureError> {
-        let program = steer(&mut self.ebpf)?.fd().map_err(refused(OF_POD))?;
+        let program = steer(&mut self.ebpf)?.fd().map_err(refused(POD_PROGRAM))?;
         link.replace(program)
             .map_err(|error| CaptureError::Program {
-                program: OF_POD,
+                program: POD_PROGRAM,
                 why: error.to_string(),
             })
     }
@@ -252,10 +252,10 @@ impl PodProgram {
     /// # Errors
     /// It is not attached.
     pub fn restore(&mut self, netns: &Netns, pin: &Path) -> Result<Restored, CaptureError> {
-        let attached = steers(netns, self.id())?;
+        let attached = is_attached(netns, self.id())?;
         let link = match &self.link {
             Some(link) if attached => link,
-            _ => self.enter(netns)?,
+            _ => self.attach_unpinned(netns)?,
         };
         Ok(Restored::of(link, attached, pin))
     }
@@ -280,7 +280,7 @@ impl PodProgram {
 ///
 /// # Errors
 /// The kernel does not tell.
-pub fn steers(netns: &Netns, program: Option<u32>) -> Result<bool, CaptureError> {
+pub fn is_attached(netns: &Netns, program: Option<u32>) -> Result<bool, CaptureError> {
     let all = hooks::of_netns(netns).map_err(|error| CaptureError::Namespace {
         what: "ask for the programs",
         why: error.to_string(),
@@ -289,7 +289,9 @@ pub fn steers(netns: &Netns, program: Option<u32>) -> Result<bool, CaptureError>
 }
 
 fn steer(ebpf: &mut Ebpf) -> Result<&mut SkLookup, CaptureError> {
-    program(ebpf, OF_POD)?.try_into().map_err(refused(OF_POD))
+    program(ebpf, POD_PROGRAM)?
+        .try_into()
+        .map_err(refused(POD_PROGRAM))
 }
 
 fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Program, CaptureError> {

@@ -9,23 +9,23 @@ pub struct Want {
     /// Pods to be captured: the cookie of each one's network namespace, and its uid.
     pub pods: BTreeMap<u64, Arc<str>>,
     /// Pods that are wanted and were not found (again): what is captured of them stays so.
-    pub waiting: BTreeSet<Arc<str>>,
+    pub unlocated: BTreeSet<Arc<str>>,
     /// Network namespaces that no longer have a process or a name.
     pub gone: BTreeSet<u64>,
 }
 
 impl Want {
     /// Whether what is served by nobody is to be captured all the same: it is on its way to be served.
-    pub fn holds(&self, cookie: u64, uid: &Arc<str>) -> bool {
-        let wanted = self.pods.contains_key(&cookie) || self.undecided(uid);
+    pub fn keeps_captured(&self, cookie: u64, uid: &Arc<str>) -> bool {
+        let wanted = self.pods.contains_key(&cookie) || self.is_unlocated(uid);
         wanted && !self.gone.contains(&cookie)
     }
 
     /// Whether a pod was taken over from a predecessor, or lost from sight: passing in clear would be
     /// wrong, and the pod that is wanted may well be this one.
-    fn undecided(&self, uid: &Arc<str>) -> bool {
+    fn is_unlocated(&self, uid: &Arc<str>) -> bool {
         let elsewhere = self.pods.values().any(|other| other == uid);
-        self.waiting.contains(uid) && !elsewhere
+        self.unlocated.contains(uid) && !elsewhere
     }
 }
 
@@ -37,14 +37,14 @@ pub struct Has {
     /// How far it is.
     pub phase: Phase,
     /// Whether it is served as what is wanted in its namespace now; of no matter if nothing is.
-    pub same: bool,
+    pub unchanged: bool,
 }
 
 /// How far a pod is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Captured by a predecessor, served by nobody.
-    Adopted,
+    Unserved,
     /// Captured and served.
     Serving,
     /// No longer captured; what runs goes on.
@@ -59,11 +59,11 @@ pub enum Step {
     /// It was draining: capture it again.
     Revive(u64),
     /// It is to be served as something else: cut what runs, and adopt it.
-    Renew(u64),
+    StopServing(u64),
     /// Capture no more, and let what runs go on.
     Leave(u64),
     /// There is nothing left in it: cut what is, and forget it.
-    Cut(u64),
+    ForceRemove(u64),
     /// Nobody served it: put back what was changed.
     Undo(u64),
 }
@@ -77,18 +77,18 @@ pub fn diff(want: &Want, have: &BTreeMap<u64, Has>) -> Vec<Step> {
     let mut steps = Vec::new();
     for (&cookie, has) in have {
         let wanted = want.pods.contains_key(&cookie);
-        let undecided = want.undecided(&has.uid);
+        let unlocated = want.is_unlocated(&has.uid);
         let gone = want.gone.contains(&cookie);
         match has.phase {
-            Phase::Adopted if gone => steps.push(Step::Undo(cookie)),
-            Phase::Adopted if wanted => steps.push(Step::Enrol(cookie)),
-            Phase::Adopted if undecided => {}
-            Phase::Adopted => steps.push(Step::Undo(cookie)),
-            Phase::Serving | Phase::Draining if gone => steps.push(Step::Cut(cookie)),
-            Phase::Serving | Phase::Draining if wanted && !has.same => {
-                steps.push(Step::Renew(cookie));
+            Phase::Unserved if gone => steps.push(Step::Undo(cookie)),
+            Phase::Unserved if wanted => steps.push(Step::Enrol(cookie)),
+            Phase::Unserved if unlocated => {}
+            Phase::Unserved => steps.push(Step::Undo(cookie)),
+            Phase::Serving | Phase::Draining if gone => steps.push(Step::ForceRemove(cookie)),
+            Phase::Serving | Phase::Draining if wanted && !has.unchanged => {
+                steps.push(Step::StopServing(cookie));
             }
-            Phase::Serving if wanted || undecided => {}
+            Phase::Serving if wanted || unlocated => {}
             Phase::Serving => steps.push(Step::Leave(cookie)),
             Phase::Draining if wanted => steps.push(Step::Revive(cookie)),
             Phase::Draining => {}
@@ -117,37 +117,44 @@ mod tests {
             btree_set(0..4_u64, 0..3),
             btree_set(0..6_u64, 0..3),
         )
-            .prop_map(|(pods, waiting, gone)| Want {
+            .prop_map(|(pods, unlocated, gone)| Want {
                 pods: pods
                     .into_iter()
                     .map(|(cookie, pod)| (cookie, uid(pod)))
                     .collect(),
-                waiting: waiting.into_iter().map(uid).collect(),
+                unlocated: unlocated.into_iter().map(uid).collect(),
                 gone,
             })
     }
 
     fn have() -> impl Strategy<Value = BTreeMap<u64, Has>> {
         let phase = prop_oneof![
-            Just(Phase::Adopted),
+            Just(Phase::Unserved),
             Just(Phase::Serving),
             Just(Phase::Draining)
         ];
         btree_map(0..6_u64, (0..4_u64, phase, any::<bool>()), 0..5).prop_map(|have| {
             have.into_iter()
-                .map(|(cookie, (pod, phase, same))| {
+                .map(|(cookie, (pod, phase, unchanged))| {
                     let uid = uid(pod);
-                    (cookie, Has { uid, phase, same })
+                    (
+                        cookie,
+                        Has {
+                            uid,
+                            phase,
+                            unchanged,
+                        },
+                    )
                 })
                 .collect()
         })
     }
 
     /// Both, as they can be: what is served under another uid is not the same.
-    fn both() -> impl Strategy<Value = (Want, BTreeMap<u64, Has>)> {
+    fn want_and_have() -> impl Strategy<Value = (Want, BTreeMap<u64, Has>)> {
         (want(), have()).prop_map(|(want, mut have)| {
             for (cookie, has) in &mut have {
-                has.same &= want.pods.get(cookie).is_none_or(|uid| *uid == has.uid);
+                has.unchanged &= want.pods.get(cookie).is_none_or(|uid| *uid == has.uid);
             }
             (want, have)
         })
@@ -163,17 +170,17 @@ mod tests {
                     Has {
                         uid,
                         phase,
-                        same: true,
+                        unchanged: true,
                     },
                 );
             }
-            Step::Renew(cookie) => {
-                have.get_mut(cookie).expect("it is there").phase = Phase::Adopted;
+            Step::StopServing(cookie) => {
+                have.get_mut(cookie).expect("it is there").phase = Phase::Unserved;
             }
             Step::Leave(cookie) => {
                 have.get_mut(cookie).expect("it is there").phase = Phase::Draining;
             }
-            Step::Cut(cookie) | Step::Undo(cookie) => _ = have.remove(cookie),
+            Step::ForceRemove(cookie) | Step::Undo(cookie) => _ = have.remove(cookie),
         }
     }
 
@@ -202,7 +209,7 @@ mod tests {
                 want.gone.insert(1);
             }
             if let OutOfSight | WantedElsewhere = is {
-                want.waiting.insert(uid(1));
+                want.unlocated.insert(uid(1));
             }
             let mut have = BTreeMap::new();
             if let WantedElsewhere = is {
@@ -213,42 +220,42 @@ mod tests {
                     Has {
                         uid,
                         phase,
-                        same: true,
+                        unchanged: true,
                     },
                 );
             }
-            let same = !matches!(is, WantedAsAnother);
+            let unchanged = !matches!(is, WantedAsAnother);
             have.insert(
                 1,
                 Has {
                     uid: uid(1),
                     phase,
-                    same,
+                    unchanged,
                 },
             );
             diff(&want, &have)
         };
         for (phase, is, step) in [
-            (Adopted, Wanted, Some(Step::Enrol(1))),
-            (Adopted, WantedAsAnother, Some(Step::Enrol(1))),
-            (Adopted, OutOfSight, None),
-            (Adopted, WantedElsewhere, Some(Step::Undo(1))),
-            (Adopted, Gone, Some(Step::Undo(1))),
-            (Adopted, GoneAndWanted, Some(Step::Undo(1))),
-            (Adopted, NotWanted, Some(Step::Undo(1))),
+            (Unserved, Wanted, Some(Step::Enrol(1))),
+            (Unserved, WantedAsAnother, Some(Step::Enrol(1))),
+            (Unserved, OutOfSight, None),
+            (Unserved, WantedElsewhere, Some(Step::Undo(1))),
+            (Unserved, Gone, Some(Step::Undo(1))),
+            (Unserved, GoneAndWanted, Some(Step::Undo(1))),
+            (Unserved, NotWanted, Some(Step::Undo(1))),
             (Serving, Wanted, None),
-            (Serving, WantedAsAnother, Some(Step::Renew(1))),
+            (Serving, WantedAsAnother, Some(Step::StopServing(1))),
             (Serving, OutOfSight, None),
             (Serving, WantedElsewhere, Some(Step::Leave(1))),
-            (Serving, Gone, Some(Step::Cut(1))),
-            (Serving, GoneAndWanted, Some(Step::Cut(1))),
+            (Serving, Gone, Some(Step::ForceRemove(1))),
+            (Serving, GoneAndWanted, Some(Step::ForceRemove(1))),
             (Serving, NotWanted, Some(Step::Leave(1))),
             (Draining, Wanted, Some(Step::Revive(1))),
-            (Draining, WantedAsAnother, Some(Step::Renew(1))),
+            (Draining, WantedAsAnother, Some(Step::StopServing(1))),
             (Draining, OutOfSight, None),
             (Draining, WantedElsewhere, None),
-            (Draining, Gone, Some(Step::Cut(1))),
-            (Draining, GoneAndWanted, Some(Step::Cut(1))),
+            (Draining, Gone, Some(Step::ForceRemove(1))),
+            (Draining, GoneAndWanted, Some(Step::ForceRemove(1))),
             (Draining, NotWanted, None),
         ] {
             let expected: Vec<Step> = step.into_iter().collect();
@@ -259,7 +266,7 @@ mod tests {
     proptest! {
         /// Draining pods end by themselves; then nothing is left to do, and it is what was wanted.
         #[test]
-        fn it_comes_to_rest_where_it_was_told_to((want, mut have) in both()) {
+        fn it_comes_to_rest_where_it_was_told_to((want, mut have) in want_and_have()) {
             for _ in 0..4 {
                 for step in diff(&want, &have) {
                     apply(&mut have, &want, &step);
@@ -270,29 +277,29 @@ mod tests {
             for (cookie, has) in &have {
                 let wanted = want.pods.get(cookie) == Some(&has.uid)
                     && has.phase == Phase::Serving
-                    && has.same;
-                prop_assert!(wanted || want.waiting.contains(&has.uid), "{cookie} {has:?}");
+                    && has.unchanged;
+                prop_assert!(wanted || want.unlocated.contains(&has.uid), "{cookie} {has:?}");
                 prop_assert!(!want.gone.contains(cookie));
             }
         }
 
         /// A pod that is wanted is never let go, whether it is in sight or not.
         #[test]
-        fn what_is_wanted_stays_captured((want, have) in both()) {
+        fn what_is_wanted_stays_captured((want, have) in want_and_have()) {
             for step in diff(&want, &have) {
-                if let Step::Leave(cookie) | Step::Undo(cookie) | Step::Cut(cookie) = step {
+                if let Step::Leave(cookie) | Step::Undo(cookie) | Step::ForceRemove(cookie) = step {
                     let uid = &have[&cookie].uid;
                     let gone = want.gone.contains(&cookie);
                     prop_assert!(gone || !want.pods.contains_key(&cookie));
                     let elsewhere = want.pods.values().any(|other| other == uid);
-                    prop_assert!(gone || elsewhere || !want.waiting.contains(uid));
+                    prop_assert!(gone || elsewhere || !want.unlocated.contains(uid));
                 }
             }
         }
 
         /// Whatever else there is of its name, and however long that takes to end.
         #[test]
-        fn what_is_wanted_is_served_without_waiting_for_what_drains((want, mut have) in both()) {
+        fn what_is_wanted_is_served_without_waiting_for_what_drains((want, mut have) in want_and_have()) {
             // Once more for what has to be adopted before it is served as something else.
             for _ in 0..2 {
                 for step in diff(&want, &have) {
@@ -301,22 +308,22 @@ mod tests {
             }
             for (cookie, uid) in &want.pods {
                 let (uid, phase) = (uid.clone(), Phase::Serving);
-                let served = have.get(cookie) == Some(&Has { uid, phase, same: true });
+                let served = have.get(cookie) == Some(&Has { uid, phase, unchanged: true });
                 prop_assert!(served || want.gone.contains(cookie), "{cookie}");
             }
         }
 
         #[test]
-        fn one_step_per_pod((want, have) in both()) {
+        fn one_step_per_pod((want, have) in want_and_have()) {
             let steps = diff(&want, &have);
             let cookies: BTreeSet<u64> = steps
                 .iter()
                 .map(|step| match step {
                     Step::Enrol(cookie)
                     | Step::Revive(cookie)
-                    | Step::Renew(cookie)
+                    | Step::StopServing(cookie)
                     | Step::Leave(cookie)
-                    | Step::Cut(cookie)
+                    | Step::ForceRemove(cookie)
                     | Step::Undo(cookie) => *cookie,
                 })
                 .collect();

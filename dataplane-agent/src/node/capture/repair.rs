@@ -58,9 +58,9 @@ impl Part {
 
 /// Parts that were found gone.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Gone(BTreeSet<Part>);
+pub struct LostParts(BTreeSet<Part>);
 
-impl Gone {
+impl LostParts {
     /// This one too.
     pub fn add(&mut self, part: Part) {
         self.0.insert(part);
@@ -68,7 +68,7 @@ impl Gone {
 
     /// Of rules and routes that were lacking, those that had been there: what an interface that has
     /// just come has not yet was never lost.
-    pub fn of_routing(&mut self, lacked: &Routing, before: &Routing) {
+    pub fn add_routing(&mut self, lacked: &Routing, before: &Routing) {
         if !lacked.rules.is_disjoint(&before.rules) {
             self.add(Part::Rule);
         }
@@ -88,7 +88,7 @@ impl Gone {
     }
 }
 
-impl std::fmt::Display for Gone {
+impl std::fmt::Display for LostParts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for (place, part) in self.0.iter().enumerate() {
             let comma = if place == 0 { "" } else { ", " };
@@ -104,8 +104,8 @@ pub struct Repairs([AtomicU64; Part::ALL.len()]);
 
 impl Repairs {
     /// Counts what was put back.
-    pub fn count(&self, gone: &Gone) {
-        for part in &gone.0 {
+    pub fn count(&self, lost: &LostParts) {
+        for part in &lost.0 {
             self.0[*part as usize].fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -138,21 +138,21 @@ mod tests {
     #[test]
     fn a_new_interfaces_route_was_not_lost() {
         let (before, after) = (routing(&[2]), routing(&[2, 3]));
-        let mut gone = Gone::default();
-        gone.of_routing(&after.lacks(&before), &before);
-        assert!(gone.is_empty(), "{gone}");
-        gone.of_routing(&after.lacks(&Routing::default()), &before);
-        assert_eq!(gone.to_string(), "rule, route");
+        let mut lost = LostParts::default();
+        lost.add_routing(&after.missing_from(&before), &before);
+        assert!(lost.is_empty(), "{lost}");
+        lost.add_routing(&after.missing_from(&Routing::default()), &before);
+        assert_eq!(lost.to_string(), "rule, route");
     }
 
     #[test]
     fn each_part_is_counted_under_its_word() {
         let repairs = Repairs::default();
         for part in Part::ALL {
-            let mut gone = Gone::default();
-            gone.add(part);
-            repairs.count(&gone);
-            assert!(repairs.all().contains(&(part.word(), 1)), "{gone}");
+            let mut lost = LostParts::default();
+            lost.add(part);
+            repairs.count(&lost);
+            assert!(repairs.all().contains(&(part.word(), 1)), "{lost}");
         }
     }
 }

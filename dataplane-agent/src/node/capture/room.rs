@@ -18,9 +18,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use self::held::Held;
-use self::look::Looks;
-use super::enrol::Entered;
+use self::held::HeldPod;
+use self::look::LookSchedule;
+use super::enrol::PreparedPod;
 use super::maps::{NodeMaps, PinnedMaps};
 use super::node_folder::NodeFolder;
 use super::pins::Pins;
@@ -29,7 +29,7 @@ use super::reconcile::{Has, Phase, Step, Want, diff};
 use super::repair::Repairs;
 use super::routing::Routing;
 use super::takeover::{self, Takeover};
-use super::undo::{self, Record, Records};
+use super::undo::{self, UndoRecord, UndoRecords};
 use super::wanted::{Desired, PodState, PodStatus, Status, Wanted};
 use super::{CaptureError, attached, enrol};
 use crate::config::NodeName;
@@ -44,7 +44,7 @@ const RETRY: Duration = Duration::from_secs(5);
 /// How long until an enrolment that failed is: twice as long each time that it fails again, up to the above.
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 /// How often control is told while many pods are enrolled one after the other: it looks at all of them.
-const TELL: Duration = Duration::from_millis(100);
+const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Where the room works.
 #[derive(Clone, Debug)]
@@ -63,12 +63,12 @@ pub struct Config {
 
 /// Hands on the running room, for whoever watches it.
 #[derive(Clone)]
-pub struct Window {
+pub struct CaptureHandle {
     maps: Arc<Mutex<NodeMaps>>,
     repairs: Arc<Repairs>,
 }
 
-impl Window {
+impl CaptureHandle {
     /// What the programs counted.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.maps().counters()
@@ -93,22 +93,22 @@ impl Window {
 }
 
 /// The room.
-pub struct Room {
+pub struct Reconciler {
     config: Config,
     pins: Pins,
-    records: Records,
+    records: UndoRecords,
     loader: Loader,
-    window: Window,
+    handle: CaptureHandle,
     pods: BTreeMap<u64, Pod>,
     failed: BTreeMap<u64, Failure>,
     /// When what could not be undone is tried again.
-    again: Option<Instant>,
+    undo_retry: Option<Instant>,
     events: mpsc::Sender<PodEvent>,
     status: watch::Sender<Status>,
     /// What is lent with each pod.
     stamp: Arc<Stamp>,
     /// When the node's programs are looked at.
-    looks: Looks,
+    schedule: LookSchedule,
     /// Whether it is to rest.
     rest: CancellationToken,
     /// Programs, maps and locks of the node, which go with the room. What is pinned stays.
@@ -123,34 +123,34 @@ struct Failure {
     desired: Desired,
     why: String,
     wait: Duration,
-    again: Instant,
+    retry_at: Instant,
 }
 
 struct Pod {
-    record: Record,
+    record: UndoRecord,
     uid: Arc<str>,
     /// Held since the pod was found: the way back does not depend on finding it again. None if it was
     /// not there at the start.
     netns: Option<Netns>,
-    phase: InPhase,
+    phase: PodPhase,
     /// What keeps it captured, if nobody serves it and it is to be captured all the same.
-    held: Option<Held>,
+    held: Option<HeldPod>,
 }
 
-enum InPhase {
-    Adopted,
-    Serving(Box<Served>),
+enum PodPhase {
+    Unserved,
+    Serving(Box<ServedPod>),
     /// Its listeners linger until then; then the corridor is told.
-    Lingering(Box<Served>, Instant),
+    Lingering(Box<ServedPod>, Instant),
     Draining {
-        served: Box<Served>,
+        served: Box<ServedPod>,
         idle: oneshot::Receiver<()>,
         until: Instant,
     },
 }
 
 /// What the corridor serves.
-struct Served {
+struct ServedPod {
     desired: Desired,
     instance: Instance,
     /// Its own addresses, as the corridor knows them.
@@ -159,7 +159,7 @@ struct Served {
     /// What it had on its interfaces as it was looked at last.
     interfaces: Interfaces,
     /// Whether its own addresses are those of these interfaces.
-    told: bool,
+    addresses_sent: bool,
     /// Whether it forwards between them.
     forwards: bool,
     /// What was put in place for them.
@@ -167,41 +167,41 @@ struct Served {
     /// The corridor's listeners, to see whether they are alive.
     listeners: Listeners,
     changes: Changes,
-    looks: Looks,
+    schedule: LookSchedule,
 }
 
 impl Pod {
     /// Takes it from who serves it, if somebody does: who that was. It is held from then on.
     fn take_back(&mut self) -> Option<Instance> {
-        let served = match std::mem::replace(&mut self.phase, InPhase::Adopted) {
-            InPhase::Adopted => return None,
-            InPhase::Serving(served)
-            | InPhase::Lingering(served, _)
-            | InPhase::Draining { served, .. } => served,
+        let served = match std::mem::replace(&mut self.phase, PodPhase::Unserved) {
+            PodPhase::Unserved => return None,
+            PodPhase::Serving(served)
+            | PodPhase::Lingering(served, _)
+            | PodPhase::Draining { served, .. } => served,
         };
-        self.held = Some(Held::by(served.program));
+        self.held = Some(HeldPod::with_program(served.program));
         Some(served.instance)
     }
 
     /// The id of what steers in it, pinned or not, as far as this agent has it.
     fn program(&self) -> Option<u32> {
         let served = self.phase.served().and_then(|served| served.program.id());
-        served.or(self.held.as_ref().and_then(Held::program))
+        served.or(self.held.as_ref().and_then(HeldPod::program))
     }
 
     /// When it is looked at.
-    fn looks(&self) -> Option<&Looks> {
-        let served = self.phase.served().map(|served| &served.looks);
-        served.or(self.held.as_ref().map(|held| &held.looks))
+    fn schedule(&self) -> Option<&LookSchedule> {
+        let served = self.phase.served().map(|served| &served.schedule);
+        served.or(self.held.as_ref().map(|held| &held.schedule))
     }
 }
 
-impl Served {
+impl ServedPod {
     /// It has these addresses now, and the corridor is told if they are others.
     ///
     /// # Errors
     /// The rooms behind this one are gone.
-    async fn has(
+    async fn send_addresses(
         &mut self,
         addresses: Arc<[IpAddr]>,
         events: &mpsc::Sender<PodEvent>,
@@ -218,20 +218,20 @@ impl Served {
     }
 }
 
-impl InPhase {
+impl PodPhase {
     /// What the corridor has of it.
-    fn served(&self) -> Option<&Served> {
+    fn served(&self) -> Option<&ServedPod> {
         match self {
-            Self::Adopted => None,
+            Self::Unserved => None,
             Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
                 Some(served)
             }
         }
     }
 
-    fn served_mut(&mut self) -> Option<&mut Served> {
+    fn served_mut(&mut self) -> Option<&mut ServedPod> {
         match self {
-            Self::Adopted => None,
+            Self::Unserved => None,
             Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
                 Some(served)
             }
@@ -240,7 +240,7 @@ impl InPhase {
 
     fn phase(&self) -> Phase {
         match self {
-            Self::Adopted => Phase::Adopted,
+            Self::Unserved => Phase::Unserved,
             Self::Serving(_) => Phase::Serving,
             Self::Lingering(..) | Self::Draining { .. } => Phase::Draining,
         }
@@ -255,7 +255,7 @@ pub struct Reports {
     pub log: Option<aya_log::EbpfLogger<&'static dyn log::Log>>,
 }
 
-/// Refuses where [`Room::open`] would, before anything is made.
+/// Refuses where [`Reconciler::open`] would, before anything is made.
 ///
 /// # Errors
 /// Another agent runs, or its programs are attached; another user has made the pins, or what is pinned
@@ -265,11 +265,11 @@ pub fn refuse(config: &Config, folder: &NodeFolder) -> Result<(), CaptureError> 
     let _lock = pins.lock()?;
     pins.refuse()?;
     attached::refuse_on_cgroup(&config.cgroup, &pins, &BTreeSet::new())?;
-    pins.refuse_without(&folder.records()?)?;
+    pins.refuse_unrecorded(&folder.records()?)?;
     takeover::refuse(&pins)
 }
 
-impl Room {
+impl Reconciler {
     /// Loads and attaches the node's programs, and takes over what a predecessor left. No pod is
     /// let go, and none is served yet.
     ///
@@ -280,19 +280,19 @@ impl Room {
         folder: NodeFolder,
         events: mpsc::Sender<PodEvent>,
         rest: CancellationToken,
-    ) -> Result<(Self, Window, Reports, watch::Receiver<Status>), CaptureError> {
+    ) -> Result<(Self, CaptureHandle, Reports, watch::Receiver<Status>), CaptureError> {
         let mut pins = Pins::new(&config.bpffs, &config.node);
         let lock = pins.make()?;
         let predecessors = pins.programs();
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         let records = folder.records()?;
-        pins.refuse_without(&records)?;
+        pins.refuse_unrecorded(&records)?;
         let takeover = Takeover::begin(&pins)?;
         let mut loader = Loader::taking_over(&takeover);
         let mut node = loader.node()?;
         takeover.copy()?;
         let mut maps = NodeMaps::take(&mut node)?;
-        maps.declare(Node {
+        maps.set_node(Node {
             hosts: config.hosts,
             ..Node::default()
         })?;
@@ -300,7 +300,7 @@ impl Room {
             events: super::maps::events(&mut node)?,
             log: aya_log::EbpfLogger::init(&mut node).ok(),
         };
-        takeover.steer(&mut loader, &pins, &maps)?;
+        takeover.replace_pod_programs(&mut loader, &pins, &maps)?;
         let mut links = Links::new();
         programs::restore(&mut node, &config.cgroup, &pins, &mut links)?.whole?;
         // Of two that looked at once, one at least sees the other now.
@@ -315,24 +315,24 @@ impl Room {
             }
         }
         pins.sweep(|cookie| recorded.contains(&cookie))?;
-        let pods = adopt(readable(&records)?);
-        let window = Window {
+        let pods = unserved_pods(readable_records(&records)?);
+        let handle = CaptureHandle {
             maps: Arc::new(Mutex::new(maps)),
             repairs: Arc::default(),
         };
-        let (status, told) = watch::channel(Status::new());
-        let room = Self {
+        let (status, status_reader) = watch::channel(Status::new());
+        let reconciler = Self {
             config,
             records,
             loader: Loader::new(&pins),
-            window: window.clone(),
+            handle: handle.clone(),
             pods,
             failed: BTreeMap::new(),
-            again: None,
+            undo_retry: None,
             events,
             status,
             stamp: Arc::new(super::maps::stamp(&mut node)?),
-            looks: Looks::begin(0),
+            schedule: LookSchedule::staggered(0),
             rest,
             pinned: PinnedMaps::open(&pins)?,
             node,
@@ -342,8 +342,8 @@ impl Room {
             _folder: folder,
         };
         // Whoever asks before the first step knows of what a predecessor has captured.
-        room.tell();
-        Ok((room, window, reports, told))
+        reconciler.publish_status();
+        Ok((reconciler, handle, reports, status_reader))
     }
 
     /// What the agent's own sockets in pods are known by.
@@ -372,15 +372,15 @@ impl Room {
             if let Some(want) = &want {
                 while self.reconcile(want).await? {}
             }
-            self.tell();
-            let next = self.next();
+            self.publish_status();
+            let next = self.next_due();
             tokio::select! {
                 changed = wanted.changed() => if changed.is_err() { return Ok(()) },
-                () = until(next) => {}
+                () = sleep_until_any(next) => {}
                 () = idle_or_changed(&mut self.pods) => {}
                 () = self.rest.cancelled() => continue,
             }
-            self.go_on().await?;
+            self.advance_leaving().await?;
             self.look().await?;
         }
     }
@@ -388,7 +388,7 @@ impl Room {
     /// Takes each pod one step further; whether that made room for another step.
     async fn reconcile(&mut self, wanted: &Wanted) -> Result<bool, CaptureError> {
         let now = Instant::now();
-        self.again = None;
+        self.undo_retry = None;
         self.failed
             .retain(|cookie, _| wanted.pods.iter().any(|pod| pod.cookie == *cookie));
         let want = Want {
@@ -397,7 +397,7 @@ impl Room {
                 .iter()
                 .map(|pod| (pod.cookie, pod.uid.clone()))
                 .collect(),
-            waiting: wanted.waiting.clone(),
+            unlocated: wanted.unlocated.clone(),
             gone: wanted.gone.clone(),
         };
         let by_cookie: BTreeMap<u64, &Desired> =
@@ -410,17 +410,17 @@ impl Room {
                 let has = Has {
                     uid: pod.uid.clone(),
                     phase: pod.phase.phase(),
-                    same: by_cookie
-                        .get(cookie)
-                        .is_none_or(|want| served.is_some_and(|is| is.desired.says(want))),
+                    unchanged: by_cookie.get(cookie).is_none_or(|want| {
+                        served.is_some_and(|is| is.desired.same_identity_and_addresses(want))
+                    }),
                 };
                 (*cookie, has)
             })
             .collect();
         // Nothing yet of what is enrolled here.
-        let (mut more, mut told) = (false, None::<Instant>);
-        self.hold(&want);
-        self.grow(&by_cookie);
+        let (mut more, mut published) = (false, None::<Instant>);
+        self.capture_unserved(&want);
+        self.update_cgroups(&by_cookie);
         for step in diff(&want, &have) {
             if self.rest.is_cancelled() {
                 return Ok(false);
@@ -430,7 +430,7 @@ impl Room {
                     if self
                         .failed
                         .get(&cookie)
-                        .is_some_and(|failed| failed.again > now)
+                        .is_some_and(|failed| failed.retry_at > now)
                     {
                         continue;
                     }
@@ -438,9 +438,9 @@ impl Room {
                         self.enrol((*desired).clone()).await?;
                     }
                     // Other nodes dial it in clear until then, and STRICT refuses that.
-                    if told.is_none_or(|told| told.elapsed() >= TELL) {
-                        self.tell();
-                        told = Some(Instant::now());
+                    if published.is_none_or(|at| at.elapsed() >= STATUS_INTERVAL) {
+                        self.publish_status();
+                        published = Some(Instant::now());
                     }
                 }
                 Step::Revive(cookie) => {
@@ -448,18 +448,18 @@ impl Room {
                         self.revive((*desired).clone()).await?;
                     }
                 }
-                Step::Renew(cookie) => {
-                    self.renew(cookie).await?;
+                Step::StopServing(cookie) => {
+                    self.stop_serving(cookie).await?;
                     more = true;
                 }
                 Step::Leave(cookie) => self.leave(cookie),
-                Step::Cut(cookie) => {
-                    self.release(cookie);
-                    self.end(cookie).await?;
+                Step::ForceRemove(cookie) => {
+                    self.stop_capture(cookie);
+                    self.cut_and_undo(cookie).await?;
                     more |= !self.pods.contains_key(&cookie);
                 }
                 Step::Undo(cookie) => {
-                    self.release(cookie);
+                    self.stop_capture(cookie);
                     self.undo(cookie).await;
                     more |= !self.pods.contains_key(&cookie);
                 }
@@ -470,15 +470,15 @@ impl Room {
 
     /// Captures what is on its way to be served and is served by nobody yet. That there is a record of it
     /// does not say that: its predecessor may have ended before the last step in, or while the pod left.
-    fn hold(&mut self, want: &Want) {
+    fn capture_unserved(&mut self, want: &Want) {
         for (cookie, pod) in &mut self.pods {
-            let adopted = matches!(pod.phase, InPhase::Adopted);
-            if !adopted || !want.holds(*cookie, &pod.uid) {
+            let adopted = matches!(pod.phase, PodPhase::Unserved);
+            if !adopted || !want.keeps_captured(*cookie, &pod.uid) {
                 pod.held = None;
                 continue;
             }
             pod.held.get_or_insert_default();
-            if let Err(error) = self.window.maps().capture(*cookie, None) {
+            if let Err(error) = self.handle.maps().capture(*cookie, None) {
                 tracing::error!(pod = %named(&pod.uid), %error, "pod is not captured");
             }
         }
@@ -486,13 +486,13 @@ impl Room {
 
     /// Adds the cgroups that pods have had since, and takes away those that are gone: what runs is not
     /// touched.
-    fn grow(&mut self, wanted: &BTreeMap<u64, &Desired>) {
+    fn update_cgroups(&mut self, wanted: &BTreeMap<u64, &Desired>) {
         for (cookie, pod) in &mut self.pods {
-            if let (InPhase::Serving(served), Some(want)) = (&mut pod.phase, wanted.get(cookie))
-                && served.desired.says(want)
+            if let (PodPhase::Serving(served), Some(want)) = (&mut pod.phase, wanted.get(cookie))
+                && served.desired.same_identity_and_addresses(want)
                 && served.desired.groups != want.groups
             {
-                match self.window.maps().adopt(*cookie, &want.groups) {
+                match self.handle.maps().set_cgroups(*cookie, &want.groups) {
                     Ok(()) => served.desired.groups.clone_from(&want.groups),
                     Err(error) => {
                         tracing::warn!(pod = %named(&pod.uid), %error, "the pod's cgroups are not all known to the kernel");
@@ -504,7 +504,7 @@ impl Room {
 
     /// Takes back from the workers a pod of which control now says something else, such as another
     /// identity. It is then as one that a predecessor left, and is enrolled anew.
-    async fn renew(&mut self, cookie: u64) -> Result<(), CaptureError> {
+    async fn stop_serving(&mut self, cookie: u64) -> Result<(), CaptureError> {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
         };
@@ -513,13 +513,13 @@ impl Room {
                 pod = %named(&pod.uid),
                 "pod is another than it was; its connections are cut"
             );
-            self.cut(instance).await?;
+            self.cut_connections(instance).await?;
         }
         Ok(())
     }
 
     /// Has the workers cut what runs of an enrolment, and waits until they have.
-    async fn cut(&self, instance: Instance) -> Result<(), CaptureError> {
+    async fn cut_connections(&self, instance: Instance) -> Result<(), CaptureError> {
         let (told, done) = oneshot::channel();
         self.send(PodEvent::Down(instance, told)).await?;
         let _ = done.await;
@@ -529,25 +529,25 @@ impl Room {
     async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
         let cookie = desired.cookie;
         self.look_at_node();
-        let entered = match self.pin_held(&desired) {
+        let prepared = match self.pin_held(&desired) {
             Ok(()) => {
                 let (loader, records) = (&mut self.loader, &self.records);
-                enrol::enter(&desired, loader, records, &self.pins, &self.window).await
+                enrol::prepare(&desired, loader, records, &self.pins, &self.handle).await
             }
             Err(error) => Err(error),
         };
-        let entered = entered.and_then(|entered| {
-            let watched = watched(&desired, &entered)?;
-            let record = self.mark(&desired, &entered.addresses)?;
-            Ok((entered, watched, record))
+        let prepared = prepared.and_then(|prepared| {
+            let watched = watch_pod(&desired, &prepared)?;
+            let record = self.enable_capture(&desired, &prepared.addresses)?;
+            Ok((prepared, watched, record))
         });
-        match entered {
-            Ok((entered, (listeners, changes), record)) => {
+        match prepared {
+            Ok((prepared, (listeners, changes), record)) => {
                 let instance = Instance::next();
                 tracing::info!(
                     pod = %format_args!("{}/{}", desired.namespace, desired.name),
                     netns = cookie,
-                    addresses = ?entered.addresses,
+                    addresses = ?prepared.addresses,
                     "pod enrolled"
                 );
                 self.failed.remove(&cookie);
@@ -557,27 +557,27 @@ impl Room {
                     namespace: desired.namespace.clone(),
                     name: desired.name.clone(),
                     identity: desired.identity.clone(),
-                    addresses: Arc::clone(&entered.addresses),
+                    addresses: Arc::clone(&prepared.addresses),
                     netns: desired.netns.clone(),
-                    listeners: entered.listeners,
+                    listeners: prepared.listeners,
                     stamp: Arc::clone(&self.stamp),
                 };
                 let pod = Pod {
                     record,
                     uid: desired.uid.clone(),
                     netns: Some(desired.netns.clone()),
-                    phase: InPhase::Serving(Box::new(Served {
+                    phase: PodPhase::Serving(Box::new(ServedPod {
                         desired,
                         instance,
-                        addresses: Arc::clone(&entered.addresses),
-                        program: entered.program,
-                        interfaces: entered.interfaces,
-                        told: true,
+                        addresses: Arc::clone(&prepared.addresses),
+                        program: prepared.program,
+                        interfaces: prepared.interfaces,
+                        addresses_sent: true,
                         forwards: false,
-                        routing: entered.routing,
+                        routing: prepared.routing,
                         listeners,
                         changes,
-                        looks: Looks::begin(cookie),
+                        schedule: LookSchedule::staggered(cookie),
                     })),
                     held: None,
                 };
@@ -594,17 +594,17 @@ impl Room {
                         "pod cannot be enrolled; it is tried again"
                     );
                 }
-                // A predecessor's capture stays (see `hold`): what cannot be served must not pass in clear.
+                // A predecessor's capture stays (see `capture_unserved`): what cannot be served must not pass in clear.
                 let adopted = self.pods.contains_key(&cookie);
-                if !adopted && let Ok(Some(record)) = self.records.of(cookie) {
-                    self.release(cookie);
+                if !adopted && let Ok(Some(record)) = self.records.read(cookie) {
+                    self.stop_capture(cookie);
                     if let Err(error) = self.put_back(&record, Some(&desired.netns)).await {
                         tracing::warn!(%error, "what was begun cannot be undone; it is tried again");
                         // As one that a predecessor left half in.
                         let half = Pod {
                             uid: record.uid.clone(),
                             netns: Some(desired.netns.clone()),
-                            phase: InPhase::Adopted,
+                            phase: PodPhase::Unserved,
                             held: None,
                             record,
                         };
@@ -618,7 +618,7 @@ impl Room {
                         desired,
                         why,
                         wait,
-                        again: Instant::now() + wait,
+                        retry_at: Instant::now() + wait,
                     },
                 );
                 Ok(())
@@ -636,14 +636,18 @@ impl Room {
     }
 
     /// The last step in: from here on the pod's own connections are captured.
-    fn mark(&self, desired: &Desired, addresses: &[IpAddr]) -> Result<Record, CaptureError> {
-        let record = self.records.of(desired.cookie)?;
+    fn enable_capture(
+        &self,
+        desired: &Desired,
+        addresses: &[IpAddr],
+    ) -> Result<UndoRecord, CaptureError> {
+        let record = self.records.read(desired.cookie)?;
         let record = record.ok_or_else(|| CaptureError::Namespace {
             what: "find the record of what was changed",
             why: "it is gone from the run folder".into(),
         })?;
         let first = addresses.first().copied();
-        let mut maps = self.window.maps();
+        let mut maps = self.handle.maps();
         maps.enrol(desired.cookie, first, &desired.groups)?;
         Ok(record)
     }
@@ -655,24 +659,24 @@ impl Room {
             .map_err(|_| CaptureError::Stopping)
     }
 
-    fn tell(&self) {
+    fn publish_status(&self) {
         let mut status = Status::new();
         for (&cookie, pod) in &self.pods {
-            let looks = pod.phase.served().map(|of| &of.looks);
-            let looks = looks.or(pod.held.as_ref().map(|held| &held.looks));
-            let broken = looks.and_then(|looks| looks.broken.clone());
+            let schedule = pod.phase.served().map(|of| &of.schedule);
+            let schedule = schedule.or(pod.held.as_ref().map(|held| &held.schedule));
+            let broken = schedule.and_then(|schedule| schedule.broken.clone());
             let lost = broken.clone();
-            let broken = broken.or_else(|| self.looks.broken.clone());
+            let broken = broken.or_else(|| self.schedule.broken.clone());
             let state = match (pod.phase.phase(), self.failed.get(&cookie)) {
                 (Phase::Serving, _) => match broken {
                     Some(why) => PodState::Broken { why },
                     None => PodState::Up,
                 },
                 (Phase::Draining, _) => PodState::Draining,
-                (Phase::Adopted, failed) => {
+                (Phase::Unserved, failed) => {
                     let captured = self.captures(cookie);
                     match failed.map(|failed| failed.why.clone()).or(lost) {
-                        None => PodState::Adopted { captured },
+                        None => PodState::Unserved { captured },
                         Some(why) => PodState::Failed { why, captured },
                     }
                 }
@@ -714,21 +718,29 @@ impl Room {
         let steers = netns.is_some_and(|netns| {
             let pinned = self.pins.programs_of(cookie).into_iter();
             let mut own = pinned.chain(self.pods.get(&cookie).and_then(Pod::program));
-            own.any(|program| programs::steers(netns, Some(program)).unwrap_or(false))
+            own.any(|program| programs::is_attached(netns, Some(program)).unwrap_or(false))
         });
-        steers && self.window.maps().captures(cookie).unwrap_or(false)
+        steers && self.handle.maps().captures(cookie).unwrap_or(false)
     }
 
     /// When there is something to do by itself.
-    fn next(&self) -> Option<Instant> {
+    fn next_due(&self) -> Option<Instant> {
         let leaving = self.pods.values().filter_map(|pod| match &pod.phase {
-            InPhase::Lingering(_, until) | InPhase::Draining { until, .. } => Some(*until),
-            InPhase::Adopted | InPhase::Serving(_) => None,
+            PodPhase::Lingering(_, until) | PodPhase::Draining { until, .. } => Some(*until),
+            PodPhase::Unserved | PodPhase::Serving(_) => None,
         });
-        let failed = self.failed.values().map(|failed| failed.again);
-        let looks = self.pods.values().filter_map(Pod::looks).map(Looks::next);
-        let looks = looks.chain([self.looks.next()]);
-        leaving.chain(failed).chain(looks).chain(self.again).min()
+        let failed = self.failed.values().map(|failed| failed.retry_at);
+        let schedule = self
+            .pods
+            .values()
+            .filter_map(Pod::schedule)
+            .map(LookSchedule::next);
+        let schedule = schedule.chain([self.schedule.next()]);
+        leaving
+            .chain(failed)
+            .chain(schedule)
+            .chain(self.undo_retry)
+            .min()
     }
 }
 
@@ -750,8 +762,11 @@ async fn idle_or_changed(pods: &mut BTreeMap<u64, Pod>) {
 }
 
 /// What shows whether a pod's listeners are alive, and whether something changes in its namespace.
-fn watched(desired: &Desired, entered: &Entered) -> Result<(Listeners, Changes), CaptureError> {
-    let listeners = entered.listeners.share();
+fn watch_pod(
+    desired: &Desired,
+    prepared: &PreparedPod,
+) -> Result<(Listeners, Changes), CaptureError> {
+    let listeners = prepared.listeners.share();
     let both = listeners.and_then(|listeners| Ok((listeners, Changes::of(&desired.netns)?)));
     both.map_err(|error| CaptureError::Namespace {
         what: "watch what is changed",
@@ -759,7 +774,7 @@ fn watched(desired: &Desired, entered: &Entered) -> Result<(Listeners, Changes),
     })
 }
 
-async fn until(when: Option<Instant>) {
+async fn sleep_until_any(when: Option<Instant>) {
     match when {
         Some(when) => sleep_until(when).await,
         None => std::future::pending().await,
@@ -767,8 +782,8 @@ async fn until(when: Option<Instant>) {
 }
 
 /// The records that can be read.
-fn readable(records: &Records) -> Result<Vec<Record>, CaptureError> {
-    let each = records.each()?.into_iter();
+fn readable_records(records: &UndoRecords) -> Result<Vec<UndoRecord>, CaptureError> {
+    let each = records.read_all()?.into_iter();
     Ok(each
         .filter_map(|(_, record)| {
             let told = |error: &CaptureError| {
@@ -780,8 +795,8 @@ fn readable(records: &Records) -> Result<Vec<Record>, CaptureError> {
 }
 
 /// What a predecessor captured, with the namespaces that are still there.
-fn adopt(records: Vec<Record>) -> BTreeMap<u64, Pod> {
-    let mut found = undo::find(&records);
+fn unserved_pods(records: Vec<UndoRecord>) -> BTreeMap<u64, Pod> {
+    let mut found = undo::find_namespaces(&records);
     let adopted = records.into_iter().map(|record| {
         let netns = match found.remove(&record.cookie) {
             Some(Ok(netns)) => netns,
@@ -794,7 +809,7 @@ fn adopt(records: Vec<Record>) -> BTreeMap<u64, Pod> {
         let pod = Pod {
             uid: record.uid.clone(),
             netns,
-            phase: InPhase::Adopted,
+            phase: PodPhase::Unserved,
             held: None,
             record,
         };

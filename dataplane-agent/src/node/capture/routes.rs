@@ -33,7 +33,7 @@ const SYSCTLS: [&str; 3] = [
 ///
 /// # Errors
 /// The namespace cannot be entered; one cannot be read.
-pub fn sysctls(netns: &Netns) -> Result<BTreeMap<String, String>, CaptureError> {
+pub fn read_sysctls(netns: &Netns) -> Result<BTreeMap<String, String>, CaptureError> {
     let read = || {
         let mut found = BTreeMap::new();
         for name in SYSCTLS {
@@ -103,27 +103,29 @@ pub fn set_sysctls<'a>(
 /// The namespace cannot be entered; the kernel refuses.
 pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError> {
     let (is, hidden) = read(netns, want).map_err(namespace("read rules and routes"))?;
-    let done = with(netns, "set routes", async |handle| {
-        let lacks = want.lacks(&is);
+    let done = with_netlink(netns, "set routes", async |handle| {
+        let missing = want.missing_from(&is);
         // What fails for one family is no reason to leave the other without.
         let mut done = Ok(());
-        for route in &lacks.routes {
-            let request = handle.route().add(message(route)).replace();
+        for route in &missing.routes {
+            let request = handle.route().add(route_message(route)).replace();
             done = done.and(request.execute().await);
         }
-        for rule in &lacks.rules {
+        for rule in &missing.rules {
             let mut request = handle.rule().add();
             *request.message_mut() = rule_message(rule);
-            done = done.and(there(request.execute().await));
+            done = done.and(ignore_exists(request.execute().await));
         }
         for route in want.stale(&is) {
-            done = done.and(gone(handle.route().del(message(&route)).execute().await));
+            done = done.and(ignore_missing(
+                handle.route().del(route_message(&route)).execute().await,
+            ));
         }
-        done.map(|()| lacks)
+        done.map(|()| missing)
     });
-    let lacks = done.await?;
+    let missing = done.await?;
     match hidden {
-        None => Ok(lacks),
+        None => Ok(missing),
         Some(why) => Err(CaptureError::Namespace {
             what: "put rules before all others",
             why,
@@ -137,14 +139,14 @@ pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError>
 /// # Errors
 /// The namespace cannot be entered; what the kernel refuses.
 pub async fn trial(netns: &Netns, address: IpAddr) -> Result<(), CaptureError> {
-    let names = sysctls(netns)?;
+    let names = read_sysctls(netns)?;
     set_sysctls(netns, names.keys().map(|name| (name, "1")))?;
     if address.is_ipv6() {
         // The machine's default may be that namespaces begin without it; what a pod has is the pod's.
         let disabled = "net/ipv6/conf/all/disable_ipv6".to_owned();
         set_sysctls(netns, [(&disabled, "0")])?;
     }
-    with(netns, "set lo up", async |handle| {
+    with_netlink(netns, "set lo up", async |handle| {
         let up = LinkUnspec::new_with_index(LO).up().build();
         handle.link().set(up).execute().await
     })
@@ -159,11 +161,11 @@ pub async fn trial(netns: &Netns, address: IpAddr) -> Result<(), CaptureError> {
 /// The namespace cannot be entered; the kernel refuses.
 pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     let what = "remove routes";
-    with(netns, what, async |handle| {
+    with_netlink(netns, what, async |handle| {
         for v4 in [true, false] {
             for kind in RuleKind::ALL {
                 let rule = rule_message(&Rule { v4, kind });
-                gone(handle.rule().del(rule).execute().await)?;
+                ignore_missing(handle.rule().del(rule).execute().await)?;
             }
         }
         Ok(())
@@ -171,10 +173,10 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     .await?;
     for v4 in [true, false] {
         let ours = routes(netns, v4).map_err(namespace(what))?;
-        with(netns, what, async |handle| {
+        with_netlink(netns, what, async |handle| {
             for route in ours {
                 // It may have gone with its interface.
-                gone(handle.route().del(route).execute().await)?;
+                ignore_missing(handle.route().del(route).execute().await)?;
             }
             Ok(())
         })
@@ -271,7 +273,7 @@ fn rules(netns: &Netns, v4: bool) -> io::Result<Rules> {
             false => ControlFlow::Continue(()),
         }
     };
-    nothing(dump(netns, RouteNetlinkMessage::GetRule(of), each))?;
+    ignore_no_table(dump(netns, RouteNetlinkMessage::GetRule(of), each))?;
     Ok(rules)
 }
 
@@ -320,7 +322,7 @@ fn routes(netns: &Netns, v4: bool) -> io::Result<Vec<RouteMessage>> {
             }
             ControlFlow::Continue(())
         };
-        nothing(dump(netns, RouteNetlinkMessage::GetRoute(of), each))?;
+        ignore_no_table(dump(netns, RouteNetlinkMessage::GetRoute(of), each))?;
     }
     Ok(ours)
 }
@@ -333,7 +335,7 @@ fn family(v4: bool) -> AddressFamily {
 }
 
 /// The netlink message of a route.
-fn message(route: &Route) -> RouteMessage {
+fn route_message(route: &Route) -> RouteMessage {
     let mut message = RouteMessageBuilder::<Ipv4Addr>::new()
         .table_id(route.table)
         .kind(RouteType::Local)
@@ -413,7 +415,7 @@ fn table_of(route: &RouteMessage) -> Option<u32> {
 }
 
 /// What is there already is as good as made.
-fn there(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+fn ignore_exists(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     match done {
         Err(error) if is(&error, libc::EEXIST) => Ok(()),
         done => done,
@@ -421,7 +423,7 @@ fn there(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
 }
 
 /// What is not there is as good as taken away; so is what the kernel does not have a family for.
-fn gone(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
+fn ignore_missing(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     let none = [
         libc::ESRCH,
         libc::ENOENT,
@@ -435,7 +437,7 @@ fn gone(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
 }
 
 /// A table is there once a route is in it, and a family if the kernel has it.
-fn nothing(told: io::Result<()>) -> io::Result<()> {
+fn ignore_no_table(told: io::Result<()>) -> io::Result<()> {
     let none = [libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
     match told {
         Err(error) if none.map(Some).contains(&error.raw_os_error()) => Ok(()),
@@ -451,7 +453,7 @@ fn is(error: &rtnetlink::Error, errno: i32) -> bool {
 }
 
 /// Runs `work` with a netlink socket of the namespace, which is closed at the end.
-async fn with<T>(
+async fn with_netlink<T>(
     netns: &Netns,
     what: &'static str,
     work: impl AsyncFnOnce(&Handle) -> Result<T, rtnetlink::Error>,

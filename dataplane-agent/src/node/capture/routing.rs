@@ -153,7 +153,7 @@ impl Routing {
     }
 
     /// What is to be and is not.
-    pub fn lacks(&self, is: &Self) -> Self {
+    pub fn missing_from(&self, is: &Self) -> Self {
         Self {
             rules: &self.rules - &is.rules,
             routes: &self.routes - &is.routes,
@@ -241,9 +241,9 @@ mod tests {
             &addresses,
             &interfaces(&[(2, &["10.1.0.5"]), (3, &["192.168.7.2"])]),
         );
-        let lacks = after.lacks(&before);
-        assert_eq!(lacks.rules.len(), 0);
-        let sources: Vec<_> = lacks.routes.iter().map(|route| route.source).collect();
+        let missing = after.missing_from(&before);
+        assert_eq!(missing.rules.len(), 0);
+        let sources: Vec<_> = missing.routes.iter().map(|route| route.source).collect();
         assert_eq!(sources, [Some(ip("192.168.7.2"))]);
         let stale: Vec<_> = after
             .stale(&before)
@@ -276,13 +276,13 @@ mod tests {
             let mut kept = || { place += 1; !lost.contains(&(place - 1)) };
             is.rules.retain(|_| kept());
             is.routes.retain(|_| kept());
-            let lacks = want.lacks(&is);
+            let missing = want.missing_from(&is);
             let stale = want.stale(&is);
             is.routes.retain(|route| {
-                !stale.contains(route) && !lacks.routes.iter().any(|new| new.replaces(route))
+                !stale.contains(route) && !missing.routes.iter().any(|new| new.replaces(route))
             });
-            is.rules.extend(&lacks.rules);
-            is.routes.extend(&lacks.routes);
+            is.rules.extend(&missing.rules);
+            is.routes.extend(&missing.routes);
             prop_assert_eq!(is, want);
         }
     }

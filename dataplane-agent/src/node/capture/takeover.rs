@@ -18,7 +18,7 @@ use aya::maps::{MapData, MapInfo, MapType};
 
 use super::definition::{Definition, expected};
 use super::link::Link;
-use super::maps::{self, Holds, NodeMaps};
+use super::maps::{self, MapContents, NodeMaps};
 use super::pins::{self, Pins};
 use super::programs::{self, Loader};
 use super::{CaptureError, attached};
@@ -26,12 +26,12 @@ use crate::sys::elements::Elements;
 
 /// What is to be done with the pinned maps. Those that were made for it go with it, unless it is finished.
 pub struct Takeover {
-    changed: Vec<Changed>,
+    replaced: Vec<ReplacedMap>,
     maps: PathBuf,
 }
 
 /// A map in whose place another one comes.
-struct Changed {
+struct ReplacedMap {
     name: &'static str,
     old: MapData,
     copied: bool,
@@ -42,7 +42,7 @@ struct Changed {
 /// # Errors
 /// A map cannot be taken over, and why.
 pub fn refuse(pins: &Pins) -> Result<(), CaptureError> {
-    changed(pins).map(|_| ())
+    maps_to_replace(pins).map(|_| ())
 }
 
 impl Takeover {
@@ -51,36 +51,36 @@ impl Takeover {
     /// # Errors
     /// A map cannot be taken over, and why; nothing is changed then.
     pub fn begin(pins: &Pins) -> Result<Self, CaptureError> {
-        let names = maps::SHARED.into_iter().chain(maps::OF_NODE);
-        for name in names.chain(maps::OF_POD) {
-            pins::remove(&new(&pins.maps(), name))?;
+        let names = maps::SHARED.into_iter().chain(maps::NODE_MAPS);
+        for name in names.chain(maps::POD_MAPS) {
+            pins::remove(&new_pin(&pins.maps(), name))?;
         }
-        pin_again(pins)?;
-        let changed = changed(pins)?;
-        for Changed { name, old, copied } in &changed {
-            let pinned = Definition::is(old).map_err(maps::failed(name))?;
+        restore_pins(pins)?;
+        let replaced = maps_to_replace(pins)?;
+        for ReplacedMap { name, old, copied } in &replaced {
+            let pinned = Definition::of_map(old).map_err(maps::map_error(name))?;
             tracing::info!(
                 map = name, %pinned, copied,
                 "pinned map is not as this agent's programs expect it, and another one comes in its place"
             );
         }
         Ok(Self {
-            changed,
+            replaced,
             maps: pins.maps(),
         })
     }
 
     /// Where a map is that this agent's programs have: it is made there if it is not there.
     pub fn path(&self, name: &str) -> PathBuf {
-        match self.changed.iter().any(|changed| changed.name == name) {
-            true => new(&self.maps, name),
+        match self.replaced.iter().any(|map| map.name == name) {
+            true => new_pin(&self.maps, name),
             false => self.maps.join(name),
         }
     }
 
     /// Where a pod's listeners are pinned as its program is loaded.
     pub fn listeners(&self) -> PathBuf {
-        new(&self.maps, maps::LISTENERS)
+        new_pin(&self.maps, maps::LISTENERS)
     }
 
     /// Copies to the new maps, which are made by now, what the old ones hold.
@@ -88,11 +88,11 @@ impl Takeover {
     /// # Errors
     /// There is no room in one; the kernel refuses.
     pub fn copy(&self) -> Result<(), CaptureError> {
-        for Changed { name, old, copied } in &self.changed {
+        for ReplacedMap { name, old, copied } in &self.replaced {
             if !copied {
                 continue;
             }
-            let new = MapData::from_pin(self.path(name)).map_err(maps::failed(name))?;
+            let new = MapData::from_pin(self.path(name)).map_err(maps::map_error(name))?;
             copy(old, &new).map_err(|error| {
                 let why = match error.raw_os_error() {
                     Some(libc::E2BIG) => "it holds more than this agent has room for".into(),
@@ -110,22 +110,22 @@ impl Takeover {
     ///
     /// # Errors
     /// The kernel refuses the program.
-    pub fn steer(
+    pub fn replace_pod_programs(
         &self,
         loader: &mut Loader,
         pins: &Pins,
         node: &NodeMaps,
     ) -> Result<(), CaptureError> {
-        let steering = Steering::new(self, pins)?;
+        let stale = StalePrograms::new(self, pins)?;
         for entry in fs::read_dir(pins.pods()).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let cookie = name.to_str().and_then(|name| name.parse().ok());
             let (Some(cookie), Some(link)) = (cookie, Link::at(&entry.path())) else {
                 continue;
             };
-            if let Some(listeners) = steering.stale.get(&link.program()) {
-                steering.lend(listeners.as_ref())?;
-                let mut program = loader.pod(cookie, node.first(cookie), None)?;
+            if let Some(listeners) = stale.listeners.get(&link.program()) {
+                stale.pin_listeners(listeners.as_ref())?;
+                let mut program = loader.pod(cookie, node.first_address(cookie), None)?;
                 program.replace(&link)?;
             }
         }
@@ -138,122 +138,122 @@ impl Takeover {
     /// # Errors
     /// The file system refuses.
     pub fn finish(self, pins: &mut Pins) -> Result<(), CaptureError> {
-        for Changed { name, .. } in &self.changed {
-            let (from, to) = (new(&self.maps, name), self.maps.join(name));
+        for ReplacedMap { name, .. } in &self.replaced {
+            let (from, to) = (new_pin(&self.maps, name), self.maps.join(name));
             fs::rename(&from, to).map_err(CaptureError::file(&from))?;
         }
         let known = |pin: &Path| {
-            let mut names = maps::SHARED.iter().chain(&maps::OF_NODE);
+            let mut names = maps::SHARED.iter().chain(&maps::NODE_MAPS);
             names.any(|name| pin.ends_with(name))
         };
         for pin in pins.pinned_maps().iter().filter(|pin| !known(pin)) {
             tracing::info!(pin = %pin.display(), "pinned map is none of this agent's programs', and is removed");
             pins::remove(pin)?;
         }
-        pins.settle()
+        pins.rename_to_own_layout()
     }
 }
 
 impl Drop for Takeover {
     fn drop(&mut self) {
-        for Changed { name, .. } in &self.changed {
-            let _ = pins::remove(&new(&self.maps, name));
+        for ReplacedMap { name, .. } in &self.replaced {
+            let _ = pins::remove(&new_pin(&self.maps, name));
         }
     }
 }
 
 /// The pods' programs that are to be replaced.
-struct Steering {
+struct StalePrograms {
     /// By their numbers, each with its listeners, if the next program can have them: whoever holds those is
     /// served on.
-    stale: BTreeMap<u32, Option<MapData>>,
+    listeners: BTreeMap<u32, Option<MapData>>,
     pin: PathBuf,
 }
 
-impl Steering {
+impl StalePrograms {
     fn new(takeover: &Takeover, pins: &Pins) -> Result<Self, CaptureError> {
         let expected = expected("pod", programs::POD)?;
         let as_expected =
-            |map: &MapData| Definition::is(map).ok().as_ref() == expected.get(maps::LISTENERS);
-        let pinned = |name| MapInfo::from_pin(takeover.path(name)).map_err(maps::failed(name));
+            |map: &MapData| Definition::of_map(map).ok().as_ref() == expected.get(maps::LISTENERS);
+        let pinned = |name| MapInfo::from_pin(takeover.path(name)).map_err(maps::map_error(name));
         let own = maps::SHARED.map(|name| pinned(name).map(|map| map.id()));
         let own: Vec<u32> = own.into_iter().collect::<Result<_, _>>()?;
         let mut stale = BTreeMap::new();
-        for (program, ids) in attached::pinned(pins)? {
-            let steers = program.name_as_str() == Some(programs::OF_POD);
+        for (program, ids) in attached::pinned_programs(pins)? {
+            let steers = program.name_as_str() == Some(programs::POD_PROGRAM);
             if !steers || own.iter().all(|id| ids.contains(id)) {
                 continue;
             }
-            let listeners = of_name(&ids, maps::LISTENERS)?;
+            let listeners = map_named(&ids, maps::LISTENERS)?;
             stale.insert(program.id(), listeners.filter(as_expected));
         }
         Ok(Self {
-            stale,
+            listeners: stale,
             pin: takeover.listeners(),
         })
     }
 
     /// Has the pod's program that is loaded next take these listeners, or else new ones.
-    fn lend(&self, listeners: Option<&MapData>) -> Result<(), CaptureError> {
+    fn pin_listeners(&self, listeners: Option<&MapData>) -> Result<(), CaptureError> {
         pins::remove(&self.pin)?;
         listeners.map_or(Ok(()), |map| pin(map, &self.pin))
     }
 }
 
-impl Drop for Steering {
+impl Drop for StalePrograms {
     fn drop(&mut self) {
         let _ = pins::remove(&self.pin);
     }
 }
 
 /// Where a map is pinned until it takes another one's place.
-fn new(maps: &Path, name: &str) -> PathBuf {
-    pins::beside(&maps.join(name))
+fn new_pin(maps: &Path, name: &str) -> PathBuf {
+    pins::new_pin(&maps.join(name))
 }
 
 /// The pinned maps that are not as this agent's programs expect them.
-fn changed(pins: &Pins) -> Result<Vec<Changed>, CaptureError> {
+fn maps_to_replace(pins: &Pins) -> Result<Vec<ReplacedMap>, CaptureError> {
     let expected = expected("node", programs::NODE)?;
     let mut all = Vec::new();
-    for name in maps::SHARED.into_iter().chain(maps::OF_NODE) {
+    for name in maps::SHARED.into_iter().chain(maps::NODE_MAPS) {
         let pin = pins.maps().join(name);
         let (Some(expected), true) = (expected.get(name), pin.exists()) else {
             continue;
         };
-        let old = MapData::from_pin(&pin).map_err(maps::failed(name))?;
-        let is = Definition::is(&old).map_err(maps::failed(name))?;
+        let old = MapData::from_pin(&pin).map_err(maps::map_error(name))?;
+        let is = Definition::of_map(&old).map_err(maps::map_error(name))?;
         if is == *expected {
             continue;
         }
-        let copied = match (maps::holds(name), is.obstacle(expected)) {
-            (Holds::Sockets, _) => {
+        let copied = match (maps::contents(name), is.copy_obstacle(expected)) {
+            (MapContents::Sockets, _) => {
                 let why = format!("what it holds cannot be read, and it is {is}, not {expected}");
                 return Err(refused(name, &pins.maps(), why));
             }
-            (Holds::Pods, Some(why)) => return Err(refused(name, &pins.maps(), why)),
-            (Holds::Pods | Holds::Passing, None) => true,
-            (Holds::Passing, Some(_)) | (Holds::Nothing, _) => false,
+            (MapContents::Pods, Some(why)) => return Err(refused(name, &pins.maps(), why)),
+            (MapContents::Pods | MapContents::Transient, None) => true,
+            (MapContents::Transient, Some(_)) | (MapContents::Rewritten, _) => false,
         };
-        all.push(Changed { name, old, copied });
+        all.push(ReplacedMap { name, old, copied });
     }
     Ok(all)
 }
 
 /// Pins again, by its name, what attached programs have and is not pinned any more: an empty map in its
 /// place would let go of whom that one keeps captured.
-fn pin_again(pins: &Pins) -> Result<(), CaptureError> {
-    let names = maps::SHARED.into_iter().chain(maps::OF_NODE);
+fn restore_pins(pins: &Pins) -> Result<(), CaptureError> {
+    let names = maps::SHARED.into_iter().chain(maps::NODE_MAPS);
     let lost: Vec<_> = names
         .filter(|name| !pins.maps().join(name).exists())
         .collect();
     if lost.is_empty() {
         return Ok(());
     }
-    for (_, ids) in attached::pinned(pins)? {
+    for (_, ids) in attached::pinned_programs(pins)? {
         for name in &lost {
             let path = pins.maps().join(name);
             if !path.exists()
-                && let Some(map) = of_name(&ids, name)?
+                && let Some(map) = map_named(&ids, name)?
             {
                 tracing::warn!(
                     map = name,
@@ -267,11 +267,11 @@ fn pin_again(pins: &Pins) -> Result<(), CaptureError> {
 }
 
 /// The map of this name among those of a program.
-fn of_name(ids: &[u32], name: &'static str) -> Result<Option<MapData>, CaptureError> {
+fn map_named(ids: &[u32], name: &'static str) -> Result<Option<MapData>, CaptureError> {
     for id in ids {
-        let info = MapInfo::from_id(*id).map_err(maps::failed(name))?;
+        let info = MapInfo::from_id(*id).map_err(maps::map_error(name))?;
         if info.name_as_str() == Some(name) {
-            let map = MapData::from_id(*id).map_err(maps::failed(name))?;
+            let map = MapData::from_id(*id).map_err(maps::map_error(name))?;
             return Ok(Some(map));
         }
     }
@@ -285,7 +285,7 @@ fn pin(map: &MapData, path: &Path) -> Result<(), CaptureError> {
 
 fn copy(old: &MapData, new: &MapData) -> io::Result<()> {
     use MapType::{Array, PerCpuArray};
-    let kind = Definition::is(new).map_or(MapType::Unspecified, |new| new.kind);
+    let kind = Definition::of_map(new).map_or(MapType::Unspecified, |new| new.kind);
     let of_array = matches!(kind, Array | PerCpuArray);
     let (old, new) = (Elements::of(old)?, Elements::of(new)?);
     for key in old.keys()? {

@@ -18,11 +18,11 @@ use crate::sys::processes;
 
 /// The folder of records.
 #[derive(Clone, Debug)]
-pub struct Records(PathBuf);
+pub struct UndoRecords(PathBuf);
 
 /// The record of one pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
+pub struct UndoRecord {
     /// The workload's uid.
     pub uid: Arc<str>,
     /// The cookie of its network namespace.
@@ -41,9 +41,9 @@ pub struct Record {
 }
 
 /// A record's file, and what it says if it can be read.
-pub type Found = (PathBuf, Result<Record, CaptureError>);
+pub type RecordFile = (PathBuf, Result<UndoRecord, CaptureError>);
 
-impl Records {
+impl UndoRecords {
     /// In this folder.
     ///
     /// # Errors
@@ -64,9 +64,9 @@ impl Records {
     ///
     /// # Errors
     /// The folder cannot be read.
-    pub fn each(&self) -> Result<Vec<Found>, CaptureError> {
+    pub fn read_all(&self) -> Result<Vec<RecordFile>, CaptureError> {
         let finished = self.files()?.into_iter().filter_map(|path| {
-            let cookie = Record::cookie_of(&path)?;
+            let cookie = UndoRecord::cookie_of(&path)?;
             Some((read(&path, cookie), path))
         });
         Ok(finished.map(|(record, path)| (path, record)).collect())
@@ -80,7 +80,7 @@ impl Records {
         let files = self.files()?;
         Ok(files
             .iter()
-            .filter_map(|path| Record::cookie_of(path))
+            .filter_map(|path| UndoRecord::cookie_of(path))
             .collect())
     }
 
@@ -95,7 +95,7 @@ impl Records {
     /// The folder cannot be read.
     pub fn unfinished(&self) -> Result<Vec<PathBuf>, CaptureError> {
         let mut files = self.files()?;
-        files.retain(|path| cookie(path, "new").is_some());
+        files.retain(|path| cookie_in_name(path, "new").is_some());
         Ok(files)
     }
 
@@ -103,7 +103,7 @@ impl Records {
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn of(&self, cookie: u64) -> Result<Option<Record>, CaptureError> {
+    pub fn read(&self, cookie: u64) -> Result<Option<UndoRecord>, CaptureError> {
         match read(&self.path(cookie), cookie) {
             Err(CaptureError::File { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
                 Ok(None)
@@ -116,7 +116,7 @@ impl Records {
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn write(&self, record: &Record) -> Result<(), CaptureError> {
+    pub fn write(&self, record: &UndoRecord) -> Result<(), CaptureError> {
         let path = self.path(record.cookie);
         let new = path.with_extension("new");
         let write = || {
@@ -148,10 +148,10 @@ impl Records {
     }
 }
 
-impl Record {
+impl UndoRecord {
     /// Whose record a file is, by its name.
     pub fn cookie_of(path: &Path) -> Option<u64> {
-        cookie(path, "json")
+        cookie_in_name(path, "json")
     }
 
     /// Its network namespace, of a process or of a name; none if nobody has it any more.
@@ -159,7 +159,7 @@ impl Record {
     /// # Errors
     /// It was not found by a look that was not whole. It may be there, with all that was changed in it.
     pub fn netns(&self) -> Result<Option<Netns>, CaptureError> {
-        let found = find(std::slice::from_ref(self)).remove(&self.cookie);
+        let found = find_namespaces(std::slice::from_ref(self)).remove(&self.cookie);
         found
             .unwrap_or(Ok(None))
             .map_err(|error| CaptureError::Namespace {
@@ -169,9 +169,9 @@ impl Record {
     }
 }
 
-fn read(path: &Path, cookie: u64) -> Result<Record, CaptureError> {
+fn read(path: &Path, cookie: u64) -> Result<UndoRecord, CaptureError> {
     let text = fs::read(path).map_err(CaptureError::file(path))?;
-    let record: Record =
+    let record: UndoRecord =
         serde_json::from_slice(&text).map_err(|error| CaptureError::file(path)(error.into()))?;
     if record.cookie != cookie {
         let error = io::Error::other(format!("it is of network namespace {}", record.cookie));
@@ -181,18 +181,21 @@ fn read(path: &Path, cookie: u64) -> Result<Record, CaptureError> {
 }
 
 /// What is written under another name first, and what is a record's.
-fn cookie(path: &Path, ending: &str) -> Option<u64> {
+fn cookie_in_name(path: &Path, extension: &str) -> Option<u64> {
     let name = path.file_name()?.to_str()?;
-    name.strip_suffix(ending)?.strip_suffix('.')?.parse().ok()
+    name.strip_suffix(extension)?
+        .strip_suffix('.')?
+        .parse()
+        .ok()
 }
 
 /// The network namespaces that records speak of, by their cookies, in one look; an error for each one
 /// that is not known to be gone.
-pub fn find(records: &[Record]) -> BTreeMap<u64, io::Result<Option<Netns>>> {
-    let look = processes::namespaces();
-    let find = |record: &Record| {
-        let look = look.as_ref().map_err(again)?;
-        let Some(namespace) = look.namespaces.get(&record.inode) else {
+pub fn find_namespaces(records: &[UndoRecord]) -> BTreeMap<u64, io::Result<Option<Netns>>> {
+    let listed = processes::namespaces();
+    let find = |record: &UndoRecord| {
+        let listed = listed.as_ref().map_err(clone_error)?;
+        let Some(namespace) = listed.namespaces.get(&record.inode) else {
             return Ok(None);
         };
         let netns = Netns::open(&namespace.path)?;
@@ -207,7 +210,7 @@ pub fn find(records: &[Record]) -> BTreeMap<u64, io::Result<Option<Netns>>> {
 }
 
 /// An error, said once more.
-fn again(error: &io::Error) -> io::Error {
+fn clone_error(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }
 
@@ -218,8 +221,8 @@ mod tests {
     #[test]
     fn a_record_that_cannot_be_read_takes_no_other_ones_way_back() {
         let dir = tempfile::tempdir().expect("a folder");
-        let records = Records::open(dir.path()).expect("a folder");
-        let record = Record {
+        let records = UndoRecords::open(dir.path()).expect("a folder");
+        let record = UndoRecord {
             uid: "pod".into(),
             cookie: 7,
             inode: 1,
@@ -232,10 +235,10 @@ mod tests {
             fs::write(dir.path().join(name), text).expect("a file");
         }
         fs::copy(dir.path().join("7.json"), dir.path().join("10.json")).expect("a file");
-        assert_eq!(records.of(7).expect("readable"), Some(record));
-        assert_eq!(records.of(11).expect("none"), None);
-        assert!(records.of(8).is_err() && records.of(10).is_err());
-        let mut each = records.each().expect("a folder");
+        assert_eq!(records.read(7).expect("readable"), Some(record));
+        assert_eq!(records.read(11).expect("none"), None);
+        assert!(records.read(8).is_err() && records.read(10).is_err());
+        let mut each = records.read_all().expect("a folder");
         each.sort_by_key(|(path, _)| path.clone());
         let good: Vec<bool> = each.iter().map(|(_, record)| record.is_ok()).collect();
         assert_eq!(good, [false, true, false], "10, 7, 8");
@@ -248,15 +251,15 @@ mod tests {
     #[test]
     fn a_record_of_another_version_is_read_and_keeps_what_that_one_wrote() {
         let dir = tempfile::tempdir().expect("a folder");
-        let records = Records::open(dir.path()).expect("a folder");
+        let records = UndoRecords::open(dir.path()).expect("a folder");
         let path = dir.path().join("7.json");
         let older = r#"{"uid":"pod","cookie":7,"inode":1}"#;
         fs::write(&path, older).expect("a file");
-        let record = records.of(7).expect("readable").expect("there");
+        let record = records.read(7).expect("readable").expect("there");
         assert_eq!((record.cgroup, record.sysctls.len()), (0, 0));
         let newer = r#"{"uid":"pod","cookie":7,"inode":1,"hold":{"mark":"0x512"}}"#;
         fs::write(&path, newer).expect("a file");
-        let record = records.of(7).expect("readable").expect("there");
+        let record = records.read(7).expect("readable").expect("there");
         records.write(&record).expect("a file");
         let written = fs::read_to_string(&path).expect("a file");
         assert!(written.contains(r#""hold":{"mark":"0x512"}"#), "{written}");

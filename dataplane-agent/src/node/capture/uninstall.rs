@@ -17,7 +17,7 @@ use crate::sys::hooks;
 
 /// A node whose agent has ended, and that nobody else can start or uninstall meanwhile.
 #[derive(Debug)]
-pub struct Ended {
+pub struct StoppedNode {
     folder: NodeFolder,
     pins: Pins,
     cgroup: PathBuf,
@@ -27,14 +27,14 @@ pub struct Ended {
 
 /// What became of it.
 #[derive(Debug, Default)]
-pub struct Done {
+pub struct Outcome {
     /// How many pods are as they were before.
     pub pods: usize,
     /// What is left, and why; a line each.
     pub left: Vec<String>,
 }
 
-impl Ended {
+impl StoppedNode {
     /// Finds it, with the places that its agent was given. Nothing is changed.
     ///
     /// # Errors
@@ -63,12 +63,12 @@ impl Ended {
         }
         let mut pins = Pins::new(&mark.bpffs, node);
         let _lock = pins.lock()?;
-        pins.refuse_without(&folder.records()?)?;
+        pins.refuse_unrecorded(&folder.records()?)?;
         // Whatever is not pinned here would go on without its routes.
         if mark.cgroup.exists() {
             attached::refuse_on_cgroup(&mark.cgroup, &pins, &BTreeSet::new())?;
         }
-        folder.is_uninstalled();
+        folder.set_uninstalling();
         Ok(Self {
             folder,
             pins,
@@ -88,16 +88,16 @@ impl Ended {
     ///
     /// # Errors
     /// What is pinned cannot be removed, or the records not be read; they stay.
-    pub async fn uninstall(self, left: Vec<String>) -> Result<Done, CaptureError> {
-        let mut done = Done { pods: 0, left };
+    pub async fn uninstall(self, left: Vec<String>) -> Result<Outcome, CaptureError> {
+        let mut done = Outcome { pods: 0, left };
         let mut leave = |what: &dyn fmt::Display| done.left.push(what.to_string());
-        let own = attached::own(&self.pins)?;
+        let own = attached::own_programs(&self.pins)?;
         // First those that mark: what is not marked needs no route. Then each pod's routes, and its program
         // after them: what it has sent by them is sent again, and its own app must not get it.
         attached::detach(&own, Some(LinkType::Cgroup), &self.pins)?;
         let records = self.folder.records()?;
         let mut kept = Vec::new();
-        for (path, record) in records.each()? {
+        for (path, record) in records.read_all()? {
             let undone = match record {
                 Ok(record) => enrol::undo(&record, None, &records, &self.pins)
                     .await
@@ -118,7 +118,7 @@ impl Ended {
         attached::detach(&own, None, &self.pins)?;
         if let Ok(folder) = File::open(&self.cgroup) {
             let attached = hooks::of_cgroup(&folder).map_err(CaptureError::file(&self.cgroup))?;
-            if let Some(error) = attached::still(&attached, &own) {
+            if let Some(error) = attached::still_attached(&attached, &own) {
                 leave(&format_args!(
                     "programs on {}: {error}",
                     self.cgroup.display()
@@ -151,7 +151,7 @@ pub fn refuse_unless_clean(
 ) -> Result<(), CaptureError> {
     let folder = run_dir.join(node.as_str());
     let pins = Pins::new(&canonical(bpffs), node);
-    let is_there = std::fs::symlink_metadata(&folder).is_ok() || pins.are_there();
+    let is_there = std::fs::symlink_metadata(&folder).is_ok() || pins.exist();
     if is_there || !node_folder::known(run_dir).is_empty() {
         return Err(unknown);
     }
@@ -165,7 +165,7 @@ pub fn refuse_unless_clean(
 /// There are some; the machine cannot be looked at.
 pub fn refuse_elsewhere(run_dir: &Path, bpffs: &Path, node: &NodeName) -> Result<(), CaptureError> {
     let pins = Pins::new(&canonical(bpffs), node);
-    let links = attached::anywhere(&pins)?;
+    let links = attached::count_links(&pins)?;
     let namespaces = routes::namespaces_with_rules()?;
     if links == 0 && namespaces == 0 {
         return Ok(());

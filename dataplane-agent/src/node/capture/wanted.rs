@@ -31,7 +31,7 @@ pub struct Desired {
 
 impl Desired {
     /// Whether the other says the same of the pod as it is served.
-    pub fn says(&self, other: &Self) -> bool {
+    pub fn same_identity_and_addresses(&self, other: &Self) -> bool {
         self.uid == other.uid
             && self.identity == other.identity
             && self.addresses == other.addresses
@@ -44,7 +44,7 @@ pub struct Wanted {
     /// Pods that were found.
     pub pods: Vec<Desired>,
     /// The uids of those that are wanted and were not found.
-    pub waiting: BTreeSet<Arc<str>>,
+    pub unlocated: BTreeSet<Arc<str>>,
     /// Cookies of network namespaces that are gone.
     pub gone: BTreeSet<u64>,
 }
@@ -68,7 +68,7 @@ pub struct PodStatus {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodState {
     /// Taken over from a predecessor, or from what it was before; not served by anybody yet.
-    Adopted {
+    Unserved {
         /// Whether it is captured.
         captured: bool,
     },

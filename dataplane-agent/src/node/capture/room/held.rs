@@ -3,32 +3,32 @@
 
 use std::path::Path;
 
-use super::super::enrol::Own;
+use super::super::enrol::AddressOwner;
 use super::super::link::Link;
 use super::super::pins::Pins;
 use super::super::programs::{self, Loader, PodProgram, Restored};
-use super::super::repair::{Gone, Part};
+use super::super::repair::{LostParts, Part};
 use super::super::routing::Routing;
-use super::super::undo::Record;
+use super::super::undo::UndoRecord;
 use super::super::{CaptureError, enrol, routes};
-use super::look::{Looks, set, told};
-use super::{Room, Window};
+use super::look::{LookSchedule, report, restore_settings};
+use super::{CaptureHandle, Reconciler};
 use crate::mesh::workload::named;
 use crate::sys::netns::{Interfaces, Netns};
 
 /// What keeps it captured, as it was looked at last.
-pub(super) struct Held {
-    pub(super) looks: Looks,
+pub(super) struct HeldPod {
+    pub(super) schedule: LookSchedule,
     /// What its program is attached by.
     steer: Option<Link>,
     interfaces: Option<Interfaces>,
     routing: Routing,
 }
 
-impl Default for Held {
+impl Default for HeldPod {
     fn default() -> Self {
         Self {
-            looks: Looks::at_once(),
+            schedule: LookSchedule::due_now(),
             steer: None,
             interfaces: None,
             routing: Routing::default(),
@@ -36,7 +36,7 @@ impl Default for Held {
     }
 }
 
-impl Room {
+impl Reconciler {
     /// Looks at a pod, if it is held.
     pub(super) async fn look_at_held(&mut self, cookie: u64) {
         if self.pods.get(&cookie).is_none_or(|pod| pod.held.is_none()) {
@@ -49,26 +49,32 @@ impl Room {
         let Some(held) = &mut pod.held else {
             return;
         };
-        let mut gone = Gone::default();
-        let mended = match found(&mut pod.netns, &pod.record) {
+        let mut lost_parts = LostParts::default();
+        let mended = match find_netns(&mut pod.netns, &pod.record) {
             Ok(Some(netns)) => {
-                let means = (&mut self.loader, &self.pins, &self.window);
-                held.mend(netns, &pod.record, means, &mut gone).await
+                let parts = (&mut self.loader, &self.pins, &self.handle);
+                held.restore(netns, &pod.record, parts, &mut lost_parts)
+                    .await
             }
             // Nobody has it; that it is gone is for control to say.
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         };
-        let broken = told(named(&pod.uid), &gone, mended, held.looks.broken.as_deref());
-        self.window.repairs.count(&gone);
-        held.looks.done(broken);
+        let broken = report(
+            named(&pod.uid),
+            &lost_parts,
+            mended,
+            held.schedule.broken.as_deref(),
+        );
+        self.handle.repairs.count(&lost_parts);
+        held.schedule.done(broken);
     }
 }
 
 /// Its namespace, which is looked for again if the look at the start was not whole.
-fn found<'a>(
+fn find_netns<'a>(
     netns: &'a mut Option<Netns>,
-    record: &Record,
+    record: &UndoRecord,
 ) -> Result<Option<&'a Netns>, CaptureError> {
     if netns.is_none() {
         *netns = record.netns()?;
@@ -76,9 +82,9 @@ fn found<'a>(
     Ok(netns.as_ref())
 }
 
-impl Held {
+impl HeldPod {
     /// By the program of one that was served.
-    pub(super) fn by(program: PodProgram) -> Self {
+    pub(super) fn with_program(program: PodProgram) -> Self {
         Self {
             steer: program.into_link(),
             ..Self::default()
@@ -92,51 +98,52 @@ impl Held {
     /// The file system refuses; the kernel does not tell what steers.
     pub(super) fn pin(&self, netns: &Netns, pin: &Path) -> Result<(), CaptureError> {
         match &self.steer {
-            Some(link) if programs::steers(netns, self.program())? && !link.is_at(pin) => {
+            Some(link) if programs::is_attached(netns, self.program())? && !link.is_at(pin) => {
                 link.pin(pin)
             }
             _ => Ok(()),
         }
     }
 
-    async fn mend(
+    async fn restore(
         &mut self,
         netns: &Netns,
-        record: &Record,
-        (loader, pins, window): (&mut Loader, &Pins, &Window),
-        gone: &mut Gone,
+        record: &UndoRecord,
+        (loader, pins, handle): (&mut Loader, &Pins, &CaptureHandle),
+        lost_parts: &mut LostParts,
     ) -> Result<(), CaptureError> {
         // As for one that is served: what somebody else may have by now first, and what fails of one is
         // no reason to leave the others.
-        let own = self.own(netns, record, window, gone);
-        let steered = self.steered(netns, record.cookie, (loader, pins), gone);
+        let own = self.update_addresses(netns, record, handle, lost_parts);
+        let steered = self.restore_program(netns, record.cookie, (loader, pins), lost_parts);
         let routed = match steered {
-            Ok(pinned) => self.routed(netns, gone).await.and(pinned),
+            Ok(pinned) => self.restore_routes(netns, lost_parts).await.and(pinned),
             Err(error) => Err(error),
         };
-        own.and(routed).and(set(netns, record, gone))
+        own.and(routed)
+            .and(restore_settings(netns, record, lost_parts))
     }
 
     /// What is its own.
-    fn own(
+    fn update_addresses(
         &mut self,
         netns: &Netns,
-        record: &Record,
-        window: &Window,
-        gone: &mut Gone,
+        record: &UndoRecord,
+        handle: &CaptureHandle,
+        lost_parts: &mut LostParts,
     ) -> Result<(), CaptureError> {
         let interfaces = enrol::interfaces(netns)?;
         if self.interfaces.as_ref() != Some(&interfaces) {
-            let pod = Own {
+            let pod = AddressOwner {
                 uid: &record.uid,
                 cookie: record.cookie,
                 known: &[],
             };
-            enrol::own(pod, &interfaces, window)?;
+            enrol::update_addresses(pod, &interfaces, handle)?;
             self.interfaces = Some(interfaces);
         }
-        if window.maps().restore_own(record.cookie)? {
-            gone.add(Part::Entry);
+        if handle.maps().restore_addresses(record.cookie)? {
+            lost_parts.add(Part::Entry);
         }
         Ok(())
     }
@@ -148,18 +155,18 @@ impl Held {
 
     /// Its program: the predecessor's, or one without listeners, which lets nobody in or out. Whether it is
     /// pinned, if it is attached.
-    fn steered(
+    fn restore_program(
         &mut self,
         netns: &Netns,
         cookie: u64,
         (loader, pins): (&mut Loader, &Pins),
-        gone: &mut Gone,
+        lost_parts: &mut LostParts,
     ) -> Result<Result<(), CaptureError>, CaptureError> {
         let pin = pins.pod(cookie);
         if self.steer.is_none() {
             self.steer = Link::at(&pin);
         }
-        let attached = programs::steers(netns, self.program())?;
+        let attached = programs::is_attached(netns, self.program())?;
         let Restored { lost, whole } = match &self.steer {
             Some(link) if attached => Restored::of(link, true, &pin),
             _ => {
@@ -170,19 +177,23 @@ impl Held {
             }
         };
         if lost {
-            gone.add(Part::Steer);
+            lost_parts.add(Part::Steer);
         }
         Ok(whole)
     }
 
     /// Its rules and routes.
-    async fn routed(&mut self, netns: &Netns, gone: &mut Gone) -> Result<(), CaptureError> {
+    async fn restore_routes(
+        &mut self,
+        netns: &Netns,
+        lost_parts: &mut LostParts,
+    ) -> Result<(), CaptureError> {
         let Some(interfaces) = &self.interfaces else {
             return Ok(());
         };
         let routing = Routing::of(&enrol::addresses(&[], interfaces), interfaces);
         let lacked = routes::put(netns, &routing).await?;
-        gone.of_routing(&lacked, &self.routing);
+        lost_parts.add_routing(&lacked, &self.routing);
         self.routing = routing;
         Ok(())
     }

@@ -7,33 +7,33 @@ use std::task::{Context, Poll};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use super::super::repair::Gone;
-use super::super::undo::Record;
+use super::super::repair::LostParts;
+use super::super::undo::UndoRecord;
 use super::super::wanted::Desired;
 use super::super::{CaptureError, enrol};
-use super::{InPhase, LINGER, Pod, RETRY, Room, Served, look};
+use super::{LINGER, Pod, PodPhase, RETRY, Reconciler, ServedPod, look};
 use crate::mesh::workload::named;
 use crate::seam::PodEvent;
 use crate::sys::netns::Netns;
 
-impl Room {
+impl Reconciler {
     /// The first step out: the kernel programs let pass what is new. All else stays until the pod has
     /// left, since what it has sent by the capture route may still be on its way, or be sent again.
-    pub(super) fn release(&self, cookie: u64) {
-        if let Err(error) = self.window.maps().release(cookie) {
+    pub(super) fn stop_capture(&self, cookie: u64) {
+        if let Err(error) = self.handle.maps().stop_capture(cookie) {
             tracing::error!(%error, netns = cookie, "pod stays captured");
         }
     }
 
     pub(super) fn leave(&mut self, cookie: u64) {
-        self.release(cookie);
+        self.stop_capture(cookie);
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return;
         };
         tracing::info!(pod = %named(&pod.uid), "pod leaves the mesh");
-        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
+        let phase = std::mem::replace(&mut pod.phase, PodPhase::Unserved);
         pod.phase = match phase {
-            InPhase::Serving(served) => InPhase::Lingering(served, Instant::now() + LINGER),
+            PodPhase::Serving(served) => PodPhase::Lingering(served, Instant::now() + LINGER),
             other => other,
         };
     }
@@ -44,10 +44,10 @@ impl Room {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
         };
-        let phase = std::mem::replace(&mut pod.phase, InPhase::Adopted);
+        let phase = std::mem::replace(&mut pod.phase, PodPhase::Unserved);
         let (mut served, told) = match phase {
-            InPhase::Lingering(served, _) => (served, false),
-            InPhase::Draining { served, .. } => (served, true),
+            PodPhase::Lingering(served, _) => (served, false),
+            PodPhase::Draining { served, .. } => (served, true),
             other => {
                 pod.phase = other;
                 return Ok(());
@@ -55,12 +55,12 @@ impl Room {
         };
         let (uid, instance) = (pod.uid.clone(), served.instance);
         served.desired = want;
-        let mut gone = Gone::default();
-        let attached = self.again_captured(&mut served, &mut gone).await;
-        look::told(named(&uid), &gone, Ok(()), None);
-        self.window.repairs.count(&gone);
+        let mut lost_parts = LostParts::default();
+        let attached = self.recapture(&mut served, &mut lost_parts).await;
+        look::report(named(&uid), &lost_parts, Ok(()), None);
+        self.handle.repairs.count(&lost_parts);
         if let Some(pod) = self.pods.get_mut(&cookie) {
-            pod.phase = InPhase::Serving(served);
+            pod.phase = PodPhase::Serving(served);
         }
         match attached {
             Ok(()) => tracing::info!(pod = %named(&uid), "pod enrolled again"),
@@ -77,25 +77,26 @@ impl Room {
         }
     }
 
-    async fn again_captured(
+    async fn recapture(
         &self,
-        served: &mut Served,
-        gone: &mut Gone,
+        served: &mut ServedPod,
+        lost_parts: &mut LostParts,
     ) -> Result<(), CaptureError> {
         let interfaces = enrol::interfaces(&served.desired.netns)?;
-        let (addresses, _) = enrol::own(served.desired.own(), &interfaces, &self.window)?;
+        let (addresses, _) =
+            enrol::update_addresses(served.desired.address_owner(), &interfaces, &self.handle)?;
         let pin = self.pins.pod(served.desired.cookie);
         // That it cannot be pinned is told by the next look.
-        let _ = look::steered(served, &pin, gone)?;
+        let _ = look::restore_program(served, &pin, lost_parts)?;
         let first = addresses.first().copied();
-        served.has(addresses, &self.events).await?;
+        served.send_addresses(addresses, &self.events).await?;
         let desired = &served.desired;
-        let mut maps = self.window.maps();
+        let mut maps = self.handle.maps();
         maps.enrol(desired.cookie, first, &desired.groups)
     }
 
     /// Takes those that leave one step further.
-    pub(super) async fn go_on(&mut self) -> Result<(), CaptureError> {
+    pub(super) async fn advance_leaving(&mut self) -> Result<(), CaptureError> {
         let now = Instant::now();
         let cookies: Vec<u64> = self.pods.keys().copied().collect();
         for cookie in cookies {
@@ -103,13 +104,13 @@ impl Room {
                 continue;
             };
             match &mut pod.phase {
-                InPhase::Lingering(served, until) if *until <= now => {
+                PodPhase::Lingering(served, until) if *until <= now => {
                     let (told, idle) = oneshot::channel();
                     let instance = served.instance;
-                    if let InPhase::Lingering(served, _) =
-                        std::mem::replace(&mut pod.phase, InPhase::Adopted)
+                    if let PodPhase::Lingering(served, _) =
+                        std::mem::replace(&mut pod.phase, PodPhase::Unserved)
                     {
-                        pod.phase = InPhase::Draining {
+                        pod.phase = PodPhase::Draining {
                             served,
                             idle,
                             until: now + self.config.drain,
@@ -117,7 +118,9 @@ impl Room {
                     }
                     self.send(PodEvent::Drain(instance, told)).await?;
                 }
-                InPhase::Draining { until, .. } if *until <= now => self.end(cookie).await?,
+                PodPhase::Draining { until, .. } if *until <= now => {
+                    self.cut_and_undo(cookie).await?;
+                }
                 _ => {}
             }
         }
@@ -125,11 +128,11 @@ impl Room {
     }
 
     /// Cuts what still runs of a pod that is not captured any more, and puts back what was changed.
-    pub(super) async fn end(&mut self, cookie: u64) -> Result<(), CaptureError> {
+    pub(super) async fn cut_and_undo(&mut self, cookie: u64) -> Result<(), CaptureError> {
         if let Some(pod) = self.pods.get(&cookie)
             && let Some(served) = pod.phase.served()
         {
-            self.cut(served.instance).await?;
+            self.cut_connections(served.instance).await?;
         }
         self.undo(cookie).await;
         Ok(())
@@ -139,7 +142,7 @@ impl Room {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return;
         };
-        pod.phase = InPhase::Adopted; // its listeners and program are gone
+        pod.phase = PodPhase::Unserved; // its listeners and program are gone
         let (uid, record, netns) = (pod.uid.clone(), pod.record.clone(), pod.netns.clone());
         match self.put_back(&record, netns.as_ref()).await {
             Ok(()) => {
@@ -148,7 +151,7 @@ impl Room {
             }
             Err(error) => {
                 tracing::warn!(pod = %named(&uid), %error, "pod's namespace is not as it was; it is tried again");
-                self.again = Some(Instant::now() + RETRY);
+                self.undo_retry = Some(Instant::now() + RETRY);
             }
         }
     }
@@ -157,18 +160,18 @@ impl Room {
     /// inside what is the pod's.
     pub(super) async fn put_back(
         &self,
-        record: &Record,
+        record: &UndoRecord,
         netns: Option<&Netns>,
     ) -> Result<(), CaptureError> {
         enrol::undo(record, netns, &self.records, &self.pins).await?;
-        self.window.maps().forget(record.cookie)
+        self.handle.maps().forget(record.cookie)
     }
 }
 
 /// Ready when a pod that drains has nothing that runs any more.
 pub(super) fn idle(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
     for pod in pods.values_mut() {
-        if let InPhase::Draining { idle, until, .. } = &mut pod.phase
+        if let PodPhase::Draining { idle, until, .. } = &mut pod.phase
             && Pin::new(idle).poll(context).is_ready()
         {
             *until = Instant::now();

@@ -12,11 +12,11 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::super::programs::{self, Restored};
-use super::super::repair::{Gone, Part};
+use super::super::repair::{LostParts, Part};
 use super::super::routing::Routing;
-use super::super::undo::Record;
+use super::super::undo::UndoRecord;
 use super::super::{CaptureError, enrol, routes};
-use super::{InPhase, Pod, Room, Served, Window};
+use super::{CaptureHandle, Pod, PodPhase, Reconciler, ServedPod};
 use crate::mesh::workload::named;
 use crate::seam::PodEvent;
 use crate::sys::netns::Netns;
@@ -27,16 +27,16 @@ const LOOK: Duration = Duration::from_secs(3);
 const SETTLE: Duration = Duration::from_millis(250);
 
 /// When a pod is looked at, and what was found.
-pub(super) struct Looks {
+pub(super) struct LookSchedule {
     next: Instant,
     last: Instant,
     /// Why the pod does not work, as of the last look.
     pub(super) broken: Option<String>,
 }
 
-impl Looks {
+impl LookSchedule {
     /// Of one of which nobody knows how it is.
-    pub(super) fn at_once() -> Self {
+    pub(super) fn due_now() -> Self {
         let now = Instant::now();
         Self {
             next: now,
@@ -46,7 +46,7 @@ impl Looks {
     }
 
     /// Of one that has just been put in place; `spread` sets it apart from others.
-    pub(super) fn begin(spread: u64) -> Self {
+    pub(super) fn staggered(spread: u64) -> Self {
         let now = Instant::now();
         let apart = Duration::from_millis(spread.wrapping_mul(367) % 1000);
         Self {
@@ -71,29 +71,29 @@ impl Looks {
     }
 
     /// Something has changed: it is looked at soon.
-    fn hurry(&mut self) {
+    fn expedite(&mut self) {
         self.next = self.next.min(self.last + SETTLE);
     }
 
-    fn hurries(&self) -> bool {
+    fn is_expedited(&self) -> bool {
         self.next <= self.last + SETTLE
     }
 
     /// Whether it is time, or nearly: those of about the same time are looked at together, since a round of
     /// the room costs something for each of its pods, whichever is looked at.
     fn is_due(&self, now: Instant) -> bool {
-        self.next <= now || !self.hurries() && self.next <= now + SETTLE
+        self.next <= now || !self.is_expedited() && self.next <= now + SETTLE
     }
 }
 
-impl Room {
+impl Reconciler {
     /// Looks at what is due.
     pub(super) async fn look(&mut self) -> Result<(), CaptureError> {
         let now = Instant::now();
-        if self.looks.is_due(now) {
+        if self.schedule.is_due(now) {
             self.look_at_node();
         }
-        let is_due = |pod: &Pod| pod.looks().is_some_and(|looks| looks.is_due(now));
+        let is_due = |pod: &Pod| pod.schedule().is_some_and(|schedule| schedule.is_due(now));
         let due = self.pods.iter().filter(|(_, pod)| is_due(pod));
         for cookie in due.map(|(cookie, _)| *cookie).collect::<Vec<u64>>() {
             self.look_at(cookie).await?;
@@ -105,14 +105,19 @@ impl Room {
     /// The node's programs, and where all is pinned. A pod's program is loaded after it: that takes the maps
     /// that it finds pinned.
     pub(super) fn look_at_node(&mut self) {
-        let mut gone = Gone::default();
-        let mended = self.mend_node(&mut gone);
-        let broken = told("the node", &gone, mended, self.looks.broken.as_deref());
-        self.window.repairs.count(&gone);
-        self.looks.done(broken);
+        let mut lost_parts = LostParts::default();
+        let mended = self.restore_node(&mut lost_parts);
+        let broken = report(
+            "the node",
+            &lost_parts,
+            mended,
+            self.schedule.broken.as_deref(),
+        );
+        self.handle.repairs.count(&lost_parts);
+        self.schedule.done(broken);
     }
 
-    fn mend_node(&mut self, gone: &mut Gone) -> Result<(), CaptureError> {
+    fn restore_node(&mut self, lost_parts: &mut LostParts) -> Result<(), CaptureError> {
         // Where nothing can be pinned, what is attached holds all the same.
         let folders = self.pins.restore(&mut self.pins_lock);
         let maps = self.pinned.restore(&self.pins);
@@ -123,7 +128,7 @@ impl Room {
         };
         for (part, lost) in [(Part::Pin, matches!(maps, Ok(true))), (Part::Program, lost)] {
             if lost {
-                gone.add(part);
+                lost_parts.add(part);
             }
         }
         folders.and(maps).and(programs)
@@ -133,49 +138,55 @@ impl Room {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
         };
-        let serving = matches!(pod.phase, InPhase::Serving(_));
+        let serving = matches!(pod.phase, PodPhase::Serving(_));
         let (name, record) = (named(&pod.uid).to_owned(), &pod.record);
         let Some(served) = pod.phase.served_mut() else {
             return Ok(());
         };
-        let mut gone = Gone::default();
+        let mut lost_parts = LostParts::default();
         // What fails of one is no reason to leave the others as they are. What somebody else may have by
         // now is taken away first.
-        let mut mended = own(served, &self.window, &self.events).await;
-        mended = mended.and(inside(served, record, &self.pins.pod(cookie), &mut gone).await);
+        let mut mended = update_addresses(served, &self.handle, &self.events).await;
+        mended = mended.and(contain(served, record, &self.pins.pod(cookie), &mut lost_parts).await);
         // Not known is as it was.
         let forwards = routes::forwards(&served.desired.netns, &served.interfaces);
         served.forwards = forwards.unwrap_or(served.forwards);
         if serving {
-            mended = mended.and(captured(served, &self.window, &mut gone));
+            mended = mended.and(restore_entries(served, &self.handle, &mut lost_parts));
         }
-        let broken = told(&name, &gone, mended, served.looks.broken.as_deref());
-        self.window.repairs.count(&gone);
-        served.looks.done(broken);
-        if gone.has(Part::Listener)
+        let broken = report(
+            &name,
+            &lost_parts,
+            mended,
+            served.schedule.broken.as_deref(),
+        );
+        self.handle.repairs.count(&lost_parts);
+        served.schedule.done(broken);
+        if lost_parts.has(Part::Listener)
             && let Some(instance) = pod.take_back()
         {
             // It is enrolled anew, with others; what runs is cut.
-            self.cut(instance).await?;
+            self.cut_connections(instance).await?;
         }
         Ok(())
     }
 }
 
 /// What is the pod's own: what it has on its interfaces now.
-async fn own(
-    served: &mut Served,
-    window: &Window,
+async fn update_addresses(
+    served: &mut ServedPod,
+    handle: &CaptureHandle,
     events: &mpsc::Sender<PodEvent>,
 ) -> Result<(), CaptureError> {
     let desired = &served.desired;
     let interfaces = enrol::interfaces(&desired.netns)?;
     if interfaces != served.interfaces {
         served.interfaces = interfaces;
-        served.told = false;
+        served.addresses_sent = false;
     }
-    if !served.told {
-        let (addresses, _) = enrol::own(desired.own(), &served.interfaces, window)?;
+    if !served.addresses_sent {
+        let (addresses, _) =
+            enrol::update_addresses(desired.address_owner(), &served.interfaces, handle)?;
         if addresses != served.addresses {
             tracing::info!(
                 pod = %named(&desired.uid),
@@ -183,54 +194,61 @@ async fn own(
                 "pod has other addresses than it had"
             );
         }
-        served.has(addresses, events).await?;
-        served.told = true;
+        served.send_addresses(addresses, events).await?;
+        served.addresses_sent = true;
     }
-    enrol::has_known(&served.desired, &served.interfaces)
+    enrol::check_known(&served.desired, &served.interfaces)
 }
 
 /// What keeps inside whatever the pod has, as long as it is known to the kernel.
-async fn inside(
-    served: &mut Served,
-    record: &Record,
+async fn contain(
+    served: &mut ServedPod,
+    record: &UndoRecord,
     pin: &Path,
-    gone: &mut Gone,
+    lost_parts: &mut LostParts,
 ) -> Result<(), CaptureError> {
-    let routed = match steered(served, pin, gone) {
-        Ok(pinned) => routed(served, gone).await.and(pinned),
+    let routed = match restore_program(served, pin, lost_parts) {
+        Ok(pinned) => restore_routes(served, lost_parts).await.and(pinned),
         // What comes by the routes would go to the pod's own app.
         Err(error) => Err(error),
     };
-    routed.and(set(&served.desired.netns, record, gone))
+    routed.and(restore_settings(&served.desired.netns, record, lost_parts))
 }
 
 /// The pod's program, attached; whether it is pinned too.
-pub(super) fn steered(
-    served: &mut Served,
+pub(super) fn restore_program(
+    served: &mut ServedPod,
     pin: &Path,
-    gone: &mut Gone,
+    lost_parts: &mut LostParts,
 ) -> Result<Result<(), CaptureError>, CaptureError> {
     let Restored { lost, whole } = served.program.restore(&served.desired.netns, pin)?;
     if lost {
-        gone.add(Part::Steer);
+        lost_parts.add(Part::Steer);
     }
     Ok(whole)
 }
 
 /// Its rules and routes.
-async fn routed(served: &mut Served, gone: &mut Gone) -> Result<(), CaptureError> {
+async fn restore_routes(
+    served: &mut ServedPod,
+    lost_parts: &mut LostParts,
+) -> Result<(), CaptureError> {
     let desired = &served.desired;
     let addresses = enrol::addresses(&desired.addresses, &served.interfaces);
     let routing = Routing::of(&addresses, &served.interfaces);
     let lacked = routes::put(&desired.netns, &routing).await?;
-    gone.of_routing(&lacked, &served.routing);
+    lost_parts.add_routing(&lacked, &served.routing);
     served.routing = routing;
     Ok(())
 }
 
 /// The settings of the pod's namespace that capture needs.
-pub(super) fn set(netns: &Netns, record: &Record, gone: &mut Gone) -> Result<(), CaptureError> {
-    let is = routes::sysctls(netns)?;
+pub(super) fn restore_settings(
+    netns: &Netns,
+    record: &UndoRecord,
+    lost_parts: &mut LostParts,
+) -> Result<(), CaptureError> {
+    let is = routes::read_sysctls(netns)?;
     let lost = record.sysctls.keys().filter(|name| {
         let value = is.get(*name);
         value.is_some_and(|value| value != "1")
@@ -238,40 +256,44 @@ pub(super) fn set(netns: &Netns, record: &Record, gone: &mut Gone) -> Result<(),
     let lost: Vec<&String> = lost.collect();
     if !lost.is_empty() {
         routes::set_sysctls(netns, lost.into_iter().map(|name| (name, "1")))?;
-        gone.add(Part::Setting);
+        lost_parts.add(Part::Setting);
     }
     Ok(())
 }
 
 /// What takes new connections of it to the agent.
-fn captured(served: &Served, window: &Window, gone: &mut Gone) -> Result<(), CaptureError> {
+fn restore_entries(
+    served: &ServedPod,
+    handle: &CaptureHandle,
+    lost_parts: &mut LostParts,
+) -> Result<(), CaptureError> {
     if !served.listeners.alive() {
-        gone.add(Part::Listener);
+        lost_parts.add(Part::Listener);
     }
     let desired = &served.desired;
     let first = served.addresses.first().copied();
-    let mut maps = window.maps();
+    let mut maps = handle.maps();
     if maps.restore(desired.cookie, first, &desired.groups)? {
-        gone.add(Part::Entry);
+        lost_parts.add(Part::Entry);
     }
     Ok(())
 }
 
 /// Says what a look has brought, once; why it does not work, if it does not.
-pub(super) fn told(
+pub(super) fn report(
     whose: &str,
-    gone: &Gone,
+    lost_parts: &LostParts,
     mended: Result<(), CaptureError>,
     before: Option<&str>,
 ) -> Option<String> {
     let broken = mended.err().map(|error| error.to_string());
     match &broken {
         Some(why) if before != Some(why) => {
-            tracing::error!(pod = whose, gone = %gone, error = %why, "what keeps a pod captured cannot be put back; it is tried again");
+            tracing::error!(pod = whose, gone = %lost_parts, error = %why, "what keeps a pod captured cannot be put back; it is tried again");
         }
         Some(_) => {}
-        None if !gone.is_empty() => {
-            tracing::warn!(pod = whose, gone = %gone, "what keeps a pod captured was gone, and is put back");
+        None if !lost_parts.is_empty() => {
+            tracing::warn!(pod = whose, gone = %lost_parts, "what keeps a pod captured was gone, and is put back");
         }
         None if before.is_some() => tracing::info!(pod = whose, "it is captured as it is to be"),
         None => {}
@@ -284,10 +306,10 @@ pub(super) fn changed(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) 
     let mut told = Poll::Pending;
     for pod in pods.values_mut() {
         if let Some(served) = pod.phase.served_mut()
-            && !served.looks.hurries()
+            && !served.schedule.is_expedited()
             && served.changes.poll(context).is_ready()
         {
-            served.looks.hurry();
+            served.schedule.expedite();
             told = Poll::Ready(());
         }
     }
@@ -302,11 +324,11 @@ mod tests {
     fn many_pods_are_looked_at_in_few_rounds_and_none_later_than_it_is_due() {
         const PODS: u64 = 250;
         const LOOKS: u32 = 10;
-        let mut pods: Vec<Looks> = (0..PODS).map(Looks::begin).collect();
+        let mut pods: Vec<LookSchedule> = (0..PODS).map(LookSchedule::staggered).collect();
         let begin = Instant::now();
         let (mut rounds, mut now) = (0, begin);
         while now < begin + LOOK * LOOKS {
-            now = pods.iter().map(Looks::next).min().expect("a pod");
+            now = pods.iter().map(LookSchedule::next).min().expect("a pod");
             rounds += 1;
             for pod in pods.iter_mut().filter(|pod| pod.is_due(now)) {
                 assert!(pod.next >= now, "it is late");
@@ -319,10 +341,10 @@ mod tests {
 
     #[test]
     fn a_pod_that_changes_all_the_time_waits_its_time_whoever_else_is_due() {
-        let mut pod = Looks::begin(0);
+        let mut pod = LookSchedule::staggered(0);
         let now = pod.next();
         pod.done_at(now);
-        pod.hurry();
+        pod.expedite();
         assert!(!pod.is_due(now + SETTLE / 2));
         assert!(pod.is_due(now + SETTLE));
     }
