@@ -1,5 +1,5 @@
-//! Whose programs are attached. A node has one agent, whatever its arguments are: files and folders can
-//! be others for another one, but the cgroup and the pods' namespaces are the same.
+//! Finds out whose programs are attached. A node has one agent, whatever its arguments are: another agent may
+//! use other files and folders, but the cgroup and the pods' namespaces are the same.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,17 +17,17 @@ use super::{CaptureError, maps, programs};
 use crate::sys::hooks;
 use crate::sys::netns::Netns;
 
-/// The kernel detaches what was unpinned a moment later: programs that are still there after this time
-/// are somebody's.
+/// How long the kernel may take to detach a program whose pin was removed. One that is still attached after
+/// this time is in use.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often it is asked again until then.
+/// Time between two checks until then.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Refuses where an agent's programs are attached to the cgroup that are neither pinned here nor were:
-/// another agent has it, or had it and was not uninstalled.
+/// Refuses if programs of an agent are attached to the cgroup that are neither pinned here nor among
+/// `predecessors`: another agent runs there, or ran and was not uninstalled.
 ///
 /// # Errors
-/// There are such programs; the kernel does not tell.
+/// There are such programs; the kernel does not list them.
 pub fn refuse_on_cgroup(
     cgroup: &Path,
     pins: &Pins,
@@ -53,7 +53,7 @@ pub fn refuse_on_cgroup(
     }
 }
 
-/// Refuses where another agent's program steers in a pod's network namespace.
+/// Refuses if another agent's program is attached in a pod's network namespace.
 ///
 /// # Errors
 /// As [`refuse_on_cgroup`].
@@ -80,10 +80,10 @@ pub async fn refuse_in_pod(netns: &Netns, cookie: u64, pins: &Pins) -> Result<()
     }
 }
 
-/// How many links of any agent's programs there are on this machine.
+/// Counts the links of any agent's programs on this machine.
 ///
 /// # Errors
-/// The kernel does not tell.
+/// The kernel does not list them.
 pub fn count_links(pins: &Pins) -> Result<usize, CaptureError> {
     let deadline = Instant::now() + DETACH_TIMEOUT;
     loop {
@@ -107,10 +107,10 @@ pub fn count_links(pins: &Pins) -> Result<usize, CaptureError> {
     }
 }
 
-/// The programs that what is pinned here attaches, each with the ids of its maps.
+/// Returns the programs that are attached by links pinned here, each with the ids of its maps.
 ///
 /// # Errors
-/// The kernel does not tell.
+/// The kernel does not list them.
 pub fn pinned_programs(pins: &Pins) -> Result<Vec<(ProgramInfo, Vec<u32>)>, CaptureError> {
     let pinned = pins.programs();
     let not_told = || CaptureError::file(pins.folder());
@@ -125,11 +125,11 @@ pub fn pinned_programs(pins: &Pins) -> Result<Vec<(ProgramInfo, Vec<u32>)>, Capt
     Ok(all)
 }
 
-/// The ids of a node's programs, attached or not, of this agent and of those before it: they use the
-/// maps that are pinned here.
+/// Returns the ids of the node's programs, attached or not, of this agent and its predecessors: all programs
+/// that use a map pinned here.
 ///
 /// # Errors
-/// The kernel does not tell.
+/// The kernel does not list them.
 pub fn own_programs(pins: &Pins) -> Result<BTreeSet<u32>, CaptureError> {
     let maps = pins.map_ids();
     let mut own = BTreeSet::new();
@@ -143,9 +143,8 @@ pub fn own_programs(pins: &Pins) -> Result<BTreeSet<u32>, CaptureError> {
     Ok(own)
 }
 
-/// Detaches programs, from cgroups alone or from all that they are attached to. That their pins are
-/// removed does not do that: a process may have a link's descriptor, or another bpffs may be mounted
-/// where it has its pin.
+/// Detaches programs, from what `from` says or from everything. Removing their pins would not be enough: a
+/// process may have a link's descriptor, or the pin may be in a bpffs over which another one is mounted.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -180,20 +179,20 @@ pub fn detach_from_pod(netns: &Netns, pins: &Pins) -> Result<(), CaptureError> {
     still_attached(&attached, &of_pod).map_or(Ok(()), |why| Err(detach_error(pins)(why)))
 }
 
-/// What is told of those of these programs that are attached all the same.
+/// Returns an error if some of these programs are still attached.
 pub fn still_attached(attached: &[u32], own: &BTreeSet<u32>) -> Option<io::Error> {
     let left = attached.iter().filter(|id| own.contains(id)).count();
     (left > 0).then(|| io::Error::other(format!("{left} are still attached")))
 }
 
-/// What of all that the kernel lists is there still, or already.
+/// Skips what the kernel lists and no longer has, or does not have yet.
 fn skip_gone<T, E: std::error::Error + 'static>(
     all: impl Iterator<Item = Result<T, E>>,
 ) -> impl Iterator<Item = Result<T, E>> {
     all.filter(|one| !one.as_ref().is_err_and(|error| is_gone(error)))
 }
 
-/// Whether something has ended between two calls that look for it, or is a link that is being made.
+/// Returns `true` for the error of an object that went away between two calls, or of a link that is being made.
 fn is_gone(error: &(dyn std::error::Error + 'static)) -> bool {
     let mut error = Some(error);
     while let Some(is) = error {
@@ -205,7 +204,7 @@ fn is_gone(error: &(dyn std::error::Error + 'static)) -> bool {
     false
 }
 
-/// The error with what caused it, which aya's own words leave out.
+/// Adds the sources to the error's text, which aya leaves out.
 fn with_sources(error: impl std::error::Error) -> io::Error {
     io::Error::other(chain(&error))
 }
@@ -218,10 +217,10 @@ fn detach_error<E: std::error::Error>(pins: &Pins) -> impl FnOnce(E) -> CaptureE
     }
 }
 
-/// How many of the programs an agent loaded, those of `own` aside.
+/// Counts the attached programs that an agent loaded, except for those in `own`.
 ///
 /// # Errors
-/// The kernel does not tell: then it may be any number.
+/// The kernel does not list them: there may be any number.
 fn count_foreign(
     attached: &[u32],
     own: &BTreeSet<u32>,
@@ -235,7 +234,7 @@ fn count_foreign(
     if unknown.is_empty() {
         return Ok(0);
     }
-    // There is no asking by number in this library; one that is gone meanwhile is not attached either.
+    // aya has no lookup by id. A program that went away meanwhile is not attached either.
     let mut count = 0;
     for program in skip_gone(loaded_programs()) {
         let program = program.map_err(with_sources)?;
@@ -257,7 +256,7 @@ fn is_pod_program(program: &ProgramInfo) -> io::Result<bool> {
     Ok(program.name_as_str() == Some(programs::POD_PROGRAM) && uses(program, &maps::POD_MAPS)?)
 }
 
-/// A program's name alone may be anybody's; with one of our maps it is ours, of whichever version.
+/// Anybody may use a program's name; one that also uses a map of ours is an agent's, of whichever version.
 fn uses(program: &ProgramInfo, names: &[&str]) -> io::Result<bool> {
     let maps = map_ids(program)?.into_iter().map(MapInfo::from_id);
     for map in skip_gone(maps) {
@@ -269,7 +268,7 @@ fn uses(program: &ProgramInfo, names: &[&str]) -> io::Result<bool> {
     Ok(false)
 }
 
-/// The maps of a program; none of one that is gone.
+/// Returns the ids of a program's maps; none if it is gone.
 fn map_ids(program: &ProgramInfo) -> io::Result<Vec<u32>> {
     match program.map_ids() {
         Err(error) if is_gone(&error) => Ok(Vec::new()),
@@ -292,7 +291,7 @@ mod tests {
             call: "bpf_something",
             io_error: io::Error::from_raw_os_error(number),
         };
-        // Of programs, links and maps, as they are listed and asked for.
+        // The errors of programs, links and maps, as they are listed and looked up.
         let errors: [fn(SyscallError) -> Box<dyn std::error::Error>; 3] = [
             |error| Box::new(ProgramError::from(error)),
             |error| Box::new(LinkError::from(error)),

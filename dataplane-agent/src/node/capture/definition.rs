@@ -1,4 +1,4 @@
-//! How a kernel map is made: as the kernel tells it of one, and as an object of programs asks for it.
+//! The definition of a kernel map: as the kernel reports it, and as an object file asks for it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -11,25 +11,25 @@ use super::CaptureError;
 use super::maps::chain;
 use crate::sys::elements::is_per_cpu;
 
-/// How a map is made.
+/// The definition of a map.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Definition {
-    /// Its kind.
+    /// The map's type.
     pub kind: MapType,
-    /// Bytes of a key.
+    /// Size of a key in bytes.
     pub key_size: u32,
-    /// Bytes of a value, for each CPU that has one of its own.
+    /// Size of a value in bytes; of a per-CPU map, for one CPU.
     pub value_size: u32,
-    /// How many entries it has room for; of a ring buffer, bytes.
+    /// Maximum number of entries; of a ring buffer, its size in bytes.
     pub max_entries: u32,
-    /// `BPF_F_…`.
+    /// The map's `BPF_F_…` flags.
     pub flags: u32,
 }
 
-/// The maps of an object, by their names.
+/// Returns the definitions of an object's maps, by their names.
 ///
 /// # Errors
-/// There is none in this build; it is not one.
+/// This build has no such object, or it cannot be parsed.
 pub fn expected(
     object: &'static str,
     bytes: &[u8],
@@ -48,10 +48,10 @@ pub fn expected(
 }
 
 impl Definition {
-    /// As the kernel tells it.
+    /// Returns the definition of an existing map.
     ///
     /// # Errors
-    /// The kernel refuses; it is of a kind that nobody here knows.
+    /// The kernel refuses; aya does not know the map's type.
     pub fn of_map(map: &MapData) -> Result<Self, MapError> {
         let info = map.info()?;
         Ok(Self {
@@ -63,7 +63,7 @@ impl Definition {
         })
     }
 
-    /// As an object has it. The loader makes a ring buffer's size one of whole pages, which ours are.
+    /// Returns the definition in an object. The loader rounds a ring buffer's size up to pages; ours are whole pages.
     fn of_object(map: &aya_obj::Map) -> Self {
         let kind = bpf_map_type::try_from(map.map_type()).ok();
         let kind = kind.and_then(|kind| MapType::try_from(kind).ok());
@@ -76,7 +76,7 @@ impl Definition {
         }
     }
 
-    /// Why what is in it cannot be put into another one, if it cannot.
+    /// Returns why the contents cannot be copied into another map; `None` if they can.
     pub fn copy_obstacle(&self, other: &Self) -> Option<String> {
         use MapType::{Array, Hash, LruHash, LruPerCpuHash, PerCpuArray, PerCpuHash};
         let listed = [Array, Hash, LruHash, LruPerCpuHash, PerCpuArray, PerCpuHash];

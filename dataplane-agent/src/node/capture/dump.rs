@@ -1,7 +1,7 @@
-//! What the kernel tells of a namespace's rules and routes, read no further than it is needed.
+//! Netlink dumps of a namespace's rules and routes, read no further than needed.
 //!
-//! A pod may have hundreds of thousands of its own. `rtnetlink` reads all of what it has asked for, and
-//! passes over the error that a dump ends with, so that a dump that failed looks like one of nothing.
+//! A pod may have hundreds of thousands of them. `rtnetlink` reads all that it asked for, and ignores the
+//! error with which a dump ends, so that a failed dump looks like an empty one.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -12,14 +12,14 @@ use rtnetlink::sys::{Socket, protocols::NETLINK_ROUTE};
 
 use crate::sys::netns::Netns;
 
-/// The kernel never tells more at once: `netlink_dump` takes 32 KiB at most.
+/// The kernel sends no more in one datagram: `netlink_dump` takes 32 KiB at most.
 const MAX_DATAGRAM: usize = 32 * 1024;
 
-/// Asks for what fits `of`, and hands on one after the other until `each` breaks. What the kernel cannot
-/// select by, it refuses.
+/// Asks for what matches `of`, and passes each message to `each` until that breaks. The kernel refuses
+/// attributes by which it cannot select.
 ///
 /// # Errors
-/// The namespace cannot be entered; what the kernel says, before the first one or after any.
+/// The namespace cannot be entered; the error that the kernel reports, before the first message or after any.
 pub fn dump(
     netns: &Netns,
     of: RouteNetlinkMessage,
@@ -34,7 +34,7 @@ fn ask(
     of: RouteNetlinkMessage,
     mut each: impl FnMut(RouteNetlinkMessage) -> ControlFlow<()>,
 ) -> io::Result<()> {
-    // Otherwise it tells the routes of all tables, whichever it is asked for.
+    // Without this the kernel sends the routes of all tables, whichever is asked for.
     socket.set_netlink_get_strict_chk(true)?;
     let mut request = NetlinkMessage::from(of);
     request.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
@@ -44,7 +44,7 @@ fn ask(
     socket.send(&bytes, 0)?;
     let mut bytes = vec![0; MAX_DATAGRAM];
     loop {
-        // What is told next is there as soon as the last was read: nothing waits here.
+        // The next part is there as soon as the last one was read: nothing blocks here.
         let length = socket.recv(&mut &mut bytes[..], libc::MSG_DONTWAIT)?;
         let mut told = &bytes[..length];
         while !told.is_empty() {
@@ -75,7 +75,7 @@ mod tests {
 
     use super::*;
 
-    /// How many routes are told of a table, and how that ends.
+    /// Returns the number of routes in a table's dump, and how the dump ends.
     fn routes(table: u32, prefix: u8) -> (usize, io::Result<()>) {
         let socket = Socket::new(NETLINK_ROUTE).expect("a socket");
         let mut of = RouteMessage::default();

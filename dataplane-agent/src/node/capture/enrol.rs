@@ -1,9 +1,9 @@
-//! One pod's way in, and its way out. Each step is safe to be the last one before a crash.
+//! How one pod is enrolled, and how that is undone. An agent may crash after any step.
 //!
-//! In: record, settings, room in the kernel's maps, listeners, program, routes; and last what makes of
-//! one that leaves one that is captured: until then all that comes reaches the pod's app, and so nothing
-//! is lost by a step that fails. Out: the same, backwards. So there is no route to `lo` without the program
-//! that takes what comes by it: the pod's own app would get it, if it listens on that port.
+//! Enrolment: record, settings, room in the kernel's maps, listeners, program, routes; the last step turns
+//! the pod from leaving to captured. Until then all that comes reaches the pod's app, so a step that fails
+//! costs no connection. Undoing goes backwards. So there is no route to `lo` without the program that takes
+//! what comes by it: otherwise the pod's own app would get it, if it listens on that port.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -24,28 +24,28 @@ use crate::seam::Listeners;
 use crate::sys::netns::{Interfaces, Netns};
 use crate::sys::socket;
 
-/// Ports of the listeners in a pod: outbound, inbound in clear, HBONE.
+/// The ports of a pod's listeners: outbound, inbound in clear, HBONE.
 pub const PORTS: [u16; 3] = [15001, 15006, 15008];
 
-/// A pod that was entered.
+/// A pod that is ready to be captured.
 pub struct PreparedPod {
-    /// What the pod's own addresses are.
+    /// The pod's own addresses.
     pub addresses: Arc<[IpAddr]>,
-    /// Its listeners.
+    /// The pod's listeners.
     pub listeners: Listeners,
-    /// Its program, attached.
+    /// The pod's program, attached.
     pub program: PodProgram,
-    /// What it has on its interfaces.
+    /// The pod's interfaces and their addresses.
     pub interfaces: Interfaces,
-    /// What was put in place for them.
+    /// The rules and routes that were put in place for them.
     pub routing: Routing,
 }
 
-/// Prepares the namespace, makes the listeners, and attaches the pod's program. Of a pod that was not
-/// captured before nothing goes to the agent yet.
+/// Prepares the namespace, makes the listeners, attaches the pod's program and sets its routes. A pod that
+/// was not captured before still sends nothing to the agent.
 ///
 /// # Errors
-/// The step that failed; what was done is undone by [`undo`].
+/// The step that failed; [`undo`] undoes what was done.
 pub async fn prepare(
     desired: &Desired,
     loader: &mut Loader,
@@ -57,7 +57,7 @@ pub async fn prepare(
     attached::refuse_in_pod(netns, desired.cookie, pins).await?;
     let interfaces = interfaces(netns)?;
     let found = routes::read_sysctls(netns)?;
-    // A predecessor's record tells what was there before *it* came.
+    // A predecessor's record says what was there before *it* changed it.
     let before = records.read(desired.cookie)?;
     let (sysctls, rest) = match before {
         Some(record) => (record.sysctls, record.rest),
@@ -73,7 +73,7 @@ pub async fn prepare(
     };
     records.write(&record)?;
     routes::set_sysctls(netns, record.sysctls.keys().map(|name| (name, "1")))?;
-    // Before the program is there: it takes what is not known to be the pod's for somebody else's.
+    // Addresses must come before the program, which takes unknown ones for somebody else's.
     let (addresses, routing) = update_addresses(desired.address_owner(), &interfaces, handle)?;
     let first = addresses.first().copied();
     handle
@@ -92,19 +92,19 @@ pub async fn prepare(
     })
 }
 
-/// Whose addresses are told to the kernel.
+/// A pod, as far as its addresses are concerned.
 #[derive(Clone, Copy, Debug)]
 pub struct AddressOwner<'a> {
     /// The workload's uid.
     pub uid: &'a str,
-    /// The cookie of its network namespace.
+    /// The cookie of the pod's network namespace.
     pub cookie: u64,
-    /// The addresses that the mesh knows it by.
+    /// The addresses by which the mesh knows the pod.
     pub known: &'a [IpAddr],
 }
 
 impl Desired {
-    /// It, as far as its addresses go.
+    /// Returns what [`update_addresses`] needs of the pod.
     pub fn address_owner(&self) -> AddressOwner<'_> {
         AddressOwner {
             uid: &self.uid,
@@ -114,10 +114,10 @@ impl Desired {
     }
 }
 
-/// What the pod has on its interfaces now.
+/// Reads the pod's interfaces and their addresses.
 ///
 /// # Errors
-/// Its namespace cannot be entered: that is no empty namespace.
+/// The pod's namespace cannot be entered: that does not mean that it has none.
 pub fn interfaces(netns: &Netns) -> Result<Interfaces, CaptureError> {
     let interfaces = netns.interfaces();
     interfaces.map_err(|error| CaptureError::Namespace {
@@ -126,10 +126,9 @@ pub fn interfaces(netns: &Netns) -> Result<Interfaces, CaptureError> {
     })
 }
 
-/// The addresses that the pod has on its interfaces, as many as are known to be its own: `known`, by which
-/// the mesh knows it, first, since connections come from the first one of their family. One that it has
-/// no more is not its own, whatever its object says, nor is one that the kernel does not use: somebody
-/// else may have it.
+/// Returns the pod's own addresses, at most [`ADDRESSES`]: those on its interfaces, those of `known` first,
+/// since connections come from the first one of their family. An address that is on no interface is not the
+/// pod's, whatever its object says, nor is a tentative one: somebody else may have it.
 pub fn addresses(known: &[IpAddr], interfaces: &Interfaces) -> Arc<[IpAddr]> {
     let others = interfaces.addresses.iter();
     let others = others.filter(|address| !known.contains(address));
@@ -141,10 +140,10 @@ pub fn addresses(known: &[IpAddr], interfaces: &Interfaces) -> Arc<[IpAddr]> {
     used.copied().take(ADDRESSES).collect()
 }
 
-/// Whether the pod has the addresses that the mesh knows it by.
+/// Checks that the pod has the addresses by which the mesh knows it.
 ///
 /// # Errors
-/// One is on none of its interfaces.
+/// One of them is on none of its interfaces.
 pub fn check_known(desired: &Desired, interfaces: &Interfaces) -> Result<(), CaptureError> {
     let mut known = desired.addresses.iter();
     match known.find(|address| !interfaces.addresses.contains(address)) {
@@ -153,7 +152,8 @@ pub fn check_known(desired: &Desired, interfaces: &Interfaces) -> Result<(), Cap
     }
 }
 
-/// Tells the kernel what is the pod's own.
+/// Writes the pod's own addresses and captured interfaces to the kernel. Returns the addresses, and the
+/// routing for them.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -185,10 +185,10 @@ pub fn update_addresses(
     Ok((addresses, routing))
 }
 
-/// Listens in a namespace, for a pod.
+/// Makes a pod's listeners in its namespace.
 ///
 /// # Errors
-/// The namespace cannot be entered; no port is free; capabilities are missing.
+/// The namespace cannot be entered; a port is taken; capabilities are missing.
 pub fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
     let listen = || {
         let [outbound, inbound, hbone] = PORTS;
@@ -207,11 +207,11 @@ pub fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
         })
 }
 
-/// Puts back what a record speaks of, in the namespace that is held of the pod, or in the one that
-/// is found. Nothing of the pod may be captured any more.
+/// Undoes what a record describes, in the pod's held namespace, or else in the one that is found. The pod
+/// must no longer be captured.
 ///
 /// # Errors
-/// The step that failed, such as looking for the namespace; the record stays, and it can be tried again.
+/// The step that failed, such as finding the namespace; the record stays, and undoing can be tried again.
 pub async fn undo(
     record: &UndoRecord,
     held: Option<&Netns>,

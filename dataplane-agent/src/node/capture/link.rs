@@ -1,5 +1,5 @@
-//! What keeps a program attached, whether it is pinned or not: as long as a process has it nothing is
-//! detached where the pin is lost, or cannot be made.
+//! The link that keeps a program attached, pinned or not: while a process has its descriptor, nothing is
+//! detached if the pin is lost or cannot be made.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -13,7 +13,7 @@ use super::maps::chain;
 use super::pins::{new_pin, remove};
 use crate::sys::hooks;
 
-/// A link of a program.
+/// A BPF link.
 #[derive(Debug)]
 pub struct Link {
     id: u32,
@@ -22,10 +22,10 @@ pub struct Link {
 }
 
 impl Link {
-    /// Of one that was just made. aya's own is lost with a pin that fails.
+    /// Takes a descriptor of a new link. aya loses its own when pinning fails.
     ///
     /// # Errors
-    /// The kernel does not tell of it.
+    /// The kernel does not describe the link.
     pub fn of(program: &'static str, link: &FdLink) -> Result<Self, CaptureError> {
         let untold = |why| CaptureError::Program { program, why };
         let info = link.info().map_err(|error| untold(chain(&error)))?;
@@ -36,7 +36,7 @@ impl Link {
         })
     }
 
-    /// The one that is pinned at a path, if one is.
+    /// Opens the link that is pinned at a path, if there is one.
     pub fn at(pin: &Path) -> Option<Self> {
         let info = FdLink::from(PinnedLink::from_pin(pin).ok()?).info().ok()?;
         Some(Self {
@@ -46,17 +46,17 @@ impl Link {
         })
     }
 
-    /// Whether it is what is pinned at a path. Where a link was detached the file is there all the same.
+    /// Returns `true` if this link is pinned at a path. The file stays when a link is detached.
     pub fn is_at(&self, pin: &Path) -> bool {
         Self::at(pin).is_some_and(|pinned| pinned.id == self.id)
     }
 
-    /// The id of its program.
+    /// Returns the id of the program.
     pub fn program(&self) -> u32 {
         self.program
     }
 
-    /// Has it attach another program of the same kind.
+    /// Attaches another program of the same kind in place of this one.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -64,10 +64,10 @@ impl Link {
         hooks::replace(&self.link, program)
     }
 
-    /// Pins it, in place of one that may be there: there is no moment without either.
+    /// Pins the link, and replaces what is pinned there without a moment in between.
     ///
     /// # Errors
-    /// The file system refuses; what it keeps attached stays so.
+    /// The file system refuses; the program stays attached.
     pub fn pin(&self, path: &Path) -> Result<(), CaptureError> {
         let new = new_pin(path);
         remove(&new)?;

@@ -1,4 +1,4 @@
-//! Typed handles on the kernel's maps; the only place that knows their names.
+//! Typed handles on the kernel's maps; the only file that knows their names.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -32,20 +32,20 @@ pub const POD_MAPS: [&str; 2] = ["POD", LISTENERS];
 /// The map of a pod's listeners.
 pub const LISTENERS: &str = "LISTENERS";
 
-/// What is in a map, for who takes it over from another version.
+/// The contents of a map, as far as taking it over is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapContents {
-    /// What keeps pods captured.
+    /// What keeps pods captured: must be copied.
     Pods,
-    /// What only the kernel can read: which sockets stay inside.
+    /// Sockets that stay inside, which only the kernel can read.
     Sockets,
-    /// What was counted, or has just begun.
+    /// Counts, and connections that are beginning: copied if possible.
     Transient,
-    /// What the agent says anew, or who was there before it said.
+    /// Entries that the agent writes again, or whose writer is gone: begins empty.
     Rewritten,
 }
 
-/// What is in a map that is pinned.
+/// Returns the contents of a pinned map.
 pub fn contents(map: &str) -> MapContents {
     match map {
         "PODS" | "LEAVING" | "CGROUPS" | "ADDRESSES" => MapContents::Pods,
@@ -57,8 +57,8 @@ pub fn contents(map: &str) -> MapContents {
 
 /// The maps of the node's programs.
 ///
-/// An entry that is right is not written again: the kernel would give the old element to the next
-/// entry while a program still holds it (see [`dataplane_ebpf::pod`]).
+/// A correct entry is never written again: the kernel would give the old element to the next entry while a
+/// program still reads it (see [`dataplane_ebpf::pod`]).
 pub struct NodeMaps {
     node: Array<MapData, Node>,
     counters: PerCpuArray<MapData, u64>,
@@ -66,15 +66,15 @@ pub struct NodeMaps {
     leaving: HashMap<MapData, u64, There>,
     cgroups: HashMap<MapData, u64, u64>,
     addresses: HashMap<MapData, Owned, u32>,
-    /// What is in `addresses`, by pod.
+    /// The entries of `addresses`, by pod.
     owned: BTreeMap<u64, BTreeSet<Ip>>,
 }
 
 impl NodeMaps {
-    /// Of what was loaded.
+    /// Takes the maps out of a loaded object.
     ///
     /// # Errors
-    /// A map is not there, or is not of its kind.
+    /// A map is missing, or of another kind.
     pub fn take(ebpf: &mut Ebpf) -> Result<Self, CaptureError> {
         let addresses: HashMap<_, Owned, u32> = take(ebpf, "ADDRESSES")?;
         let mut owned: BTreeMap<u64, BTreeSet<Ip>> = BTreeMap::new();
@@ -93,13 +93,13 @@ impl NodeMaps {
         })
     }
 
-    /// A pod's first address, as it was enrolled with.
+    /// Returns the first address that a pod had when it was enrolled.
     pub fn first_address(&self, cookie: u64) -> Option<IpAddr> {
         let first = self.pods.get(&cookie, 0).ok()?;
         (first != Ip::NONE).then(|| first.into())
     }
 
-    /// Says what is the host's.
+    /// Writes what holds for the whole node.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -119,8 +119,8 @@ impl NodeMaps {
         })
     }
 
-    /// Makes room for a pod of which nothing is captured yet. What can fail for want of room fails here,
-    /// and until it is [enrolled](Self::enrol) it is as one that leaves: what comes to it reaches its app.
+    /// Makes room for a pod that is not captured yet, so that a full map fails here. Until the pod is
+    /// [enrolled](Self::enrol) it counts as leaving: what comes to it reaches its app.
     ///
     /// # Errors
     /// The kernel refuses; the maps are full.
@@ -137,12 +137,12 @@ impl NodeMaps {
                 .insert(cookie, first, 0)
                 .map_err(map_error("PODS"))?;
         }
-        // A predecessor may have known others, that are gone since.
+        // A predecessor may have written cgroups that are gone since.
         self.set_cgroups(cookie, groups)
     }
 
-    /// From now on the pod's connections are captured; what is its [own](Self::set_addresses) is told before. Who
-    /// is in one of its cgroups, and neither in its namespace nor in the host's, is refused.
+    /// Captures the pod's connections from now on; its [addresses](Self::set_addresses) are written before. A
+    /// process in one of its cgroups that is neither in its namespace nor in the host's is refused.
     ///
     /// # Errors
     /// The kernel refuses; the maps are full.
@@ -156,13 +156,12 @@ impl NodeMaps {
         self.capture(cookie, first).and(added)
     }
 
-    /// From now on the pod's connections are captured, whatever else is known of it: where nobody takes
-    /// them they fail.
+    /// Captures the pod's connections from now on, whatever else is known of it. If nobody serves it they fail.
     ///
     /// # Errors
     /// The kernel refuses; the map is full.
     pub fn capture(&mut self, cookie: u64, first: Option<IpAddr>) -> Result<(), CaptureError> {
-        // For reports alone: not written again where another address was first.
+        // The address is for reports only: an entry with another one is not written again.
         if !has(&self.pods, "PODS", cookie)? {
             let first = first.map_or(Ip::NONE, Ip::from);
             self.pods
@@ -172,15 +171,15 @@ impl NodeMaps {
         ignore_missing(self.leaving.remove(&cookie)).map_err(map_error("LEAVING"))
     }
 
-    /// Whether the pod's new connections are captured.
+    /// Returns `true` if the pod's new connections are captured.
     ///
     /// # Errors
-    /// The kernel refuses to tell.
+    /// The kernel refuses.
     pub fn captures(&self, cookie: u64) -> Result<bool, CaptureError> {
         Ok(has(&self.pods, "PODS", cookie)? && !has(&self.leaving, "LEAVING", cookie)?)
     }
 
-    /// From now on these cgroups are the pod's, and no others.
+    /// Makes these cgroups the pod's, and no others.
     ///
     /// # Errors
     /// The kernel refuses; the map is full.
@@ -197,7 +196,7 @@ impl NodeMaps {
         done
     }
 
-    /// Puts back what somebody has removed of a pod that is enrolled; whether there was something.
+    /// Restores lost entries of an enrolled pod. Returns `true` if there were any.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -216,7 +215,7 @@ impl NodeMaps {
         done.and(own).map(|own| lost || own)
     }
 
-    /// Puts back what somebody has removed of what is a pod's own; whether there was something.
+    /// Restores lost entries of a pod's own addresses. Returns `true` if there were any.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -236,8 +235,8 @@ impl NodeMaps {
         done.map(|()| lost)
     }
 
-    /// From now on these are the pod's own addresses, [`dataplane_ebpf::pod::ADDRESSES`] at most, and
-    /// by these interfaces it is captured.
+    /// Sets the pod's own addresses, at most [`dataplane_ebpf::pod::ADDRESSES`], and the interfaces by which
+    /// it is captured.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -256,8 +255,8 @@ impl NodeMaps {
             netns: cookie,
             ip: *ip,
         };
-        // First what it has no more, which may be somebody else's: that there is no room for what it has
-        // by now is no reason to keep it.
+        // First removes what the pod no longer has, which may be somebody else's by now: that must not fail
+        // for want of room for the new addresses.
         for ip in owned.clone().difference(&want) {
             ignore_missing(self.addresses.remove(&key(ip))).map_err(map_error("ADDRESSES"))?;
             owned.remove(ip);
@@ -270,7 +269,7 @@ impl NodeMaps {
         Ok(())
     }
 
-    /// From now on its new connections are not captured any more; what runs stays inside.
+    /// Stops capturing the pod's new connections; those that run stay inside.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -279,7 +278,7 @@ impl NodeMaps {
         self.remove_cgroups(cookie, &[])
     }
 
-    /// Takes from a pod all cgroups but these.
+    /// Removes all cgroups of a pod but these.
     fn remove_cgroups(&mut self, cookie: u64, but: &[CgroupId]) -> Result<(), CaptureError> {
         let owned: Vec<u64> = self
             .cgroups
@@ -295,7 +294,7 @@ impl NodeMaps {
         Ok(())
     }
 
-    /// The last step out: nothing of it runs any more.
+    /// Removes all entries of a pod, in the last step of leaving.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -307,7 +306,7 @@ impl NodeMaps {
         self.remove_cgroups(cookie, &[])
     }
 
-    /// The cookies of all pods that the kernel knows.
+    /// Returns the cookies of all pods that have an entry.
     pub fn enrolled(&self) -> BTreeSet<u64> {
         let owners = self.cgroups.iter().filter_map(|entry| Some(entry.ok()?.1));
         let pods = self.pods.keys().chain(self.leaving.keys());
@@ -316,7 +315,7 @@ impl NodeMaps {
         pods.chain(owners).chain(owned).collect()
     }
 
-    /// What was counted, over all CPUs, since the programs were first loaded.
+    /// Returns the counts over all CPUs, since the programs were first loaded.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         let sum = |slot: Counter| {
             let values = self.counters.get(&(slot as u32), 0);
@@ -329,14 +328,14 @@ impl NodeMaps {
     }
 }
 
-/// The maps that are pinned, held to be pinned again.
+/// Descriptors of the pinned maps, so that they can be pinned again.
 pub struct PinnedMaps(Vec<(&'static str, MapData)>);
 
 impl PinnedMaps {
-    /// From where they are pinned.
+    /// Opens the maps at their pins.
     ///
     /// # Errors
-    /// One is not.
+    /// A map is not pinned.
     pub fn open(pins: &Pins) -> Result<Self, CaptureError> {
         let open = |name: &'static str| {
             let map = MapData::from_pin(pins.maps().join(name)).map_err(map_error(name))?;
@@ -346,7 +345,7 @@ impl PinnedMaps {
         names.map(open).collect::<Result<_, _>>().map(Self)
     }
 
-    /// Pins what is not pinned any more, or in whose place something else is; whether there was something.
+    /// Pins maps again whose pins are gone or were replaced. Returns `true` if there were any.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -366,18 +365,18 @@ impl PinnedMaps {
     }
 }
 
-/// The ring buffer of reports.
+/// Takes the ring buffer of events.
 ///
 /// # Errors
-/// It is not there.
+/// The map is missing.
 pub fn events(ebpf: &mut Ebpf) -> Result<RingBuf<MapData>, CaptureError> {
     take(ebpf, "EVENTS")
 }
 
-/// What marks the agent's own sockets.
+/// Returns the map by which the agent's own sockets are known.
 ///
 /// # Errors
-/// The map is not there.
+/// The map is missing.
 pub fn stamp(ebpf: &mut Ebpf) -> Result<Stamp, CaptureError> {
     let error = |why: String| CaptureError::Map { map: "AGENT", why };
     let Some(Map::SkStorage(map)) = ebpf.map("AGENT") else {
@@ -388,7 +387,7 @@ pub fn stamp(ebpf: &mut Ebpf) -> Result<Stamp, CaptureError> {
     stamp.map_err(|why| error(why.to_string()))
 }
 
-/// Tells a pod's program whose it is, and the listeners if there are any.
+/// Writes to a pod's program whose it is, and its listeners if there are any.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -420,7 +419,7 @@ pub fn fill_pod(
     Ok(())
 }
 
-/// Whether a key is there.
+/// Returns `true` if the map has the key.
 fn has<K: aya::Pod, V: aya::Pod>(
     map: &HashMap<MapData, K, V>,
     name: &'static str,
@@ -433,7 +432,7 @@ fn has<K: aya::Pod, V: aya::Pod>(
     }
 }
 
-/// Makes an entry what it is to be, if it is not.
+/// Writes an entry unless it is there with this value.
 fn ensure<V: aya::Pod + PartialEq>(
     map: &mut HashMap<MapData, u64, V>,
     name: &'static str,
@@ -458,7 +457,7 @@ fn take<T: TryFrom<Map, Error = MapError>>(
     T::try_from(found).map_err(map_error(map))
 }
 
-/// An error of a map, by its name.
+/// Returns a function that adds the map's name to an error.
 pub(super) fn map_error(map: &'static str) -> impl FnOnce(MapError) -> CaptureError {
     move |error| CaptureError::Map {
         map,
@@ -466,7 +465,7 @@ pub(super) fn map_error(map: &'static str) -> impl FnOnce(MapError) -> CaptureEr
     }
 }
 
-/// What is not there is as good as removed.
+/// Counts a missing entry as removed.
 fn ignore_missing(done: Result<(), MapError>) -> Result<(), MapError> {
     match done {
         Err(MapError::KeyNotFound) => Ok(()),
@@ -479,7 +478,7 @@ fn ignore_missing(done: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-/// An error with what caused it, in one line.
+/// Returns an error with its sources, in one line.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

@@ -1,13 +1,12 @@
-//! Room 1: puts the kernel programs in place and keeps their maps true.
+//! Room 1: attaches the kernel programs and keeps their maps up to date.
 //!
-//! Told by control which pods are wanted, it brings the machine there step by step
-//! ([`reconcile::diff`] says which step is next), and tells how far each pod is. Door out: a
-//! [`crate::seam::Lease`] of each; what its listeners accept has the original destination as its local
+//! Control says which pods are wanted. [`Reconciler`] brings the machine there step by step
+//! ([`reconcile::diff`] decides the next steps), and publishes how far each pod is. Door out: a
+//! [`crate::seam::Lease`] of each pod; what its listeners accept has its original destination as its local
 //! address.
 //!
-//! Whatever is changed on the machine is written down before it is changed, and whatever keeps
-//! traffic captured is pinned: an agent that dies leaves its pods captured, and the next one takes
-//! over.
+//! Every change on the machine is written down before it is made, and all that keeps traffic captured is
+//! pinned: an agent that dies leaves its pods captured, and the next one takes over.
 
 pub mod attached;
 pub mod definition;
@@ -37,7 +36,7 @@ use crate::config::NodeName;
 pub use room::Reconciler;
 pub use wanted::{Desired, PodState, PodStatus, Status, Wanted};
 
-/// Why traffic cannot be captured, or let go.
+/// Why traffic cannot be captured or released.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     /// The agent was built without kernel programs.
@@ -45,20 +44,20 @@ pub enum CaptureError {
         "this build has no kernel programs in it; build it with `cargo xtask build` (object `{0}` is empty)"
     )]
     NoObject(&'static str),
-    /// The kernel does not take a program or a map.
+    /// The kernel refuses a program or a map.
     #[error("kernel program `{program}`: {why}")]
     Program {
-        /// Which.
+        /// The program's name.
         program: &'static str,
-        /// What the kernel says.
+        /// The kernel's error.
         why: String,
     },
     /// A map cannot be read or written.
     #[error("kernel map `{map}`: {why}")]
     Map {
-        /// Which.
+        /// The map's name.
         map: &'static str,
-        /// What the kernel says.
+        /// The kernel's error.
         why: String,
     },
     /// A map that another version of this agent has pinned cannot be taken over.
@@ -67,11 +66,11 @@ pub enum CaptureError {
          agent that pinned it, or run `dataplane uninstall` first, which lets go of all pods"
     )]
     OtherLayout {
-        /// Which.
+        /// The map's name.
         map: &'static str,
-        /// Where.
+        /// The folder in which it is pinned.
         pins: PathBuf,
-        /// In what it differs.
+        /// The difference.
         why: String,
     },
     /// Another agent serves this node.
@@ -83,89 +82,89 @@ pub enum CaptureError {
          and uninstall it first, with the --node, --run-dir and --bpffs that it was started with"
     )]
     Attached {
-        /// To what.
+        /// The cgroup or namespace to which they are attached.
         to: String,
-        /// How many.
+        /// Number of programs.
         count: usize,
-        /// Where they would be pinned if they were this one's.
+        /// The folder in which this agent's programs are pinned.
         pins: PathBuf,
     },
-    /// What is attached cannot be detached.
+    /// Attached programs cannot be detached.
     #[error("the programs of {pins} cannot be detached: {why}")]
     Detach {
-        /// Where they are pinned.
+        /// The folder in which they are pinned.
         pins: PathBuf,
-        /// What the kernel says.
+        /// The kernel's error.
         why: String,
     },
-    /// A folder that has an agent's name and is not an agent's.
+    /// A folder that has the name of an agent's and is not one.
     #[error("{path} is not a dataplane agent's: {what}; nothing is changed")]
     NotOurs {
-        /// Which.
+        /// The folder.
         path: PathBuf,
-        /// What it is.
+        /// What is wrong with it.
         what: String,
     },
-    /// A node's agent was started with other places.
+    /// The node's agent was started with other places.
     #[error("{0}; nothing is changed")]
     OtherPlace(String),
-    /// Nothing is known of a node.
+    /// Nothing is known of the node.
     #[error(
         "nothing of node {node} is known in {run_dir}{}; nothing is changed",
         listed(known)
     )]
     UnknownNode {
-        /// Which.
+        /// The node's name.
         node: NodeName,
-        /// Where it would be.
+        /// The run folder.
         run_dir: PathBuf,
-        /// Those that are known.
+        /// The nodes that are known there.
         known: Vec<NodeName>,
     },
-    /// Nothing is known of a node, and there are things of an agent elsewhere on the machine.
+    /// Nothing is known of the node, but an agent has left something elsewhere on the machine.
     #[error(
         "nothing of node {node} is known in {run_dir}, nor pinned in {pins}; but {links} links of a dataplane \
          agent's programs are on this machine, and {namespaces} network namespaces have its rules: say the \
          --node, --run-dir and --bpffs that it was started with; nothing is changed"
     )]
     Elsewhere {
-        /// Which.
+        /// The node's name.
         node: NodeName,
-        /// Where it would be.
+        /// The run folder.
         run_dir: PathBuf,
-        /// Where its programs would be pinned.
+        /// The folder in which its programs would be pinned.
         pins: PathBuf,
-        /// How many links of an agent's programs there are.
+        /// Number of links of an agent's programs.
         links: usize,
-        /// In how many network namespaces its rules are.
+        /// Number of network namespaces that have its rules.
         namespaces: usize,
     },
-    /// A file or folder of the agent's own.
+    /// An error of a file or folder.
     #[error("{path}: {error}")]
     File {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// What is wrong.
+        /// The error.
         error: io::Error,
     },
-    /// Something in a pod's network namespace.
+    /// An error in a pod's network namespace.
     #[error("cannot {what} in the pod's network namespace: {why}")]
     Namespace {
-        /// What was to be done.
+        /// What was attempted.
         what: &'static str,
-        /// What the kernel says.
+        /// The kernel's error.
         why: String,
     },
-    /// The mesh knows a pod by an address that it does not have.
+    /// The mesh knows the pod by an address that it does not have.
     #[error("{0}, which the mesh knows the pod by, is on none of its interfaces")]
     NoAddress(IpAddr),
-    /// The rooms behind this one are gone.
+    /// The receiver of pod events is gone.
     #[error("the agent is stopping")]
     Stopping,
 }
 
 impl CaptureError {
-    /// The stable word for it.
+    /// Returns the stable word for the error.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::NoObject(_) => "no_object",

@@ -1,8 +1,8 @@
-//! The node's folder for what is running, `<run-dir>/<node>/`: the mark that says whose it is, the lock,
-//! the admin socket, and the records of what was changed (`pods/`, see [`super::undo`]).
+//! The node's run folder, `<run-dir>/<node>/`: the mark that says whose it is, the lock, the admin socket,
+//! and the undo records (`pods/`, see [`super::undo`]).
 //!
-//! Whoever takes something away asks the mark first: which node it is, and with which places its agent
-//! was started. A folder without it is nobody's of ours.
+//! Whoever removes something reads the mark first: the node's name, and the places with which its agent was
+//! started. A folder without a mark is not an agent's.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
@@ -16,43 +16,44 @@ use super::{CaptureError, pins};
 use crate::config::{DEFAULT_CLUSTER, NodeName};
 use crate::sys::made::Made;
 
-/// The file of the mark.
+/// The file name of the mark.
 const MARK: &str = "node.json";
 const NEW_MARK: &str = "node.new";
 const LOCK: &str = "lock";
-/// What is in the lock's file while a node is uninstalled.
+/// The content of the lock file while a node is uninstalled.
 const UNINSTALL: &[u8] = b"uninstall\n";
 const SOCKET: &str = "admin.sock";
 const PODS: &str = "pods";
 
-/// Whose folder it is, and with which places the agent was started that made it.
+/// Whose folder it is, and with which places its agent was started.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
-    /// The node.
+    /// The node's name.
     pub node: NodeName,
-    /// Where its programs are pinned.
+    /// The bpffs in which its programs are pinned.
     pub bpffs: PathBuf,
     /// The cgroup that holds its pods.
     pub cgroup: PathBuf,
-    /// The state that it shares.
+    /// The state folder that it shares with other nodes.
     pub state: PathBuf,
-    /// The cluster that its pods are of.
+    /// The cluster of its pods.
     #[serde(default = "default_cluster")]
     pub cluster_id: String,
-    /// The fingerprint of the state's root; none before agents wrote it.
+    /// The fingerprint of the state's root; `None` in marks of older agents.
     #[serde(default)]
     pub root: Option<String>,
 }
 
-/// What the setting is if it is not given, and was for all whose mark does not say it.
+/// The setting's default, which also held for agents whose mark lacks it.
 fn default_cluster() -> String {
     DEFAULT_CLUSTER.into()
 }
 
 impl Mark {
-    /// Which settings are not those that pods were captured with. Programs that are pinned in one place
-    /// are not seen from another; attached to another cgroup they miss what the pods send; from another
-    /// state the nodes cannot be told that a pod leaves; and of another cluster it would be another pod.
+    /// Returns an error text if settings differ from those with which pods were captured. Programs that are
+    /// pinned in one place are not seen from another; attached to another cgroup they miss what the pods
+    /// send; through another state the nodes cannot learn that a pod leaves; and in another cluster it would
+    /// be another pod.
     fn differs_from(&self, found: &Self) -> Option<String> {
         let clusters = [&found.cluster_id, &self.cluster_id].map(Path::new);
         let differ: Vec<String> = [
@@ -76,8 +77,8 @@ impl Mark {
         (!differ.is_empty()).then_some(told)
     }
 
-    /// Refuses another state than the node has: as one that is not mounted would be found, it gets a CA
-    /// of its own, whose root nobody trusts.
+    /// Refuses another state than the node has. If the node's own state is not mounted, an agent would find
+    /// an empty folder there and make a CA in it, whose root nobody trusts.
     fn refuse_other_state(&self, found: &Self) -> Result<(), CaptureError> {
         match found.root.is_some() && found.state != self.state {
             false => Ok(()),
@@ -92,21 +93,22 @@ impl Mark {
     }
 }
 
-/// The folder, held by this process alone.
+/// The folder, locked by this process.
 #[derive(Debug)]
 pub struct NodeFolder {
     path: PathBuf,
     found: Option<Mark>,
-    /// Before the lock: it is gone before another one can have it.
+    /// Dropped before the lock, so that the folder is gone before another process can lock it.
     made: Made,
     lock: File,
 }
 
 impl NodeFolder {
-    /// Makes it, or takes it over from a predecessor. What was made goes with it until it is marked.
+    /// Makes the folder, or takes it over from a predecessor. Unless it is marked, what was made is removed on drop.
     ///
     /// # Errors
-    /// Another agent has it; it is not an agent's; pods are captured by pins of another place.
+    /// Another agent has the lock; the folder is not an agent's; pods were captured with other places; the
+    /// node has another state.
     pub fn claim(run_dir: &Path, mark: &Mark) -> Result<Self, CaptureError> {
         let path = run_dir.join(mark.node.as_str());
         let made = Made::missing(&path.join(PODS));
@@ -140,12 +142,12 @@ impl NodeFolder {
         Ok(folder)
     }
 
-    /// The fingerprint of the root that an agent of the node had of its state, if one is known.
+    /// Returns the fingerprint of the root with which an agent last marked the node, if it is known.
     pub fn known_root(&self) -> Option<String> {
         self.found.as_ref()?.root.clone()
     }
 
-    /// Marks it: from now on it stays until it is removed.
+    /// Writes the mark; from now on the folder stays until it is removed.
     ///
     /// # Errors
     /// The file system refuses.
@@ -165,10 +167,10 @@ impl NodeFolder {
         Ok(())
     }
 
-    /// Takes one that an agent has left, with what its mark says.
+    /// Takes the folder that an agent has left, with its mark.
     ///
     /// # Errors
-    /// None is known; an agent runs.
+    /// There is no such folder; an agent runs.
     pub fn open(run_dir: &Path, node: &NodeName) -> Result<(Self, Mark), CaptureError> {
         let path = run_dir.join(node.as_str());
         let unknown = || CaptureError::UnknownNode {
@@ -186,22 +188,22 @@ impl NodeFolder {
         Ok((Self::lock(path, Made::default())?, mark))
     }
 
-    /// Where it is.
+    /// Returns the folder's path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The records in it.
+    /// Opens the undo records in the folder.
     ///
     /// # Errors
-    /// Their folder cannot be made.
+    /// The folder of records cannot be made.
     pub fn records(&self) -> Result<UndoRecords, CaptureError> {
         UndoRecords::open(&self.path.join(PODS))
     }
 
-    /// Removes what an agent has in it, and itself. If something else is there, or a record, then that
-    /// stays with the mark; it is returned. So does the mark if `all_else_is_gone` is not so: without it
-    /// nobody could try again.
+    /// Removes what an agent has in the folder, and the folder. Other files, and records, are returned and
+    /// stay, and the mark with them. The mark also stays unless `all_else_is_gone`: without it the uninstall
+    /// could not be repeated.
     ///
     /// # Errors
     /// The file system refuses.
@@ -223,20 +225,20 @@ impl NodeFolder {
         Ok(left)
     }
 
-    /// Says that who has it takes away what an agent has left. Nothing goes by that but what people are told.
+    /// Writes into the lock file that its holder uninstalls the node. This only informs people.
     pub fn set_uninstalling(&mut self) {
         let _ = self.lock.write_all(UNINSTALL);
     }
 
     fn lock(path: PathBuf, mut made: Made) -> Result<Self, CaptureError> {
         let file = path.join(LOCK);
-        // For root alone: who can open it can lock it, and so keep an agent from starting.
+        // Only root may open it: whoever can open the file can lock it, and so keep an agent from starting.
         let mut options = OpenOptions::new();
         options.create(true).write(true).truncate(false).mode(0o600);
         let locked = pins::lock(&file, || options.open(&file));
-        // It is used by whoever has it, whoever made it.
+        // If another process has the lock, the folder is in use and stays, whoever made it.
         let lock = locked.inspect_err(|_| made.keep())?;
-        // Of one that was uninstalled in part.
+        // A node that was uninstalled in part has left this text.
         if lock_text(&file) == UNINSTALL {
             lock.set_len(0).map_err(CaptureError::file(&file))?;
         }
@@ -249,16 +251,16 @@ impl NodeFolder {
     }
 }
 
-/// Who has a node's folder.
+/// The process that has locked a node's folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Holder {
-    /// Its agent, which runs.
+    /// The node's agent.
     Agent,
-    /// Somebody who takes away what its agent has left.
+    /// An uninstall of the node.
     Uninstall,
 }
 
-/// Who has this folder, if somebody does.
+/// Returns who has locked this folder, if anybody has.
 pub fn holder(folder: &Path) -> Option<Holder> {
     let lock = folder.join(LOCK);
     pins::is_locked(&lock).then(|| match lock_text(&lock).as_slice() {
@@ -271,7 +273,7 @@ fn lock_text(lock: &Path) -> Vec<u8> {
     fs::read(lock).unwrap_or_default()
 }
 
-/// How many pods of a node an agent has left captured, as far as its folder says.
+/// Returns the number of pods that an agent has left captured, by their records.
 pub fn captured(run_dir: &Path, node: &NodeName) -> usize {
     let pods = entries(&run_dir.join(node.as_str()).join(PODS)).unwrap_or_default();
     pods.iter()
@@ -279,7 +281,7 @@ pub fn captured(run_dir: &Path, node: &NodeName) -> usize {
         .count()
 }
 
-/// The nodes that have a folder of an agent here.
+/// Returns the nodes that have a marked folder here.
 pub fn known(run_dir: &Path) -> Vec<NodeName> {
     let mut names: Vec<NodeName> = entries(run_dir)
         .unwrap_or_default()
@@ -291,7 +293,7 @@ pub fn known(run_dir: &Path) -> Vec<NodeName> {
     names
 }
 
-/// The mark of a folder, if it has one.
+/// Reads a folder's mark, if it has one.
 fn read(path: &Path) -> Result<Option<Mark>, CaptureError> {
     let not_ours = |what: String| CaptureError::NotOurs {
         path: path.to_owned(),
@@ -320,7 +322,7 @@ fn read(path: &Path) -> Result<Option<Mark>, CaptureError> {
     Ok(Some(mark))
 }
 
-/// What is in it and not an agent's.
+/// Returns the entries that are not an agent's.
 fn unknown_entries(path: &Path) -> Result<Vec<PathBuf>, CaptureError> {
     let known = [MARK, NEW_MARK, LOCK, SOCKET, PODS];
     let all = entries(path).map_err(CaptureError::file(path))?;
@@ -349,7 +351,7 @@ mod tests {
         }
     }
 
-    /// One that an agent has begun with.
+    /// Makes a folder with a mark.
     fn begun(run_dir: &Path, mark: &Mark) -> Result<NodeFolder, CaptureError> {
         let mut folder = NodeFolder::claim(run_dir, mark)?;
         folder.write_mark(mark).map(|()| folder)

@@ -1,9 +1,9 @@
-//! Where the kernel objects of a node are pinned, and the lock that makes one agent their owner.
+//! The folders in which a node's kernel objects are pinned, and the lock that makes one agent their owner.
 //!
-//! `<bpffs>/dataplane/<node>/v<layout>/` holds `maps/`, `links/` (attached to the cgroup) and
-//! `pods/`, a link per pod named by the cookie of its network namespace. The layout's number says whose
-//! maps they are; an agent of another layout takes them over as they are there (see [`super::takeover`]),
-//! and then gives the folder its own number.
+//! `<bpffs>/dataplane/<node>/v<layout>/` holds `maps/`, `links/` (attached to the cgroup) and `pods/`, with
+//! one link per pod, named by the cookie of its network namespace. The layout's number says by which version
+//! the maps were made; an agent of another layout takes them over (see [`super::takeover`]), and then gives
+//! the folder its own number.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -22,24 +22,24 @@ use super::undo::UndoRecords;
 use crate::config::NodeName;
 use crate::sys::bpffs;
 
-/// The folders of one node.
+/// The pin folders of one node.
 #[derive(Clone, Debug)]
 pub struct Pins {
     bpffs: PathBuf,
     node: PathBuf,
-    /// The folder of the layout that is there, or else of this agent's.
+    /// The folder of the layout that exists, or else of this agent's.
     layout: PathBuf,
 }
 
 impl Pins {
-    /// Of this node, below a mounted bpffs.
+    /// The pins of this node, in a mounted bpffs.
     pub fn new(bpffs: &Path, node: &NodeName) -> Self {
-        // A bpffs keeps names with dots to itself; no node's name has a colon.
+        // A bpffs reserves names with dots; no node's name has a colon.
         let node = node.as_str().replace('.', ":");
         Self::at(bpffs, bpffs.join("dataplane").join(node))
     }
 
-    /// Of a trial, in a bpffs of its own.
+    /// Pins for a trial, in a bpffs of its own.
     pub fn trial(bpffs: &Path) -> Self {
         Self::at(bpffs, bpffs.join("trial"))
     }
@@ -54,7 +54,7 @@ impl Pins {
         pins
     }
 
-    /// Which layout is there.
+    /// Looks for an existing layout.
     fn find_layout(&mut self) {
         let own = self.own_layout();
         let mut layouts = entries(&self.node).map(|entry| entry.path());
@@ -62,11 +62,11 @@ impl Pins {
         self.layout = found.unwrap_or(own);
     }
 
-    /// Makes the folders, and this process the owner of what is pinned in them as long as it has what is
-    /// returned. Whatever else an agent was told, there is one for these pins.
+    /// Makes the folders, and locks them for this process until the returned file is dropped. There is one
+    /// owner of these pins, whatever else its settings are.
     ///
     /// # Errors
-    /// There is no bpffs; another user has made them; another agent has them; something else is there.
+    /// There is no bpffs; another user made the folders; another agent has the lock; something else is in the folder.
     pub fn make(&mut self) -> Result<File, CaptureError> {
         if !bpffs::is_mounted(&self.bpffs).map_err(CaptureError::file(&self.bpffs))? {
             let error = io::Error::other("no BPF file system is mounted there");
@@ -84,10 +84,10 @@ impl Pins {
         Ok(lock)
     }
 
-    /// Refuses what is there already as [`Pins::make`] would; nothing is made.
+    /// Refuses what exists where [`Pins::make`] would refuse it; makes nothing.
     ///
     /// # Errors
-    /// Another user has made it; something else is there.
+    /// Another user made the folders; something else is in the folder.
     pub fn refuse(&self) -> Result<(), CaptureError> {
         for folder in self.folders() {
             if fs::symlink_metadata(folder).is_ok() {
@@ -100,13 +100,13 @@ impl Pins {
         }
     }
 
-    /// The folder of the node, and those above it that are an agent's.
+    /// Returns the node's folder, and those above it below the bpffs.
     fn folders(&self) -> Vec<&Path> {
         let above = self.node.ancestors();
         above.take_while(|of| *of != self.bpffs).collect()
     }
 
-    /// Whoever pinned something else there may come back.
+    /// Refuses other entries beside the layout: their owner may come back.
     fn refuse_others(&self) -> Result<(), CaptureError> {
         for entry in fs::read_dir(&self.node).map_err(CaptureError::file(&self.node))? {
             let path = entry.map_err(CaptureError::file(&self.node))?.path();
@@ -118,7 +118,7 @@ impl Pins {
         Ok(())
     }
 
-    /// Makes again what of the folders is gone, and mounts what was unmounted; `lock` is what
+    /// Makes missing folders again, and mounts the bpffs again if it was unmounted; `lock` is what
     /// [`Pins::make`] returned.
     ///
     /// # Errors
@@ -135,10 +135,10 @@ impl Pins {
         Ok(())
     }
 
-    /// Makes this process the owner of what is pinned, if something is.
+    /// Locks the pins for this process, if there are any.
     ///
     /// # Errors
-    /// An agent has it.
+    /// An agent has the lock.
     pub fn lock(&mut self) -> Result<Option<File>, CaptureError> {
         if !self.exist() {
             return Ok(None);
@@ -148,7 +148,7 @@ impl Pins {
         Ok(Some(lock))
     }
 
-    /// Gives what is pinned this agent's layout, whichever it had.
+    /// Renames the folder to this agent's layout, whichever it had.
     ///
     /// # Errors
     /// The file system refuses.
@@ -161,38 +161,38 @@ impl Pins {
         Ok(())
     }
 
-    /// Whether the node has any.
+    /// Returns `true` if the node has a folder of pins.
     pub fn exist(&self) -> bool {
         bpffs::is_mounted(&self.bpffs).unwrap_or(false)
             && fs::symlink_metadata(&self.node).is_ok_and(|found| found.is_dir())
     }
 
-    /// The folder of the node.
+    /// Returns the folder of the node.
     pub fn folder(&self) -> &Path {
         &self.node
     }
 
-    /// Maps that programs share, by their names.
+    /// Returns the folder of the maps that programs share, by their names.
     pub fn maps(&self) -> PathBuf {
         self.layout.join(MAPS)
     }
 
-    /// Links of the programs that are attached to the cgroup, by the programs' names.
+    /// Returns the folder of the links to the cgroup, by the programs' names.
     pub fn links(&self) -> PathBuf {
         self.layout.join(LINKS)
     }
 
-    /// Links of the pods' programs, by the cookies of their network namespaces.
+    /// Returns the folder of the links of the pods' programs, by the cookies of their network namespaces.
     pub fn pods(&self) -> PathBuf {
         self.layout.join(PODS)
     }
 
-    /// The link of one pod.
+    /// Returns the pin of one pod's link.
     pub fn pod(&self, cookie: u64) -> PathBuf {
         self.pods().join(cookie.to_string())
     }
 
-    /// Removes the links of all pods but those of which this says so, and what a crash left half done.
+    /// Removes the links of all pods for which `keep` returns `false`, and what a crash left unfinished.
     ///
     /// # Errors
     /// The file system refuses.
@@ -207,7 +207,7 @@ impl Pins {
         Ok(())
     }
 
-    /// The ids of all programs that are attached by what is pinned here.
+    /// Returns the ids of all programs that are attached by links pinned here.
     pub fn programs(&self) -> BTreeSet<u32> {
         let folders = entries(&self.node)
             .flat_map(|layout| [LINKS, PODS].map(|folder| layout.path().join(folder)));
@@ -217,7 +217,7 @@ impl Pins {
             .collect()
     }
 
-    /// The ids of all maps that are pinned here.
+    /// Returns the ids of all maps that are pinned here.
     pub fn map_ids(&self) -> BTreeSet<u32> {
         entries(&self.node)
             .flat_map(|layout| entries(&layout.path().join(MAPS)))
@@ -225,7 +225,7 @@ impl Pins {
             .collect()
     }
 
-    /// Those of one pod.
+    /// Returns the ids of one pod's pinned programs.
     pub fn programs_of(&self, cookie: u64) -> BTreeSet<u32> {
         let pin = self.pod(cookie);
         [new_pin(&pin), pin]
@@ -234,8 +234,8 @@ impl Pins {
             .collect()
     }
 
-    /// Refuses where pods are captured by what is pinned here of which nothing is recorded there: their
-    /// way back is in the run folder of whoever captured them.
+    /// Refuses if pods are pinned here that have no record there: how to undo their capture is in the run
+    /// folder of the agent that captured them.
     ///
     /// # Errors
     /// There are such pods; the records cannot be listed.
@@ -257,8 +257,8 @@ impl Pins {
         }
     }
 
-    /// Removes what agents of the node have pinned, of any layout: what was attached by it no longer
-    /// is. What no agent pins stays, and with it the folders that it is in; it is returned.
+    /// Removes all pins of the node's agents, of any layout, which detaches what they attach. Returns what no
+    /// agent pins: it stays, with its folders.
     ///
     /// # Errors
     /// The file system refuses.
@@ -292,14 +292,14 @@ impl Pins {
             remove_if_empty(&layout.path)?;
         }
         remove_if_empty(&self.node)?;
-        // Last of its kind: no folder is left behind either.
+        // If this was the last node, no folder stays.
         if let Some(all) = self.node.parent() {
             remove_if_empty(all)?;
         }
         Ok(left)
     }
 
-    /// Those of the maps, by their names; also those of which this agent does not know.
+    /// Returns the pins of all maps, also of those that this agent does not know.
     pub fn pinned_maps(&self) -> Vec<PathBuf> {
         let is_map = |name: &OsStr| name.to_str().is_some_and(FOLDERS[0].1);
         let pins = entries(&self.maps()).map(|entry| entry.path());
@@ -312,15 +312,15 @@ impl Pins {
     }
 }
 
-/// Who asks whether it is locked may have it for a moment.
+/// How long a process that only tests a lock may hold it.
 const PROBE_TIME: Duration = Duration::from_millis(100);
 
 const MAPS: &str = "maps";
 const LINKS: &str = "links";
 const PODS: &str = "pods";
 
-/// The folders of a layout, and what is pinned in each. Other layouts may have other maps and programs,
-/// but they are named alike.
+/// The folders of a layout, and which names are pinned in each. Other layouts may have other maps and
+/// programs, but name them alike.
 const FOLDERS: [(&str, IsPin); 3] = [
     (MAPS, |name| is_word(name, |byte| byte.is_ascii_uppercase())),
     (LINKS, |name| {
@@ -329,7 +329,7 @@ const FOLDERS: [(&str, IsPin); 3] = [
     (PODS, |name| name.parse::<u64>().is_ok()),
 ];
 
-/// Whether a name is one that an agent pins.
+/// Returns `true` for a name that an agent pins.
 type IsPin = fn(&str) -> bool;
 
 fn is_word(name: &str, is_letter: fn(u8) -> bool) -> bool {
@@ -342,13 +342,13 @@ fn is_layout(name: &OsStr) -> bool {
     number.is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
-/// Where a pin is made before it takes another one's place.
+/// Returns where a pin is made before it replaces another one.
 pub(super) fn new_pin(pin: &Path) -> PathBuf {
     let name = pin.file_name().unwrap_or_default().to_string_lossy();
     pin.with_file_name(format!("{name}-new"))
 }
 
-/// The program of a pinned link.
+/// Returns the id of the program that a pinned link attaches.
 fn program(pin: &Path) -> Option<u32> {
     Some(Link::at(pin)?.program())
 }
@@ -357,7 +357,7 @@ fn entries(folder: &Path) -> impl Iterator<Item = fs::DirEntry> + use<> {
     fs::read_dir(folder).into_iter().flatten().flatten()
 }
 
-/// What is in a folder; a link is neither a file nor a folder.
+/// An entry of a folder; a symbolic link is neither a file nor a folder.
 struct Child {
     name: String,
     path: PathBuf,
@@ -382,11 +382,11 @@ fn children(folder: &Path) -> Result<Vec<Child>, CaptureError> {
     Ok(all)
 }
 
-/// Makes a folder that only this user may open: who may open it may lock it, and so keep the agent away.
-/// Any user may make one in a bpffs that was mounted without a mode.
+/// Makes a folder that only this user may open: whoever can open it can lock it, and so keep the agent from
+/// starting. Any user may make one in a bpffs that was mounted without a mode.
 ///
 /// # Errors
-/// Another user may write to what is there; it is no folder; the file system refuses.
+/// Another user may write to the existing folder; it is no folder; the file system refuses.
 fn make_private(folder: &Path) -> io::Result<()> {
     match DirBuilder::new().mode(0o700).create(folder) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -399,7 +399,7 @@ fn make_private(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// What a folder is that nobody else may write to.
+/// Returns the metadata of a folder to which nobody else may write.
 ///
 /// # Errors
 /// As [`make_private`].
@@ -421,10 +421,10 @@ fn is_private(folder: &Path) -> io::Result<Metadata> {
     Ok(found)
 }
 
-/// Removes a file that may be there.
+/// Removes a file if it exists.
 ///
 /// # Errors
-/// It is there and cannot be removed.
+/// The file cannot be removed.
 pub fn remove(path: &Path) -> Result<(), CaptureError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -434,10 +434,10 @@ pub fn remove(path: &Path) -> Result<(), CaptureError> {
     }
 }
 
-/// Removes a folder that may be there; one that has something in it stays.
+/// Removes a folder if it exists and is empty.
 ///
 /// # Errors
-/// It is empty and cannot be removed.
+/// The empty folder cannot be removed.
 pub fn remove_if_empty(folder: &Path) -> Result<(), CaptureError> {
     use io::ErrorKind::{DirectoryNotEmpty, NotFound};
     match fs::remove_dir(folder) {
@@ -448,16 +448,16 @@ pub fn remove_if_empty(folder: &Path) -> Result<(), CaptureError> {
     }
 }
 
-/// Whether another process has locked a file that may be there.
+/// Returns `true` if the file exists and another process has locked it.
 pub fn is_locked(path: &Path) -> bool {
     let lock = File::open(path).map(|file| file.try_lock_shared());
     matches!(lock, Ok(Err(TryLockError::WouldBlock)))
 }
 
-/// Locks what `open` opens at a path, until the process ends or drops it.
+/// Locks the file that `open` opens at a path, until the result is dropped.
 ///
 /// # Errors
-/// Another process has it; it cannot be opened.
+/// Another process has the lock; the file cannot be opened.
 pub fn lock(path: &Path, open: impl Fn() -> io::Result<File>) -> Result<File, CaptureError> {
     let deadline = Instant::now() + PROBE_TIME;
     loop {
@@ -471,7 +471,7 @@ pub fn lock(path: &Path, open: impl Fn() -> io::Result<File>) -> Result<File, Ca
             Err(TryLockError::WouldBlock) => return Err(CaptureError::Held(path.to_owned())),
             Err(TryLockError::Error(error)) => return Err(CaptureError::file(path)(error)),
         }
-        // Who uninstalls removes what it has locked: then this is one that nobody else will find.
+        // An uninstall removes the file that it has locked; a lock on a removed file excludes nobody.
         let locked = file.metadata().map_err(CaptureError::file(path))?;
         let there = fs::symlink_metadata(path);
         if there.is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino())) {
@@ -489,7 +489,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let path = dir.path().join("lock");
         let open = || File::create(&path);
-        // One that was removed under whoever opened it is not the lock any more.
+        // A file that was removed after it was opened is no longer the lock.
         let stale = std::cell::RefCell::new(Some(open().expect("a file")));
         fs::remove_file(&path).expect("a file");
         let taken = lock(&path, || stale.take().map_or_else(open, Ok)).expect("free");

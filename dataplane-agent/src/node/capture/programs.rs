@@ -37,10 +37,10 @@ pub struct Loader {
     loader: EbpfLoader<'static>,
 }
 
-/// What keeps the node's programs attached, by their names, wherever their pins are.
+/// The links that keep the node's programs attached, by the programs' names, wherever they are pinned.
 pub type Links = BTreeMap<&'static str, Link>;
 
-/// One pod's program. Detached when it goes, unless it is pinned.
+/// One pod's program. Dropping it detaches it, unless it is pinned.
 #[derive(Debug)]
 pub struct PodProgram {
     ebpf: Ebpf,
@@ -48,12 +48,12 @@ pub struct PodProgram {
 }
 
 impl Loader {
-    /// With maps in these places: those that are pinned there are taken, others are made.
+    /// Creates a loader with maps pinned in these folders: existing pins are used, missing maps are made.
     pub fn new(pins: &Pins) -> Self {
         Self::at(|name| pins.maps().join(name))
     }
 
-    /// The same while others' maps are taken over; pods' listeners are pinned too.
+    /// Creates a loader for a takeover, which also takes pods' listeners from a pin.
     pub fn taking_over(takeover: &Takeover) -> Self {
         let mut own = Self::at(|name| takeover.path(name));
         let listeners = takeover.listeners();
@@ -69,10 +69,10 @@ impl Loader {
         Self { loader }
     }
 
-    /// Loads the node's programs, with the maps that nobody has taken yet.
+    /// Loads the node's programs; their maps can be taken from the result.
     ///
     /// # Errors
-    /// The kernel refuses one; there are none in this build.
+    /// The kernel refuses a program; this build has none.
     pub fn node(&mut self) -> Result<Ebpf, CaptureError> {
         let mut ebpf = self.load("node", NODE)?;
         for name in NODE_PROGRAMS {
@@ -88,7 +88,7 @@ impl Loader {
         Ok(ebpf)
     }
 
-    /// Loads a pod's program, and tells it of the pod; without listeners it lets nobody in or out.
+    /// Loads a pod's program, and writes to it which pod it is for. Without listeners it lets nobody in or out.
     ///
     /// # Errors
     /// As [`Loader::node`].
@@ -99,7 +99,7 @@ impl Loader {
         listeners: Option<&Listeners>,
     ) -> Result<PodProgram, CaptureError> {
         let mut ebpf = self.load("pod", POD)?;
-        // In this order: the program names its maps by descriptors, which `fill_pod` closes.
+        // This order matters: the program names its maps by descriptors, which `fill_pod` closes.
         steer(&mut ebpf)?.load().map_err(refused(POD_PROGRAM))?;
         maps::fill_pod(&mut ebpf, cookie, first, listeners)?;
         Ok(PodProgram { ebpf, link: None })
@@ -118,11 +118,11 @@ impl Loader {
     }
 }
 
-/// Attaches those of the node's programs to a cgroup that are not, and pins those that are not, in place of
-/// a predecessor's; each, whatever becomes of the others.
+/// Attaches the node's programs to a cgroup where they are not attached, and pins their links where they are
+/// not pinned, replacing a predecessor's pins. An error of one does not keep the others from it.
 ///
 /// # Errors
-/// The cgroup is not there; the kernel does not tell what is attached to it.
+/// The cgroup does not exist; the kernel does not say what is attached to it.
 pub fn restore(
     ebpf: &mut Ebpf,
     cgroup: &Path,
@@ -157,7 +157,7 @@ pub fn restore(
 }
 
 fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<Link, CaptureError> {
-    // No flag: a link always lets other programs on the same hook run too.
+    // No flag is needed: a link always lets other programs on the same hook run too.
     let mode = CgroupAttachMode::Single;
     let link = match program(ebpf, name)? {
         Program::CgroupSockAddr(program) => {
@@ -193,18 +193,18 @@ fn attach_one(ebpf: &mut Ebpf, name: &'static str, cgroup: &File) -> Result<Link
     Link::of(name, &link)
 }
 
-/// What was done to have programs attached and pinned.
+/// The result of attaching and pinning programs.
 #[derive(Debug)]
 pub struct Restored {
-    /// Whether one was not attached, or not pinned, and is now.
+    /// `true` if one was not attached or not pinned, and is now.
     pub lost: bool,
-    /// Why one is not pinned: it is attached for as long as this agent runs. Of the node's, also why one is not
-    /// attached.
+    /// The error if a link is not pinned: its program stays attached only while this agent runs. For the
+    /// node's programs also the error if one is not attached.
     pub whole: Result<(), CaptureError>,
 }
 
 impl Restored {
-    /// Of a link: `attached`, if it was already, and pinned now if it was not.
+    /// Pins a link if it is not pinned; `attached` says whether its program was attached before.
     pub fn of(link: &Link, attached: bool, pin: &Path) -> Self {
         let was_pinned = link.is_at(pin);
         let whole = match was_pinned {
@@ -219,10 +219,10 @@ impl Restored {
 }
 
 impl PodProgram {
-    /// Attaches it in the pod's network namespace, in place of a predecessor.
+    /// Attaches the program in the pod's network namespace, in place of a predecessor's, and pins it.
     ///
     /// # Errors
-    /// The kernel refuses; it cannot be pinned, and is attached all the same.
+    /// The kernel refuses; if only pinning fails the program stays attached.
     pub fn attach(&mut self, netns: &Netns, pin: &Path) -> Result<(), CaptureError> {
         self.attach_unpinned(netns)?.pin(pin)
     }
@@ -234,7 +234,7 @@ impl PodProgram {
         Ok(self.link.insert(Link::of(POD_PROGRAM, &link.into())?))
     }
 
-    /// Puts it in the place of the one that a link attaches.
+    /// Replaces the program that a link attaches by this one.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -247,10 +247,10 @@ impl PodProgram {
             })
     }
 
-    /// Attaches it again if it is not attached, and pins it if it is not pinned any more.
+    /// Attaches the program again if it is not attached, and pins its link if it is not pinned.
     ///
     /// # Errors
-    /// It is not attached.
+    /// The program cannot be attached; the kernel does not say whether it is.
     pub fn restore(&mut self, netns: &Netns, pin: &Path) -> Result<Restored, CaptureError> {
         let attached = is_attached(netns, self.id())?;
         let link = match &self.link {
@@ -260,26 +260,26 @@ impl PodProgram {
         Ok(Restored::of(link, attached, pin))
     }
 
-    /// The id of what is attached, if it was.
+    /// Returns the id of the program once it is attached.
     pub fn id(&self) -> Option<u32> {
         self.link.as_ref().map(Link::program)
     }
 
-    /// What keeps it attached, without the rest.
+    /// Returns the link, and drops the rest.
     pub fn into_link(self) -> Option<Link> {
         self.link
     }
 
-    /// What was loaded.
+    /// Returns the loaded object.
     pub fn ebpf(&self) -> &Ebpf {
         &self.ebpf
     }
 }
 
-/// Whether this program steers in a network namespace.
+/// Returns `true` if this program is attached in a network namespace.
 ///
 /// # Errors
-/// The kernel does not tell.
+/// The kernel does not say.
 pub fn is_attached(netns: &Netns, program: Option<u32>) -> Result<bool, CaptureError> {
     let all = hooks::of_netns(netns).map_err(|error| CaptureError::Namespace {
         what: "ask for the programs",
@@ -311,13 +311,13 @@ fn refused(program: &'static str) -> impl FnOnce(ProgramError) -> CaptureError {
                 let log = verifier_log.to_string();
                 match verifier::verdict(&log) {
                     Some(verdict) => {
-                        // All of it is long, and for who changes the program.
+                        // The whole log is long, and of use only to authors of the program.
                         for line in log.lines() {
                             tracing::debug!("the verifier on {program}: {line}");
                         }
                         format!("{io_error}: {verdict}")
                     }
-                    // Refused before the verifier looked at it.
+                    // The kernel refused it before the verifier ran.
                     None if io_error.raw_os_error() == Some(libc::EINVAL) => {
                         "this kernel does not have programs of its kind".into()
                     }

@@ -1,78 +1,78 @@
-//! Which step is next for each pod: what is wanted against what is, as a pure function.
+//! The next step of each pod, decided from what is wanted and what there is, as a pure function.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// What control wants, reduced to names.
+/// What control wants, reduced to keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Want {
-    /// Pods to be captured: the cookie of each one's network namespace, and its uid.
+    /// The uid of each pod that is to be captured, by the cookie of its network namespace.
     pub pods: BTreeMap<u64, Arc<str>>,
-    /// Pods that are wanted and were not found (again): what is captured of them stays so.
+    /// Uids of wanted pods that were not found (again). As far as they are captured they stay so.
     pub unlocated: BTreeSet<Arc<str>>,
     /// Network namespaces that no longer have a process or a name.
     pub gone: BTreeSet<u64>,
 }
 
 impl Want {
-    /// Whether what is served by nobody is to be captured all the same: it is on its way to be served.
+    /// Returns `true` if an unserved pod is to be captured already: it is wanted, and will be served.
     pub fn keeps_captured(&self, cookie: u64, uid: &Arc<str>) -> bool {
         let wanted = self.pods.contains_key(&cookie) || self.is_unlocated(uid);
         wanted && !self.gone.contains(&cookie)
     }
 
-    /// Whether a pod was taken over from a predecessor, or lost from sight: passing in clear would be
-    /// wrong, and the pod that is wanted may well be this one.
+    /// Returns `true` if a pod is wanted that was not found anywhere: it may well be this one, left by a
+    /// predecessor or lost from sight, and to let it pass in clear would be wrong.
     fn is_unlocated(&self, uid: &Arc<str>) -> bool {
         let elsewhere = self.pods.values().any(|other| other == uid);
         self.unlocated.contains(uid) && !elsewhere
     }
 }
 
-/// What there is of a pod.
+/// The present state of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Has {
     /// The workload's uid.
     pub uid: Arc<str>,
-    /// How far it is.
+    /// How far the pod is.
     pub phase: Phase,
-    /// Whether it is served as what is wanted in its namespace now; of no matter if nothing is.
+    /// `true` if the pod is served as what is wanted in its namespace now, or nothing is wanted there.
     pub unchanged: bool,
 }
 
 /// How far a pod is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Captured by a predecessor, served by nobody.
+    /// It has an undo record, and nobody serves it. It may be captured.
     Unserved,
     /// Captured and served.
     Serving,
-    /// No longer captured; what runs goes on.
+    /// No longer captured; its connections go on.
     Draining,
 }
 
-/// What is to be done.
+/// A step that the reconciler takes for one pod.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Step {
-    /// Capture and serve it.
+    /// Captures and serves the pod.
     Enrol(u64),
-    /// It was draining: capture it again.
+    /// Captures a leaving pod again.
     Revive(u64),
-    /// It is to be served as something else: cut what runs, and adopt it.
+    /// Cuts the connections of a pod that is to be served as something else. It stays captured.
     StopServing(u64),
-    /// Capture no more, and let what runs go on.
+    /// Stops capturing the pod, and lets its connections go on.
     Leave(u64),
-    /// There is nothing left in it: cut what is, and forget it.
+    /// Cuts what is left of a pod whose namespace is gone, and undoes what was changed.
     ForceRemove(u64),
-    /// Nobody served it: put back what was changed.
+    /// Undoes what was changed for an unserved pod.
     Undo(u64),
 }
 
-/// The steps that bring `have` to `want`. Never more than one per pod; when they are done, ask again.
+/// Returns the steps that bring `have` to `want`, at most one per pod. Call it again when they are done.
 ///
-/// What is wanted in a namespace never waits for another namespace: a pod that comes back under its
-/// name is enrolled while its predecessor drains. What is captured is not let go only to be captured
-/// as something else.
+/// What is wanted in a namespace never waits for another namespace: a pod that comes back under its name is
+/// enrolled while its predecessor drains. A captured pod that is to be served as something else is not
+/// released in between.
 pub fn diff(want: &Want, have: &BTreeMap<u64, Has>) -> Vec<Step> {
     let mut steps = Vec::new();
     for (&cookie, has) in have {
@@ -150,7 +150,7 @@ mod tests {
         })
     }
 
-    /// Both, as they can be: what is served under another uid is not the same.
+    /// Generates both, consistent with each other: what is served under another uid is not unchanged.
     fn want_and_have() -> impl Strategy<Value = (Want, BTreeMap<u64, Has>)> {
         (want(), have()).prop_map(|(want, mut have)| {
             for (cookie, has) in &mut have {
@@ -160,7 +160,7 @@ mod tests {
         })
     }
 
-    /// What the room makes of a step, as far as `diff` sees it.
+    /// Applies a step as the reconciler would, as far as `diff` sees it.
     fn apply(have: &mut BTreeMap<u64, Has>, want: &Want, step: &Step) {
         match step {
             Step::Enrol(cookie) | Step::Revive(cookie) => {
@@ -184,7 +184,7 @@ mod tests {
         }
     }
 
-    /// What is wanted of a pod, or of its namespace.
+    /// The wishes for a pod, or for its namespace.
     #[derive(Clone, Copy, Debug)]
     enum Is {
         Wanted,
@@ -264,7 +264,7 @@ mod tests {
     }
 
     proptest! {
-        /// Draining pods end by themselves; then nothing is left to do, and it is what was wanted.
+        /// Draining pods end by themselves; then nothing is left to do, and all is as wanted.
         #[test]
         fn it_comes_to_rest_where_it_was_told_to((want, mut have) in want_and_have()) {
             for _ in 0..4 {
@@ -283,7 +283,7 @@ mod tests {
             }
         }
 
-        /// A pod that is wanted is never let go, whether it is in sight or not.
+        /// A wanted pod is never released, whether it is in sight or not.
         #[test]
         fn what_is_wanted_stays_captured((want, have) in want_and_have()) {
             for step in diff(&want, &have) {
@@ -297,10 +297,10 @@ mod tests {
             }
         }
 
-        /// Whatever else there is of its name, and however long that takes to end.
+        /// It does not wait for other pods of its name, however long they take to end.
         #[test]
         fn what_is_wanted_is_served_without_waiting_for_what_drains((want, mut have) in want_and_have()) {
-            // Once more for what has to be adopted before it is served as something else.
+            // The second round is for pods that must stop being served before they are enrolled anew.
             for _ in 0..2 {
                 for step in diff(&want, &have) {
                     apply(&mut have, &want, &step);

@@ -1,6 +1,6 @@
-//! What keeps a pod captured, as parts that can be lost while the agent runs: anybody with
-//! CAP_NET_ADMIN in the pod, or root on the machine, may flush, detach or remove them. Each look puts
-//! back what is gone, and counts it here.
+//! The parts that keep a pod captured and that can be lost while the agent runs: anybody with CAP_NET_ADMIN
+//! in the pod, or root on the machine, may flush, detach or remove them. Each look restores what is lost, and
+//! counts it here.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,26 +10,26 @@ use super::routing::Routing;
 /// A part of capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Part {
-    /// A policy rule in the pod.
+    /// A policy rule in the pod's namespace.
     Rule,
-    /// A route in the pod.
+    /// A route in the pod's namespace.
     Route,
-    /// A setting below `/proc/sys` of the pod.
+    /// A setting below `/proc/sys` in the pod's namespace.
     Setting,
-    /// The pod's program, attached and pinned.
+    /// The pod's program, or its pin.
     Steer,
     /// One of the agent's listeners in the pod.
     Listener,
     /// An entry of the pod in a kernel map.
     Entry,
-    /// A program of the node, attached and pinned.
+    /// A program of the node, or its pin.
     Program,
     /// The pin of a map.
     Pin,
 }
 
 impl Part {
-    /// All, in the order of their slots.
+    /// All parts, in the order of their slots.
     pub const ALL: [Self; 8] = [
         Self::Rule,
         Self::Route,
@@ -41,7 +41,7 @@ impl Part {
         Self::Pin,
     ];
 
-    /// Its word in logs and metrics.
+    /// Returns the part's word in logs and metrics.
     pub fn word(self) -> &'static str {
         match self {
             Self::Rule => "rule",
@@ -56,18 +56,18 @@ impl Part {
     }
 }
 
-/// Parts that were found gone.
+/// The parts that a look found lost.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct LostParts(BTreeSet<Part>);
 
 impl LostParts {
-    /// This one too.
+    /// Adds a part.
     pub fn add(&mut self, part: Part) {
         self.0.insert(part);
     }
 
-    /// Of rules and routes that were lacking, those that had been there: what an interface that has
-    /// just come has not yet was never lost.
+    /// Adds rules and routes that were missing now and there before: what a new interface does not have yet
+    /// was never lost.
     pub fn add_routing(&mut self, lacked: &Routing, before: &Routing) {
         if !lacked.rules.is_disjoint(&before.rules) {
             self.add(Part::Rule);
@@ -77,12 +77,12 @@ impl LostParts {
         }
     }
 
-    /// Whether this one is.
+    /// Returns `true` if this part was lost.
     pub fn has(&self, part: Part) -> bool {
         self.0.contains(&part)
     }
 
-    /// Whether there is none.
+    /// Returns `true` if nothing was lost.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -98,19 +98,19 @@ impl std::fmt::Display for LostParts {
     }
 }
 
-/// How often each part was put back.
+/// How often each part was restored.
 #[derive(Debug, Default)]
 pub struct Repairs([AtomicU64; Part::ALL.len()]);
 
 impl Repairs {
-    /// Counts what was put back.
+    /// Counts restored parts.
     pub fn count(&self, lost: &LostParts) {
         for part in &lost.0 {
             self.0[*part as usize].fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// All counts, by the parts' words.
+    /// Returns all counts by the parts' words.
     pub fn all(&self) -> Vec<(&'static str, u64)> {
         let count = |part: Part| self.0[part as usize].load(Ordering::Relaxed);
         let parts = Part::ALL.into_iter();

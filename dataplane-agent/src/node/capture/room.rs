@@ -1,4 +1,5 @@
-//! The room itself: hears what control wants, takes the steps, and tells how far each pod is.
+//! The reconciler: receives the wanted pods from control, carries out one step after the other, and publishes
+//! how far each pod is.
 
 mod held;
 mod leave;
@@ -37,31 +38,31 @@ use crate::mesh::workload::named;
 use crate::seam::{Instance, Lease, Listeners, PodEvent, Stamp};
 use crate::sys::netns::{Changes, Interfaces, Netns};
 
-/// How long listeners stay after their pod has left: handshakes that had begun end in them.
+/// How long a pod's listeners stay open after it stopped being captured, so that handshakes in progress can finish.
 const LINGER: Duration = Duration::from_secs(1);
-/// How long until a step that failed is tried again.
+/// Delay before a failed step is tried again; the upper bound for failed enrolments.
 const RETRY: Duration = Duration::from_secs(5);
-/// How long until an enrolment that failed is: twice as long each time that it fails again, up to the above.
+/// First delay after a failed enrolment. It doubles with each further failure, up to [`RETRY`].
 const FIRST_RETRY: Duration = Duration::from_millis(250);
-/// How often control is told while many pods are enrolled one after the other: it looks at all of them.
+/// Minimum interval between status updates while many pods are enrolled in a row: control walks all pods for each.
 const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Where the room works.
+/// Where the reconciler works.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The cgroup that holds the pods.
     pub cgroup: PathBuf,
-    /// Cookies of the host's network namespaces; 0 is none.
+    /// Cookies of the host's network namespaces; 0 means none.
     pub hosts: [u64; 2],
-    /// A mounted bpffs.
+    /// Path of a mounted bpffs.
     pub bpffs: PathBuf,
     /// The node's name.
     pub node: NodeName,
-    /// How long a pod that leaves may go on with what runs.
+    /// How long the connections of a leaving pod may go on.
     pub drain: Duration,
 }
 
-/// Hands on the running room, for whoever watches it.
+/// A handle on the running capture, for those who observe it.
 #[derive(Clone)]
 pub struct CaptureHandle {
     maps: Arc<Mutex<NodeMaps>>,
@@ -69,17 +70,17 @@ pub struct CaptureHandle {
 }
 
 impl CaptureHandle {
-    /// What the programs counted.
+    /// Returns the counts of the kernel programs.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         self.maps().counters()
     }
 
-    /// How often each part of capture was gone and was put back.
+    /// Returns how often each part of capture was lost and restored.
     pub fn repairs(&self) -> Vec<(&'static str, u64)> {
         self.repairs.all()
     }
 
-    /// Turns the programs' logging on or off.
+    /// Turns the kernel programs' logging on or off.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -92,7 +93,7 @@ impl CaptureHandle {
     }
 }
 
-/// The room.
+/// Brings the pods to what control wants, one step at a time.
 pub struct Reconciler {
     config: Config,
     pins: Pins,
@@ -101,17 +102,17 @@ pub struct Reconciler {
     handle: CaptureHandle,
     pods: BTreeMap<u64, Pod>,
     failed: BTreeMap<u64, Failure>,
-    /// When what could not be undone is tried again.
+    /// When a failed undo is tried again.
     undo_retry: Option<Instant>,
     events: mpsc::Sender<PodEvent>,
     status: watch::Sender<Status>,
-    /// What is lent with each pod.
+    /// The map by which the agent's own sockets are known; lent with each pod.
     stamp: Arc<Stamp>,
-    /// When the node's programs are looked at.
+    /// When the node's programs are looked at next.
     schedule: LookSchedule,
-    /// Whether it is to rest.
+    /// Cancelled when capture is to rest.
     rest: CancellationToken,
-    /// Programs, maps and locks of the node, which go with the room. What is pinned stays.
+    /// The node's programs, maps and locks. They go with the reconciler; what is pinned stays.
     node: Ebpf,
     links: Links,
     pinned: PinnedMaps,
@@ -129,18 +130,19 @@ struct Failure {
 struct Pod {
     record: UndoRecord,
     uid: Arc<str>,
-    /// Held since the pod was found: the way back does not depend on finding it again. None if it was
-    /// not there at the start.
+    /// Held since the pod was found, so that undoing does not depend on finding the namespace again. `None`
+    /// if it was not found at the start.
     netns: Option<Netns>,
     phase: PodPhase,
-    /// What keeps it captured, if nobody serves it and it is to be captured all the same.
+    /// The capture of a pod that nobody serves, kept in repair; `None` if the pod is served, or is not to be
+    /// captured.
     held: Option<HeldPod>,
 }
 
 enum PodPhase {
     Unserved,
     Serving(Box<ServedPod>),
-    /// Its listeners linger until then; then the corridor is told.
+    /// The listeners stay open until this time; then the proxy is told to drain the pod.
     Lingering(Box<ServedPod>, Instant),
     Draining {
         served: Box<ServedPod>,
@@ -149,29 +151,29 @@ enum PodPhase {
     },
 }
 
-/// What the corridor serves.
+/// A pod that the proxy serves.
 struct ServedPod {
     desired: Desired,
     instance: Instance,
-    /// Its own addresses, as the corridor knows them.
+    /// The pod's own addresses, as sent to the proxy.
     addresses: Arc<[IpAddr]>,
     program: PodProgram,
-    /// What it had on its interfaces as it was looked at last.
+    /// The pod's interfaces and their addresses at the last look.
     interfaces: Interfaces,
-    /// Whether its own addresses are those of these interfaces.
+    /// `true` once the kernel and the proxy have the addresses of `interfaces`.
     addresses_sent: bool,
-    /// Whether it forwards between them.
+    /// `true` if the pod forwards between its interfaces.
     forwards: bool,
-    /// What was put in place for them.
+    /// The rules and routes that were put in place for `interfaces`.
     routing: Routing,
-    /// The corridor's listeners, to see whether they are alive.
+    /// Duplicates of the proxy's listeners, to see whether they are alive.
     listeners: Listeners,
     changes: Changes,
     schedule: LookSchedule,
 }
 
 impl Pod {
-    /// Takes it from who serves it, if somebody does: who that was. It is held from then on.
+    /// Takes the pod from the proxy, if it is served, and returns the ended enrolment. The pod is held from then on.
     fn take_back(&mut self) -> Option<Instance> {
         let served = match std::mem::replace(&mut self.phase, PodPhase::Unserved) {
             PodPhase::Unserved => return None,
@@ -183,13 +185,13 @@ impl Pod {
         Some(served.instance)
     }
 
-    /// The id of what steers in it, pinned or not, as far as this agent has it.
+    /// Returns the id of the program that steers in the pod, pinned or not, if this agent knows it.
     fn program(&self) -> Option<u32> {
         let served = self.phase.served().and_then(|served| served.program.id());
         served.or(self.held.as_ref().and_then(HeldPod::program))
     }
 
-    /// When it is looked at.
+    /// Returns the schedule of the pod's looks, if it has one.
     fn schedule(&self) -> Option<&LookSchedule> {
         let served = self.phase.served().map(|served| &served.schedule);
         served.or(self.held.as_ref().map(|held| &held.schedule))
@@ -197,10 +199,10 @@ impl Pod {
 }
 
 impl ServedPod {
-    /// It has these addresses now, and the corridor is told if they are others.
+    /// Sends the pod's addresses to the proxy if they have changed.
     ///
     /// # Errors
-    /// The rooms behind this one are gone.
+    /// The receiver of pod events is gone.
     async fn send_addresses(
         &mut self,
         addresses: Arc<[IpAddr]>,
@@ -219,7 +221,7 @@ impl ServedPod {
 }
 
 impl PodPhase {
-    /// What the corridor has of it.
+    /// Returns the pod as the proxy serves it.
     fn served(&self) -> Option<&ServedPod> {
         match self {
             Self::Unserved => None,
@@ -247,19 +249,19 @@ impl PodPhase {
     }
 }
 
-/// What the room is left with after the node's programs were loaded: for `observe`.
+/// The outputs of the kernel programs, for `observe`.
 pub struct Reports {
-    /// The ring buffer of reports.
+    /// The ring buffer of events.
     pub events: aya::maps::RingBuf<aya::maps::MapData>,
-    /// The programs' log; none if this kernel has none.
+    /// The programs' log; `None` if this kernel lacks what it needs.
     pub log: Option<aya_log::EbpfLogger<&'static dyn log::Log>>,
 }
 
-/// Refuses where [`Reconciler::open`] would, before anything is made.
+/// Refuses where [`Reconciler::open`] would refuse, without making anything.
 ///
 /// # Errors
-/// Another agent runs, or its programs are attached; another user has made the pins, or what is pinned
-/// cannot be taken over; how to undo it is recorded elsewhere.
+/// Another agent runs, or its programs are attached; another user made the pins, or a pinned map cannot be
+/// taken over; the undo records of pinned pods are in another folder.
 pub fn refuse(config: &Config, folder: &NodeFolder) -> Result<(), CaptureError> {
     let mut pins = Pins::new(&config.bpffs, &config.node);
     let _lock = pins.lock()?;
@@ -270,8 +272,8 @@ pub fn refuse(config: &Config, folder: &NodeFolder) -> Result<(), CaptureError> 
 }
 
 impl Reconciler {
-    /// Loads and attaches the node's programs, and takes over what a predecessor left. No pod is
-    /// let go, and none is served yet.
+    /// Loads and attaches the node's programs, and takes over what a predecessor left. No pod is released,
+    /// and none is served yet.
     ///
     /// # Errors
     /// Another agent runs, or its programs are attached; the kernel refuses.
@@ -303,11 +305,11 @@ impl Reconciler {
         takeover.replace_pod_programs(&mut loader, &pins, &maps)?;
         let mut links = Links::new();
         programs::restore(&mut node, &config.cgroup, &pins, &mut links)?.whole?;
-        // Of two that looked at once, one at least sees the other now.
+        // If two agents checked at the same time, at least one of them sees the other now.
         attached::refuse_on_cgroup(&config.cgroup, &pins, &predecessors)?;
         takeover.finish(&mut pins)?;
-        // What has no record was pinned by nobody who finished; nothing of it is in use. One that cannot be
-        // read is of a pod that stays as it is.
+        // Entries without a record are leftovers of an enrolment that was not finished; nothing uses them. A
+        // record that cannot be read still protects its pod's entries.
         let recorded = records.cookies()?;
         for cookie in maps.enrolled() {
             if !recorded.contains(&cookie) {
@@ -341,22 +343,22 @@ impl Reconciler {
             pins_lock: lock,
             _folder: folder,
         };
-        // Whoever asks before the first step knows of what a predecessor has captured.
+        // A reader that comes before the first step learns which pods a predecessor has captured.
         reconciler.publish_status();
         Ok((reconciler, handle, reports, status_reader))
     }
 
-    /// What the agent's own sockets in pods are known by.
+    /// Returns the map by which the agent's own sockets in pods are known.
     pub fn stamp(&self) -> Arc<Stamp> {
         Arc::clone(&self.stamp)
     }
 
-    /// Does what control wants until control is gone, or it is to rest: pods stay captured then. It rests
-    /// between two steps, tells so, and keeps what it has: of a pod that is half in the listeners would be
-    /// there, and nobody would accept from them.
+    /// Does what control wants until control is gone or capture is to rest; pods stay captured then. It rests
+    /// between two steps, reports that on `rests`, and keeps all that it holds: in the middle of an enrolment
+    /// there would be listeners from which nobody accepts.
     ///
     /// # Errors
-    /// The rooms behind this one are gone.
+    /// The receiver of pod events is gone.
     pub async fn run(
         mut self,
         mut wanted: watch::Receiver<Option<Wanted>>,
@@ -367,7 +369,7 @@ impl Reconciler {
                 let _ = rests.send(());
                 return std::future::pending().await;
             }
-            // Nothing is done before control has said its first word.
+            // Nothing is done before control has sent its first wishes.
             let want = wanted.borrow_and_update().clone();
             if let Some(want) = &want {
                 while self.reconcile(want).await? {}
@@ -385,7 +387,7 @@ impl Reconciler {
         }
     }
 
-    /// Takes each pod one step further; whether that made room for another step.
+    /// Takes each pod one step further. Returns `true` if that made another step possible.
     async fn reconcile(&mut self, wanted: &Wanted) -> Result<bool, CaptureError> {
         let now = Instant::now();
         self.undo_retry = None;
@@ -417,7 +419,7 @@ impl Reconciler {
                 (*cookie, has)
             })
             .collect();
-        // Nothing yet of what is enrolled here.
+        // The status does not show yet what is enrolled here.
         let (mut more, mut published) = (false, None::<Instant>);
         self.capture_unserved(&want);
         self.update_cgroups(&by_cookie);
@@ -437,7 +439,7 @@ impl Reconciler {
                     if let Some(desired) = by_cookie.get(&cookie) {
                         self.enrol((*desired).clone()).await?;
                     }
-                    // Other nodes dial it in clear until then, and STRICT refuses that.
+                    // Until the status is published other nodes dial the pod in clear, which STRICT refuses.
                     if published.is_none_or(|at| at.elapsed() >= STATUS_INTERVAL) {
                         self.publish_status();
                         published = Some(Instant::now());
@@ -468,8 +470,9 @@ impl Reconciler {
         Ok(more)
     }
 
-    /// Captures what is on its way to be served and is served by nobody yet. That there is a record of it
-    /// does not say that: its predecessor may have ended before the last step in, or while the pod left.
+    /// Captures pods that are to be served and that nobody serves yet. An undo record does not prove that a
+    /// pod is captured: its predecessor may have ended before the last step of enrolment, or while the pod
+    /// was leaving.
     fn capture_unserved(&mut self, want: &Want) {
         for (cookie, pod) in &mut self.pods {
             let adopted = matches!(pod.phase, PodPhase::Unserved);
@@ -484,8 +487,7 @@ impl Reconciler {
         }
     }
 
-    /// Adds the cgroups that pods have had since, and takes away those that are gone: what runs is not
-    /// touched.
+    /// Adds cgroups that pods have got since, and removes those that are gone. Connections are not touched.
     fn update_cgroups(&mut self, wanted: &BTreeMap<u64, &Desired>) {
         for (cookie, pod) in &mut self.pods {
             if let (PodPhase::Serving(served), Some(want)) = (&mut pod.phase, wanted.get(cookie))
@@ -502,8 +504,8 @@ impl Reconciler {
         }
     }
 
-    /// Takes back from the workers a pod of which control now says something else, such as another
-    /// identity. It is then as one that a predecessor left, and is enrolled anew.
+    /// Stops serving a pod that is to be served as something else, such as with another identity. It becomes
+    /// unserved, and is enrolled anew.
     async fn stop_serving(&mut self, cookie: u64) -> Result<(), CaptureError> {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
@@ -518,7 +520,7 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Has the workers cut what runs of an enrolment, and waits until they have.
+    /// Has the proxy cut the connections of an enrolment, and waits until it has.
     async fn cut_connections(&self, instance: Instance) -> Result<(), CaptureError> {
         let (told, done) = oneshot::channel();
         self.send(PodEvent::Down(instance, told)).await?;
@@ -594,13 +596,14 @@ impl Reconciler {
                         "pod cannot be enrolled; it is tried again"
                     );
                 }
-                // A predecessor's capture stays (see `capture_unserved`): what cannot be served must not pass in clear.
+                // A predecessor's capture stays (see `capture_unserved`): a pod that cannot be served must
+                // not pass in clear.
                 let adopted = self.pods.contains_key(&cookie);
                 if !adopted && let Ok(Some(record)) = self.records.read(cookie) {
                     self.stop_capture(cookie);
                     if let Err(error) = self.put_back(&record, Some(&desired.netns)).await {
                         tracing::warn!(%error, "what was begun cannot be undone; it is tried again");
-                        // As one that a predecessor left half in.
+                        // It becomes unserved, like a pod that a predecessor enrolled only in part.
                         let half = Pod {
                             uid: record.uid.clone(),
                             netns: Some(desired.netns.clone()),
@@ -626,8 +629,8 @@ impl Reconciler {
         }
     }
 
-    /// What steers in a pod that is to be enrolled is what is pinned, and nothing else: a held one's program
-    /// is pinned first, which may have lost its pin, and kept until another one serves.
+    /// Pins the program of a held pod again if its pin was lost. So the only program that steers in a pod
+    /// while it is enrolled is the pinned one, which stays until the new one serves.
     fn pin_held(&self, desired: &Desired) -> Result<(), CaptureError> {
         let pod = self.pods.get(&desired.cookie);
         let held = pod.and_then(|pod| pod.held.as_ref());
@@ -635,7 +638,7 @@ impl Reconciler {
         held.map_or(Ok(()), |held| held.pin(&desired.netns, &pin))
     }
 
-    /// The last step in: from here on the pod's own connections are captured.
+    /// The last step of enrolment: captures the pod's connections from here on.
     fn enable_capture(
         &self,
         desired: &Desired,
@@ -709,10 +712,10 @@ impl Reconciler {
         });
     }
 
-    /// Whether the kernel captures it, whatever was meant: what it sends, and what comes to it.
+    /// Returns `true` if the kernel captures both what the pod sends and what comes to it, whatever was intended.
     fn captures(&self, cookie: u64) -> bool {
         let netns = self.pods.get(&cookie).and_then(|pod| pod.netns.as_ref());
-        // Of one whose record cannot be read nothing else is known here.
+        // A pod whose record cannot be read is known only by its failed enrolment.
         let failed = self.failed.get(&cookie);
         let netns = netns.or(failed.map(|failed| &failed.desired.netns));
         let steers = netns.is_some_and(|netns| {
@@ -723,7 +726,7 @@ impl Reconciler {
         steers && self.handle.maps().captures(cookie).unwrap_or(false)
     }
 
-    /// When there is something to do by itself.
+    /// Returns the time of the next thing to do without an event.
     fn next_due(&self) -> Option<Instant> {
         let leaving = self.pods.values().filter_map(|pod| match &pod.phase {
             PodPhase::Lingering(_, until) | PodPhase::Draining { until, .. } => Some(*until),
@@ -744,12 +747,12 @@ impl Reconciler {
     }
 }
 
-/// How long an enrolment that failed waits for its next trial, if it has waited so long for this one.
+/// Returns how long a failed enrolment waits for its next attempt; `before` is the previous wait.
 fn wait_after(before: Option<Duration>) -> Duration {
     before.map_or(FIRST_RETRY, |before| RETRY.min(before * 2))
 }
 
-/// Completes when a pod that drains is idle, or the namespace of one that is served changes.
+/// Completes when a draining pod is idle, or when the namespace of a served pod changes.
 async fn idle_or_changed(pods: &mut BTreeMap<u64, Pod>) {
     std::future::poll_fn(|context| {
         let idle = leave::idle(pods, context).is_ready();
@@ -761,7 +764,7 @@ async fn idle_or_changed(pods: &mut BTreeMap<u64, Pod>) {
     .await;
 }
 
-/// What shows whether a pod's listeners are alive, and whether something changes in its namespace.
+/// Returns what shows whether a pod's listeners are alive, and whether its namespace changes.
 fn watch_pod(
     desired: &Desired,
     prepared: &PreparedPod,
@@ -781,7 +784,7 @@ async fn sleep_until_any(when: Option<Instant>) {
     }
 }
 
-/// The records that can be read.
+/// Returns the records that can be read; logs the others.
 fn readable_records(records: &UndoRecords) -> Result<Vec<UndoRecord>, CaptureError> {
     let each = records.read_all()?.into_iter();
     Ok(each
@@ -794,7 +797,7 @@ fn readable_records(records: &UndoRecords) -> Result<Vec<UndoRecord>, CaptureErr
         .collect())
 }
 
-/// What a predecessor captured, with the namespaces that are still there.
+/// Returns the pods of these records, with the namespaces that still exist.
 fn unserved_pods(records: Vec<UndoRecord>) -> BTreeMap<u64, Pod> {
     let mut found = undo::find_namespaces(&records);
     let adopted = records.into_iter().map(|record| {

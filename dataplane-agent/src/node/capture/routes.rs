@@ -1,4 +1,4 @@
-//! Puts rules, routes and settings in place in a pod's network namespace, and takes them away.
+//! Adds rules, routes and settings in a pod's network namespace, and removes them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,18 +21,18 @@ use super::routing::{CAPTURE, LO, LOCAL, PREFERENCE, RETURN, Route, Routing, Rul
 use crate::sys::netns::{Interfaces, Netns};
 use crate::sys::processes;
 
-/// Settings that make what answers without a socket carry the mark of what it answers, and so stay
-/// inside. Below `/proc/sys`.
+/// Settings below `/proc/sys` by which packets that are sent without a socket carry the mark of the packet
+/// that they answer, and so stay inside.
 const SYSCTLS: [&str; 3] = [
     "net/ipv4/tcp_fwmark_accept",
     "net/ipv4/fwmark_reflect",
     "net/ipv6/fwmark_reflect",
 ];
 
-/// What [`set_sysctls`] will change, as it is now. Settings of a family that is not there are left out.
+/// Reads the settings that [`set_sysctls`] will change. Settings of a family that the kernel lacks are left out.
 ///
 /// # Errors
-/// The namespace cannot be entered; one cannot be read.
+/// The namespace cannot be entered; a setting cannot be read.
 pub fn read_sysctls(netns: &Netns) -> Result<BTreeMap<String, String>, CaptureError> {
     let read = || {
         let mut found = BTreeMap::new();
@@ -51,11 +51,11 @@ pub fn read_sysctls(netns: &Netns) -> Result<BTreeMap<String, String>, CaptureEr
         .map_err(namespace("read settings"))
 }
 
-/// Settings by which a namespace forwards, below `/proc/sys`.
+/// Settings that make a namespace forward, below `/proc/sys`.
 const FORWARDING: [&str; 2] = ["net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding"];
 
-/// Whether what comes by one of the pod's interfaces may leave by another. A namespace begins with what the
-/// machine has set, which says nothing of a pod that has only one.
+/// Returns `true` if the pod has several interfaces with addresses and forwards between them. A new namespace
+/// takes the machine's setting, which says nothing of a pod with only one.
 ///
 /// # Errors
 /// The namespace cannot be entered; a setting cannot be read.
@@ -80,7 +80,7 @@ pub fn forwards(netns: &Netns, interfaces: &Interfaces) -> io::Result<bool> {
 /// Writes settings.
 ///
 /// # Errors
-/// The namespace cannot be entered; one cannot be written.
+/// The namespace cannot be entered; a setting cannot be written.
 pub fn set_sysctls<'a>(
     netns: &Netns,
     values: impl IntoIterator<Item = (&'a String, &'a str)>,
@@ -97,15 +97,15 @@ pub fn set_sysctls<'a>(
         .map_err(namespace("write settings"))
 }
 
-/// Makes rules and routes what they are to be, and says what was not there.
+/// Adds missing rules and routes, and removes stale routes. Returns what was missing.
 ///
 /// # Errors
-/// The namespace cannot be entered; the kernel refuses.
+/// The namespace cannot be entered; the kernel refuses; other rules come before ours.
 pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError> {
     let (is, hidden) = read(netns, want).map_err(namespace("read rules and routes"))?;
     let done = with_netlink(netns, "set routes", async |handle| {
         let missing = want.missing_from(&is);
-        // What fails for one family is no reason to leave the other without.
+        // An error for one family does not keep the other from its rules and routes.
         let mut done = Ok(());
         for route in &missing.routes {
             let request = handle.route().add(route_message(route)).replace();
@@ -133,16 +133,16 @@ pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError>
     }
 }
 
-/// Does in an empty namespace what is done in a pod's, for a loopback address: a kernel may have its
-/// family, and not that one's policy routing.
+/// Tries in an empty namespace what is done in a pod's, for a loopback address: a kernel may have a family
+/// without its policy routing.
 ///
 /// # Errors
-/// The namespace cannot be entered; what the kernel refuses.
+/// The namespace cannot be entered; the kernel refuses.
 pub async fn trial(netns: &Netns, address: IpAddr) -> Result<(), CaptureError> {
     let names = read_sysctls(netns)?;
     set_sysctls(netns, names.keys().map(|name| (name, "1")))?;
     if address.is_ipv6() {
-        // The machine's default may be that namespaces begin without it; what a pod has is the pod's.
+        // Namespaces may begin without IPv6 by the machine's default, which says nothing of pods.
         let disabled = "net/ipv6/conf/all/disable_ipv6".to_owned();
         set_sysctls(netns, [(&disabled, "0")])?;
     }
@@ -155,7 +155,7 @@ pub async fn trial(netns: &Netns, address: IpAddr) -> Result<(), CaptureError> {
     put(netns, &routing).await.map(|_| ())
 }
 
-/// Takes rules and routes away, however far [`put`] came.
+/// Removes all rules and routes that [`put`] has made, even in part.
 ///
 /// # Errors
 /// The namespace cannot be entered; the kernel refuses.
@@ -175,7 +175,7 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
         let ours = routes(netns, v4).map_err(namespace(what))?;
         with_netlink(netns, what, async |handle| {
             for route in ours {
-                // It may have gone with its interface.
+                // The route may have gone with its interface.
                 ignore_missing(handle.route().del(route).execute().await)?;
             }
             Ok(())
@@ -185,15 +185,15 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     Ok(())
 }
 
-/// In how many network namespaces of this machine there are rules of ours.
+/// Counts the network namespaces of this machine that have rules of ours.
 ///
 /// # Errors
-/// The machine's namespaces, or what is in one, cannot be looked at.
+/// The machine's namespaces cannot be listed, or one cannot be searched.
 pub fn namespaces_with_rules() -> Result<usize, CaptureError> {
     let look = || {
         let mut count = 0;
         for found in processes::namespaces()?.namespaces.values() {
-            // One that has gone meanwhile has none; any user's own may have any.
+            // A namespace that went away has no rules; one that a user made may have any.
             let Ok(netns) = Netns::open(&found.path) else {
                 continue;
             };
@@ -208,8 +208,7 @@ pub fn namespaces_with_rules() -> Result<usize, CaptureError> {
     look().map_err(namespace("look for rules"))
 }
 
-/// What there is of ours, of the families that are wanted; and why our rules are not, or will not be,
-/// before all that could take their packets elsewhere.
+/// Reads our rules and routes, of the wanted families. The text says why others come, or will come, before our rules.
 fn read(netns: &Netns, want: &Routing) -> io::Result<(Routing, Option<String>)> {
     let (mut is, mut hidden) = (Routing::default(), None);
     for v4 in [true, false] {
@@ -225,21 +224,20 @@ fn read(netns: &Netns, want: &Routing) -> io::Result<(Routing, Option<String>)> 
     Ok((is, hidden))
 }
 
-/// The rules of a family.
+/// The rules of one family.
 #[derive(Default)]
 struct Rules {
-    /// Those of ours that are in their place.
+    /// Our rules that are in their place.
     ours: BTreeSet<RuleKind>,
-    /// Why not all of ours are, or will be, before all others that their packets fit: the kernel puts a
-    /// rule after all that have its preference.
+    /// Why another rule that matches the same packets comes before one of ours, or would: the kernel adds a
+    /// rule after all of its preference.
     hidden: Option<String>,
 }
 
-/// Rules of others that have our preference and were there first, of a family: as many are looked at.
+/// How many rules of others with our preference are read before ours, for each family.
 const OTHERS: usize = 1024;
 
-/// Reads the rules of a family up to ours, whatever else the pod has; none where the kernel does not have
-/// it.
+/// Reads the rules of a family up to ours, however many others follow; none if the kernel lacks the family.
 fn rules(netns: &Netns, v4: bool) -> io::Result<Rules> {
     let mut of = RuleMessage::default();
     of.header.family = family(v4);
@@ -249,7 +247,7 @@ fn rules(netns: &Netns, v4: bool) -> io::Result<Rules> {
         let RouteNetlinkMessage::NewRule(rule) = message else {
             return ControlFlow::Continue(());
         };
-        // They are told in the order of their preferences.
+        // The kernel sends rules in the order of their preferences.
         if preference(&rule) > PREFERENCE {
             return ControlFlow::Break(());
         }
@@ -267,7 +265,7 @@ fn rules(netns: &Netns, v4: bool) -> io::Result<Rules> {
                 rules.hidden = Some(why);
             }
         }
-        // What comes later takes nothing of ours.
+        // Later rules take none of our packets.
         match rules.hidden.is_some() || rules.ours.len() == RuleKind::ALL.len() {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
@@ -277,8 +275,8 @@ fn rules(netns: &Netns, v4: bool) -> io::Result<Rules> {
     Ok(rules)
 }
 
-/// Whether a rule of somebody else's may fit packets of this mark that begin in the namespace; that for the
-/// kernel's local addresses takes nothing of ours.
+/// Returns `true` if another's rule may match packets of this mark that begin in the namespace. The kernel's
+/// rule for local addresses does not count: it takes none of ours.
 fn hides(rule: &RuleMessage, of: u32) -> bool {
     let mut table = u32::from(rule.header.table);
     let (mut mark, mut mask, mut comes_in) = (0, 0, false);
@@ -296,7 +294,7 @@ fn hides(rule: &RuleMessage, of: u32) -> bool {
     table != LOCAL && (fits || inverted)
 }
 
-/// A rule's place; that of the kernel's first one is not told.
+/// Returns a rule's preference; the kernel omits 0.
 fn preference(rule: &RuleMessage) -> u32 {
     let mut attributes = rule.attributes.iter();
     let is = attributes.find_map(|attribute| match attribute {
@@ -306,7 +304,7 @@ fn preference(rule: &RuleMessage) -> u32 {
     is.unwrap_or_default()
 }
 
-/// All routes of a family that are in our tables. The kernel is asked for those alone.
+/// Reads the routes of a family in our tables. The kernel is asked for those tables only.
 fn routes(netns: &Netns, v4: bool) -> io::Result<Vec<RouteMessage>> {
     let mut ours = Vec::new();
     for table in [CAPTURE, RETURN] {
@@ -334,7 +332,7 @@ fn family(v4: bool) -> AddressFamily {
     }
 }
 
-/// The netlink message of a route.
+/// Returns the netlink message of a route.
 fn route_message(route: &Route) -> RouteMessage {
     let mut message = RouteMessageBuilder::<Ipv4Addr>::new()
         .table_id(route.table)
@@ -357,7 +355,7 @@ fn route_message(route: &Route) -> RouteMessage {
     message
 }
 
-/// Which of ours a route is, if it is one.
+/// Returns our route for a netlink message, if it is one.
 fn route_of(message: &RouteMessage) -> Option<Route> {
     let mut route = Route {
         v4: message.header.address_family == AddressFamily::Inet,
@@ -379,7 +377,7 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
     (local && message.header.destination_prefix_length == 0).then_some(route)
 }
 
-/// The netlink message of a rule.
+/// Returns the netlink message of a rule.
 fn rule_message(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = family(rule.v4);
@@ -393,7 +391,7 @@ fn rule_message(rule: &Rule) -> RuleMessage {
     message
 }
 
-/// Which of ours a rule is, if it is one.
+/// Returns which of our rules a netlink message is, if it is one.
 fn kind_of(message: &RuleMessage) -> Option<RuleKind> {
     let has = |attribute: RuleAttribute| message.attributes.contains(&attribute);
     RuleKind::ALL.into_iter().find(|kind| {
@@ -414,7 +412,7 @@ fn table_of(route: &RouteMessage) -> Option<u32> {
         })
 }
 
-/// What is there already is as good as made.
+/// Counts what already exists as made.
 fn ignore_exists(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     match done {
         Err(error) if is(&error, libc::EEXIST) => Ok(()),
@@ -422,7 +420,7 @@ fn ignore_exists(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Er
     }
 }
 
-/// What is not there is as good as taken away; so is what the kernel does not have a family for.
+/// Counts what is missing as removed, also where the kernel lacks the family.
 fn ignore_missing(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::Error> {
     let none = [
         libc::ESRCH,
@@ -436,7 +434,7 @@ fn ignore_missing(done: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::E
     }
 }
 
-/// A table is there once a route is in it, and a family if the kernel has it.
+/// Counts a missing table, or a family that the kernel lacks, as an empty dump.
 fn ignore_no_table(told: io::Result<()>) -> io::Result<()> {
     let none = [libc::ENOENT, libc::EAFNOSUPPORT, libc::EOPNOTSUPP];
     match told {
@@ -452,7 +450,7 @@ fn is(error: &rtnetlink::Error, errno: i32) -> bool {
     }
 }
 
-/// Runs `work` with a netlink socket of the namespace, which is closed at the end.
+/// Runs `work` with a netlink socket in the namespace, and closes it at the end.
 async fn with_netlink<T>(
     netns: &Netns,
     what: &'static str,
@@ -463,7 +461,7 @@ async fn with_netlink<T>(
         .and_then(|result| result)
         .map_err(namespace(what))?;
     tokio::select! {
-        // Ends only when all handles are gone, and ours is not.
+        // It ends only when all handles are gone, and we hold one.
         () = connection => Err(CaptureError::Namespace { what, why: "the netlink socket closed".into() }),
         done = work(&handle) => done.map_err(|error| CaptureError::Namespace { what, why: error.to_string() }),
     }

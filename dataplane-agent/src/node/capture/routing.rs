@@ -1,18 +1,18 @@
-//! What keeps marked packets inside of a pod, as data: which rules and routes there are to be.
+//! The rules and routes that keep marked packets inside a pod, as data.
 //!
 //! | mark | preference | table | route |
 //! |---|---|---|---|
 //! | CAPTURE | 0 | 15001 | `local default dev lo src <pod address>`, and the same for each interface |
 //! | RETURN | 0 | 15006 | `local default dev lo` |
 //!
-//! A rule without a preference gets one before the second rule that there is: only at 0 do ours stay
-//! before those that an app or a CNI plugin adds later. Rules are masked, since the application may set
-//! bits of its own.
+//! A rule without a preference gets one before the second existing rule, so ours stay before those that an
+//! app or a CNI plugin adds later only at preference 0. Rules are masked, since the application may set bits
+//! of its own.
 //!
-//! An interface's route has the first of its own addresses as the source. The kernel takes what comes to
-//! an address as come by the interface that has it, so that an answer to another one would not reach a
-//! socket that is bound to the interface. One that has none has no route, and the connect hook refuses
-//! at once what is bound to it.
+//! An interface's route has the interface's first own address as its source. The kernel takes what comes to
+//! an address as received by the interface that has it, so with another source the answer would not reach a
+//! socket that is bound to the interface. An interface without an address has no route, and the connect hook
+//! refuses at once a socket that is bound to it.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -29,12 +29,12 @@ pub const CAPTURE: u32 = 15001;
 pub const RETURN: u32 = 15006;
 /// The table of the namespace's own addresses (`RT_TABLE_LOCAL`).
 pub const LOCAL: u32 = 255;
-/// `lo`, in every namespace.
+/// The index of `lo`, in every namespace.
 pub const LO: u32 = 1;
-/// The place of the rules among all of a namespace's.
+/// The preference of our rules.
 pub const PREFERENCE: u32 = 0;
 
-/// Rules and routes of one pod.
+/// The rules and routes of one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Routing {
     /// The rules.
@@ -43,42 +43,42 @@ pub struct Routing {
     pub routes: BTreeSet<Route>,
 }
 
-/// A rule, and whether it is one of IPv4.
+/// A policy rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rule {
-    /// Of IPv4, or else of IPv6.
+    /// `true` for IPv4, `false` for IPv6.
     pub v4: bool,
-    /// Which.
+    /// The kind of rule.
     pub kind: RuleKind,
 }
 
-/// Which rule of a family.
+/// The kinds of rules; each family has one of each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RuleKind {
-    /// What is captured goes by the first table.
+    /// Captured connections use the table [`CAPTURE`].
     Capture,
-    /// What is between agent and app goes by the second.
+    /// Connections between agent and app use the table [`RETURN`].
     Return,
 }
 
 /// A route to everywhere, `local default dev <output> src <source>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Route {
-    /// Of IPv4, or else of IPv6.
+    /// `true` for IPv4, `false` for IPv6.
     pub v4: bool,
     /// [`CAPTURE`] or [`RETURN`].
     pub table: u32,
-    /// The interface's number; also its metric, so that `lo` comes first.
+    /// The interface's index; also the route's metric, so that `lo` comes first.
     pub output: u32,
-    /// Which address a connection without one begins from.
+    /// The source address of a connection that is not bound to one.
     pub source: Option<IpAddr>,
 }
 
 impl RuleKind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 2] = [Self::Capture, Self::Return];
 
-    /// The mark that it is for.
+    /// Returns the mark that the rule matches.
     pub fn mark(self) -> u32 {
         match self {
             Self::Capture => mark::CAPTURE,
@@ -86,7 +86,7 @@ impl RuleKind {
         }
     }
 
-    /// The table that it leads to.
+    /// Returns the table that the rule selects.
     pub fn table(self) -> u32 {
         match self {
             Self::Capture => CAPTURE,
@@ -96,15 +96,15 @@ impl RuleKind {
 }
 
 impl Route {
-    /// Whether both lead to the same place: one takes the other's.
+    /// Returns `true` if adding this route replaces the other one.
     pub fn replaces(&self, other: &Self) -> bool {
         (self.v4, self.table, self.output) == (other.v4, other.table, other.output)
     }
 }
 
 impl Routing {
-    /// Of a pod with these addresses and interfaces. Addresses begin with those that connections come
-    /// from where nothing else is said.
+    /// Returns the rules and routes for a pod with these addresses and interfaces. The first address of each
+    /// family is the default source.
     pub fn of(addresses: &[IpAddr], interfaces: &Interfaces) -> Self {
         let mut routing = Self::default();
         for v4 in [true, false] {
@@ -138,7 +138,7 @@ impl Routing {
         routing
     }
 
-    /// The interfaces by which the pod is captured, as the kernel programs know them.
+    /// Returns the interfaces by which the pod is captured, as keys of the kernel programs.
     pub fn interfaces(&self) -> impl Iterator<Item = Ip> {
         let captured = self.routes.iter().filter(|route| route.table == CAPTURE);
         captured.map(|route| {
@@ -147,12 +147,12 @@ impl Routing {
         })
     }
 
-    /// Whether there is anything of this family.
+    /// Returns `true` if there are rules of this family.
     pub fn has(&self, v4: bool) -> bool {
         self.rules.iter().any(|rule| rule.v4 == v4)
     }
 
-    /// What is to be and is not.
+    /// Returns the parts of `self` that are missing from `is`.
     pub fn missing_from(&self, is: &Self) -> Self {
         Self {
             rules: &self.rules - &is.rules,
@@ -160,7 +160,7 @@ impl Routing {
         }
     }
 
-    /// Routes of ours that are and are not to be, and whose place no other takes.
+    /// Returns existing routes that are not in `self` and that no route of `self` replaces.
     pub fn stale(&self, is: &Self) -> Vec<Route> {
         let taken = |route: &Route| self.routes.iter().any(|own| own.replaces(route));
         let is = is.routes.iter().filter(|route| self.has(route.v4));
@@ -254,8 +254,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever was there: with what is lacking put in place and what is stale taken away, it is
-        /// as it is to be.
+        /// Whatever was there, adding what is missing and removing what is stale makes it what is wanted.
         #[test]
         fn what_is_mended_lacks_nothing(
             own in vec(1..9_u8, 1..4),

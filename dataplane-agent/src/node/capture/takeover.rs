@@ -1,13 +1,12 @@
-//! Takes over what another version of the agent has pinned, newer or older: maps that are not as this
+//! Takes over the maps that another version of the agent, newer or older, has pinned and that are not as this
 //! agent's programs expect them.
 //!
-//! What is there is asked of the kernel, map by map, and never concluded from a version. A map that is as
-//! expected goes on as it is. In the place of another one comes a new one, pinned beside it (`-new`), with
-//! what the old one holds, before the first program of this agent is attached. Then the programs take the
-//! places of the old ones, and last the new maps take the old ones' names. Until then nobody changes what
-//! is in either. So whoever is killed on the way leaves programs attached whose maps say the same, and
-//! whole maps under the names: the next agent, of whichever version, removes what is `-new` and begins
-//! again.
+//! The kernel is asked about each map; nothing is concluded from a version. A map that is as expected stays
+//! in use. For any other map a new one is made and pinned beside it (`-new`), and gets the old one's
+//! contents, before the first program of this agent is attached. Then the programs are replaced, and last the
+//! new maps get the old ones' names. Until then nobody changes the contents of either. So an agent that is
+//! killed on the way leaves attached programs whose maps say the same, and whole maps under the names: the
+//! next agent, of whichever version, removes what is `-new` and begins again.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,32 +23,32 @@ use super::programs::{self, Loader};
 use super::{CaptureError, attached};
 use crate::sys::elements::Elements;
 
-/// What is to be done with the pinned maps. Those that were made for it go with it, unless it is finished.
+/// The replacement of pinned maps. Dropping it removes the new maps, unless it is finished.
 pub struct Takeover {
     replaced: Vec<ReplacedMap>,
     maps: PathBuf,
 }
 
-/// A map in whose place another one comes.
+/// A pinned map that a new one replaces.
 struct ReplacedMap {
     name: &'static str,
     old: MapData,
     copied: bool,
 }
 
-/// Refuses where [`Takeover::begin`] would.
+/// Refuses where [`Takeover::begin`] would refuse.
 ///
 /// # Errors
-/// A map cannot be taken over, and why.
+/// A map cannot be taken over.
 pub fn refuse(pins: &Pins) -> Result<(), CaptureError> {
     maps_to_replace(pins).map(|_| ())
 }
 
 impl Takeover {
-    /// Finds out what there is to do. The pins are this process's alone.
+    /// Finds the maps to replace. The caller holds the lock of the pins.
     ///
     /// # Errors
-    /// A map cannot be taken over, and why; nothing is changed then.
+    /// A map cannot be taken over; nothing is changed then.
     pub fn begin(pins: &Pins) -> Result<Self, CaptureError> {
         let names = maps::SHARED.into_iter().chain(maps::NODE_MAPS);
         for name in names.chain(maps::POD_MAPS) {
@@ -70,7 +69,7 @@ impl Takeover {
         })
     }
 
-    /// Where a map is that this agent's programs have: it is made there if it is not there.
+    /// Returns where this agent's programs have a map pinned; the loader makes it if it is missing.
     pub fn path(&self, name: &str) -> PathBuf {
         match self.replaced.iter().any(|map| map.name == name) {
             true => new_pin(&self.maps, name),
@@ -78,15 +77,15 @@ impl Takeover {
         }
     }
 
-    /// Where a pod's listeners are pinned as its program is loaded.
+    /// Returns where a pod's listeners are pinned while its program is loaded.
     pub fn listeners(&self) -> PathBuf {
         new_pin(&self.maps, maps::LISTENERS)
     }
 
-    /// Copies to the new maps, which are made by now, what the old ones hold.
+    /// Copies the contents of the old maps to the new ones, which the loader has made by now.
     ///
     /// # Errors
-    /// There is no room in one; the kernel refuses.
+    /// A new map has too little room; the kernel refuses.
     pub fn copy(&self) -> Result<(), CaptureError> {
         for ReplacedMap { name, old, copied } in &self.replaced {
             if !copied {
@@ -104,9 +103,9 @@ impl Takeover {
         Ok(())
     }
 
-    /// Puts this agent's program in the place of each pod's that has other maps than the node's programs
-    /// will have, such as where its former maps are not as expected, or where one that was killed has begun
-    /// to put others in their place. The pods' namespaces are not asked for, since they need not be found.
+    /// Replaces the program of each pod that does not share all its maps with the node's new programs: since
+    /// some are not as expected, or since an agent was killed while it replaced them. The links are enough
+    /// for that; the pods' namespaces need not be found.
     ///
     /// # Errors
     /// The kernel refuses the program.
@@ -132,8 +131,8 @@ impl Takeover {
         Ok(())
     }
 
-    /// Gives the new maps the names of the old ones, which nobody has any more, and removes those that no
-    /// program of this agent has.
+    /// Gives the new maps the names of the old ones, which no program uses any more, and removes pinned maps
+    /// that no program of this agent uses.
     ///
     /// # Errors
     /// The file system refuses.
@@ -164,8 +163,8 @@ impl Drop for Takeover {
 
 /// The pods' programs that are to be replaced.
 struct StalePrograms {
-    /// By their numbers, each with its listeners, if the next program can have them: whoever holds those is
-    /// served on.
+    /// The listeners of each program by its id, if the next program can take them: then their owner goes on
+    /// accepting.
     listeners: BTreeMap<u32, Option<MapData>>,
     pin: PathBuf,
 }
@@ -193,7 +192,7 @@ impl StalePrograms {
         })
     }
 
-    /// Has the pod's program that is loaded next take these listeners, or else new ones.
+    /// Makes the pod's program that is loaded next take these listeners, or new ones if there are none.
     fn pin_listeners(&self, listeners: Option<&MapData>) -> Result<(), CaptureError> {
         pins::remove(&self.pin)?;
         listeners.map_or(Ok(()), |map| pin(map, &self.pin))
@@ -206,12 +205,12 @@ impl Drop for StalePrograms {
     }
 }
 
-/// Where a map is pinned until it takes another one's place.
+/// Returns where a map is pinned until it replaces another one.
 fn new_pin(maps: &Path, name: &str) -> PathBuf {
     pins::new_pin(&maps.join(name))
 }
 
-/// The pinned maps that are not as this agent's programs expect them.
+/// Returns the pinned maps that are not as this agent's programs expect them.
 fn maps_to_replace(pins: &Pins) -> Result<Vec<ReplacedMap>, CaptureError> {
     let expected = expected("node", programs::NODE)?;
     let mut all = Vec::new();
@@ -239,8 +238,8 @@ fn maps_to_replace(pins: &Pins) -> Result<Vec<ReplacedMap>, CaptureError> {
     Ok(all)
 }
 
-/// Pins again, by its name, what attached programs have and is not pinned any more: an empty map in its
-/// place would let go of whom that one keeps captured.
+/// Pins maps of attached programs again that are no longer pinned: an empty map in place of such a one would
+/// release the pods that it keeps captured.
 fn restore_pins(pins: &Pins) -> Result<(), CaptureError> {
     let names = maps::SHARED.into_iter().chain(maps::NODE_MAPS);
     let lost: Vec<_> = names
@@ -266,7 +265,7 @@ fn restore_pins(pins: &Pins) -> Result<(), CaptureError> {
     Ok(())
 }
 
-/// The map of this name among those of a program.
+/// Returns the map of this name among the maps of a program.
 fn map_named(ids: &[u32], name: &'static str) -> Result<Option<MapData>, CaptureError> {
     for id in ids {
         let info = MapInfo::from_id(*id).map_err(maps::map_error(name))?;
@@ -293,7 +292,7 @@ fn copy(old: &MapData, new: &MapData) -> io::Result<()> {
             continue; // it is gone by now
         };
         match new.put(&key, &values) {
-            // A slot that this agent does not know.
+            // A slot that this agent does not have.
             Err(error) if of_array && error.raw_os_error() == Some(libc::E2BIG) => {}
             done => done?,
         }

@@ -1,6 +1,6 @@
-//! What was changed on the machine, written down before it is changed, so that a crash does not
-//! lose the way back: `<run-dir>/<node>/pods/<cookie>.json`, a file per enrolled pod. It does not outlive a
-//! boot, and neither does what it speaks of.
+//! Undo records: what is changed on the machine is written down before it is changed, so that a crash does
+//! not lose the way back. `<run-dir>/<node>/pods/<cookie>.json` is the record of one enrolled pod. Records do
+//! not survive a boot, and neither do the changes that they describe.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,38 +16,38 @@ use super::pins;
 use crate::sys::netns::Netns;
 use crate::sys::processes;
 
-/// The folder of records.
+/// The folder of undo records.
 #[derive(Clone, Debug)]
 pub struct UndoRecords(PathBuf);
 
-/// The record of one pod.
+/// The undo record of one pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UndoRecord {
     /// The workload's uid.
     pub uid: Arc<str>,
-    /// The cookie of its network namespace.
+    /// The cookie of the pod's network namespace.
     pub cookie: u64,
-    /// The inode number of its network namespace.
+    /// The inode number of the pod's network namespace.
     pub inode: u64,
-    /// Its cgroup's id; 0 if it is not said.
+    /// The id of the pod's first cgroup; 0 if unknown.
     #[serde(default)]
     pub cgroup: u64,
-    /// Settings below `/proc/sys` and what they were.
+    /// Settings below `/proc/sys` with their values before the change.
     #[serde(default)]
     pub sysctls: BTreeMap<String, String>,
-    /// What another version of the agent has written besides, for that version to read again.
+    /// Fields that another version of the agent has written, kept for that version.
     #[serde(flatten)]
     pub rest: BTreeMap<String, Value>,
 }
 
-/// A record's file, and what it says if it can be read.
+/// The file of a record, and the record if it can be read.
 pub type RecordFile = (PathBuf, Result<UndoRecord, CaptureError>);
 
 impl UndoRecords {
-    /// In this folder.
+    /// Opens this folder, and makes it if it is missing.
     ///
     /// # Errors
-    /// It is not there and cannot be made; it is a link.
+    /// The folder cannot be made; it is a link or no folder.
     pub fn open(folder: &Path) -> Result<Self, CaptureError> {
         fs::create_dir_all(folder).map_err(CaptureError::file(folder))?;
         let found = fs::symlink_metadata(folder).map_err(CaptureError::file(folder))?;
@@ -60,7 +60,7 @@ impl UndoRecords {
         Ok(Self(folder.to_owned()))
     }
 
-    /// Each with its file, also those that cannot be read.
+    /// Returns all records with their files, also those that cannot be read.
     ///
     /// # Errors
     /// The folder cannot be read.
@@ -72,7 +72,7 @@ impl UndoRecords {
         Ok(finished.map(|(record, path)| (path, record)).collect())
     }
 
-    /// The cookies of all pods that have one, readable or not.
+    /// Returns the cookies of all pods that have a record, readable or not.
     ///
     /// # Errors
     /// The folder cannot be read.
@@ -84,12 +84,12 @@ impl UndoRecords {
             .collect())
     }
 
-    /// Where they are.
+    /// Returns the path of the folder.
     pub fn folder(&self) -> &Path {
         &self.0
     }
 
-    /// Those that were begun: nothing of what they speak of was changed yet.
+    /// Returns records that were begun and not finished. No change was made because of them.
     ///
     /// # Errors
     /// The folder cannot be read.
@@ -99,10 +99,10 @@ impl UndoRecords {
         Ok(files)
     }
 
-    /// The record of one pod, if there is one.
+    /// Returns the record of one pod, if there is one.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The record cannot be read.
     pub fn read(&self, cookie: u64) -> Result<Option<UndoRecord>, CaptureError> {
         match read(&self.path(cookie), cookie) {
             Err(CaptureError::File { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
@@ -112,10 +112,10 @@ impl UndoRecords {
         }
     }
 
-    /// Writes one, whole or not at all, and to the disk.
+    /// Writes a record to the disk, atomically.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The record cannot be written.
     pub fn write(&self, record: &UndoRecord) -> Result<(), CaptureError> {
         let path = self.path(record.cookie);
         let new = path.with_extension("new");
@@ -128,10 +128,10 @@ impl UndoRecords {
         write().map_err(CaptureError::file(&path))
     }
 
-    /// Removes one: everything it speaks of is as it was.
+    /// Removes a record, once all that it describes is undone.
     ///
     /// # Errors
-    /// It cannot be removed.
+    /// The record cannot be removed.
     pub fn remove(&self, cookie: u64) -> Result<(), CaptureError> {
         pins::remove(&self.path(cookie))
     }
@@ -149,15 +149,15 @@ impl UndoRecords {
 }
 
 impl UndoRecord {
-    /// Whose record a file is, by its name.
+    /// Returns the cookie of the pod whose record this file is, by its name.
     pub fn cookie_of(path: &Path) -> Option<u64> {
         cookie_in_name(path, "json")
     }
 
-    /// Its network namespace, of a process or of a name; none if nobody has it any more.
+    /// Finds the record's network namespace by its processes or its name; `None` if nobody has it any more.
     ///
     /// # Errors
-    /// It was not found by a look that was not whole. It may be there, with all that was changed in it.
+    /// The search was incomplete, and has not found it: the namespace may exist, with all that was changed in it.
     pub fn netns(&self) -> Result<Option<Netns>, CaptureError> {
         let found = find_namespaces(std::slice::from_ref(self)).remove(&self.cookie);
         found
@@ -180,7 +180,7 @@ fn read(path: &Path, cookie: u64) -> Result<UndoRecord, CaptureError> {
     Ok(record)
 }
 
-/// What is written under another name first, and what is a record's.
+/// Parses the cookie from a file name with this extension: `json` for records, `new` for unfinished ones.
 fn cookie_in_name(path: &Path, extension: &str) -> Option<u64> {
     let name = path.file_name()?.to_str()?;
     name.strip_suffix(extension)?
@@ -189,8 +189,8 @@ fn cookie_in_name(path: &Path, extension: &str) -> Option<u64> {
         .ok()
 }
 
-/// The network namespaces that records speak of, by their cookies, in one look; an error for each one
-/// that is not known to be gone.
+/// Finds the network namespaces of these records in one search, by their cookies. A namespace that is not
+/// known to be gone has an error.
 pub fn find_namespaces(records: &[UndoRecord]) -> BTreeMap<u64, io::Result<Option<Netns>>> {
     let listed = processes::namespaces();
     let find = |record: &UndoRecord| {
@@ -202,14 +202,14 @@ pub fn find_namespaces(records: &[UndoRecord]) -> BTreeMap<u64, io::Result<Optio
         if netns.inode() != record.inode {
             return Err(io::Error::other("it changed while it was looked at"));
         }
-        // The number may have been given to another one since.
+        // The inode number may have been given to another namespace since.
         Ok((netns.cookie()? == record.cookie).then_some(netns))
     };
     let found = records.iter().map(|record| (record.cookie, find(record)));
     found.collect()
 }
 
-/// An error, said once more.
+/// Copies an error, which cannot be cloned.
 fn clone_error(error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), error.to_string())
 }

@@ -1,5 +1,5 @@
-//! Takes back what an agent has left, by what it wrote down. What cannot be taken back is told, and its
-//! record stays, so that it can be tried again.
+//! Undoes what an agent has left, by its records. What cannot be undone is reported, and its record stays, so
+//! that it can be tried again.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -15,7 +15,7 @@ use crate::config::NodeName;
 use crate::mesh::workload::named;
 use crate::sys::hooks;
 
-/// A node whose agent has ended, and that nobody else can start or uninstall meanwhile.
+/// A node whose agent has stopped, locked so that nobody else can start or uninstall it.
 #[derive(Debug)]
 pub struct StoppedNode {
     folder: NodeFolder,
@@ -25,20 +25,20 @@ pub struct StoppedNode {
     _lock: Option<std::fs::File>,
 }
 
-/// What became of it.
+/// The result of an uninstall.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// How many pods are as they were before.
+    /// Number of pods that are as they were before.
     pub pods: usize,
-    /// What is left, and why; a line each.
+    /// What is left and why, one line each.
     pub left: Vec<String>,
 }
 
 impl StoppedNode {
-    /// Finds it, with the places that its agent was given. Nothing is changed.
+    /// Finds a node with the places that its agent was given. Nothing but the lock file is changed.
     ///
     /// # Errors
-    /// No such node is known here, or with other places; an agent runs.
+    /// No such node is known here, or it has other places; an agent runs.
     pub fn find(
         run_dir: &Path,
         bpffs: &Path,
@@ -64,7 +64,7 @@ impl StoppedNode {
         let mut pins = Pins::new(&mark.bpffs, node);
         let _lock = pins.lock()?;
         pins.refuse_unrecorded(&folder.records()?)?;
-        // Whatever is not pinned here would go on without its routes.
+        // Programs that are not pinned here would stay, without their routes.
         if mark.cgroup.exists() {
             attached::refuse_on_cgroup(&mark.cgroup, &pins, &BTreeSet::new())?;
         }
@@ -78,22 +78,22 @@ impl StoppedNode {
         })
     }
 
-    /// The fingerprint of the root of its state, if its agent wrote it.
+    /// Returns the fingerprint of the root of the node's state, if its agent wrote it.
     pub fn root(&self) -> Option<&str> {
         self.root.as_deref()
     }
 
-    /// Lets go of its pods, and removes all that is left of its agent. `left` is what is left elsewhere
-    /// already: as long as something is, so is what it takes to try again.
+    /// Releases the node's pods, and removes all that its agent has left. `left` is what is left elsewhere
+    /// already: while anything is left, what is needed to try again stays too.
     ///
     /// # Errors
-    /// What is pinned cannot be removed, or the records not be read; they stay.
+    /// The pins cannot be removed, or the records cannot be read; they stay.
     pub async fn uninstall(self, left: Vec<String>) -> Result<Outcome, CaptureError> {
         let mut done = Outcome { pods: 0, left };
         let mut leave = |what: &dyn fmt::Display| done.left.push(what.to_string());
         let own = attached::own_programs(&self.pins)?;
-        // First those that mark: what is not marked needs no route. Then each pod's routes, and its program
-        // after them: what it has sent by them is sent again, and its own app must not get it.
+        // The programs on the cgroup go first: without their mark a packet needs no route. Each pod's program
+        // goes after its routes: what it has sent by them is retransmitted, and must not reach its own app.
         attached::detach(&own, Some(LinkType::Cgroup), &self.pins)?;
         let records = self.folder.records()?;
         let mut kept = Vec::new();
@@ -138,11 +138,10 @@ impl StoppedNode {
     }
 }
 
-/// Refuses unless nothing of a node of which nothing is known is in its places: no folder, no pins, and no
-/// other node that may be meant.
+/// Refuses an unknown node if there is a folder or a pin of that name, or another node that may be meant.
 ///
 /// # Errors
-/// Something is there.
+/// There is something.
 pub fn refuse_unless_clean(
     unknown: CaptureError,
     run_dir: &Path,
@@ -158,11 +157,11 @@ pub fn refuse_unless_clean(
     Ok(())
 }
 
-/// Refuses where an agent's programs or rules are anywhere on this machine: it may have been given other
-/// places than those in which nothing is known.
+/// Refuses if an agent's programs or rules are anywhere on this machine: it may have been started with other
+/// places than those given.
 ///
 /// # Errors
-/// There are some; the machine cannot be looked at.
+/// There are some; the machine cannot be searched.
 pub fn refuse_elsewhere(run_dir: &Path, bpffs: &Path, node: &NodeName) -> Result<(), CaptureError> {
     let pins = Pins::new(&canonical(bpffs), node);
     let links = attached::count_links(&pins)?;
@@ -179,8 +178,8 @@ pub fn refuse_elsewhere(run_dir: &Path, bpffs: &Path, node: &NodeName) -> Result
     })
 }
 
-/// A path as it is written in a mark, whether it is still there or not: links on the way to what is not
-/// mounted lead where they did.
+/// Returns a path as it is written in a mark, whether it exists or not. Symbolic links on the way to what is
+/// not mounted are resolved as before.
 pub fn canonical(path: &Path) -> PathBuf {
     let path = absolute(path).unwrap_or_else(|_| path.to_owned());
     let there = path.ancestors().find_map(|above| {

@@ -1,4 +1,4 @@
-//! What control wants of capture, and what capture tells it.
+//! The pods that control wants captured, and the status that capture publishes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -8,29 +8,29 @@ use crate::mesh::Identity;
 use crate::sys::cgroup::CgroupId;
 use crate::sys::netns::Netns;
 
-/// A pod that shall be captured.
+/// A pod that is to be captured.
 #[derive(Clone, Debug)]
 pub struct Desired {
     /// The workload's uid.
     pub uid: Arc<str>,
-    /// Its namespace.
+    /// The pod's Kubernetes namespace.
     pub namespace: Arc<str>,
-    /// Its name.
+    /// The pod's name.
     pub name: Arc<str>,
-    /// Who it is.
+    /// The pod's SPIFFE identity.
     pub identity: Identity,
-    /// The addresses that the mesh knows it by.
+    /// The addresses by which the mesh knows the pod.
     pub addresses: Vec<IpAddr>,
-    /// Its network namespace.
+    /// The pod's network namespace.
     pub netns: Netns,
-    /// That namespace's cookie.
+    /// The cookie of that network namespace.
     pub cookie: u64,
-    /// The cgroups that are its alone: one at the least, and more may come.
+    /// The pod's own cgroups: at least one, and more may come.
     pub groups: Vec<CgroupId>,
 }
 
 impl Desired {
-    /// Whether the other says the same of the pod as it is served.
+    /// Returns `true` if a pod that is served as `self` need not be enrolled anew to be served as `other`.
     pub fn same_identity_and_addresses(&self, other: &Self) -> bool {
         self.uid == other.uid
             && self.identity == other.identity
@@ -38,57 +38,57 @@ impl Desired {
     }
 }
 
-/// What control wants.
+/// All that control wants of capture.
 #[derive(Clone, Debug, Default)]
 pub struct Wanted {
-    /// Pods that were found.
+    /// The wanted pods that were found.
     pub pods: Vec<Desired>,
-    /// The uids of those that are wanted and were not found.
+    /// The uids of wanted pods that were not found.
     pub unlocated: BTreeSet<Arc<str>>,
     /// Cookies of network namespaces that are gone.
     pub gone: BTreeSet<u64>,
 }
 
-/// How far one pod is.
+/// The status of one pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodStatus {
     /// The workload's uid.
     pub uid: Arc<str>,
-    /// The inode number of its network namespace.
+    /// The inode number of the pod's network namespace.
     pub inode: u64,
-    /// Its cgroup's id.
+    /// The id of the pod's first cgroup; 0 if unknown.
     pub cgroup: u64,
-    /// How far it is.
+    /// How far the pod is.
     pub state: PodState,
-    /// Whether it forwards between its interfaces, as far as it was looked at: that is not captured.
+    /// `true` if the pod forwards between its interfaces, as of the last look. Forwarded traffic is not captured.
     pub forwards: bool,
 }
 
 /// How far one pod is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PodState {
-    /// Taken over from a predecessor, or from what it was before; not served by anybody yet.
+    /// Left by a predecessor, or no longer served by this agent, and not enrolled again yet.
     Unserved {
-        /// Whether it is captured.
+        /// `true` if the kernel captures the pod.
         captured: bool,
     },
     /// Captured and served.
     Up,
-    /// Served, and something that keeps it captured is gone and cannot be put back. It is tried again.
+    /// Served, but a part of its capture is lost and cannot be restored. That is tried again.
     Broken {
-        /// What the kernel says.
+        /// The error of the last look.
         why: String,
     },
-    /// No longer captured; what runs goes on.
+    /// No longer captured; its connections go on.
     Draining,
-    /// It cannot be captured or served, and why; it is tried again. One that was captured stays so.
+    /// The pod cannot be captured or served; that is tried again. A captured pod stays captured.
     Failed {
-        /// What went wrong.
+        /// The last error.
         why: String,
-        /// Whether it is captured all the same.
+        /// `true` if the kernel captures the pod all the same.
         captured: bool,
     },
 }
 
-/// How far each pod is, by the cookie of its network namespace: two of one name may be there at once.
+/// The status of each pod by the cookie of its network namespace: two pods of one name may exist at once.
 pub type Status = BTreeMap<u64, PodStatus>;

@@ -1,5 +1,6 @@
-//! A pod that is to be captured and that nobody serves: a predecessor has left it, and it is not found
-//! (again), or cannot be enrolled. What keeps it captured is looked after as for one that is served.
+//! Held pods: they are to be captured while nobody serves them, since a predecessor left them and they are
+//! not found (again), or since they cannot be enrolled. Their capture is kept in repair like that of served
+//! pods.
 
 use std::path::Path;
 
@@ -16,10 +17,10 @@ use super::{CaptureHandle, Reconciler};
 use crate::mesh::workload::named;
 use crate::sys::netns::{Interfaces, Netns};
 
-/// What keeps it captured, as it was looked at last.
+/// The capture of an unserved pod, as of the last look.
 pub(super) struct HeldPod {
     pub(super) schedule: LookSchedule,
-    /// What its program is attached by.
+    /// The link that attaches the pod's program.
     steer: Option<Link>,
     interfaces: Option<Interfaces>,
     routing: Routing,
@@ -37,7 +38,7 @@ impl Default for HeldPod {
 }
 
 impl Reconciler {
-    /// Looks at a pod, if it is held.
+    /// Looks at a pod, if it is held, and restores what it has lost.
     pub(super) async fn look_at_held(&mut self, cookie: u64) {
         if self.pods.get(&cookie).is_none_or(|pod| pod.held.is_none()) {
             return;
@@ -56,7 +57,7 @@ impl Reconciler {
                 held.restore(netns, &pod.record, parts, &mut lost_parts)
                     .await
             }
-            // Nobody has it; that it is gone is for control to say.
+            // Nobody has the namespace; control decides when it is gone.
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         };
@@ -71,7 +72,7 @@ impl Reconciler {
     }
 }
 
-/// Its namespace, which is looked for again if the look at the start was not whole.
+/// Returns the pod's namespace; looks for it again if it was not found at the start.
 fn find_netns<'a>(
     netns: &'a mut Option<Netns>,
     record: &UndoRecord,
@@ -83,7 +84,7 @@ fn find_netns<'a>(
 }
 
 impl HeldPod {
-    /// By the program of one that was served.
+    /// Keeps the program of a pod that was served.
     pub(super) fn with_program(program: PodProgram) -> Self {
         Self {
             steer: program.into_link(),
@@ -91,11 +92,11 @@ impl HeldPod {
         }
     }
 
-    /// Pins what steers, if its pin was lost. One that was detached does not steer any more: pinned, it would
-    /// take the place of one that does.
+    /// Pins the program again if its pin was lost. A program that is no longer attached is not pinned: its
+    /// pin would replace that of one that is.
     ///
     /// # Errors
-    /// The file system refuses; the kernel does not tell what steers.
+    /// The file system refuses; the kernel does not say which programs are attached.
     pub(super) fn pin(&self, netns: &Netns, pin: &Path) -> Result<(), CaptureError> {
         match &self.steer {
             Some(link) if programs::is_attached(netns, self.program())? && !link.is_at(pin) => {
@@ -112,8 +113,8 @@ impl HeldPod {
         (loader, pins, handle): (&mut Loader, &Pins, &CaptureHandle),
         lost_parts: &mut LostParts,
     ) -> Result<(), CaptureError> {
-        // As for one that is served: what somebody else may have by now first, and what fails of one is
-        // no reason to leave the others.
+        // As for a served pod: addresses first, since somebody else may have them by now; and a part that
+        // cannot be restored does not keep the others from it.
         let own = self.update_addresses(netns, record, handle, lost_parts);
         let steered = self.restore_program(netns, record.cookie, (loader, pins), lost_parts);
         let routed = match steered {
@@ -124,7 +125,7 @@ impl HeldPod {
             .and(restore_settings(netns, record, lost_parts))
     }
 
-    /// What is its own.
+    /// Updates the pod's own addresses in the kernel if its interfaces have changed, and restores lost entries.
     fn update_addresses(
         &mut self,
         netns: &Netns,
@@ -148,13 +149,13 @@ impl HeldPod {
         Ok(())
     }
 
-    /// The id of what steers, once it is known.
+    /// Returns the id of the program that steers, once it is known.
     pub(super) fn program(&self) -> Option<u32> {
         self.steer.as_ref().map(Link::program)
     }
 
-    /// Its program: the predecessor's, or one without listeners, which lets nobody in or out. Whether it is
-    /// pinned, if it is attached.
+    /// Attaches the pod's program: the predecessor's, or one without listeners, which lets nobody in or out.
+    /// Once it is attached, the inner result says whether it is pinned too.
     fn restore_program(
         &mut self,
         netns: &Netns,
@@ -182,7 +183,7 @@ impl HeldPod {
         Ok(whole)
     }
 
-    /// Its rules and routes.
+    /// Restores the pod's rules and routes.
     async fn restore_routes(
         &mut self,
         netns: &Netns,

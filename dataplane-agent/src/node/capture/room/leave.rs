@@ -1,4 +1,4 @@
-//! The way out: a pod is let go, its connections end, and what was changed is put back.
+//! How a pod leaves: its capture stops, its connections end, and what was changed is undone.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -17,8 +17,9 @@ use crate::seam::PodEvent;
 use crate::sys::netns::Netns;
 
 impl Reconciler {
-    /// The first step out: the kernel programs let pass what is new. All else stays until the pod has
-    /// left, since what it has sent by the capture route may still be on its way, or be sent again.
+    /// The first step of leaving: the kernel programs no longer capture new connections. All else stays until
+    /// the pod has left, since packets that it sent by the capture route may still be under way, or be
+    /// retransmitted.
     pub(super) fn stop_capture(&self, cookie: u64) {
         if let Err(error) = self.handle.maps().stop_capture(cookie) {
             tracing::error!(%error, netns = cookie, "pod stays captured");
@@ -38,7 +39,7 @@ impl Reconciler {
         };
     }
 
-    /// Captures again what drains, as what is wanted now: the same listeners serve on.
+    /// Captures a leaving pod again, as what is wanted now; the same listeners serve on.
     pub(super) async fn revive(&mut self, want: Desired) -> Result<(), CaptureError> {
         let cookie = want.cookie;
         let Some(pod) = self.pods.get_mut(&cookie) else {
@@ -86,7 +87,7 @@ impl Reconciler {
         let (addresses, _) =
             enrol::update_addresses(served.desired.address_owner(), &interfaces, &self.handle)?;
         let pin = self.pins.pod(served.desired.cookie);
-        // That it cannot be pinned is told by the next look.
+        // The next look reports if it cannot be pinned.
         let _ = look::restore_program(served, &pin, lost_parts)?;
         let first = addresses.first().copied();
         served.send_addresses(addresses, &self.events).await?;
@@ -95,7 +96,7 @@ impl Reconciler {
         maps.enrol(desired.cookie, first, &desired.groups)
     }
 
-    /// Takes those that leave one step further.
+    /// Takes leaving pods one step further.
     pub(super) async fn advance_leaving(&mut self) -> Result<(), CaptureError> {
         let now = Instant::now();
         let cookies: Vec<u64> = self.pods.keys().copied().collect();
@@ -127,7 +128,7 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Cuts what still runs of a pod that is not captured any more, and puts back what was changed.
+    /// Cuts the remaining connections of a pod that is no longer captured, and undoes what was changed.
     pub(super) async fn cut_and_undo(&mut self, cookie: u64) -> Result<(), CaptureError> {
         if let Some(pod) = self.pods.get(&cookie)
             && let Some(served) = pod.phase.served()
@@ -156,8 +157,8 @@ impl Reconciler {
         }
     }
 
-    /// The last step out. The kernel forgets the pod when all else is as it was: until then it keeps
-    /// inside what is the pod's.
+    /// The last step of leaving. The kernel forgets the pod only when all else is undone: until then it keeps
+    /// the pod's connections inside.
     pub(super) async fn put_back(
         &self,
         record: &UndoRecord,
@@ -168,7 +169,7 @@ impl Reconciler {
     }
 }
 
-/// Ready when a pod that drains has nothing that runs any more.
+/// Is ready when a draining pod has no connections left.
 pub(super) fn idle(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
     for pod in pods.values_mut() {
         if let PodPhase::Draining { idle, until, .. } = &mut pod.phase

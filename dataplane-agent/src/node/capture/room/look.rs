@@ -1,7 +1,7 @@
-//! Looks at what keeps pods captured, again and again, and puts back what is gone.
+//! Looks regularly at all that keeps pods captured, and restores what is gone.
 //!
-//! Every pod is looked at every few seconds, each at a time of its own, and soon after its namespace
-//! tells of a change. Interfaces and addresses that have come or gone since are taken over on the way.
+//! Every pod is looked at every few seconds, staggered against the others, and soon after a change in its
+//! namespace. Looks also take over interfaces and addresses that have come or gone.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,21 +21,21 @@ use crate::mesh::workload::named;
 use crate::seam::PodEvent;
 use crate::sys::netns::Netns;
 
-/// Between two looks at one pod, and at the node's programs.
+/// Time between two looks at one pod, and at the node's programs.
 const LOOK: Duration = Duration::from_secs(3);
-/// A pod that changes all the time is looked at no more often than this.
+/// Minimum time between two looks at a pod that changes all the time.
 const SETTLE: Duration = Duration::from_millis(250);
 
-/// When a pod is looked at, and what was found.
+/// When a pod or the node is looked at next, and the result of the last look.
 pub(super) struct LookSchedule {
     next: Instant,
     last: Instant,
-    /// Why the pod does not work, as of the last look.
+    /// Why capture does not work, as of the last look; `None` if it does.
     pub(super) broken: Option<String>,
 }
 
 impl LookSchedule {
-    /// Of one of which nobody knows how it is.
+    /// Makes the first look due at once, for a pod whose state is unknown.
     pub(super) fn due_now() -> Self {
         let now = Instant::now();
         Self {
@@ -45,7 +45,7 @@ impl LookSchedule {
         }
     }
 
-    /// Of one that has just been put in place; `spread` sets it apart from others.
+    /// Starts the schedule of what was just put in place; `spread` staggers it against others.
     pub(super) fn staggered(spread: u64) -> Self {
         let now = Instant::now();
         let apart = Duration::from_millis(spread.wrapping_mul(367) % 1000);
@@ -70,7 +70,7 @@ impl LookSchedule {
         self.next = now + LOOK;
     }
 
-    /// Something has changed: it is looked at soon.
+    /// Brings the next look forward after a change, to [`SETTLE`] after the last one at the earliest.
     fn expedite(&mut self) {
         self.next = self.next.min(self.last + SETTLE);
     }
@@ -79,15 +79,16 @@ impl LookSchedule {
         self.next <= self.last + SETTLE
     }
 
-    /// Whether it is time, or nearly: those of about the same time are looked at together, since a round of
-    /// the room costs something for each of its pods, whichever is looked at.
+    /// Returns `true` if a look is due, or nearly: looks of about the same time are made together, since each
+    /// round of the reconciler costs something for every pod, whichever is looked at. An expedited look is
+    /// never early.
     fn is_due(&self, now: Instant) -> bool {
         self.next <= now || !self.is_expedited() && self.next <= now + SETTLE
     }
 }
 
 impl Reconciler {
-    /// Looks at what is due.
+    /// Looks at all that is due.
     pub(super) async fn look(&mut self) -> Result<(), CaptureError> {
         let now = Instant::now();
         if self.schedule.is_due(now) {
@@ -102,8 +103,8 @@ impl Reconciler {
         Ok(())
     }
 
-    /// The node's programs, and where all is pinned. A pod's program is loaded after it: that takes the maps
-    /// that it finds pinned.
+    /// Looks at the node's programs, and at the pins. A pod's program is loaded only after this, since it
+    /// takes the maps that are pinned.
     pub(super) fn look_at_node(&mut self) {
         let mut lost_parts = LostParts::default();
         let mended = self.restore_node(&mut lost_parts);
@@ -118,7 +119,7 @@ impl Reconciler {
     }
 
     fn restore_node(&mut self, lost_parts: &mut LostParts) -> Result<(), CaptureError> {
-        // Where nothing can be pinned, what is attached holds all the same.
+        // Where nothing can be pinned, attached programs still hold.
         let folders = self.pins.restore(&mut self.pins_lock);
         let maps = self.pinned.restore(&self.pins);
         let (cgroup, links) = (&self.config.cgroup, &mut self.links);
@@ -144,11 +145,11 @@ impl Reconciler {
             return Ok(());
         };
         let mut lost_parts = LostParts::default();
-        // What fails of one is no reason to leave the others as they are. What somebody else may have by
-        // now is taken away first.
+        // A part that cannot be restored does not keep the others from it. Addresses come first: somebody
+        // else may have one by now.
         let mut mended = update_addresses(served, &self.handle, &self.events).await;
         mended = mended.and(contain(served, record, &self.pins.pod(cookie), &mut lost_parts).await);
-        // Not known is as it was.
+        // If it cannot be read, the last value stays.
         let forwards = routes::forwards(&served.desired.netns, &served.interfaces);
         served.forwards = forwards.unwrap_or(served.forwards);
         if serving {
@@ -165,14 +166,14 @@ impl Reconciler {
         if lost_parts.has(Part::Listener)
             && let Some(instance) = pod.take_back()
         {
-            // It is enrolled anew, with others; what runs is cut.
+            // The pod is enrolled anew with other listeners; its connections are cut.
             self.cut_connections(instance).await?;
         }
         Ok(())
     }
 }
 
-/// What is the pod's own: what it has on its interfaces now.
+/// Updates the pod's own addresses to those on its interfaces now.
 async fn update_addresses(
     served: &mut ServedPod,
     handle: &CaptureHandle,
@@ -200,7 +201,7 @@ async fn update_addresses(
     enrol::check_known(&served.desired, &served.interfaces)
 }
 
-/// What keeps inside whatever the pod has, as long as it is known to the kernel.
+/// Restores what keeps the pod's packets inside, whether it is captured or leaving: program, routes, settings.
 async fn contain(
     served: &mut ServedPod,
     record: &UndoRecord,
@@ -209,13 +210,13 @@ async fn contain(
 ) -> Result<(), CaptureError> {
     let routed = match restore_program(served, pin, lost_parts) {
         Ok(pinned) => restore_routes(served, lost_parts).await.and(pinned),
-        // What comes by the routes would go to the pod's own app.
+        // Without the program, packets that take the routes would reach the pod's own app.
         Err(error) => Err(error),
     };
     routed.and(restore_settings(&served.desired.netns, record, lost_parts))
 }
 
-/// The pod's program, attached; whether it is pinned too.
+/// Attaches the pod's program if it is not attached. The inner result says whether it is pinned too.
 pub(super) fn restore_program(
     served: &mut ServedPod,
     pin: &Path,
@@ -228,7 +229,7 @@ pub(super) fn restore_program(
     Ok(whole)
 }
 
-/// Its rules and routes.
+/// Restores the pod's rules and routes.
 async fn restore_routes(
     served: &mut ServedPod,
     lost_parts: &mut LostParts,
@@ -242,7 +243,7 @@ async fn restore_routes(
     Ok(())
 }
 
-/// The settings of the pod's namespace that capture needs.
+/// Restores the settings of the pod's namespace that capture needs.
 pub(super) fn restore_settings(
     netns: &Netns,
     record: &UndoRecord,
@@ -261,7 +262,7 @@ pub(super) fn restore_settings(
     Ok(())
 }
 
-/// What takes new connections of it to the agent.
+/// Restores the map entries by which new connections are captured, and checks that the listeners are alive.
 fn restore_entries(
     served: &ServedPod,
     handle: &CaptureHandle,
@@ -279,7 +280,7 @@ fn restore_entries(
     Ok(())
 }
 
-/// Says what a look has brought, once; why it does not work, if it does not.
+/// Logs the result of a look, each error once, and returns why capture does not work, if it does not.
 pub(super) fn report(
     whose: &str,
     lost_parts: &LostParts,
@@ -301,7 +302,7 @@ pub(super) fn report(
     broken
 }
 
-/// Ready when the namespace of a pod that is served tells of a change.
+/// Is ready when the namespace of a served pod changes.
 pub(super) fn changed(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
     let mut told = Poll::Pending;
     for pod in pods.values_mut() {
