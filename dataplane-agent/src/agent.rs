@@ -23,12 +23,12 @@ use self::proxy::Proxy;
 use self::telling::{OfNode, OfProxy, Told};
 use crate::config::RunOptions;
 use crate::control::ca::{CaError, EmbeddedCa};
-use crate::control::configuration::{Configuration, Here};
+use crate::control::configuration::{Configuration, LocalPods};
 use crate::control::state::{SharedState, StateError};
 use crate::exit::Exit;
 use crate::mesh;
 use crate::node::capture::CaptureError;
-use crate::node::pods::{State, View};
+use crate::node::pods::{State, StatusSnapshot};
 use crate::observe::admin::{self, Socket};
 use crate::observe::log::Level;
 use crate::observe::{Metrics, kernel, metrics};
@@ -138,12 +138,12 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
         status,
         mut events,
         rest,
-        looks,
+        scanner,
     } = prepared.open(&options, Some(&state))?;
 
     let (mesh_writer, mesh) = mesh::store();
     let mut proxy = Proxy::start(&options, ca, &mesh, counted(&handle))?;
-    let (control, to_capture) = Control::new(looks, status, configured, mesh_writer);
+    let (control, to_capture) = Control::new(scanner, status, configured, mesh_writer);
     let view = control.view.clone();
 
     let socket = options.places.socket(&options.node);
@@ -247,11 +247,11 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         status,
         events,
         rest,
-        looks,
+        scanner,
     } = prepared.open(&options, state.as_ref())?;
 
     let (mesh_writer, _) = mesh::store();
-    let (control, to_capture) = Control::new(looks, status, configured, mesh_writer);
+    let (control, to_capture) = Control::new(scanner, status, configured, mesh_writer);
     let view = control.view.clone();
     let (lender, serving) = Lender::new(options.node.as_str(), reconciler.stamp());
     let seam = options.places.seam(&options.node);
@@ -340,8 +340,8 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let (events, mut told_of) = mpsc::channel(64);
     let leaving = CancellationToken::new();
     let borrower = Borrower::new(options.places.seam(&options.node), events, leaving.clone());
-    let (leases, (here, told_here)) = (Leases::default(), watch::channel(Here::default()));
-    let told_here = (told_here, Here::clone as fn(&Here) -> Here);
+    let (leases, (here, told_here)) = (Leases::default(), watch::channel(LocalPods::default()));
+    let told_here = (told_here, LocalPods::clone as fn(&LocalPods) -> LocalPods);
     let (configuration, configured) =
         Configuration::new(source, told_here, mesh_writer, Arc::new(Notify::new()));
 
@@ -379,7 +379,7 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
         let apply = |proxy: &mut Proxy, event| {
             leases.hear(&event);
             let (served, captured) = leases.uids();
-            here.send_replace(Here { captured, served });
+            here.send_replace(LocalPods { captured, served });
             proxy.apply(event);
         };
         let (never, signal) = (pending::<()>(), signals.next());
@@ -477,7 +477,7 @@ async fn hand_on<T>(
 }
 
 /// Tells which pods were being enrolled or let go, when they were told of last.
-fn unfinished(signal: &str, view: &View) {
+fn unfinished(signal: &str, view: &StatusSnapshot) {
     let busy = view
         .pods
         .iter()

@@ -10,17 +10,17 @@ use super::AgentError;
 use super::opened::Opened;
 use crate::cli::check;
 use crate::config::{self, RunOptions};
-use crate::control::configuration::{Configuration, Configured, Here, Source};
-use crate::control::enrolled::Records;
+use crate::control::configuration::{Configuration, Configured, LocalPods, Source};
+use crate::control::enrolled::EnrolmentRecords;
 use crate::control::state::SharedState;
 use crate::mesh::MeshWriter;
 use crate::node::capture::node_folder::{self, Mark, NodeFolder};
 use crate::node::capture::room::{self, CaptureHandle, Reports};
 use crate::node::capture::uninstall::canonical;
 use crate::node::capture::{Reconciler, Status, Wanted};
-use crate::node::machine::Looks;
-use crate::node::pods::{self, Ends, Pods, View};
-use crate::node::recording::Recording;
+use crate::node::machine::Scanner;
+use crate::node::pods::{self, Channels, PodController, StatusSnapshot};
+use crate::node::recording::RecordWriter;
 use crate::observe::metrics::Counted;
 use crate::seam::PodEvent;
 use crate::sys::bpffs::{self, Mounted};
@@ -30,7 +30,7 @@ use crate::sys::netns::Netns;
 /// What was asked of the machine, and nothing is left of if it is dropped.
 pub(super) struct Prepared {
     config: room::Config,
-    looks: Looks,
+    scanner: Scanner,
     folder: NodeFolder,
     mark: Mark,
     mounted: Mounted,
@@ -45,42 +45,42 @@ pub(super) struct Node {
     pub(super) events: mpsc::Receiver<PodEvent>,
     /// Has capture rest.
     pub(super) rest: CancellationToken,
-    pub(super) looks: Looks,
+    pub(super) scanner: Scanner,
 }
 
 /// What says which pods capture is to take, and follows what is configured.
 pub(super) struct Control {
     configuration: Configuration<Status>,
-    pods: Pods,
+    pods: PodController,
     pub(super) configured: watch::Receiver<Configured>,
-    pub(super) view: watch::Receiver<View>,
+    pub(super) view: watch::Receiver<StatusSnapshot>,
 }
 
 impl Control {
     /// Publishes the mesh as it is configured. The other end hears what capture is to do.
     pub(super) fn new(
-        looks: Looks,
+        scanner: Scanner,
         status: watch::Receiver<Status>,
-        (source, records): (Source, Option<Records>),
+        (source, records): (Source, Option<EnrolmentRecords>),
         mesh: MeshWriter,
     ) -> (Self, watch::Receiver<Option<Wanted>>) {
         let (wanted, to_capture) = watch::channel(None);
-        let (view_writer, view) = watch::channel(View::default());
-        let rewritten = Arc::new(Notify::new());
-        let here = (status.clone(), pods::here as fn(&Status) -> Here);
+        let (view_writer, view) = watch::channel(StatusSnapshot::default());
+        let records_changed = Arc::new(Notify::new());
+        let here = (status.clone(), pods::local_pods as fn(&Status) -> LocalPods);
         let (configuration, configured) =
-            Configuration::new(source, here, mesh, Arc::clone(&rewritten));
-        let ends = Ends {
+            Configuration::new(source, here, mesh, Arc::clone(&records_changed));
+        let ends = Channels {
             configured: configured.clone(),
             wanted,
             status,
-            recording: records.map(Recording::new),
-            rewritten,
+            recording: records.map(RecordWriter::new),
+            records_changed,
             view: view_writer,
         };
         let new = Self {
             configuration,
-            pods: Pods::new(looks, ends),
+            pods: PodController::new(scanner, ends),
             configured,
             view,
         };
@@ -117,7 +117,7 @@ impl Prepared {
             cluster_id: options.cluster_id.clone(),
             root: None,
         };
-        let looks = Looks::new(&config.cgroup).map_err(|error| {
+        let scanner = Scanner::new(&config.cgroup).map_err(|error| {
             AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
         })?;
         let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
@@ -155,7 +155,7 @@ impl Prepared {
         }
         Ok(Self {
             config,
-            looks,
+            scanner,
             folder,
             mark,
             mounted,
@@ -188,7 +188,7 @@ impl Prepared {
             status,
             events: told,
             rest,
-            looks: self.looks,
+            scanner: self.scanner,
         })
     }
 }

@@ -9,15 +9,18 @@ use crate::config::{self, RunOptions};
 use crate::control::configuration::Source;
 use crate::control::enrolled;
 use crate::control::local;
-use crate::control::manifests::{Folder, MeshConfig, Translated, Translation, Watch};
-use crate::control::recorded::Recorded;
+use crate::control::manifests::{ManifestFolder, MeshConfig, Translated, Translation, Watch};
+use crate::control::recorded::RecordReader;
 use crate::control::state::SharedState;
 use crate::sys::machine_id;
 
 /// What is configured, read once.
 #[expect(clippy::large_enum_variant, reason = "there is one")]
 pub(super) enum Opened {
-    Manifests { folder: Folder, watch: Watch },
+    Manifests {
+        folder: ManifestFolder,
+        watch: Watch,
+    },
     Local(Translation),
 }
 
@@ -39,7 +42,7 @@ impl Opened {
         let dir = absolute(folder).map_err(|error| wrong(format!("--manifests: {error}")))?;
         Ok(Self::Manifests {
             watch: Watch::new(&dir),
-            folder: Folder::open(&dir).map_err(|error| wrong(error.to_string()))?,
+            folder: ManifestFolder::open(&dir).map_err(|error| wrong(error.to_string()))?,
         })
     }
 
@@ -53,7 +56,7 @@ impl Opened {
         self,
         options: &RunOptions,
         state: Option<SharedState>,
-    ) -> Result<(Source, Option<enrolled::Records>), AgentError> {
+    ) -> Result<(Source, Option<enrolled::EnrolmentRecords>), AgentError> {
         let (folder, watch, state) = match (self, state) {
             (Self::Local(translation), _) => return Ok((Source::Local(Some(translation)), None)),
             (Self::Manifests { folder, watch }, Some(state)) => (folder, watch, state),
@@ -61,13 +64,14 @@ impl Opened {
                 return Err(AgentError::Settings("--state: manifests want one".into()));
             }
         };
-        let records = enrolled::Records::new(state, options.node.as_str(), &machine_id::facts());
+        let records =
+            enrolled::EnrolmentRecords::new(state, options.node.as_str(), &machine_id::facts());
         let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
         let source = Source::Manifests {
             watch,
             folder,
             records_watch,
-            records: Recorded::new(records.clone()).context("--state")?,
+            records: RecordReader::new(records.clone()).context("--state")?,
             translated: Translated::new(MeshConfig {
                 cluster_id: options.cluster_id.clone(),
                 cluster_domain: options.cluster_domain.clone(),

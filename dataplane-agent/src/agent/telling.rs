@@ -8,7 +8,7 @@ use crate::control::ca::RootEnd;
 use crate::control::configuration::Configured;
 use crate::mesh::MeshReader;
 use crate::node::capture::room::CaptureHandle;
-use crate::node::pods::{PodView, State, View};
+use crate::node::pods::{PodView, State, StatusSnapshot};
 use crate::observe::admin::Sources;
 use crate::observe::dump;
 use crate::observe::log::Level;
@@ -31,7 +31,7 @@ pub(super) struct Told {
 #[derive(Clone)]
 pub(super) struct OfNode {
     pub(super) handle: CaptureHandle,
-    pub(super) view: watch::Receiver<View>,
+    pub(super) view: watch::Receiver<StatusSnapshot>,
     /// How many serve its pods, where others do.
     pub(super) serving: Option<watch::Receiver<usize>>,
 }
@@ -83,7 +83,7 @@ impl Told {
         };
         let view = node.view.borrow();
         let any = |state| view.pods.iter().any(|pod| pod.state == state && pod.here);
-        if !view.looked {
+        if !view.scanned {
             Err("pods".into())
         } else if node.is_unserved() {
             Err("proxy".into())

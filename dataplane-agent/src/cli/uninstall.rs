@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::UninstallOptions;
 use crate::agent::{self, AgentError};
 use crate::config::NodeName;
-use crate::control::enrolled::Records;
+use crate::control::enrolled::EnrolmentRecords;
 use crate::control::state::SharedState;
 use crate::node::capture::CaptureError;
 use crate::node::capture::uninstall::{
@@ -109,6 +109,6 @@ fn withdraw(options: &UninstallOptions, root: Option<&str>) -> io::Result<usize>
     records.withdraw()
 }
 
-fn records(state: SharedState, node: &NodeName) -> Records {
-    Records::new(state, node.as_str(), &machine_id::facts())
+fn records(state: SharedState, node: &NodeName) -> EnrolmentRecords {
+    EnrolmentRecords::new(state, node.as_str(), &machine_id::facts())
 }

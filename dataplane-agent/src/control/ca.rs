@@ -33,12 +33,12 @@ const ROOT_LIFE: time::Duration = time::Duration::days(3650);
 /// Clocks of nodes may differ by this much.
 const SKEW: time::Duration = time::Duration::minutes(2);
 /// A certificate that lives shorter is not renewed in time.
-const SHORTEST: Duration = Duration::from_secs(10);
+const MIN_TTL: Duration = Duration::from_secs(10);
 /// A root that ends sooner is told of.
-const SOON: time::Duration = time::Duration::days(30);
+const EXPIRY_WARNING: time::Duration = time::Duration::days(30);
 /// What the name begins with of a folder in which a CA is made, and how long that may take.
-const NEW: &str = ".ca-";
-const MAKING: Duration = Duration::from_secs(60);
+const TEMP_PREFIX: &str = ".ca-";
+const CREATION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Why the CA cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -106,7 +106,7 @@ pub enum CaError {
         now: String,
     },
     /// Certificates could not be renewed before they end.
-    #[error("--secret-ttl: {0:?} is too short, {SHORTEST:?} is the least")]
+    #[error("--secret-ttl: {0:?} is too short, {MIN_TTL:?} is the least")]
     Ttl(Duration),
     /// A file is not what it should be.
     #[error("{path}: {why}")]
@@ -189,7 +189,7 @@ impl EmbeddedCa {
         trust_domain: &str,
         ttl: Duration,
     ) -> Result<Self, CaError> {
-        if ttl < SHORTEST {
+        if ttl < MIN_TTL {
             return Err(CaError::Ttl(ttl));
         }
         let folder = state.join("ca");
@@ -220,7 +220,7 @@ impl EmbeddedCa {
         };
         let root = CertificateDer::from_pem_slice(root_pem.as_bytes())
             .map_err(|error| wrong(&root_path, error.to_string()))?;
-        let said = Said::read(&root).map_err(|why| wrong(&root_path, why))?;
+        let said = RootContents::read(&root).map_err(|why| wrong(&root_path, why))?;
         if said.trust_domain != trust_domain {
             return Err(CaError::TrustDomain {
                 path: root_path,
@@ -246,7 +246,7 @@ impl EmbeddedCa {
         let root_end = RootEnd {
             path: root_path.clone(),
             at: said.ends,
-            soon: SOON.max(ttl.try_into().unwrap_or(SOON)),
+            soon: EXPIRY_WARNING.max(ttl.try_into().unwrap_or(EXPIRY_WARNING)),
         };
         if let Some(problem) = root_end.problem_at(now) {
             tracing::warn!("{problem}");
@@ -348,9 +348,9 @@ pub fn fingerprint_of(root: &Path) -> io::Result<String> {
 }
 
 /// The root and its key, each if it is there.
-type Both = (Option<String>, Option<Zeroizing<String>>);
+type RootAndKey = (Option<String>, Option<Zeroizing<String>>);
 
-fn read_both(root: &Path, key: &Path) -> Result<Both, CaError> {
+fn read_both(root: &Path, key: &Path) -> Result<RootAndKey, CaError> {
     let root_pem = read(root, |_| Ok(()))?;
     let own = geteuid().as_raw();
     let key_pem = read(key, |found| match exposed(found.uid(), found.mode(), own) {
@@ -397,13 +397,13 @@ fn make(
     trust_domain: &str,
     first: &dyn Fn() -> Result<(), CaError>,
 ) -> Result<(), CaError> {
-    if let Some(other) = stranger(folder).map_err(of_file(folder))? {
+    if let Some(other) = unknown_entry(folder).map_err(of_file(folder))? {
         return Err(CaError::Other {
             folder: folder.to_owned(),
             other,
         });
     }
-    let new = folder.with_file_name(format!("{NEW}{:016x}", rand::random::<u64>()));
+    let new = folder.with_file_name(format!("{TEMP_PREFIX}{:016x}", rand::random::<u64>()));
     let mut builder = DirBuilder::new();
     builder
         .recursive(true)
@@ -433,8 +433,10 @@ fn clear(state: &Path) {
     let entries = fs::read_dir(state).into_iter().flatten().flatten();
     for entry in entries {
         let name = entry.file_name();
-        let random = name.to_str().and_then(|name| name.strip_prefix(NEW));
-        if random.is_none_or(|random| random.len() != 16) || !is_left(&entry) {
+        let random = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(TEMP_PREFIX));
+        if random.is_none_or(|random| random.len() != 16) || !is_abandoned(&entry) {
             continue;
         }
         let path = entry.path();
@@ -455,12 +457,12 @@ fn clear(state: &Path) {
 }
 
 /// Whether it is a folder in which nothing has changed for longer than a CA is made.
-fn is_left(entry: &DirEntry) -> bool {
+fn is_abandoned(entry: &DirEntry) -> bool {
     let Ok(found) = entry.metadata() else {
         return false;
     };
     let age = found.modified().map(|at| at.elapsed().unwrap_or_default());
-    found.is_dir() && age.is_ok_and(|age| age > MAKING)
+    found.is_dir() && age.is_ok_and(|age| age > CREATION_TIMEOUT)
 }
 
 fn is_taken(error: &io::Error) -> bool {
@@ -469,7 +471,7 @@ fn is_taken(error: &io::Error) -> bool {
 }
 
 /// What is in a folder and is none of the CA's files.
-fn stranger(folder: &Path) -> io::Result<Option<PathBuf>> {
+fn unknown_entry(folder: &Path) -> io::Result<Option<PathBuf>> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         entries => entries?,
@@ -520,14 +522,14 @@ fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
 }
 
 /// What a root certificate says.
-struct Said {
+struct RootContents {
     trust_domain: String,
     public_key: Vec<u8>,
     begins: OffsetDateTime,
     ends: OffsetDateTime,
 }
 
-impl Said {
+impl RootContents {
     fn read(root: &CertificateDer<'_>) -> Result<Self, String> {
         let (_, root) = X509Certificate::from_der(root).map_err(|error| error.to_string())?;
         if !root.is_ca() {

@@ -8,21 +8,21 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::conflicts;
-use super::doubts::Doubts;
-use super::enrolled::Said;
-use super::kept::{IsSaid, Kept};
+use super::doubts::Lints;
+use super::enrolled::RecordsSnapshot;
+use super::kept::{IsConfigured, RetainedPods};
 use super::manifests::applies;
 use super::manifests::changes::PolicyChange;
-use super::manifests::{Folder, LocalPodSpec, Translated, Translation, Watch};
-use super::recorded::Recorded;
+use super::manifests::{LocalPodSpec, ManifestFolder, Translated, Translation, Watch};
+use super::recorded::RecordReader;
 use crate::mesh::workload::named;
 use crate::mesh::{Delta, Mesh, MeshWriter, Workload};
 use crate::sys::memory;
 
 /// How often it is looked whether records have changed of which nothing tells.
-const LOOK: Duration = Duration::from_secs(1);
+const RECORDS_POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// What so many changes left behind is given back: what they were read from, and what was there before.
-const MANY: usize = 1000;
+const TRIM_THRESHOLD: usize = 1000;
 
 /// Where the configuration is.
 #[expect(clippy::large_enum_variant, reason = "there is one")]
@@ -30,11 +30,11 @@ pub enum Source {
     /// A folder of manifests, and the records of enrolled pods beside it.
     Manifests {
         /// The folder, read once.
-        folder: Folder,
+        folder: ManifestFolder,
         /// What tells of its changes.
         watch: Watch,
         /// The records.
-        records: Recorded,
+        records: RecordReader,
         /// What tells of theirs.
         records_watch: Watch,
         /// What they mean.
@@ -56,14 +56,14 @@ pub struct Configured {
     /// How many policies there are, whomever they are for.
     pub policies: usize,
     /// What the records say; none where there are none.
-    pub recorded: Option<Arc<Said>>,
+    pub recorded: Option<Arc<RecordsSnapshot>>,
     /// Whether the state that nodes share cannot be read.
     pub away: bool,
 }
 
 /// The pods of this node that are here, by the uids of their workloads.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Here {
+pub struct LocalPods {
     /// Those that are captured, and do not leave.
     pub captured: BTreeSet<Arc<str>>,
     /// Those of which anything may run.
@@ -74,21 +74,21 @@ pub struct Here {
 pub struct Configuration<S> {
     source: Source,
     status: watch::Receiver<S>,
-    here: fn(&S) -> Here,
+    local_pods: fn(&S) -> LocalPods,
     mesh: MeshWriter,
     configured: watch::Sender<Configured>,
     /// Told when this node has written or removed a record.
-    rewritten: Arc<Notify>,
+    records_changed: Arc<Notify>,
     /// The pods of this node.
     local: Arc<[LocalPodSpec]>,
     /// What is wrong with the files.
     problems: Vec<String>,
     /// What was written and cannot be carried, and what is done instead.
-    uncarried: Vec<String>,
+    unsupported: Vec<String>,
     /// What is likely a slip.
-    doubts: Doubts,
+    lints: Lints,
     /// What the mesh knows beyond what is configured.
-    kept: Kept,
+    retained: RetainedPods,
     /// The uids of the pods that are captured, as of the last translation.
     captured: BTreeSet<Arc<str>>,
 }
@@ -97,39 +97,39 @@ impl<S> Configuration<S> {
     /// Publishes the mesh as it is configured. `status`, `here`: which pods of this node are here.
     pub fn new(
         source: Source,
-        (status, here): (watch::Receiver<S>, fn(&S) -> Here),
+        (status, here): (watch::Receiver<S>, fn(&S) -> LocalPods),
         mesh: MeshWriter,
-        rewritten: Arc<Notify>,
+        records_changed: Arc<Notify>,
     ) -> (Self, watch::Receiver<Configured>) {
         let (sender, configured) = watch::channel(Configured::default());
         let mut new = Self {
             source,
             status,
-            here,
+            local_pods: here,
             mesh,
             configured: sender,
-            rewritten,
+            records_changed,
             local: Arc::default(),
             problems: Vec::new(),
-            uncarried: Vec::new(),
-            doubts: Doubts::default(),
-            kept: Kept::default(),
+            unsupported: Vec::new(),
+            lints: Lints::default(),
+            retained: RetainedPods::default(),
             captured: BTreeSet::new(),
         };
         new.publish();
-        new.tell_of_none();
+        new.warn_of_no_local_pods();
         (new, configured)
     }
 
     /// Follows the configuration, and which pods are here, until nobody tells of these any more.
     pub async fn run(mut self) {
-        let mut look = interval(LOOK);
+        let mut look = interval(RECORDS_POLL_INTERVAL);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = changed(&mut self.source, &mut self.problems) => {}
                 _ = look.tick() => {}
-                () = self.rewritten.notified() => {}
+                () = self.records_changed.notified() => {}
                 told = self.status.changed() => if told.is_err() { return },
             }
             if let Source::Manifests { records, .. } = &mut self.source {
@@ -142,22 +142,22 @@ impl<S> Configuration<S> {
     /// Makes the mesh what is configured, as far as that has changed; then tells of the pods of this node,
     /// which so are in the mesh before they are looked for.
     fn publish(&mut self) {
-        let Here { captured, served } = (self.here)(&self.status.borrow_and_update());
+        let LocalPods { captured, served } = (self.local_pods)(&self.status.borrow_and_update());
         let mesh = self.mesh.current();
         let mut delta = self.read(captured, &mesh);
-        let workload: IsSaid<'_> = &|uid| self.source.says_workload(uid);
-        let policy: IsSaid<'_> = &|key| self.source.says_policy(key);
-        self.kept
+        let workload: IsConfigured<'_> = &|uid| self.source.has_workload(uid);
+        let policy: IsConfigured<'_> = &|key| self.source.has_policy(key);
+        self.retained
             .keep(&served, (workload, policy), &mesh, &mut delta);
-        self.tell_of_another_node(&served, &mesh, &delta);
+        self.warn_of_moved_pods(&served, &mesh, &delta);
         drop(mesh);
         let changes = delta.len();
         if changes > 0 {
             self.mesh.apply(delta);
-            self.doubts.expire();
+            self.lints.expire();
         }
-        self.doubt();
-        if changes >= MANY {
+        self.lint();
+        if changes >= TRIM_THRESHOLD {
             memory::give_back();
         }
         let configured = self.configured();
@@ -184,7 +184,7 @@ impl<S> Configuration<S> {
                 if touched.is_empty() && stale.is_empty() {
                     return Delta::default();
                 }
-                self.doubts.expire();
+                self.lints.expire();
                 let objects = (folder.objects(), &touched[..]);
                 let here = (records.enrolled(), &captured);
                 let delta = translated.update(objects, stale, here, mesh);
@@ -192,20 +192,20 @@ impl<S> Configuration<S> {
                 self.local = translated.local().cloned().collect();
                 let problems = translated.problems();
                 let problems = problems.chain(&folder.objects().warnings).cloned();
-                tell(&mut self.uncarried, problems.collect());
+                replace_problems(&mut self.unsupported, problems.collect());
                 delta
             }
             Source::Local(said) => said.take().map_or_else(Delta::default, |said| {
                 self.local = said.local.into();
-                tell(&mut self.uncarried, said.problems);
+                replace_problems(&mut self.unsupported, said.problems);
                 Delta::of(said.workloads, said.services, said.policies)
             }),
         }
     }
 
     fn configured(&self) -> Configured {
-        let problems = self.problems.iter().chain(&self.uncarried);
-        let mut problems: Vec<String> = problems.chain(self.doubts.found()).cloned().collect();
+        let problems = self.problems.iter().chain(&self.unsupported);
+        let mut problems: Vec<String> = problems.chain(self.lints.found()).cloned().collect();
         let mut configured = Configured {
             local: Arc::clone(&self.local),
             ..Configured::default()
@@ -229,13 +229,13 @@ impl<S> Configuration<S> {
     }
 
     /// Looks for what is likely a slip.
-    fn doubt(&mut self) {
+    fn lint(&mut self) {
         let find = || {
             let (mesh, mut found) = (self.mesh.current(), Vec::new());
-            let is_said = |of: &&Arc<Workload>| !self.kept.has(&of.uid);
-            let workloads = mesh.workloads().filter(is_said).map(Arc::as_ref);
+            let is_configured = |of: &&Arc<Workload>| !self.retained.has(&of.uid);
+            let workloads = mesh.workloads().filter(is_configured).map(Arc::as_ref);
             let services = mesh.services().map(|(_, of)| &**of);
-            conflicts::tell(workloads, services, &mut found);
+            conflicts::report(workloads, services, &mut found);
             if let Source::Manifests {
                 folder, translated, ..
             } = &self.source
@@ -245,12 +245,12 @@ impl<S> Configuration<S> {
             }
             found
         };
-        self.doubts.look(find, tell);
+        self.lints.refresh(find, replace_problems);
     }
 
     /// A pod that went to another node has another address there. One that its manifest says to be on another
     /// node, and at an address that it has here, leaves the mesh by a slip.
-    fn tell_of_another_node(&self, served: &BTreeSet<Arc<str>>, mesh: &Mesh, delta: &Delta) {
+    fn warn_of_moved_pods(&self, served: &BTreeSet<Arc<str>>, mesh: &Mesh, delta: &Delta) {
         let is_here = |uid: &Arc<str>| self.local.iter().any(|pod| pod.uid == *uid);
         for uid in served {
             if let (Some(is), Some(Some(now))) = (mesh.workload(uid), delta.workloads.get(uid))
@@ -268,7 +268,7 @@ impl<S> Configuration<S> {
     }
 
     /// A node of another name than its pods' would serve nobody, without a word.
-    fn tell_of_none(&self) {
+    fn warn_of_no_local_pods(&self) {
         let mesh = self.mesh.current();
         let nodes: BTreeSet<&str> = mesh.workloads().map(|pod| &*pod.node).collect();
         if self.local.is_empty() && !nodes.is_empty() {
@@ -310,7 +310,7 @@ async fn changed(source: &mut Source, problems: &mut Vec<String>) {
 }
 
 /// Takes what is wrong now in the place of what was, and tells of what is new.
-fn tell(told: &mut Vec<String>, problems: Vec<String>) {
+fn replace_problems(told: &mut Vec<String>, problems: Vec<String>) {
     let before: HashSet<&String> = told.iter().collect();
     for problem in problems.iter().filter(|problem| !before.contains(problem)) {
         tracing::warn!("{problem}");
@@ -320,17 +320,17 @@ fn tell(told: &mut Vec<String>, problems: Vec<String>) {
 
 impl Source {
     /// Whether a workload is configured.
-    fn says_workload(&self, uid: &str) -> bool {
+    fn has_workload(&self, uid: &str) -> bool {
         match self {
-            Self::Manifests { translated, .. } => translated.says_workload(uid),
+            Self::Manifests { translated, .. } => translated.has_workload(uid),
             Self::Local(_) => true,
         }
     }
 
     /// Whether a policy is configured.
-    fn says_policy(&self, key: &str) -> bool {
+    fn has_policy(&self, key: &str) -> bool {
         match self {
-            Self::Manifests { translated, .. } => translated.says_policy(key),
+            Self::Manifests { translated, .. } => translated.has_policy(key),
             Self::Local(_) => true,
         }
     }

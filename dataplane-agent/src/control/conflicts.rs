@@ -11,7 +11,7 @@ use crate::mesh::workload::Workload;
 type At<'a> = (&'a str, IpAddr);
 
 /// Tells of each such address, in the order of the addresses.
-pub(crate) fn tell<'a>(
+pub(crate) fn report<'a>(
     workloads: impl Iterator<Item = &'a Workload>,
     services: impl Iterator<Item = &'a Service>,
     problems: &mut Vec<String>,
@@ -33,19 +33,19 @@ pub(crate) fn tell<'a>(
     }
     for (at, keys) in &own {
         if let Some(uids) = pods.get(at) {
-            tell_of(at.1, &uids.join(" and "), keys, problems);
+            report_conflict(at.1, &uids.join(" and "), keys, problems);
         } else if let [first, others @ ..] = keys.as_slice()
             && !others.is_empty()
         {
-            tell_of(at.1, &format!("service {first}"), others, problems);
+            report_conflict(at.1, &format!("service {first}"), others, problems);
         }
     }
     for ((at, port), keys) in outside(&services) {
         let address = SocketAddr::new(at.1, port);
         if let Some(uids) = pods.get(&at) {
-            tell_of(address, &uids.join(" and "), &keys, problems);
+            report_conflict(address, &uids.join(" and "), &keys, problems);
         } else if let Some(own) = own.get(&at) {
-            tell_of(
+            report_conflict(
                 address,
                 &format!("service {}", own.join(" and ")),
                 &keys,
@@ -54,12 +54,12 @@ pub(crate) fn tell<'a>(
         } else if let [first, others @ ..] = keys.as_slice()
             && !others.is_empty()
         {
-            tell_of(address, &format!("service {first}"), others, problems);
+            report_conflict(address, &format!("service {first}"), others, problems);
         }
     }
 }
 
-fn tell_of(
+fn report_conflict(
     address: impl std::fmt::Display,
     holds: &str,
     others: &[String],

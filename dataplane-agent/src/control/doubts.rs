@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 /// What was found, and when.
 #[derive(Debug, Default)]
-pub(super) struct Doubts {
+pub(super) struct Lints {
     found: Vec<String>,
     /// Whether that is of what is configured now.
     fresh: bool,
@@ -15,7 +15,7 @@ pub(super) struct Doubts {
     last: Option<(Instant, Duration)>,
 }
 
-impl Doubts {
+impl Lints {
     /// What was found last.
     pub(super) fn found(&self) -> &[String] {
         &self.found
@@ -28,7 +28,7 @@ impl Doubts {
 
     /// Looks again by `find`, if something else is configured and it is time, and hands what was found before
     /// and what is found now to `tell`.
-    pub(super) fn look(
+    pub(super) fn refresh(
         &mut self,
         find: impl FnOnce() -> Vec<String>,
         tell: impl FnOnce(&mut Vec<String>, Vec<String>),

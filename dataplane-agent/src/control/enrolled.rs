@@ -20,7 +20,7 @@ use crate::proxy::identity;
 /// What a record's file ends in while it is written.
 pub const UNFINISHED: &str = "new";
 /// File systems take no longer names, in bytes.
-const LONGEST: usize = 255;
+const MAX_FILE_NAME: usize = 255;
 
 /// The pods that can be dialled by HBONE.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -28,18 +28,21 @@ pub struct Enrolled {
     pods: BTreeSet<PodKey>,
     /// Names of files that are there and cannot be read. Whichever pod of its name one speaks of, to
     /// dial that by HBONE is to fail closed.
-    unread: BTreeSet<String>,
+    unreadable: BTreeSet<String>,
 }
 
 impl Enrolled {
     /// Whether a pod is one of them.
     pub fn contains(&self, pod: &PodKey) -> bool {
-        self.pods.contains(pod) || self.unread.contains(&file_of(&pod.namespace, &pod.name))
+        self.pods.contains(pod)
+            || self
+                .unreadable
+                .contains(&file_of(&pod.namespace, &pod.name))
     }
 
     /// Marks the namespaces of which pods are in one of the two alone.
     pub(super) fn differ(&self, other: &Self, stale: &mut Stale) {
-        if self.unread != other.unread {
+        if self.unreadable != other.unreadable {
             *stale = Stale::all();
         }
         for pod in self.pods.symmetric_difference(&other.pods) {
@@ -52,14 +55,14 @@ impl FromIterator<PodKey> for Enrolled {
     fn from_iter<T: IntoIterator<Item = PodKey>>(pods: T) -> Self {
         Self {
             pods: pods.into_iter().collect(),
-            unread: BTreeSet::new(),
+            unreadable: BTreeSet::new(),
         }
     }
 }
 
 /// What the records say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Said {
+pub struct RecordsSnapshot {
     /// The enrolled pods of all nodes.
     pub enrolled: Enrolled,
     /// Those that this node wrote.
@@ -74,7 +77,7 @@ pub struct Said {
 
 /// The folder.
 #[derive(Clone, Debug)]
-pub struct Records {
+pub struct EnrolmentRecords {
     state: SharedState,
     folder: PathBuf,
     node: String,
@@ -82,7 +85,7 @@ pub struct Records {
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Record {
+struct EnrolmentRecord {
     namespace: Arc<str>,
     name: Arc<str>,
     uid: Arc<str>,
@@ -93,7 +96,7 @@ struct Record {
     addresses: Vec<IpAddr>,
 }
 
-impl Records {
+impl EnrolmentRecords {
     /// Of a mesh's state, as this node writes them; `machine` is all that tells its machine from others.
     pub fn new(state: SharedState, node: &str, machine: &str) -> Self {
         Self {
@@ -120,17 +123,17 @@ impl Records {
     pub fn changed(&self) -> io::Result<SystemTime> {
         self.state.look()?;
         let folder = fs::metadata(&self.folder).and_then(|folder| folder.modified());
-        folder.map_err(|error| of_file(&self.folder, &error))
+        folder.map_err(|error| with_path(&self.folder, &error))
     }
 
     /// What they say now.
     ///
     /// # Errors
     /// The folder cannot be read, or the state is not the one that was opened.
-    pub fn read(&self) -> io::Result<Said> {
-        let mut said = Said::default();
+    pub fn read(&self) -> io::Result<RecordsSnapshot> {
+        let mut said = RecordsSnapshot::default();
         self.state.look()?;
-        let listed = fs::read_dir(&self.folder).map_err(|error| of_file(&self.folder, &error))?;
+        let listed = fs::read_dir(&self.folder).map_err(|error| with_path(&self.folder, &error))?;
         for entry in listed {
             let path = entry?.path();
             if path.extension().is_none_or(|extension| extension != "json") {
@@ -139,7 +142,7 @@ impl Records {
             match read(&path) {
                 Ok(record) => {
                     let key = key(&record);
-                    if self.wrote(&record) {
+                    if self.is_own(&record) {
                         if record.machine.is_empty() {
                             said.unsigned.insert(key.clone());
                         }
@@ -153,10 +156,10 @@ impl Records {
                 Err(error) => {
                     let name = path.file_name().unwrap_or_default();
                     let name = name.to_string_lossy().into_owned();
-                    said.enrolled.unread.insert(name);
+                    said.enrolled.unreadable.insert(name);
                     said.problems.push(format!(
                         "{}; its pod counts as enrolled",
-                        of_file(&path, &error)
+                        with_path(&path, &error)
                     ));
                 }
             }
@@ -172,7 +175,7 @@ impl Records {
     /// # Errors
     /// It cannot be written, or the state is not the one that was opened; a file is named.
     pub fn write(&self, pod: &LocalPodSpec) -> io::Result<()> {
-        let record = Record {
+        let record = EnrolmentRecord {
             namespace: pod.namespace.clone(),
             name: pod.name.clone(),
             uid: pod.pod_uid.clone(),
@@ -194,7 +197,7 @@ impl Records {
         };
         write().map_err(|error| {
             let _ = fs::remove_file(&new);
-            of_file(&path, &error)
+            with_path(&path, &error)
         })
     }
 
@@ -206,14 +209,14 @@ impl Records {
         self.state.look()?;
         let path = self.path(&pod.namespace, &pod.name);
         let removed = match read(&path) {
-            Ok(record) if self.wrote(&record) && key(&record) == *pod => {
+            Ok(record) if self.is_own(&record) && key(&record) == *pod => {
                 fs::remove_file(&path).and_then(|()| self.sync())
             }
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         };
-        removed.map_err(|error| of_file(&path, &error))
+        removed.map_err(|error| with_path(&path, &error))
     }
 
     /// Removes all that this node wrote; how many records there were.
@@ -231,7 +234,7 @@ impl Records {
 
     /// Whether a record is this node's to remove. One that does not say its machine was written before
     /// records did.
-    fn wrote(&self, record: &Record) -> bool {
+    fn is_own(&self, record: &EnrolmentRecord) -> bool {
         record.node == self.node && (record.machine.is_empty() || record.machine == self.machine)
     }
 
@@ -264,23 +267,23 @@ fn file_of(namespace: &str, name: &str) -> String {
 
 /// A file's name; what is too long for one is hashed, into what no object is called.
 fn file_name(stem: &str, ending: &str) -> String {
-    match stem.len() + 1 + ending.len() <= LONGEST {
+    match stem.len() + 1 + ending.len() <= MAX_FILE_NAME {
         true => format!("{stem}.{ending}"),
         false => format!("sha256_{}.{ending}", identity::sha256(stem.as_bytes())),
     }
 }
 
-fn of_file(path: &Path, error: &io::Error) -> io::Error {
+fn with_path(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
-fn read(path: &Path) -> io::Result<Record> {
+fn read(path: &Path) -> io::Result<EnrolmentRecord> {
     let (mut file, mut text) = (File::open(path)?, Vec::new());
     if let Some(fault) = state::fault(&file.metadata()?) {
         return Err(io::Error::other(fault));
     }
     file.read_to_end(&mut text)?;
-    let record: Record = serde_json::from_slice(&text)?;
+    let record: EnrolmentRecord = serde_json::from_slice(&text)?;
     match path.ends_with(file_of(&record.namespace, &record.name)) {
         true => Ok(record),
         false => Err(io::Error::other(format!(
@@ -290,7 +293,7 @@ fn read(path: &Path) -> io::Result<Record> {
     }
 }
 
-fn key(record: &Record) -> PodKey {
+fn key(record: &EnrolmentRecord) -> PodKey {
     PodKey {
         namespace: record.namespace.clone(),
         name: record.name.clone(),
@@ -304,15 +307,15 @@ pub(crate) mod tests {
     use super::*;
 
     /// The records of a state that is made if it is not there.
-    pub(crate) fn records(state: &Path, node: &str) -> Records {
+    pub(crate) fn records(state: &Path, node: &str) -> EnrolmentRecords {
         of_machine(state, node, "a machine")
     }
 
     /// As they are written on a machine.
-    pub(crate) fn of_machine(state: &Path, node: &str, machine: &str) -> Records {
+    pub(crate) fn of_machine(state: &Path, node: &str, machine: &str) -> EnrolmentRecords {
         let hour = std::time::Duration::from_secs(3600);
         let (state, _) = SharedState::open(state, None, "cluster.local", hour).expect("a state");
-        Records::new(state, node, machine)
+        EnrolmentRecords::new(state, node, machine)
     }
 
     pub(crate) fn pod(name: &str, uid: &str) -> LocalPodSpec {

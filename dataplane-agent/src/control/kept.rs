@@ -8,15 +8,15 @@ use crate::mesh::{Delta, Mesh, Workload};
 
 /// What is kept, by uid and by key.
 #[derive(Debug, Default)]
-pub(super) struct Kept {
+pub(super) struct RetainedPods {
     workloads: BTreeSet<Arc<str>>,
     policies: BTreeSet<Arc<str>>,
 }
 
 /// Whether a thing of a uid or a key is configured.
-pub(super) type IsSaid<'a> = &'a dyn Fn(&str) -> bool;
+pub(super) type IsConfigured<'a> = &'a dyn Fn(&str) -> bool;
 
-impl Kept {
+impl RetainedPods {
     /// Whether a pod is known for that reason alone.
     pub(super) fn has(&self, uid: &str) -> bool {
         self.workloads.contains(uid)
@@ -27,7 +27,7 @@ impl Kept {
     pub(super) fn keep(
         &mut self,
         served: &BTreeSet<Arc<str>>,
-        (workload, policy): (IsSaid<'_>, IsSaid<'_>),
+        (workload, policy): (IsConfigured<'_>, IsConfigured<'_>),
         mesh: &Mesh,
         delta: &mut Delta,
     ) {
@@ -93,50 +93,50 @@ mod tests {
 
     #[test]
     fn a_served_pod_and_its_policies_are_known_until_it_has_left() {
-        let mut kept = Kept::default();
+        let mut retained = RetainedPods::default();
         let mut mesh = mesh();
         let uid = workload(&[]).uid;
         let served = BTreeSet::from([Arc::clone(&uid)]);
         let no = |_: &str| false;
         let mut delta = gone();
-        kept.keep(&served, (&no, &no), &mesh, &mut delta);
+        retained.keep(&served, (&no, &no), &mesh, &mut delta);
         mesh.apply(delta);
         let left = mesh.workload(&uid).expect("it is served");
         assert!(left.services.is_empty(), "nobody is sent there any more");
         assert!(mesh.policies_of(left).unknown.is_empty());
         // Nothing new, as long as it is served.
         let mut delta = Delta::default();
-        kept.keep(&served, (&no, &no), &mesh, &mut delta);
+        retained.keep(&served, (&no, &no), &mesh, &mut delta);
         assert!(delta.is_empty());
-        kept.keep(&BTreeSet::new(), (&no, &no), &mesh, &mut delta);
+        retained.keep(&BTreeSet::new(), (&no, &no), &mesh, &mut delta);
         mesh.apply(delta);
         assert_eq!((mesh.workloads().count(), mesh.policies().len()), (0, 0));
         let mut delta = Delta::default();
-        kept.keep(&BTreeSet::new(), (&no, &no), &mesh, &mut delta);
+        retained.keep(&BTreeSet::new(), (&no, &no), &mesh, &mut delta);
         assert!(delta.is_empty());
     }
 
     #[test]
     fn one_that_comes_back_stays_when_it_is_not_served_any_more() {
-        let mut kept = Kept::default();
+        let mut retained = RetainedPods::default();
         let mut mesh = mesh();
         let uid = workload(&[]).uid;
         let served = BTreeSet::from([Arc::clone(&uid)]);
         let mut delta = gone();
-        kept.keep(&served, (&|_| false, &|_| false), &mesh, &mut delta);
+        retained.keep(&served, (&|_| false, &|_| false), &mesh, &mut delta);
         mesh.apply(delta);
         let mut delta = Delta::of(vec![workload(&["ns/p"])], Vec::new(), vec![policy()]);
-        kept.keep(&served, (&|_| true, &|_| true), &mesh, &mut delta);
+        retained.keep(&served, (&|_| true, &|_| true), &mesh, &mut delta);
         mesh.apply(delta);
         let mut delta = Delta::default();
-        kept.keep(&BTreeSet::new(), (&|_| true, &|_| true), &mesh, &mut delta);
+        retained.keep(&BTreeSet::new(), (&|_| true, &|_| true), &mesh, &mut delta);
         assert!(delta.is_empty());
     }
 
     #[test]
     fn one_that_is_not_served_goes_at_once() {
         let mut delta = gone();
-        Kept::default().keep(
+        RetainedPods::default().keep(
             &BTreeSet::new(),
             (&|_| false, &|_| false),
             &mesh(),

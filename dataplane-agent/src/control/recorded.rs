@@ -7,52 +7,52 @@ use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 
-use super::enrolled::{Enrolled, Records, Said};
+use super::enrolled::{Enrolled, EnrolmentRecords, RecordsSnapshot};
 use super::manifests::Stale;
 
 /// A folder that was changed since so long may be changed again without showing it: clocks of file systems
 /// are coarse.
-const COARSE: Duration = Duration::from_secs(2);
+const MTIME_GRANULARITY: Duration = Duration::from_secs(2);
 /// How often records are read of which nothing tells that they have changed: one may be written in place.
-const SLOW: Duration = Duration::from_secs(10);
+const REREAD_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The records, as they were read last.
 #[derive(Debug)]
-pub struct Recorded {
-    records: Records,
-    said: Arc<Said>,
+pub struct RecordReader {
+    records: EnrolmentRecords,
+    said: Arc<RecordsSnapshot>,
     /// Since when they had not changed as they were read last, and when that was; none if that is to be
     /// done again whatever the folder looks like.
     read: Option<(SystemTime, Instant)>,
     /// Whether none of them can be read now.
     away: bool,
     /// What of them cannot be read now, and why.
-    unread: Vec<String>,
+    problems: Vec<String>,
     /// Of which namespaces what they say is another, since it was last asked for.
     stale: Stale,
 }
 
-impl Recorded {
+impl RecordReader {
     /// Reads the records for the first time.
     ///
     /// # Errors
     /// Their folder cannot be read.
-    pub fn new(records: Records) -> io::Result<Self> {
+    pub fn new(records: EnrolmentRecords) -> io::Result<Self> {
         let said = records.read()?;
         let mut new = Self {
             records,
             said: Arc::default(),
             read: None,
             away: false,
-            unread: Vec::new(),
+            problems: Vec::new(),
             stale: Stale::all(),
         };
-        new.hear(said);
+        new.accept(said);
         Ok(new)
     }
 
     /// What they say; the last that could be read, if they cannot be now.
-    pub fn said(&self) -> &Arc<Said> {
+    pub fn said(&self) -> &Arc<RecordsSnapshot> {
         &self.said
     }
 
@@ -61,7 +61,7 @@ impl Recorded {
         &self.said.enrolled
     }
 
-    /// Of which namespaces [`Recorded::enrolled`] is another than when this was last asked.
+    /// Of which namespaces [`RecordReader::enrolled`] is another than when this was last asked.
     pub fn stale(&mut self) -> Stale {
         std::mem::take(&mut self.stale)
     }
@@ -73,7 +73,7 @@ impl Recorded {
 
     /// What is wrong now.
     pub fn problems(&self) -> &[String] {
-        &self.unread
+        &self.problems
     }
 
     /// Reads what is recorded now.
@@ -81,25 +81,25 @@ impl Recorded {
         let changed = self.records.changed();
         if let (Ok(changed), Some((as_read, when))) = (&changed, self.read)
             && *changed == as_read
-            && when.elapsed() < SLOW
+            && when.elapsed() < REREAD_INTERVAL
         {
             return;
         }
         let said = self.records.read();
         self.away = said.is_err();
-        let is_settled = |at: &SystemTime| at.elapsed().is_ok_and(|age| age > COARSE);
+        let is_settled = |at: &SystemTime| at.elapsed().is_ok_and(|age| age > MTIME_GRANULARITY);
         let whole = said.as_ref().is_ok_and(|said| said.problems.is_empty());
         self.read = match changed {
             Ok(at) if whole && is_settled(&at) => Some((at, Instant::now())),
             _ => None,
         };
         match said {
-            Ok(said) => self.hear(said),
-            Err(error) => self.tell(vec![format!("{error}; what they said last holds")]),
+            Ok(said) => self.accept(said),
+            Err(error) => self.set_problems(vec![format!("{error}; what they said last holds")]),
         }
     }
 
-    fn hear(&mut self, said: Said) {
+    fn accept(&mut self, said: RecordsSnapshot) {
         let mut problems = said.problems.clone();
         if let Some(some) = said.namesakes.first() {
             problems.push(format!(
@@ -114,17 +114,20 @@ impl Recorded {
         if said != *self.said {
             self.said = Arc::new(said);
         }
-        self.tell(problems);
+        self.set_problems(problems);
     }
 
-    fn tell(&mut self, unread: Vec<String>) {
-        let unread = unread.into_iter();
-        let told = unread.map(|problem| format!("records of enrolled pods: {problem}"));
+    fn set_problems(&mut self, problems: Vec<String>) {
+        let problems = problems.into_iter();
+        let told = problems.map(|problem| format!("records of enrolled pods: {problem}"));
         let told: Vec<String> = told.collect();
-        for problem in told.iter().filter(|problem| !self.unread.contains(problem)) {
+        for problem in told
+            .iter()
+            .filter(|problem| !self.problems.contains(problem))
+        {
             tracing::warn!("{problem}");
         }
-        self.unread = told;
+        self.problems = told;
     }
 }
 
@@ -136,8 +139,8 @@ mod tests {
     use super::super::enrolled::tests::{self, key_of, pod};
     use super::*;
 
-    fn recorded(state: &Path) -> Recorded {
-        Recorded::new(tests::records(state, "one")).expect("a folder")
+    fn recorded(state: &Path) -> RecordReader {
+        RecordReader::new(tests::records(state, "one")).expect("a folder")
     }
 
     #[test]

@@ -24,9 +24,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use self::due::{POLL, SLOW, WAITING};
-pub use self::looks::Looks;
-use self::seen::Seen;
+use self::due::{IDLE_INTERVAL, POLL_INTERVAL, WAITING_INTERVAL};
+pub use self::looks::Scanner;
+use self::seen::MachineSnapshot;
 use crate::control::manifests::{LocalPodSpec, Wanted};
 use crate::node::capture::Status;
 use crate::sys::cgroup::{self, CgroupId};
@@ -34,14 +34,14 @@ use crate::sys::netns::Netns;
 use crate::sys::processes;
 
 /// So many whole looks in a row must miss a namespace until it counts as gone.
-const MISSES: u32 = 3;
+const MISSES_UNTIL_GONE: u32 = 3;
 /// Looks that come sooner after the last miss than this count for nothing: a change of the configuration
 /// or of capture may bring several within a moment. A little less than the time between regular ones.
-const APART: Duration = Duration::from_millis(900);
+const MIN_MISS_INTERVAL: Duration = Duration::from_millis(900);
 
 /// A pod's namespace and cgroups.
 #[derive(Clone, Debug)]
-pub struct Found {
+pub struct FoundPod {
     /// Its network namespace.
     pub netns: Netns,
     /// The namespace's cookie.
@@ -52,7 +52,7 @@ pub struct Found {
 
 /// Looks for pods.
 #[derive(Debug)]
-pub struct Machine {
+pub struct PodLocator {
     /// Where cgroup v2 is mounted.
     root: PathBuf,
     /// What holds all pods.
@@ -66,25 +66,25 @@ pub struct Machine {
     /// In which look each namespace was first seen, by inode numbers.
     since: BTreeMap<u64, u64>,
     /// Where each pod of this node is, by uid, in the mesh or not.
-    places: BTreeMap<Arc<str>, Place>,
+    locations: BTreeMap<Arc<str>, PodLocation>,
     /// Pods whose namespace is gone, and the last look that saw it: what was there by then is not what
     /// came in its place.
-    lost: BTreeMap<Arc<str>, (Key, u64)>,
+    lost: BTreeMap<Arc<str>, (SearchKey, u64)>,
     /// Namespaces of pods that are here or captured, by cookie.
-    sights: BTreeMap<u64, Sight>,
+    sightings: BTreeMap<u64, NamespaceSighting>,
 }
 
 /// Of which pod a namespace was found: another one is looked for anew.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Key {
+struct SearchKey {
     pod_uid: Arc<str>,
     addresses: Vec<IpAddr>,
     path: Option<PathBuf>,
 }
 
 #[derive(Debug)]
-struct Place {
-    key: Key,
+struct PodLocation {
+    key: SearchKey,
     netns: Netns,
     cookie: u64,
     groups: Vec<(PathBuf, CgroupId)>,
@@ -94,7 +94,7 @@ struct Place {
 
 /// When a namespace was seen.
 #[derive(Debug, Default)]
-struct Sight {
+struct NamespaceSighting {
     inode: u64,
     /// The processes that were in it.
     processes: BTreeSet<u32>,
@@ -108,7 +108,7 @@ struct Sight {
 
 /// Why a pod was not found.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Missing {
+pub enum NotFound {
     /// It does not run yet.
     NotYet(String),
     /// Nothing on this machine has what it should have: it does not run here, or is said to be another.
@@ -117,7 +117,7 @@ pub enum Missing {
     Doubtful(String),
 }
 
-impl Missing {
+impl NotFound {
     /// For people.
     pub fn why(&self) -> &str {
         match self {
@@ -128,29 +128,29 @@ impl Missing {
 
 /// What a look brought.
 #[derive(Clone, Debug, Default)]
-pub struct Look {
+pub struct Scan {
     /// The pods that were found, by uid.
-    pub found: BTreeMap<Arc<str>, Found>,
+    pub found: BTreeMap<Arc<str>, FoundPod>,
     /// Those that were not, and why.
-    pub waiting: BTreeMap<Arc<str>, Missing>,
+    pub waiting: BTreeMap<Arc<str>, NotFound>,
     /// Cookies of the namespaces of pods that are gone.
     pub gone: BTreeSet<u64>,
     /// Processes of a pod's namespace that are outside of its cgroups.
-    pub outside: BTreeMap<Arc<str>, Outside>,
+    pub outside: BTreeMap<Arc<str>, OutsideProcesses>,
     /// Why the machine could not be looked at; what was found before holds.
     pub failed: Option<String>,
 }
 
 /// How many processes of a pod's namespace are outside of its cgroups, and were so in the look before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outside {
+pub struct OutsideProcesses {
     /// All of them.
     pub processes: usize,
     /// Those that are outside of the pods' cgroup too: what they send is not captured.
     pub in_clear: usize,
 }
 
-impl Machine {
+impl PodLocator {
     /// Of pods below a cgroup.
     ///
     /// # Errors
@@ -166,91 +166,106 @@ impl Machine {
             hosts: Netns::of_host()?.iter().map(Netns::inode).collect(),
             looks: 0,
             since: BTreeMap::new(),
-            places: BTreeMap::new(),
+            locations: BTreeMap::new(),
             lost: BTreeMap::new(),
-            sights: BTreeMap::new(),
+            sightings: BTreeMap::new(),
         })
     }
 
     /// Looks for the pods of this node. `captured` is what capture has of them.
-    pub fn look(&mut self, pods: &[LocalPodSpec], captured: &Status) -> Look {
+    pub fn scan(&mut self, pods: &[LocalPodSpec], captured: &Status) -> Scan {
         let now = Instant::now();
         let failed = match processes::namespaces() {
-            Ok(look) => {
+            Ok(scan) => {
                 self.looks += 1;
-                let mut seen = Seen::new(look, &self.hosts);
-                self.sight(&seen, captured, now);
-                self.forget(pods);
-                return self.find(pods, captured, &mut seen, now);
+                let mut snapshot = MachineSnapshot::new(scan, &self.hosts);
+                self.record_sightings(&snapshot, captured, now);
+                self.forget_stale_locations(pods);
+                return self.find(pods, captured, &mut snapshot, now);
             }
             Err(error) => format!("the machine cannot be looked at: {error}"),
         };
-        let mut look = Look::default();
+        let mut scan = Scan::default();
         for pod in pods.iter().filter(|pod| pod.wanted == Wanted::Yes) {
-            match self.places.get(&pod.uid) {
-                Some(place) if place.key == Key::of(pod) && !place.groups.is_empty() => {
-                    look.found.insert(pod.uid.clone(), place.found());
+            match self.locations.get(&pod.uid) {
+                Some(location)
+                    if location.key == SearchKey::of(pod) && !location.groups.is_empty() =>
+                {
+                    scan.found.insert(pod.uid.clone(), location.found());
                 }
                 _ => {
-                    let why = Missing::Doubtful(failed.clone());
-                    look.waiting.insert(pod.uid.clone(), why);
+                    let why = NotFound::Doubtful(failed.clone());
+                    scan.waiting.insert(pod.uid.clone(), why);
                 }
             }
         }
-        look.gone = self.gone();
-        look.failed = Some(failed);
-        look
+        scan.gone = self.gone();
+        scan.failed = Some(failed);
+        scan
     }
 
     /// Notes which namespaces are there.
-    fn sight(&mut self, seen: &Seen, captured: &Status, now: Instant) {
+    fn record_sightings(&mut self, snapshot: &MachineSnapshot, captured: &Status, now: Instant) {
         let looks = self.looks;
         self.since
-            .retain(|inode, _| seen.namespaces.contains_key(inode));
-        for inode in seen.namespaces.keys() {
+            .retain(|inode, _| snapshot.namespaces.contains_key(inode));
+        for inode in snapshot.namespaces.keys() {
             self.since.entry(*inode).or_insert(looks);
         }
-        let placed: BTreeSet<u64> = self.places.values().map(|place| place.cookie).collect();
-        self.sights
-            .retain(|cookie, _| captured.contains_key(cookie) || placed.contains(cookie));
+        let located: BTreeSet<u64> = self
+            .locations
+            .values()
+            .map(|location| location.cookie)
+            .collect();
+        self.sightings
+            .retain(|cookie, _| captured.contains_key(cookie) || located.contains(cookie));
         for (cookie, pod) in captured {
-            self.sights.entry(*cookie).or_insert_with(|| Sight {
-                inode: pod.inode,
-                last: looks,
-                ..Sight::default()
-            });
+            self.sightings
+                .entry(*cookie)
+                .or_insert_with(|| NamespaceSighting {
+                    inode: pod.inode,
+                    last: looks,
+                    ..NamespaceSighting::default()
+                });
         }
-        for (cookie, sight) in &mut self.sights {
-            let path = self.places.values().find_map(|place| {
-                let path = place.key.path.as_ref()?;
-                (place.cookie == *cookie).then_some(path)
+        for (cookie, sighting) in &mut self.sightings {
+            let path = self.locations.values().find_map(|location| {
+                let path = location.key.path.as_ref()?;
+                (location.cookie == *cookie).then_some(path)
             });
-            if let Some(namespace) = seen.namespaces.get(&sight.inode) {
-                sight.processes = namespace.processes.iter().copied().collect();
-                (sight.misses, sight.missed, sight.last) = (0, None, looks);
-            } else if path.is_some_and(|path| may_hold(path, sight.inode))
-                || !sight.processes.is_disjoint(&seen.hidden)
+            if let Some(namespace) = snapshot.namespaces.get(&sighting.inode) {
+                sighting.processes = namespace.processes.iter().copied().collect();
+                (sighting.misses, sighting.missed, sighting.last) = (0, None, looks);
+            } else if path.is_some_and(|path| may_be_at(path, sighting.inode))
+                || !sighting.processes.is_disjoint(&snapshot.hidden)
             {
-                (sight.misses, sight.missed, sight.last) = (0, None, looks);
-            } else if sight.missed.is_none_or(|missed| now - missed >= APART) {
-                sight.misses += 1;
-                sight.missed = Some(now);
+                (sighting.misses, sighting.missed, sighting.last) = (0, None, looks);
+            } else if sighting
+                .missed
+                .is_none_or(|missed| now - missed >= MIN_MISS_INTERVAL)
+            {
+                sighting.misses += 1;
+                sighting.missed = Some(now);
             }
         }
     }
 
     /// Forgets where pods are that are others now, or whose namespace is gone.
-    fn forget(&mut self, pods: &[LocalPodSpec]) {
-        let keys: BTreeMap<&Arc<str>, Key> =
-            pods.iter().map(|pod| (&pod.uid, Key::of(pod))).collect();
+    fn forget_stale_locations(&mut self, pods: &[LocalPodSpec]) {
+        let keys: BTreeMap<&Arc<str>, SearchKey> = pods
+            .iter()
+            .map(|pod| (&pod.uid, SearchKey::of(pod)))
+            .collect();
         let gone = self.gone();
-        let (sights, lost) = (&self.sights, &mut self.lost);
-        self.places.retain(|uid, place| {
-            let same = keys.get(uid) == Some(&place.key);
-            let is_gone = gone.contains(&place.cookie);
+        let (sightings, lost) = (&self.sightings, &mut self.lost);
+        self.locations.retain(|uid, location| {
+            let same = keys.get(uid) == Some(&location.key);
+            let is_gone = gone.contains(&location.cookie);
             if same && is_gone {
-                let last = sights.get(&place.cookie).map_or(0, |sight| sight.last);
-                lost.insert(uid.clone(), (place.key.clone(), last));
+                let last = sightings
+                    .get(&location.cookie)
+                    .map_or(0, |sighting| sighting.last);
+                lost.insert(uid.clone(), (location.key.clone(), last));
             }
             same && !is_gone
         });
@@ -259,31 +274,32 @@ impl Machine {
 
     fn gone(&self) -> BTreeSet<u64> {
         let gone = self
-            .sights
+            .sightings
             .iter()
-            .filter(|(_, sight)| sight.misses >= MISSES);
+            .filter(|(_, sighting)| sighting.misses >= MISSES_UNTIL_GONE);
         gone.map(|(cookie, _)| *cookie).collect()
     }
 
-    /// The longest time until the next look, after one that brought this. `is_told`: whether changes of
+    /// The longest time until the next look, after one that brought this. `is_watching`: whether changes of
     /// cgroups are told.
-    fn longest(&self, look: &Look, is_told: bool, now: Instant) -> Duration {
-        let is_missed = |sight: &Sight| (1..MISSES).contains(&sight.misses);
-        let is_new = |since: &Instant| now - *since < APART;
-        let may_be_here = |missing: &Missing| matches!(missing, Missing::Doubtful(_));
-        if !is_told
-            || look.failed.is_some()
-            || self.sights.values().any(is_missed)
+    fn max_interval(&self, scan: &Scan, is_watching: bool, now: Instant) -> Duration {
+        let is_missed =
+            |sighting: &NamespaceSighting| (1..MISSES_UNTIL_GONE).contains(&sighting.misses);
+        let is_new = |since: &Instant| now - *since < MIN_MISS_INTERVAL;
+        let may_be_here = |missing: &NotFound| matches!(missing, NotFound::Doubtful(_));
+        if !is_watching
+            || scan.failed.is_some()
+            || self.sightings.values().any(is_missed)
             || self
-                .places
+                .locations
                 .values()
-                .any(|place| place.outside.values().any(is_new))
+                .any(|location| location.outside.values().any(is_new))
         {
-            POLL
-        } else if look.waiting.values().any(may_be_here) {
-            WAITING
+            POLL_INTERVAL
+        } else if scan.waiting.values().any(may_be_here) {
+            WAITING_INTERVAL
         } else {
-            SLOW
+            IDLE_INTERVAL
         }
     }
 
@@ -291,37 +307,37 @@ impl Machine {
         &mut self,
         pods: &[LocalPodSpec],
         captured: &Status,
-        seen: &mut Seen,
+        snapshot: &mut MachineSnapshot,
         now: Instant,
-    ) -> Look {
-        let mut look = Look {
+    ) -> Scan {
+        let mut scan = Scan {
             gone: self.gone(),
-            ..Look::default()
+            ..Scan::default()
         };
-        let mut why = self.place(pods, captured, seen);
+        let mut why = self.locate(pods, captured, snapshot);
         for pod in pods.iter().filter(|pod| pod.wanted == Wanted::Yes) {
             let uid = &pod.uid;
-            if self.places.contains_key(uid)
-                && let Err(reason) = self.regroup(uid, captured, seen, now, &mut look)
+            if self.locations.contains_key(uid)
+                && let Err(reason) = self.update_cgroups(uid, captured, snapshot, now, &mut scan)
             {
                 why.insert(uid.clone(), reason);
             }
-            match self.places.get(uid) {
-                Some(place) if !place.groups.is_empty() => {
-                    look.found.insert(uid.clone(), place.found());
+            match self.locations.get(uid) {
+                Some(location) if !location.groups.is_empty() => {
+                    scan.found.insert(uid.clone(), location.found());
                 }
                 _ => {
                     let reason = why.remove(uid);
-                    let reason = reason.unwrap_or_else(|| Missing::Doubtful(String::new()));
-                    look.waiting.insert(uid.clone(), reason);
+                    let reason = reason.unwrap_or_else(|| NotFound::Doubtful(String::new()));
+                    scan.waiting.insert(uid.clone(), reason);
                 }
             }
         }
-        look
+        scan
     }
 }
 
-impl Key {
+impl SearchKey {
     fn of(pod: &LocalPodSpec) -> Self {
         Self {
             pod_uid: pod.pod_uid.clone(),
@@ -331,9 +347,9 @@ impl Key {
     }
 }
 
-impl Place {
-    fn found(&self) -> Found {
-        Found {
+impl PodLocation {
+    fn found(&self) -> FoundPod {
+        FoundPod {
             netns: self.netns.clone(),
             cookie: self.cookie,
             groups: self.groups.clone(),
@@ -342,7 +358,7 @@ impl Place {
 }
 
 /// Whether a path names the namespace, or cannot be asked.
-fn may_hold(path: &Path, inode: u64) -> bool {
+fn may_be_at(path: &Path, inode: u64) -> bool {
     match fs::metadata(path) {
         Ok(of) => of.ino() == inode,
         Err(error) => error.kind() != io::ErrorKind::NotFound,
@@ -354,29 +370,32 @@ mod tests {
     use super::*;
     use crate::node::capture::{PodState, PodStatus};
 
-    fn machine() -> Machine {
-        Machine {
+    fn machine() -> PodLocator {
+        PodLocator {
             root: "/c".into(),
             pods: "/c".into(),
             agent: "/c/agent".into(),
             hosts: BTreeSet::new(),
             looks: 0,
             since: BTreeMap::new(),
-            places: BTreeMap::new(),
+            locations: BTreeMap::new(),
             lost: BTreeMap::new(),
-            sights: BTreeMap::new(),
+            sightings: BTreeMap::new(),
         }
     }
 
     /// Looks a second later, and sees the processes of namespace 1, or none of it.
-    fn look(machine: &mut Machine, processes: &[u32], hidden: &[u32]) -> BTreeSet<u64> {
-        let last = machine.sights.get(&7).and_then(|sight| sight.missed);
+    fn scan(machine: &mut PodLocator, processes: &[u32], hidden: &[u32]) -> BTreeSet<u64> {
+        let last = machine
+            .sightings
+            .get(&7)
+            .and_then(|sighting| sighting.missed);
         let now = last.unwrap_or_else(Instant::now) + Duration::from_secs(1);
-        look_at(machine, processes, hidden, now)
+        scan_at(machine, processes, hidden, now)
     }
 
-    fn look_at(
-        machine: &mut Machine,
+    fn scan_at(
+        machine: &mut PodLocator,
         processes: &[u32],
         hidden: &[u32],
         now: Instant,
@@ -388,15 +407,15 @@ mod tests {
             state: PodState::Unserved { captured: true },
             forwards: false,
         };
-        let mut look = processes::Look::default();
+        let mut scan = processes::Look::default();
         if !processes.is_empty() {
-            let namespace = look.namespaces.entry(1).or_default();
+            let namespace = scan.namespaces.entry(1).or_default();
             namespace.processes = processes.to_vec();
         }
-        look.hidden = hidden.iter().copied().collect();
+        scan.hidden = hidden.iter().copied().collect();
         machine.looks += 1;
-        machine.sight(
-            &Seen::new(look, &BTreeSet::new()),
+        machine.record_sightings(
+            &MachineSnapshot::new(scan, &BTreeSet::new()),
             &Status::from([(7, pod)]),
             now,
         );
@@ -406,30 +425,30 @@ mod tests {
     #[test]
     fn looks_within_a_moment_miss_a_namespace_once() {
         let mut machine = machine();
-        look(&mut machine, &[100], &[]);
+        scan(&mut machine, &[100], &[]);
         let now = Instant::now();
-        for _ in 0..2 * MISSES {
-            assert_eq!(look_at(&mut machine, &[], &[], now), [].into());
+        for _ in 0..2 * MISSES_UNTIL_GONE {
+            assert_eq!(scan_at(&mut machine, &[], &[], now), [].into());
         }
         let later = |looks| now + Duration::from_secs(looks);
-        assert_eq!(look_at(&mut machine, &[], &[], later(1)), [].into());
-        assert_eq!(look_at(&mut machine, &[], &[], later(2)), [7].into());
+        assert_eq!(scan_at(&mut machine, &[], &[], later(1)), [].into());
+        assert_eq!(scan_at(&mut machine, &[], &[], later(2)), [7].into());
     }
 
     #[test]
     fn a_namespace_is_gone_after_several_looks_and_not_once_it_is_seen_again() {
         let mut machine = machine();
         for _ in 0..2 {
-            assert_eq!(look(&mut machine, &[100], &[]), [].into());
-            for _ in 1..MISSES {
-                assert_eq!(look(&mut machine, &[], &[]), [].into());
+            assert_eq!(scan(&mut machine, &[100], &[]), [].into());
+            for _ in 1..MISSES_UNTIL_GONE {
+                assert_eq!(scan(&mut machine, &[], &[]), [].into());
             }
-            assert_eq!(look(&mut machine, &[], &[]), [7].into());
+            assert_eq!(scan(&mut machine, &[], &[]), [7].into());
         }
         // Its process is there, and may not be looked at any more.
-        look(&mut machine, &[100], &[]);
-        for _ in 0..=MISSES {
-            assert_eq!(look(&mut machine, &[], &[100]), [].into());
+        scan(&mut machine, &[100], &[]);
+        for _ in 0..=MISSES_UNTIL_GONE {
+            assert_eq!(scan(&mut machine, &[], &[100]), [].into());
         }
     }
 }

@@ -15,28 +15,28 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::machine::{Look, Looks, Missing, Outside};
-use super::recording::Recording;
-use crate::control::configuration::{Configured, Here};
+use super::machine::{NotFound, OutsideProcesses, Scan, Scanner};
+use super::recording::RecordWriter;
+use crate::control::configuration::{Configured, LocalPods};
 use crate::control::manifests::{self, LocalPodSpec, PodKey};
 use crate::mesh::Identity;
 use crate::mesh::workload::named;
 use crate::node::capture::{self, Desired, PodState, Status};
 
 /// How often it is seen to what is to be done again or later, as a record that could not be written.
-const STEP: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Between the removal of a pod's record and the end of its capture: other nodes stop dialling it.
-const NOTICE: Duration = Duration::from_secs(1);
+const DEREGISTER_DELAY: Duration = Duration::from_secs(1);
 
 /// What is told to whoever asks for the state of the node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct View {
+pub struct StatusSnapshot {
     /// Pods of this node.
     pub pods: Vec<PodView>,
     /// What is wrong with the machine, with pods that are wanted, and with this node's records.
     pub problems: Vec<String>,
     /// Whether the machine was looked at yet.
-    pub looked: bool,
+    pub scanned: bool,
 }
 
 /// One pod of this node.
@@ -61,7 +61,7 @@ pub struct PodView {
     /// Its cgroups, once found.
     pub cgroups: Vec<PathBuf>,
     /// Processes of its namespace outside of its cgroups.
-    pub outside: Outside,
+    pub outside: OutsideProcesses,
     /// Whether it forwards between its interfaces.
     pub forwards: bool,
 }
@@ -95,24 +95,24 @@ impl State {
 }
 
 /// The task.
-pub struct Pods {
+pub struct PodController {
     configured: watch::Receiver<Configured>,
-    machine: Looks,
+    machine: Scanner,
     wanted: watch::Sender<Option<capture::Wanted>>,
     status: watch::Receiver<Status>,
-    recording: Option<Recording>,
-    rewritten: Arc<Notify>,
-    view: watch::Sender<View>,
+    recording: Option<RecordWriter>,
+    records_changed: Arc<Notify>,
+    view: watch::Sender<StatusSnapshot>,
     /// Pods whose record is removed, and that are let go then; by the cookies of their namespaces, since
     /// one of the same name may have come.
     leaving: BTreeMap<u64, (Desired, Instant)>,
     /// Pods that a predecessor captured and of which nothing is said, by uid: they stay so until what is
     /// configured is whole.
-    unsaid: BTreeSet<Arc<str>>,
+    unconfigured: BTreeSet<Arc<str>>,
 }
 
 /// What it is connected to.
-pub struct Ends {
+pub struct Channels {
     /// What is configured.
     pub configured: watch::Receiver<Configured>,
     /// What capture is to do.
@@ -120,33 +120,33 @@ pub struct Ends {
     /// How far capture is.
     pub status: watch::Receiver<Status>,
     /// The records of this node's pods, if other nodes are told by such,
-    pub recording: Option<Recording>,
+    pub recording: Option<RecordWriter>,
     /// and who is told that one was written or removed.
-    pub rewritten: Arc<Notify>,
+    pub records_changed: Arc<Notify>,
     /// What is told to whoever asks.
-    pub view: watch::Sender<View>,
+    pub view: watch::Sender<StatusSnapshot>,
 }
 
-impl Pods {
+impl PodController {
     /// No pod is looked for yet.
-    pub fn new(machine: Looks, ends: Ends) -> Self {
-        let captured = ends.status.borrow();
-        let unsaid = captured.values().map(|of| Arc::clone(&of.uid)).collect();
+    pub fn new(machine: Scanner, channels: Channels) -> Self {
+        let captured = channels.status.borrow();
+        let unconfigured = captured.values().map(|of| Arc::clone(&of.uid)).collect();
         drop(captured);
         let mut pods = Self {
-            configured: ends.configured,
+            configured: channels.configured,
             machine,
-            wanted: ends.wanted,
-            status: ends.status,
-            recording: ends.recording,
-            rewritten: ends.rewritten,
-            view: ends.view,
+            wanted: channels.wanted,
+            status: channels.status,
+            recording: channels.recording,
+            records_changed: channels.records_changed,
+            view: channels.view,
             leaving: BTreeMap::new(),
-            unsaid,
+            unconfigured,
         };
         let configured = pods.configured.borrow().clone();
-        pods.hear_of(&configured);
-        for uid in &pods.unsaid {
+        pods.settle_unconfigured(&configured);
+        for uid in &pods.unconfigured {
             tracing::warn!(pod = %named(uid), "no manifest says a pod that was captured; it stays so for now");
         }
         pods
@@ -165,8 +165,8 @@ impl Pods {
             tokio::select! {
                 told = self.configured.changed() => if told.is_err() { return },
                 () = self.machine.due() => {}
-                () = sleep(STEP) => {}
-                () = until(next) => {}
+                () = sleep(RETRY_INTERVAL) => {}
+                () = sleep_until_some(next) => {}
                 told = self.status.changed() => if told.is_err() { return },
                 () = draining.cancelled() => {}
             }
@@ -176,41 +176,46 @@ impl Pods {
 
     fn step(&mut self) {
         let configured = self.configured.borrow_and_update().clone();
-        self.hear_of(&configured);
+        self.settle_unconfigured(&configured);
         let local = &*configured.local;
         let wants = |pod: &&LocalPodSpec| pod.wanted == manifests::Wanted::Yes;
         let here: Vec<&LocalPodSpec> = local.iter().filter(wants).collect();
         let status = self.status.borrow_and_update().clone();
-        let look = self.machine.look(local, &status);
-        let wanted = self.wanted(&here, &look);
-        self.record(&here, &status, &look, &configured);
-        self.tell(&configured, &look, &status);
+        let scan = self.machine.scan(local, &status);
+        let wanted = self.wanted(&here, &scan);
+        self.record(&here, &status, &scan, &configured);
+        self.publish_status(&configured, &scan, &status);
         self.wanted.send_if_modified(|old| {
-            let changed = old.as_ref().is_none_or(|old| !same(old, &wanted));
+            let changed = old.as_ref().is_none_or(|old| !is_same(old, &wanted));
             *old = Some(wanted);
             changed
         });
     }
 
     /// Forgets of which captured pods nothing is said, as far as something is, or nothing more will be.
-    fn hear_of(&mut self, configured: &Configured) {
+    fn settle_unconfigured(&mut self, configured: &Configured) {
         for pod in &*configured.local {
-            self.unsaid.remove(&pod.uid);
+            self.unconfigured.remove(&pod.uid);
         }
         if configured.partial.is_none() {
-            for uid in std::mem::take(&mut self.unsaid) {
+            for uid in std::mem::take(&mut self.unconfigured) {
                 tracing::warn!(pod = %named(&uid), "no manifest says a pod that was captured; it is let go");
             }
         }
     }
 
     /// What capture is to do: found pods, and for a while those that leave.
-    fn wanted(&mut self, here: &[&LocalPodSpec], look: &Look) -> capture::Wanted {
+    fn wanted(&mut self, here: &[&LocalPodSpec], scan: &Scan) -> capture::Wanted {
         let now = Instant::now();
         let mut wanted = capture::Wanted {
-            pods: here.iter().filter_map(|pod| desired(pod, look)).collect(),
-            unlocated: look.waiting.keys().chain(&self.unsaid).cloned().collect(),
-            gone: look.gone.clone(),
+            pods: here.iter().filter_map(|pod| desired(pod, scan)).collect(),
+            unlocated: scan
+                .waiting
+                .keys()
+                .chain(&self.unconfigured)
+                .cloned()
+                .collect(),
+            gone: scan.gone.clone(),
         };
         let before = self.wanted.borrow().clone().unwrap_or_default();
         let again: BTreeSet<u64> = wanted.pods.iter().map(|pod| pod.cookie).collect();
@@ -218,7 +223,7 @@ impl Pods {
             let stays = again.contains(&pod.cookie) || wanted.unlocated.contains(&pod.uid);
             if !stays && !wanted.gone.contains(&pod.cookie) {
                 let leaves = self.leaving.entry(pod.cookie);
-                leaves.or_insert((pod, now + NOTICE));
+                leaves.or_insert((pod, now + DEREGISTER_DELAY));
             }
         }
         self.leaving.retain(|cookie, (_, when)| {
@@ -235,79 +240,84 @@ impl Pods {
         &mut self,
         here: &[&LocalPodSpec],
         status: &Status,
-        look: &Look,
+        scan: &Scan,
         configured: &Configured,
     ) {
         let (Some(recording), Some(said)) = (&mut self.recording, &configured.recorded) else {
             return;
         };
-        recording.hear(said);
-        let (mut served, mut adopted) = (BTreeMap::new(), BTreeSet::new());
+        recording.set_snapshot(said);
+        let (mut served, mut unserved) = (BTreeMap::new(), BTreeSet::new());
         for pod in here {
-            let found = look.found.get(&pod.uid).map(|found| found.cookie);
+            let found = scan.found.get(&pod.uid).map(|found| found.cookie);
             let mut of_pod = status.iter().filter(|(cookie, of)| {
                 of.uid == pod.uid && found.is_none_or(|found| found == **cookie)
             });
             // What is captured is in the status from the first one on.
-            if of_pod.clone().any(|(_, of)| is_adopted(&of.state)) {
-                adopted.insert(key(pod));
+            if of_pod.clone().any(|(_, of)| is_unserved(&of.state)) {
+                unserved.insert(pod_key(pod));
             }
             if of_pod.any(|(_, of)| matches!(of.state, PodState::Up | PodState::Broken { .. })) {
-                served.insert(key(pod), *pod);
+                served.insert(pod_key(pod), *pod);
             }
         }
-        let unsaid = &self.unsaid;
-        let is_unsaid = |key: &PodKey| {
-            let name = format!("{}/{}", key.namespace, key.name);
-            unsaid.iter().any(|uid| named(uid) == name)
+        let unconfigured = &self.unconfigured;
+        let is_unconfigured = |pod_key: &PodKey| {
+            let name = format!("{}/{}", pod_key.namespace, pod_key.name);
+            unconfigured.iter().any(|uid| named(uid) == name)
         };
-        let stays = |key: &PodKey| adopted.contains(key) || is_unsaid(key);
+        let stays = |pod_key: &PodKey| unserved.contains(pod_key) || is_unconfigured(pod_key);
         if recording.update(&served, stays, Instant::now()) {
-            self.rewritten.notify_one();
+            self.records_changed.notify_one();
         }
     }
 
     /// What is wrong now: with the machine, with pods that are wanted, and with this node's records.
-    fn problems(&self, look: &Look, partial: Option<&str>) -> Vec<String> {
-        let missing = look
+    fn problems(&self, scan: &Scan, partial: Option<&str>) -> Vec<String> {
+        let missing = scan
             .waiting
             .iter()
             .filter_map(|(uid, missing)| match missing {
-                Missing::NotYet(_) => None,
-                Missing::Nowhere(why) | Missing::Doubtful(why) => {
+                NotFound::NotYet(_) => None,
+                NotFound::Nowhere(why) | NotFound::Doubtful(why) => {
                     Some(format!("Pod {}: {why}", named(uid)))
                 }
             });
-        let unsaid = self.unsaid.iter().filter_map(|uid| {
+        let unconfigured = self.unconfigured.iter().filter_map(|uid| {
             let (name, why) = (named(uid), partial?);
             Some(format!(
                 "Pod {name}: was captured, and no manifest says it; it stays so as long as {why}"
             ))
         });
-        let problems = look.failed.iter().cloned().chain(missing).chain(unsaid);
-        let unrecorded = self.recording.iter().flat_map(Recording::problems);
+        let problems = scan
+            .failed
+            .iter()
+            .cloned()
+            .chain(missing)
+            .chain(unconfigured);
+        let unrecorded = self.recording.iter().flat_map(RecordWriter::problems);
         problems.chain(unrecorded).collect()
     }
 
     /// Why other nodes do not know that a pod is served, if that is so.
     fn unrecorded(&self, pod: &LocalPodSpec) -> Option<String> {
-        self.recording.as_ref()?.why_not(&key(pod))
+        self.recording.as_ref()?.write_failure(&pod_key(pod))
     }
 
-    fn tell(&self, configured: &Configured, look: &Look, status: &Status) {
+    fn publish_status(&self, configured: &Configured, scan: &Scan, status: &Status) {
         let pods = configured.local.iter().map(|pod| {
-            let found = look.found.get(&pod.uid);
-            let (state, reason) = state(pod, look, status, self.unrecorded(pod));
+            let found = scan.found.get(&pod.uid);
+            let (state, reason) = state(pod, scan, status, self.unrecorded(pod));
             PodView {
                 uid: pod.uid.clone(),
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
                 addresses: pod.addresses.clone(),
-                here: match look.waiting.get(&pod.uid) {
-                    Some(Missing::NotYet(_) | Missing::Nowhere(_)) => {
+                here: match scan.waiting.get(&pod.uid) {
+                    Some(NotFound::NotYet(_) | NotFound::Nowhere(_)) => {
                         status.values().any(|of| of.uid == pod.uid)
                     }
-                    Some(Missing::Doubtful(_)) | None => true,
+                    Some(NotFound::Doubtful(_)) | None => true,
                 },
                 state,
                 reason,
@@ -319,17 +329,17 @@ impl Pods {
                         .map(|(folder, _)| folder.clone())
                         .collect()
                 }),
-                outside: look.outside.get(&pod.uid).copied().unwrap_or_default(),
+                outside: scan.outside.get(&pod.uid).copied().unwrap_or_default(),
                 forwards: status.values().any(|of| of.uid == pod.uid && of.forwards),
             }
         });
-        let view = View {
+        let view = StatusSnapshot {
             pods: pods.collect(),
-            problems: self.problems(look, configured.partial.as_deref()),
-            looked: true,
+            problems: self.problems(scan, configured.partial.as_deref()),
+            scanned: true,
         };
         self.view.send_if_modified(|old| {
-            if let Some(failed) = &look.failed
+            if let Some(failed) = &scan.failed
                 && !old.problems.contains(failed)
             {
                 tracing::warn!("{failed}; what was found before holds");
@@ -352,7 +362,7 @@ impl Pods {
                         true => "outside_of_cgroups",
                         false => "too_many_cgroups",
                     };
-                    let Outside {
+                    let OutsideProcesses {
                         processes,
                         in_clear,
                     } = pod.outside;
@@ -370,7 +380,7 @@ impl Pods {
     }
 }
 
-fn key(pod: &LocalPodSpec) -> PodKey {
+fn pod_key(pod: &LocalPodSpec) -> PodKey {
     PodKey {
         namespace: pod.namespace.clone(),
         name: pod.name.clone(),
@@ -385,7 +395,7 @@ const IN_CLEAR: &str = "until then it is captured, and they connect to it in cle
 /// How far a pod is, and why it is not up. `unrecorded`: why other nodes do not know of one that is.
 fn state(
     pod: &LocalPodSpec,
-    look: &Look,
+    scan: &Scan,
     status: &Status,
     unrecorded: Option<String>,
 ) -> (State, Option<String>) {
@@ -397,7 +407,7 @@ fn state(
         };
     }
     // Of two of its name, the one that is here now.
-    let found = look.found.get(&pod.uid).map(|found| found.cookie);
+    let found = scan.found.get(&pod.uid).map(|found| found.cookie);
     let is = of_uid()
         .find(|(cookie, _)| found == Some(**cookie))
         .or_else(|| of_uid().find(|_| found.is_none()));
@@ -421,7 +431,7 @@ fn state(
             return (State::Broken, Some(why.clone()));
         }
         Some((_, of)) if let PodState::Failed { why, .. } = &of.state => Some(why.as_str()),
-        _ => look.waiting.get(&pod.uid).map(Missing::why),
+        _ => scan.waiting.get(&pod.uid).map(NotFound::why),
     };
     let reason = match (why, captured) {
         (None, _) => "it is being enrolled".into(),
@@ -432,12 +442,12 @@ fn state(
 }
 
 /// Which pods of this node are here, from how far capture is with each.
-pub fn here(status: &Status) -> Here {
+pub fn local_pods(status: &Status) -> LocalPods {
     let uids = |are: fn(&PodState) -> bool| {
         let all = status.values().filter(|of| are(&of.state));
         all.map(|of| Arc::clone(&of.uid)).collect()
     };
-    Here {
+    LocalPods {
         captured: uids(|state| match state {
             PodState::Up | PodState::Broken { .. } => true,
             PodState::Unserved { captured } | PodState::Failed { captured, .. } => *captured,
@@ -454,15 +464,15 @@ fn is_served(state: &PodState) -> bool {
     )
 }
 
-fn is_adopted(state: &PodState) -> bool {
+fn is_unserved(state: &PodState) -> bool {
     matches!(
         state,
         PodState::Unserved { .. } | PodState::Failed { captured: true, .. }
     )
 }
 
-fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
-    let found = look.found.get(&pod.uid)?;
+fn desired(pod: &LocalPodSpec, scan: &Scan) -> Option<Desired> {
+    let found = scan.found.get(&pod.uid)?;
     Some(Desired {
         uid: pod.uid.clone(),
         namespace: pod.namespace.clone(),
@@ -475,7 +485,7 @@ fn desired(pod: &LocalPodSpec, look: &Look) -> Option<Desired> {
     })
 }
 
-fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
+fn is_same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
     let has = |wanted: &capture::Wanted, pod: &Desired| {
         let own = wanted.pods.iter().find(|own| own.cookie == pod.cookie);
         own.is_some_and(|own| own.same_identity_and_addresses(pod) && own.groups == pod.groups)
@@ -486,7 +496,7 @@ fn same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
         && one.gone == other.gone
 }
 
-async fn until(when: Option<Instant>) {
+async fn sleep_until_some(when: Option<Instant>) {
     match when {
         Some(when) => tokio::time::sleep_until(when).await,
         None => std::future::pending().await,

@@ -8,20 +8,20 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::control::enrolled::{Records, Said};
+use crate::control::enrolled::{EnrolmentRecords, RecordsSnapshot};
 use crate::control::manifests::{LocalPodSpec, PodKey};
 
 /// What did not work is tried again after this time,
-const FIRST: Duration = Duration::from_secs(1);
+const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// and after twice as long each time that it fails again, up to this.
-const LONGEST: Duration = Duration::from_secs(30);
+const MAX_RETRY: Duration = Duration::from_secs(30);
 
 /// This node's records, and what is not as it should be with them.
 #[derive(Debug)]
-pub struct Recording {
-    records: Records,
+pub struct RecordWriter {
+    records: EnrolmentRecords,
     /// What they said when they were read last,
-    said: Arc<Said>,
+    said: Arc<RecordsSnapshot>,
     /// and those of them that are this node's since: what was written and removed is known at once,
     own: BTreeSet<PodKey>,
     /// as is which do not say its machine.
@@ -35,15 +35,15 @@ struct Failure {
     what: &'static str,
     why: String,
     wait: Duration,
-    again: Instant,
+    retry_at: Instant,
 }
 
 const NOT_WRITTEN: &str = "other nodes cannot be told of it";
 const NOT_REMOVED: &str = "other nodes cannot be told that it leaves";
 
-impl Recording {
+impl RecordWriter {
     /// Of nothing that is known to be written yet.
-    pub fn new(records: Records) -> Self {
+    pub fn new(records: EnrolmentRecords) -> Self {
         Self {
             records,
             said: Arc::default(),
@@ -54,7 +54,7 @@ impl Recording {
     }
 
     /// What all records say now.
-    pub fn hear(&mut self, said: &Arc<Said>) {
+    pub fn set_snapshot(&mut self, said: &Arc<RecordsSnapshot>) {
         if !Arc::ptr_eq(said, &self.said) {
             self.said = Arc::clone(said);
             (self.own, self.unsigned) = (said.own.clone(), said.unsigned.clone());
@@ -82,7 +82,7 @@ impl Recording {
             .retain(|key, _| !is_written(key) && served.contains_key(key) || remove.contains(key));
         let mut changed = false;
         for (key, pod) in write {
-            if self.is_due(key, now) {
+            if self.may_retry(key, now) {
                 let written = self.records.write(pod);
                 if written.is_ok() {
                     changed = true;
@@ -93,7 +93,7 @@ impl Recording {
             }
         }
         for key in &remove {
-            if self.is_due(key, now) {
+            if self.may_retry(key, now) {
                 let removed = self.records.remove(key);
                 if removed.is_ok() {
                     changed = true;
@@ -106,7 +106,7 @@ impl Recording {
     }
 
     /// Why a pod that is served has no record, if that is so.
-    pub fn why_not(&self, pod: &PodKey) -> Option<String> {
+    pub fn write_failure(&self, pod: &PodKey) -> Option<String> {
         let failure = self.failed.get(pod)?;
         (failure.what == NOT_WRITTEN).then(|| failure.told())
     }
@@ -117,10 +117,10 @@ impl Recording {
         failed.map(|(key, failure)| format!("Pod {}: {}", named(key), failure.told()))
     }
 
-    fn is_due(&self, key: &PodKey, now: Instant) -> bool {
+    fn may_retry(&self, key: &PodKey, now: Instant) -> bool {
         self.failed
             .get(key)
-            .is_none_or(|failure| failure.again <= now)
+            .is_none_or(|failure| failure.retry_at <= now)
     }
 
     fn note(&mut self, key: &PodKey, what: &'static str, done: io::Result<()>, now: Instant) {
@@ -138,12 +138,12 @@ impl Recording {
         if is_new {
             tracing::error!(pod = %named(key), error = %why, "{what}; it is tried again");
         }
-        let wait = before.map_or(FIRST, |before| (before.wait * 2).min(LONGEST));
+        let wait = before.map_or(FIRST_RETRY, |before| (before.wait * 2).min(MAX_RETRY));
         let failure = Failure {
             what,
             why,
             wait,
-            again: now + wait,
+            retry_at: now + wait,
         };
         self.failed.insert(key.clone(), failure);
     }
@@ -166,25 +166,25 @@ mod tests {
 
     use super::*;
     use crate::control::enrolled::tests::{self, key_of, pod};
-    use crate::control::recorded::Recorded;
+    use crate::control::recorded::RecordReader;
 
     /// Who writes the records of node `one`, and who reads all.
-    struct Both {
-        recording: Recording,
-        recorded: Recorded,
+    struct WriterAndReader {
+        recording: RecordWriter,
+        recorded: RecordReader,
     }
 
-    impl Both {
+    impl WriterAndReader {
         fn of(state: &Path) -> Self {
             let records = tests::records(state, "one");
             Self {
-                recorded: Recorded::new(records.clone()).expect("no record yet"),
-                recording: Recording::new(records),
+                recorded: RecordReader::new(records.clone()).expect("no record yet"),
+                recording: RecordWriter::new(records),
             }
         }
 
         fn update(&mut self, served: &[(&PodKey, &LocalPodSpec)], now: Instant) {
-            self.recording.hear(self.recorded.said());
+            self.recording.set_snapshot(self.recorded.said());
             let served = served.iter().map(|(key, pod)| ((*key).clone(), *pod));
             if self.recording.update(&served.collect(), |_| false, now) {
                 self.recorded.look();
@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn what_cannot_be_written_is_told_and_tried_again_less_and_less_often() {
         let state = tempfile::tempdir().expect("a folder");
-        let mut both = Both::of(state.path());
+        let mut both = WriterAndReader::of(state.path());
         let (key, pod) = (key_of("a", ""), pod("a", ""));
         let served = [(&key, &pod)];
         let begin = Instant::now();
@@ -204,7 +204,10 @@ mod tests {
         let in_the_way = both.recording.records.unfinished();
         fs::create_dir(&in_the_way).expect("a folder");
         both.update(&served, at(0));
-        let why = both.recording.why_not(&key).expect("it is not written");
+        let why = both
+            .recording
+            .write_failure(&key)
+            .expect("it is not written");
         assert!(
             why.contains("enrolled/ns.a.json: ") && why.contains("os error"),
             "{why}"
@@ -216,18 +219,18 @@ mod tests {
         fs::remove_dir(&in_the_way).expect("a folder");
         both.update(&served, at(2));
         assert!(
-            both.recording.why_not(&key).is_some(),
+            both.recording.write_failure(&key).is_some(),
             "it waits twice as long"
         );
         both.update(&served, at(3));
-        assert_eq!(both.recording.why_not(&key), None);
+        assert_eq!(both.recording.write_failure(&key), None);
         assert!(both.recorded.enrolled().contains(&key));
     }
 
     #[test]
     fn who_leaves_before_its_record_was_written_is_no_problem_any_more() {
         let state = tempfile::tempdir().expect("a folder");
-        let mut both = Both::of(state.path());
+        let mut both = WriterAndReader::of(state.path());
         let (key, pod) = (key_of("a", ""), pod("a", ""));
         fs::create_dir(both.recording.records.unfinished()).expect("a folder");
         both.update(&[(&key, &pod)], Instant::now());
@@ -241,7 +244,7 @@ mod tests {
         let state = tempfile::tempdir().expect("a folder");
         let there = tests::of_machine(state.path(), "one", "there");
         there.write(&pod("a", "1")).expect("a record");
-        let mut both = Both::of(state.path());
+        let mut both = WriterAndReader::of(state.path());
         let (key, pod) = (key_of("a", "1"), pod("a", "1"));
         both.update(&[], Instant::now());
         assert!(
@@ -256,7 +259,7 @@ mod tests {
         );
         // Whose it is does not go to and fro.
         both.update(&[(&key, &pod)], Instant::now());
-        assert_eq!(both.recording.why_not(&key), None);
+        assert_eq!(both.recording.write_failure(&key), None);
         assert!(there.read().expect("records").own.contains(&key));
     }
 
@@ -266,7 +269,7 @@ mod tests {
         drop(tests::records(state.path(), "one"));
         let text = r#"{"namespace":"ns","name":"a","uid":"","node":"one","addresses":[]}"#;
         fs::write(state.path().join("enrolled/ns.a.json"), text).expect("a file");
-        let mut both = Both::of(state.path());
+        let mut both = WriterAndReader::of(state.path());
         let (key, pod) = (key_of("a", ""), pod("a", ""));
         both.update(&[(&key, &pod)], Instant::now());
         let said = both.recorded.said();
@@ -280,7 +283,7 @@ mod tests {
     #[test]
     fn what_was_written_is_not_written_again_before_it_is_read() {
         let state = tempfile::tempdir().expect("a folder");
-        let mut both = Both::of(state.path());
+        let mut both = WriterAndReader::of(state.path());
         let (key, pod) = (key_of("a", ""), pod("a", ""));
         let served = BTreeMap::from([(key, &pod)]);
         let mut update = |served: &_| both.recording.update(served, |_| false, Instant::now());

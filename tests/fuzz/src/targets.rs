@@ -201,7 +201,7 @@ pub fn records(input: &[u8]) {
     let folder = FOLDER.path();
     let hour = std::time::Duration::from_secs(3600);
     let (state, _) = SharedState::open(folder, None, "cluster.local", hour).expect("a state");
-    let enrolled = enrolled::Records::new(state, "here", "a machine");
+    let enrolled = enrolled::EnrolmentRecords::new(state, "here", "a machine");
     fs::write(enrolled.folder().join("ns.a.json"), input).expect("a file");
     let read = enrolled.read().expect("a folder");
     match read.problems.as_slice() {

@@ -390,8 +390,8 @@ fn a_root_that_ends_is_told_as_long_as_the_agent_runs() {
     let end = made.root_end();
     let told = |before: time::Duration| end.problem_at(end.at - before);
     assert_eq!(end.problem(), None);
-    assert_eq!(told(SOON), None);
-    let soon = told(SOON - time::Duration::SECOND).expect("it ends soon");
+    assert_eq!(told(EXPIRY_WARNING), None);
+    let soon = told(EXPIRY_WARNING - time::Duration::SECOND).expect("it ends soon");
     assert!(
         soon.contains("root.pem: the root certificate ends at 20"),
         "{soon}"

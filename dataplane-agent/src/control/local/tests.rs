@@ -229,7 +229,7 @@ fn a_service_that_is_there_twice_and_who_shares_an_address_is_told() {
     let told = |workloads: &[String]| {
         let made = parsed(&format!("workloads:\n{}", workloads.concat()));
         let mut problems = made.problems;
-        conflicts::tell(made.workloads.iter(), made.services.iter(), &mut problems);
+        conflicts::report(made.workloads.iter(), made.services.iter(), &mut problems);
         problems
     };
     assert_eq!(told(&[one("w", ""), one("v", "x")]), [""; 0]);

@@ -11,14 +11,14 @@ pub struct PolicyChange {
     /// AuthorizationPolicy or PeerAuthentication.
     pub kind: &'static str,
     /// What became of it.
-    pub what: What,
+    pub what: PolicyChangeKind,
     /// Which one.
     pub key: Key,
 }
 
 /// What became of a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum What {
+pub enum PolicyChangeKind {
     /// It is gone.
     Removed,
     /// It is new.
@@ -27,7 +27,7 @@ pub enum What {
     Changed,
 }
 
-impl fmt::Display for What {
+impl fmt::Display for PolicyChangeKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Added => "added",
@@ -46,13 +46,13 @@ impl PolicyChange {
             Body::AuthorizationPolicy(_) | Body::PeerAuthentication(_)
         );
         let what = match (before, now) {
-            (None, _) => What::Added,
-            (_, None) => What::Removed,
+            (None, _) => PolicyChangeKind::Added,
+            (_, None) => PolicyChangeKind::Removed,
             (Some(before), Some(now)) => {
                 // Of two PeerAuthentications for the same pods the oldest holds.
                 let ages = matches!(item.body, Body::PeerAuthentication(_));
                 let aged = ages && before.meta.created != now.meta.created;
-                (aged || before.body != now.body).then_some(What::Changed)?
+                (aged || before.body != now.body).then_some(PolicyChangeKind::Changed)?
             }
         };
         let (kind, key) = item.identity();

@@ -50,7 +50,7 @@ impl Collection {
 
     /// The objects that would be in two files, if these said this and some were gone: an error of each of
     /// the two, which names the other.
-    pub(super) fn clashes(
+    pub(super) fn conflicts(
         &self,
         files: &BTreeMap<&PathBuf, &Parsed>,
         gone: &[Change],

@@ -29,29 +29,29 @@ pub const SETTLE: Duration = Duration::from_millis(300);
 /// This many times that is how long a file must have been left alone that lacks objects which it had, if
 /// one cannot tell whether it is being written, or a file that is gone from a folder in which something
 /// always changes. A file that is open for longer is told of.
-const LONG: u32 = 10;
+const LONG_SETTLE_FACTOR: u32 = 10;
 /// A folder in which nothing has changed for so long since the start has all that it will have.
-const WHOLE: Duration = Duration::from_secs(5);
+const COMPLETE_AFTER: Duration = Duration::from_secs(5);
 /// How often files are looked at that have not settled yet.
 const RETRY: Duration = Duration::from_millis(100);
 /// A larger file is a mistake.
-const MAX_SIZE: u64 = 64 << 20;
+const MAX_FILE_SIZE: u64 = 64 << 20;
 
 /// A folder of manifests.
 #[derive(Debug)]
-pub struct Folder {
+pub struct ManifestFolder {
     dir: PathBuf,
     settle: Duration,
-    files: BTreeMap<PathBuf, File>,
+    files: BTreeMap<PathBuf, FileState>,
     objects: Collection,
     /// Those that are others, since they were last asked for.
     touched: Vec<Identity>,
-    told: Vec<ManifestError>,
+    reported: Vec<ManifestError>,
     settling: bool,
     /// When to look at what has not settled; kept here as who waits may be called away.
-    again: Option<tokio::time::Instant>,
+    retry_at: Option<tokio::time::Instant>,
     /// What was there at the last look, and since when it is so.
-    there: (BTreeMap<PathBuf, Stamp>, Instant),
+    last_scan: (BTreeMap<PathBuf, Stamp>, Instant),
     /// What is passed over, and why.
     notes: Vec<String>,
     /// What was said by files that were renamed to what is not read, since it was last told.
@@ -76,18 +76,18 @@ pub struct Reload {
 }
 
 #[derive(Debug, Default)]
-struct File {
+struct FileState {
     /// What holds.
-    good: Arc<Parsed>,
+    accepted: Arc<Parsed>,
     /// What the file says now, if it can be read.
     latest: Option<Result<Arc<Parsed>, ManifestError>>,
     /// What `latest` was read from; none for a file that was not read yet.
     stamp: Option<Stamp>,
     /// What it looks like now, and since when.
-    looks: Option<(Option<Stamp>, Instant)>,
+    observed: Option<(Option<Stamp>, Instant)>,
 }
 
-impl File {
+impl FileState {
     fn was_read(&self) -> bool {
         self.stamp.is_some()
     }
@@ -95,11 +95,11 @@ impl File {
     /// What it says now, if that is another than what holds.
     fn pending(&self) -> Option<&Arc<Parsed>> {
         let latest = self.latest.as_ref()?.as_ref().ok()?;
-        (!Arc::ptr_eq(latest, &self.good)).then_some(latest)
+        (!Arc::ptr_eq(latest, &self.accepted)).then_some(latest)
     }
 }
 
-impl Folder {
+impl ManifestFolder {
     /// Reads a folder for the first time.
     ///
     /// # Errors
@@ -116,10 +116,10 @@ impl Folder {
             files: BTreeMap::new(),
             objects: Collection::default(),
             touched: Vec::new(),
-            told: Vec::new(),
+            reported: Vec::new(),
             settling: false,
-            again: None,
-            there: (found.files.clone(), Instant::now()),
+            retry_at: None,
+            last_scan: (found.files.clone(), Instant::now()),
             notes: found.notes,
             renamed: Vec::new(),
             empty: found.empty.into_iter().next(),
@@ -129,10 +129,10 @@ impl Folder {
         for (name, stamp) in found.files {
             match read_closed(dir, &name) {
                 Ok(parsed) => {
-                    let file = File {
+                    let file = FileState {
                         stamp: Some(stamp),
                         latest: Some(Ok(Arc::new(parsed))),
-                        ..File::default()
+                        ..FileState::default()
                     };
                     folder.files.insert(name, file);
                 }
@@ -140,15 +140,15 @@ impl Folder {
             }
         }
         // Of two files that have an object the later one is told of.
-        let twice = folder.objects.clashes(&pending(&folder.files), &[]);
+        let twice = folder.objects.conflicts(&pending(&folder.files), &[]);
         wrong.extend(twice.into_iter().step_by(2).map(|(_, error)| error));
         if !wrong.is_empty() {
             return Err(ManifestErrors(wrong));
         }
         let mut taken = Vec::new();
-        folder.accept(&mut taken);
+        folder.accept_valid(&mut taken);
         folder.touched = folder.objects.take(&taken).objects;
-        folder.warn();
+        folder.update_warnings();
         Ok(folder)
     }
 
@@ -163,8 +163,10 @@ impl Folder {
             let empty = empty.display();
             return Some(format!("{empty} is empty, as if it were not mounted"));
         }
-        let still = self.there.1.elapsed() >= WHOLE && self.told.is_empty();
-        (!still).then(|| format!("manifests have not been right and unchanged for {WHOLE:?} yet"))
+        let still = self.last_scan.1.elapsed() >= COMPLETE_AFTER && self.reported.is_empty();
+        (!still).then(|| {
+            format!("manifests have not been right and unchanged for {COMPLETE_AFTER:?} yet")
+        })
     }
 
     /// The objects that hold now.
@@ -181,22 +183,22 @@ impl Folder {
     pub fn reload(&mut self) -> Reload {
         self.settling = false;
         let mut problems = Vec::new();
-        let was_read = |name: &Path| self.files.get(name).is_some_and(File::was_read);
+        let was_read = |name: &Path| self.files.get(name).is_some_and(FileState::was_read);
         let found = scan(&self.dir, &was_read);
-        if self.there.0 != found.files {
-            self.there = (found.files.clone(), Instant::now());
+        if self.last_scan.0 != found.files {
+            self.last_scan = (found.files.clone(), Instant::now());
         }
         let mut changes = Vec::new();
-        problems.extend(self.look(&found, &mut changes));
+        problems.extend(self.read_settled(&found, &mut changes));
         // What could not be looked at is no word about what is in it.
         problems.extend(found.faults.into_iter().map(|(_, error)| error));
         self.notes = found.notes;
         self.empty = found.empty.into_iter().next();
-        problems.extend(self.accept(&mut changes));
+        problems.extend(self.accept_valid(&mut changes));
         let touched = self.objects.take(&changes);
-        let changed = !touched.objects.is_empty() | self.warn();
+        let changed = !touched.objects.is_empty() | self.update_warnings();
         self.touched.extend(touched.objects);
-        self.told.clone_from(&problems);
+        self.reported.clone_from(&problems);
         Reload {
             changed,
             problems,
@@ -211,12 +213,12 @@ impl Folder {
         loop {
             if self.settling {
                 let soon = tokio::time::Instant::now() + RETRY.min(self.settle);
-                tokio::time::sleep_until(*self.again.get_or_insert(soon)).await;
-                self.again = None;
+                tokio::time::sleep_until(*self.retry_at.get_or_insert(soon)).await;
+                self.retry_at = None;
             } else {
                 watch.changed().await;
             }
-            let told = self.told.clone();
+            let told = self.reported.clone();
             let reload = self.reload();
             if reload.changed || reload.problems != told {
                 return reload;
@@ -226,28 +228,28 @@ impl Folder {
 
     /// Compares what is there with what was read, and reads what has settled; the folders that have
     /// nothing in them any more.
-    fn look(&mut self, found: &Scan, changes: &mut Vec<Change>) -> Vec<ManifestError> {
+    fn read_settled(&mut self, found: &Scan, changes: &mut Vec<Change>) -> Vec<ManifestError> {
         let now = Instant::now();
-        let quiet = now.duration_since(self.there.1) >= self.settle;
+        let quiet = now.duration_since(self.last_scan.1) >= self.settle;
         for name in found.files.keys() {
             self.files.entry(name.clone()).or_default();
         }
         let mut gone = Vec::new();
         for (name, file) in &mut self.files {
             if found.cannot_tell(name) {
-                file.looks = None;
+                file.observed = None;
                 continue;
             }
             let stamp = found.files.get(name).copied();
             if stamp.is_some() && stamp == file.stamp {
-                file.looks = None;
+                file.observed = None;
                 continue;
             }
-            let since = match file.looks {
-                Some((looks, since)) if looks == stamp => since,
+            let since = match file.observed {
+                Some((observed, since)) if observed == stamp => since,
                 _ => now,
             };
-            file.looks = Some((stamp, since));
+            file.observed = Some((stamp, since));
             let age = stamp.and_then(|stamp| stamp.modified?.elapsed().ok());
             let still = now.duration_since(since).max(age.unwrap_or_default());
             if still < self.settle {
@@ -255,7 +257,7 @@ impl Folder {
                 continue;
             }
             let Some(stamp) = stamp else {
-                if quiet || still >= self.settle * LONG {
+                if quiet || still >= self.settle * LONG_SETTLE_FACTOR {
                     gone.push(name.clone());
                 } else {
                     self.settling = true;
@@ -265,14 +267,16 @@ impl Folder {
             let writers = has_writers(&self.dir.join(name)).ok();
             if writers == Some(true) {
                 // That it is closed is reported.
-                if now.duration_since(since) >= self.settle * LONG {
+                if now.duration_since(since) >= self.settle * LONG_SETTLE_FACTOR {
                     file.latest = Some(Err(open_for_writing(name)));
                 }
                 continue;
             }
             let latest = read(&self.dir, name);
-            let has_all = |latest: &Parsed| latest.has_all_of(&file.good);
-            if !latest.as_ref().map_or(true, has_all) && !may_lack(writers, still, self.settle) {
+            let has_all = |latest: &Parsed| latest.has_all_of(&file.accepted);
+            if !latest.as_ref().map_or(true, has_all)
+                && !may_count_as_removed(writers, still, self.settle)
+            {
                 self.settling = true;
                 continue;
             }
@@ -289,23 +293,24 @@ impl Folder {
             // What could not be read is tried again at every look: that may pass without a change.
             if latest.is_ok() {
                 file.stamp = Some(stamp);
-                file.looks = None;
+                file.observed = None;
             }
             file.latest = Some(latest.map(Arc::new));
         }
         let mut emptied = BTreeSet::new();
         for name in gone {
             // One that was new and went before it was read says nothing.
-            let held = self.files.get(&name).is_some_and(File::was_read);
+            let held = self.files.get(&name).is_some_and(FileState::was_read);
             if let Some(folder) = found.emptied(&name).filter(|_| held) {
                 emptied.insert(at(&self.dir, folder));
             } else if let Some(file) = self.files.remove(&name) {
                 if let Some(now) = file.stamp.and_then(|stamp| found.renamed(stamp)) {
-                    self.renamed.push(lost(&name, now, &file.good));
+                    self.renamed
+                        .push(describe_renamed(&name, now, &file.accepted));
                 }
                 changes.push(Change {
                     file: name.into(),
-                    before: file.good,
+                    before: file.accepted,
                     now: Arc::default(),
                 });
             }
@@ -332,12 +337,12 @@ impl Folder {
     ///
     /// An object that would be there twice is nobody's fault alone (it may be on its way from one
     /// file to another): of the files that have it, those that changed stay as they were.
-    fn accept(&mut self, changes: &mut Vec<Change>) -> Vec<ManifestError> {
+    fn accept_valid(&mut self, changes: &mut Vec<Change>) -> Vec<ManifestError> {
         let mut held: BTreeMap<PathBuf, ManifestError> = BTreeMap::new();
         for (name, file) in &self.files {
             let fault = match (&file.latest, file.pending()) {
                 (Some(Err(error)), _) => Some(error.clone()),
-                (_, Some(latest)) => latest.may_follow(&file.good, name).err(),
+                (_, Some(latest)) => latest.may_follow(&file.accepted, name).err(),
                 (_, None) => None,
             };
             held.extend(fault.map(|fault| (name.clone(), fault)));
@@ -345,9 +350,9 @@ impl Folder {
         loop {
             let mut candidates = pending(&self.files);
             candidates.retain(|name, _| !held.contains_key(*name));
-            let clashes = self.objects.clashes(&candidates, changes).into_iter();
+            let conflicts = self.objects.conflicts(&candidates, changes).into_iter();
             let is_one = |(name, _): &(PathBuf, _)| candidates.contains_key(name);
-            let more: Vec<_> = clashes.filter(is_one).collect();
+            let more: Vec<_> = conflicts.filter(is_one).collect();
             if more.is_empty() {
                 break;
             }
@@ -357,7 +362,7 @@ impl Folder {
             if let (false, Some(latest)) = (held.contains_key(name), file.pending().cloned()) {
                 changes.push(Change {
                     file: name.as_path().into(),
-                    before: std::mem::replace(&mut file.good, Arc::clone(&latest)),
+                    before: std::mem::replace(&mut file.accepted, Arc::clone(&latest)),
                     now: latest,
                 });
             }
@@ -366,16 +371,16 @@ impl Folder {
     }
 
     /// Collects what is passed over; whether that is another than before.
-    fn warn(&mut self) -> bool {
-        let of_files = self.files.values().flat_map(|file| &file.good.warnings);
+    fn update_warnings(&mut self) -> bool {
+        let of_files = self.files.values().flat_map(|file| &file.accepted.warnings);
         let warnings = self.notes.iter().chain(of_files).cloned().collect();
         self.objects.warn(warnings)
     }
 }
 
 /// What files say that is another than what holds.
-fn pending(files: &BTreeMap<PathBuf, File>) -> BTreeMap<&PathBuf, &Parsed> {
-    let of = |(name, file)| Some((name, &**File::pending(file)?));
+fn pending(files: &BTreeMap<PathBuf, FileState>) -> BTreeMap<&PathBuf, &Parsed> {
+    let of = |(name, file)| Some((name, &**FileState::pending(file)?));
     files.iter().filter_map(of).collect()
 }
 
@@ -390,12 +395,12 @@ fn read_closed(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
 
 /// Whether a file may lack objects that it had, after it was left alone for so long. `writers`: whether
 /// it is open for writing, if that can be told.
-fn may_lack(writers: Option<bool>, still: Duration, settle: Duration) -> bool {
-    writers == Some(false) || still >= settle * LONG
+fn may_count_as_removed(writers: Option<bool>, still: Duration, settle: Duration) -> bool {
+    writers == Some(false) || still >= settle * LONG_SETTLE_FACTOR
 }
 
 /// What to say of a file that was renamed to what is not read.
-fn lost(name: &Path, now: &Path, said: &Parsed) -> String {
+fn describe_renamed(name: &Path, now: &Path, said: &Parsed) -> String {
     let objects = said.items.iter().map(|item| {
         let (kind, key) = item.identity();
         format!("{kind} {key}")
@@ -417,9 +422,9 @@ fn read(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
     let fault = |what: &dyn std::fmt::Display| ManifestError::of_file(name, what);
     let path = dir.join(name);
     let size = fs::metadata(&path).map_err(|error| fault(&error))?.len();
-    if size > MAX_SIZE {
+    if size > MAX_FILE_SIZE {
         return Err(fault(&format_args!(
-            "has {size} bytes, more than {MAX_SIZE}"
+            "has {size} bytes, more than {MAX_FILE_SIZE}"
         )));
     }
     let text = fs::read_to_string(&path).map_err(|error| fault(&error))?;
@@ -433,8 +438,16 @@ mod tests {
     #[test]
     fn what_is_missing_counts_later_where_writers_cannot_be_seen() {
         let times = |times| SETTLE * times;
-        assert!(may_lack(Some(false), times(1), SETTLE));
-        assert!(!may_lack(None, times(LONG - 1), SETTLE));
-        assert!(may_lack(None, times(LONG), SETTLE));
+        assert!(may_count_as_removed(Some(false), times(1), SETTLE));
+        assert!(!may_count_as_removed(
+            None,
+            times(LONG_SETTLE_FACTOR - 1),
+            SETTLE
+        ));
+        assert!(may_count_as_removed(
+            None,
+            times(LONG_SETTLE_FACTOR),
+            SETTLE
+        ));
     }
 }

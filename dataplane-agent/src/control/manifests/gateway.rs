@@ -48,7 +48,7 @@ impl Gateway {
 
 /// What asks for a waypoint.
 #[derive(Clone, Copy, PartialEq)]
-pub(crate) enum Asker {
+pub(crate) enum WaypointUser {
     Service,
     Workload,
 }
@@ -58,7 +58,7 @@ pub(crate) enum Asker {
 /// By istiod's rule a waypoint that is not ready is no waypoint. Here it is one all the same when
 /// the object itself asks for it, since what was asked for is that nothing goes round it.
 pub(crate) fn waypoint(
-    asker: Asker,
+    user: WaypointUser,
     meta: &Meta,
     objects: &Objects,
     cluster_domain: &str,
@@ -66,7 +66,7 @@ pub(crate) fn waypoint(
     let own = meta.label(USE_LABEL);
     let namespace = &meta.key.namespace;
     let name = own.or_else(|| objects.namespace_label(namespace, USE_LABEL))?;
-    if name == "none" || name.is_empty() || is_gateway(asker, meta) {
+    if name == "none" || name.is_empty() || is_gateway(user, meta) {
         return None;
     }
     let of_namespace = || objects.namespace_label(namespace, USE_NAMESPACE_LABEL);
@@ -84,9 +84,9 @@ pub(crate) fn waypoint(
             .gateways
             .get(&key)
             .and_then(|gateway| gateway.meta.label(FOR_LABEL));
-        let carried = match asker {
-            Asker::Service => matches!(carries, None | Some("service" | "all")),
-            Asker::Workload => matches!(carries, Some("workload" | "all")),
+        let carried = match user {
+            WaypointUser::Service => matches!(carries, None | Some("service" | "all")),
+            WaypointUser::Workload => matches!(carries, Some("workload" | "all")),
         };
         if !carried {
             return None;
@@ -96,12 +96,12 @@ pub(crate) fn waypoint(
 }
 
 /// A gateway's own service and pods are never behind one.
-fn is_gateway(asker: Asker, meta: &Meta) -> bool {
-    match asker {
-        Asker::Service => meta
+fn is_gateway(user: WaypointUser, meta: &Meta) -> bool {
+    match user {
+        WaypointUser::Service => meta
             .label("gateway.istio.io/managed")
             .is_some_and(|by| by.contains("mesh-controller") || by.contains("eastwest-controller")),
-        Asker::Workload => meta
+        WaypointUser::Workload => meta
             .label("gateway.networking.k8s.io/gateway-name")
             .is_some(),
     }

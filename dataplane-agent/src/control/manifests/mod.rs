@@ -1,6 +1,6 @@
 //! A folder of ordinary Kubernetes manifests as a source of configuration.
 //!
-//! [`Folder`] reads it and keeps the last good state of every file; [`Watch`] says when to read
+//! [`ManifestFolder`] reads it and keeps the last good state of every file; [`Watch`] says when to read
 //! again; [`translate()`] is pure and makes the store types of what was read. The rules are istiod's,
 //! so that a mesh from manifests behaves as one from a cluster. Where istiod would let more through
 //! than was written, we do not; each such place says so.
@@ -30,7 +30,7 @@ pub mod watch;
 #[cfg(test)]
 mod tests;
 
-pub use folder::{Folder, Reload};
+pub use folder::{ManifestFolder, Reload};
 pub use object::Objects;
 pub use translate::{LocalPodSpec, MeshConfig, PodKey, Translation, Wanted, translate};
 pub use translated::{Stale, Translated};

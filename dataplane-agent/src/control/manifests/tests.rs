@@ -38,7 +38,7 @@ fn translation_in(mesh: &MeshConfig, text: &str) -> Translation {
     let (enrolled, captured) = (Enrolled::default(), BTreeSet::new());
     let mut made = translate(&objects, &enrolled, &captured, mesh);
     let (workloads, services) = (made.workloads.iter(), made.services.iter());
-    conflicts::tell(workloads, services, &mut made.problems);
+    conflicts::report(workloads, services, &mut made.problems);
     made.problems.extend(objects.warnings);
     made
 }

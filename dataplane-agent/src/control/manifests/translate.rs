@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::super::enrolled::Enrolled;
 use super::authorization_policy;
 use super::endpoint_slice::{Endpoint, EndpointSlice, SERVICE_LABEL};
-use super::gateway::{self, Asker};
+use super::gateway::{self, WaypointUser};
 use super::object::{Key, Meta, Objects, Resource, all_in, selects};
 use super::peer_authentication::PeerAuthentications;
 use super::pod::{self, Pod};
@@ -132,12 +132,12 @@ pub fn translate(
     captured: &BTreeSet<Arc<str>>,
     mesh: &MeshConfig,
 ) -> Translation {
-    translate_beside((objects, enrolled, captured), mesh, &Beside::default())
+    translate_part((objects, enrolled, captured), mesh, &MeshContext::default())
 }
 
 /// What there is besides the objects that are translated.
 #[derive(Debug, Default)]
-pub(super) struct Beside {
+pub(super) struct MeshContext {
     /// Networks.
     pub(super) networks: BTreeSet<Arc<str>>,
     /// Whether there is a PeerAuthentication.
@@ -145,14 +145,14 @@ pub(super) struct Beside {
 }
 
 /// As [`translate()`], where the objects are some of those that there are.
-pub(super) fn translate_beside(
+pub(super) fn translate_part(
     (objects, enrolled, captured): (&Objects, &Enrolled, &BTreeSet<Arc<str>>),
     mesh: &MeshConfig,
-    beside: &Beside,
+    context: &MeshContext,
 ) -> Translation {
     let translator = Translator::new(objects, enrolled, mesh);
     let mut problems = Vec::new();
-    let policies = policies(objects, mesh, beside, &mut problems);
+    let policies = policies(objects, mesh, context, &mut problems);
     let mut workloads = Vec::new();
     let mut local = Vec::new();
     for pod in objects.pods.values() {
@@ -177,7 +177,7 @@ pub(super) fn translate_beside(
     for slice in objects.endpoint_slices.values() {
         translator.endpoints(slice, &mut workloads, &pods_at);
     }
-    let services = translator.services(&workloads, &beside.networks, &mut problems);
+    let services = translator.services(&workloads, &context.networks, &mut problems);
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
     workloads.dedup_by(|a, b| a.uid == b.uid);
     let namespaces = objects
@@ -205,7 +205,7 @@ type Selected<'a> = Vec<(Policy, Option<&'a BTreeMap<String, String>>)>;
 fn policies<'a>(
     objects: &'a Objects,
     mesh: &MeshConfig,
-    beside: &Beside,
+    context: &MeshContext,
     problems: &mut Vec<String>,
 ) -> Selected<'a> {
     let mut policies: Selected<'a> = Vec::new();
@@ -217,7 +217,7 @@ fn policies<'a>(
     let peers = PeerAuthentications::new(&objects.peer_authentications, &mesh.root_namespace);
     policies.extend(
         peers
-            .translate(beside.peer_authentications, problems)
+            .translate(context.peer_authentications, problems)
             .into_iter()
             .map(|policy| (policy, None)),
     );
@@ -340,7 +340,7 @@ impl<'a> Translator<'a> {
         let own_tunnel = meta
             .label("networking.istio.io/tunnel")
             .is_some_and(|kind| kind.contains("http"));
-        let waypoint = self.waypoint(Asker::Workload, "Pod", meta, problems);
+        let waypoint = self.waypoint(WaypointUser::Workload, "Pod", meta, problems);
         Workload {
             uid: self.uid(pod),
             name: meta.key.name.clone(),
@@ -537,7 +537,7 @@ impl<'a> Translator<'a> {
                 cidrs: Vec::new(),
                 ports: body.port_map(),
                 subject_alt_names: Vec::new(),
-                waypoint: self.waypoint(Asker::Service, "Service", &found.meta, problems),
+                waypoint: self.waypoint(WaypointUser::Service, "Service", &found.meta, problems),
                 publish_not_ready: body.publish_not_ready,
                 family: body.family,
                 private: false,
@@ -553,12 +553,12 @@ impl<'a> Translator<'a> {
 
     fn waypoint(
         &self,
-        asker: Asker,
+        user: WaypointUser,
         kind: &str,
         meta: &Meta,
         problems: &mut Vec<String>,
     ) -> Option<Arc<str>> {
-        let waypoint = gateway::waypoint(asker, meta, self.objects, &self.mesh.cluster_domain)?;
+        let waypoint = gateway::waypoint(user, meta, self.objects, &self.mesh.cluster_domain)?;
         problems.push(format!(
             "{kind} {}: is behind waypoint {waypoint}; waypoints are not carried yet, traffic to it is refused",
             meta.key

@@ -10,11 +10,11 @@ use std::sync::Arc;
 
 use super::super::enrolled::Enrolled;
 use super::object::{Identity, Key, Objects};
-use super::translate::{Beside, LocalPodSpec, MeshConfig, Translation, translate_beside};
+use super::translate::{LocalPodSpec, MeshConfig, MeshContext, Translation, translate_part};
 use crate::mesh::{Delta, Mesh};
 
 /// The part that is of all namespaces: no namespace is named so.
-const WHOLE: &str = "";
+const ALL_NAMESPACES: &str = "";
 
 /// What objects mean.
 #[derive(Debug)]
@@ -25,11 +25,11 @@ pub struct Translated {
     /// The networks that workloads have been in.
     networks: BTreeSet<Arc<str>>,
     /// Slices that have endpoints which are written by hand.
-    by_hand: BTreeSet<Key>,
+    manual_slices: BTreeSet<Key>,
 }
 
 /// The pods that are enrolled, and the uids of those that are captured on this node.
-pub type Here<'a> = (&'a Enrolled, &'a BTreeSet<Arc<str>>);
+pub type Enrolment<'a> = (&'a Enrolled, &'a BTreeSet<Arc<str>>);
 
 /// What the objects of a namespace mean.
 #[derive(Debug, Default)]
@@ -91,7 +91,7 @@ impl Translated {
             config,
             parts: BTreeMap::new(),
             networks: BTreeSet::new(),
-            by_hand: BTreeSet::new(),
+            manual_slices: BTreeSet::new(),
         }
     }
 
@@ -111,13 +111,13 @@ impl Translated {
     }
 
     /// Whether the objects say a workload of this uid.
-    pub fn says_workload(&self, uid: &str) -> bool {
+    pub fn has_workload(&self, uid: &str) -> bool {
         let mut all = self.parts.values().flat_map(|part| &part.workloads);
         all.any(|own| **own == *uid)
     }
 
     /// Whether the objects say a policy of this key.
-    pub fn says_policy(&self, key: &str) -> bool {
+    pub fn has_policy(&self, key: &str) -> bool {
         let mut all = self.parts.values().flat_map(|part| &part.policies);
         all.any(|own| **own == *key)
     }
@@ -130,16 +130,16 @@ impl Translated {
         &mut self,
         (objects, touched): (&Objects, &[Identity]),
         mut stale: Stale,
-        here: Here<'_>,
+        here: Enrolment<'_>,
         mesh: &Mesh,
     ) -> Delta {
-        let was_whole = !self.by_hand.is_empty();
+        let was_whole = !self.manual_slices.is_empty();
         for (kind, key) in touched {
-            self.touch(objects, (kind, key), &mut stale);
+            self.mark_stale(objects, (kind, key), &mut stale);
         }
         let all = || BTreeSet::from_iter(self.parts.keys().cloned());
-        let (mut parts, mut before) = if !self.by_hand.is_empty() {
-            (BTreeSet::from([WHOLE.into()]), all())
+        let (mut parts, mut before) = if !self.manual_slices.is_empty() {
+            (BTreeSet::from([ALL_NAMESPACES.into()]), all())
         } else if stale.all || was_whole {
             (self.every_namespace(objects), all())
         } else {
@@ -148,7 +148,12 @@ impl Translated {
         loop {
             let made: Vec<_> = parts
                 .iter()
-                .map(|part| (Arc::clone(part), self.make(objects, part, here)))
+                .map(|part| {
+                    (
+                        Arc::clone(part),
+                        self.translate_namespace(objects, part, here),
+                    )
+                })
                 .collect();
             let workloads = made.iter().flat_map(|(_, made)| &made.workloads);
             let known = self.networks.len();
@@ -158,7 +163,7 @@ impl Translated {
                 return self.take(objects, made, before, here, mesh);
             }
             // Services of all namespaces are known in a network that is new.
-            if self.by_hand.is_empty() {
+            if self.manual_slices.is_empty() {
                 parts = self.every_namespace(objects);
                 before = self.parts.keys().cloned().collect();
             }
@@ -166,7 +171,7 @@ impl Translated {
     }
 
     /// What an object that is another makes stale.
-    fn touch(&mut self, objects: &Objects, (kind, key): (&str, &Key), stale: &mut Stale) {
+    fn mark_stale(&mut self, objects: &Objects, (kind, key): (&str, &Key), stale: &mut Stale) {
         let root = *key.namespace == *self.config.root_namespace;
         match kind {
             "Node" | "Gateway" => stale.all = true,
@@ -184,8 +189,8 @@ impl Translated {
             "EndpointSlice" => {
                 let slice = objects.endpoint_slices.get(key);
                 match slice.is_some_and(|slice| slice.body.is_by_hand(&key.namespace)) {
-                    true => self.by_hand.insert(key.clone()),
-                    false => self.by_hand.remove(key),
+                    true => self.manual_slices.insert(key.clone()),
+                    false => self.manual_slices.remove(key),
                 };
             }
             _ => {}
@@ -206,7 +211,7 @@ impl Translated {
         objects: &Objects,
         mut made: Vec<(Arc<str>, Translation)>,
         before: BTreeSet<Arc<str>>,
-        here: Here<'_>,
+        here: Enrolment<'_>,
         mesh: &Mesh,
     ) -> Delta {
         let mut delta = Delta::default();
@@ -228,11 +233,11 @@ impl Translated {
         let mut of_root: Option<HashSet<String>> = None;
         for (part, made) in made {
             let mut problems = made.problems;
-            if part != root && &*part != WHOLE {
+            if part != root && &*part != ALL_NAMESPACES {
                 let told = of_root.get_or_insert_with(|| match self.parts.get(&root) {
                     Some(root) => root.problems.iter().cloned().collect(),
                     None => {
-                        let made = self.make(objects, &root, here);
+                        let made = self.translate_namespace(objects, &root, here);
                         made.problems.into_iter().collect()
                     }
                 });
@@ -246,19 +251,19 @@ impl Translated {
             for workload in made.workloads {
                 let uid = Arc::clone(&workload.uid);
                 kept.workloads.push(Arc::clone(&uid));
-                put(&mut delta.workloads, uid, workload, |uid| {
+                put_if_changed(&mut delta.workloads, uid, workload, |uid| {
                     mesh.workload(uid)
                 });
             }
             for service in made.services {
                 let key: Arc<str> = service.key().into();
                 kept.services.push(Arc::clone(&key));
-                put(&mut delta.services, key, service, |key| mesh.service(key));
+                put_if_changed(&mut delta.services, key, service, |key| mesh.service(key));
             }
             for policy in made.policies {
                 let key: Arc<str> = policy.key().into();
                 kept.policies.push(Arc::clone(&key));
-                put(&mut delta.policies, key, policy, |key| mesh.policy(key));
+                put_if_changed(&mut delta.policies, key, policy, |key| mesh.policy(key));
             }
             if !kept.is_empty() {
                 self.parts.insert(part, kept);
@@ -268,23 +273,28 @@ impl Translated {
     }
 
     /// What the objects of one part mean.
-    fn make(&self, objects: &Objects, part: &Arc<str>, here: Here<'_>) -> Translation {
-        let beside = Beside {
+    fn translate_namespace(
+        &self,
+        objects: &Objects,
+        part: &Arc<str>,
+        here: Enrolment<'_>,
+    ) -> Translation {
+        let context = MeshContext {
             networks: self.networks.clone(),
             peer_authentications: !objects.peer_authentications.is_empty(),
         };
-        if &**part == WHOLE {
-            return translate_beside((objects, here.0, here.1), &self.config, &beside);
+        if &**part == ALL_NAMESPACES {
+            return translate_part((objects, here.0, here.1), &self.config, &context);
         }
         let own = objects.of_namespace(part, &self.config.root_namespace);
-        let mut made = translate_beside((&own, here.0, here.1), &self.config, &beside);
+        let mut made = translate_part((&own, here.0, here.1), &self.config, &context);
         made.policies.retain(|policy| policy.namespace == *part);
         made
     }
 }
 
 /// Says of one that it is so, unless it is so already.
-fn put<'a, T: PartialEq + 'a>(
+fn put_if_changed<'a, T: PartialEq + 'a>(
     delta: &mut BTreeMap<Arc<str>, Option<T>>,
     key: Arc<str>,
     value: T,

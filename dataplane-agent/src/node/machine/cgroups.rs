@@ -10,7 +10,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// What is asked of the machine.
-pub(super) struct Asked<'a> {
+pub(super) struct CgroupQuery<'a> {
     /// The cgroup that holds all pods.
     pub pods: &'a Path,
     /// The cgroup that the agent is in.
@@ -25,23 +25,26 @@ pub(super) struct Asked<'a> {
 
 /// Why a pod has no cgroup yet.
 #[derive(Debug)]
-pub(super) enum NoGroup {
+pub(super) enum CgroupError {
     /// What is wrong with where its processes are.
     Wrong(String),
     /// The machine could not be asked.
     Failed(io::Error),
 }
 
-impl From<io::Error> for NoGroup {
+impl From<io::Error> for CgroupError {
     fn from(error: io::Error) -> Self {
         Self::Failed(error)
     }
 }
 
-impl Asked<'_> {
+impl CgroupQuery<'_> {
     /// The cgroups of a pod whose processes are in these; none of them is below another.
-    pub(super) fn of_pod(&self, processes: &BTreeSet<PathBuf>) -> Result<Vec<PathBuf>, NoGroup> {
-        let wrong = |what: String| Err(NoGroup::Wrong(what));
+    pub(super) fn of_pod(
+        &self,
+        processes: &BTreeSet<PathBuf>,
+    ) -> Result<Vec<PathBuf>, CgroupError> {
+        let wrong = |what: String| Err(CgroupError::Wrong(what));
         if processes.is_empty() {
             return wrong("no process is in its network namespace yet".into());
         }
@@ -71,7 +74,7 @@ impl Asked<'_> {
         // What is in the agent's own cgroup is not captured: it would be the agent itself.
         groups.retain(|group| !self.agent.starts_with(group));
         plain.retain(|group| !self.agent.starts_with(group));
-        groups.extend(self.plain(plain, groups.is_empty())?);
+        groups.extend(self.unnamed(plain, groups.is_empty())?);
         let all: Vec<PathBuf> = groups.iter().cloned().collect();
         groups.retain(|group| {
             !all.iter()
@@ -100,7 +103,7 @@ impl Asked<'_> {
     /// Of cgroups that nobody named: the lowest that has them all, if it has nothing else. Otherwise
     /// those that the pod shares with nobody; with the host, as a shell that went into the pod does,
     /// only if there is one, and it is all that there is.
-    fn plain(&self, folders: BTreeSet<PathBuf>, only: bool) -> io::Result<BTreeSet<PathBuf>> {
+    fn unnamed(&self, folders: BTreeSet<PathBuf>, only: bool) -> io::Result<BTreeSet<PathBuf>> {
         let common = folders
             .iter()
             .cloned()
@@ -158,15 +161,15 @@ pub(super) fn named(process: &Path, pods: &Path) -> Option<PathBuf> {
 pub(super) fn uid_of(process: &Path, pods: &Path) -> Option<String> {
     let group = named(process, pods)?;
     let above = group.parent()?.strip_prefix(pods).ok()?;
-    let is_its = above
+    let is_same = above
         .iter()
-        .all(|name| name.to_str().is_some_and(is_kubelets));
+        .all(|name| name.to_str().is_some_and(is_kubelet_parent));
     let uid = pod_uid(group.file_name()?.to_str()?)?;
-    is_its.then(|| normal(uid))
+    is_same.then(|| normalize_uid(uid))
 }
 
 /// A pod's uid, as it is compared: systemd's names have another sign between its parts.
-pub(super) fn normal(uid: &str) -> String {
+pub(super) fn normalize_uid(uid: &str) -> String {
     uid.replace('_', "-")
 }
 
@@ -185,7 +188,7 @@ fn pod_uid(name: &str) -> Option<&str> {
 
 /// Whether it is a cgroup in which the kubelet makes those of pods: `kubepods`, one of a class of
 /// quality in it, or `kubelet` around it; with systemd, a slice of these words.
-fn is_kubelets(name: &str) -> bool {
+fn is_kubelet_parent(name: &str) -> bool {
     let mut words = name.strip_suffix(".slice").unwrap_or(name).split('-');
     words.all(|word| matches!(word, "kubelet" | "kubepods" | "burstable" | "besteffort"))
 }

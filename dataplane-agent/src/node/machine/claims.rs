@@ -8,7 +8,7 @@ pub(super) type Claims = BTreeMap<Arc<str>, BTreeSet<u64>>;
 
 /// Why a pod has no namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Doubt {
+pub(super) enum Unresolved {
     /// None is left for it.
     None,
     /// More than one may be its own.
@@ -19,8 +19,8 @@ pub(super) enum Doubt {
 
 /// Gives each pod its namespace. A pod that can only be in one namespace is in that one, and no other
 /// pod is; what is still open then stays so: nobody gets a namespace by a guess.
-pub(super) fn settle(mut claims: Claims) -> BTreeMap<Arc<str>, Result<u64, Doubt>> {
-    let mut settled = BTreeMap::new();
+pub(super) fn resolve(mut claims: Claims) -> BTreeMap<Arc<str>, Result<u64, Unresolved>> {
+    let mut resolved = BTreeMap::new();
     loop {
         let mut only: BTreeMap<u64, Vec<&Arc<str>>> = BTreeMap::new();
         for (uid, namespaces) in &claims {
@@ -38,28 +38,28 @@ pub(super) fn settle(mut claims: Claims) -> BTreeMap<Arc<str>, Result<u64, Doubt
             break;
         };
         claims.remove(&uid);
-        settled.insert(uid, Ok(namespace));
+        resolved.insert(uid, Ok(namespace));
         for namespaces in claims.values_mut() {
             namespaces.remove(&namespace);
         }
     }
     for (uid, namespaces) in &claims {
         let doubt = match namespaces.iter().collect::<Vec<_>>().as_slice() {
-            [] => Doubt::None,
+            [] => Unresolved::None,
             [namespace] => {
                 let other = claims
                     .iter()
                     .find(|(other, theirs)| *other != uid && *theirs == namespaces);
                 match other {
-                    Some((other, _)) => Doubt::Shared(**namespace, Arc::clone(other)),
-                    None => Doubt::Several(vec![**namespace]),
+                    Some((other, _)) => Unresolved::Shared(**namespace, Arc::clone(other)),
+                    None => Unresolved::Several(vec![**namespace]),
                 }
             }
-            several => Doubt::Several(several.iter().map(|namespace| **namespace).collect()),
+            several => Unresolved::Several(several.iter().map(|namespace| **namespace).collect()),
         };
-        settled.insert(Arc::clone(uid), Err(doubt));
+        resolved.insert(Arc::clone(uid), Err(doubt));
     }
-    settled
+    resolved
 }
 
 #[cfg(test)]
@@ -79,16 +79,22 @@ mod tests {
     #[test]
     fn who_takes_anothers_address_gains_nothing_and_keeps_nobody_waiting() {
         // The thief's namespace, 2, has its own address and the victim's.
-        let settled = settle(claims(&[("victim", &[1, 2]), ("thief", &[2])]));
-        assert_eq!(settled["victim"], Ok(1));
-        assert_eq!(settled["thief"], Ok(2));
+        let resolved = resolve(claims(&[("victim", &[1, 2]), ("thief", &[2])]));
+        assert_eq!(resolved["victim"], Ok(1));
+        assert_eq!(resolved["thief"], Ok(2));
         // The victim's own is gone.
-        let settled = settle(claims(&[("victim", &[2]), ("thief", &[2])]));
-        assert_eq!(settled["victim"], Err(Doubt::Shared(2, "thief".into())));
+        let resolved = resolve(claims(&[("victim", &[2]), ("thief", &[2])]));
+        assert_eq!(
+            resolved["victim"],
+            Err(Unresolved::Shared(2, "thief".into()))
+        );
         // Nobody knows the other namespace.
-        let settled = settle(claims(&[("victim", &[1, 2])]));
-        assert_eq!(settled["victim"], Err(Doubt::Several(vec![1, 2])));
-        assert_eq!(settle(claims(&[("pod", &[])]))["pod"], Err(Doubt::None));
+        let resolved = resolve(claims(&[("victim", &[1, 2])]));
+        assert_eq!(resolved["victim"], Err(Unresolved::Several(vec![1, 2])));
+        assert_eq!(
+            resolve(claims(&[("pod", &[])]))["pod"],
+            Err(Unresolved::None)
+        );
     }
 
     proptest! {
@@ -97,12 +103,12 @@ mod tests {
             claims in btree_map("[a-e]", btree_set(0..6_u64, 0..4), 0..5)
         ) {
             let claims: Claims = claims.into_iter().map(|(uid, of)| (uid.into(), of)).collect();
-            let settled = settle(claims.clone());
-            prop_assert!(settled.keys().eq(claims.keys()));
-            let given: Vec<u64> = settled.values().filter_map(|of| of.clone().ok()).collect();
+            let resolved = resolve(claims.clone());
+            prop_assert!(resolved.keys().eq(claims.keys()));
+            let given: Vec<u64> = resolved.values().filter_map(|of| of.clone().ok()).collect();
             let all: BTreeSet<u64> = given.iter().copied().collect();
             prop_assert_eq!(all.len(), given.len());
-            for (uid, of) in &settled {
+            for (uid, of) in &resolved {
                 if let Ok(namespace) = of {
                     prop_assert!(claims[uid].contains(namespace));
                 }

@@ -7,20 +7,20 @@
 use std::time::{Duration, Instant};
 
 /// From an event until the look at it; what comes within this time is one event.
-const SOON: Duration = Duration::from_millis(50);
+const DEBOUNCE: Duration = Duration::from_millis(50);
 /// How often to look where nothing tells of what happens, or something is to be seen again; and in the
 /// long run at most, however much happens.
-pub(super) const POLL: Duration = Duration::from_secs(1);
+pub(super) const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time between looks while a pod that may be here is waited for.
-pub(super) const WAITING: Duration = Duration::from_secs(2);
+pub(super) const WAITING_INTERVAL: Duration = Duration::from_secs(2);
 /// The longest time between looks.
-pub(super) const SLOW: Duration = Duration::from_secs(5);
+pub(super) const IDLE_INTERVAL: Duration = Duration::from_secs(5);
 /// Looks that may come sooner than that one after the other, saved up while nothing happens.
-const SAVED: u32 = 16;
+const MAX_SAVED_SCANS: u32 = 16;
 
 /// When the next look is due.
 #[derive(Debug)]
-pub(super) struct Due {
+pub(super) struct ScanSchedule {
     next: Instant,
     /// When something has happened last.
     event: Instant,
@@ -29,14 +29,14 @@ pub(super) struct Due {
     saved: Duration,
 }
 
-impl Due {
+impl ScanSchedule {
     /// The first look is due at once.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             next: now,
             event: now,
             last: now,
-            saved: SAVED * POLL,
+            saved: MAX_SAVED_SCANS * POLL_INTERVAL,
         }
     }
 
@@ -47,22 +47,22 @@ impl Due {
     /// Something has happened on the machine.
     pub(super) fn happened(&mut self, now: Instant) {
         self.event = now;
-        self.next = self.next.min(self.affordable(now + SOON));
+        self.next = self.next.min(self.affordable(now + DEBOUNCE));
     }
 
     /// The machine was looked at. `longest`: the time that may be until it is again.
-    pub(super) fn looked(&mut self, now: Instant, longest: Duration) {
-        self.saved = (self.saved + (now - self.last)).min(SAVED * POLL);
-        self.saved = self.saved.saturating_sub(POLL);
+    pub(super) fn scanned(&mut self, now: Instant, longest: Duration) {
+        self.saved = (self.saved + (now - self.last)).min(MAX_SAVED_SCANS * POLL_INTERVAL);
+        self.saved = self.saved.saturating_sub(POLL_INTERVAL);
         self.last = now;
         // As late again as it is since the event, however many looks there were.
-        let gap = (now - self.event).max(SOON).min(longest);
+        let gap = (now - self.event).max(DEBOUNCE).min(longest);
         self.next = self.affordable(now + gap);
     }
 
-    /// `at`, or when a look is saved up: never later than [`POLL`] after the last one.
+    /// `at`, or when a look is saved up: never later than [`POLL_INTERVAL`] after the last one.
     fn affordable(&self, at: Instant) -> Instant {
-        at.max(self.last + POLL.saturating_sub(self.saved))
+        at.max(self.last + POLL_INTERVAL.saturating_sub(self.saved))
     }
 }
 
@@ -78,7 +78,7 @@ mod tests {
     /// reason, as a change of the configuration.
     fn looks(happens: &[u64], asked: &[u64], longest: Duration, until: u64) -> Vec<u64> {
         let begin = Instant::now();
-        let (mut due, mut looks) = (Due::new(begin), Vec::new());
+        let (mut due, mut looks) = (ScanSchedule::new(begin), Vec::new());
         let happens: BTreeSet<u64> = happens.iter().copied().collect();
         let asked: BTreeSet<u64> = asked.iter().copied().collect();
         let mut at = 0;
@@ -88,7 +88,7 @@ mod tests {
                 due.happened(now);
             }
             if due.next() <= now || asked.contains(&at) {
-                due.looked(now, longest);
+                due.scanned(now, longest);
                 looks.push(at);
             }
             let next = [&happens, &asked].map(|of| of.range(at + 1..).next().copied());
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn what_happens_is_looked_at_soon_and_then_less_and_less_often() {
-        let looks = looks(&[20_000], &[20_060, 20_070, 20_080], SLOW, 40_000);
+        let looks = looks(&[20_000], &[20_060, 20_070, 20_080], IDLE_INTERVAL, 40_000);
         let after: Vec<u64> = looks.iter().filter(|at| **at >= 20_000).copied().collect();
         let asked = [20_060, 20_070, 20_080];
         let by_itself = [
@@ -118,7 +118,7 @@ mod tests {
 
     #[test]
     fn what_is_to_be_seen_again_is_looked_at_each_second() {
-        let looks = looks(&[], &[], POLL, 60_000);
+        let looks = looks(&[], &[], POLL_INTERVAL, 60_000);
         assert!(looks.len() >= 60, "{looks:?}");
     }
 
@@ -131,11 +131,11 @@ mod tests {
         fn no_event_waits_for_longer_than_a_regular_look_would_let_it(
             happens in times(300), asked in times(100), longest in 0..3usize
         ) {
-            let longest = [POLL, WAITING, SLOW][longest];
+            let longest = [POLL_INTERVAL, WAITING_INTERVAL, IDLE_INTERVAL][longest];
             let looks = looks(&happens, &asked, longest, 40_000);
             for at in happens {
-                let next = looks.iter().find(|look| **look >= at).expect("a look");
-                prop_assert!(next - at <= millis(POLL), "{at}: {looks:?}");
+                let next = looks.iter().find(|scan| **scan >= at).expect("a look");
+                prop_assert!(next - at <= millis(POLL_INTERVAL), "{at}: {looks:?}");
             }
             for pair in looks.windows(2) {
                 prop_assert!(pair[1] - pair[0] <= millis(longest), "{pair:?}");
@@ -144,29 +144,29 @@ mod tests {
 
         #[test]
         fn an_event_after_quiet_times_is_looked_at_soon(happens in 20_000..30_000u64) {
-            let looks = looks(&[happens], &[], SLOW, 40_000);
-            let next = looks.iter().find(|look| **look >= happens).expect("a look");
-            prop_assert!(next - happens <= millis(SOON));
+            let looks = looks(&[happens], &[], IDLE_INTERVAL, 40_000);
+            let next = looks.iter().find(|scan| **scan >= happens).expect("a look");
+            prop_assert!(next - happens <= millis(DEBOUNCE));
         }
 
         #[test]
         fn what_follows_an_event_is_found_within_as_much_time_again(
             happens in 20_000..25_000u64, later in 0..15_000u64, asked in times(6)
         ) {
-            let looks = looks(&[happens], &asked, SLOW, 60_000);
-            let next = looks.iter().find(|look| **look >= happens + later).expect("a look");
+            let looks = looks(&[happens], &asked, IDLE_INTERVAL, 60_000);
+            let next = looks.iter().find(|scan| **scan >= happens + later).expect("a look");
             let late = next - happens - later;
-            prop_assert!(late <= later.max(millis(SOON)).min(millis(SLOW)), "{late}");
+            prop_assert!(late <= later.max(millis(DEBOUNCE)).min(millis(IDLE_INTERVAL)), "{late}");
         }
 
         #[test]
         fn however_much_happens_there_is_a_look_a_second_in_the_long_run(
             happens in times(2_000), longest in 0..3usize, from in 0..30_000u64, span in 0..30_000u64
         ) {
-            let longest = [POLL, WAITING, SLOW][longest];
+            let longest = [POLL_INTERVAL, WAITING_INTERVAL, IDLE_INTERVAL][longest];
             let looks = looks(&happens, &[], longest, 60_000);
             let within = looks.iter().filter(|at| (from..from + span).contains(at)).count();
-            let most = u64::from(SAVED) + span / millis(POLL) + 1;
+            let most = u64::from(MAX_SAVED_SCANS) + span / millis(POLL_INTERVAL) + 1;
             prop_assert!(within as u64 <= most, "{within}, of {most}");
         }
     }

@@ -20,27 +20,27 @@ use super::cgroups;
 use crate::sys::readiness;
 
 /// So many watches the kernel is asked for at most;
-const MOST: usize = 32_768;
+const MAX_WATCHES: usize = 32_768;
 /// and half of what one user may have: the others are those of the machine's own services.
-const LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
+const USER_WATCH_LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
 /// How often it is tried again to be told, where the kernel has refused it.
 const RETRY: Duration = Duration::from_secs(30);
 
 /// What tells of changes of this machine.
 #[derive(Debug)]
-pub(super) struct Events {
+pub(super) struct MachineEvents {
     /// What holds all pods.
     pods: PathBuf,
     /// None where they cannot be watched.
-    cgroups: Option<Cgroups>,
+    cgroups: Option<CgroupWatches>,
     /// Since when that was last tried.
-    tried: Option<Instant>,
+    last_attempt: Option<Instant>,
     /// `/proc/self/mountinfo`, of which the kernel says that it is another as of urgent data:
     /// <https://man7.org/linux/man-pages/man5/proc_pid_mounts.5.html>.
     mounts: Option<AsyncFd<OwnedFd>>,
 }
 
-impl Events {
+impl MachineEvents {
     /// Of cgroups below this one.
     pub(super) fn new(pods: &Path) -> Self {
         let mounts = File::open("/proc/self/mountinfo");
@@ -48,31 +48,33 @@ impl Events {
         Self {
             pods: pods.to_owned(),
             cgroups: None,
-            tried: None,
+            last_attempt: None,
             mounts: mounts.ok(),
         }
     }
 
     /// Sees to it that cgroups are watched; whether they are. What happened before is not told: who looks
     /// now sees it.
-    pub(super) fn follow(&mut self, now: Instant) -> bool {
-        let is_due = self.tried.is_none_or(|tried| now - tried >= RETRY);
+    pub(super) fn ensure_watching(&mut self, now: Instant) -> bool {
+        let is_due = self
+            .last_attempt
+            .is_none_or(|last_attempt| now - last_attempt >= RETRY);
         if self.cgroups.is_none() && is_due {
-            match (Cgroups::watch(&self.pods), self.tried) {
-                (Ok(cgroups), tried) => {
-                    if tried.is_some() {
+            match (CgroupWatches::watch(&self.pods), self.last_attempt) {
+                (Ok(cgroups), last_attempt) => {
+                    if last_attempt.is_some() {
                         tracing::info!("the kernel tells of changes of cgroups again");
                     }
-                    (self.cgroups, self.tried) = (Some(cgroups), None);
+                    (self.cgroups, self.last_attempt) = (Some(cgroups), None);
                 }
                 (Err(error), None) => {
                     tracing::warn!(
                         %error,
                         "cannot be told of changes of cgroups (fs.inotify.max_user_watches, max_user_instances); looking each second"
                     );
-                    self.tried = Some(now);
+                    self.last_attempt = Some(now);
                 }
-                (Err(_), Some(_)) => self.tried = Some(now),
+                (Err(_), Some(_)) => self.last_attempt = Some(now),
             }
         }
         self.cgroups.is_some()
@@ -93,7 +95,7 @@ impl Events {
     }
 }
 
-async fn of_cgroups(cgroups: Option<&mut Cgroups>) -> io::Result<()> {
+async fn of_cgroups(cgroups: Option<&mut CgroupWatches>) -> io::Result<()> {
     match cgroups {
         Some(cgroups) => cgroups.happened().await,
         None => std::future::pending().await,
@@ -116,7 +118,7 @@ async fn of_mounts(mounts: Option<&AsyncFd<OwnedFd>>) {
 /// The kernel does not take a watch away with a cgroup that is removed, and keeps what is watched: that is
 /// done here, by what the cgroup above tells.
 #[derive(Debug)]
-struct Cgroups {
+struct CgroupWatches {
     /// What holds all pods.
     pods: PathBuf,
     inotify: Inotify,
@@ -134,16 +136,16 @@ struct Cgroups {
     folders: HashMap<WatchDescriptor, PathBuf>,
 }
 
-impl Cgroups {
+impl CgroupWatches {
     fn watch(pods: &Path) -> io::Result<Self> {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        let limit = fs::read_to_string(LIMIT)?;
+        let limit = fs::read_to_string(USER_WATCH_LIMIT)?;
         let limit: usize = limit.trim().parse().map_err(io::Error::other)?;
         let mut cgroups = Self {
             pods: pods.to_owned(),
             readable: readiness::readable(inotify.as_fd().try_clone_to_owned()?)?,
             inotify,
-            most: MOST.min(limit / 2),
+            most: MAX_WATCHES.min(limit / 2),
             watches: BTreeMap::new(),
             folders: HashMap::new(),
         };
@@ -169,13 +171,13 @@ impl Cgroups {
                 events => events?,
             };
             for event in events {
-                self.follow(&event)?;
+                self.apply(&event)?;
             }
             return Ok(());
         }
     }
 
-    fn follow(&mut self, event: &InotifyEvent) -> io::Result<()> {
+    fn apply(&mut self, event: &InotifyEvent) -> io::Result<()> {
         use AddWatchFlags as Is;
         let is = |what| event.mask.contains(what);
         if is(Is::IN_Q_OVERFLOW) || is(Is::IN_UNMOUNT) {
@@ -273,7 +275,7 @@ mod tests {
         fs::write(at.join("cgroup.procs"), "").expect("a file");
     }
 
-    async fn is_told(events: &mut Events) -> bool {
+    async fn is_reported(events: &mut MachineEvents) -> bool {
         let told = events.happened();
         tokio::time::timeout(Duration::from_millis(500), told)
             .await
@@ -281,11 +283,11 @@ mod tests {
     }
 
     /// Hears all that there is to hear.
-    async fn settle(events: &mut Events) {
-        while is_told(events).await {}
+    async fn settle(events: &mut MachineEvents) {
+        while is_reported(events).await {}
     }
 
-    fn watched(events: &Events) -> usize {
+    fn watched(events: &MachineEvents) -> usize {
         let cgroups = events.cgroups.as_ref().expect("they are watched");
         let on_folders = cgroups.watches.values().flatten();
         let on_folders = on_folders.filter(|watch| cgroups.folders.contains_key(watch));
@@ -299,31 +301,31 @@ mod tests {
         let pods = dir.path().join("pods");
         cgroup(&pods);
         cgroup(&pods.join("before"));
-        let mut events = Events::new(&pods);
+        let mut events = MachineEvents::new(&pods);
         // What is mounted on this machine is another's.
         events.mounts = None;
-        assert!(events.follow(Instant::now()));
-        assert!(!is_told(&mut events).await, "nothing happens");
+        assert!(events.ensure_watching(Instant::now()));
+        assert!(!is_reported(&mut events).await, "nothing happens");
         let deep = pods.join("before/later/below");
         fs::create_dir(pods.join("before/later")).expect("a folder");
         cgroup(&deep);
         settle(&mut events).await;
         assert_eq!(watched(&events), 4);
         fs::write(deep.join("cgroup.events"), "populated 1\n").expect("a file");
-        assert!(is_told(&mut events).await, "it fills");
+        assert!(is_reported(&mut events).await, "it fills");
         settle(&mut events).await;
         fs::write(deep.join("cgroup.procs"), "0\n").expect("a file");
-        assert!(!is_told(&mut events).await, "that is nothing");
+        assert!(!is_reported(&mut events).await, "that is nothing");
         fs::remove_dir_all(pods.join("before")).expect("a folder");
         settle(&mut events).await;
         assert_eq!(watched(&events), 1);
         // One of the same name.
         cgroup(&pods.join("before"));
-        assert!(is_told(&mut events).await, "it is made again");
+        assert!(is_reported(&mut events).await, "it is made again");
         fs::write(pods.join("before/cgroup.events"), "populated 1\n").expect("a file");
         settle(&mut events).await;
         fs::write(pods.join("before/cgroup.events"), "populated 0\n").expect("a file");
-        assert!(is_told(&mut events).await, "it fills");
+        assert!(is_reported(&mut events).await, "it fills");
         assert_eq!(watched(&events), 2);
     }
 
@@ -332,17 +334,17 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let pods = dir.path().join("pods");
         cgroup(&pods);
-        let mut events = Events::new(&pods);
+        let mut events = MachineEvents::new(&pods);
         events.mounts = None;
-        assert!(events.follow(Instant::now()));
+        assert!(events.ensure_watching(Instant::now()));
         let container = pods.join(format!("docker-{:064x}.scope", 1));
         cgroup(&container);
         settle(&mut events).await;
         cgroup(&container.join("inside"));
-        assert!(!is_told(&mut events).await);
+        assert!(!is_reported(&mut events).await);
         assert_eq!(watched(&events), 2);
         fs::write(container.join("cgroup.events"), "populated 1\n").expect("a file");
-        assert!(is_told(&mut events).await, "it fills");
+        assert!(is_reported(&mut events).await, "it fills");
     }
 
     #[tokio::test]
@@ -350,30 +352,30 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let pods = dir.path().join("pods");
         cgroup(&pods);
-        let mut events = Events::new(&pods);
+        let mut events = MachineEvents::new(&pods);
         events.mounts = None;
         let now = Instant::now();
-        assert!(events.follow(now));
+        assert!(events.ensure_watching(now));
         events.cgroups.as_mut().expect("they are watched").most = 2;
         cgroup(&pods.join("more"));
-        assert!(is_told(&mut events).await);
+        assert!(is_reported(&mut events).await);
         assert!(events.cgroups.is_none(), "nothing is told any more");
-        assert!(events.follow(now), "it is tried anew");
+        assert!(events.ensure_watching(now), "it is tried anew");
     }
 
     #[tokio::test]
     async fn where_there_is_nothing_to_watch_it_is_tried_again() {
         let dir = tempfile::tempdir().expect("a folder");
         let pods = dir.path().join("pods");
-        let mut events = Events::new(&pods);
+        let mut events = MachineEvents::new(&pods);
         events.mounts = None;
         let now = Instant::now();
-        assert!(!events.follow(now));
+        assert!(!events.ensure_watching(now));
         cgroup(&pods);
-        assert!(!events.follow(now + RETRY / 2));
-        assert!(events.follow(now + RETRY));
+        assert!(!events.ensure_watching(now + RETRY / 2));
+        assert!(events.ensure_watching(now + RETRY));
         // What was lost is begun anew.
         events.cgroups = None;
-        assert!(events.follow(now + RETRY));
+        assert!(events.ensure_watching(now + RETRY));
     }
 }

@@ -9,35 +9,35 @@ use std::time::Instant;
 
 use dataplane_ebpf::pod::{CGROUPS, DEPTH};
 
-use super::cgroups::{Asked, NoGroup};
-use super::seen::Seen;
-use super::{APART, Look, Machine, Missing, Outside};
+use super::cgroups::{CgroupError, CgroupQuery};
+use super::seen::MachineSnapshot;
+use super::{MIN_MISS_INTERVAL, NotFound, OutsideProcesses, PodLocator, Scan};
 use crate::node::capture::{PodState, Status};
 use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::processes;
 
-impl Machine {
+impl PodLocator {
     /// Finds the cgroups that are a pod's alone: more than before, if processes came in others, and
     /// without those that were removed. A pod that has had some keeps the last ones: nobody is in them
     /// any more, and it stays found.
-    pub(super) fn regroup(
+    pub(super) fn update_cgroups(
         &mut self,
         uid: &Arc<str>,
         captured: &Status,
-        seen: &Seen,
+        snapshot: &MachineSnapshot,
         now: Instant,
-        look: &mut Look,
-    ) -> Result<(), Missing> {
-        let Some(place) = self.places.get(uid) else {
+        scan: &mut Scan,
+    ) -> Result<(), NotFound> {
+        let Some(location) = self.locations.get(uid) else {
             return Ok(());
         };
-        let own: BTreeSet<u32> = seen
+        let own: BTreeSet<u32> = snapshot
             .namespaces
-            .get(&place.netns.inode())
+            .get(&location.netns.inode())
             .map(|namespace| namespace.processes.iter().copied().collect())
             .unwrap_or_default();
         let failed = |error: io::Error| {
-            Missing::Doubtful(format!("its processes cannot be looked at: {error}"))
+            NotFound::Doubtful(format!("its processes cannot be looked at: {error}"))
         };
         let mut folders = Vec::new();
         for pid in &own {
@@ -51,28 +51,28 @@ impl Machine {
                 .as_ref()
                 .is_some_and(|folder| groups.iter().any(|(group, _)| folder.starts_with(group)))
         };
-        let mut groups = self.remaining(&place.groups);
-        let is_new = place.groups.is_empty();
+        let mut groups = self.existing_cgroups(&location.groups);
+        let is_new = location.groups.is_empty();
         let uncovered = |(_, folder): &(u32, Option<PathBuf>)| !is_covered(&groups, folder);
         if folders.iter().any(uncovered) || groups.is_empty() {
-            let asked = Asked {
+            let query = CgroupQuery {
                 pods: &self.pods,
                 agent: &self.agent,
                 own: &own,
-                hosts: &seen.hosts,
+                hosts: &snapshot.hosts,
                 members: &cgroup::members,
             };
-            let found = asked.of_pod(&folders.iter().filter_map(|(_, of)| of.clone()).collect());
-            let grown = match found {
+            let found = query.of_pod(&folders.iter().filter_map(|(_, of)| of.clone()).collect());
+            let added = match found {
                 Ok(found) => self
-                    .grown(uid, &groups, found, captured)
-                    .map_err(Missing::Doubtful),
-                Err(NoGroup::Failed(error)) => return Err(failed(error)),
-                Err(NoGroup::Wrong(why)) if folders.is_empty() => Err(Missing::NotYet(why)),
-                Err(NoGroup::Wrong(why)) => Err(Missing::Doubtful(why)),
+                    .add_cgroups(uid, &groups, found, captured)
+                    .map_err(NotFound::Doubtful),
+                Err(CgroupError::Failed(error)) => return Err(failed(error)),
+                Err(CgroupError::Wrong(why)) if folders.is_empty() => Err(NotFound::NotYet(why)),
+                Err(CgroupError::Wrong(why)) => Err(NotFound::Doubtful(why)),
             };
-            match grown {
-                Ok(grown) => groups = grown,
+            match added {
+                Ok(added) => groups = added,
                 Err(why) if is_new => return Err(why),
                 Err(_) => {}
             }
@@ -83,23 +83,23 @@ impl Machine {
             .iter()
             .filter(|(_, folder)| !is_covered(&known, folder));
         // What enters the namespace for a moment, as `ip netns exec` does, is not told.
-        let first = |pid: &u32| place.outside.get(pid).copied().unwrap_or(now);
+        let first = |pid: &u32| location.outside.get(pid).copied().unwrap_or(now);
         let since: BTreeMap<u32, Instant> =
             outside.clone().map(|(pid, _)| (*pid, first(pid))).collect();
-        let stays = outside.filter(|(pid, _)| now - since[pid] >= APART);
+        let stays = outside.filter(|(pid, _)| now - since[pid] >= MIN_MISS_INTERVAL);
         let is_below = |folder: &Option<PathBuf>| {
             let folder = folder.as_ref();
             folder.is_some_and(|folder| folder.starts_with(&self.pods))
         };
-        let outside = Outside {
+        let outside = OutsideProcesses {
             processes: stays.clone().count(),
             in_clear: stays.filter(|(_, folder)| !is_below(folder)).count(),
         };
-        look.outside.insert(uid.clone(), outside);
-        if let Some(place) = self.places.get_mut(uid) {
-            place.outside = since;
+        scan.outside.insert(uid.clone(), outside);
+        if let Some(location) = self.locations.get_mut(uid) {
+            location.outside = since;
             if !groups.is_empty() {
-                place.groups = groups;
+                location.groups = groups;
             }
         }
         Ok(())
@@ -107,7 +107,7 @@ impl Machine {
 
     /// Those that are still there. A folder that was made again is another cgroup, with another id, and
     /// may be anybody's: whose it is is asked anew.
-    fn remaining(&self, groups: &[(PathBuf, CgroupId)]) -> Vec<(PathBuf, CgroupId)> {
+    fn existing_cgroups(&self, groups: &[(PathBuf, CgroupId)]) -> Vec<(PathBuf, CgroupId)> {
         let remains = |(folder, was): &&(PathBuf, CgroupId)| match cgroup::id(&self.root, folder) {
             Ok(is) => is == *was,
             Err(error) => error.kind() != io::ErrorKind::NotFound,
@@ -117,7 +117,7 @@ impl Machine {
 
     /// What a pod has with what it had, as many as a pod may have: nothing is taken from it, nor from
     /// another pod.
-    fn grown(
+    fn add_cgroups(
         &self,
         uid: &Arc<str>,
         groups: &[(PathBuf, CgroupId)],
@@ -134,10 +134,10 @@ impl Machine {
                     continue;
                 }
             };
-            let placed = self.places.iter().find(|(other, place)| {
-                *other != uid && place.groups.iter().any(|(_, group)| group.id == id.id)
+            let located = self.locations.iter().find(|(other, location)| {
+                *other != uid && location.groups.iter().any(|(_, group)| group.id == id.id)
             });
-            let owner = placed.map(|(other, _)| other).or_else(|| {
+            let owner = located.map(|(other, _)| other).or_else(|| {
                 captured.values().find_map(|pod| {
                     let stays = pod.uid != *uid && pod.state != PodState::Draining;
                     (stays && pod.cgroup == id.id).then_some(&pod.uid)

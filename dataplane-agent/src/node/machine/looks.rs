@@ -6,34 +6,34 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::due::Due;
-use super::events::Events;
-use super::{Look, Machine};
+use super::due::ScanSchedule;
+use super::events::MachineEvents;
+use super::{PodLocator, Scan};
 use crate::control::manifests::LocalPodSpec;
 use crate::node::capture::Status;
 
 /// The looks at this machine.
 #[derive(Debug)]
-pub struct Looks {
-    machine: Machine,
-    events: Events,
-    due: Due,
+pub struct Scanner {
+    machine: PodLocator,
+    events: MachineEvents,
+    due: ScanSchedule,
     /// What something has happened to since the last look.
     told: BTreeSet<&'static str>,
     /// What was looked for last, and what was found.
-    last: Option<(Vec<LocalPodSpec>, Status, Arc<Look>)>,
+    last: Option<(Vec<LocalPodSpec>, Status, Arc<Scan>)>,
 }
 
-impl Looks {
+impl Scanner {
     /// Of pods below a cgroup.
     ///
     /// # Errors
-    /// As of [`Machine::new`].
+    /// As of [`PodLocator::new`].
     pub fn new(pods: &Path) -> io::Result<Self> {
-        let machine = Machine::new(pods)?;
+        let machine = PodLocator::new(pods)?;
         Ok(Self {
-            events: Events::new(&machine.pods),
-            due: Due::new(Instant::now()),
+            events: MachineEvents::new(&machine.pods),
+            due: ScanSchedule::new(Instant::now()),
             told: BTreeSet::new(),
             last: None,
             machine,
@@ -56,24 +56,24 @@ impl Looks {
 
     /// What there is of the pods of this node: looks if it is time to, or if others are asked for, or capture
     /// has another state, than in the last look.
-    pub fn look(&mut self, pods: &[LocalPodSpec], captured: &Status) -> Arc<Look> {
+    pub fn scan(&mut self, pods: &[LocalPodSpec], captured: &Status) -> Arc<Scan> {
         let is_due = self.due.next() <= Instant::now();
-        if let Some((were, was, look)) = &self.last
+        if let Some((were, was, scan)) = &self.last
             && !is_due
             && were == pods
             && was == captured
         {
-            return Arc::clone(look);
+            return Arc::clone(scan);
         }
         // What happens from here on is told: nothing falls between a look and its events.
-        let is_told = self.events.follow(Instant::now());
-        let look = Arc::new(self.machine.look(pods, captured));
+        let is_watching = self.events.ensure_watching(Instant::now());
+        let scan = Arc::new(self.machine.scan(pods, captured));
         let now = Instant::now();
         self.due
-            .looked(now, self.machine.longest(&look, is_told, now));
+            .scanned(now, self.machine.max_interval(&scan, is_watching, now));
         let (told, next) = (std::mem::take(&mut self.told), self.due.next() - now);
         tracing::debug!(is_due, ?told, ?next, "the machine was looked at");
-        self.last = Some((pods.to_vec(), captured.clone(), Arc::clone(&look)));
-        look
+        self.last = Some((pods.to_vec(), captured.clone(), Arc::clone(&scan)));
+        scan
     }
 }

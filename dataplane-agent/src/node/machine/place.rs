@@ -6,76 +6,78 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::cgroups;
-use super::claims::{self, Claims, Doubt};
-use super::seen::{Candidate, Seen, Who};
-use super::{Key, Machine, Missing, Place, Sight};
+use super::claims::{self, Claims, Unresolved};
+use super::seen::{Candidate, CandidateIdentity, MachineSnapshot};
+use super::{NamespaceSighting, NotFound, PodLocation, PodLocator, SearchKey};
 use crate::control::manifests::LocalPodSpec;
 use crate::mesh::workload::named;
 use crate::node::capture::Status;
 use crate::sys::netns::Netns;
 
-impl Machine {
+impl PodLocator {
     /// Finds the namespaces of pods that have none yet; why others have none still.
-    pub(super) fn place(
+    pub(super) fn locate(
         &mut self,
         pods: &[LocalPodSpec],
         captured: &Status,
-        seen: &mut Seen,
-    ) -> BTreeMap<Arc<str>, Missing> {
+        snapshot: &mut MachineSnapshot,
+    ) -> BTreeMap<Arc<str>, NotFound> {
         let mut why = BTreeMap::new();
         let mut claims = Claims::new();
         let taken: BTreeSet<u64> = self
-            .places
+            .locations
             .values()
-            .map(|place| place.netns.inode())
+            .map(|location| location.netns.inode())
             .collect();
         for pod in pods {
-            if self.places.contains_key(&pod.uid) {
+            if self.locations.contains_key(&pod.uid) {
                 continue;
             }
             if pod.addresses.is_empty() {
                 let reason = "it has no address yet (status.podIPs)".to_owned();
-                why.insert(pod.uid.clone(), Missing::NotYet(reason));
+                why.insert(pod.uid.clone(), NotFound::NotYet(reason));
                 continue;
             }
-            match self.candidates(pod, pods, captured, &taken, seen) {
+            match self.candidates(pod, pods, captured, &taken, snapshot) {
                 Ok(namespaces) => _ = claims.insert(pod.uid.clone(), namespaces),
                 Err(reason) => _ = why.insert(pod.uid.clone(), reason),
             }
         }
-        let mut doubts = Vec::new();
-        for (uid, settled) in claims::settle(claims) {
+        let mut unresolved = Vec::new();
+        for (uid, resolved) in claims::resolve(claims) {
             let Some(pod) = pods.iter().find(|pod| pod.uid == uid) else {
                 continue;
             };
-            match settled {
+            match resolved {
                 Ok(inode) => {
-                    if let Some(Ok(Some(candidate))) = seen.opened.get(&inode)
+                    if let Some(Ok(Some(candidate))) = snapshot.opened.get(&inode)
                         && let Ok(who) = &candidate.who
                     {
-                        let place = Place {
-                            key: Key::of(pod),
+                        let location = PodLocation {
+                            key: SearchKey::of(pod),
                             netns: candidate.netns.clone(),
                             cookie: who.cookie,
                             groups: Vec::new(),
                             outside: BTreeMap::new(),
                         };
-                        self.sights.entry(place.cookie).or_insert_with(|| Sight {
-                            inode,
-                            last: self.looks,
-                            ..Sight::default()
+                        self.sightings.entry(location.cookie).or_insert_with(|| {
+                            NamespaceSighting {
+                                inode,
+                                last: self.looks,
+                                ..NamespaceSighting::default()
+                            }
                         });
-                        self.places.insert(uid, place);
+                        self.locations.insert(uid, location);
                     }
                 }
-                Err(doubt) => doubts.push((pod, doubt)),
+                Err(doubt) => unresolved.push((pod, doubt)),
             }
         }
-        for (pod, doubt) in doubts {
-            let told = seen.told(pod, &doubt);
+        for (pod, doubt) in unresolved {
+            let told = snapshot.describe(pod, &doubt);
             let missing = match doubt {
-                Doubt::None => Missing::Nowhere(told + &self.but_that_of(pod)),
-                Doubt::Several(_) | Doubt::Shared(..) => Missing::Doubtful(told),
+                Unresolved::None => NotFound::Nowhere(told + &self.except_that_of(pod)),
+                Unresolved::Several(_) | Unresolved::Shared(..) => NotFound::Doubtful(told),
             };
             why.insert(pod.uid.clone(), missing);
         }
@@ -83,12 +85,15 @@ impl Machine {
     }
 
     /// The pod that has these addresses and was found: nothing is left for another one that says them too.
-    fn but_that_of(&self, pod: &LocalPodSpec) -> String {
-        let has_all = |place: &Place| {
-            let there = &place.key.addresses;
+    fn except_that_of(&self, pod: &LocalPodSpec) -> String {
+        let has_all = |location: &PodLocation| {
+            let there = &location.key.addresses;
             pod.addresses.iter().all(|address| there.contains(address))
         };
-        let other = self.places.iter().find(|(_, place)| has_all(place));
+        let other = self
+            .locations
+            .iter()
+            .find(|(_, location)| has_all(location));
         other.map_or_else(String::new, |(uid, _)| {
             format!(" but that of pod {}", named(uid))
         })
@@ -101,16 +106,16 @@ impl Machine {
         pods: &[LocalPodSpec],
         captured: &Status,
         taken: &BTreeSet<u64>,
-        seen: &mut Seen,
-    ) -> Result<BTreeSet<u64>, Missing> {
+        snapshot: &mut MachineSnapshot,
+    ) -> Result<BTreeSet<u64>, NotFound> {
         if let Some(path) = &pod.netns_path {
-            let inode = self.named(path, pod, seen)?;
+            let inode = self.netns_at(path, pod, snapshot)?;
             let owner = self
-                .places
+                .locations
                 .iter()
-                .find(|(_, place)| place.netns.inode() == inode);
+                .find(|(_, location)| location.netns.inode() == inode);
             return match owner {
-                Some((uid, _)) => Err(Missing::Doubtful(format!(
+                Some((uid, _)) => Err(NotFound::Doubtful(format!(
                     "its network namespace is that of {uid}"
                 ))),
                 None => Ok([inode].into()),
@@ -119,23 +124,23 @@ impl Machine {
         let lost = self
             .lost
             .get(&pod.uid)
-            .filter(|(key, _)| *key == Key::of(pod))
+            .filter(|(key, _)| *key == SearchKey::of(pod))
             .map_or(0, |(_, last)| *last);
-        let own = BTreeSet::from_iter(pod.cgroup_uids().map(cgroups::normal));
+        let own = BTreeSet::from_iter(pod.cgroup_uids().map(cgroups::normalize_uid));
         let others: BTreeSet<String> = pods
             .iter()
-            .flat_map(|other| other.cgroup_uids().map(cgroups::normal))
+            .flat_map(|other| other.cgroup_uids().map(cgroups::normalize_uid))
             .filter(|uid| !own.contains(uid))
             .collect();
         let (mut named, mut unnamed) = (BTreeSet::new(), BTreeSet::new());
         let (mut before, mut failed) = (None, None);
-        let inodes: Vec<u64> = seen.namespaces.keys().copied().collect();
+        let inodes: Vec<u64> = snapshot.namespaces.keys().copied().collect();
         for inode in inodes {
             let is_old = lost > 0 && self.since.get(&inode).is_some_and(|since| *since <= lost);
             if taken.contains(&inode) || self.hosts.contains(&inode) || is_old {
                 continue;
             }
-            let candidate = match seen.open(inode, &self.root, &self.pods) {
+            let candidate = match snapshot.open(inode, &self.root, &self.pods) {
                 Ok(Some(candidate)) => candidate,
                 Ok(None) => continue,
                 Err(error) => {
@@ -161,7 +166,7 @@ impl Machine {
                 Some(is) if is.uid == pod.uid => before = Some(inode),
                 // Captured as another pod, that will be found in it.
                 Some(is)
-                    if !self.places.contains_key(&is.uid)
+                    if !self.locations.contains_key(&is.uid)
                         && pods.iter().any(|pod| pod.uid == is.uid) =>
                 {
                     continue;
@@ -180,25 +185,30 @@ impl Machine {
             // What it is captured as already.
             (Some(before), _) if candidates.contains(&before) => Ok([before].into()),
             // What could not be looked into may have the address too.
-            (_, Some(error)) if !is_named => Err(Missing::Doubtful(error)),
+            (_, Some(error)) if !is_named => Err(NotFound::Doubtful(error)),
             _ => Ok(candidates),
         }
     }
 
     /// The namespace that a pod's annotation names.
-    fn named(&self, path: &Path, pod: &LocalPodSpec, seen: &mut Seen) -> Result<u64, Missing> {
+    fn netns_at(
+        &self,
+        path: &Path,
+        pod: &LocalPodSpec,
+        snapshot: &mut MachineSnapshot,
+    ) -> Result<u64, NotFound> {
         let wrong = |error: io::Error| {
             let told = format!("{}: {error}", path.display());
             match error.kind() {
-                io::ErrorKind::NotFound => Missing::Nowhere(told),
-                _ => Missing::Doubtful(told),
+                io::ErrorKind::NotFound => NotFound::Nowhere(told),
+                _ => NotFound::Doubtful(told),
             }
         };
         let netns = Netns::open(path).map_err(wrong)?;
         let inode = netns.inode();
         if self.hosts.contains(&inode) {
             let told = format!("{} is the host's network namespace", path.display());
-            return Err(Missing::Doubtful(told));
+            return Err(NotFound::Doubtful(told));
         }
         let addresses = netns.interfaces().map_err(wrong)?.addresses;
         if let Some(address) = pod
@@ -207,9 +217,9 @@ impl Machine {
             .find(|address| !addresses.contains(address))
         {
             let told = format!("{} does not have {address}", path.display());
-            return Err(Missing::Doubtful(told));
+            return Err(NotFound::Doubtful(told));
         }
-        let who = Who {
+        let who = CandidateIdentity {
             cookie: netns.cookie().map_err(wrong)?,
             uids: BTreeSet::new(),
         };
@@ -218,7 +228,7 @@ impl Machine {
             addresses,
             who: Ok(who),
         };
-        seen.opened.insert(inode, Ok(Some(candidate)));
+        snapshot.opened.insert(inode, Ok(Some(candidate)));
         Ok(inode)
     }
 }

@@ -7,14 +7,14 @@ use std::net::IpAddr;
 use std::path::Path;
 
 use super::cgroups;
-use super::claims::Doubt;
+use super::claims::Unresolved;
 use crate::control::manifests::{LocalPodSpec, pod};
 use crate::sys::cgroup;
 use crate::sys::netns::Netns;
 use crate::sys::processes::{self, Namespace};
 
 /// One look, with what was asked of it.
-pub(super) struct Seen {
+pub(super) struct MachineSnapshot {
     pub namespaces: BTreeMap<u64, Namespace>,
     pub hidden: BTreeSet<u32>,
     /// The processes of the host's namespaces.
@@ -32,26 +32,26 @@ pub(super) struct Candidate {
     pub addresses: Vec<IpAddr>,
     /// Why it could not be had matters to a pod of these addresses alone: what is odd in a namespace may
     /// be of its processes' making.
-    pub who: Result<Who, String>,
+    pub who: Result<CandidateIdentity, String>,
 }
 
 /// What tells namespaces of the same addresses apart.
 #[derive(Debug)]
-pub(super) struct Who {
+pub(super) struct CandidateIdentity {
     pub cookie: u64,
     /// The uids of the pods that the kubelet made its processes' cgroups for.
     pub uids: BTreeSet<String>,
 }
 
-impl Seen {
-    pub(super) fn new(look: processes::Look, hosts: &BTreeSet<u64>) -> Self {
-        let of_host = hosts.iter().filter_map(|inode| look.namespaces.get(inode));
+impl MachineSnapshot {
+    pub(super) fn new(scan: processes::Look, hosts: &BTreeSet<u64>) -> Self {
+        let of_host = hosts.iter().filter_map(|inode| scan.namespaces.get(inode));
         Self {
             hosts: of_host
                 .flat_map(|of| of.processes.iter().copied())
                 .collect(),
-            namespaces: look.namespaces,
-            hidden: look.hidden,
+            namespaces: scan.namespaces,
+            hidden: scan.hidden,
             opened: BTreeMap::new(),
         }
     }
@@ -77,7 +77,7 @@ impl Seen {
                 return Ok(None);
             };
             let who = || {
-                Ok(Who {
+                Ok(CandidateIdentity {
                     cookie: netns.cookie()?,
                     uids: uids(&namespace.processes, root, pods)?,
                 })
@@ -92,7 +92,7 @@ impl Seen {
     }
 
     /// A doubt, for people.
-    pub(super) fn told(&self, of: &LocalPodSpec, doubt: &Doubt) -> String {
+    pub(super) fn describe(&self, of: &LocalPodSpec, doubt: &Unresolved) -> String {
         let all: Vec<String> = of.addresses.iter().map(ToString::to_string).collect();
         let all = all.join(", ");
         let path = |inode: &u64| {
@@ -100,8 +100,8 @@ impl Seen {
             namespace.map_or_else(String::new, |of| of.path.display().to_string())
         };
         match doubt {
-            Doubt::None => format!("no network namespace of this machine has {all}"),
-            Doubt::Several(several) => {
+            Unresolved::None => format!("no network namespace of this machine has {all}"),
+            Unresolved::Several(several) => {
                 let some: Vec<String> = several.iter().take(2).map(path).collect();
                 format!(
                     "more than one network namespace has {all} ({}): name its own in the annotation {}",
@@ -109,7 +109,7 @@ impl Seen {
                     pod::NETNS_ANNOTATION,
                 )
             }
-            Doubt::Shared(namespace, other) => format!(
+            Unresolved::Shared(namespace, other) => format!(
                 "the network namespace that has {all} ({}) may be that of {other}",
                 path(namespace)
             ),
@@ -123,8 +123,8 @@ fn open(namespace: &Namespace, inode: u64) -> io::Result<Option<Netns>> {
         netns => netns?,
     };
     // Any user can make a namespace of their own, and give it any address.
-    let is_its = netns.inode() == inode && netns.is_the_hosts()?;
-    Ok(is_its.then_some(netns))
+    let is_same = netns.inode() == inode && netns.is_the_hosts()?;
+    Ok(is_same.then_some(netns))
 }
 
 /// The uids of the pods that the kubelet made the cgroups of these processes for.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::super::changes::PolicyChange;
-use super::super::folder::{Folder, Reload, SETTLE};
+use super::super::folder::{ManifestFolder, Reload, SETTLE};
 use super::super::watch::Watch;
 
 const POLICY: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: gate\nspec:\n  action: DENY\n  rules:\n  - from:\n    - source:\n        namespaces: [a]\n";
@@ -24,12 +24,12 @@ fn put(dir: &TempDir, name: &str, text: &str) {
 }
 
 /// A folder for which every change has settled at once.
-fn folder(files: &[(&str, &str)]) -> (TempDir, Folder) {
+fn folder(files: &[(&str, &str)]) -> (TempDir, ManifestFolder) {
     let dir = tempfile::tempdir().expect("a folder");
     for (name, text) in files {
         put(&dir, name, text);
     }
-    let folder = Folder::open_settling(dir.path(), Duration::ZERO).expect("good files");
+    let folder = ManifestFolder::open_settling(dir.path(), Duration::ZERO).expect("good files");
     (dir, folder)
 }
 
@@ -46,14 +46,14 @@ fn a_bad_file_stops_the_start() {
         "bad.yaml",
         "apiVersion: v1\nkind: Pod\nmetadata: {name: p}\nspec: []\n",
     );
-    let error = Folder::open(dir.path()).expect_err("a bad file");
+    let error = ManifestFolder::open(dir.path()).expect_err("a bad file");
     assert!(
         error
             .to_string()
             .starts_with("bad.yaml:4: spec: invalid type"),
         "{error}"
     );
-    assert!(Folder::open(Path::new("/nowhere/at/all")).is_err());
+    assert!(ManifestFolder::open(Path::new("/nowhere/at/all")).is_err());
 }
 
 #[test]
@@ -61,7 +61,9 @@ fn an_object_in_two_files_stops_the_start() {
     let dir = tempfile::tempdir().expect("a folder");
     put(&dir, "a.yaml", &namespace("shop"));
     put(&dir, "b.yml", &namespace("shop"));
-    let error = Folder::open(dir.path()).expect_err("twice").to_string();
+    let error = ManifestFolder::open(dir.path())
+        .expect_err("twice")
+        .to_string();
     assert_eq!(error, "b.yml:1: Namespace shop is also in a.yaml:1");
 }
 
@@ -112,7 +114,7 @@ fn a_file_in_which_all_is_commented_out_leaves_what_it_said() {
             ["gate.yaml: has no objects in it; delete it to remove what it said"]
         );
         assert_eq!(*folder.objects(), before);
-        let error = Folder::open(dir.path()).expect_err("and stops a start");
+        let error = ManifestFolder::open(dir.path()).expect_err("and stops a start");
         assert!(
             error.to_string().contains("gate.yaml: has no objects"),
             "{error}"
@@ -177,7 +179,7 @@ async fn a_file_that_is_being_written_counts_when_it_is_closed() {
     let both = format!("{}---\n{POLICY}", namespace("shop"));
     let (dir, _) = folder(&[("gate.yaml", &both)]);
     let settle = Duration::from_millis(20);
-    let mut folder = Folder::open_settling(dir.path(), settle).expect("good files");
+    let mut folder = ManifestFolder::open_settling(dir.path(), settle).expect("good files");
     let mut watch = Watch::new(dir.path());
     let before = folder.objects().clone();
     // Its first document, and for long nothing more.
@@ -196,7 +198,7 @@ async fn a_file_that_is_being_written_counts_when_it_is_closed() {
         problems,
         ["gate.yaml: is open for writing, and counts when it is closed"]
     );
-    let error = Folder::open(dir.path()).expect_err("nor does a start take it");
+    let error = ManifestFolder::open(dir.path()).expect_err("nor does a start take it");
     assert!(error.to_string().contains("is open for writing"), "{error}");
     assert_eq!(*folder.objects(), before);
     let second = format!("---\n{}", POLICY.replace("[a]", "[b]"));
@@ -297,7 +299,7 @@ fn what_cannot_be_looked_at_keeps_what_it_said_and_nothing_else() {
         .collect();
     assert_eq!(names, ["a", "c"]);
     assert_eq!(
-        Folder::open(dir.path())
+        ManifestFolder::open(dir.path())
             .expect_err("a start tells of all")
             .0
             .len(),
@@ -337,9 +339,9 @@ async fn a_folder_in_its_place_and_what_a_link_leads_to_are_looked_at() {
     }
     let current = dir.path().join("current");
     std::os::unix::fs::symlink("one", &current).expect("a link");
-    let mut folder = Folder::open(&current).expect("good");
+    let mut folder = ManifestFolder::open(&current).expect("good");
     let mut watch = Watch::new(&current);
-    let name = |folder: &Folder| {
+    let name = |folder: &ManifestFolder| {
         folder
             .objects()
             .namespaces
@@ -442,7 +444,7 @@ fn a_folder_that_is_away_says_nothing_about_its_files() {
 fn a_change_counts_when_it_has_settled() {
     let dir = tempfile::tempdir().expect("a folder");
     put(&dir, "gate.yaml", POLICY);
-    let mut folder = Folder::open(dir.path()).expect("good");
+    let mut folder = ManifestFolder::open(dir.path()).expect("good");
     put(
         &dir,
         "gate.yaml",
@@ -459,7 +461,7 @@ fn a_change_counts_when_it_has_settled() {
 async fn the_watch_brings_changes() {
     let dir = tempfile::tempdir().expect("a folder");
     put(&dir, "a.yaml", &namespace("shop"));
-    let mut folder = Folder::open(dir.path()).expect("good");
+    let mut folder = ManifestFolder::open(dir.path()).expect("good");
     let mut watch = Watch::new(dir.path());
     let begin = Instant::now();
     put(&dir, "gate.yaml", POLICY);
@@ -640,7 +642,7 @@ proptest::proptest! {
             let now = undated(folder.objects());
             proptest::prop_assert_eq!(reload.changed, now != before);
             if reload.problems.is_empty() {
-                let fresh = Folder::open_settling(dir.path(), Duration::ZERO);
+                let fresh = ManifestFolder::open_settling(dir.path(), Duration::ZERO);
                 let fresh = fresh.map_err(|error| error.to_string());
                 proptest::prop_assert_eq!(fresh.map(|fresh| undated(fresh.objects())), Ok(now));
             }

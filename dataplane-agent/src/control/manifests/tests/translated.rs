@@ -97,7 +97,7 @@ proptest! {
             prop_assert_eq!(own, local);
             prop_assert_eq!(sorted(translated.problems()), sorted(problems.iter()));
             for workload in whole.workloads() {
-                prop_assert!(translated.says_workload(&workload.uid));
+                prop_assert!(translated.has_workload(&workload.uid));
             }
         }
     }

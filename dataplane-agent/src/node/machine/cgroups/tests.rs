@@ -17,7 +17,7 @@ fn of(machine: &[(u32, &str)]) -> Result<Vec<String>, String> {
         all.filter(|pid| from.contains(pid)).collect()
     };
     let (own, hosts) = (pids(1..100), pids(100..200));
-    let asked = Asked {
+    let query = CgroupQuery {
         pods: Path::new("/c/p"),
         agent: Path::new("/c/p/agent/run"),
         own: &own,
@@ -25,7 +25,7 @@ fn of(machine: &[(u32, &str)]) -> Result<Vec<String>, String> {
         members: &members,
     };
     let processes = machine.iter().filter(|(pid, _)| *pid < 100);
-    let groups = asked.of_pod(&processes.map(|(_, at)| PathBuf::from(at)).collect());
+    let groups = query.of_pod(&processes.map(|(_, at)| PathBuf::from(at)).collect());
     groups
         .map(|groups| {
             groups
@@ -34,8 +34,8 @@ fn of(machine: &[(u32, &str)]) -> Result<Vec<String>, String> {
                 .collect()
         })
         .map_err(|why| match why {
-            NoGroup::Wrong(why) => why.split(':').next().unwrap_or_default().to_owned(),
-            NoGroup::Failed(error) => error.to_string(),
+            CgroupError::Wrong(why) => why.split(':').next().unwrap_or_default().to_owned(),
+            CgroupError::Failed(error) => error.to_string(),
         })
 }
 
