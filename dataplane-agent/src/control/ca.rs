@@ -24,7 +24,7 @@ use time::format_description::well_known::Rfc3339;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroizing;
 
-use super::owned;
+use super::ownership;
 use crate::mesh::Identity;
 use crate::proxy::identity::{IdentityError, Issued, Issuer, sha256};
 
@@ -365,7 +365,7 @@ fn read_both(root: &Path, key: &Path) -> Result<RootAndKey, CaError> {
 
 /// Who else than root and this user could read or replace a key.
 fn exposed(owner: u32, mode: u32, own: u32) -> Option<String> {
-    owned::fault((owner, mode & 0o777), own, (0o077, "chmod 600"))
+    ownership::fault((owner, mode & 0o777), own, (0o077, "chmod 600"))
 }
 
 fn read(

@@ -8,13 +8,13 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::conflicts;
-use super::doubts::Lints;
 use super::enrolled::RecordsSnapshot;
-use super::kept::{IsConfigured, RetainedPods};
+use super::lints::Lints;
 use super::manifests::applies;
 use super::manifests::changes::PolicyChange;
 use super::manifests::{LocalPodSpec, ManifestFolder, Translated, Translation, Watch};
 use super::recorded::RecordReader;
+use super::retained::{IsConfigured, RetainedPods};
 use crate::mesh::workload::named;
 use crate::mesh::{Delta, Mesh, MeshWriter, Workload};
 use crate::sys::memory;

@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
+use super::address::Block;
 use super::manifests::node::each::{Collect, Document, Each};
 use super::manifests::node::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
-use super::written::Block;
 use crate::mesh::Identity;
 use crate::mesh::interner::Interner;
 use crate::mesh::policy::{Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch};

@@ -1,16 +1,16 @@
 //! The tradesmen's entrance: fills the stores that the rooms read. Nothing calls it.
 
+mod address;
 pub mod ca;
 pub mod configuration;
 mod conflicts;
-mod doubts;
 pub mod enrolled;
 #[cfg(test)]
 mod footprint;
-mod kept;
+mod lints;
 pub mod local;
 pub mod manifests;
-mod owned;
+mod ownership;
 pub mod recorded;
+mod retained;
 pub mod state;
-mod written;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 
 use super::ca::{self, CaError, EmbeddedCa};
-use super::owned;
+use super::ownership;
 use crate::sys::made::Made;
 
 const RECORDS: &str = "enrolled";
@@ -243,7 +243,7 @@ pub(super) fn fault(part: &Metadata) -> Option<String> {
 }
 
 fn fault_of(owner: u32, mode: u32, own: u32) -> Option<String> {
-    owned::fault((owner, mode), own, (0o022, "chmod go-w"))
+    ownership::fault((owner, mode), own, (0o022, "chmod go-w"))
 }
 
 fn has_records(folder: &Path) -> io::Result<bool> {

@@ -10,10 +10,10 @@ mod cgroups;
 mod claims;
 mod due;
 mod events;
-mod grow;
+mod locate;
 mod looks;
-mod place;
-mod seen;
+mod pod_cgroups;
+mod snapshot;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use self::due::{IDLE_INTERVAL, POLL_INTERVAL, WAITING_INTERVAL};
 pub use self::looks::Scanner;
-use self::seen::MachineSnapshot;
+use self::snapshot::MachineSnapshot;
 use crate::control::manifests::{LocalPodSpec, Wanted};
 use crate::node::capture::Status;
 use crate::sys::cgroup::{self, CgroupId};

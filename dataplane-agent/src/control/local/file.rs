@@ -9,8 +9,8 @@ use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess};
 
 use super::Workloads;
+use crate::control::address::{Address, Block};
 use crate::control::manifests::node::each::{Each, Lists};
-use crate::control::written::{Address, Block};
 use crate::mesh::policy::{Action, PolicyScope};
 use crate::mesh::service::NetworkAddress;
 use crate::mesh::workload::Health;

@@ -14,7 +14,7 @@ use super::node::{Node, NodeError};
 use super::object::{Resource, wrong};
 use super::principal::{may_be_here, principal};
 use super::translate::MeshConfig;
-use crate::control::written::Block;
+use crate::control::address::Block;
 use crate::mesh::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::node::{Node, NodeError};
 use super::object::wrong;
 use super::service::Protocol;
-use crate::control::written::Address;
+use crate::control::address::Address;
 use crate::mesh::workload::Health;
 
 /// The label that says whose endpoints they are.

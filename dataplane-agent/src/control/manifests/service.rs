@@ -11,7 +11,7 @@ use super::node::{Node, NodeError};
 use super::object::{Objects, Resource, wrong};
 use super::pod::Pod;
 use super::spelling::{DISTRIBUTION, is_distribution};
-use crate::control::written::Address;
+use crate::control::address::Address;
 use crate::mesh::service::{Family, LoadBalancing, Scope};
 
 /// What is read of a service.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::cgroups;
 use super::claims::{self, Claims, Unresolved};
-use super::seen::{Candidate, CandidateIdentity, MachineSnapshot};
+use super::snapshot::{Candidate, CandidateIdentity, MachineSnapshot};
 use super::{NamespaceSighting, NotFound, PodLocation, PodLocator, SearchKey};
 use crate::control::manifests::LocalPodSpec;
 use crate::mesh::workload::named;

@@ -10,7 +10,7 @@ use std::time::Instant;
 use dataplane_ebpf::pod::{CGROUPS, DEPTH};
 
 use super::cgroups::{CgroupError, CgroupQuery};
-use super::seen::MachineSnapshot;
+use super::snapshot::MachineSnapshot;
 use super::{MIN_MISS_INTERVAL, NotFound, OutsideProcesses, PodLocator, Scan};
 use crate::node::capture::{PodState, Status};
 use crate::sys::cgroup::{self, CgroupId};
