@@ -1,9 +1,9 @@
 //! IP addresses as maps and programs hold them: 128 bits, IPv4 in the form `::ffff:a.b.c.d`.
 //!
-//! What is asked of one is computed and not branched for: the verifier walks through all that follows a
-//! branch once for each of its ways.
+//! Questions about an address are answered by arithmetic and without branches: the verifier walks through all
+//! that follows a branch once for each way.
 
-/// An address, as four words in network byte order. Two spellings of one IPv4 address are equal.
+/// An address, as four words in network byte order. Both spellings of an IPv4 address are equal.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Ip {
@@ -11,13 +11,13 @@ pub struct Ip {
     pub words: [u32; 4],
 }
 
-/// All bits if a number is 0, none otherwise: what 1 less than it borrows.
+/// Returns all bits if the number is 0, none otherwise: the borrow of subtracting 1.
 #[inline(always)]
 const fn all_if_zero(number: u32) -> u32 {
     ((number as u64).wrapping_sub(1) >> 32) as u32
 }
 
-/// Whether one of two numbers is 0. The product of two of 32 bits has at most 64.
+/// Returns `true` if one of two numbers is 0. The product of two 32-bit numbers fits into 64 bits.
 #[inline(always)]
 const fn is_any_zero(one: u32, other: u32) -> bool {
     one as u64 * other as u64 == 0
@@ -29,7 +29,7 @@ impl Ip {
     /// No address: `::`, which no pod has.
     pub const NONE: Self = Self { words: [0; 4] };
 
-    /// From an IPv4 address in network byte order.
+    /// Converts an IPv4 address in network byte order.
     #[inline(always)]
     pub const fn v4(word: u32) -> Self {
         Self {
@@ -37,14 +37,14 @@ impl Ip {
         }
     }
 
-    /// From an IPv6 address, four words in network byte order.
+    /// Converts an IPv6 address, four words in network byte order.
     #[inline(always)]
     pub const fn v6(words: [u32; 4]) -> Self {
         Self { words }
     }
 
-    /// From what a kernel context has for both families: the IPv4 one if the number is 0, or else the IPv6
-    /// one.
+    /// Converts the fields that a kernel context has for both families: the IPv4 field if the number is 0, or
+    /// else the IPv6 field.
     #[inline(always)]
     pub const fn v4_if_zero(number: u32, v4: u32, v6: [u32; 4]) -> Self {
         let is_v4 = all_if_zero(number);
@@ -59,7 +59,7 @@ impl Ip {
         }
     }
 
-    /// The unspecified address of its family, `0.0.0.0` or `::`.
+    /// Returns the unspecified address of its family, `0.0.0.0` or `::`.
     #[inline(always)]
     pub const fn family(&self) -> Self {
         Self {
@@ -67,8 +67,8 @@ impl Ip {
         }
     }
 
-    /// Stands for an interface that has an address of the family of this one, where addresses are keys.
-    /// Nobody has it: it is one of multicast.
+    /// Returns the key that stands, among keys of addresses, for an interface with an address of this family.
+    /// It is a multicast address, so no interface has it.
     #[inline(always)]
     pub const fn interface(index: u32, family: &Self) -> Self {
         Self {
@@ -76,13 +76,13 @@ impl Ip {
         }
     }
 
-    /// Whether it is an IPv4 address, in either spelling.
+    /// Returns `true` for an IPv4 address, in either spelling.
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
         self.not_v4() == 0
     }
 
-    /// `127.0.0.0/8` or `::1`.
+    /// Returns `true` for `127.0.0.0/8` and `::1`.
     #[inline(always)]
     pub const fn is_loopback(&self) -> bool {
         let [a, b, c, d] = self.words;
@@ -91,27 +91,27 @@ impl Ip {
         is_any_zero(not_v4, not_v6)
     }
 
-    /// `0.0.0.0` or `::`; to connect there is to connect to loopback.
+    /// Returns `true` for `0.0.0.0` and `::`. Connecting there is connecting to loopback.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
         let [a, b, c, d] = self.words;
         is_any_zero(self.not_v4() | d, a | b | c | d)
     }
 
-    /// Whether it is the same one.
+    /// Returns `true` if both are the same address.
     #[inline(always)]
     pub const fn is(&self, other: &Self) -> bool {
         let ([a, b, c, d], [e, f, g, h]) = (self.words, other.words);
         (a ^ e) | (b ^ f) | (c ^ g) | (d ^ h) == 0
     }
 
-    /// 0 if it is an IPv4 address.
+    /// Returns 0 for an IPv4 address.
     #[inline(always)]
     const fn not_v4(&self) -> u32 {
         self.words[0] | self.words[1] | (self.words[2] ^ MAPPED)
     }
 
-    /// The bytes, in the order they are written.
+    /// Returns the bytes in network order.
     pub fn octets(&self) -> [u8; 16] {
         let mut octets = [0; 16];
         for (chunk, word) in octets.chunks_exact_mut(4).zip(self.words) {
@@ -120,7 +120,7 @@ impl Ip {
         octets
     }
 
-    /// From bytes in the order they are written.
+    /// Converts bytes in network order.
     pub fn from_octets(octets: [u8; 16]) -> Self {
         let mut words = [0; 4];
         for (word, chunk) in words.iter_mut().zip(octets.chunks_exact(4)) {

@@ -1,6 +1,6 @@
-//! Per-CPU counter slots; their words are metric labels.
+//! The per-CPU counters; their words are metric labels.
 
-/// What is counted. The number is the slot.
+/// A counter; its number is its slot.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Counter {
@@ -16,18 +16,18 @@ pub enum Counter {
     SteeredHbone,
     /// A connect was refused.
     Refused,
-    /// A SYN was dropped, since the agent does not listen.
+    /// A SYN was dropped because the agent does not listen.
     NoListener,
     /// A packet of a captured socket would have left the pod.
     KeptInside,
-    /// A connection had begun that could not be remembered as one that sends by `lo` only.
+    /// A connection that had begun could not be remembered as one that sends by `lo` only.
     NotKept,
     /// An event found no room in the ring buffer.
     EventLost,
 }
 
 impl Counter {
-    /// All, in the order of their slots.
+    /// All counters, in the order of their slots.
     pub const ALL: [Self; 10] = [
         Self::Captured,
         Self::Local,
@@ -41,10 +41,10 @@ impl Counter {
         Self::EventLost,
     ];
 
-    /// How many slots the map has. New ones come at the end: what was counted is found by its slot.
+    /// Number of slots of the map. New counters go to the end: a takeover copies counts by their slots.
     pub const SLOTS: u32 = Self::ALL.len() as u32 + crate::OTHER as u32;
 
-    /// Its word in metrics.
+    /// Returns the counter's word in metrics.
     pub const fn word(self) -> &'static str {
         match self {
             Self::Captured => "captured",

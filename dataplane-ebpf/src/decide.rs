@@ -1,4 +1,4 @@
-//! What the programs decide, as pure functions: no map, no context; tested on the host.
+//! The decisions of the programs, as pure functions: they use no map and no context, and are tested on the host.
 
 use crate::address::Ip;
 use crate::event::Reason;
@@ -7,10 +7,10 @@ use crate::pod::listener;
 /// The port of HBONE.
 pub const HBONE_PORT: u16 = 15008;
 
-/// What becomes of a connection that a process of an enrolled pod asks for.
+/// The decision about a connect of a process in the pods' cgroup.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Connect {
-    /// It is no pod's: not our business.
+    /// Its namespace is no pod's: nothing is done.
     Pass,
     /// It stays in the pod: it may send by `lo` only.
     Local,
@@ -20,8 +20,8 @@ pub enum Connect {
     Refuse(Reason),
 }
 
-/// Decides a connect to `to` in a namespace that is no pod's. `of_pod`: the process is in an enrolled
-/// pod's cgroup, and the namespace is not the host's. Its pod's routes are in another namespace, and it
+/// Decides a connect to `to` in a namespace that is no pod's. `of_pod`: the process is in an enrolled pod's
+/// cgroup, and the namespace is not the host's. The pod's routes are in another namespace, so the connection
 /// would leave in clear.
 #[inline(always)]
 pub fn connect_elsewhere(to: &Ip, of_pod: bool) -> Connect {
@@ -32,7 +32,7 @@ pub fn connect_elsewhere(to: &Ip, of_pod: bool) -> Connect {
     }
 }
 
-/// What is known of a pod's connect.
+/// The facts about a pod's connect.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Asked {
     /// The process is in another enrolled pod's cgroup.
@@ -53,10 +53,10 @@ pub fn connect(asked: Asked, to: &Ip) -> Connect {
     } else if asked.own | to.is_loopback() | to.is_unspecified() {
         Connect::Local
     } else if !asked.family {
-        // Without a source address there is no capture route, and it would leave by another.
+        // Without a source address there is no capture route, and the connection would leave by another one.
         Connect::Refuse(Reason::NoAddress)
     } else if !asked.interface {
-        // As above: it would be sent by that interface and kept inside, and wait in vain.
+        // The packets would be sent by that interface and dropped, and the connect would wait in vain.
         Connect::Refuse(Reason::NoRoute)
     } else {
         Connect::Capture
@@ -66,18 +66,18 @@ pub fn connect(asked: Asked, to: &Ip) -> Connect {
 /// Where a SYN that arrives in an enrolled pod's namespace goes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Steer {
-    /// To whoever listens in the pod.
+    /// To the pod's own listener, if there is one.
     App,
-    /// To the agent: the pod wants out, and the capture route brought its SYN back.
+    /// To the agent: the pod connects elsewhere, and the capture route has brought its SYN back.
     Outbound,
-    /// To the agent: somebody wants in, in clear.
+    /// To the agent: somebody connects to the pod in clear.
     Inbound,
-    /// To the agent: a peer's tunnel.
+    /// To the agent: a peer opens a tunnel.
     Hbone,
 }
 
 impl Steer {
-    /// The place of the listener that it goes to.
+    /// Returns the slot of the listener; `None` for the app's.
     #[inline(always)]
     pub const fn listener(self) -> Option<u32> {
         match self {
@@ -88,9 +88,9 @@ impl Steer {
         }
     }
 
-    /// The same while the pod leaves. Who wants in reaches the app. What the pod has sent by the capture
-    /// route, and sends again until it is answered, was meant for somebody else: the app's own listener,
-    /// if it has one on that port, must not get it.
+    /// Returns the decision while the pod leaves. A connection to the pod reaches the app. A SYN that the pod
+    /// has sent by the capture route, and retransmits until it is answered, was meant for somebody else: the
+    /// app's own listener must not get it, if there is one on that port.
     #[inline(always)]
     pub const fn of_one_that_leaves(self) -> Self {
         match self {
@@ -100,7 +100,7 @@ impl Steer {
     }
 }
 
-/// Whose the two ends of a SYN are.
+/// Which ends of a SYN are the pod's own addresses.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Owns {
     /// The pod has the source.
@@ -109,19 +109,19 @@ pub struct Owns {
     pub to: bool,
 }
 
-/// Decides by addresses, since for a connection to the pod's own address the kernel reports the
-/// interface that owns it and not `lo`. The one exception is `by_lo` to an own address, which only
-/// the agent's connections to the app show. Loopback addresses are `lo`'s: to them the pod comes by it,
-/// and who comes by another interface is from outside, which `route_localnet` lets in.
+/// Decides by addresses, since for a connection to the pod's own address the kernel reports the interface
+/// that owns it and not `lo`. The one exception is `by_lo` to an own address, which is only so for the
+/// agent's connections to the app. The pod reaches loopback addresses by `lo`; a SYN to one by another
+/// interface is from outside, let in by `route_localnet`.
 ///
-/// From one own address to another it is the pod's if the pod has `begun` it: the pod may have lost
-/// the first one since, and whoever has it now comes by the same interface. From an address to itself
-/// needs no such proof: the answer stays in the pod, so nobody else ends the handshake.
+/// A SYN from one own address to another is the pod's if the pod has `begun` it: the pod may have lost the
+/// source address since, and its new owner would come by the same interface. A SYN from an address to itself
+/// needs no such proof: the answer stays in the pod, so nobody else can end the handshake.
 ///
-/// What is not known to be the pod's own and neither came by `lo` nor from the pod is an address that
-/// the pod got a moment ago, or one too many: the agent takes it as plaintext from outside, never as
-/// the pod's wish. From such an address to itself goes past the agent, which would dial it in vain for
-/// ever.
+/// A destination that is not known as own, of a SYN that neither came by `lo` nor from the pod, is an address
+/// that the pod got a moment ago, or one beyond the maximum: the agent treats the SYN as plaintext from
+/// outside, never as the pod's own. A SYN from such an address to itself passes the agent by, which would
+/// otherwise dial itself for ever.
 #[inline(always)]
 pub fn steer(
     owns: Owns,
@@ -164,8 +164,7 @@ mod tests {
         text.parse::<IpAddr>().expect("an address").into()
     }
 
-    /// What the programs look up in their map of addresses, and whether the pod has begun what it is
-    /// asked of.
+    /// The addresses in the programs' map, and whether the pod has begun the connection in question.
     struct Pod(Vec<Ip>, bool);
 
     impl Pod {
@@ -196,7 +195,7 @@ mod tests {
         Pod(addresses.iter().map(|address| ip(address)).collect(), true)
     }
 
-    /// One of so few that what is chosen twice is often the same.
+    /// Generates few addresses, so that two of them are often the same.
     fn some() -> impl Strategy<Value = Ip> {
         let few = ["10.1.0.5", "10.1.0.6", "127.0.0.1", "127.0.0.9", "::1"];
         select(few.map(ip).to_vec())
@@ -417,8 +416,8 @@ mod tests {
     }
 
     proptest! {
-        /// Nothing from outside ever reaches the app past the agent, whoever it says that it is. To an
-        /// address from itself is no exception: the answer stays in the pod.
+        /// Nothing from outside ever reaches the app past the agent, whatever its source address. A SYN from
+        /// an address to itself is no exception: the answer stays in the pod.
         #[test]
         fn from_outside_only_the_agent_is_reached(own in vec(some(), 0..4), from in some(), to in some(), port: u16) {
             let pod = Pod(own, false);
@@ -439,7 +438,7 @@ mod tests {
             }
         }
 
-        /// The application's own mark bits survive, and ours are set or gone.
+        /// The application's own mark bits are kept, and ours are set or cleared.
         #[test]
         fn marks_keep_the_applications_bits(old: u32) {
             use crate::mark;

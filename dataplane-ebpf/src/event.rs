@@ -1,4 +1,4 @@
-//! What the kernel programs report on the ring buffer: only what should not happen.
+//! The reports of the kernel programs on the ring buffer: only of what should not happen.
 
 use crate::address::Ip;
 
@@ -10,14 +10,14 @@ pub struct Event {
     pub netns: u64,
     /// The cgroup of the process; 0 where the program cannot know it.
     pub cgroup: u64,
-    /// Where the connection goes.
+    /// The destination address.
     pub to: Ip,
-    /// The first address of the pod, or of the one in whose cgroup the process is; [`Ip::NONE`] where the
+    /// The first address of the pod, or of the pod in whose cgroup the process is; [`Ip::NONE`] where the
     /// program cannot know it.
     pub pod: Ip,
     /// A [`Reason`].
     pub reason: u32,
-    /// The port that the connection goes to.
+    /// The destination port.
     pub port: u32,
 }
 
@@ -33,16 +33,16 @@ pub enum Reason {
     NoAddress = 3,
     /// The process is in an enrolled pod's cgroup, and neither in its network namespace nor the host's.
     ForeignCgroup = 4,
-    /// The agent does not listen.
+    /// The agent has no listener for it.
     NoListener = 5,
-    /// A captured socket was sending by another interface than `lo`.
+    /// A captured socket sent by another interface than `lo`.
     KeptInside = 6,
     /// The socket is bound to an interface that has no address of that family.
     NoRoute = 7,
 }
 
 impl Reason {
-    /// From its number.
+    /// Returns the reason with this number.
     pub const fn from_number(number: u32) -> Option<Self> {
         Some(match number {
             1 => Self::MarkFailed,
@@ -56,7 +56,7 @@ impl Reason {
         })
     }
 
-    /// Its word in logs and metrics.
+    /// Returns the reason's word in logs and metrics.
     pub const fn word(self) -> &'static str {
         match self {
             Self::MarkFailed => "mark_failed",
@@ -74,7 +74,7 @@ const _: () = assert!(size_of::<Event>() == 56);
 
 #[cfg(feature = "user")]
 impl Event {
-    /// From the bytes of a report; none if they are too few.
+    /// Reads the bytes of a report; `None` if they are too few.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         #![allow(unsafe_code, reason = "a report is plain bytes")]
         if bytes.len() < size_of::<Self>() {

@@ -1,5 +1,5 @@
-//! The words that the kernel programs and the agent share, and the decisions that the programs
-//! make, as pure functions that are tested on the host.
+//! The types that the kernel programs and the agent share, and the decisions of the programs, as pure
+//! functions that are tested on the host.
 //!
 //! Every type that crosses a map is `repr(C)` without padding, and its size is asserted; keys are
 //! socket and namespace cookies, never kernel pointers.
@@ -13,11 +13,11 @@ pub mod event;
 pub mod mark;
 pub mod pod;
 
-/// Raised when a map changes; part of the path under which maps are pinned, so that one sees who pinned
-/// them. An agent takes over what another layout holds, up and down, by the maps' names and by what the
-/// kernel says of them. So fields are added at the end of a value, where 0 means what was so without
-/// them; and a map whose keys or values mean something else has another name.
+/// The layout of the maps, raised when one changes. It is part of the path of the pins, to show who made
+/// them. An agent takes over the maps of an older or newer layout by their names and by what the kernel says
+/// of them. So new fields go to the end of a value, where 0 must mean what held without them; and a map whose
+/// keys or values get another meaning gets another name.
 pub const LAYOUT: u32 = if OTHER { 1005 } else { 5 };
 
-/// Whether this is the layout that only tests have: larger and smaller maps, and another value.
+/// `true` for the layout that only tests have: larger and smaller maps, and another value.
 const OTHER: bool = cfg!(feature = "other-layout");

@@ -1,36 +1,36 @@
-//! What the kernel side knows of enrolled pods.
+//! Enrolled pods, as the kernel side knows them.
 //!
-//! The kernel gives an element of a hash map that is removed or replaced to the next update at once,
-//! also while a program on another CPU still holds a reference to it, whether elements are allocated
-//! ahead or not (`bpf_mem_alloc`, since 6.1). So programs decide about a pod by whether a key is there,
-//! which no reuse can change; and an entry of a pod that stays is never written anew. The one value
-//! of a hash map that is read is a cgroup's owner, and a wrong one refuses a connect.
+//! When an element of a hash map is removed or replaced, the kernel gives it to the next update at once, even
+//! while a program on another CPU still holds a reference to it, whether elements are preallocated or not
+//! (`bpf_mem_alloc`, since 6.1). So programs decide about a pod by whether a key is there, which no reuse can
+//! change; and an entry of a pod that stays is never written again. The one value of a hash map by which
+//! a program decides is a cgroup's owner, and a wrong one refuses a connect.
 
 use crate::OTHER;
 use crate::address::Ip;
 
-/// How many pods a node has enrolled at once; a further one waits.
+/// Maximum number of enrolled pods of a node; further ones wait.
 pub const PODS: u32 = if OTHER { 2048 } else { 1024 };
-/// How many cgroups of one pod are known to be its own: each of its containers may have one, where no
-/// cgroup holds them all. What is in a further one counts as outside of the pod's cgroups.
+/// Maximum number of cgroups of one pod: each of its containers may have one, where no cgroup holds them all.
+/// A process in a further one counts as outside of the pod's cgroups.
 pub const CGROUPS: u32 = 16;
-/// How many levels below the root cgroups are looked at for a pod's; deeper ones belong to what is above
-/// them.
+/// Number of levels below the root at which a pod's cgroup is looked for; a deeper cgroup belongs to the one
+/// above it.
 pub const DEPTH: u32 = 12;
-/// How many addresses of one pod are known to be its own. What a pod has beyond that is nobody's: it
-/// is captured like any other destination, and refused to who connects to it from outside.
+/// Maximum number of one pod's own addresses. Further ones count as nobody's: connections to them are
+/// captured like any other, and refused if they come from outside.
 pub const ADDRESSES: usize = 64;
-/// How many keys all pods have in the map `ADDRESSES`; a pod beyond that waits.
+/// Maximum number of keys of all pods in the map `ADDRESSES`; a pod that needs more waits.
 pub const OWNED: u32 = if OTHER { 16_384 } else { 65_536 };
 
-/// What an entry has that says all by being there: 1.
+/// The value, always 1, of entries that only have to be there.
 #[cfg(not(feature = "other-layout"))]
 pub type There = u32;
-/// The same, of the layout that only tests have.
+/// The same value in the layout that only tests have.
 #[cfg(feature = "other-layout")]
 pub type There = u64;
 
-/// An address that a pod has: a key of the map `ADDRESSES`.
+/// An own address of a pod: a key of the map `ADDRESSES`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Owned {
@@ -41,7 +41,7 @@ pub struct Owned {
     pub ip: Ip,
 }
 
-/// How many connections of all pods are remembered as [`Begun`] at once; then the oldest is forgotten.
+/// Maximum number of [`Begun`] connections of all pods; beyond it the oldest is forgotten.
 pub const BEGUN: u32 = if OTHER { 4096 } else { 8192 };
 
 /// A connection that a pod is beginning from one of its own addresses to another one: a key of the map
@@ -51,47 +51,47 @@ pub const BEGUN: u32 = if OTHER { 4096 } else { 8192 };
 pub struct Begun {
     /// The cookie of the pod's network namespace.
     pub netns: u64,
-    /// Where it comes from.
+    /// The source address.
     pub from: Ip,
-    /// Where it goes.
+    /// The destination address.
     pub to: Ip,
-    /// The port that it comes from.
+    /// The source port.
     pub from_port: u32,
-    /// The port that it goes to.
+    /// The destination port.
     pub to_port: u32,
 }
 
-/// What a pod's instance of `steer` knows of it. Written once, before the program is attached.
+/// The pod of an instance of `steer`. Written once, before the program is attached.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Steered {
     /// The cookie of the pod's network namespace.
     pub netns: u64,
-    /// Its first address, for reports.
+    /// The pod's first address, for reports.
     pub first: Ip,
 }
 
-/// What holds for all pods of the node. Written by the agent.
+/// Settings that hold for all pods of the node. Written by the agent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Node {
-    /// Cookies of the host's network namespaces, the agent's own among them; 0 is none.
+    /// Cookies of the host's network namespaces, the agent's own among them; 0 means none.
     pub hosts: [u64; 2],
-    /// Whether the programs log: 0 is off.
+    /// 0 if the programs do not log, 1 if they do.
     pub log: u32,
     /// Always 0.
     pub reserved: u32,
 }
 
-/// Places in a pod's map of listeners.
+/// Slots of a pod's map of listeners.
 pub mod listener {
-    /// What the pod connects to.
+    /// The listener for connections of the pod.
     pub const OUTBOUND: u32 = 0;
-    /// What comes in clear.
+    /// The listener for connections to the pod in clear.
     pub const INBOUND: u32 = 1;
-    /// What comes in HBONE.
+    /// The listener for HBONE.
     pub const HBONE: u32 = 2;
-    /// How many.
+    /// Number of slots.
     pub const COUNT: u32 = 3;
 }
 

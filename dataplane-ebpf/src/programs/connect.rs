@@ -77,7 +77,7 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
     let failed = match decision {
         Connect::Refuse(reason) => Some(reason),
         Connect::Pass => (!let_go(ctx)).then_some(Reason::MarkFailed),
-        // What is local is so only as long as the pod has the address.
+        // Even a local connection must stay inside: the pod may lose the address.
         Connect::Local | Connect::Capture if !keep_inside(ctx) => Some(Reason::StorageFailed),
         Connect::Local | Connect::Capture => {
             count(match captured {
@@ -100,18 +100,18 @@ fn decide_connect(ctx: &SockAddrContext, to: &Ip, port: u16) -> i32 {
         port: u32::from(port),
     });
     if let Reason::NoAddress | Reason::NoRoute = reason {
-        // What a pod of one family sees without a mesh; all else is a refusal (`EPERM`).
+        // The error that a pod of one family gets without a mesh; all others are `EPERM`.
         // SAFETY: a helper that takes a number.
         unsafe { bpf_set_retval(-ENETUNREACH) };
     }
     DENY
 }
 
-/// Logs what becomes of a connect.
+/// Logs the decision about a connect.
 ///
-/// A function that the object exports is verified once, for any arguments, and not at each call. In its
-/// caller's place the eight sizes that aya may reserve for a line would be walked through for each decision.
-/// The kernel wants such a function to return a number.
+/// An exported function is verified once, for any arguments, and not at each call. Inlined, the eight sizes
+/// that aya may reserve for a line would be walked through for each decision. The kernel requires such a
+/// function to return a number.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn log_connect(netns: u64, port: u32, captured: u32) -> u32 {
@@ -119,7 +119,7 @@ extern "C" fn log_connect(netns: u64, port: u32, captured: u32) -> u32 {
     0
 }
 
-/// Whether the socket is bound to no interface, or to one by which it can be captured to this address.
+/// Returns `true` if the socket is bound to no interface, or to one by which it can be captured to `to`.
 #[inline(always)]
 fn has_interface(ctx: &SockAddrContext, netns: u64, to: &Ip) -> bool {
     let sk = context::socket(ctx);
@@ -131,16 +131,16 @@ fn has_interface(ctx: &SockAddrContext, netns: u64, to: &Ip) -> bool {
     matches!(index, 0 | context::LO) || owns(netns, Ip::interface(index, to))
 }
 
-/// A pod's first address, for a report.
+/// Returns a pod's first address, for a report.
 #[inline(always)]
 fn first(netns: u64) -> Ip {
-    // SAFETY: only copied, and nothing is decided by it: what is seen while the element is being
-    // reused is a wrong address in a report.
+    // SAFETY: the value is only copied, and nothing is decided by it: while the element is being reused, the
+    // report has a wrong address.
     unsafe { PODS.get(netns) }.copied().unwrap_or(Ip::NONE)
 }
 
-/// The cookie of the namespace of another enrolled pod in whose cgroup the process is; 0 if it is in
-/// none, or in one of `netns` too, and counts as that namespace's own.
+/// Returns the namespace cookie of another enrolled pod in whose cgroup the process is; 0 if there is none,
+/// or if the process is in one of `netns` too, and so counts as that namespace's own.
 #[inline(never)]
 fn other(netns: u64) -> u64 {
     let mut other = 0;
@@ -149,8 +149,8 @@ fn other(netns: u64) -> u64 {
         if cgroup == 0 {
             break;
         }
-        // SAFETY: only copied; what is seen while the element is being reused is another pod's
-        // namespace, for which the connect is refused.
+        // SAFETY: the value is only copied; while the element is being reused it is another pod's namespace,
+        // for which the connect is refused.
         if let Some(owner) = unsafe { CGROUPS.get(cgroup) } {
             if *owner == netns {
                 return 0;
@@ -161,7 +161,7 @@ fn other(netns: u64) -> u64 {
     other
 }
 
-/// The cgroup above the process's own at a level; 0 where it is not so deep.
+/// Returns the process's ancestor cgroup at a level; 0 if its own is not so deep.
 #[inline(always)]
 fn ancestor(level: i32) -> u64 {
     // SAFETY: a helper that reads the current task.
@@ -193,7 +193,7 @@ fn set_mark(ctx: &SockAddrContext, captured: bool) -> bool {
         }
 }
 
-/// Remembers on the socket that it sends by `lo` only, whatever becomes of its mark.
+/// Remembers on the socket that it may send by `lo` only, whatever becomes of its mark.
 #[inline(always)]
 fn keep_inside(ctx: &SockAddrContext) -> bool {
     let mut inside = 1;
@@ -207,8 +207,8 @@ fn keep_inside(ctx: &SockAddrContext) -> bool {
     true
 }
 
-/// Frees a socket that was a pod's and is connected elsewhere now; what another one is marked with is
-/// not ours.
+/// Releases a socket that was a pod's and now connects elsewhere. The mark of any other socket is not ours,
+/// and stays.
 #[inline(always)]
 fn let_go(ctx: &SockAddrContext) -> bool {
     // SAFETY: the context's socket is locked by the connect.

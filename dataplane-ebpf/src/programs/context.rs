@@ -1,4 +1,4 @@
-//! The only reads of kernel contexts: byte order is settled here.
+//! The only code that reads kernel contexts; it converts the byte order.
 
 #![allow(dead_code, reason = "each object uses its own part")]
 
@@ -7,14 +7,14 @@ use aya_ebpf::programs::{SkLookupContext, SockAddrContext};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::pod::Begun;
 
-/// The loopback interface has this number in every network namespace.
+/// The index of `lo`, in every network namespace.
 pub(crate) const LO: u32 = 1;
 /// `IPPROTO_TCP`.
 pub(crate) const TCP: u32 = 6;
 /// `AF_INET`.
 pub(crate) const INET: u32 = 2;
 
-/// Where an IPv4 connect goes.
+/// Returns the destination of an IPv4 connect.
 #[inline(always)]
 pub(crate) fn connect4(ctx: &SockAddrContext) -> (Ip, u16) {
     // SAFETY: the kernel passes a valid context for the length of the call.
@@ -22,7 +22,7 @@ pub(crate) fn connect4(ctx: &SockAddrContext) -> (Ip, u16) {
     (Ip::v4(context.user_ip4), port(context))
 }
 
-/// Where an IPv6 connect goes; an IPv4 address may stand in it.
+/// Returns the destination of an IPv6 connect, which may be an IPv4 address.
 #[inline(always)]
 pub(crate) fn connect6(ctx: &SockAddrContext) -> (Ip, u16) {
     // SAFETY: as in `connect4`.
@@ -39,22 +39,22 @@ fn port(context: &bpf_sock_addr) -> u16 {
     u16::from_be(context.user_port as u16)
 }
 
-/// Whether the socket is a TCP one; MPTCP says so too.
+/// Returns `true` for a TCP socket, also for an MPTCP one.
 #[inline(always)]
 pub(crate) fn is_tcp(ctx: &SockAddrContext) -> bool {
     // SAFETY: as in `connect4`.
     unsafe { (*ctx.sock_addr).protocol == TCP }
 }
 
-/// The connecting socket.
+/// Returns the connecting socket.
 #[inline(always)]
 pub(crate) fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     // SAFETY: as in `connect4`; the field is a pointer in every variant of the union.
     unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
 }
 
-/// Reads a field. The verifier wants each at a constant offset: volatile, and all of them whatever the
-/// family (the other one's read as zero), so that the compiler does not make one read of two.
+/// Reads a field. The verifier wants a constant offset for each, so all are read, volatile, whatever the
+/// family (those of the other one are zero), lest the compiler merge two reads into one.
 macro_rules! field {
     ($context:ident, $($path:tt)+) => {
         // SAFETY: the kernel passes a valid context for the length of the call.
@@ -73,7 +73,7 @@ macro_rules! words {
     };
 }
 
-/// The IPv4 address where the family is `AF_INET`, or else the IPv6 one.
+/// Returns the IPv4 address if the family is `AF_INET`, or else the IPv6 one.
 macro_rules! address {
     ($context:ident, $v4:ident, $v6:ident) => {
         Ip::v4_if_zero(
@@ -88,11 +88,11 @@ macro_rules! address {
 pub(crate) struct Syn {
     /// The connection that it begins.
     pub(crate) connection: Begun,
-    /// Whether it came by `lo`.
+    /// `true` if it came by `lo`.
     pub(crate) by_lo: bool,
 }
 
-/// Reads the SYN, which has come to this namespace; none if it is not TCP.
+/// Reads the SYN that has come to this namespace; `None` if it is not TCP.
 #[inline(always)]
 pub(crate) fn syn(ctx: &SkLookupContext, netns: u64) -> Option<Syn> {
     let lookup = ctx.lookup;
@@ -111,19 +111,19 @@ pub(crate) fn syn(ctx: &SkLookupContext, netns: u64) -> Option<Syn> {
     })
 }
 
-/// A connection of a TCP socket, as it begins.
+/// A TCP socket's connection, seen from the socket.
 pub(crate) struct Connection {
     /// The socket's own address.
     pub(crate) own: Ip,
-    /// The other end's.
+    /// The other end's address.
     pub(crate) other: Ip,
     /// The socket's own port.
     pub(crate) own_port: u32,
-    /// The other end's.
+    /// The other end's port.
     pub(crate) other_port: u32,
 }
 
-/// Reads it.
+/// Reads the connection of the socket for which the hook runs.
 #[inline(always)]
 pub(crate) fn connection(ops: *mut bpf_sock_ops) -> Connection {
     Connection {
@@ -134,8 +134,8 @@ pub(crate) fn connection(ops: *mut bpf_sock_ops) -> Connection {
     }
 }
 
-/// The same connection, but read from memory wherever it is used. Words in registers are saved on the stack
-/// around each call, in 8 bytes each.
+/// Returns the same connection, but has it read from memory at each use: words in registers would be saved on
+/// the stack around each call, in 8 bytes each.
 #[inline(always)]
 pub(crate) fn in_memory(connection: &Begun) -> &Begun {
     core::hint::black_box(connection)

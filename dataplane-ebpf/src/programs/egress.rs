@@ -1,4 +1,4 @@
-//! Hook: a socket of the pods' cgroup sends. What was captured stays in the pod.
+//! Hook: a socket of the pods' cgroup sends a packet. Captured connections must stay in the pod.
 //!
 //! CAP_NET_RAW is enough to change a socket's mark, and binding to an interface needs nothing at
 //! all; either would send a captured connection's payload out in clear.
@@ -15,7 +15,7 @@ use crate::node_maps::inside;
 const ALLOW: i32 = 1;
 const DROP: i32 = 0;
 
-/// Drops what a captured socket, or the app's end of an agent's connection, sends elsewhere.
+/// Drops packets that a captured socket, or the app's end of an agent's connection, sends by another interface.
 #[cgroup_skb(egress)]
 pub(crate) fn egress(ctx: SkBuffContext) -> i32 {
     let skb = ctx.skb.skb;

@@ -1,4 +1,4 @@
-//! Maps that all programs of a node share, and what they write to them.
+//! The maps that all programs of a node share, and the functions that use them.
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::macros::map;
@@ -8,7 +8,7 @@ use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::event::Event;
 use dataplane_ebpf::pod::{self, Begun, Node, Owned, There};
 
-/// What holds for all pods; one entry, written by the agent.
+/// The settings that hold for all pods; one entry, written by the agent.
 #[map]
 static NODE: Array<Node> = Array::with_max_entries(1, 0);
 
@@ -17,48 +17,48 @@ static NODE: Array<Node> = Array::with_max_entries(1, 0);
 #[map]
 static ADDRESSES: HashMap<Owned, u32> = HashMap::with_max_entries(pod::OWNED, BPF_F_NO_PREALLOC);
 
-/// Pods that leave, by the cookie of their network namespace: nothing new of such a pod is captured any
-/// more, and what was stays inside. So are pods that are being enrolled, until all is in place. Written by
-/// the agent: first at leaving, and first at enrolment. When it is full, a pod that leaves stays captured,
+/// Leaving pods, by the cookie of their network namespace: new connections of such a pod are not captured,
+/// and captured ones stay inside. Pods that are being enrolled are here too, until all is in place. Written
+/// by the agent: first at leaving, and first at enrolment. When it is full, a pod that leaves stays captured,
 /// and enrolment fails.
 #[map]
 static LEAVING: HashMap<u64, There> = HashMap::with_max_entries(pod::PODS, 0);
 
 /// Connections that pods are beginning from one of their own addresses to another. Written by `sock_ops`
-/// before the SYN is sent, read by `steer` as it arrives, and removed by `sock_ops` as the other end is
-/// there, or this one has failed. When it is full, the oldest is forgotten.
+/// before the SYN is sent, read by `steer` when it arrives, and removed by `sock_ops` when the other end is
+/// established or this one has failed. When it is full, the oldest is forgotten.
 #[map]
 pub(crate) static BEGUN: LruHashMap<Begun, u32> = LruHashMap::with_max_entries(pod::BEGUN, 0);
 
-/// Counts, a slot per [`Counter`]; written here, read by the agent.
+/// The counters, a slot per [`Counter`]; written here, read by the agent.
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::SLOTS, 0);
 
-/// Reports, read by the agent. When it is full, reports are lost and that is counted.
+/// The reports, read by the agent. When it is full, reports are lost and counted.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(64 * 1024, 0);
 
-/// What holds for all pods.
+/// Returns the settings that hold for all pods.
 #[inline(always)]
 pub(crate) fn node() -> Option<&'static Node> {
     NODE.get(0)
 }
 
-/// Whether the pod of this network namespace has the address, or what stands for a family or an
-/// interface.
+/// Returns `true` if the pod of this network namespace has the address, or the key that stands for a family
+/// or an interface.
 #[inline(always)]
 pub(crate) fn owns(netns: u64, ip: Ip) -> bool {
     ADDRESSES.get_ptr(Owned { netns, ip }).is_some()
 }
 
-/// Whether the pod of this network namespace leaves.
+/// Returns `true` if the pod of this network namespace is leaving, or not enrolled yet.
 #[inline(always)]
 pub(crate) fn leaves(netns: u64) -> bool {
     LEAVING.get_ptr(netns).is_some()
 }
 
-/// Counts one. A program that is interrupted here by another one on its CPU may undo what that one
-/// counts: a count may be low, and is never high. (There is no atomic addition for this target.)
+/// Counts one. If another program interrupts this one on its CPU, the other's count may be lost: a count may
+/// be low, and is never high. (This target has no atomic addition.)
 #[inline(always)]
 pub(crate) fn count(counter: Counter) {
     if let Some(slot) = COUNTERS.get_ptr_mut(counter as u32) {
@@ -68,7 +68,7 @@ pub(crate) fn count(counter: Counter) {
     }
 }
 
-/// Reports, or counts that the report was lost.
+/// Reports an event, or counts that it was lost.
 #[inline(always)]
 pub(crate) fn report(event: Event) {
     match EVENTS.reserve::<Event>(0) {

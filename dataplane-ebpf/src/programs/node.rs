@@ -4,7 +4,7 @@
 #![no_main]
 #![allow(
     clippy::needless_pass_by_value,
-    reason = "aya passes a program its context so"
+    reason = "aya passes the context by value"
 )]
 
 mod connect;
@@ -14,12 +14,12 @@ mod maps;
 mod node_maps;
 mod sock_ops;
 
-/// The kernel lends some helpers to GPL-compatible programs only.
+/// The kernel allows some helpers to GPL-compatible programs only.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
 
-/// Unreachable: a program in which this could be reached is refused by the verifier.
+/// Unreachable: the verifier refuses a program in which this could be reached.
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {

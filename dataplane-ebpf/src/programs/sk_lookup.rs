@@ -1,5 +1,5 @@
-//! Hook: a listener is looked up in a pod's namespace. Inbound capture, and the end of the
-//! outbound capture's route.
+//! Hook: the kernel looks up a listener in a pod's namespace. This captures inbound connections, and hands
+//! over outbound ones that the capture route has brought back.
 
 use aya_ebpf::bindings::sk_action::{SK_DROP, SK_PASS};
 use aya_ebpf::macros::{map, sk_lookup};
@@ -14,16 +14,16 @@ use dataplane_ebpf::pod::{Begun, Steered, listener};
 use crate::context::{self, Syn, in_memory};
 use crate::maps::{BEGUN, count, leaves, node, owns, report};
 
-/// The agent's listeners in this pod. Written by the agent; a listener that is closed leaves.
+/// The agent's listeners in this pod. Written by the agent; the kernel removes a listener that is closed.
 #[map]
 static LISTENERS: SockMap = SockMap::with_max_entries(listener::COUNT, 0);
 
-/// Whose instance this is; one entry, written by the agent before it attaches the program.
+/// The pod of this instance; one entry, written by the agent before it attaches the program.
 #[map]
 static POD: Array<Steered> = Array::with_max_entries(1, 0);
 
-/// Fails closed: without a listener of the agent the SYN is dropped. Passing it would give the
-/// pod's own wildcard listener traffic that no policy has seen.
+/// Fails closed: without a listener of the agent the SYN is dropped. If it passed, the pod's own wildcard
+/// listener would get traffic that no policy has seen.
 #[sk_lookup]
 pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
     let (Some(pod), Some(node)) = (POD.get(0), node()) else {
@@ -70,8 +70,8 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
     SK_PASS
 }
 
-/// Logs where a SYN goes: exported, so that it is verified once, for any arguments, and not for each way
-/// that a SYN may go. The kernel wants such a function to return a number.
+/// Logs where a SYN goes. The function is exported, so that it is verified once, for any arguments, and not
+/// for each way that a SYN may go. The kernel requires such a function to return a number.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn log_steer(port: u32, to: u32) -> u32 {

@@ -1,10 +1,10 @@
-//! Hook: a connection of the pods' cgroup begins, or ends. What the connect hook does not see is
-//! remembered as one that sends by `lo` only: the app's end of an agent's connection, each subflow of a
-//! captured MPTCP one, and both ends of what a pod has with itself. Only in a pod's namespace: elsewhere a
-//! mark is somebody else's.
+//! Hook: a connection of the pods' cgroup begins or ends. Sockets that the connect hook does not see are
+//! remembered as sending by `lo` only: the app's end of an agent's connection, each subflow of a captured
+//! MPTCP connection, and both ends of a connection that a pod has with itself. This holds only in a pod's
+//! namespace: elsewhere a mark is somebody else's.
 //!
-//! What a pod begins with itself is known to be its own until it is accepted, or has failed: whoever has
-//! the address later may use the same port.
+//! A connection that a pod begins with itself is known to be its own until it is accepted or has failed: a
+//! later owner of the address may use the same port.
 
 use aya_ebpf::bindings::{
     BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
@@ -21,8 +21,8 @@ use crate::context::{self, Connection, in_memory};
 use crate::maps::{BEGUN, count, owns};
 use crate::node_maps::{PODS, inside};
 
-/// Runs at each event of a TCP socket; cares for the two at which a connection begins, and for the end of
-/// one that was begun here.
+/// Runs at each event of a TCP socket; handles the two at which a connection begins, and the end of one that
+/// was begun here.
 #[sock_ops]
 pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
     let op = ctx.op();
@@ -45,7 +45,7 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
         own_port,
         other_port,
     } = context::connection(ctx.ops);
-    // As who has begun it sees it.
+    // The connection as its client sees it.
     let (from, to, from_port, to_port) = if is_accepted {
         (other, own, other_port, own_port)
     } else {
@@ -61,7 +61,7 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
     let connection = in_memory(&connection);
     let Begun { from, to, .. } = connection;
     if ends {
-        // It has failed, or nobody of the pods' cgroup has accepted it.
+        // It has failed, or was not accepted by a process of the pods' cgroup.
         let _ = BEGUN.remove(connection);
         return 0;
     }
@@ -78,24 +78,24 @@ pub(crate) fn sock_ops(ctx: SockOpsContext) -> u32 {
         return 0;
     }
     if is_accepted {
-        // Not as the client's end is established: a handshake with a SYN cookie looks up the listener
-        // once more, for the packet after that.
+        // Not when the client's end is established: a handshake with a SYN cookie looks up the listener once
+        // more, for the packet after that.
         let _ = BEGUN.remove(connection);
     } else if owns(netns, *from) && tells_its_end(&ctx) {
-        // Where it finds no room it is taken for somebody else's, and goes to the agent.
+        // If the map refuses it, the SYN counts as somebody else's, and goes to the agent.
         let _ = BEGUN.insert(connection, 1, 0);
     }
     0
 }
 
-/// Has this hook run as the socket's state changes; whether it will.
+/// Makes this hook run when the socket's state changes. Returns `true` if it will.
 #[inline(always)]
 fn tells_its_end(ctx: &SockOpsContext) -> bool {
     let flags = ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG;
     ctx.set_cb_flags(flags as i32).is_ok()
 }
 
-/// Remembers on the socket that it sends by `lo` only.
+/// Remembers on the socket that it may send by `lo` only.
 #[inline(always)]
 fn keep_inside(sk: *mut bpf_sock) {
     let mut yes = 1_u32;
@@ -110,8 +110,8 @@ fn keep_inside(sk: *mut bpf_sock) {
     };
     let stored = stored.cast::<u32>();
     if stored.is_null() {
-        // It has begun and cannot be refused any more; what it is marked with keeps it inside,
-        // as long as the app lets it.
+        // The connection has begun and can no longer be refused; its mark keeps it inside unless the app
+        // changes the mark or binds the socket to an interface.
         count(Counter::NotKept);
     } else {
         // SAFETY: not null, and the kernel runs this hook with the socket locked.
