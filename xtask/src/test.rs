@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -70,6 +71,8 @@ pub(crate) struct Built {
     release: bool,
     programs: Vec<(String, PathBuf)>,
     tests: Vec<Executable>,
+    /// The agent with the layout of maps that only tests have, once it is built.
+    other_agent: OnceLock<PathBuf>,
 }
 
 /// One test executable.
@@ -153,14 +156,23 @@ impl Built {
             release,
             programs,
             tests,
+            other_agent: OnceLock::new(),
         })
     }
 
-    /// The agent with the layout of maps that only tests have, where tests want it.
+    /// The agent with the layout of maps that only tests have. It is built once.
     ///
     /// # Errors
     /// It cannot be built.
-    pub(crate) fn other_agent(&self) -> Result<PathBuf> {
+    pub(crate) fn other_agent(&self) -> Result<&Path> {
+        if let Some(built) = self.other_agent.get() {
+            return Ok(built);
+        }
+        let built = self.build_other_agent()?;
+        Ok(self.other_agent.get_or_init(|| built))
+    }
+
+    fn build_other_agent(&self) -> Result<PathBuf> {
         say("agent with another layout");
         let agent = self.program("dataplane")?;
         let (kept, other) = (

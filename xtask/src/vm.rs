@@ -48,7 +48,7 @@ pub(crate) struct Options {
     /// Runs only the tests whose name contains this.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Writes docs/kernels.md from the table of `all`, if all passed.
+    /// Writes what the table says of these kernels into docs/kernels.md, if all passed.
     #[arg(long)]
     write: bool,
 }
@@ -75,10 +75,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         _ if options.kernel.is_empty() => vec![kernel::VERSIONS[0]],
         _ => options.kernel.iter().map(String::as_str).collect(),
     };
-    let whole = options.what == What::All && options.append.is_empty() && options.only.is_none();
+    let suite = matches!(options.what, What::All | What::Tests);
+    let whole = suite && options.append.is_empty() && options.only.is_none();
+    let known = names.iter().all(|name| kernel::VERSIONS.contains(name));
     ensure!(
-        whole || !options.write,
-        "--write is for `all` as it is: that is what the document tells"
+        whole && known || !options.write,
+        "--write is for the whole suite on kernels {}: that is what the document tells",
+        kernel::VERSIONS.join(" and ")
     );
     ensure!(
         options.only.is_none() || options.what == What::Tests,
@@ -105,6 +108,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         chosen.insert(case.name.clone(), names);
     }
 
+    // Before the machines share what was built: it takes the agent's place while it is built.
+    for case in &cases {
+        if case.wants_other_agent(None)? {
+            built.other_agent()?;
+        }
+    }
     let mut columns = Vec::new();
     if options.what == What::All {
         columns.push(Column::here(&built, &cases)?);
@@ -114,7 +123,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let name = &kernel.name;
         say(&format!("{name}: Linux {}, {accelerator}", kernel.release));
         let append = &options.append;
-        let column = Column::inside(kernel, &built, accelerator, append, &cases, &chosen)?;
+        let column = Column::inside(kernel, &built, accelerator, append, &cases, &chosen);
+        // Now, and not when the other machines are done.
+        let column = column.inspect_err(|error| say(&format!("{name}: {error:#}")))?;
         say(&format!("{name}: {:.0} s", started.elapsed().as_secs_f32()));
         Ok(column)
     };

@@ -99,7 +99,7 @@ impl Column {
         let mut other = String::new();
         for case in &cases {
             if case.wants_other_agent(None)? {
-                image.program(&built.other_agent()?, "/dataplane-other")?;
+                image.program(built.other_agent()?, "/dataplane-other")?;
                 other = "DATAPLANE_TEST_OTHER=/dataplane-other".into();
             }
         }
@@ -349,14 +349,46 @@ impl Table {
         text
     }
 
+    /// Takes the columns of other kernels from this document, as their last whole runs left them.
+    fn with_others(mut self, document: &str) -> Self {
+        let lines = document.lines().filter(|line| line.starts_with("| "));
+        let cells = |line: &str| -> Vec<String> {
+            let cells = line.trim_matches('|').split('|');
+            cells.map(|cell| cell.trim().to_owned()).collect()
+        };
+        let old: Vec<Vec<String>> = lines.map(cells).collect();
+        let kernels = |rows: &[(String, Vec<String>)]| rows[0].1.clone();
+        for place in 1..old.first().map_or(0, Vec::len) {
+            if kernels(&self.rows).contains(&old[0][place]) {
+                continue;
+            }
+            let count = self.rows[0].1.len();
+            for row in &old {
+                if !self.rows.iter().any(|(name, _)| *name == row[0]) {
+                    self.rows.push((row[0].clone(), vec!["-".into(); count]));
+                }
+            }
+            for (name, cells) in &mut self.rows {
+                let row = old.iter().find(|row| row[0] == *name);
+                let cell = row.and_then(|row| row.get(place)).map(String::as_str);
+                cells.push(cell.unwrap_or("-").to_owned());
+            }
+        }
+        self
+    }
+
     /// Writes docs/kernels.md.
-    pub(crate) fn write(&self) -> Result<()> {
+    pub(crate) fn write(self) -> Result<()> {
         let path = workspace().join("docs/kernels.md");
+        let table = match fs::read_to_string(&path) {
+            Ok(document) => self.with_others(&document),
+            Err(_) => self,
+        };
         let text = format!(
             "# Kernels\n\n\
              Linux {oldest} is the oldest that is tested. This table is written by `cargo xtask vm all\n\
-             --write`, which runs the whole suite of `tests/cases` on each of these kernels, and writes\n\
-             only what passed. `instructions` are those that the verifier walked through, of the million\n\
+             --write`, which runs the whole suite of `tests/cases` on each of these kernels, or by `cargo\n\
+             xtask vm --kernel 6.1 --write` for one of them; only what passed is written. `instructions` are those that the verifier walked through, of the million\n\
              that it allows; the stack is of 512 bytes. What is off is what the agent does without, and\n\
              why. Of modules only veth is loaded, for the tests: the agent needs none, `tcp_diag` among\n\
              them.\n\n\
@@ -365,8 +397,44 @@ impl Table {
              captures IPv4 alone, and refuses the rest), by a seccomp filter; and CI boots one\n\
              without IPv6.\n\n{table}",
             oldest = kernel::VERSIONS[0],
-            table = self.text()
+            table = table.text()
         );
         fs::write(&path, text).with_context(|| path.display().to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(name: &str, cells: &[&str]) -> (String, Vec<String>) {
+        let cells = cells.iter().map(|cell| (*cell).to_owned());
+        (name.to_owned(), cells.collect())
+    }
+
+    #[test]
+    fn what_other_kernels_had_stays_in_the_document() {
+        let old = Table {
+            rows: vec![
+                row("kernel", &["6.18", "6.1"]),
+                row("gone", &["1", "2"]),
+                row("tests passed", &["50 of 50", "51 of 51"]),
+            ],
+        };
+        let new = Table {
+            rows: vec![
+                row("kernel", &["6.1"]),
+                row("new", &["3"]),
+                row("tests passed", &["60 of 60"]),
+            ],
+        };
+        let merged = new.with_others(&format!("# Kernels\n\n{}", old.text()));
+        let expected = [
+            row("kernel", &["6.1", "6.18"]),
+            row("new", &["3", "-"]),
+            row("tests passed", &["60 of 60", "50 of 50"]),
+            row("gone", &["-", "1"]),
+        ];
+        assert_eq!(merged.rows, expected);
     }
 }
