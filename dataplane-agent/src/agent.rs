@@ -1,10 +1,10 @@
 //! The architect: builds the halves of the agent from settings, in one process or in two, lets the corridor
 //! walk, and drains in reverse.
 
+mod admin_state;
+mod config_source;
 mod node;
-mod opened;
 mod proxy;
-mod telling;
 
 use std::fs;
 use std::future::pending;
@@ -17,10 +17,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::admin_state::{AdminState, NodeState, ProxyState};
+use self::config_source::ConfigSource;
 use self::node::{Control, Node, Prepared, counted};
-use self::opened::Opened;
 use self::proxy::Proxy;
-use self::telling::{OfNode, OfProxy, Told};
 use crate::config::RunOptions;
 use crate::control::ca::{CaError, EmbeddedCa};
 use crate::control::configuration::{Configuration, LocalPods};
@@ -35,13 +35,13 @@ use crate::observe::{Metrics, kernel, metrics};
 use crate::proxy::limits::NodePlaces;
 use crate::seam::borrow::Borrower;
 use crate::seam::lend::Lender;
-use crate::seam::{Entry, Leases, PodEvent};
+use crate::seam::{Leases, PodEvent, SeamListener};
 use crate::sys::{caps, limits, processes};
 
 /// How long a node that ends goes on to tell other nodes of its pods.
 const LAST_STEP: Duration = Duration::from_millis(100);
 /// How often it is looked whether the state has been made that a proxy makes.
-const LOOK: Duration = Duration::from_secs(1);
+const STATE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What of the daemon a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,10 +127,10 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     raise_files();
     let mut signals = Signals::new()?;
     // What is configured first: a wrong file stops the start before anything is made or touched.
-    let opened = Opened::new(&options)?;
-    let prepared = Prepared::new(&options, &opened).await?;
+    let config = ConfigSource::new(&options)?;
+    let prepared = Prepared::new(&options, &config).await?;
     let (state, ca) = open_state(&options, prepared.known_root().as_deref())?;
-    let configured = opened.with(&options, Some(state.clone()))?;
+    let configured = config.into_source(&options, Some(state.clone()))?;
     let Node {
         reconciler,
         handle,
@@ -148,21 +148,21 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
 
     let socket = options.places.socket(&options.node);
     let listener = open_socket(&socket)?;
-    let told = Told {
+    let admin = AdminState {
         node: options.node.to_string(),
         configured: control.configured.clone(),
-        node_half: Some(OfNode {
+        node_half: Some(NodeState {
             handle,
             view: view.clone(),
             serving: None,
         }),
-        proxy_half: Some(OfProxy {
+        proxy_half: Some(ProxyState {
             mesh,
             certs: proxy.certs.clone(),
             root_end: proxy.root_end.clone(),
         }),
     };
-    let sources = told.sources(level, Arc::clone(&proxy.metrics));
+    let sources = admin.sources(level, Arc::clone(&proxy.metrics));
     tracing::info!(
         node = %options.node,
         workers = proxy.threads,
@@ -182,7 +182,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
         }
     };
     // One for all of the agent's life: none of them may stand still meanwhile.
-    let rooms = one_ends(
+    let rooms = first_to_end(
         reconciler.run(to_capture, rests),
         control.run(draining.clone()),
         background,
@@ -191,14 +191,14 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let ended = async {
         let (never, signal) = (pending::<()>(), signals.next());
         let mut apply = |event| proxy.apply(event);
-        let signal = hand_on(rooms.as_mut(), never, &mut events, &mut apply, signal).await?;
+        let signal = forward_events(rooms.as_mut(), never, &mut events, &mut apply, signal).await?;
         tracing::info!(signal, drain = ?options.drain, "draining; pods stay captured");
         // Capture rests: no pod is enrolled or let go any more, and none is left half in.
         rest.cancel();
         let again = signals.next();
-        let again = hand_on(rooms.as_mut(), at_rest, &mut events, &mut apply, again);
+        let again = forward_events(rooms.as_mut(), at_rest, &mut events, &mut apply, again);
         if let Some(name) = again.await? {
-            unfinished(name, &view.borrow());
+            warn_unfinished(name, &view.borrow());
             return Ok(());
         }
         // What it has handed on before: the listeners of a pod that has just come are in there.
@@ -209,7 +209,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
         // what comes.
         draining.cancel();
         let (idle, again) = (proxy.drain(options.drain), signals.next());
-        if let Some(name) = hand_on(rooms.as_mut(), idle, &mut events, drop, again).await? {
+        if let Some(name) = forward_events(rooms.as_mut(), idle, &mut events, drop, again).await? {
             tracing::warn!(signal = name, "ending at once");
         }
         Ok(())
@@ -226,20 +226,20 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
 async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     raise_files();
     let mut signals = Signals::new()?;
-    let opened = Opened::new(&options)?;
-    let prepared = Prepared::new(&options, &opened).await?;
-    let state = match opened.has_records() {
+    let config = ConfigSource::new(&options)?;
+    let prepared = Prepared::new(&options, &config).await?;
+    let state = match config.has_records() {
         true => tokio::select! {
-            state = found_state(&options.state) => Some(state?),
+            state = wait_for_state(&options.state) => Some(state?),
             _ = signals.next() => return Ok(()),
         },
         false => None,
     };
     let known = prepared.known_root();
     if let (Some(state), Some(known)) = (&state, &known) {
-        state.is(known).map_err(of_state)?;
+        state.is(known).map_err(state_error)?;
     }
-    let configured = opened.with(&options, state.clone())?;
+    let configured = config.into_source(&options, state.clone())?;
     let Node {
         reconciler,
         handle,
@@ -255,8 +255,8 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let view = control.view.clone();
     let (lender, serving) = Lender::new(options.node.as_str(), reconciler.stamp());
     let seam = options.places.seam(&options.node);
-    let entry =
-        Entry::open(&seam).with_context(|| format!("socket for proxies {}", seam.display()))?;
+    let entry = SeamListener::open(&seam)
+        .with_context(|| format!("socket for proxies {}", seam.display()))?;
 
     let socket = options.places.socket(&options.node);
     let listener = open_socket(&socket)?;
@@ -268,17 +268,17 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         workers: Vec::new(),
         root_ends: 0,
     }));
-    let told = Told {
+    let admin = AdminState {
         node: options.node.to_string(),
         configured: control.configured.clone(),
-        node_half: Some(OfNode {
+        node_half: Some(NodeState {
             handle,
             view: view.clone(),
             serving: Some(serving),
         }),
         proxy_half: None,
     };
-    let sources = told.sources(level, metrics);
+    let sources = admin.sources(level, metrics);
     tracing::info!(node = %options.node, admin = %socket.display(), seam = %seam.display(), "started");
     let draining = CancellationToken::new();
     let (rests, at_rest) = oneshot::channel();
@@ -290,7 +290,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
             () = admin::serve(listener, sources) => {}
         }
     };
-    let rooms = one_ends(
+    let rooms = first_to_end(
         reconciler.run(to_capture, rests),
         control.run(draining.clone()),
         background,
@@ -299,21 +299,21 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let (_never, mut nothing) = mpsc::channel(1);
     let ended = async {
         let (never, signal) = (pending::<()>(), signals.next());
-        let signal = hand_on(rooms.as_mut(), never, &mut nothing, drop, signal).await?;
+        let signal = forward_events(rooms.as_mut(), never, &mut nothing, drop, signal).await?;
         tracing::info!(
             signal,
             "ending; pods stay captured, and are served as before"
         );
         rest.cancel();
         let again = signals.next();
-        let again = hand_on(rooms.as_mut(), at_rest, &mut nothing, drop, again);
+        let again = forward_events(rooms.as_mut(), at_rest, &mut nothing, drop, again);
         if let Some(name) = again.await? {
-            unfinished(name, &view.borrow());
+            warn_unfinished(name, &view.borrow());
         }
         draining.cancel();
         // Other nodes are told of what came last.
         let step = tokio::time::sleep(LAST_STEP);
-        hand_on(rooms.as_mut(), step, &mut nothing, drop, pending()).await?;
+        forward_events(rooms.as_mut(), step, &mut nothing, drop, pending()).await?;
         Ok(())
     };
     let ended = ended.await;
@@ -327,9 +327,9 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
 async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     raise_files();
     let mut signals = Signals::new()?;
-    let opened = Opened::new(&options)?;
+    let config = ConfigSource::new(&options)?;
     let (state, ca) = open_state(&options, None)?;
-    let (source, _) = opened.with(&options, Some(state))?;
+    let (source, _) = config.into_source(&options, Some(state))?;
     let (mesh_writer, mesh) = mesh::store();
     let mut proxy = Proxy::start(
         &options,
@@ -337,7 +337,7 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
         &mesh,
         (Box::new(Vec::new), Box::new(Vec::new)),
     )?;
-    let (events, mut told_of) = mpsc::channel(64);
+    let (events, mut pod_events) = mpsc::channel(64);
     let leaving = CancellationToken::new();
     let borrower = Borrower::new(options.places.seam(&options.node), events, leaving.clone());
     let (leases, (here, told_here)) = (Leases::default(), watch::channel(LocalPods::default()));
@@ -347,17 +347,17 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
 
     let socket = options.places.proxy_socket(&options.node);
     let listener = open_socket(&socket)?;
-    let told = Told {
+    let admin = AdminState {
         node: options.node.to_string(),
         configured,
         node_half: None,
-        proxy_half: Some(OfProxy {
+        proxy_half: Some(ProxyState {
             mesh,
             certs: proxy.certs.clone(),
             root_end: proxy.root_end.clone(),
         }),
     };
-    let sources = told.sources(level, Arc::clone(&proxy.metrics));
+    let sources = admin.sources(level, Arc::clone(&proxy.metrics));
     tracing::info!(
         node = %options.node,
         workers = proxy.threads,
@@ -373,25 +373,27 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
             () = admin::serve(listener, sources) => {}
         }
     };
-    let rooms = one_ends(pending(), configuration.run(), background);
+    let rooms = first_to_end(pending(), configuration.run(), background);
     tokio::pin!(rooms);
     let ended = async {
         let apply = |proxy: &mut Proxy, event| {
-            leases.hear(&event);
+            leases.apply(&event);
             let (served, captured) = leases.uids();
             here.send_replace(LocalPods { captured, served });
             proxy.apply(event);
         };
         let (never, signal) = (pending::<()>(), signals.next());
         let hear = |event| apply(&mut proxy, event);
-        let signal = hand_on(rooms.as_mut(), never, &mut told_of, hear, signal).await?;
+        let signal = forward_events(rooms.as_mut(), never, &mut pod_events, hear, signal).await?;
         tracing::info!(signal, drain = ?options.drain, "draining; what comes waits for the next proxy");
         leaving.cancel();
-        proxy.rest();
+        proxy.stop_accepting();
         // The node goes on to say what happens to its pods.
         let (idle, again) = (proxy.drain(options.drain), signals.next());
         let hear = |event| apply(&mut proxy, event);
-        if let Some(name) = hand_on(rooms.as_mut(), idle, &mut told_of, hear, again).await? {
+        if let Some(name) =
+            forward_events(rooms.as_mut(), idle, &mut pod_events, hear, again).await?
+        {
             tracing::warn!(signal = name, "ending at once");
         }
         Ok(())
@@ -409,8 +411,8 @@ fn raise_files() {
 }
 
 fn open_socket(path: &Path) -> Result<Socket, AgentError> {
-    let opened = Socket::open(path);
-    Ok(opened.with_context(|| format!("admin socket {}", path.display()))?)
+    let config = Socket::open(path);
+    Ok(config.with_context(|| format!("admin socket {}", path.display()))?)
 }
 
 fn open_state(
@@ -418,11 +420,11 @@ fn open_state(
     known: Option<&str>,
 ) -> Result<(SharedState, EmbeddedCa), AgentError> {
     let (domain, ttl) = (&options.trust_domain, options.secret_ttl);
-    SharedState::open(&options.state, known, domain, ttl).map_err(of_state)
+    SharedState::open(&options.state, known, domain, ttl).map_err(state_error)
 }
 
 /// Waits for the state that nodes share, which proxies make: who has no key makes none.
-async fn found_state(folder: &Path) -> Result<SharedState, AgentError> {
+async fn wait_for_state(folder: &Path) -> Result<SharedState, AgentError> {
     let mut told = false;
     loop {
         let found = SharedState::found(folder).map_err(|error| AgentError::Other(error.into()));
@@ -433,12 +435,12 @@ async fn found_state(folder: &Path) -> Result<SharedState, AgentError> {
             tracing::info!(state = %folder.display(), "waits for the state that nodes share; a proxy makes it");
         }
         told = true;
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(STATE_INTERVAL).await;
     }
 }
 
 /// Waits until a room ends. None does as long as the agent runs, but for capture if it fails.
-async fn one_ends(
+async fn first_to_end(
     capture: impl Future<Output = Result<(), CaptureError>>,
     control: impl Future<Output = ()>,
     background: impl Future<Output = ()>,
@@ -458,7 +460,7 @@ async fn one_ends(
 ///
 /// # Errors
 /// One of the `rooms` has ended.
-async fn hand_on<T>(
+async fn forward_events<T>(
     rooms: impl Future<Output = AgentError>,
     over: impl Future<Output = T>,
     events: &mut mpsc::Receiver<PodEvent>,
@@ -477,7 +479,7 @@ async fn hand_on<T>(
 }
 
 /// Tells which pods were being enrolled or let go, when they were told of last.
-fn unfinished(signal: &str, view: &StatusSnapshot) {
+fn warn_unfinished(signal: &str, view: &StatusSnapshot) {
     let busy = view
         .pods
         .iter()
@@ -493,7 +495,7 @@ fn unfinished(signal: &str, view: &StatusSnapshot) {
 }
 
 /// A disk that is full is no setting that is wrong: to try again later may help.
-fn of_state(error: StateError) -> AgentError {
+fn state_error(error: StateError) -> AgentError {
     match error {
         StateError::File { .. } | StateError::Ca(CaError::File { .. }) => {
             AgentError::Other(anyhow::anyhow!("--state: {error}"))
@@ -547,12 +549,12 @@ mod tests {
             "SIGTERM"
         };
         let apply = |event| heard.push(event);
-        let end = hand_on(pending(), &mut at_rest, &mut inbox, apply, again);
+        let end = forward_events(pending(), &mut at_rest, &mut inbox, apply, again);
         let end = tokio::time::timeout(Duration::from_secs(5), end).await;
         let end = end.expect("it does not wait").expect("no room has failed");
         assert_eq!((end, heard.len()), (Some("SIGTERM"), 1));
         rests.send(()).expect("somebody waits");
-        let end = hand_on(pending(), at_rest, &mut inbox, drop, pending());
+        let end = forward_events(pending(), at_rest, &mut inbox, drop, pending());
         assert_eq!(end.await.expect("no room has failed"), None);
     }
 
@@ -568,8 +570,8 @@ mod tests {
             capture
         };
         let (_events, mut inbox) = mpsc::channel(1);
-        let rooms = one_ends(capture, runs(1), runs(2));
-        let end = hand_on(rooms, pending::<()>(), &mut inbox, drop, pending());
+        let rooms = first_to_end(capture, runs(1), runs(2));
+        let end = forward_events(rooms, pending::<()>(), &mut inbox, drop, pending());
         let end = tokio::time::timeout(Duration::from_secs(5), end).await;
         let end = end.expect("that is noticed");
         end.expect_err("none ends by itself").to_string()

@@ -1,7 +1,7 @@
 //! Owns every task of the data plane, and is the only place that spawns one.
 //!
-//! A [`Scope`] is what one worker runs for one pod. It is first *closed* (no new work; tunnels say
-//! GOAWAY and finish what they have) and then *cut*. Pods can be closed and opened again. A pod's tasks
+//! A [`TaskGroup`] is what one worker runs for one pod. It is first *draining* (no new work; tunnels say
+//! GOAWAY and finish what they have) and then *cut*. Pods can be draining and opened again. A pod's tasks
 //! are counted together, whichever worker runs them: while its listeners go on to accept, one worker
 //! after the other being idle for a moment does not mean that nothing runs.
 
@@ -16,21 +16,23 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::load::Load;
 
-/// Is shared by all that were told the same, and answers when the last of them lets go of it.
+/// Sends an answer when its last clone is dropped. Everyone who has to do the same thing holds a clone.
 #[derive(Clone, Debug)]
-pub struct Answer(#[expect(dead_code, reason = "it acts as it is dropped")] Arc<OnDrop>);
+pub struct CompletionGuard(
+    #[expect(dead_code, reason = "its destructor does the work")] Arc<NotifyOnDrop>,
+);
 
 #[derive(Debug)]
-struct OnDrop(Option<oneshot::Sender<()>>);
+struct NotifyOnDrop(Option<oneshot::Sender<()>>);
 
-impl Answer {
-    /// By which `told` hears.
+impl CompletionGuard {
+    /// Returns a guard that answers to `told`.
     pub fn new(told: oneshot::Sender<()>) -> Self {
-        Self(Arc::new(OnDrop(Some(told))))
+        Self(Arc::new(NotifyOnDrop(Some(told))))
     }
 }
 
-impl Drop for OnDrop {
+impl Drop for NotifyOnDrop {
     fn drop(&mut self) {
         if let Some(told) = self.0.take() {
             // Whoever asked may have given up.
@@ -41,86 +43,91 @@ impl Drop for OnDrop {
 
 /// The tasks of one pod on one worker. Clones share them.
 #[derive(Clone, Debug)]
-pub struct Scope {
+pub struct TaskGroup {
     tasks: TaskTracker,
-    cut: CancellationToken,
-    closed: Rc<watch::Sender<bool>>,
+    abort: CancellationToken,
+    draining: Rc<watch::Sender<bool>>,
     load: Option<Load>,
 }
 
-impl Scope {
-    /// Without a task; what it spawns is begun by the worker of this `load`.
+impl TaskGroup {
+    /// Returns an empty group. Each task that it spawns adds to `load`, which is that of the worker, if given.
     pub fn new(load: Option<Load>) -> Self {
         Self {
-            tasks: tasks(),
-            cut: CancellationToken::new(),
-            closed: Rc::new(watch::Sender::new(false)),
+            tasks: task_tracker(),
+            abort: CancellationToken::new(),
+            draining: Rc::new(watch::Sender::new(false)),
             load,
         }
     }
 
-    /// Counts what it spawns among these, with what other workers run for the same pod.
-    pub fn among(self, tasks: &TaskTracker) -> Self {
+    /// Counts its tasks in `tasks`, together with those that other workers run for the same pod.
+    pub fn counted_in(self, tasks: &TaskTracker) -> Self {
         let tasks = tasks.clone();
         Self { tasks, ..self }
     }
 
-    /// Counts as a task until it is dropped: what is on its way to be spawned.
+    /// Returns a token that counts as a task until it is dropped: for work that is about to be spawned.
     pub fn token(&self) -> TaskTrackerToken {
         self.tasks.token()
     }
 
-    /// Runs a task on this worker until it ends or the scope is cut.
+    /// Runs a task on this worker until it ends or the group is aborted.
     pub fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        let cut = self.cut.clone();
+        let abort = self.abort.clone();
         let begun = self.load.as_ref().map(Load::begin);
         self.tasks.spawn_local(async move {
             let _begun = begun;
             tokio::select! {
                 biased;
-                () = cut.cancelled_owned() => {}
+                () = abort.cancelled_owned() => {}
                 () = task => {}
             }
         });
     }
 
-    /// No new work from now on, or again.
-    pub fn close(&self, closed: bool) {
-        self.closed.send_replace(closed);
+    /// Announces that no new work shall begin.
+    pub fn start_drain(&self) {
+        self.draining.send_replace(true);
     }
 
-    /// Completes when there shall be no new work.
-    pub fn closing(&self) -> impl Future<Output = ()> + 'static {
-        let mut closed = self.closed.subscribe();
-        let cut = self.cut.clone();
+    /// Allows new work again.
+    pub fn cancel_drain(&self) {
+        self.draining.send_replace(false);
+    }
+
+    /// Completes when the drain starts, or when the group is gone and aborted.
+    pub fn draining(&self) -> impl Future<Output = ()> + 'static {
+        let mut draining = self.draining.subscribe();
+        let abort = self.abort.clone();
         async move {
-            if closed.wait_for(|closed| *closed).await.is_err() {
-                // The scope is gone, and with it all that could close it: as if cut.
-                cut.cancelled().await;
+            if draining.wait_for(|draining| *draining).await.is_err() {
+                // The group is gone, so nothing can start its drain any more: wait for the abort.
+                abort.cancelled().await;
             }
         }
     }
 
-    /// Whether there shall be no new work.
-    pub fn is_closing(&self) -> bool {
-        *self.closed.borrow()
+    /// Returns `true` if no new work shall begin.
+    pub fn is_draining(&self) -> bool {
+        *self.draining.borrow()
     }
 
-    /// Completes when all tasks that are counted together have ended by themselves.
+    /// Completes when no task runs that is counted with this group.
     pub async fn idle(&self) {
         self.tasks.wait().await;
     }
 
-    /// Ends all tasks; completes when they, and those that are counted with them, have ended. What is
-    /// spawned later ends at once.
-    pub async fn cut(&self) {
-        self.cut.cancel();
+    /// Ends all tasks. Completes when they have ended, and those that are counted with them. A task that is spawned
+    /// later ends at once.
+    pub async fn abort_and_wait(&self) {
+        self.abort.cancel();
         self.tasks.wait().await;
     }
 }
 
-/// To count tasks in: it can be waited for until there are none.
-pub fn tasks() -> TaskTracker {
+/// Returns a tracker whose `wait` completes whenever no task runs.
+pub fn task_tracker() -> TaskTracker {
     let tasks = TaskTracker::new();
     tasks.close(); // only lets `wait` return; spawning goes on
     tasks
@@ -138,30 +145,30 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_ends_tasks_before_it_returns_and_refuses_later_ones() {
+    fn an_abort_ends_tasks_before_it_returns_and_refuses_later_ones() {
         on_a_worker(async {
-            let scope = Scope::new(None);
+            let group = TaskGroup::new(None);
             let held = Rc::new(());
             let in_task = Rc::clone(&held);
-            scope.spawn(async move {
+            group.spawn(async move {
                 let _in_task = in_task;
                 std::future::pending::<()>().await;
             });
             assert_eq!(Rc::strong_count(&held), 2);
-            scope.cut().await;
+            group.abort_and_wait().await;
             assert_eq!(Rc::strong_count(&held), 1);
-            scope.spawn(std::future::pending());
-            scope.idle().await;
+            group.spawn(std::future::pending());
+            group.idle().await;
         });
     }
 
     #[test]
-    fn a_scope_is_idle_when_nothing_that_is_counted_with_it_runs() {
+    fn a_group_is_idle_when_nothing_that_is_counted_with_it_runs() {
         on_a_worker(async {
-            let tasks = tasks();
+            let tasks = task_tracker();
             let (one, other) = (
-                Scope::new(None).among(&tasks),
-                Scope::new(None).among(&tasks),
+                TaskGroup::new(None).counted_in(&tasks),
+                TaskGroup::new(None).counted_in(&tasks),
             );
             let on_its_way = other.token();
             let idle = tokio::time::timeout(std::time::Duration::from_millis(5), one.idle());
@@ -174,15 +181,15 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_scope_can_be_opened_again() {
+    fn a_drain_can_be_cancelled() {
         on_a_worker(async {
-            let scope = Scope::new(None);
-            let closing = scope.closing();
-            scope.close(true);
-            closing.await;
-            assert!(scope.is_closing());
-            scope.close(false);
-            let later = tokio::time::timeout(std::time::Duration::from_millis(5), scope.closing());
+            let group = TaskGroup::new(None);
+            let draining = group.draining();
+            group.start_drain();
+            draining.await;
+            assert!(group.is_draining());
+            group.cancel_drain();
+            let later = tokio::time::timeout(std::time::Duration::from_millis(5), group.draining());
             assert!(later.await.is_err());
         });
     }

@@ -7,7 +7,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::AgentError;
-use super::opened::Opened;
+use super::config_source::ConfigSource;
 use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::configuration::{Configuration, Configured, LocalPods, Source};
@@ -107,7 +107,10 @@ pub(super) fn counted(handle: &CaptureHandle) -> (Box<Counted>, Box<Counted>) {
 
 impl Prepared {
     /// Refuses where an agent of this node cannot run.
-    pub(super) async fn new(options: &RunOptions, opened: &Opened) -> Result<Self, AgentError> {
+    pub(super) async fn new(
+        options: &RunOptions,
+        opened: &ConfigSource,
+    ) -> Result<Self, AgentError> {
         let config = config(options)?;
         let mark = Mark {
             node: options.node.clone(),
@@ -124,7 +127,7 @@ impl Prepared {
         room::refuse(&config, &folder)?;
         let captured = node_folder::captured(&options.places.run_dir, &options.node);
         if captured > 0
-            && let Opened::Manifests { folder, .. } = opened
+            && let ConfigSource::Manifests { folder, .. } = opened
             && folder.is_empty()
         {
             return Err(AgentError::Settings(format!(

@@ -16,7 +16,7 @@ use crate::observe::{Metrics, Observer};
 use crate::proxy::authorize::Authorizer;
 use crate::proxy::identity::Certs;
 use crate::proxy::limits::NodePlaces;
-use crate::proxy::workers::{Shared, Threads, Workers};
+use crate::proxy::workers::{Shared, Workers, WorkersBuilder};
 use crate::seam::{Instance, PodEvent};
 use crate::sys::{limits, memory};
 
@@ -51,13 +51,13 @@ impl Proxy {
         let certs = Certs::new(Arc::new(ca));
         let authorizer = Authorizer::new(mesh.clone());
         let count = options.workers.map_or_else(processors, usize::from);
-        let threads = Threads::new(count).context("cannot start workers")?;
+        let builder = WorkersBuilder::new(count).context("cannot start workers")?;
         let places = places(options)?;
         let metrics = Arc::new(Metrics::new(metrics::Sources {
             kernel,
             repairs,
             places: places.clone(),
-            workers: threads.loads(),
+            workers: builder.loads(),
             root_ends: root_end.unix(),
         }));
         let shared = Shared {
@@ -67,7 +67,7 @@ impl Proxy {
             observer: Observer::new(Arc::clone(&metrics)),
             places: places.clone(),
         };
-        let workers = threads.start(&shared).context("cannot start workers")?;
+        let workers = builder.start(&shared).context("cannot start workers")?;
         Ok(Self {
             certs,
             root_end,
@@ -97,12 +97,12 @@ impl Proxy {
     pub(super) fn apply(&mut self, event: PodEvent) {
         match &event {
             PodEvent::Up(lease) => {
-                self.certs.hold(&lease.identity);
+                self.certs.retain(&lease.identity);
                 self.held.insert(lease.instance, lease.identity.clone());
             }
             PodEvent::Down(instance, _) => {
                 if let Some(identity) = self.held.remove(instance) {
-                    self.certs.forget(&identity);
+                    self.certs.release(&identity);
                 }
             }
             PodEvent::Addresses(..) | PodEvent::Drain(..) | PodEvent::Revive(_) => {}
@@ -116,8 +116,8 @@ impl Proxy {
     }
 
     /// Accepts nothing any more: others who have the listeners do, or will.
-    pub(super) fn rest(&self) {
-        self.workers.rest();
+    pub(super) fn stop_accepting(&self) {
+        self.workers.stop_accepting();
     }
 
     /// Cuts what runs, and tells of it.

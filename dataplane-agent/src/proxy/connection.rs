@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tokio::net::TcpStream;
 
-use crate::drain::Scope;
+use crate::drain::TaskGroup;
 use crate::mesh::MeshReader;
 use crate::observe::{Arrival, Facts, Failure, Observer, Reporter};
 use crate::proxy::accept::hbone::{self as tunnels, AcceptError};
@@ -21,7 +21,7 @@ use crate::sys::socket::canonical;
 
 /// The rooms, as one worker walks through them.
 #[derive(Clone, Debug)]
-pub struct Corridor {
+pub struct ProxyInputs {
     /// Room 3.
     pub mesh: MeshReader,
     /// Room 4.
@@ -38,7 +38,7 @@ pub struct Corridor {
 
 /// By which of a pod's listeners a connection came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entrance {
+pub enum ListenerKind {
     /// The pod connects.
     Outbound,
     /// Somebody connects to the pod in clear.
@@ -67,27 +67,27 @@ enum Placed {
 /// Gives a connection its place, for which idle tunnels may have to give way; one for which there is none is
 /// refused, and told of.
 pub async fn admit(
-    corridor: &Corridor,
+    inputs: &ProxyInputs,
     pod: &LocalPod,
-    entrance: Entrance,
+    kind: ListenerKind,
     tcp: net::TcpStream,
 ) -> Option<Admitted> {
     // A connection that is gone already has no addresses; nobody is left to tell.
     let (peer, local) = (tcp.peer_addr().ok()?, tcp.local_addr().ok()?);
     let (peer, local) = (canonical(peer), canonical(local));
-    let reporter = match entrance {
-        Entrance::Outbound => Reporter::Source,
-        Entrance::Inbound | Entrance::Hbone => Reporter::Destination,
+    let reporter = match kind {
+        ListenerKind::Outbound => Reporter::Source,
+        ListenerKind::Inbound | ListenerKind::Hbone => Reporter::Destination,
     };
-    let arrival = corridor.observer.arrived(peer, local, reporter);
-    let places = &corridor.places;
-    let place = match entrance {
-        Entrance::Outbound => corridor.carrier.pool.place(pod).await.map(Placed::Outbound),
-        Entrance::Inbound => {
+    let arrival = inputs.observer.arrived(peer, local, reporter);
+    let places = &inputs.places;
+    let place = match kind {
+        ListenerKind::Outbound => inputs.carrier.pool.place(pod).await.map(Placed::Outbound),
+        ListenerKind::Inbound => {
             let peer = pod.places.peer(None, peer.ip());
             places.take_for(&pod.places, &peer).map(Placed::InClear)
         }
-        Entrance::Hbone => Ok(Placed::Hbone(places.begin(&pod.handshakes, peer.ip()))),
+        ListenerKind::Hbone => Ok(Placed::Hbone(places.begin(&pod.handshakes, peer.ip()))),
     };
     match place {
         Ok(place) => Some(Admitted {
@@ -103,7 +103,12 @@ pub async fn admit(
 }
 
 /// Follows one TCP connection to its end.
-pub async fn walk(corridor: Corridor, scope: Scope, pod: Arc<LocalPod>, admitted: Admitted) {
+pub async fn serve_connection(
+    inputs: ProxyInputs,
+    group: TaskGroup,
+    pod: Arc<LocalPod>,
+    admitted: Admitted,
+) {
     let Admitted {
         tcp,
         arrival,
@@ -116,7 +121,7 @@ pub async fn walk(corridor: Corridor, scope: Scope, pod: Arc<LocalPod>, admitted
     let (peer, local) = (arrival.src, arrival.dst);
     let (_place, direction) = match place {
         Placed::Hbone(turns) => {
-            return tunnel(corridor, scope, pod, tcp, arrival, turns).await;
+            return serve_tunnel(inputs, group, pod, tcp, arrival, turns).await;
         }
         Placed::Outbound(place) => (place, Direction::Outbound),
         Placed::InClear(place) => (place, Direction::InboundPlain),
@@ -132,31 +137,31 @@ pub async fn walk(corridor: Corridor, scope: Scope, pod: Arc<LocalPod>, admitted
         destination: local,
         direction,
     };
-    pass(&corridor, &scope, accepted, arrival, local).await;
+    process(&inputs, &group, accepted, arrival, local).await;
 }
 
 /// Takes a tunnel's requests, each of which is a connection.
-async fn tunnel(
-    corridor: Corridor,
-    scope: Scope,
+async fn serve_tunnel(
+    inputs: ProxyInputs,
+    group: TaskGroup,
     pod: Arc<LocalPod>,
     tcp: TcpStream,
     arrival: Arrival,
     turns: Turns,
 ) {
     let (peer, local) = (arrival.src, arrival.dst);
-    let places = &corridor.places;
-    let handshake = tunnels::handshake(tcp, peer.ip(), &pod, &corridor.certs, turns, places);
+    let places = &inputs.places;
+    let handshake = tunnels::handshake(tcp, peer.ip(), &pod, &inputs.certs, turns, places);
     let tunnel = match handshake.await {
         Ok(tunnel) => tunnel,
         Err(error) => return arrival.refuse(&error),
     };
     arrival.is_tunnel();
     let (identity, from) = (tunnel.identity.clone(), tunnel.peer.clone());
-    let closing = scope.closing();
+    let closing = group.draining();
     tunnel
         .serve(closing, hbone::UNUSED, |request| {
-            let observer = &corridor.observer;
+            let observer = &inputs.observer;
             let mut arrival = observer.arrived(peer, local, Reporter::Destination);
             let accepted = tunnels::accept(request, &pod, (peer, local), &identity);
             let placed = accepted.and_then(|accepted| match places.take_for(&pod.places, &from) {
@@ -166,10 +171,10 @@ async fn tunnel(
             match placed {
                 Ok((accepted, place)) => {
                     arrival.dst = accepted.destination;
-                    let (corridor, in_scope) = (corridor.clone(), scope.clone());
-                    scope.spawn(async move {
+                    let (inputs, in_group) = (inputs.clone(), group.clone());
+                    group.spawn(async move {
                         let _place = place;
-                        pass(&corridor, &in_scope, accepted, arrival, local).await;
+                        process(&inputs, &in_group, accepted, arrival, local).await;
                     });
                 }
                 Err((io, error)) => {
@@ -182,14 +187,14 @@ async fn tunnel(
 }
 
 /// Room by room. `local` is what was connected to.
-async fn pass(
-    corridor: &Corridor,
-    scope: &Scope,
+async fn process(
+    inputs: &ProxyInputs,
+    group: &TaskGroup,
     accepted: Accepted<Io>,
     arrival: Arrival,
     local: SocketAddr,
 ) {
-    let resolved = match resolve::resolve(&corridor.mesh, accepted) {
+    let resolved = match resolve::resolve(&inputs.mesh, accepted) {
         Ok(resolved) => resolved,
         Err((accepted, error)) => {
             arrival.refuse(&error);
@@ -198,7 +203,7 @@ async fn pass(
     };
     let facts = facts(&resolved, arrival.reporter, local);
     let record = arrival.open(facts);
-    let permit = match corridor.authorizer.authorize(resolved) {
+    let permit = match inputs.authorizer.authorize(resolved) {
         Ok(permit) => permit,
         Err((resolved, denied)) => {
             resolved.accepted.io.refuse(denied.status());
@@ -206,7 +211,7 @@ async fn pass(
         }
     };
     let bytes = record.bytes();
-    match carry(permit, &corridor.carrier, scope, &bytes).await {
+    match carry(permit, &inputs.carrier, group, &bytes).await {
         Ok(Carried::Whole) => record.close(Ok(())),
         Ok(Carried::ClientGone) => record.give_up(),
         Err(error) => record.close(Err(&error)),

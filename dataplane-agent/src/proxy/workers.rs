@@ -18,7 +18,7 @@ use tokio::task::LocalSet;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-use crate::drain::{Answer, Scope, tasks};
+use crate::drain::{CompletionGuard, TaskGroup, task_tracker};
 use crate::load::{BUSY, Begun, Load};
 use crate::mesh::MeshReader;
 use crate::mesh::workload::named;
@@ -26,22 +26,22 @@ use crate::observe::Observer;
 use crate::proxy::accept::LocalPod;
 use crate::proxy::accept::listener::Listener;
 use crate::proxy::authorize::Authorizer;
-use crate::proxy::connection::{Admitted, Corridor, Entrance, admit, walk};
+use crate::proxy::connection::{Admitted, ListenerKind, ProxyInputs, admit, serve_connection};
 use crate::proxy::identity::Certs;
 use crate::proxy::limits::NodePlaces;
-use crate::proxy::transport::means::OfNode;
+use crate::proxy::transport::connector::NodeConnector;
 use crate::proxy::transport::{Carrier, Pool};
 use crate::seam::{Instance, Listeners, PodEvent};
 
 /// How much less another worker must have to do before a connection is handed to it: that costs a wake
 /// of another thread, and that worker may have no tunnel to where the connection goes.
-const MUCH: u32 = BUSY / 2;
+const HANDOFF_THRESHOLD: u32 = BUSY / 2;
 /// How often workers are looked at while nothing is accepted.
-const LOOK: Duration = Duration::from_secs(1);
+const LOAD_INTERVAL: Duration = Duration::from_secs(1);
 /// A tunnel that carries nothing for this long is closed.
-const IDLE: Duration = Duration::from_secs(300);
+const TUNNEL_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long whoever ends the workers waits until what they have cut is told of.
-const CUT: Duration = Duration::from_secs(2);
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What all workers are given.
 #[derive(Clone, Debug)]
@@ -61,7 +61,7 @@ pub struct Shared {
 /// The workers.
 #[derive(Debug)]
 pub struct Workers {
-    doors: Vec<Door>,
+    handles: Vec<WorkerHandle>,
     threads: Vec<JoinHandle<()>>,
     homes: HashMap<Instance, Home>,
 }
@@ -77,32 +77,32 @@ struct Home {
 
 /// The way to a worker.
 #[derive(Clone, Debug)]
-struct Door {
-    orders: mpsc::UnboundedSender<Order>,
+struct WorkerHandle {
+    commands: mpsc::UnboundedSender<Command>,
     load: Load,
 }
 
 #[derive(Debug)]
-enum Order {
+enum Command {
     /// A pod is here, of which tasks are counted in this; its listeners too, if this is its home.
     Up(Arc<LocalPod>, TaskTracker, Option<Listeners>),
     /// A connection from another worker. It weighs on this one already, and is one of the pod's tasks.
-    Take(Arc<LocalPod>, Box<Admitted>, (Begun, TaskTrackerToken)),
-    /// Nothing new; the answer goes when nothing of the pod runs any more, on any worker.
-    Drain(Instance, Answer),
+    Handoff(Arc<LocalPod>, Box<Admitted>, (Begun, TaskTrackerToken)),
+    /// Nothing new; the guard goes when nothing of the pod runs any more, on any worker.
+    Drain(Instance, CompletionGuard),
     /// It goes on after all.
     Revive(Instance),
-    /// The answer goes when nothing of the pod is left.
-    Down(Instance, Answer),
+    /// The guard goes when nothing of the pod is left.
+    Down(Instance, CompletionGuard),
     /// Accept nothing any more.
-    Rest,
-    /// No more orders.
+    StopAccepting,
+    /// No more commands.
     Stop,
 }
 
-impl Door {
-    fn order(&self, order: Order) {
-        if self.orders.send(order).is_err() {
+impl WorkerHandle {
+    fn send(&self, command: Command) {
+        if self.commands.send(command).is_err() {
             tracing::error!("a worker is gone");
         }
     }
@@ -110,9 +110,9 @@ impl Door {
 
 /// Workers in the making: who counts what they do is among what they are given.
 #[derive(Debug)]
-pub struct Threads(Vec<(Runtime, Door, mpsc::UnboundedReceiver<Order>)>);
+pub struct WorkersBuilder(Vec<(Runtime, WorkerHandle, mpsc::UnboundedReceiver<Command>)>);
 
-impl Threads {
+impl WorkersBuilder {
     /// Of so many.
     ///
     /// # Errors
@@ -121,9 +121,9 @@ impl Threads {
         let one = |_| {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             // Not more than events of pods, and connections that have a place.
-            let (orders, inbox) = mpsc::unbounded_channel();
+            let (commands, inbox) = mpsc::unbounded_channel();
             let load = Load::of(runtime.metrics());
-            Ok((runtime, Door { orders, load }, inbox))
+            Ok((runtime, WorkerHandle { commands, load }, inbox))
         };
         (0..count.max(1))
             .map(one)
@@ -135,7 +135,7 @@ impl Threads {
     pub fn loads(&self) -> Vec<Load> {
         self.0
             .iter()
-            .map(|(_, door, _)| door.load.clone())
+            .map(|(_, handle, _)| handle.load.clone())
             .collect()
     }
 
@@ -144,19 +144,20 @@ impl Threads {
     /// # Errors
     /// A thread cannot be made.
     pub fn start(self, shared: &Shared) -> io::Result<Workers> {
-        let doors: Vec<Door> = self.0.iter().map(|(_, door, _)| door.clone()).collect();
+        let handles: Vec<WorkerHandle> =
+            self.0.iter().map(|(_, handle, _)| handle.clone()).collect();
         let mut threads = Vec::new();
         for (number, (runtime, _, inbox)) in self.0.into_iter().enumerate() {
-            let (shared, doors) = (shared.clone(), doors.clone());
+            let (shared, handles) = (shared.clone(), handles.clone());
             let thread = std::thread::Builder::new().name(format!("worker-{number}"));
             threads.push(thread.spawn(move || {
-                let _whole = AllOrNothing;
-                let work = Worker::new(number, doors, shared).work(inbox);
+                let _abort_on_panic = AbortOnPanic;
+                let work = Worker::new(number, handles, shared).work(inbox);
                 LocalSet::new().block_on(&runtime, work);
             })?);
         }
         Ok(Workers {
-            doors,
+            handles,
             threads,
             homes: HashMap::new(),
         })
@@ -169,15 +170,15 @@ impl Workers {
         match event {
             PodEvent::Up(lease) => {
                 let (pod, listeners) = LocalPod::of(*lease);
-                let (home, tasks) = (self.home(), tasks());
+                let (home, tasks) = (self.home(), task_tracker());
                 // Who accepts comes last: it hands connections to the others.
-                for (number, door) in self.doors.iter().enumerate() {
+                for (number, handle) in self.handles.iter().enumerate() {
                     if number != home {
-                        door.order(Order::Up(Arc::clone(&pod), tasks.clone(), None));
+                        handle.send(Command::Up(Arc::clone(&pod), tasks.clone(), None));
                     }
                 }
-                let order = Order::Up(Arc::clone(&pod), tasks.clone(), Some(listeners));
-                self.doors[home].order(order);
+                let command = Command::Up(Arc::clone(&pod), tasks.clone(), Some(listeners));
+                self.handles[home].send(command);
                 let worker = home;
                 self.homes.insert(pod.instance, Home { pod, worker, tasks });
             }
@@ -186,23 +187,23 @@ impl Workers {
                     home.pod.set_addresses(addresses);
                 }
             }
-            PodEvent::Drain(instance, told) => self.all(instance, told, Order::Drain),
+            PodEvent::Drain(instance, told) => self.all(instance, told, Command::Drain),
             PodEvent::Revive(instance) => {
-                for door in &self.doors {
-                    door.order(Order::Revive(instance));
+                for handle in &self.handles {
+                    handle.send(Command::Revive(instance));
                 }
             }
             PodEvent::Down(instance, told) => {
                 self.homes.remove(&instance);
-                self.all(instance, told, Order::Down);
+                self.all(instance, told, Command::Down);
             }
         }
     }
 
     /// Accepts nothing any more, of any pod.
-    pub fn rest(&self) {
-        for door in &self.doors {
-            door.order(Order::Rest);
+    pub fn stop_accepting(&self) {
+        for handle in &self.handles {
+            handle.send(Command::StopAccepting);
         }
     }
 
@@ -212,7 +213,7 @@ impl Workers {
         for instance in self.homes.keys() {
             // It is of no use that this one was idle while others were not.
             let (told, _) = oneshot::channel();
-            self.all(*instance, told, Order::Drain);
+            self.all(*instance, told, Command::Drain);
         }
         let homes = self.homes.values().map(|home| home.tasks.clone());
         let homes: Vec<TaskTracker> = homes.collect();
@@ -233,16 +234,16 @@ impl Workers {
     pub async fn end(mut self) {
         let down = self.homes.keys().map(|instance| {
             let (told, down) = oneshot::channel();
-            self.all(*instance, told, Order::Down);
+            self.all(*instance, told, Command::Down);
             down
         });
         let down = futures_util::future::join_all(down.collect::<Vec<_>>());
-        if tokio::time::timeout(CUT, down).await.is_err() {
+        if tokio::time::timeout(END_TIMEOUT, down).await.is_err() {
             tracing::error!("a worker does not end");
             return;
         }
-        for door in &self.doors {
-            door.order(Order::Stop);
+        for handle in &self.handles {
+            handle.send(Command::Stop);
         }
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
@@ -255,23 +256,28 @@ impl Workers {
     fn home(&self) -> usize {
         let at = |number: usize| move |home: &&Home| home.worker == number;
         let pods = |number: &usize| self.homes.values().filter(at(*number)).count();
-        (0..self.doors.len()).min_by_key(pods).unwrap_or(0)
+        (0..self.handles.len()).min_by_key(pods).unwrap_or(0)
     }
 
     /// Orders it from all workers; `told` hears when all have done it.
-    fn all(&self, pod: Instance, told: oneshot::Sender<()>, order: fn(Instance, Answer) -> Order) {
-        let answer = Answer::new(told);
-        for door in &self.doors {
-            door.order(order(pod, answer.clone()));
+    fn all(
+        &self,
+        pod: Instance,
+        told: oneshot::Sender<()>,
+        command: fn(Instance, CompletionGuard) -> Command,
+    ) {
+        let guard = CompletionGuard::new(told);
+        for handle in &self.handles {
+            handle.send(command(pod, guard.clone()));
         }
     }
 }
 
 /// A connection that panics ends alone. A worker that does takes the process with it: pods stay
 /// captured and the next agent serves them, which one with a worker less would not.
-struct AllOrNothing;
+struct AbortOnPanic;
 
-impl Drop for AllOrNothing {
+impl Drop for AbortOnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
             tracing::error!("a worker panicked");
@@ -284,175 +290,191 @@ impl Drop for AllOrNothing {
 /// One worker, on its thread.
 struct Worker {
     number: usize,
-    doors: Vec<Door>,
-    corridor: Corridor,
-    pods: HashMap<Instance, Here>,
+    handles: Vec<WorkerHandle>,
+    inputs: ProxyInputs,
+    pods: HashMap<Instance, PodState>,
     /// What the worker itself does.
-    chores: Scope,
+    background_tasks: TaskGroup,
 }
 
 /// A pod on a worker.
-struct Here {
+struct PodState {
     pod: Arc<LocalPod>,
     /// Its connections and tunnels.
-    scope: Scope,
+    group: TaskGroup,
     /// What accepts for it, if this is its home, and what makes room for that.
-    entrances: Scope,
+    accept_tasks: TaskGroup,
 }
 
 impl Worker {
-    fn new(number: usize, doors: Vec<Door>, shared: Shared) -> Self {
-        let means = Rc::new(OfNode {
+    fn new(number: usize, handles: Vec<WorkerHandle>, shared: Shared) -> Self {
+        let connector = Rc::new(NodeConnector {
             certs: shared.certs.clone(),
             places: shared.places.clone(),
         });
-        let pool = Pool::new(means.clone(), IDLE);
+        let pool = Pool::new(connector.clone(), TUNNEL_IDLE_TIMEOUT);
         Self {
             number,
-            doors,
-            corridor: Corridor {
+            handles,
+            inputs: ProxyInputs {
                 mesh: shared.mesh,
                 authorizer: shared.authorizer,
-                carrier: Carrier { means, pool },
+                carrier: Carrier { connector, pool },
                 certs: shared.certs,
                 observer: shared.observer,
                 places: shared.places,
             },
             pods: HashMap::new(),
-            chores: Scope::new(None),
+            background_tasks: TaskGroup::new(None),
         }
     }
 
-    async fn work(mut self, mut inbox: mpsc::UnboundedReceiver<Order>) {
-        self.chores
-            .spawn(Rc::clone(&self.corridor.carrier.pool).release_idle());
-        let load = self.doors[self.number].load.clone();
-        self.chores.spawn(async move {
+    async fn work(mut self, mut inbox: mpsc::UnboundedReceiver<Command>) {
+        self.background_tasks
+            .spawn(Rc::clone(&self.inputs.carrier.pool).release_idle());
+        let load = self.handles[self.number].load.clone();
+        self.background_tasks.spawn(async move {
             loop {
                 // A second that was busy would be lost in the hour before it.
                 load.now();
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(LOAD_INTERVAL).await;
             }
         });
-        while let Some(order) = inbox.recv().await {
-            match order {
-                Order::Up(pod, tasks, listeners) => self.up(&pod, &tasks, listeners),
-                Order::Take(pod, admitted, _counted) => match self.pods.get(&pod.instance) {
-                    Some(here) => take(&self.corridor, &here.scope, &pod, *admitted),
+        while let Some(command) = inbox.recv().await {
+            match command {
+                Command::Up(pod, tasks, listeners) => self.up(&pod, &tasks, listeners),
+                Command::Handoff(pod, admitted, _counted) => match self.pods.get(&pod.instance) {
+                    Some(state) => start_connection(&self.inputs, &state.group, &pod, *admitted),
                     // It went down meanwhile; dropping it resets it, and tells.
                     None => drop(admitted),
                 },
-                Order::Drain(instance, answer) => self.drain(instance, answer),
-                Order::Revive(instance) => {
-                    if let Some(here) = self.pods.get(&instance) {
-                        here.scope.close(false);
+                Command::Drain(instance, guard) => self.drain(instance, guard),
+                Command::Revive(instance) => {
+                    if let Some(state) = self.pods.get(&instance) {
+                        state.group.cancel_drain();
                     }
                 }
-                Order::Down(instance, answer) => self.down(instance, answer),
-                Order::Rest => {
-                    for here in self.pods.values() {
-                        here.entrances.cut().await;
+                Command::Down(instance, guard) => self.down(instance, guard),
+                Command::StopAccepting => {
+                    for state in self.pods.values() {
+                        state.accept_tasks.abort_and_wait().await;
                     }
                 }
-                Order::Stop => break,
+                Command::Stop => break,
             }
         }
-        self.chores.cut().await;
+        self.background_tasks.abort_and_wait().await;
     }
 
     fn up(&mut self, pod: &Arc<LocalPod>, tasks: &TaskTracker, listeners: Option<Listeners>) {
-        let load = self.doors[self.number].load.clone();
-        let here = Here {
+        let load = self.handles[self.number].load.clone();
+        let state = PodState {
             pod: Arc::clone(pod),
-            scope: Scope::new(Some(load)).among(tasks),
-            entrances: Scope::new(None),
+            group: TaskGroup::new(Some(load)).counted_in(tasks),
+            accept_tasks: TaskGroup::new(None),
         };
-        let pool = Rc::clone(&self.corridor.carrier.pool);
-        here.entrances.spawn(pool.give_way(Arc::clone(pod)));
+        let pool = Rc::clone(&self.inputs.carrier.pool);
+        state
+            .accept_tasks
+            .spawn(pool.close_idle_when_wanted(Arc::clone(pod)));
         if let Some(listeners) = listeners {
-            for (entrance, listener) in [
-                (Entrance::Outbound, listeners.outbound),
-                (Entrance::Inbound, listeners.inbound),
-                (Entrance::Hbone, listeners.hbone),
+            for (kind, listener) in [
+                (ListenerKind::Outbound, listeners.outbound),
+                (ListenerKind::Inbound, listeners.inbound),
+                (ListenerKind::Hbone, listeners.hbone),
             ] {
                 match Listener::new(listener) {
-                    Ok(listener) => self.open(&here, entrance, listener),
+                    Ok(listener) => self.open(&state, kind, listener),
                     Err(error) => tracing::error!(pod = %named(&pod.uid), %error, "cannot listen"),
                 }
             }
         }
-        self.pods.insert(pod.instance, here);
+        self.pods.insert(pod.instance, state);
     }
 
     /// Accepts for a pod, and gives each connection to a worker.
-    fn open(&self, here: &Here, entrance: Entrance, listener: Listener) {
-        let (corridor, scope) = (self.corridor.clone(), here.scope.clone());
-        let (pod, doors, number) = (Arc::clone(&here.pod), self.doors.clone(), self.number);
-        here.entrances.spawn(async move {
+    fn open(&self, state: &PodState, kind: ListenerKind, listener: Listener) {
+        let (inputs, group) = (self.inputs.clone(), state.group.clone());
+        let (pod, handles, number) = (Arc::clone(&state.pod), self.handles.clone(), self.number);
+        state.accept_tasks.spawn(async move {
             let mut turn = number;
             loop {
                 let tcp = listener.accept().await;
-                let Some(admitted) = admit(&corridor, &pod, entrance, tcp).await else {
+                let Some(admitted) = admit(&inputs, &pod, kind, tcp).await else {
                     continue;
                 };
-                match elsewhere(&doors, number, &mut turn) {
-                    Some(door) => {
-                        let counted = (door.load.begin(), scope.token());
-                        door.order(Order::Take(Arc::clone(&pod), Box::new(admitted), counted));
+                match less_loaded_worker(&handles, number, &mut turn) {
+                    Some(handle) => {
+                        let counted = (handle.load.begin(), group.token());
+                        handle.send(Command::Handoff(
+                            Arc::clone(&pod),
+                            Box::new(admitted),
+                            counted,
+                        ));
                     }
-                    None => take(&corridor, &scope, &pod, admitted),
+                    None => start_connection(&inputs, &group, &pod, admitted),
                 }
             }
         });
     }
 
-    fn drain(&self, instance: Instance, answer: Answer) {
-        let Some(here) = self.pods.get(&instance) else {
+    fn drain(&self, instance: Instance, guard: CompletionGuard) {
+        let Some(state) = self.pods.get(&instance) else {
             return;
         };
-        here.scope.close(true);
-        self.corridor.carrier.pool.forget(instance);
-        let scope = here.scope.clone();
-        self.chores.spawn(async move {
-            scope.idle().await;
-            drop(answer);
+        state.group.start_drain();
+        self.inputs.carrier.pool.forget(instance);
+        let group = state.group.clone();
+        self.background_tasks.spawn(async move {
+            group.idle().await;
+            drop(guard);
         });
     }
 
-    fn down(&mut self, instance: Instance, answer: Answer) {
-        let Some(here) = self.pods.remove(&instance) else {
+    fn down(&mut self, instance: Instance, guard: CompletionGuard) {
+        let Some(state) = self.pods.remove(&instance) else {
             return;
         };
-        self.corridor.carrier.pool.forget(instance);
-        self.chores.spawn(async move {
-            here.entrances.cut().await;
-            here.scope.cut().await;
-            drop(answer);
+        self.inputs.carrier.pool.forget(instance);
+        self.background_tasks.spawn(async move {
+            state.accept_tasks.abort_and_wait().await;
+            state.group.abort_and_wait().await;
+            drop(guard);
         });
     }
 }
 
 /// A worker that has much less to do than this one, of two others that have their `turn`: to look at all
 /// would take the longer the more there are.
-fn elsewhere<'a>(doors: &'a [Door], here: usize, turn: &mut usize) -> Option<&'a Door> {
-    let own = doors[here].load.now();
-    if own < MUCH {
+fn less_loaded_worker<'a>(
+    handles: &'a [WorkerHandle],
+    state: usize,
+    turn: &mut usize,
+) -> Option<&'a WorkerHandle> {
+    let own = handles[state].load.now();
+    if own < HANDOFF_THRESHOLD {
         return None;
     }
     let mut other = || {
-        *turn = (*turn + 1) % doors.len();
-        if *turn == here {
-            *turn = (*turn + 1) % doors.len();
+        *turn = (*turn + 1) % handles.len();
+        if *turn == state {
+            *turn = (*turn + 1) % handles.len();
         }
-        &doors[*turn]
+        &handles[*turn]
     };
-    let two = [other(), other()].map(|door| (door.load.now(), door));
-    let (least, door) = two.into_iter().min_by_key(|(load, _)| *load)?;
-    (least + MUCH <= own).then_some(door)
+    let two = [other(), other()].map(|handle| (handle.load.now(), handle));
+    let (least, handle) = two.into_iter().min_by_key(|(load, _)| *load)?;
+    (least + HANDOFF_THRESHOLD <= own).then_some(handle)
 }
 
 /// Begins a connection on this worker.
-fn take(corridor: &Corridor, scope: &Scope, pod: &Arc<LocalPod>, admitted: Admitted) {
-    let walk = walk(corridor.clone(), scope.clone(), Arc::clone(pod), admitted);
-    scope.spawn(walk);
+fn start_connection(
+    inputs: &ProxyInputs,
+    group: &TaskGroup,
+    pod: &Arc<LocalPod>,
+    admitted: Admitted,
+) {
+    let serve_connection =
+        serve_connection(inputs.clone(), group.clone(), Arc::clone(pod), admitted);
+    group.spawn(serve_connection);
 }

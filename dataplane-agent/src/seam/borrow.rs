@@ -19,15 +19,17 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::packets::{Channel, Packet};
-use super::wire::{self, Ack, Add, Hello, Nothing, Of, Request, Response, Said, Told, VERSION};
+use super::wire::{
+    self, Ack, Add, Empty, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, VERSION,
+};
 use super::{Instance, Lease, Listeners, PodEvent, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
 
 /// How long after the first failure the node is tried again,
-const FIRST: Duration = Duration::from_millis(10);
+const FIRST_RETRY: Duration = Duration::from_millis(10);
 /// and after twice as long each time that it fails again, up to this.
-const LONGEST: Duration = Duration::from_secs(1);
+const LONGEST_RETRY: Duration = Duration::from_secs(1);
 
 /// What is borrowed.
 pub struct Borrower {
@@ -48,7 +50,7 @@ struct Drained {
 
 /// What one node has said since it was connected to.
 #[derive(Default)]
-struct Heard {
+struct Conversation {
     stamp: Option<Arc<Stamp>>,
     /// What it has lent before it had lent all; none once it has.
     listed: Option<BTreeSet<Instance>>,
@@ -69,14 +71,14 @@ impl Borrower {
 
     /// Serves what the node lends, and comes again when it is gone. Returns when nobody hears of it any more.
     pub async fn run(mut self) {
-        let (mut wait, mut told) = (FIRST, false);
+        let (mut wait, mut told) = (FIRST_RETRY, false);
         while !self.events.is_closed() {
             match Channel::connect(&self.path) {
                 Ok(channel) => {
                     let end = self.converse(&channel).await;
                     let error = end.err().map(|error| error.to_string());
                     tracing::warn!(error, "the node is gone; what runs goes on");
-                    (wait, told) = (FIRST, false);
+                    (wait, told) = (FIRST_RETRY, false);
                 }
                 Err(error) => {
                     if !told {
@@ -87,9 +89,9 @@ impl Borrower {
             }
             tokio::select! {
                 () = sleep(wait) => {}
-                Some(drained) = self.draining.next() => self.settle(&drained).await,
+                Some(drained) = self.draining.next() => self.after_drain(&drained).await,
             }
-            wait = LONGEST.min(wait * 2);
+            wait = LONGEST_RETRY.min(wait * 2);
         }
     }
 
@@ -99,31 +101,31 @@ impl Borrower {
             lease: VERSION,
         };
         channel.send(&hello.encode_to_vec(), &[])?;
-        let mut heard = Heard {
+        let mut conversation = Conversation {
             listed: Some(BTreeSet::new()),
-            ..Heard::default()
+            ..Conversation::default()
         };
         let mut leaves = false;
         loop {
             let told = tokio::select! {
                 () = self.leaving.cancelled(), if !leaves => {
                     leaves = true;
-                    Told::Leaving(Nothing {})
+                    ProxyMessage::Leaving(Empty {})
                 }
                 packet = channel.receive() => {
                     let Some(packet) = packet? else { return Ok(()) };
-                    let done = self.hear(packet, &mut heard).await;
+                    let done = self.handle(packet, &mut conversation).await;
                     let error = done.err().map_or_else(String::new, |error| error.to_string());
-                    Told::Ack(Ack { error })
+                    ProxyMessage::Ack(Ack { error })
                 }
                 Some(drained) = self.draining.next() => {
-                    self.settle(&drained).await;
+                    self.after_drain(&drained).await;
                     let (uid, instance) = (String::new(), drained.instance.0);
-                    Told::Idle(Of { uid, instance })
+                    ProxyMessage::Idle(PodRef { uid, instance })
                 }
             };
             let failed = match &told {
-                Told::Ack(ack) if !ack.error.is_empty() => {
+                ProxyMessage::Ack(ack) if !ack.error.is_empty() => {
                     Some(io::Error::other(ack.error.clone()))
                 }
                 _ => None,
@@ -139,25 +141,28 @@ impl Borrower {
     ///
     /// # Errors
     /// It cannot be: it says what no node of this version does.
-    async fn hear(&mut self, packet: Packet, heard: &mut Heard) -> io::Result<()> {
+    async fn handle(&mut self, packet: Packet, conversation: &mut Conversation) -> io::Result<()> {
         let Packet { bytes, descriptors } = packet;
         let said = Request::decode(&*bytes).map_err(io::Error::other)?.said;
         match said.ok_or_else(|| wrong("a word that is not known"))? {
-            Said::Welcome(welcome) => {
+            NodeMessage::Welcome(welcome) => {
                 if welcome.lease != VERSION {
                     return Err(wrong("another version of the seam"));
                 }
                 let mut lent = descriptors.into_iter();
                 let stamp = lent.next().map(Stamp::of).transpose()?;
-                heard.stamp = Some(Arc::new(stamp.unwrap_or_default()));
+                conversation.stamp = Some(Arc::new(stamp.unwrap_or_default()));
                 tracing::info!(node = welcome.node, "serves the pods of the node");
             }
-            Said::Add(add) => {
-                let stamp = heard.stamp.clone();
+            NodeMessage::Add(add) => {
+                let stamp = conversation.stamp.clone();
                 let stamp = stamp.ok_or_else(|| wrong("a pod before its welcome"))?;
                 let lease = lease(add, descriptors, stamp)?;
                 let instance = lease.instance;
-                heard.listed.as_mut().map(|listed| listed.insert(instance));
+                conversation
+                    .listed
+                    .as_mut()
+                    .map(|listed| listed.insert(instance));
                 if self.leaving.is_cancelled() {
                     return Ok(()); // it is another's to serve
                 }
@@ -169,28 +174,28 @@ impl Borrower {
                     }
                 }
             }
-            Said::SnapshotSent(_) => {
-                let listed = heard.listed.take();
+            NodeMessage::SnapshotSent(_) => {
+                let listed = conversation.listed.take();
                 let listed = listed.ok_or_else(|| wrong("its snapshot twice"))?;
                 let lost: Vec<Instance> = self.held.difference(&listed).copied().collect();
                 for instance in lost {
                     self.drain(instance, true).await;
                 }
             }
-            Said::Addresses(of) => {
+            NodeMessage::Addresses(of) => {
                 let instance = Instance(of.instance);
                 if self.held.contains(&instance) {
                     let addresses = addresses(&of.addresses)?;
                     self.tell(PodEvent::Addresses(instance, addresses)).await;
                 }
             }
-            Said::Drain(of) => self.drain(Instance(of.instance), false).await,
-            Said::Revive(of) => {
+            NodeMessage::Drain(of) => self.drain(Instance(of.instance), false).await,
+            NodeMessage::Revive(of) => {
                 if self.held.contains(&Instance(of.instance)) {
                     self.tell(PodEvent::Revive(Instance(of.instance))).await;
                 }
             }
-            Said::Del(of) => self.give_back(Instance(of.instance)).await,
+            NodeMessage::Del(of) => self.give_back(Instance(of.instance)).await,
         }
         Ok(())
     }
@@ -207,7 +212,7 @@ impl Borrower {
         }));
     }
 
-    async fn settle(&mut self, drained: &Drained) {
+    async fn after_drain(&mut self, drained: &Drained) {
         if drained.lost {
             self.give_back(drained.instance).await;
         }

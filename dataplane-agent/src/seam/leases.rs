@@ -13,7 +13,7 @@ pub struct Leases(RefCell<BTreeMap<Instance, (Arc<str>, bool)>>);
 
 impl Leases {
     /// Takes in what the node says of a pod.
-    pub fn hear(&self, event: &PodEvent) {
+    pub fn apply(&self, event: &PodEvent) {
         let mut leases = self.0.borrow_mut();
         let mut drains = |instance, drains| {
             if let Some(lease) = leases.get_mut(instance) {

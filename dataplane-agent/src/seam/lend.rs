@@ -15,18 +15,18 @@ use prost::Message;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::packets::{Channel, Entry, Packet};
+use super::packets::{Channel, Packet, SeamListener};
 use super::wire::{
-    self, Add, Addresses, Hello, Nothing, Of, Request, Response, Said, Told, VERSION, Welcome,
-    WorkloadInfo,
+    self, Add, Addresses, Empty, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response,
+    VERSION, Welcome, WorkloadInfo,
 };
 use super::{Instance, Lease, PodEvent, Stamp};
-use crate::drain::Answer;
+use crate::drain::CompletionGuard;
 
 /// How long who serves may take to say hello, and to answer.
-const PATIENCE: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait when nobody can be accepted.
-const PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What is lent, and to whom.
 pub struct Lender {
@@ -48,7 +48,7 @@ struct Leased {
 
 /// One that serves, and what it was lent.
 struct Proxy {
-    orders: mpsc::UnboundedSender<Order>,
+    outbox: mpsc::UnboundedSender<Outgoing>,
     has: BTreeSet<Instance>,
     /// Whether it accepts nothing any more.
     leaves: Rc<Cell<bool>>,
@@ -56,13 +56,13 @@ struct Proxy {
 
 /// What is to be said to one that serves.
 #[derive(Default)]
-struct Order {
-    said: Option<Said>,
+struct Outgoing {
+    said: Option<NodeMessage>,
     descriptors: Vec<OwnedFd>,
     /// Is let go when it has been done, or cannot be any more.
-    done: Option<Answer>,
+    done: Option<CompletionGuard>,
     /// Is let go when nothing runs any more of the pod that drains.
-    idle: Option<(Instance, Answer)>,
+    idle: Option<(Instance, CompletionGuard)>,
 }
 
 impl Lender {
@@ -81,7 +81,7 @@ impl Lender {
     }
 
     /// Lends what `events` say to all that connect, until there are no more events.
-    pub async fn run(mut self, entry: Entry, mut events: mpsc::Receiver<PodEvent>) {
+    pub async fn run(mut self, entry: SeamListener, mut events: mpsc::Receiver<PodEvent>) {
         let mut conversations = FuturesUnordered::new();
         loop {
             tokio::select! {
@@ -89,22 +89,22 @@ impl Lender {
                     Some(event) => self.apply(event),
                     None => return,
                 },
-                came = entry.accept() => match came.and_then(|channel| Ok((channel, self.meet()?))) {
-                    Ok((channel, (orders, leaves))) => {
+                came = entry.accept() => match came.and_then(|channel| Ok((channel, self.welcome()?))) {
+                    Ok((channel, (outbox, leaves))) => {
                         let leaving = Rc::clone(&self.leaving);
                         let leave = move || {
                             leaves.set(true);
                             leaving.notify_one();
                         };
-                        conversations.push(converse(channel, orders, leave));
+                        conversations.push(converse(channel, outbox, leave));
                     }
                     Err(error) => {
                         tracing::warn!(%error, "who came to serve pods is not let in");
-                        sleep(PAUSE).await;
+                        sleep(ACCEPT_PAUSE).await;
                     }
                 },
                 Some(()) = conversations.next() => {
-                    self.proxies.retain(|proxy| !proxy.orders.is_closed());
+                    self.proxies.retain(|proxy| !proxy.outbox.is_closed());
                 }
                 () = self.leaving.notified() => {}
             }
@@ -119,10 +119,10 @@ impl Lender {
     }
 
     /// Lends all that there is to one that has come.
-    fn meet(&mut self) -> io::Result<(mpsc::UnboundedReceiver<Order>, Rc<Cell<bool>>)> {
-        let (orders, inbox) = mpsc::unbounded_channel();
+    fn welcome(&mut self) -> io::Result<(mpsc::UnboundedReceiver<Outgoing>, Rc<Cell<bool>>)> {
+        let (outbox, inbox) = mpsc::unbounded_channel();
         let mut proxy = Proxy {
-            orders,
+            outbox,
             has: BTreeSet::new(),
             leaves: Rc::default(),
         };
@@ -130,15 +130,15 @@ impl Lender {
             lease: VERSION,
             node: self.node.clone(),
         };
-        proxy.order(Order {
-            said: Some(Said::Welcome(welcome)),
+        proxy.send(Outgoing {
+            said: Some(NodeMessage::Welcome(welcome)),
             descriptors: copies(self.stamp.descriptor())?,
-            ..Order::default()
+            ..Outgoing::default()
         });
         for leased in self.leased.values().filter(|leased| !leased.drains) {
             proxy.add(&leased.lease)?;
         }
-        proxy.say(Said::SnapshotSent(Nothing {}));
+        proxy.say(NodeMessage::SnapshotSent(Empty {}));
         let leaves = Rc::clone(&proxy.leaves);
         self.proxies.push(proxy);
         Ok((inbox, leaves))
@@ -155,11 +155,11 @@ impl Lender {
                 self.leased.insert(leased.lease.instance, leased);
             }
             PodEvent::Addresses(instance, addresses) => {
-                let said = Said::Addresses(Addresses {
+                let said = NodeMessage::Addresses(Addresses {
                     instance: instance.0,
                     addresses: addresses.iter().map(wire::bytes).collect(),
                 });
-                for proxy in self.having(instance) {
+                for proxy in self.holders(instance) {
                     proxy.say(said.clone());
                 }
                 if let Some(leased) = self.leased.get_mut(&instance) {
@@ -167,22 +167,22 @@ impl Lender {
                 }
             }
             PodEvent::Drain(instance, told) => {
-                let (answer, of) = (Answer::new(told), self.of(instance));
+                let (guard, of) = (CompletionGuard::new(told), self.of(instance));
                 if let Some(leased) = self.leased.get_mut(&instance) {
                     leased.drains = true;
                 }
-                for proxy in self.having(instance) {
-                    proxy.order(Order {
-                        said: Some(Said::Drain(of.clone())),
-                        idle: Some((instance, answer.clone())),
-                        ..Order::default()
+                for proxy in self.holders(instance) {
+                    proxy.send(Outgoing {
+                        said: Some(NodeMessage::Drain(of.clone())),
+                        idle: Some((instance, guard.clone())),
+                        ..Outgoing::default()
                     });
                 }
             }
             PodEvent::Revive(instance) => {
                 let of = self.of(instance);
-                for proxy in self.having(instance) {
-                    proxy.say(Said::Revive(of.clone()));
+                for proxy in self.holders(instance) {
+                    proxy.say(NodeMessage::Revive(of.clone()));
                 }
                 // Who has come meanwhile was not lent it.
                 if let Some(mut leased) = self.leased.remove(&instance) {
@@ -197,13 +197,13 @@ impl Lender {
 
     /// Takes a pod back from all that have it; `told` hears when they have given it.
     fn take_back(&mut self, instance: Instance, told: oneshot::Sender<()>) {
-        let (answer, of) = (Answer::new(told), self.of(instance));
-        for proxy in self.having(instance) {
+        let (guard, of) = (CompletionGuard::new(told), self.of(instance));
+        for proxy in self.holders(instance) {
             proxy.has.remove(&instance);
-            proxy.order(Order {
-                said: Some(Said::Del(of.clone())),
-                done: Some(answer.clone()),
-                ..Order::default()
+            proxy.send(Outgoing {
+                said: Some(NodeMessage::Del(of.clone())),
+                done: Some(guard.clone()),
+                ..Outgoing::default()
             });
         }
         self.leased.remove(&instance);
@@ -221,14 +221,14 @@ impl Lender {
         });
     }
 
-    fn having(&mut self, instance: Instance) -> impl Iterator<Item = &mut Proxy> {
+    fn holders(&mut self, instance: Instance) -> impl Iterator<Item = &mut Proxy> {
         let proxies = self.proxies.iter_mut();
         proxies.filter(move |proxy| proxy.has.contains(&instance))
     }
 
-    fn of(&self, instance: Instance) -> Of {
+    fn of(&self, instance: Instance) -> PodRef {
         let leased = self.leased.get(&instance);
-        Of {
+        PodRef {
             uid: leased.map_or_else(String::new, |leased| leased.lease.uid.to_string()),
             instance: instance.0,
         }
@@ -236,15 +236,15 @@ impl Lender {
 }
 
 impl Proxy {
-    fn order(&self, order: Order) {
+    fn send(&self, outgoing: Outgoing) {
         // One that is gone is noticed as its conversation ends.
-        let _ = self.orders.send(order);
+        let _ = self.outbox.send(outgoing);
     }
 
-    fn say(&self, said: Said) {
-        self.order(Order {
+    fn say(&self, said: NodeMessage) {
+        self.send(Outgoing {
             said: Some(said),
-            ..Order::default()
+            ..Outgoing::default()
         });
     }
 
@@ -271,10 +271,10 @@ impl Proxy {
             listeners.inbound.as_fd(),
             listeners.hbone.as_fd(),
         ];
-        self.order(Order {
-            said: Some(Said::Add(add)),
+        self.send(Outgoing {
+            said: Some(NodeMessage::Add(add)),
             descriptors: copies(lent)?,
-            ..Order::default()
+            ..Outgoing::default()
         });
         self.has.insert(lease.instance);
         Ok(())
@@ -287,8 +287,8 @@ fn copies<'a>(of: impl IntoIterator<Item = BorrowedFd<'a>>) -> io::Result<Vec<Ow
 }
 
 /// Says what is ordered to one that serves, one thing after the other, until it is gone.
-async fn converse(channel: Channel, orders: mpsc::UnboundedReceiver<Order>, leave: impl Fn()) {
-    match talk(&channel, orders, leave).await {
+async fn converse(channel: Channel, outbox: mpsc::UnboundedReceiver<Outgoing>, leave: impl Fn()) {
+    match talk(&channel, outbox, leave).await {
         Ok(()) => tracing::info!("a proxy has gone"),
         Err(error) => tracing::warn!(%error, "a proxy is let go; it may come again"),
     }
@@ -296,10 +296,10 @@ async fn converse(channel: Channel, orders: mpsc::UnboundedReceiver<Order>, leav
 
 async fn talk(
     channel: &Channel,
-    mut orders: mpsc::UnboundedReceiver<Order>,
+    mut outbox: mpsc::UnboundedReceiver<Outgoing>,
     leave: impl Fn(),
 ) -> io::Result<()> {
-    let hello = timeout(PATIENCE, channel.receive()).await;
+    let hello = timeout(ANSWER_TIMEOUT, channel.receive()).await;
     let hello = hello.map_err(|_| late("it does not say hello"))??;
     let hello = match hello {
         Some(packet) => Hello::decode(&*packet.bytes).map_err(io::Error::other)?,
@@ -313,26 +313,26 @@ async fn talk(
         return Err(io::Error::new(io::ErrorKind::Unsupported, what));
     }
     tracing::info!("a proxy serves");
-    // Until when the last order is to be answered, and who waits for that.
-    let mut waits: Option<(Instant, Option<Answer>)> = None;
-    let mut idle: BTreeMap<u64, Answer> = BTreeMap::new();
+    // Until when the last message is to be answered, and who waits for that.
+    let mut waits: Option<(Instant, Option<CompletionGuard>)> = None;
+    let mut idle: BTreeMap<u64, CompletionGuard> = BTreeMap::new();
     loop {
         let until = waits.as_ref().map(|(until, _)| *until);
         tokio::select! {
-            order = orders.recv(), if waits.is_none() => {
-                let Some(order) = order else { return Ok(()) };
-                if let Some(Said::Revive(of)) = &order.said {
+            outgoing = outbox.recv(), if waits.is_none() => {
+                let Some(outgoing) = outgoing else { return Ok(()) };
+                if let Some(NodeMessage::Revive(of)) = &outgoing.said {
                     idle.remove(&of.instance);
                 }
-                idle.extend(order.idle.map(|(instance, answer)| (instance.0, answer)));
-                let lent: Vec<BorrowedFd<'_>> = order.descriptors.iter().map(AsFd::as_fd).collect();
-                channel.send(&Request { said: order.said }.encode_to_vec(), &lent)?;
-                waits = Some((Instant::now() + PATIENCE, order.done));
+                idle.extend(outgoing.idle.map(|(instance, guard)| (instance.0, guard)));
+                let lent: Vec<BorrowedFd<'_>> = outgoing.descriptors.iter().map(AsFd::as_fd).collect();
+                channel.send(&Request { said: outgoing.said }.encode_to_vec(), &lent)?;
+                waits = Some((Instant::now() + ANSWER_TIMEOUT, outgoing.done));
             }
             packet = channel.receive() => {
                 let Some(Packet { bytes, .. }) = packet? else { return Ok(()) };
                 match Response::decode(&*bytes).map_err(io::Error::other)?.told {
-                    Some(Told::Ack(ack)) => {
+                    Some(ProxyMessage::Ack(ack)) => {
                         if waits.take().is_none() {
                             return Err(io::Error::other("it answers what was not asked"));
                         }
@@ -340,10 +340,10 @@ async fn talk(
                             return Err(io::Error::other(ack.error));
                         }
                     }
-                    Some(Told::Idle(of)) => {
+                    Some(ProxyMessage::Idle(of)) => {
                         idle.remove(&of.instance);
                     }
-                    Some(Told::Leaving(_)) => leave(),
+                    Some(ProxyMessage::Leaving(_)) => leave(),
                     None => return Err(io::Error::other("it says a word that is not known")),
                 }
             }

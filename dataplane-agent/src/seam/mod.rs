@@ -21,7 +21,7 @@ use socket2::SockRef;
 use tokio::sync::oneshot;
 
 pub use self::leases::Leases;
-pub use self::packets::Entry;
+pub use self::packets::SeamListener;
 pub use self::stamp::Stamp;
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;

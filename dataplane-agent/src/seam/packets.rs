@@ -20,7 +20,7 @@ use crate::sys::readiness;
 /// The longest packet, in bytes: a pod with the longest names and as many addresses as are known takes half.
 const LONGEST: usize = 4096;
 /// The most descriptors that one has.
-const MOST: usize = 8;
+const MAX_DESCRIPTORS: usize = 8;
 /// How many may wait to be accepted.
 const BACKLOG: i32 = 8;
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
@@ -40,9 +40,9 @@ pub struct Channel(AsyncFd<OwnedFd>);
 
 /// Where others connect to.
 #[derive(Debug)]
-pub struct Entry(AsyncFd<OwnedFd>);
+pub struct SeamListener(AsyncFd<OwnedFd>);
 
-impl Entry {
+impl SeamListener {
     /// Makes it, in place of one that a predecessor left.
     ///
     /// # Errors
@@ -90,10 +90,12 @@ impl Channel {
     /// # Errors
     /// The other end is gone, or does not read.
     pub fn send(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut beside = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() && !beside.push(SendAncillaryMessage::ScmRights(descriptors)) {
-            return Err(io::Error::other(format!("more than {MOST} descriptors")));
+            return Err(io::Error::other(format!(
+                "more than {MAX_DESCRIPTORS} descriptors"
+            )));
         }
         let socket = self.0.get_ref();
         sendmsg(
@@ -128,7 +130,7 @@ async fn ready<T>(
 
 fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
     let mut bytes = vec![0; LONGEST];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut beside = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC;
     let came = recvmsg(
@@ -213,9 +215,9 @@ mod tests {
     async fn who_connects_is_heard_and_a_socket_that_was_left_is_replaced() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("socket");
-        drop(Entry::open(&path).expect("a socket"));
+        drop(SeamListener::open(&path).expect("a socket"));
         assert!(Channel::connect(&path).is_err(), "nobody listens");
-        let entry = Entry::open(&path).expect("in its place");
+        let entry = SeamListener::open(&path).expect("in its place");
         let mode = fs::metadata(&path).expect("it is there").permissions();
         assert_eq!(mode.mode() & 0o777, 0o600);
         let one = Channel::connect(&path).expect("somebody listens");

@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::borrow::Borrower;
 use super::lend::Lender;
-use super::packets::{Channel, Entry};
-use super::wire::{Hello, Response, Told, VERSION};
+use super::packets::{Channel, SeamListener};
+use super::wire::{Hello, ProxyMessage, Response, VERSION};
 use super::{Instance, Lease, Listeners, PodEvent, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
@@ -67,7 +67,7 @@ impl Drop for Proxy {
 impl Node {
     #[expect(clippy::disallowed_methods, reason = "a test stands for its process")]
     fn at(path: &Path) -> Self {
-        let entry = Entry::open(path).expect("a socket");
+        let entry = SeamListener::open(path).expect("a socket");
         let (events, inbox) = mpsc::channel(8);
         let (lender, serving) = Lender::new("one", Arc::<Stamp>::default());
         let task = tokio::task::spawn_local(lender.run(entry, inbox));
@@ -336,7 +336,7 @@ async fn who_does_not_answer_is_let_go_and_keeps_nobody_waiting() {
             .send(&hello.encode_to_vec(), &[])
             .expect("there is room");
         let ack = Response {
-            told: Some(Told::Ack(super::wire::Ack::default())),
+            told: Some(ProxyMessage::Ack(super::wire::Ack::default())),
         };
         for _ in 0..3 {
             channel

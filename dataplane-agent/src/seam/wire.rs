@@ -24,22 +24,22 @@ pub struct Hello {
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Request {
     /// What.
-    #[prost(oneof = "Said", tags = "1, 2, 3, 100, 101, 102, 103")]
-    pub said: Option<Said>,
+    #[prost(oneof = "NodeMessage", tags = "1, 2, 3, 100, 101, 102, 103")]
+    pub said: Option<NodeMessage>,
 }
 
 /// One thing that the node says.
 #[derive(Clone, PartialEq, Eq, prost::Oneof)]
-pub enum Said {
+pub enum NodeMessage {
     /// Serve this pod; with its network namespace and its three listeners.
     #[prost(message, tag = "1")]
     Add(Add),
     /// Cut what runs of it, and give it back.
     #[prost(message, tag = "2")]
-    Del(Of),
+    Del(PodRef),
     /// All pods that there are have been added.
     #[prost(message, tag = "3")]
-    SnapshotSent(Nothing),
+    SnapshotSent(Empty),
     /// The node's own first packet; with what stamps the sockets of who serves.
     #[prost(message, tag = "100")]
     Welcome(Welcome),
@@ -48,15 +48,15 @@ pub enum Said {
     Addresses(Addresses),
     /// Open nothing new for it, and say when nothing runs any more.
     #[prost(message, tag = "102")]
-    Drain(Of),
+    Drain(PodRef),
     /// It goes on after all.
     #[prost(message, tag = "103")]
-    Revive(Of),
+    Revive(PodRef),
 }
 
 /// Says nothing more.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-pub struct Nothing {}
+pub struct Empty {}
 
 /// What both ends go by.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
@@ -105,7 +105,7 @@ pub struct WorkloadInfo {
 
 /// A pod that was added.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct Of {
+pub struct PodRef {
     /// The workload's uid, for ZDS.
     #[prost(string, tag = "2")]
     pub uid: String,
@@ -129,22 +129,22 @@ pub struct Addresses {
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Response {
     /// What.
-    #[prost(oneof = "Told", tags = "1, 100, 101")]
-    pub told: Option<Told>,
+    #[prost(oneof = "ProxyMessage", tags = "1, 100, 101")]
+    pub told: Option<ProxyMessage>,
 }
 
 /// One thing that who serves pods says.
 #[derive(Clone, PartialEq, Eq, prost::Oneof)]
-pub enum Told {
+pub enum ProxyMessage {
     /// The request before has been done.
     #[prost(message, tag = "1")]
     Ack(Ack),
     /// Nothing runs any more of a pod that drains; it is no answer to a request.
     #[prost(message, tag = "100")]
-    Idle(Of),
+    Idle(PodRef),
     /// It is to end: it accepts nothing any more, and is lent nothing new. Nor is this an answer.
     #[prost(message, tag = "101")]
-    Leaving(Nothing),
+    Leaving(Empty),
 }
 
 /// How a request went.

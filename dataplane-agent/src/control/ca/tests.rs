@@ -30,7 +30,7 @@ fn ca(state: &Path) -> EmbeddedCa {
 fn certs(ca: EmbeddedCa, identities: &[Identity]) -> Certs {
     let certs = Certs::new(Arc::new(ca));
     for identity in identities {
-        certs.hold(identity);
+        certs.retain(identity);
     }
     certs
 }
@@ -175,10 +175,10 @@ async fn only_identities_of_this_node_have_certificates() {
         current(&certs, &bob()).await,
         Err(IdentityError::Unknown(_))
     ));
-    certs.hold(&alice());
-    certs.forget(&alice());
+    certs.retain(&alice());
+    certs.release(&alice());
     assert!(current(&certs, &alice()).await.is_ok());
-    certs.forget(&alice());
+    certs.release(&alice());
     assert!(matches!(
         current(&certs, &alice()).await,
         Err(IdentityError::Unknown(_))

@@ -100,7 +100,7 @@ impl Failure for AcceptError {
 }
 
 /// A tunnel whose peer is known.
-pub struct Tunnel {
+pub struct AcceptedTunnel {
     connection: server::Connection<TlsStream<ReadAhead>, Payload>,
     /// Who the peer is.
     pub identity: Identity,
@@ -116,9 +116,9 @@ pub struct Tunnel {
 /// A request that is not refused by its form: pass it on as an [`Accepted`].
 pub type Request = (request::Parts, Waiting);
 
-impl std::fmt::Debug for Tunnel {
+impl std::fmt::Debug for AcceptedTunnel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tunnel")
+        f.debug_struct("AcceptedTunnel")
             .field("identity", &self.identity)
             .finish_non_exhaustive()
     }
@@ -137,7 +137,7 @@ pub async fn handshake(
     certs: &Certs,
     mut turns: Turns,
     places: &NodePlaces,
-) -> Result<Tunnel, AcceptError> {
+) -> Result<AcceptedTunnel, AcceptError> {
     let deadline = Instant::now() + hbone::TIMEOUT;
     let share = places.undelivered(&pod.places);
     let (tls, identity, until) = tokio::select! {
@@ -154,7 +154,7 @@ pub async fn handshake(
         .await
         .map_err(|_| AcceptError::Slow)?
         .map_err(AcceptError::Handshake)?;
-    Ok(Tunnel {
+    Ok(AcceptedTunnel {
         connection,
         identity,
         peer,
@@ -191,7 +191,7 @@ async fn authenticate(
     Ok((tls, identity, end.min(certificate.not_after())))
 }
 
-impl Tunnel {
+impl AcceptedTunnel {
     /// Hands each request to `take` until the peer leaves. When `closing` completes, when a
     /// certificate of either end has ended, or when the tunnel is `unused` for so long, the peer is told to
     /// open no more (GOAWAY), what runs goes on, and the tunnel is closed when it carries nothing. What a

@@ -22,12 +22,12 @@ pub struct Authorizer {
 struct Live {
     next: u64,
     /// By the workload that they are for, since a change is one of some workloads.
-    permits: HashMap<Arc<str>, HashMap<u64, Arc<Held>>>,
+    permits: HashMap<Arc<str>, HashMap<u64, Arc<LivePermit>>>,
 }
 
 /// What is asked about a permit, again and again.
 #[derive(Debug)]
-struct Held {
+struct LivePermit {
     workload: Arc<str>,
     source: Option<Identity>,
     source_ip: IpAddr,
@@ -38,10 +38,10 @@ struct Held {
 
 /// Fires when policy no longer allows a connection. The permit counts as in use until it is dropped.
 #[derive(Debug)]
-pub struct Revoked(Option<Lease>);
+pub struct Revoked(Option<Registration>);
 
 #[derive(Debug)]
-struct Lease {
+struct Registration {
     workload: Arc<str>,
     number: u64,
     live: Arc<Mutex<Live>>,
@@ -72,8 +72,8 @@ impl Authorizer {
             });
         }
         let asked = question(accepted);
-        // Held before it is decided: a change that comes meanwhile finds it.
-        let revoked = self.hold(&accepted.pod.uid, &asked);
+        // Registered before it is decided: a change that comes meanwhile finds it.
+        let revoked = self.register(&accepted.pod.uid, &asked);
         let mesh = self.mesh.current();
         let target = mesh.workload(&accepted.pod.uid).map(Arc::as_ref);
         match check_workload(&mesh, target, &asked) {
@@ -136,15 +136,15 @@ impl Authorizer {
         }
     }
 
-    fn of(&self, workload: &str) -> Vec<Arc<Held>> {
+    fn of(&self, workload: &str) -> Vec<Arc<LivePermit>> {
         let live = lock(&self.live);
         let permits = live.permits.get(workload);
         permits.map_or_else(Vec::new, |of| of.values().cloned().collect())
     }
 
-    fn hold(&self, workload: &Arc<str>, asked: &Question<'_>) -> Revoked {
+    fn register(&self, workload: &Arc<str>, asked: &Question<'_>) -> Revoked {
         let (revoke, revoked) = watch::channel(false);
-        let held = Arc::new(Held {
+        let held = Arc::new(LivePermit {
             workload: Arc::clone(workload),
             source: asked.source.cloned(),
             source_ip: asked.source_ip,
@@ -158,7 +158,7 @@ impl Authorizer {
         let of = live.permits.entry(Arc::clone(workload)).or_default();
         of.insert(number, held);
         drop(live);
-        Revoked(Some(Lease {
+        Revoked(Some(Registration {
             workload: Arc::clone(workload),
             number,
             live: Arc::clone(&self.live),
@@ -170,8 +170,12 @@ impl Authorizer {
 impl Revoked {
     /// Completes when policy no longer allows the connection.
     pub async fn wait(&mut self) {
-        if let Some(lease) = &mut self.0
-            && lease.revoked.wait_for(|revoked| *revoked).await.is_ok()
+        if let Some(registration) = &mut self.0
+            && registration
+                .revoked
+                .wait_for(|revoked| *revoked)
+                .await
+                .is_ok()
         {
             return;
         }
@@ -180,7 +184,7 @@ impl Revoked {
     }
 }
 
-impl Drop for Lease {
+impl Drop for Registration {
     fn drop(&mut self) {
         let mut live = lock(&self.live);
         if let Some(of) = live.permits.get_mut(&self.workload) {
@@ -237,12 +241,12 @@ mod tests {
         let (writer, reader) = store();
         publish(&writer, Vec::new());
         let authorizer = Authorizer::new(reader.clone());
-        let revoked = authorizer.hold(&workload(&[]).uid, &ask());
+        let revoked = authorizer.register(&workload(&[]).uid, &ask());
         let is_revoked = |revoked: &Revoked| {
             revoked
                 .0
                 .as_ref()
-                .is_some_and(|lease| *lease.revoked.borrow())
+                .is_some_and(|registration| *registration.revoked.borrow())
         };
         authorizer.check_since(0, &reader.current());
         assert!(!is_revoked(&revoked));
@@ -259,13 +263,13 @@ mod tests {
         let (writer, reader) = store();
         publish(&writer, Vec::new());
         let authorizer = Authorizer::new(reader.clone());
-        let revoked = authorizer.hold(&"another".into(), &ask());
+        let revoked = authorizer.register(&"another".into(), &ask());
         authorizer.check_since(0, &reader.current());
         assert!(
             revoked
                 .0
                 .as_ref()
-                .is_some_and(|lease| *lease.revoked.borrow())
+                .is_some_and(|registration| *registration.revoked.borrow())
         );
     }
 

@@ -204,7 +204,7 @@ fn jitter(time: Duration) -> Duration {
 #[derive(Clone)]
 pub struct Certs {
     issuer: Arc<dyn Issuer>,
-    held: Arc<Mutex<HashMap<Identity, Held>>>,
+    held: Arc<Mutex<HashMap<Identity, Entry>>>,
     /// Something was held, or somebody waits.
     changed: Arc<Notify>,
     /// How long one waits for a certificate.
@@ -213,7 +213,7 @@ pub struct Certs {
     clock: fn() -> SystemTime,
 }
 
-struct Held {
+struct Entry {
     pods: usize,
     slot: Arc<Slot>,
 }
@@ -304,11 +304,11 @@ impl Certs {
     }
 
     /// One more pod of this node has the identity.
-    pub fn hold(&self, identity: &Identity) {
+    pub fn retain(&self, identity: &Identity) {
         let mut held = lock(&self.held);
         let entry = held.entry(identity.clone());
         entry
-            .or_insert_with(|| Held {
+            .or_insert_with(|| Entry {
                 pods: 0,
                 slot: Arc::new(watch::Sender::default()),
             })
@@ -317,7 +317,7 @@ impl Certs {
     }
 
     /// One pod less has it. When none does the certificate goes.
-    pub fn forget(&self, identity: &Identity) {
+    pub fn release(&self, identity: &Identity) {
         let mut held = lock(&self.held);
         let Some(entry) = held.get_mut(identity) else {
             return;

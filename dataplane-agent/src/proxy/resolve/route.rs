@@ -28,7 +28,7 @@ pub fn resolve<I>(
         Direction::InboundPlain | Direction::InboundHbone { .. } => inbound(&mesh, &accepted),
     };
     match found {
-        Ok(Found {
+        Ok(Route {
             source,
             target,
             service,
@@ -44,14 +44,14 @@ pub fn resolve<I>(
     }
 }
 
-struct Found {
+struct Route {
     source: Option<Arc<Workload>>,
     target: Option<Arc<Workload>>,
     service: Option<Arc<Service>>,
     hop: Hop,
 }
 
-fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError> {
+fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Route, ResolveError> {
     let to = accepted.destination;
     // A tunnel is for the address that it came to: of another family the app would see itself as
     // its client.
@@ -88,7 +88,7 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
         _ => None,
     };
     let service = service.or_else(|| service_by_port(mesh, &target, to.port()));
-    Ok(Found {
+    Ok(Route {
         source: mesh
             .workload_at(&target.network, accepted.peer.ip())
             .cloned(),
@@ -98,7 +98,7 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError
     })
 }
 
-fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveError> {
+fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Route, ResolveError> {
     let to = accepted.destination;
     // The kernel takes neither loopback nor the pod's own addresses. Somebody in the pod connected
     // to the listener itself, on whichever port it is, and would come back to it for ever.
@@ -126,7 +126,7 @@ fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Found, ResolveErro
             return Err(ResolveError::Unsupported(what.into()));
         }
     };
-    Ok(Found {
+    Ok(Route {
         source: Some(source),
         target,
         service,

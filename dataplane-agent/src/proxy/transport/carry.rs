@@ -3,11 +3,11 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::hbone::Connect;
-use super::pool::{Key, Pool};
+use super::hbone::ConnectRequest;
+use super::pool::{Pool, TunnelKey};
 use super::relay::{End, Meter, RelayError, relay};
-use super::{Means, TransportError, plain};
-use crate::drain::Scope;
+use super::{Connector, TransportError, plain};
+use crate::drain::TaskGroup;
 use crate::observe::{self, Failure};
 use crate::proxy::authorize::{Hop, Io, Permit, Revoked};
 use crate::proxy::hbone::headers;
@@ -17,7 +17,7 @@ use crate::proxy::limits::memory::Share;
 #[derive(Clone)]
 pub struct Carrier {
     /// Connections from pods' network namespaces.
-    pub means: Rc<dyn Means>,
+    pub connector: Rc<dyn Connector>,
     /// Tunnels to other pods.
     pub pool: Rc<Pool>,
 }
@@ -55,7 +55,7 @@ pub enum Carried {
 pub async fn carry(
     permit: Permit<Io>,
     carrier: &Carrier,
-    scope: &Scope,
+    group: &TaskGroup,
     bytes: &Arc<observe::Bytes>,
 ) -> Result<Carried, TransportError> {
     let Permit {
@@ -66,17 +66,17 @@ pub async fn carry(
     let mut accepted = resolved.accepted;
     let peer = accepted.peer;
     let pod = Arc::clone(&accepted.pod);
-    let share = carrier.means.unsent(&pod);
+    let share = carrier.connector.unsent(&pod);
     let upstream = async {
         match &resolved.hop {
             Hop::App(to) => {
                 let from = peer.ip();
-                let tcp = plain::to_app(&*carrier.means, &pod, from, *to).await?;
+                let tcp = plain::to_app(&*carrier.connector, &pod, from, *to).await?;
                 Ok((End::Tcp(tcp), None))
             }
             Hop::Plain(to) => {
                 let from = pod.source_of(peer.ip(), *to);
-                let tcp = plain::to_peer(&*carrier.means, &pod, from, *to).await?;
+                let tcp = plain::to_peer(&*carrier.connector, &pod, from, *to).await?;
                 Ok((End::Tcp(tcp), None))
             }
             Hop::Hbone {
@@ -85,14 +85,14 @@ pub async fn carry(
                 target,
                 expected,
             } => {
-                let key = Key {
+                let key = TunnelKey {
                     source: pod.instance,
                     from: pod.source_of(peer.ip(), *to),
                     target: target.uid.clone(),
                     to: *to,
                     expected: expected.clone(),
                 };
-                let connect = Connect {
+                let connect = ConnectRequest {
                     authority: *authority,
                     client: peer,
                     host: resolved
@@ -101,8 +101,8 @@ pub async fn carry(
                         .map(|service| service.hostname.clone()),
                     baggage: resolved.source.as_deref().map(headers::baggage),
                 };
-                let (stream, lease) = carrier.pool.connect(&key, &pod, scope, &connect).await?;
-                Ok((End::Stream(stream), Some(lease)))
+                let (stream, slot) = carrier.pool.connect(&key, &pod, group, &connect).await?;
+                Ok((End::Stream(stream), Some(slot)))
             }
         }
     };

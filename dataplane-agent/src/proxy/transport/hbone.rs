@@ -15,9 +15,9 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use rustls_pki_types::{IpAddr, Ipv4Addr, ServerName};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::pool::Key;
-use super::{Means, TransportError};
-use crate::drain::Scope;
+use super::pool::TunnelKey;
+use super::{Connector, TransportError};
+use crate::drain::TaskGroup;
 use crate::proxy::authorize::LocalPod;
 use crate::proxy::hbone::keepalive::{self, Health};
 use crate::proxy::hbone::payload::Payload;
@@ -30,7 +30,7 @@ use crate::proxy::limits::{Idle, IdleTunnels, Place};
 
 /// What a CONNECT says.
 #[derive(Clone, Debug)]
-pub struct Connect {
+pub struct ConnectRequest {
     /// The pod's own address and port, or what the waypoint shall resolve.
     pub authority: SocketAddr,
     /// The client.
@@ -43,7 +43,7 @@ pub struct Connect {
 
 /// A tunnel to one peer.
 #[derive(Debug)]
-pub struct Tunnel {
+pub struct ClientTunnel {
     /// Until it is closed: the connection ends when nobody has this.
     send: RefCell<Option<SendRequest<Payload>>>,
     shared: Shared,
@@ -66,30 +66,30 @@ pub struct Tunnel {
 
 /// Why a stream was not opened.
 #[derive(Debug)]
-pub enum Failed {
+pub enum OpenError {
     /// The tunnel is no good, and no byte of the connection was sent: try another tunnel.
     Tunnel(TransportError),
     /// Anything else.
     Final(TransportError),
 }
 
-/// Connects, shakes hands, and leaves a task in `scope` that drives the tunnel.
+/// Connects, shakes hands, and leaves a task in `group` that drives the tunnel.
 ///
 /// # Errors
 /// Each step has its own, and its own time.
 pub async fn dial(
-    means: &dyn Means,
+    connector: &dyn Connector,
     pod: &LocalPod,
-    key: &Key,
+    key: &TunnelKey,
     place: Place,
-    scope: &Scope,
-) -> Result<Rc<Tunnel>, TransportError> {
-    let Key { to, expected, .. } = key;
-    let (to, tls) = (*to, means.client(pod, expected));
+    group: &TaskGroup,
+) -> Result<Rc<ClientTunnel>, TransportError> {
+    let TunnelKey { to, expected, .. } = key;
+    let (to, tls) = (*to, connector.client_tls(pod, expected));
     let (tls, own_end) = tls
         .await
         .map_err(|error| TransportError::Identity(error.into()))?;
-    let tcp = super::plain::to_peer(means, pod, key.from, to)
+    let tcp = super::plain::to_peer(connector, pod, key.from, to)
         .await
         .map_err(|error| match error {
             TransportError::Connect(error) if error.kind() == io::ErrorKind::TimedOut => {
@@ -99,7 +99,7 @@ pub async fn dial(
         })?;
     // Nobody looks at it: SNI is off, and peers are known by their identity.
     let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
-    let share = means.undelivered(pod);
+    let share = connector.undelivered(pod);
     let handshake = async {
         let io = ReadAhead::new(tcp, &share);
         let tls = tokio_rustls::TlsConnector::from(tls)
@@ -124,7 +124,7 @@ pub async fn dial(
         timeout(hbone::TIMEOUT, handshake).await.map_err(|_| {
             TransportError::Handshake("the peer did not finish the handshake in time".into())
         })??;
-    let tunnel = Rc::new(Tunnel {
+    let tunnel = Rc::new(ClientTunnel {
         send: RefCell::new(Some(send)),
         shared: Shared::new(&share),
         health: Rc::default(),
@@ -143,7 +143,7 @@ pub async fn dial(
     let health = Rc::clone(&tunnel.health);
     let peer = expected.iter().map(ToString::to_string);
     let peer = peer.collect::<Vec<_>>().join(" or ");
-    let closing = scope.closing();
+    let closing = group.draining();
     let leaves = Rc::downgrade(&tunnel);
     let until = tunnel.until;
     let leaving = async move {
@@ -162,7 +162,7 @@ pub async fn dial(
         }
         std::future::pending::<()>().await;
     };
-    scope.spawn(async move {
+    group.spawn(async move {
         let lost = keepalive::lost(connection.ping_pong(), &health);
         let end = poll_fn(|context| {
             windows.keep(&mut connection, context);
@@ -182,7 +182,7 @@ pub async fn dial(
     Ok(tunnel)
 }
 
-impl Tunnel {
+impl ClientTunnel {
     /// Streams that it carries now.
     pub fn streams(&self) -> usize {
         self.streams.get()
@@ -217,18 +217,18 @@ impl Tunnel {
     }
 
     /// Takes a place for one stream; call it only if there [is room](Self::has_room).
-    pub fn lease(self: Rc<Self>) -> Lease {
+    pub fn reserve(self: Rc<Self>) -> StreamSlot {
         self.streams.set(self.streams.get() + 1);
         self.idle.take();
-        Lease(self)
+        StreamSlot(self)
     }
 }
 
 /// A stream's place in a tunnel; given back when dropped.
 #[derive(Debug)]
-pub struct Lease(Rc<Tunnel>);
+pub struct StreamSlot(Rc<ClientTunnel>);
 
-impl Drop for Lease {
+impl Drop for StreamSlot {
     fn drop(&mut self) {
         self.0.streams.set(self.0.streams.get() - 1);
         if self.0.streams() == 0 {
@@ -239,26 +239,30 @@ impl Drop for Lease {
     }
 }
 
-impl Lease {
-    /// Asks the peer to connect, and waits for its answer. If this is dropped before, a task in `scope`
+impl StreamSlot {
+    /// Asks the peer to connect, and waits for its answer. If this is dropped before, a task in `group`
     /// waits for it.
     ///
     /// # Errors
     /// The peer refuses, the tunnel fails, or there is no answer in time.
-    pub async fn connect(&self, connect: &Connect, scope: &Scope) -> Result<Stream, Failed> {
-        let request = request(connect).map_err(Failed::Final)?;
+    pub async fn connect(
+        &self,
+        connect: &ConnectRequest,
+        group: &TaskGroup,
+    ) -> Result<Stream, OpenError> {
+        let request = request(connect).map_err(OpenError::Final)?;
         let send = self.0.send.borrow().clone();
         let answer = async {
             let never_sent = |error: h2::Error| {
                 self.0.closed.set(true);
-                Failed::Tunnel(TransportError::H2(error.into()))
+                OpenError::Tunnel(TransportError::H2(error.into()))
             };
             let gone = || never_sent(h2::Reason::CANCEL.into());
             let mut ready = send.ok_or_else(gone)?.ready().await.map_err(never_sent)?;
             let asked = ready.send_request(request, false).map_err(never_sent)?;
-            let asked = Asked {
-                lease: self,
-                scope,
+            let asked = PendingConnect {
+                slot: self,
+                group,
                 asked: Some(asked),
             };
             asked.answer().await.map_err(|error| self.failed(error))
@@ -274,17 +278,17 @@ impl Lease {
         let (response, send) = tokio::select! {
             biased;
             answer = timeout(hbone::ANSWER, answer) => {
-                answer.map_err(|_| Failed::Final(none()))??
+                answer.map_err(|_| OpenError::Final(none()))??
             }
-            () = late => return Err(Failed::Tunnel(none())),
+            () = late => return Err(OpenError::Tunnel(none())),
         };
         if response.status() != StatusCode::OK {
-            return Err(Failed::Final(TransportError::Status(response.status())));
+            return Err(OpenError::Final(TransportError::Status(response.status())));
         }
         Ok(Stream::new(send, response.into_body(), &self.0.shared))
     }
 
-    fn failed(&self, error: h2::Error) -> Failed {
+    fn failed(&self, error: h2::Error) -> OpenError {
         let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
         let tunnel = !error.is_reset();
         if tunnel {
@@ -292,22 +296,22 @@ impl Lease {
         }
         let failure = TransportError::H2(error.into());
         if refused || tunnel {
-            Failed::Tunnel(failure)
+            OpenError::Tunnel(failure)
         } else {
-            Failed::Final(failure)
+            OpenError::Final(failure)
         }
     }
 }
 
 /// A CONNECT that is not answered. When nobody waits for it any more it keeps its place in the tunnel,
 /// as it does in the peer's, and is reset when it is answered: see [`hbone::ABANDONED`].
-struct Asked<'a> {
-    lease: &'a Lease,
-    scope: &'a Scope,
+struct PendingConnect<'a> {
+    slot: &'a StreamSlot,
+    group: &'a TaskGroup,
     asked: Option<(ResponseFuture, SendStream<Payload>)>,
 }
 
-impl Asked<'_> {
+impl PendingConnect<'_> {
     async fn answer(mut self) -> Result<(Response<RecvStream>, SendStream<Payload>), h2::Error> {
         let gone = || h2::Error::from(h2::Reason::CANCEL);
         let (response, _) = self.asked.as_mut().ok_or_else(gone)?;
@@ -317,20 +321,20 @@ impl Asked<'_> {
     }
 }
 
-impl Drop for Asked<'_> {
+impl Drop for PendingConnect<'_> {
     fn drop(&mut self) {
         if let Some((response, mut send)) = self.asked.take() {
-            let lease = Rc::clone(&self.lease.0).lease();
-            self.scope.spawn(async move {
+            let slot = Rc::clone(&self.slot.0).reserve();
+            self.group.spawn(async move {
                 let answered = timeout(hbone::ABANDONED, response).await;
                 send.send_reset(h2::Reason::CANCEL);
-                drop((answered, lease));
+                drop((answered, slot));
             });
         }
     }
 }
 
-fn request(connect: &Connect) -> Result<Request<()>, TransportError> {
+fn request(connect: &ConnectRequest) -> Result<Request<()>, TransportError> {
     let words = || -> Result<Request<()>, http::Error> {
         let host = connect.host.as_deref();
         let mut request = Request::builder()

@@ -1,9 +1,9 @@
 //! Room 5: moves bytes. [`carry()`] accepts nothing without a `Permit`.
 
 pub mod carry;
+pub mod connector;
 mod ends;
 pub mod hbone;
-pub mod means;
 pub mod plain;
 pub mod pool;
 pub mod relay;
@@ -28,7 +28,7 @@ use crate::proxy::limits::memory::Share;
 use crate::proxy::limits::{Full, Place};
 
 /// What transport borrows: connections from a pod's network namespace, and TLS in its name.
-pub trait Means {
+pub trait Connector {
     /// Connects from the pod: from this address of it, or from the one that its routes choose.
     fn connect<'a>(
         &'a self,
@@ -44,7 +44,7 @@ pub trait Means {
         to: SocketAddr,
     ) -> LocalBoxFuture<'a, io::Result<tokio::net::TcpStream>>;
     /// The pod's settings as a client of any of these; an error is its words.
-    fn client<'a>(
+    fn client_tls<'a>(
         &'a self,
         pod: &'a LocalPod,
         expected: &'a [Identity],

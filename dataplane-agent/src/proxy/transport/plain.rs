@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::{Means, TransportError};
+use super::{Connector, TransportError};
 use crate::proxy::authorize::LocalPod;
 use crate::proxy::hbone::TIMEOUT;
 
@@ -15,12 +15,12 @@ use crate::proxy::hbone::TIMEOUT;
 /// # Errors
 /// It refuses, cannot be reached or does not answer in time.
 pub async fn to_peer(
-    means: &dyn Means,
+    connector: &dyn Connector,
     pod: &LocalPod,
     from: Option<IpAddr>,
     to: SocketAddr,
 ) -> Result<TcpStream, TransportError> {
-    in_time(means.connect(pod, from, to)).await
+    in_time(connector.connect(pod, from, to)).await
 }
 
 /// To the pod's app, from the client's own address.
@@ -28,13 +28,13 @@ pub async fn to_peer(
 /// # Errors
 /// As [`to_peer`].
 pub async fn to_app(
-    means: &dyn Means,
+    connector: &dyn Connector,
     pod: &LocalPod,
     from: IpAddr,
     to: SocketAddr,
 ) -> Result<TcpStream, TransportError> {
     // The port is one of ours, but a live connection of the client may have the same.
-    let mut end = in_time(means.connect_as(pod, from, to)).await;
+    let mut end = in_time(connector.connect_as(pod, from, to)).await;
     for _ in 1..LocalPod::PORT_TRIES {
         match &end {
             Err(TransportError::Connect(error))
@@ -42,7 +42,7 @@ pub async fn to_app(
             _ => break,
         }
         pod.port_was_taken(from, to);
-        end = in_time(means.connect_as(pod, from, to)).await;
+        end = in_time(connector.connect_as(pod, from, to)).await;
     }
     end
 }

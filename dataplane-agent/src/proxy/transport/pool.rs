@@ -11,9 +11,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
-use super::hbone::{Connect, Failed, Lease, Tunnel, dial};
-use super::{Means, TransportError};
-use crate::drain::Scope;
+use super::hbone::{ClientTunnel, ConnectRequest, OpenError, StreamSlot, dial};
+use super::{Connector, TransportError};
+use crate::drain::TaskGroup;
 use crate::mesh::Identity;
 use crate::proxy::authorize::{Instance, LocalPod};
 use crate::proxy::hbone::stream::Stream;
@@ -32,7 +32,7 @@ const GIVE_WAY: Duration = Duration::from_secs(1);
 /// that pod, and what was to be opened in one meanwhile is tried in another. The source is a pod and
 /// not an identity, since two pods of one identity have two addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Key {
+pub struct TunnelKey {
     /// The source pod.
     pub source: Instance,
     /// Which of its addresses the tunnel comes from, where its routes do not choose: it is what the
@@ -48,59 +48,59 @@ pub struct Key {
 
 /// The tunnels of one worker.
 pub struct Pool {
-    means: Rc<dyn Means>,
-    ways: RefCell<HashMap<Key, Way>>,
+    connector: Rc<dyn Connector>,
+    by_key: RefCell<HashMap<TunnelKey, KeyedTunnels>>,
     idle: Duration,
 }
 
 #[derive(Default)]
-struct Way {
-    tunnels: Vec<Rc<Tunnel>>,
-    dials: Vec<Rc<Dial>>,
+struct KeyedTunnels {
+    tunnels: Vec<Rc<ClientTunnel>>,
+    pending: Vec<Rc<PendingTunnel>>,
 }
 
-type Outcome = Option<Result<Rc<Tunnel>, TransportError>>;
+type Outcome = Option<Result<Rc<ClientTunnel>, TransportError>>;
 
 /// A tunnel in the making, and how many wait for it.
-struct Dial {
+struct PendingTunnel {
     waiting: Cell<usize>,
     outcome: watch::Sender<Outcome>,
 }
 
 impl Pool {
     /// Without tunnels; one that carries nothing for `idle` is closed.
-    pub fn new(means: Rc<dyn Means>, idle: Duration) -> Rc<Self> {
+    pub fn new(connector: Rc<dyn Connector>, idle: Duration) -> Rc<Self> {
         Rc::new(Self {
-            means,
-            ways: RefCell::default(),
+            connector,
+            by_key: RefCell::default(),
             idle,
         })
     }
 
     /// Opens a stream, with its place in a tunnel: one that is there, or a new one that lives in the
-    /// pod's `scope`.
+    /// pod's `group`.
     ///
     /// # Errors
-    /// As [`dial`] and [`Lease::connect`]. What met a tunnel that is no good, or closed at once,
+    /// As [`dial`] and [`StreamSlot::connect`]. What met a tunnel that is no good, or closed at once,
     /// is tried again in another, a few times.
     pub async fn connect(
         self: &Rc<Self>,
-        key: &Key,
+        key: &TunnelKey,
         pod: &Arc<LocalPod>,
-        scope: &Scope,
-        connect: &Connect,
-    ) -> Result<(Stream, Lease), TransportError> {
+        group: &TaskGroup,
+        connect: &ConnectRequest,
+    ) -> Result<(Stream, StreamSlot), TransportError> {
         let mut tries = TRIES;
         loop {
             tries -= 1;
             let opened = async {
-                let lease = self.lease(key, pod, scope).await?;
-                Ok((lease.connect(connect, scope).await?, lease))
+                let slot = self.checkout(key, pod, group).await?;
+                Ok((slot.connect(connect, group).await?, slot))
             };
             match opened.await {
                 Ok(opened) => return Ok(opened),
-                Err(Failed::Tunnel(_)) if tries > 0 => {}
-                Err(Failed::Tunnel(error) | Failed::Final(error)) => return Err(error),
+                Err(OpenError::Tunnel(_)) if tries > 0 => {}
+                Err(OpenError::Tunnel(error) | OpenError::Final(error)) => return Err(error),
             }
         }
     }
@@ -115,13 +115,13 @@ impl Pool {
 
     /// Closes what has carried nothing for so long, of the pods of which this says so.
     fn release(&self, long: Duration, of: impl Fn(Instance) -> bool) {
-        self.ways.borrow_mut().retain(|key, way| {
+        self.by_key.borrow_mut().retain(|key, entry| {
             let of = of(key.source);
-            way.tunnels.retain(|tunnel| {
+            entry.tunnels.retain(|tunnel| {
                 let idle = of && tunnel.streams() == 0 && tunnel.idle_since.get().elapsed() >= long;
                 !tunnel.closed.get() && !idle
             });
-            !way.tunnels.is_empty() || !way.dials.is_empty()
+            !entry.tunnels.is_empty() || !entry.pending.is_empty()
         });
     }
 
@@ -137,7 +137,7 @@ impl Pool {
         loop {
             // Before the place is asked for: one that gives way meanwhile is seen as a change.
             let some = *idle.borrow_and_update() > 0;
-            match self.means.place(pod) {
+            match self.connector.place(pod) {
                 Err(full) if some => {
                     tunnels.want();
                     if timeout_at(deadline, idle.changed()).await.is_err() {
@@ -151,143 +151,152 @@ impl Pool {
 
     /// Closes what is idle of the pod on this worker whenever its [places](Self::place) are wanted, also on
     /// another one; never returns.
-    pub async fn give_way(self: Rc<Self>, pod: Arc<LocalPod>) {
+    pub async fn close_idle_when_wanted(self: Rc<Self>, pod: Arc<LocalPod>) {
         loop {
             pod.places.idle.wanted().await;
             self.release(Duration::ZERO, |source| source == pod.instance);
         }
     }
 
-    /// Forgets a pod's tunnels; the pod's scope ends them.
+    /// Forgets a pod's tunnels; the pod's group ends them.
     pub fn forget(&self, source: Instance) {
-        self.ways.borrow_mut().retain(|key, _| key.source != source);
+        self.by_key
+            .borrow_mut()
+            .retain(|key, _| key.source != source);
     }
 
     /// How many tunnels there are.
     pub fn tunnels(&self) -> usize {
-        self.ways
+        self.by_key
             .borrow()
             .values()
-            .map(|way| way.tunnels.len())
+            .map(|entry| entry.tunnels.len())
             .sum()
     }
 
-    async fn lease(
+    async fn checkout(
         self: &Rc<Self>,
-        key: &Key,
+        key: &TunnelKey,
         pod: &Arc<LocalPod>,
-        scope: &Scope,
-    ) -> Result<Lease, Failed> {
+        group: &TaskGroup,
+    ) -> Result<StreamSlot, OpenError> {
         loop {
-            let mut outcome = match self.look(key) {
-                Found::Lease(lease) => return Ok(lease),
-                Found::Dial(dial) => dial.outcome.subscribe(),
-                Found::Nothing => self.start(key, pod, scope).outcome.subscribe(),
+            let mut outcome = match self.find(key) {
+                Found::Slot(slot) => return Ok(slot),
+                Found::Pending(pending) => pending.outcome.subscribe(),
+                Found::Nothing => self.start_dial(key, pod, group).outcome.subscribe(),
             };
             match outcome
                 .wait_for(Option::is_some)
                 .await
                 .map(|outcome| outcome.clone())
             {
-                Ok(Some(Ok(tunnel))) if tunnel.has_room() => return Ok(tunnel.lease()),
-                Ok(Some(Err(error))) => return Err(Failed::Final(error)),
+                Ok(Some(Ok(tunnel))) if tunnel.has_room() => return Ok(tunnel.reserve()),
+                Ok(Some(Err(error))) => return Err(OpenError::Final(error)),
                 Ok(Some(Ok(tunnel))) if tunnel.closed.get() => {
                     let error = "the peer closed the tunnel at once";
-                    return Err(Failed::Tunnel(TransportError::Handshake(error.into())));
+                    return Err(OpenError::Tunnel(TransportError::Handshake(error.into())));
                 }
                 // Others were quicker: look again.
                 Ok(_) => {}
-                // The pod is gone, and its scope has cut the dial.
+                // The pod is gone, and its group has cut the dial.
                 Err(_) => {
                     let gone = std::io::Error::from(std::io::ErrorKind::ConnectionAborted);
-                    return Err(Failed::Final(TransportError::Connect(gone.into())));
+                    return Err(OpenError::Final(TransportError::Connect(gone.into())));
                 }
             }
         }
     }
 
-    fn look(&self, key: &Key) -> Found {
-        let mut ways = self.ways.borrow_mut();
-        let Some(way) = ways.get_mut(key) else {
+    fn find(&self, key: &TunnelKey) -> Found {
+        let mut by_key = self.by_key.borrow_mut();
+        let Some(entry) = by_key.get_mut(key) else {
             return Found::Nothing;
         };
-        way.tunnels.retain(|tunnel| !tunnel.is_over());
-        let least = way.tunnels.iter().filter(|tunnel| tunnel.has_room());
+        entry.tunnels.retain(|tunnel| !tunnel.is_over());
+        let least = entry.tunnels.iter().filter(|tunnel| tunnel.has_room());
         if let Some(tunnel) = least.min_by_key(|tunnel| tunnel.streams()) {
-            return Found::Lease(Rc::clone(tunnel).lease());
+            return Found::Slot(Rc::clone(tunnel).reserve());
         }
-        let dial = (way.dials.iter()).find(|dial| dial.waiting.get() < CLIENT_STREAMS);
-        if let Some(dial) = dial {
-            dial.waiting.set(dial.waiting.get() + 1);
-            return Found::Dial(Rc::clone(dial));
+        let pending = (entry.pending.iter()).find(|pending| pending.waiting.get() < CLIENT_STREAMS);
+        if let Some(pending) = pending {
+            pending.waiting.set(pending.waiting.get() + 1);
+            return Found::Pending(Rc::clone(pending));
         }
         // Streams that a peer does not read must not lead to tunnels without end.
-        if way.tunnels.len() >= TUNNELS {
-            let least = way.tunnels.iter().filter(|tunnel| tunnel.may_carry());
+        if entry.tunnels.len() >= TUNNELS {
+            let least = entry.tunnels.iter().filter(|tunnel| tunnel.may_carry());
             if let Some(tunnel) = least.min_by_key(|tunnel| tunnel.streams()) {
-                return Found::Lease(Rc::clone(tunnel).lease());
+                return Found::Slot(Rc::clone(tunnel).reserve());
             }
         }
         Found::Nothing
     }
 
     /// Dials in a task of its own: the one that asked first may go away while others wait.
-    fn start(self: &Rc<Self>, key: &Key, pod: &Arc<LocalPod>, scope: &Scope) -> Rc<Dial> {
-        let entry = Rc::new(Dial {
+    fn start_dial(
+        self: &Rc<Self>,
+        key: &TunnelKey,
+        pod: &Arc<LocalPod>,
+        group: &TaskGroup,
+    ) -> Rc<PendingTunnel> {
+        let pending = Rc::new(PendingTunnel {
             waiting: Cell::new(1),
             outcome: watch::Sender::new(None),
         });
-        self.ways
+        self.by_key
             .borrow_mut()
             .entry(key.clone())
             .or_default()
-            .dials
-            .push(Rc::clone(&entry));
-        let guard = Dialling {
+            .pending
+            .push(Rc::clone(&pending));
+        let guard = PendingTunnelGuard {
             pool: Rc::clone(self),
             key: key.clone(),
-            entry: Rc::clone(&entry),
+            pending: Rc::clone(&pending),
         };
-        let (pod, in_scope) = (Arc::clone(pod), scope.clone());
-        scope.spawn(async move {
-            let means = &*guard.pool.means;
+        let (pod, in_group) = (Arc::clone(pod), group.clone());
+        group.spawn(async move {
+            let connector = &*guard.pool.connector;
             let end = match guard.pool.place(&pod).await {
-                Ok(place) => dial(means, &pod, &guard.key, place, &in_scope).await,
+                Ok(place) => dial(connector, &pod, &guard.key, place, &in_group).await,
                 Err(full) => Err(full.into()),
             };
             if let Ok(tunnel) = &end
-                && let Some(way) = guard.pool.ways.borrow_mut().get_mut(&guard.key)
+                && let Some(entry) = guard.pool.by_key.borrow_mut().get_mut(&guard.key)
             {
-                way.tunnels.push(Rc::clone(tunnel));
+                entry.tunnels.push(Rc::clone(tunnel));
             }
-            guard.entry.outcome.send_replace(Some(end));
+            guard.pending.outcome.send_replace(Some(end));
         });
-        entry
+        pending
     }
 }
 
 enum Found {
-    Lease(Lease),
-    Dial(Rc<Dial>),
+    Slot(StreamSlot),
+    Pending(Rc<PendingTunnel>),
     Nothing,
 }
 
 /// Takes the dial off the list when it has ended or was cut.
-struct Dialling {
+struct PendingTunnelGuard {
     pool: Rc<Pool>,
-    key: Key,
-    entry: Rc<Dial>,
+    key: TunnelKey,
+    pending: Rc<PendingTunnel>,
 }
 
-impl Drop for Dialling {
+impl Drop for PendingTunnelGuard {
     fn drop(&mut self) {
-        if let Some(way) = self.pool.ways.borrow_mut().get_mut(&self.key) {
-            way.dials.retain(|dial| !Rc::ptr_eq(dial, &self.entry));
+        if let Some(entry) = self.pool.by_key.borrow_mut().get_mut(&self.key) {
+            entry
+                .pending
+                .retain(|other| !Rc::ptr_eq(other, &self.pending));
         }
-        if self.entry.outcome.borrow().is_none() {
+        if self.pending.outcome.borrow().is_none() {
             let gone = std::io::Error::from(std::io::ErrorKind::ConnectionAborted);
             let end = Some(Err(TransportError::Connect(gone.into())));
-            self.entry.outcome.send_replace(end);
+            self.pending.outcome.send_replace(end);
         }
     }
 }

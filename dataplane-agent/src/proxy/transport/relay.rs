@@ -131,8 +131,8 @@ pub async fn relay(
     let (upward, downward) = (meter.clone(), meter.clone());
     let upward = Box::new(move |bytes| upward.upward(bytes));
     let downward = Box::new(move |bytes| downward.downward(bytes));
-    let mut up = Way::new(from_client, to_upstream, upward);
-    let mut down = Way::new(from_upstream, to_client, downward);
+    let mut up = OneWay::new(from_client, to_upstream, upward);
+    let mut down = OneWay::new(from_upstream, to_client, downward);
     match both(&mut up, &mut down, client, upstream).await {
         None => {
             up.sink.done();
@@ -163,8 +163,8 @@ enum At {
 /// Moves bytes both ways; `None` when both have ended. `client` and `upstream` complete when these
 /// sockets break.
 async fn both(
-    up: &mut Way,
-    down: &mut Way,
+    up: &mut OneWay,
+    down: &mut OneWay,
     mut client: Pin<&mut impl Future<Output = ()>>,
     mut upstream: Pin<&mut impl Future<Output = ()>>,
 ) -> Option<At> {
@@ -214,7 +214,7 @@ async fn error(socket: Option<Rc<Socket>>) {
 
 /// An end broke. Delivers what it had sent, by `last`, and tells the other end; `back` went to it.
 /// Says how it broke.
-async fn wind_up(broken: Option<Broken>, last: &mut Way, back: &mut Way) -> Broken {
+async fn wind_up(broken: Option<Broken>, last: &mut OneWay, back: &mut OneWay) -> Broken {
     let deadline = Instant::now() + FLUSH;
     let mut met = None;
     // What takes longer is discarded.
@@ -244,7 +244,7 @@ enum Cut {
 }
 
 /// One direction.
-struct Way {
+struct OneWay {
     source: Source,
     sink: Sink,
     batch: Batch,
@@ -262,7 +262,7 @@ struct Way {
     told: Option<Told>,
 }
 
-impl Way {
+impl OneWay {
     fn new(source: Source, sink: Sink, told: Told) -> Self {
         let told = sink.tell(told);
         Self {

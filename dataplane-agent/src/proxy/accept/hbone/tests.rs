@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 use tokio::task::LocalSet;
 
 use super::*;
-use crate::drain::Scope;
+use crate::drain::TaskGroup;
 use crate::proxy::identity::test_ca::Ca;
 
 const UNUSED: Duration = Duration::from_millis(300);
@@ -90,7 +90,7 @@ async fn end((mut stream, mut body): Both) -> Result<(), h2::Error> {
 }
 
 /// What a client that reads nothing of GOAWAY and PING has of its tunnel.
-fn deaf(tls: Tls, tasks: &Scope) -> DuplexStream {
+fn deaf(tls: Tls, tasks: &TaskGroup) -> DuplexStream {
     let (near, far) = tokio::io::duplex(1 << 16);
     let ((mut from, mut to), (mut far_from, mut far_to)) =
         (tokio::io::split(tls), tokio::io::split(far));
@@ -129,12 +129,12 @@ async fn tunnel(
 async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
     ca: Ca,
     unused: Duration,
-    over: impl FnOnce(Tls, &Scope) -> T,
+    over: impl FnOnce(Tls, &TaskGroup) -> T,
     use_it: impl AsyncFnOnce(&mut SendRequest<Bytes>),
 ) -> Duration {
-    let (certs, tasks) = (Certs::new(Arc::new(ca)), Scope::new(None));
-    certs.hold(&who("client"));
-    certs.hold(&who("server"));
+    let (certs, tasks) = (Certs::new(Arc::new(ca)), TaskGroup::new(None));
+    certs.retain(&who("client"));
+    certs.retain(&who("server"));
     tasks.spawn(certs.clone().rotate());
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
     let to = listener.local_addr().expect("an address");

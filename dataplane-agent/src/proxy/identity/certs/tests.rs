@@ -72,7 +72,7 @@ fn held(gate: &Arc<Gate>, count: usize) -> Certs {
     let mut certs = Certs::new(issuer);
     certs.clock = now;
     for number in 0..count {
-        certs.hold(&pod(number));
+        certs.retain(&pod(number));
     }
     certs
 }
@@ -189,7 +189,7 @@ async fn what_is_forgotten_while_it_is_issued_does_not_come_back() {
         let waits = certs.current(&who);
         let forget = async {
             tokio::task::yield_now().await;
-            certs.forget(&who);
+            certs.release(&who);
         };
         let (told, ()) = tokio::join!(waits, forget);
         assert!(matches!(told, Err(IdentityError::Unknown(_))), "{told:?}");
@@ -197,7 +197,7 @@ async fn what_is_forgotten_while_it_is_issued_does_not_come_back() {
         eventually(|| gate.open.available_permits() == 0).await;
         assert!(certs.list().is_empty());
         // Held again it is another one's.
-        certs.hold(&who);
+        certs.retain(&who);
         gate.open.add_permits(1);
         certs.current(&who).await.expect("a certificate");
         assert_eq!(gate.asked()[&who], 2);

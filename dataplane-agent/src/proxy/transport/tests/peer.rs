@@ -7,11 +7,11 @@ use std::time::SystemTime;
 use futures_util::future::LocalBoxFuture;
 use tokio_rustls::server::TlsStream;
 
-use super::super::hbone::{Connect, Lease};
-use super::super::pool::{Key, Pool};
-use super::super::{Means, TransportError};
+use super::super::hbone::{ConnectRequest, StreamSlot};
+use super::super::pool::{Pool, TunnelKey};
+use super::super::{Connector, TransportError};
 use super::*;
-use crate::drain::Scope;
+use crate::drain::TaskGroup;
 use crate::mesh::Identity;
 use crate::proxy::authorize::LocalPod;
 use crate::proxy::hbone::readahead::ReadAhead;
@@ -25,8 +25,8 @@ const IDLE: Duration = Duration::from_secs(60);
 pub(super) struct Client {
     pub(super) pool: Rc<Pool>,
     pub(super) pod: Arc<LocalPod>,
-    pub(super) scope: Scope,
-    means: Rc<Loopback>,
+    pub(super) group: TaskGroup,
+    connector: Rc<Loopback>,
 }
 
 impl Client {
@@ -37,39 +37,39 @@ impl Client {
 
     pub(super) async fn with_certificates_of(ca: Ca, places: usize) -> (Self, Peer) {
         let certs = Certs::new(Arc::new(ca));
-        certs.hold(&who("client"));
-        certs.hold(&who("server"));
+        certs.retain(&who("client"));
+        certs.retain(&who("server"));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
-        let means = Rc::new(Loopback {
+        let connector = Rc::new(Loopback {
             certs: certs.clone(),
             peer: listener.local_addr().expect("an address"),
             dials: Cell::new(0),
             places: NodePlaces::new(places),
         });
         let client = Self {
-            pool: Pool::new(means.clone(), IDLE),
+            pool: Pool::new(connector.clone(), IDLE),
             pod: pod(),
-            scope: Scope::new(None),
-            means,
+            group: TaskGroup::new(None),
+            connector,
         };
         (client, Peer::new(listener, certs))
     }
 
     /// The tunnels of another worker of its node.
     pub(super) fn another_worker(&self) -> Rc<Pool> {
-        Pool::new(self.means.clone(), IDLE)
+        Pool::new(self.connector.clone(), IDLE)
     }
 
     /// Connects to the server.
-    pub(super) async fn connect(&self) -> Result<(Stream, Lease), TransportError> {
+    pub(super) async fn connect(&self) -> Result<(Stream, StreamSlot), TransportError> {
         self.connect_by(&self.pod, &key(&self.pod)).await
     }
 
     pub(super) async fn connect_by(
         &self,
         pod: &Arc<LocalPod>,
-        key: &Key,
-    ) -> Result<(Stream, Lease), TransportError> {
+        key: &TunnelKey,
+    ) -> Result<(Stream, StreamSlot), TransportError> {
         self.connect_in(&self.pool, pod, key).await
     }
 
@@ -78,28 +78,28 @@ impl Client {
         &self,
         pool: &Rc<Pool>,
         pod: &Arc<LocalPod>,
-        key: &Key,
-    ) -> Result<(Stream, Lease), TransportError> {
-        let connect = Connect {
+        key: &TunnelKey,
+    ) -> Result<(Stream, StreamSlot), TransportError> {
+        let connect = ConnectRequest {
             authority: "192.0.2.1:80".parse().expect("an address"),
             client: "192.0.2.9:4000".parse().expect("an address"),
             host: None,
             baggage: None,
         };
-        pool.connect(key, pod, &self.scope, &connect).await
+        pool.connect(key, pod, &self.group, &connect).await
     }
 
     /// Connects so often at once.
     pub(super) async fn connect_all(
         &self,
         count: usize,
-    ) -> Vec<Result<(Stream, Lease), TransportError>> {
+    ) -> Vec<Result<(Stream, StreamSlot), TransportError>> {
         join_all((0..count).map(|_| self.connect())).await
     }
 
     /// How many tunnels it has asked for.
     pub(super) fn dials(&self) -> usize {
-        self.means.dials.get()
+        self.connector.dials.get()
     }
 }
 
@@ -108,8 +108,8 @@ pub(super) fn pod() -> Arc<LocalPod> {
 }
 
 /// From this pod to the server.
-pub(super) fn key(pod: &LocalPod) -> Key {
-    Key {
+pub(super) fn key(pod: &LocalPod) -> TunnelKey {
+    TunnelKey {
         source: pod.instance,
         from: None,
         target: "c//Pod/ns/server".into(),
@@ -130,7 +130,7 @@ struct Loopback {
     places: NodePlaces,
 }
 
-impl Means for Loopback {
+impl Connector for Loopback {
     fn connect<'a>(
         &'a self,
         _: &'a LocalPod,
@@ -148,7 +148,7 @@ impl Means for Loopback {
     ) -> LocalBoxFuture<'a, std::io::Result<TcpStream>> {
         self.connect(pod, None, to)
     }
-    fn client<'a>(
+    fn client_tls<'a>(
         &'a self,
         pod: &'a LocalPod,
         expected: &'a [Identity],
@@ -173,12 +173,12 @@ impl Means for Loopback {
 pub(super) struct Peer {
     listener: TcpListener,
     certs: Certs,
-    tasks: Scope,
+    tasks: TaskGroup,
 }
 
 impl Peer {
     fn new(listener: TcpListener, certs: Certs) -> Self {
-        let tasks = Scope::new(None);
+        let tasks = TaskGroup::new(None);
         tasks.spawn(certs.clone().rotate());
         Self {
             listener,

@@ -4,10 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::super::TransportError;
-use super::super::pool::Key;
+use super::super::pool::TunnelKey;
 use super::peer::{Answers, Client, key, pod, who, with_peer};
 use super::*;
-use crate::drain::Scope;
+use crate::drain::TaskGroup;
 use crate::proxy::identity::test_ca::Ca;
 use crate::proxy::limits::Full;
 
@@ -40,9 +40,9 @@ fn an_idle_tunnel_gives_its_place_to_a_new_one_and_a_busy_one_does_not() {
     };
     with_peer(answers, async |client| {
         let other = pod();
-        let worker = Scope::new(None);
-        worker.spawn(Rc::clone(&client.pool).give_way(Arc::clone(&client.pod)));
-        let to = |pod, port: u16| Key {
+        let worker = TaskGroup::new(None);
+        worker.spawn(Rc::clone(&client.pool).close_idle_when_wanted(Arc::clone(&client.pod)));
+        let to = |pod, port: u16| TunnelKey {
             to: SocketAddr::new([192, 0, 2, 1].into(), port),
             ..key(pod)
         };
@@ -75,13 +75,13 @@ fn an_idle_tunnel_of_another_worker_gives_its_place_as_well() {
     };
     with_peer(answers, async |client| {
         let (pod, elsewhere) = (&client.pod, client.another_worker());
-        let to = |port: u16| Key {
+        let to = |port: u16| TunnelKey {
             to: SocketAddr::new([192, 0, 2, 1].into(), port),
             ..key(pod)
         };
-        let workers = Scope::new(None);
+        let workers = TaskGroup::new(None);
         for pool in [&client.pool, &elsewhere] {
-            workers.spawn(Rc::clone(pool).give_way(Arc::clone(pod)));
+            workers.spawn(Rc::clone(pool).close_idle_when_wanted(Arc::clone(pod)));
         }
         // Of four places the pod has two.
         let busy = client.connect_by(pod, &to(1)).await.expect("connected");
@@ -120,7 +120,7 @@ fn a_peer_that_closes_its_tunnels_at_once_is_not_dialled_without_end() {
         let (client, (told, connected)) = (Rc::new(client), tokio::sync::oneshot::channel());
         let connects = Rc::clone(&client);
         // By itself, as a connection is: its tunnel is driven before it hears of it.
-        client.scope.spawn(async move {
+        client.group.spawn(async move {
             let _ = told.send(connects.connect().await.map(drop));
         });
         let connected = tokio::time::timeout(Duration::from_secs(5), connected);
@@ -142,7 +142,7 @@ fn a_refusal_is_told_by_its_status_and_a_stranger_by_its_name() {
     with_peer(answers, async |client| {
         let refused = client.connect().await.expect_err("401");
         assert_eq!(refused.to_string(), "http status: 401 Unauthorized");
-        let another = Key {
+        let another = TunnelKey {
             expected: vec![who("another")],
             ..key(&client.pod)
         };
@@ -160,7 +160,7 @@ fn a_scope_that_is_cut_takes_its_tunnels_with_it() {
         let (mut stream, _lease) = client.connect().await.expect("connected");
         client.pool.forget(client.pod.instance);
         assert_eq!(client.pool.tunnels(), 0);
-        client.scope.cut().await;
+        client.group.abort_and_wait().await;
         let end = next(&mut stream).await;
         assert!(
             matches!(end, Some(Err(_))),
@@ -193,12 +193,12 @@ fn a_tunnel_whose_window_is_used_up_by_what_its_peer_does_not_read_gets_no_new_s
     ] {
         with_peer(Answers::default(), async |client| {
             for _ in 0..3 {
-                let (mut stream, lease) = client.connect().await.expect("connected");
+                let (mut stream, slot) = client.connect().await.expect("connected");
                 // By itself, as a relay is: it is polled when it is woken.
-                client.scope.spawn(async move {
+                client.group.spawn(async move {
                     send_in(&mut stream, bytes, piece).await;
                     std::future::pending::<()>().await;
-                    drop((stream, lease));
+                    drop((stream, slot));
                 });
             }
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -213,12 +213,12 @@ fn a_tunnel_whose_window_is_used_up_by_what_its_peer_does_not_read_gets_no_new_s
 fn a_pod_that_drains_keeps_no_tunnel_that_carries_nothing() {
     with_peer(Answers::default(), async |client| {
         let busy = client.connect().await.expect("connected");
-        client.scope.close(true);
+        client.group.start_drain();
         client.pool.forget(client.pod.instance);
-        let idle = tokio::time::timeout(Duration::from_millis(200), client.scope.idle());
+        let idle = tokio::time::timeout(Duration::from_millis(200), client.group.idle());
         idle.await.expect_err("it carries something");
         drop(busy);
-        client.scope.idle().await;
+        client.group.idle().await;
     });
 }
 
@@ -226,12 +226,12 @@ fn a_pod_that_drains_keeps_no_tunnel_that_carries_nothing() {
 #[test]
 fn what_connects_while_its_pod_drains_leaves_no_tunnel_behind() {
     with_peer(Answers::default(), async |client| {
-        client.scope.close(true);
+        client.group.start_drain();
         client.pool.forget(client.pod.instance);
         for _ in 0..2 {
             drop(client.connect().await.expect("connected"));
         }
-        let idle = tokio::time::timeout(Duration::from_secs(10), client.scope.idle());
+        let idle = tokio::time::timeout(Duration::from_secs(10), client.group.idle());
         idle.await.expect("nothing is left");
     });
 }
@@ -291,17 +291,17 @@ fn a_tunnel_whose_certificates_have_ended_is_closed_when_it_carries_nothing() {
         let (client, peer) = Client::with_certificates_of(ca, 100).await;
         let test = async {
             let busy = client.connect().await.expect("connected");
-            let elsewhere = Key {
+            let elsewhere = TunnelKey {
                 target: "c//Pod/ns/another".into(),
                 ..key(&client.pod)
             };
             let idle = client.connect_by(&client.pod, &elsewhere).await;
             drop(idle.expect("connected"));
             tokio::time::sleep(Duration::from_secs(4)).await;
-            let ended = tokio::time::timeout(Duration::from_millis(100), client.scope.idle()).await;
+            let ended = tokio::time::timeout(Duration::from_millis(100), client.group.idle()).await;
             ended.expect_err("one carries something");
             drop(busy);
-            let ended = tokio::time::timeout(Duration::from_secs(5), client.scope.idle()).await;
+            let ended = tokio::time::timeout(Duration::from_secs(5), client.group.idle()).await;
             ended.expect("both are closed");
         };
         beside(peer.serve(Answers::default()), test).await;

@@ -16,7 +16,7 @@ use crate::sys::machine_id;
 
 /// What is configured, read once.
 #[expect(clippy::large_enum_variant, reason = "there is one")]
-pub(super) enum Opened {
+pub(super) enum ConfigSource {
     Manifests {
         folder: ManifestFolder,
         watch: Watch,
@@ -24,7 +24,7 @@ pub(super) enum Opened {
     Local(Translation),
 }
 
-impl Opened {
+impl ConfigSource {
     pub(super) fn new(options: &RunOptions) -> Result<Self, AgentError> {
         let wrong = |error: String| AgentError::Settings(error);
         if let Some(file) = &options.local_xds_path {
@@ -52,7 +52,7 @@ impl Opened {
     }
 
     /// With the records in a state beside it, which tell what other nodes have enrolled; and those.
-    pub(super) fn with(
+    pub(super) fn into_source(
         self,
         options: &RunOptions,
         state: Option<SharedState>,

@@ -1,4 +1,4 @@
-//! The real means: sockets of the pods' network namespaces, and their certificates.
+//! The connector of a node: it makes sockets of the pods' network namespaces, with the pods' certificates.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use futures_util::future::LocalBoxFuture;
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::Means;
+use super::Connector;
 use crate::mesh::Identity;
 use crate::proxy::authorize::LocalPod;
 use crate::proxy::identity::Certs;
@@ -17,14 +17,14 @@ use crate::proxy::limits::{Full, NodePlaces, Place};
 
 /// Of this node.
 #[derive(Clone, Debug)]
-pub struct OfNode {
+pub struct NodeConnector {
     /// The pods' certificates.
     pub certs: Certs,
     /// How many connections there may be.
     pub places: NodePlaces,
 }
 
-impl Means for OfNode {
+impl Connector for NodeConnector {
     fn connect<'a>(
         &'a self,
         pod: &'a LocalPod,
@@ -51,7 +51,7 @@ impl Means for OfNode {
         })
     }
 
-    fn client<'a>(
+    fn client_tls<'a>(
         &'a self,
         pod: &'a LocalPod,
         expected: &'a [Identity],

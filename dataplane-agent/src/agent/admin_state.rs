@@ -18,18 +18,18 @@ use crate::proxy::identity::Certs;
 
 /// What there is to tell of. A half that knows nothing of something says nothing of it.
 #[derive(Clone)]
-pub(super) struct Told {
+pub(super) struct AdminState {
     pub(super) node: String,
     pub(super) configured: watch::Receiver<Configured>,
     /// Of the half that knows the node.
-    pub(super) node_half: Option<OfNode>,
+    pub(super) node_half: Option<NodeState>,
     /// Of the half that serves pods.
-    pub(super) proxy_half: Option<OfProxy>,
+    pub(super) proxy_half: Option<ProxyState>,
 }
 
 /// What the node half tells of.
 #[derive(Clone)]
-pub(super) struct OfNode {
+pub(super) struct NodeState {
     pub(super) handle: CaptureHandle,
     pub(super) view: watch::Receiver<StatusSnapshot>,
     /// How many serve its pods, where others do.
@@ -38,7 +38,7 @@ pub(super) struct OfNode {
 
 /// What the proxy half tells of.
 #[derive(Clone)]
-pub(super) struct OfProxy {
+pub(super) struct ProxyState {
     pub(super) mesh: MeshReader,
     pub(super) certs: Certs,
     pub(super) root_end: RootEnd,
@@ -47,7 +47,7 @@ pub(super) struct OfProxy {
 /// Why connections wait, where somebody else is to serve them.
 const NOBODY: &str = "no proxy serves this node's pods (`dataplane proxy`); what comes to them, and from them, waits";
 
-impl Told {
+impl AdminState {
     /// As the admin socket asks for it.
     pub(super) fn sources(self, level: Level, metrics: Arc<Metrics>) -> Sources {
         let (for_dump, for_status, for_ready) = (self.clone(), self.clone(), self.clone());
@@ -124,7 +124,7 @@ impl Told {
     }
 }
 
-impl OfNode {
+impl NodeState {
     fn is_unserved(&self) -> bool {
         let serving = self.serving.as_ref();
         serving.is_some_and(|serving| *serving.borrow() == 0)
