@@ -1,9 +1,9 @@
 //! Owns every task of the data plane, and is the only place that spawns one.
 //!
-//! A [`TaskGroup`] is what one worker runs for one pod. It is first *draining* (no new work; tunnels say
-//! GOAWAY and finish what they have) and then *cut*. Pods can be draining and opened again. A pod's tasks
-//! are counted together, whichever worker runs them: while its listeners go on to accept, one worker
-//! after the other being idle for a moment does not mean that nothing runs.
+//! A [`TaskGroup`] has the tasks that one worker runs for one pod. It first *drains* (it begins no new work;
+//! tunnels send GOAWAY and finish what they have) and is *aborted* later. A drain can be cancelled. The tasks of a
+//! pod are counted together on all workers: its listeners still accept meanwhile, so workers that are idle one
+//! after the other do not mean that nothing runs.
 
 use std::future::Future;
 use std::rc::Rc;

@@ -1,5 +1,5 @@
-//! One connection from room to room: accept → resolve → authorize → transport, and one record for each connection. The
-//! only file that knows the order.
+//! The path of one connection: accept → resolve → authorize → transport, with one record for each connection.
+//! This is the only file that knows the order.
 
 use std::net::{self, SocketAddr};
 use std::sync::Arc;
@@ -19,35 +19,36 @@ use crate::proxy::resolve::{self, Hop, Resolved};
 use crate::proxy::transport::{Carried, Carrier, carry};
 use crate::sys::socket::canonical;
 
-/// The rooms, as one worker walks through them.
+/// The inputs of the path, on one worker.
 #[derive(Clone, Debug)]
 pub struct ProxyInputs {
-    /// Room 3.
+    /// The mesh, for `resolve`.
     pub mesh: MeshReader,
-    /// Room 4.
+    /// Policy, for `authorize`.
     pub authorizer: Authorizer,
-    /// Room 5.
+    /// Connections to next hops, for `transport`.
     pub carrier: Carrier,
-    /// Certificates of pods.
+    /// The certificates of this node's pods.
     pub certs: Certs,
-    /// Who watches.
+    /// The observer, which makes metrics and access logs.
     pub observer: Observer,
-    /// How many connections there may be.
+    /// The node's connection limit.
     pub places: NodePlaces,
 }
 
-/// By which of a pod's listeners a connection came.
+/// The listener of a pod that accepted a TCP connection. See [`Direction`] for what is known once a connection is
+/// accepted, and [`Reporter`] for the end of it that this node reports on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ListenerKind {
-    /// The pod connects.
+    /// Port 15001: the pod connects.
     Outbound,
-    /// Somebody connects to the pod in clear.
+    /// Port 15006: a client connects to the pod in clear.
     Inbound,
-    /// Somebody opens a tunnel to the pod.
+    /// Port 15008: a peer opens a tunnel to the pod.
     Hbone,
 }
 
-/// A TCP connection that has a place, and of which nothing was read. It is bound to no worker yet.
+/// A TCP connection that has a place and of which nothing was read. It is not bound to a worker yet.
 #[derive(Debug)]
 pub struct Admitted {
     tcp: net::TcpStream,
@@ -55,24 +56,24 @@ pub struct Admitted {
     place: Placed,
 }
 
-/// The place of a connection, by how it came.
+/// The place of a connection, by its listener.
 #[derive(Debug)]
 enum Placed {
     Outbound(Place),
     InClear(Place),
-    /// Anybody's, until it is known who the peer is.
+    /// Only a handshake's place, until the peer is authenticated.
     Hbone(Turns),
 }
 
-/// Gives a connection its place, for which idle tunnels may have to give way; one for which there is none is
-/// refused, and told of.
+/// Takes a place for a connection; an outbound one may close idle tunnels of the pod for it. Refuses and records a
+/// connection for which there is no place.
 pub async fn admit(
     inputs: &ProxyInputs,
     pod: &LocalPod,
     kind: ListenerKind,
     tcp: net::TcpStream,
 ) -> Option<Admitted> {
-    // A connection that is gone already has no addresses; nobody is left to tell.
+    // A connection that is already gone has no addresses, and needs no record.
     let (peer, local) = (tcp.peer_addr().ok()?, tcp.local_addr().ok()?);
     let (peer, local) = (canonical(peer), canonical(local));
     let reporter = match kind {
@@ -102,7 +103,7 @@ pub async fn admit(
     }
 }
 
-/// Follows one TCP connection to its end.
+/// Serves one TCP connection until it ends.
 pub async fn serve_connection(
     inputs: ProxyInputs,
     group: TaskGroup,
@@ -140,7 +141,7 @@ pub async fn serve_connection(
     process(&inputs, &group, accepted, arrival, local).await;
 }
 
-/// Takes a tunnel's requests, each of which is a connection.
+/// Serves a tunnel; each of its requests is a connection.
 async fn serve_tunnel(
     inputs: ProxyInputs,
     group: TaskGroup,
@@ -186,7 +187,7 @@ async fn serve_tunnel(
         .await;
 }
 
-/// Room by room. `local` is what was connected to.
+/// Resolves, authorizes and carries one connection. `local` is the local address of the accepted TCP connection.
 async fn process(
     inputs: &ProxyInputs,
     group: &TaskGroup,

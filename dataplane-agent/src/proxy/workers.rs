@@ -1,9 +1,8 @@
-//! The workers: a thread each, with a runtime of its own, on which a connection lives and dies.
+//! The workers. Each is a thread with a runtime of its own; a connection stays on one worker.
 //!
-//! A pod has a home worker, which accepts for it and hands a connection to another one if that has much
-//! less to do; when it is busy itself it looks at two others, in turn. What a worker has to do is how much of the last second it was busy, and what it has begun
-//! since: a connection that is new may turn out to be busy, one that is idle costs nothing. What workers
-//! share is immutable or counts.
+//! Each pod has a home worker, which accepts for it. A home worker that is busy compares its load with two other
+//! workers, which it takes in turn, and hands the connection to one that has much less to do (see
+//! [`load`](crate::load)). Workers share snapshots, counters, and locked tables with an entry per connection.
 
 use std::collections::HashMap;
 use std::io;
@@ -33,17 +32,17 @@ use crate::proxy::transport::connector::NodeConnector;
 use crate::proxy::transport::{Carrier, Pool};
 use crate::seam::{Instance, Listeners, PodEvent};
 
-/// How much less another worker must have to do before a connection is handed to it: that costs a wake
-/// of another thread, and that worker may have no tunnel to where the connection goes.
+/// The difference in load from which a connection is handed to another worker. A handoff wakes another thread, and
+/// that worker may have no tunnel to the destination.
 const HANDOFF_THRESHOLD: u32 = BUSY / 2;
-/// How often workers are looked at while nothing is accepted.
+/// The interval at which each worker measures its load while nothing is accepted.
 const LOAD_INTERVAL: Duration = Duration::from_secs(1);
-/// A tunnel that carries nothing for this long is closed.
+/// The time after which a tunnel that carries nothing is closed.
 const TUNNEL_IDLE_TIMEOUT: Duration = Duration::from_secs(300);
-/// How long whoever ends the workers waits until what they have cut is told of.
+/// The longest time that [`Workers::end`] waits for aborted connections to be recorded.
 const END_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What all workers are given.
+/// The inputs that all workers share.
 #[derive(Clone, Debug)]
 pub struct Shared {
     /// The mesh.
@@ -52,9 +51,9 @@ pub struct Shared {
     pub authorizer: Authorizer,
     /// Certificates.
     pub certs: Certs,
-    /// Who watches.
+    /// The observer, which makes metrics and access logs.
     pub observer: Observer,
-    /// How many connections there may be.
+    /// The node's connection limit.
     pub places: NodePlaces,
 }
 
@@ -66,16 +65,16 @@ pub struct Workers {
     homes: HashMap<Instance, Home>,
 }
 
-/// Where a pod is at home.
+/// A pod with its home worker.
 #[derive(Debug)]
 struct Home {
     pod: Arc<LocalPod>,
     worker: usize,
-    /// What all workers run for it.
+    /// The tasks that all workers run for it.
     tasks: TaskTracker,
 }
 
-/// The way to a worker.
+/// The channel to a worker, and the worker's load.
 #[derive(Clone, Debug)]
 struct WorkerHandle {
     commands: mpsc::UnboundedSender<Command>,
@@ -84,19 +83,20 @@ struct WorkerHandle {
 
 #[derive(Debug)]
 enum Command {
-    /// A pod is here, of which tasks are counted in this; its listeners too, if this is its home.
+    /// Serve a pod, and count its tasks in the tracker. Only the home worker gets the listeners.
     Up(Arc<LocalPod>, TaskTracker, Option<Listeners>),
-    /// A connection from another worker. It weighs on this one already, and is one of the pod's tasks.
+    /// Serve a connection that another worker has accepted. It already counts in this worker's load and among the
+    /// pod's tasks.
     Handoff(Arc<LocalPod>, Box<Admitted>, (Begun, TaskTrackerToken)),
-    /// Nothing new; the guard goes when nothing of the pod runs any more, on any worker.
+    /// Begin no new work for the pod. The guard is dropped when no task of the pod runs on any worker.
     Drain(Instance, CompletionGuard),
-    /// It goes on after all.
+    /// Cancel the pod's drain.
     Revive(Instance),
-    /// The guard goes when nothing of the pod is left.
+    /// Abort the pod's tasks. The guard is dropped when they have ended.
     Down(Instance, CompletionGuard),
-    /// Accept nothing any more.
+    /// Stop accepting for all pods.
     StopAccepting,
-    /// No more commands.
+    /// End the worker.
     Stop,
 }
 
@@ -108,19 +108,19 @@ impl WorkerHandle {
     }
 }
 
-/// Workers in the making: who counts what they do is among what they are given.
+/// Workers that are not started yet. The metrics need their loads, and the workers need the metrics.
 #[derive(Debug)]
 pub struct WorkersBuilder(Vec<(Runtime, WorkerHandle, mpsc::UnboundedReceiver<Command>)>);
 
 impl WorkersBuilder {
-    /// Of so many.
+    /// Makes the runtimes of `count` workers, at least one.
     ///
     /// # Errors
     /// A runtime cannot be made.
     pub fn new(count: usize) -> io::Result<Self> {
         let one = |_| {
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            // Not more than events of pods, and connections that have a place.
+            // Bounded by what is sent: events of pods, and connections that have a place.
             let (commands, inbox) = mpsc::unbounded_channel();
             let load = Load::of(runtime.metrics());
             Ok((runtime, WorkerHandle { commands, load }, inbox))
@@ -131,7 +131,7 @@ impl WorkersBuilder {
             .map(Self)
     }
 
-    /// Their loads.
+    /// Returns the load of each worker.
     pub fn loads(&self) -> Vec<Load> {
         self.0
             .iter()
@@ -139,7 +139,7 @@ impl WorkersBuilder {
             .collect()
     }
 
-    /// Starts them.
+    /// Starts the threads.
     ///
     /// # Errors
     /// A thread cannot be made.
@@ -165,13 +165,13 @@ impl WorkersBuilder {
 }
 
 impl Workers {
-    /// Does what capture says of a pod.
+    /// Applies an event of a pod on all workers.
     pub fn apply(&mut self, event: PodEvent) {
         match event {
             PodEvent::Up(lease) => {
                 let (pod, listeners) = LocalPod::of(*lease);
                 let (home, tasks) = (self.home(), task_tracker());
-                // Who accepts comes last: it hands connections to the others.
+                // The home worker is last: it hands connections to the others, which must know the pod.
                 for (number, handle) in self.handles.iter().enumerate() {
                     if number != home {
                         handle.send(Command::Up(Arc::clone(&pod), tasks.clone(), None));
@@ -200,18 +200,18 @@ impl Workers {
         }
     }
 
-    /// Accepts nothing any more, of any pod.
+    /// Stops accepting connections of all pods.
     pub fn stop_accepting(&self) {
         for handle in &self.handles {
             handle.send(Command::StopAccepting);
         }
     }
 
-    /// Lets what runs go on, and what begins meanwhile, until nothing runs of any pod, or for as long as
-    /// this.
+    /// Drains all pods. Completes when none of their tasks runs, including those that begin meanwhile, or after
+    /// `long`.
     pub fn drain(&self, long: Duration) -> impl Future<Output = ()> + use<> {
         for instance in self.homes.keys() {
-            // It is of no use that this one was idle while others were not.
+            // The answer is ignored: an idle pod can get new tasks while others drain.
             let (told, _) = oneshot::channel();
             self.all(*instance, told, Command::Drain);
         }
@@ -229,8 +229,8 @@ impl Workers {
         }
     }
 
-    /// Cuts what runs, and ends. All that was cut has been told of then, if it does not take longer than
-    /// two seconds.
+    /// Aborts all connections and ends the workers. The access log has the aborted connections by then, unless that
+    /// takes longer than two seconds.
     pub async fn end(mut self) {
         let down = self.homes.keys().map(|instance| {
             let (told, down) = oneshot::channel();
@@ -252,7 +252,7 @@ impl Workers {
         }
     }
 
-    /// The worker that is home to the fewest pods.
+    /// Returns the worker that is home to the fewest pods.
     fn home(&self) -> usize {
         let at = |number: usize| move |home: &&Home| home.worker == number;
         let pods = |number: &usize| self.homes.values().filter(at(*number)).count();
@@ -273,8 +273,8 @@ impl Workers {
     }
 }
 
-/// A connection that panics ends alone. A worker that does takes the process with it: pods stay
-/// captured and the next agent serves them, which one with a worker less would not.
+/// Aborts the process when a worker panics; a connection that panics ends alone. Pods stay captured and the next
+/// agent serves them. A process with a missing worker would not serve the pods of that worker.
 struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
@@ -293,16 +293,17 @@ struct Worker {
     handles: Vec<WorkerHandle>,
     inputs: ProxyInputs,
     pods: HashMap<Instance, PodState>,
-    /// What the worker itself does.
+    /// Tasks of the worker that belong to no pod.
     background_tasks: TaskGroup,
 }
 
-/// A pod on a worker.
+/// The state of a pod on a worker.
 struct PodState {
     pod: Arc<LocalPod>,
-    /// Its connections and tunnels.
+    /// The tasks of its connections and tunnels.
     group: TaskGroup,
-    /// What accepts for it, if this is its home, and what makes room for that.
+    /// The tasks that accept for it, if this is its home worker, and the one that closes its idle tunnels when their
+    /// places are wanted.
     accept_tasks: TaskGroup,
 }
 
@@ -335,7 +336,7 @@ impl Worker {
         let load = self.handles[self.number].load.clone();
         self.background_tasks.spawn(async move {
             loop {
-                // A second that was busy would be lost in the hour before it.
+                // Without regular samples a busy second would vanish in the average of a long idle interval.
                 load.now();
                 tokio::time::sleep(LOAD_INTERVAL).await;
             }
@@ -345,7 +346,7 @@ impl Worker {
                 Command::Up(pod, tasks, listeners) => self.up(&pod, &tasks, listeners),
                 Command::Handoff(pod, admitted, _counted) => match self.pods.get(&pod.instance) {
                     Some(state) => start_connection(&self.inputs, &state.group, &pod, *admitted),
-                    // It went down meanwhile; dropping it resets it, and tells.
+                    // The pod is gone. Dropping the connection resets it and records that.
                     None => drop(admitted),
                 },
                 Command::Drain(instance, guard) => self.drain(instance, guard),
@@ -392,7 +393,7 @@ impl Worker {
         self.pods.insert(pod.instance, state);
     }
 
-    /// Accepts for a pod, and gives each connection to a worker.
+    /// Accepts for a pod, and gives each connection to this worker or to a less loaded one.
     fn open(&self, state: &PodState, kind: ListenerKind, listener: Listener) {
         let (inputs, group) = (self.inputs.clone(), state.group.clone());
         let (pod, handles, number) = (Arc::clone(&state.pod), self.handles.clone(), self.number);
@@ -444,8 +445,8 @@ impl Worker {
     }
 }
 
-/// A worker that has much less to do than this one, of two others that have their `turn`: to look at all
-/// would take the longer the more there are.
+/// Returns a worker with much less load than worker `number`, if one of the next two in `turn` is. Comparing all would
+/// take longer with more workers.
 fn less_loaded_worker<'a>(
     handles: &'a [WorkerHandle],
     state: usize,
@@ -467,7 +468,7 @@ fn less_loaded_worker<'a>(
     (least + HANDOFF_THRESHOLD <= own).then_some(handle)
 }
 
-/// Begins a connection on this worker.
+/// Serves a connection on this worker.
 fn start_connection(
     inputs: &ProxyInputs,
     group: &TaskGroup,

@@ -26,17 +26,17 @@ pub use crate::seam::Instance;
 pub struct Accepted<I> {
     /// The bytes.
     pub io: I,
-    /// The pod that it is of.
+    /// The local pod at one end of it.
     pub pod: Arc<LocalPod>,
     /// The other end of the TCP connection that was accepted: the pod itself for outbound.
     pub peer: SocketAddr,
     /// Outbound: where the pod connects to. Inbound: the pod's own address and port.
     pub destination: SocketAddr,
-    /// Which way, and how it came.
+    /// The direction and the protocol.
     pub direction: Direction,
 }
 
-/// Which way a connection goes, and how it came.
+/// The direction of a connection as its pod sees it, and how it was accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From the pod.
@@ -54,17 +54,17 @@ pub enum Direction {
     },
 }
 
-/// What an accepted connection's bytes come and go by.
+/// The byte stream of an accepted connection.
 #[derive(Debug)]
 pub enum Io {
     /// A TCP connection of which nothing was read.
     Tcp(TcpStream),
-    /// A stream of a tunnel, which waits for its answer.
+    /// A CONNECT stream whose answer is not sent yet.
     Stream(Waiting),
 }
 
 impl Io {
-    /// Completes when the client has reset it before it was connected, and has left nothing to deliver.
+    /// Completes when the client has reset it before it was connected, and no unread bytes are left.
     pub async fn gone(&mut self) {
         match self {
             Self::Tcp(tcp) => {
@@ -72,7 +72,7 @@ impl Io {
                 let _ = tcp.ready(Interest::ERROR).await;
                 let left = socket2::SockRef::from(&*tcp).peek(&mut [MaybeUninit::uninit()]);
                 if left.is_ok_and(|bytes| bytes > 0) {
-                    // Connected, it breaks where that was read.
+                    // The reset is found after these bytes were read, once it is connected.
                     std::future::pending::<()>().await;
                 }
             }
@@ -80,8 +80,8 @@ impl Io {
         }
     }
 
-    /// Ends it without having carried anything: a stream is told why, a TCP connection is reset. A
-    /// reset, and not an end of file: the client must not take it for an answer.
+    /// Ends it before anything was carried: answers a stream with `status`, and resets a TCP connection. It is not
+    /// closed in order, since the client must not take that for an answer.
     pub fn refuse(self, status: StatusCode) {
         match self {
             // Dropping it resets it, as it was made.

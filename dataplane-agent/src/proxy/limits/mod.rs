@@ -1,4 +1,4 @@
-//! How many connections there may be at once: to and from each pod, and of the node.
+//! Bounds on the connections that are open at once: to and from each pod, and of the node.
 //!
 //! A connection is one that a pod makes, one that comes to it in clear or as a stream of a tunnel, and
 //! a tunnel itself, idle ones included: each takes memory and descriptors. The node's bound keeps the
@@ -25,54 +25,54 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::mesh::Identity;
 
-/// How many there may be of one pod and one kind.
+/// The most connections of one pod and one kind.
 pub const EACH: usize = 16_384;
 
-/// A peer has no more than so many times what is left to its pod for others: alone it gets seven eighths of
-/// what the pod may have.
+/// A peer may have at most this many times as many connections as are left to its pod for other peers. A single peer
+/// gets seven eighths of what the pod may have.
 const TIMES: usize = 7;
 
-/// What is reckoned for a connection: an idle one takes some 20 KiB, and each may always hold up to 48 KiB
-/// to be sent and 64 KiB that have come by a tunnel. What busy ones hold besides has its own [`memory`].
+/// The bytes that are planned for one connection: an idle one takes some 20 KiB, and each may always hold up to 48 KiB
+/// to be sent and 64 KiB received by a tunnel. What busy ones hold beyond that has its own bound ([`memory`]).
 const MEMORY: u64 = 128 << 10;
-/// Descriptors of a connection: its two ends.
+/// The descriptors of one connection: its two ends.
 const DESCRIPTORS: u64 = 2;
-/// However little memory there is, this is for what waits.
+/// The least bytes for what waits to be sent, and for what is not delivered, however little memory there is.
 const LEAST: u64 = 64 << 20;
-/// Descriptors that are for other things: listeners, programs, maps, namespaces.
+/// Descriptors that are kept for other things: listeners, programs, maps, namespaces.
 const OTHERS: u64 = 1024;
 
-/// The node's bound. Clones share it.
+/// The places for connections of the node. Clones share them.
 #[derive(Clone, Debug)]
 pub struct NodePlaces {
     free: Arc<Semaphore>,
     all: usize,
-    /// The most that were taken at once, since that was asked for.
+    /// The most places taken at once since [`Self::peak`] was last called.
     peak: Arc<AtomicUsize>,
     handshakes: Handshakes,
-    /// What waits to be sent.
+    /// Bytes that wait to be sent.
     unsent: Memory,
-    /// What has come by tunnels and is not delivered.
+    /// Bytes that were received by tunnels and are not delivered.
     undelivered: Memory,
 }
 
-/// Which connections of a pod have a bound together: those that one party can open do not keep out
+/// The connections of a pod that have a bound together, by who can open them: one party's cannot keep out
 /// another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// What the pod opens, with the tunnels for it.
+    /// Connections that the pod opens, and the tunnels for them.
     Outbound,
-    /// What comes to it in clear: from anybody.
+    /// Connections to it in clear, from anybody.
     InClear,
-    /// Tunnels to it and their streams: from peers that are known.
+    /// Tunnels to it and their streams, from authenticated peers.
     Tunnelled,
 }
 
-/// How many connections one pod has, by kind, and what they hold.
+/// The places and the memory that one pod's connections have taken, by kind.
 #[derive(Debug, Default)]
 pub struct PodPlaces {
     taken: [Arc<AtomicUsize>; 3],
-    /// Its own tunnels that carry nothing.
+    /// The idle tunnels that it has opened.
     pub idle: IdleTunnels,
     peers: Peers,
     unsent: PodMemory,
@@ -97,25 +97,25 @@ impl Drop for Place {
 }
 
 impl PodPlaces {
-    /// Who connects to the pod from this address; with an identity, by tunnels.
+    /// Returns the peer that connects to the pod from this address. A peer with an identity uses tunnels.
     pub fn peer(&self, identity: Option<&Identity>, address: IpAddr) -> Peer {
         self.peers.of(identity, address)
     }
 }
 
-/// Which bound is reached.
+/// The bound that is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Full {
-    /// Of connections to the pod.
+    /// The pod's bound for inbound connections.
     #[error("too many inbound connections of the pod")]
     Inbound,
-    /// Of connections from the pod.
+    /// The pod's bound for outbound connections.
     #[error("too many outbound connections of the pod")]
     Outbound,
-    /// Of connections of one peer to the pod: it has many already, and few are left for others.
+    /// A peer's bound: it has many connections to the pod, and few are left for others.
     #[error("too many connections of the peer")]
     Peer,
-    /// Of all connections of the node: the pod has as many already as are left.
+    /// The node's bound: the pod already has as many connections as are left.
     #[error("too many connections of the node")]
     Node,
 }
@@ -133,7 +133,7 @@ impl Full {
 }
 
 impl NodePlaces {
-    /// Of so many places.
+    /// Returns `all` places, with default bounds of memory.
     pub fn new(all: usize) -> Self {
         Self {
             free: Arc::new(Semaphore::new(all)),
@@ -145,7 +145,7 @@ impl NodePlaces {
         }
     }
 
-    /// With so many bytes for what waits to be sent, and for what is not delivered.
+    /// Sets the bounds, in bytes, of what waits to be sent and of what is not delivered.
     #[must_use]
     pub fn with_memory(self, unsent: u64, undelivered: u64) -> Self {
         Self {
@@ -155,11 +155,11 @@ impl NodePlaces {
         }
     }
 
-    /// As many as fit into half of the `memory`, or as are `wanted`, and never more than there are
-    /// descriptors for. An eighth of the memory besides is for what waits to be sent, and a quarter for
-    /// what is not delivered.
+    /// Returns as many places as are `wanted`, or as fit into half of the `memory` (in bytes), and never more than
+    /// there are descriptors for. Another eighth of the memory is for what waits to be sent, and a quarter for what is
+    /// not delivered.
     pub fn fitting(wanted: Option<usize>, memory: u64, descriptors: u64) -> Self {
-        // Where there are few, most are for connections still.
+        // With few descriptors, at most a quarter is kept for other things.
         let others = OTHERS.min(descriptors / 4);
         let fit = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
         let by_descriptors = fit((descriptors - others) / DESCRIPTORS);
@@ -172,38 +172,38 @@ impl NodePlaces {
         .with_memory((memory / 8).max(LEAST), (memory / 4).max(LEAST))
     }
 
-    /// What the connections of a pod may have waiting to be sent.
+    /// Returns the pod's share of the memory for bytes that wait to be sent.
     pub fn unsent(&self, pod: &PodPlaces) -> Share {
         self.unsent.share(&pod.unsent)
     }
 
-    /// What tunnels of a pod may have brought that is not delivered.
+    /// Returns the pod's share of the memory for bytes that tunnels have received and that are not delivered.
     pub fn undelivered(&self, pod: &PodPlaces) -> Share {
         self.undelivered.share(&pod.undelivered)
     }
 
-    /// What waits to be sent, and what is not delivered, of all pods, besides what each connection may
-    /// always hold.
+    /// Returns the bytes that wait to be sent, and those that are not delivered, of all pods, without what each
+    /// connection may always hold.
     pub fn held(&self) -> (usize, usize) {
         (self.unsent.held(), self.undelivered.held())
     }
 
-    /// How many there may be.
+    /// Returns the number of places.
     pub fn all(&self) -> usize {
         self.all
     }
 
-    /// How many there are.
+    /// Returns the number of places taken.
     pub fn taken(&self) -> usize {
         self.all - self.free.available_permits()
     }
 
-    /// The most that there have been at once since this was asked before.
+    /// Returns the most places taken at once since the last call.
     pub fn peak(&self) -> usize {
         self.peak.swap(self.taken(), Ordering::Relaxed)
     }
 
-    /// A place for one more handshake with a pod; others give way if there are too many.
+    /// Takes a place for one more handshake with a pod. If there are too many, another handshake gives way.
     pub fn begin(&self, of_pod: &Handshakes, peer: IpAddr) -> Turns {
         Turns {
             of_pod: of_pod.begin(peer),
@@ -211,18 +211,18 @@ impl NodePlaces {
         }
     }
 
-    /// A place for one more connection from a pod, or a tunnel for them.
+    /// Takes a place for one more connection from a pod, or for a tunnel that it opens.
     ///
     /// # Errors
-    /// There is none left: of the pod's, or of the node's for this pod.
+    /// The pod's bound is reached, or the node has no place left for this pod.
     pub fn take(&self, pod: &PodPlaces) -> Result<Place, Full> {
         self.take_of(pod, Kind::Outbound, None)
     }
 
-    /// A place for one more connection of a peer to a pod, or a tunnel.
+    /// Takes a place for one more connection of a peer to a pod, or for a tunnel of the peer.
     ///
     /// # Errors
-    /// As [`Self::take`]; the few that are left to the pod are for other peers.
+    /// As [`Self::take`]; the places that are left to the pod are kept for other peers.
     pub fn take_for(&self, pod: &PodPlaces, peer: &Peer) -> Result<Place, Full> {
         let kind = if peer.is_known() {
             Kind::Tunnelled
@@ -253,7 +253,7 @@ impl NodePlaces {
         if has >= left {
             return Err(Full::Node);
         }
-        // With each that the pod takes the node has one less.
+        // Each place that the pod takes also leaves the node one less.
         let others = (EACH - has).min((left - has).div_ceil(2)) - 1;
         if of_peer.is_some_and(|has| has > 0 && has >= TIMES * others) {
             return Err(Full::Peer);
@@ -263,7 +263,7 @@ impl NodePlaces {
     }
 }
 
-/// Whose an address is: of IPv6 the network of 64 bits, all of which one host can have.
+/// Returns the source that an address counts for. For IPv6 that is its /64 network, all of which one host can have.
 pub fn source(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(v4) => v4.into(),
@@ -286,7 +286,7 @@ mod tests {
         assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
     }
 
-    /// As many as it gets, up to a number.
+    /// Takes places until none is given, at most `most`.
     fn fill(node: &NodePlaces, pod: &PodPlaces, peer: Option<&Peer>, most: usize) -> Vec<Place> {
         let one = || match peer {
             Some(peer) => node.take_for(pod, peer),
