@@ -449,16 +449,16 @@ impl Worker {
 /// take longer with more workers.
 fn less_loaded_worker<'a>(
     handles: &'a [WorkerHandle],
-    state: usize,
+    number: usize,
     turn: &mut usize,
 ) -> Option<&'a WorkerHandle> {
-    let own = handles[state].load.now();
+    let own = handles[number].load.now();
     if own < HANDOFF_THRESHOLD {
         return None;
     }
     let mut other = || {
         *turn = (*turn + 1) % handles.len();
-        if *turn == state {
+        if *turn == number {
             *turn = (*turn + 1) % handles.len();
         }
         &handles[*turn]
@@ -475,7 +475,6 @@ fn start_connection(
     pod: &Arc<LocalPod>,
     admitted: Admitted,
 ) {
-    let serve_connection =
-        serve_connection(inputs.clone(), group.clone(), Arc::clone(pod), admitted);
-    group.spawn(serve_connection);
+    let connection = serve_connection(inputs.clone(), group.clone(), Arc::clone(pod), admitted);
+    group.spawn(connection);
 }

@@ -48,7 +48,7 @@ struct Leased {
 
 /// One that serves, and what it was lent.
 struct Proxy {
-    outbox: mpsc::UnboundedSender<Outgoing>,
+    outbox: mpsc::UnboundedSender<QueuedMessage>,
     has: BTreeSet<Instance>,
     /// Whether it accepts nothing any more.
     leaves: Rc<Cell<bool>>,
@@ -56,7 +56,7 @@ struct Proxy {
 
 /// What is to be said to one that serves.
 #[derive(Default)]
-struct Outgoing {
+struct QueuedMessage {
     said: Option<NodeMessage>,
     descriptors: Vec<OwnedFd>,
     /// Is let go when it has been done, or cannot be any more.
@@ -119,7 +119,7 @@ impl Lender {
     }
 
     /// Lends all that there is to one that has come.
-    fn welcome(&mut self) -> io::Result<(mpsc::UnboundedReceiver<Outgoing>, Rc<Cell<bool>>)> {
+    fn welcome(&mut self) -> io::Result<(mpsc::UnboundedReceiver<QueuedMessage>, Rc<Cell<bool>>)> {
         let (outbox, inbox) = mpsc::unbounded_channel();
         let mut proxy = Proxy {
             outbox,
@@ -130,10 +130,10 @@ impl Lender {
             lease: VERSION,
             node: self.node.clone(),
         };
-        proxy.send(Outgoing {
+        proxy.send(QueuedMessage {
             said: Some(NodeMessage::Welcome(welcome)),
             descriptors: copies(self.stamp.descriptor())?,
-            ..Outgoing::default()
+            ..QueuedMessage::default()
         });
         for leased in self.leased.values().filter(|leased| !leased.drains) {
             proxy.add(&leased.lease)?;
@@ -172,10 +172,10 @@ impl Lender {
                     leased.drains = true;
                 }
                 for proxy in self.holders(instance) {
-                    proxy.send(Outgoing {
+                    proxy.send(QueuedMessage {
                         said: Some(NodeMessage::Drain(of.clone())),
                         idle: Some((instance, guard.clone())),
-                        ..Outgoing::default()
+                        ..QueuedMessage::default()
                     });
                 }
             }
@@ -200,10 +200,10 @@ impl Lender {
         let (guard, of) = (CompletionGuard::new(told), self.of(instance));
         for proxy in self.holders(instance) {
             proxy.has.remove(&instance);
-            proxy.send(Outgoing {
+            proxy.send(QueuedMessage {
                 said: Some(NodeMessage::Del(of.clone())),
                 done: Some(guard.clone()),
-                ..Outgoing::default()
+                ..QueuedMessage::default()
             });
         }
         self.leased.remove(&instance);
@@ -236,15 +236,15 @@ impl Lender {
 }
 
 impl Proxy {
-    fn send(&self, outgoing: Outgoing) {
+    fn send(&self, message: QueuedMessage) {
         // One that is gone is noticed as its conversation ends.
-        let _ = self.outbox.send(outgoing);
+        let _ = self.outbox.send(message);
     }
 
     fn say(&self, said: NodeMessage) {
-        self.send(Outgoing {
+        self.send(QueuedMessage {
             said: Some(said),
-            ..Outgoing::default()
+            ..QueuedMessage::default()
         });
     }
 
@@ -271,10 +271,10 @@ impl Proxy {
             listeners.inbound.as_fd(),
             listeners.hbone.as_fd(),
         ];
-        self.send(Outgoing {
+        self.send(QueuedMessage {
             said: Some(NodeMessage::Add(add)),
             descriptors: copies(lent)?,
-            ..Outgoing::default()
+            ..QueuedMessage::default()
         });
         self.has.insert(lease.instance);
         Ok(())
@@ -287,7 +287,11 @@ fn copies<'a>(of: impl IntoIterator<Item = BorrowedFd<'a>>) -> io::Result<Vec<Ow
 }
 
 /// Says what is ordered to one that serves, one thing after the other, until it is gone.
-async fn converse(channel: Channel, outbox: mpsc::UnboundedReceiver<Outgoing>, leave: impl Fn()) {
+async fn converse(
+    channel: Channel,
+    outbox: mpsc::UnboundedReceiver<QueuedMessage>,
+    leave: impl Fn(),
+) {
     match talk(&channel, outbox, leave).await {
         Ok(()) => tracing::info!("a proxy has gone"),
         Err(error) => tracing::warn!(%error, "a proxy is let go; it may come again"),
@@ -296,7 +300,7 @@ async fn converse(channel: Channel, outbox: mpsc::UnboundedReceiver<Outgoing>, l
 
 async fn talk(
     channel: &Channel,
-    mut outbox: mpsc::UnboundedReceiver<Outgoing>,
+    mut outbox: mpsc::UnboundedReceiver<QueuedMessage>,
     leave: impl Fn(),
 ) -> io::Result<()> {
     let hello = timeout(ANSWER_TIMEOUT, channel.receive()).await;
@@ -319,15 +323,15 @@ async fn talk(
     loop {
         let until = waits.as_ref().map(|(until, _)| *until);
         tokio::select! {
-            outgoing = outbox.recv(), if waits.is_none() => {
-                let Some(outgoing) = outgoing else { return Ok(()) };
-                if let Some(NodeMessage::Revive(of)) = &outgoing.said {
+            message = outbox.recv(), if waits.is_none() => {
+                let Some(message) = message else { return Ok(()) };
+                if let Some(NodeMessage::Revive(of)) = &message.said {
                     idle.remove(&of.instance);
                 }
-                idle.extend(outgoing.idle.map(|(instance, guard)| (instance.0, guard)));
-                let lent: Vec<BorrowedFd<'_>> = outgoing.descriptors.iter().map(AsFd::as_fd).collect();
-                channel.send(&Request { said: outgoing.said }.encode_to_vec(), &lent)?;
-                waits = Some((Instant::now() + ANSWER_TIMEOUT, outgoing.done));
+                idle.extend(message.idle.map(|(instance, guard)| (instance.0, guard)));
+                let lent: Vec<BorrowedFd<'_>> = message.descriptors.iter().map(AsFd::as_fd).collect();
+                channel.send(&Request { said: message.said }.encode_to_vec(), &lent)?;
+                waits = Some((Instant::now() + ANSWER_TIMEOUT, message.done));
             }
             packet = channel.receive() => {
                 let Some(Packet { bytes, .. }) = packet? else { return Ok(()) };
