@@ -1,4 +1,4 @@
-//! How much a worker has to do, for those that hand connections on.
+//! The load of a worker, by which connections are handed to less loaded ones.
 //!
 //! A worker's load is how much of the last interval it was busy, in thousandths, and [`BUSY`] for each
 //! connection that it has begun since and that has not ended: of these it is not known yet. So two that
@@ -14,12 +14,12 @@ use tokio::runtime::RuntimeMetrics;
 /// The load of a worker that is never idle.
 pub const BUSY: u32 = 1000;
 
-/// A shorter time than this is no interval: chance decides how busy it was.
+/// The shortest interval. How busy a worker was in less time is chance.
 const INTERVAL: Duration = Duration::from_millis(100);
-/// An interval lasts until what it has begun is known, but no longer than this.
+/// The longest interval that is prolonged because something has begun in it too lately to be measured.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// The load of one worker. Clones are the same one. Nobody waits who asks for it.
+/// The load of one worker. Clones share it. Reading it never blocks.
 #[derive(Clone, Debug)]
 pub struct Load(Arc<Inner>);
 
@@ -30,22 +30,23 @@ struct Inner {
     interval: Interval,
 }
 
-/// The interval that is going on.
+/// The current interval.
 #[derive(Debug, Default)]
 struct Interval {
-    /// When it began, in microseconds. Whoever sets it ends the one before.
+    /// The time at which it began, in microseconds. The thread that sets it ends the interval before.
     began: AtomicU64,
-    /// When something was begun last, in microseconds.
+    /// The time at which something was last begun, in microseconds.
     last: AtomicU64,
-    /// How long the worker had been busy by then, in microseconds.
+    /// The worker's total busy time at the begin of the interval, in microseconds.
     before: AtomicU64,
-    /// How busy the worker was in the one before.
+    /// The worker's load in the interval before, in thousandths.
     busy: AtomicU32,
-    /// Which one it is, in the upper half; how much was begun in it and has not ended, in the lower.
+    /// The interval's number in the upper half; the number of things that were begun in it and have not ended in the
+    /// lower.
     begun: AtomicU64,
 }
 
-/// What a worker has begun: a connection, or a tunnel.
+/// A task, such as a connection or a tunnel, that a worker has begun; it has ended when this is dropped.
 #[derive(Debug)]
 pub struct Begun {
     load: Load,
@@ -53,7 +54,7 @@ pub struct Begun {
 }
 
 impl Load {
-    /// Of the worker whose runtime it is.
+    /// Returns the load of the worker with this runtime.
     pub fn of(worker: RuntimeMetrics) -> Self {
         Self(Arc::new(Inner {
             worker,
@@ -62,19 +63,19 @@ impl Load {
         }))
     }
 
-    /// The load.
+    /// Returns the load, in thousandths.
     pub fn now(&self) -> u32 {
         let interval = &self.0.interval;
         interval.next(self.0.made.elapsed(), || self.busy());
         interval.load()
     }
 
-    /// How long the worker has been busy, in all.
+    /// Returns the worker's total busy time.
     pub fn busy(&self) -> Duration {
         self.0.worker.worker_total_busy_duration(0)
     }
 
-    /// Something is begun; it weighs until the next look, or its end.
+    /// Counts something that begins. It weighs [`BUSY`] until the interval or it ends.
     pub fn begin(&self) -> Begun {
         Begun {
             load: self.clone(),
@@ -84,7 +85,7 @@ impl Load {
 }
 
 impl Interval {
-    /// Ends it if it has lasted for long enough; one of those who look at once does.
+    /// Ends the interval if it has lasted long enough. Of threads that call this at once, one does so.
     fn next(&self, now: Duration, busy: impl FnOnce() -> Duration) {
         let now = micros(now);
         let began = self.began.load(Ordering::Relaxed);
@@ -112,13 +113,13 @@ impl Interval {
         busy.saturating_add(begun.saturating_mul(BUSY))
     }
 
-    /// Counts one more; in which interval.
+    /// Counts one more, and returns the number of the interval.
     fn begin(&self, now: Duration) -> u32 {
         self.last.store(micros(now), Ordering::Relaxed);
         parts(self.begun.fetch_add(1, Ordering::Relaxed)).0
     }
 
-    /// Of those that were begun in this interval, if it still is, one has ended.
+    /// Counts one less, if `interval` is still the current one.
     fn end(&self, interval: u32) {
         self.change(|number, begun| (number == interval).then(|| (number, begun - 1)));
     }

@@ -1,26 +1,26 @@
-//! The words of the seam, as they go between two processes: ztunnel's node protocol (ZDS) with our own
-//! besides. The node lends a pod with its listeners, where istio-cni hands its namespace over alone, and says
+//! The messages of the seam between two processes: ztunnel's node protocol (ZDS) with our own additions.
+//! The node lends a pod with its listeners, where istio-cni hands its namespace over alone, and says
 //! what happens to it by its instance.
 //!
 //! Field numbers up to 99 are ZDS's, as istio-cni and ztunnel have them; ours begin at 100.
 
 use std::net::IpAddr;
 
-/// Which version of our own words an end speaks.
+/// The version of our additions that this agent speaks.
 pub const VERSION: u32 = 1;
 
-/// The first packet, of who serves pods.
+/// The first packet of a proxy.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Hello {
     /// ZDS's own version: 1.
     #[prost(int32, tag = "1")]
     pub version: i32,
-    /// Which of ours it speaks; 0 if none.
+    /// The version of our additions that it speaks; 0 if none.
     #[prost(uint32, tag = "100")]
     pub lease: u32,
 }
 
-/// What the node says; each is answered by a [`Response`].
+/// A message of the node; each is answered by a [`Response`].
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Request {
     /// What.
@@ -28,40 +28,40 @@ pub struct Request {
     pub said: Option<NodeMessage>,
 }
 
-/// One thing that the node says.
+/// The content of a [`Request`].
 #[derive(Clone, PartialEq, Eq, prost::Oneof)]
 pub enum NodeMessage {
     /// Serve this pod; with its network namespace and its three listeners.
     #[prost(message, tag = "1")]
     Add(Add),
-    /// Cut what runs of it, and give it back.
+    /// Abort the pod's connections, and give it back.
     #[prost(message, tag = "2")]
     Del(PodRef),
-    /// All pods that there are have been added.
+    /// All current pods have been added.
     #[prost(message, tag = "3")]
     SnapshotSent(Empty),
-    /// The node's own first packet; with what stamps the sockets of who serves.
+    /// The node's first packet, with the descriptor of the map that stamps the proxy's sockets.
     #[prost(message, tag = "100")]
     Welcome(Welcome),
     /// A pod has these addresses now.
     #[prost(message, tag = "101")]
     Addresses(Addresses),
-    /// Open nothing new for it, and say when nothing runs any more.
+    /// Open nothing new for the pod, and send [`ProxyMessage::Idle`] when none of its connections runs.
     #[prost(message, tag = "102")]
     Drain(PodRef),
-    /// It goes on after all.
+    /// Cancel the pod's drain.
     #[prost(message, tag = "103")]
     Revive(PodRef),
 }
 
-/// Says nothing more.
+/// A message without content.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Empty {}
 
-/// What both ends go by.
+/// The node's name and version.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Welcome {
-    /// Which of our own words the node speaks.
+    /// The version of our additions that the node speaks.
     #[prost(uint32, tag = "1")]
     pub lease: u32,
     /// The node's name.
@@ -75,7 +75,7 @@ pub struct Add {
     /// The workload's uid.
     #[prost(string, tag = "1")]
     pub uid: String,
-    /// Who it is.
+    /// Its name, namespace and service account.
     #[prost(message, optional, tag = "2")]
     pub workload_info: Option<WorkloadInfo>,
     /// This enrolment of it.
@@ -84,12 +84,12 @@ pub struct Add {
     /// Its addresses, of 4 or 16 bytes each.
     #[prost(bytes = "vec", repeated, tag = "101")]
     pub addresses: Vec<Vec<u8>>,
-    /// Who vouches for its identity.
+    /// The trust domain of its identity.
     #[prost(string, tag = "102")]
     pub trust_domain: String,
 }
 
-/// Who a pod is.
+/// The name, namespace and service account of a pod.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct WorkloadInfo {
     /// Its name.
@@ -103,7 +103,7 @@ pub struct WorkloadInfo {
     pub service_account: String,
 }
 
-/// A pod that was added.
+/// A reference to a pod that was added.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct PodRef {
     /// The workload's uid, for ZDS.
@@ -125,7 +125,7 @@ pub struct Addresses {
     pub addresses: Vec<Vec<u8>>,
 }
 
-/// What who serves pods says.
+/// A message of a proxy.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Response {
     /// What.
@@ -133,29 +133,29 @@ pub struct Response {
     pub told: Option<ProxyMessage>,
 }
 
-/// One thing that who serves pods says.
+/// The content of a [`Response`].
 #[derive(Clone, PartialEq, Eq, prost::Oneof)]
 pub enum ProxyMessage {
-    /// The request before has been done.
+    /// The answer to the last request.
     #[prost(message, tag = "1")]
     Ack(Ack),
-    /// Nothing runs any more of a pod that drains; it is no answer to a request.
+    /// No connection of a draining pod runs any more; not an answer to a request.
     #[prost(message, tag = "100")]
     Idle(PodRef),
-    /// It is to end: it accepts nothing any more, and is lent nothing new. Nor is this an answer.
+    /// The proxy is about to end: it accepts nothing any more, and must not be lent more pods. Not an answer either.
     #[prost(message, tag = "101")]
     Leaving(Empty),
 }
 
-/// How a request went.
+/// The result of a request.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Ack {
-    /// Why it could not be done; empty if it was.
+    /// The error, or empty if the request was done.
     #[prost(string, tag = "1")]
     pub error: String,
 }
 
-/// An address as bytes.
+/// Returns the 4 or 16 bytes of an address.
 pub fn bytes(address: &IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(v4) => v4.octets().to_vec(),
@@ -163,7 +163,7 @@ pub fn bytes(address: &IpAddr) -> Vec<u8> {
     }
 }
 
-/// The address that these bytes are; none if they are none.
+/// Returns the address of these bytes, or `None` unless they are 4 or 16.
 pub fn address(bytes: &[u8]) -> Option<IpAddr> {
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),

@@ -20,13 +20,13 @@ use crate::proxy::hbone::stream::Stream;
 use crate::proxy::hbone::{CLIENT_STREAMS, TUNNELS};
 use crate::proxy::limits::{Full, Place};
 
-/// In how many tunnels a connection is tried, where one after the other turns out to be no good.
+/// The most tunnels in which a connection is tried, if each of them fails before it was sent.
 const TRIES: usize = 3;
 
-/// How long a connection waits for idle tunnels to give way: a worker that takes so long hangs.
+/// The longest time that a connection waits for idle tunnels to be closed. A worker that takes longer hangs.
 const GIVE_WAY: Duration = Duration::from_secs(1);
 
-/// What connections must have in common to share a tunnel. The destination's uid is in it so that
+/// The properties that connections must have in common to share a tunnel. The destination's uid is in it so that
 /// an address used again never gets another pod's tunnel. A uid is a name, which a pod that is made
 /// anew has again: its predecessor's tunnels are ended by the agent that they go to, as it lets go of
 /// that pod, and what was to be opened in one meanwhile is tried in another. The source is a pod and
@@ -35,14 +35,14 @@ const GIVE_WAY: Duration = Duration::from_secs(1);
 pub struct TunnelKey {
     /// The source pod.
     pub source: Instance,
-    /// Which of its addresses the tunnel comes from, where its routes do not choose: it is what the
-    /// destination sees as the client's.
+    /// The source address of the tunnel, if the pod's routes do not choose it. The destination sees it as the
+    /// client's address.
     pub from: Option<IpAddr>,
     /// The destination workload.
     pub target: Arc<str>,
-    /// Where the tunnel goes.
+    /// The address that the tunnel connects to.
     pub to: SocketAddr,
-    /// Who may answer.
+    /// The identities that the peer may have.
     pub expected: Vec<Identity>,
 }
 
@@ -61,14 +61,14 @@ struct KeyedTunnels {
 
 type Outcome = Option<Result<Rc<ClientTunnel>, TransportError>>;
 
-/// A tunnel in the making, and how many wait for it.
+/// A tunnel that is being made, with the number of connections that wait for it.
 struct PendingTunnel {
     waiting: Cell<usize>,
     outcome: watch::Sender<Outcome>,
 }
 
 impl Pool {
-    /// Without tunnels; one that carries nothing for `idle` is closed.
+    /// Returns a pool without tunnels. A tunnel that carries nothing for `idle` is closed.
     pub fn new(connector: Rc<dyn Connector>, idle: Duration) -> Rc<Self> {
         Rc::new(Self {
             connector,
@@ -105,7 +105,7 @@ impl Pool {
         }
     }
 
-    /// Closes what has carried nothing for long; never returns.
+    /// Closes tunnels that have carried nothing for the pool's idle time; never returns.
     pub async fn release_idle(self: Rc<Self>) {
         loop {
             tokio::time::sleep(self.idle / 4).await;
@@ -113,7 +113,7 @@ impl Pool {
         }
     }
 
-    /// Closes what has carried nothing for so long, of the pods of which this says so.
+    /// Closes the tunnels that have carried nothing for `long`, of the pods for which `of` returns `true`.
     fn release(&self, long: Duration, of: impl Fn(Instance) -> bool) {
         self.by_key.borrow_mut().retain(|key, entry| {
             let of = of(key.source);
@@ -149,7 +149,7 @@ impl Pool {
         }
     }
 
-    /// Closes what is idle of the pod on this worker whenever its [places](Self::place) are wanted, also on
+    /// Closes the idle tunnels of the pod on this worker whenever its [places](Self::place) are wanted, also on
     /// another one; never returns.
     pub async fn close_idle_when_wanted(self: Rc<Self>, pod: Arc<LocalPod>) {
         loop {
@@ -158,14 +158,14 @@ impl Pool {
         }
     }
 
-    /// Forgets a pod's tunnels; the pod's group ends them.
+    /// Removes a pod's tunnels from the pool; the pod's task group ends them.
     pub fn forget(&self, source: Instance) {
         self.by_key
             .borrow_mut()
             .retain(|key, _| key.source != source);
     }
 
-    /// How many tunnels there are.
+    /// Returns the number of tunnels.
     pub fn tunnels(&self) -> usize {
         self.by_key
             .borrow()
@@ -199,7 +199,7 @@ impl Pool {
                 }
                 // Others were quicker: look again.
                 Ok(_) => {}
-                // The pod is gone, and its group has cut the dial.
+                // The pod is gone, and its task group has aborted the dial.
                 Err(_) => {
                     let gone = std::io::Error::from(std::io::ErrorKind::ConnectionAborted);
                     return Err(OpenError::Final(TransportError::Connect(gone.into())));
@@ -233,7 +233,7 @@ impl Pool {
         Found::Nothing
     }
 
-    /// Dials in a task of its own: the one that asked first may go away while others wait.
+    /// Dials in a separate task: the connection that asked first may end while others wait.
     fn start_dial(
         self: &Rc<Self>,
         key: &TunnelKey,
@@ -279,7 +279,7 @@ enum Found {
     Nothing,
 }
 
-/// Takes the dial off the list when it has ended or was cut.
+/// Removes the pending tunnel from the list when its dial has ended or was aborted.
 struct PendingTunnelGuard {
     pool: Rc<Pool>,
     key: TunnelKey,
