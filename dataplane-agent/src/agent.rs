@@ -387,10 +387,13 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
         let signal = forward_events(rooms.as_mut(), never, &mut pod_events, hear, signal).await?;
         tracing::info!(signal, drain = ?options.drain, "draining; what comes waits for the next proxy");
         leaving.cancel();
-        proxy.stop_accepting();
         // The node goes on to say what happens to its pods.
-        let (idle, again) = (proxy.drain(options.drain), signals.next());
-        let hear = |event| apply(&mut proxy, event);
+        let (idle, again) = (proxy.stop_accepting(options.drain), signals.next());
+        let hear = |event| match event {
+            // The lease was on its way. Others have it too.
+            PodEvent::Up(lease) => drop(lease),
+            event => apply(&mut proxy, event),
+        };
         if let Some(name) =
             forward_events(rooms.as_mut(), idle, &mut pod_events, hear, again).await?
         {

@@ -5,8 +5,9 @@
 
 use std::time::Duration;
 
-use dataplane_tests::agent::PROXY_CAPABILITIES;
-use dataplane_tests::{Agent, Node, Pod, World, eventually, scaled};
+use dataplane_tests::agent::{CAPABILITIES, PROXY_CAPABILITIES, Setup};
+use dataplane_tests::process::Process;
+use dataplane_tests::{Agent, Node, Pod, World, eventually, program, scaled};
 
 const PORT: u16 = 7000;
 
@@ -65,13 +66,17 @@ impl Halves {
 }
 
 fn half(world: &World, node: &Node, which: &'static str, log: &str) -> Agent {
+    Agent::start(setup(world, node, which, log))
+}
+
+fn setup(world: &World, node: &Node, which: &'static str, log: &str) -> Setup {
     let mut setup = world.setup(node);
     setup.halves = which;
     if which == "proxy" {
         setup.place.capabilities = Some(PROXY_CAPABILITIES.to_vec());
     }
     setup.log = setup.log.with_file_name(format!("{log}.log"));
-    Agent::start(setup)
+    setup
 }
 
 #[test]
@@ -90,6 +95,26 @@ fn two_halves_serve_as_one_agent_does() {
 }
 
 #[test]
+fn without_any_one_of_its_privileges_a_half_says_which_and_does_not_start() {
+    let world = World::new();
+    let node = world.node("one");
+    let of_proxy = |(_, number): &&(&str, u8)| PROXY_CAPABILITIES.contains(number);
+    let node_half = CAPABILITIES.iter().map(|of| ("node", of));
+    let proxy_half = CAPABILITIES.iter().filter(of_proxy).map(|of| ("proxy", of));
+    for (which, (name, number)) in node_half.chain(proxy_half) {
+        let mut setup = setup(&world, &node, which, which);
+        if let Some(keep) = &mut setup.place.capabilities {
+            keep.retain(|kept| kept != number);
+        }
+        let mut agent = Agent::start(setup);
+        eventually("it ends by itself", 10, || !agent.runs());
+        assert_eq!(agent.wait().code(), Some(3), "{which}: {}", agent.log());
+        let why = format!("{name} is missing: needed to");
+        assert!(agent.log().contains(&why), "{which}: {}", agent.log());
+    }
+}
+
+#[test]
 fn c1_what_begins_while_no_proxy_runs_waits_and_is_refused_by_nobody() {
     let mut halves = Halves::new();
     let (_theirs, _own) = (halves.server.serve(PORT), halves.client.serve(PORT));
@@ -104,6 +129,57 @@ fn c1_what_begins_while_no_proxy_runs_waits_and_is_refused_by_nobody() {
     halves.proxy.as_mut().expect("it was started").restart();
     assert_eq!(out.line(), format!("{} out", halves.client.v4));
     assert_eq!(into.line(), format!("{} in", halves.server.v4));
+}
+
+/// Connections from the node's pod, a thousand a second where the machine is as fast as this one.
+fn load(halves: &Halves, seconds: u32) -> Process {
+    let each = 1000 / scaled(Duration::from_secs(1)).as_secs();
+    let to = halves.server.at(PORT).to_string();
+    let mut load = halves.client.command(program("DATAPLANE_TEST_APP"));
+    Process::start(load.args(["rate", &to, &seconds.to_string(), &each.to_string()]))
+}
+
+#[test]
+fn a_proxy_that_is_killed_under_load_refuses_no_connection() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let load = load(&halves, 6);
+    let proxy = halves.proxy.as_mut().expect("it runs");
+    let carried = |proxy: &Agent| proxy.log().matches("connection complete").count();
+    eventually("it carries some", 20, || carried(proxy) > 100);
+    proxy.kill();
+    let before = carried(proxy);
+    // So many begin meanwhile as cannot have been on their way through the one that was killed.
+    std::thread::sleep(Duration::from_secs(1));
+    proxy.restart();
+    eventually("the next one carries some", 20, || {
+        carried(proxy) > before + 100
+    });
+    let (status, lines) = load.end();
+    assert!(status.success());
+    // What it carried, or had accepted, is cut with it.
+    let cut = |line: &String| line.contains(" reset, ") || line.contains(" eof, ");
+    assert!(lines[1..].iter().all(cut), "{lines:?}");
+    let number = |word: &str| -> Option<usize> { word.split(' ').next()?.parse().ok() };
+    let cut: usize = lines[1..].iter().filter_map(|line| number(line)).sum();
+    let begun_meanwhile = number(&lines[0]).expect("a number") / 8;
+    assert!(cut < begun_meanwhile, "{lines:?}");
+}
+
+#[test]
+fn a_proxy_that_is_replaced_under_load_breaks_no_connection() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let load = load(&halves, 6);
+    let second = halves.another("proxy-2");
+    second.logs(&["serves the pods of the node"]);
+    let mut first = halves.proxy.replace(second).expect("it runs");
+    let carried = first.log().matches("connection complete").count();
+    first.ask_to_end();
+    assert!(first.wait().success());
+    let (status, lines) = load.end();
+    assert!(status.success());
+    assert!(carried > 0 && lines[0].ends_with(" 0 bad"), "{lines:?}");
 }
 
 #[test]

@@ -115,9 +115,14 @@ impl Proxy {
         self.workers.drain(long)
     }
 
-    /// Accepts nothing any more: others who have the listeners do, or will.
-    pub(super) fn stop_accepting(&self) {
-        self.workers.stop_accepting();
+    /// Stops accepting: others who have the listeners accept. Completes when nothing that was accepted runs any
+    /// more, or after `long`.
+    pub(super) fn stop_accepting(&self, long: Duration) -> impl Future<Output = ()> + use<> {
+        let (stopped, idle) = (self.workers.stop_accepting(), self.workers.drain(long));
+        async move {
+            stopped.await;
+            idle.await;
+        }
     }
 
     /// Cuts what runs, and tells of it.

@@ -14,6 +14,7 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -94,8 +95,8 @@ enum Command {
     Revive(Instance),
     /// Abort the pod's tasks. The guard is dropped when they have ended.
     Down(Instance, CompletionGuard),
-    /// Stop accepting for all pods.
-    StopAccepting,
+    /// Stop accepting for all pods. The guard is dropped when every connection that was accepted is started or refused.
+    StopAccepting(CompletionGuard),
     /// End the worker.
     Stop,
 }
@@ -200,10 +201,17 @@ impl Workers {
         }
     }
 
-    /// Stops accepting connections of all pods.
-    pub fn stop_accepting(&self) {
+    /// Stops accepting connections of all pods. Completes when every connection that was accepted is started or
+    /// refused.
+    pub fn stop_accepting(&self) -> impl Future<Output = ()> + use<> {
+        let (told, stopped) = oneshot::channel();
+        let guard = CompletionGuard::new(told);
         for handle in &self.handles {
-            handle.send(Command::StopAccepting);
+            handle.send(Command::StopAccepting(guard.clone()));
+        }
+        async move {
+            // An error means that a worker has ended, with all that it accepted.
+            let _ = stopped.await;
         }
     }
 
@@ -295,6 +303,8 @@ struct Worker {
     pods: HashMap<Instance, PodState>,
     /// Tasks of the worker that belong to no pod.
     background_tasks: TaskGroup,
+    /// Cancelled when the worker accepts nothing any more.
+    stop_accepting: CancellationToken,
 }
 
 /// The state of a pod on a worker.
@@ -302,9 +312,10 @@ struct PodState {
     pod: Arc<LocalPod>,
     /// The tasks of its connections and tunnels.
     group: TaskGroup,
-    /// The tasks that accept for it, if this is its home worker, and the one that closes its idle tunnels when their
-    /// places are wanted.
+    /// The tasks that accept for it, if this is its home worker.
     accept_tasks: TaskGroup,
+    /// The task that closes its idle tunnels when their places are wanted.
+    close_idle_task: TaskGroup,
 }
 
 impl Worker {
@@ -327,6 +338,7 @@ impl Worker {
             },
             pods: HashMap::new(),
             background_tasks: TaskGroup::new(None),
+            stop_accepting: CancellationToken::new(),
         }
     }
 
@@ -356,11 +368,7 @@ impl Worker {
                     }
                 }
                 Command::Down(instance, guard) => self.down(instance, guard),
-                Command::StopAccepting => {
-                    for state in self.pods.values() {
-                        state.accept_tasks.abort_and_wait().await;
-                    }
-                }
+                Command::StopAccepting(guard) => self.stop_accepting(guard),
                 Command::Stop => break,
             }
         }
@@ -373,10 +381,11 @@ impl Worker {
             pod: Arc::clone(pod),
             group: TaskGroup::new(Some(load)).counted_in(tasks),
             accept_tasks: TaskGroup::new(None),
+            close_idle_task: TaskGroup::new(None),
         };
         let pool = Rc::clone(&self.inputs.carrier.pool);
         state
-            .accept_tasks
+            .close_idle_task
             .spawn(pool.close_idle_when_wanted(Arc::clone(pod)));
         if let Some(listeners) = listeners {
             for (kind, listener) in [
@@ -397,10 +406,16 @@ impl Worker {
     fn open(&self, state: &PodState, kind: ListenerKind, listener: Listener) {
         let (inputs, group) = (self.inputs.clone(), state.group.clone());
         let (pod, handles, number) = (Arc::clone(&state.pod), self.handles.clone(), self.number);
+        let stop_accepting = self.stop_accepting.clone();
         state.accept_tasks.spawn(async move {
             let mut turn = number;
             loop {
-                let tcp = listener.accept().await;
+                // An accepted connection cannot go back to the queue, so only the wait for one is given up.
+                let tcp = tokio::select! {
+                    biased;
+                    () = stop_accepting.cancelled() => return,
+                    tcp = listener.accept() => tcp,
+                };
                 let Some(admitted) = admit(&inputs, &pod, kind, tcp).await else {
                     continue;
                 };
@@ -416,6 +431,18 @@ impl Worker {
                     None => start_connection(&inputs, &group, &pod, admitted),
                 }
             }
+        });
+    }
+
+    fn stop_accepting(&self, guard: CompletionGuard) {
+        self.stop_accepting.cancel();
+        let pods = self.pods.values();
+        let accept_tasks: Vec<TaskGroup> = pods.map(|state| state.accept_tasks.clone()).collect();
+        self.background_tasks.spawn(async move {
+            for tasks in accept_tasks {
+                tasks.idle().await;
+            }
+            drop(guard);
         });
     }
 
@@ -439,6 +466,7 @@ impl Worker {
         self.inputs.carrier.pool.forget(instance);
         self.background_tasks.spawn(async move {
             state.accept_tasks.abort_and_wait().await;
+            state.close_idle_task.abort_and_wait().await;
             state.group.abort_and_wait().await;
             drop(guard);
         });

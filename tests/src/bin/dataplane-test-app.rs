@@ -469,56 +469,54 @@ fn hold(to: &str, count: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens connections at an even rate, asks on each, and counts how they end.
+/// Opens a connection whenever one is due, however many wait for their answer, and asks on each. Prints how
+/// many were answered, and for each way in which others ended how many and when.
 fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::{Arc, Mutex};
-    let (to, seconds): (SocketAddr, u64) = (parse(to)?, seconds.parse().map_err(io::Error::other)?);
-    let each: u64 = each.parse().map_err(io::Error::other)?;
-    let good = Arc::new(AtomicUsize::new(0));
-    let bad = Arc::new(Mutex::new(Vec::new()));
-    let started = std::time::Instant::now();
+    let to: SocketAddr = parse(to)?;
+    let number = |text: &str| text.parse::<u64>().map_err(io::Error::other);
+    let (seconds, each) = (number(seconds)?, number(each)?);
     let once = move || {
         let stream = patient(TcpStream::connect_timeout(&to, patience())?)?;
         (&stream).write_all(b"hello\n")?;
-        let mut answer = String::new();
-        match BufReader::new(&stream).read_line(&mut answer)? {
+        match BufReader::new(&stream).read_line(&mut String::new())? {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             _ => Ok(()),
         }
     };
-    let mut threads = Vec::new();
-    let workers = 16;
-    for worker in 0..workers {
-        let (good, bad) = (Arc::clone(&good), Arc::clone(&bad));
-        threads.push(std::thread::spawn(move || {
-            for number in 0.. {
-                let due = Duration::from_micros((number * workers + worker) * 1_000_000 / each);
-                if due >= Duration::from_secs(seconds) {
-                    return;
-                }
-                std::thread::sleep(due.saturating_sub(started.elapsed()));
-                match once() {
-                    Ok(()) => _ = good.fetch_add(1, Ordering::Relaxed),
-                    Err(error) => bad
-                        .lock()
-                        .unwrap_or_else(|bad| bad.into_inner())
-                        .push(format!(
-                            "{} at {:.2}s",
-                            word(&error),
-                            started.elapsed().as_secs_f32()
-                        )),
-                }
-            }
-        }));
+    let started = std::time::Instant::now();
+    let (ended, ends) = std::sync::mpsc::channel();
+    for number in 0..seconds * each {
+        let due = Duration::from_micros(number * 1_000_000 / each);
+        std::thread::sleep(due.saturating_sub(started.elapsed()));
+        let ended = ended.clone();
+        let thread = std::thread::Builder::new().stack_size(1 << 16);
+        thread.spawn(move || {
+            let end = once().map_err(|error| word(&error));
+            let _ = ended.send((end, started.elapsed()));
+        })?;
     }
-    for thread in threads {
-        let _ = thread.join();
+    drop(ended);
+    let (mut good, mut bad) = (
+        0,
+        std::collections::BTreeMap::<String, Vec<Duration>>::new(),
+    );
+    for (end, at) in ends {
+        match end {
+            Ok(()) => good += 1,
+            Err(word) => bad.entry(word).or_default().push(at),
+        }
     }
-    let bad = bad.lock().unwrap_or_else(|bad| bad.into_inner());
-    println!("{} good, {} bad", good.load(Ordering::Relaxed), bad.len());
-    for line in bad.iter().take(10) {
-        println!("{line}");
+    println!(
+        "{good} good, {} bad",
+        bad.values().map(Vec::len).sum::<usize>()
+    );
+    for (word, at) in bad {
+        println!(
+            "{} {word}, from {:.2?} to {:.2?}",
+            at.len(),
+            at[0],
+            at[at.len() - 1]
+        );
     }
     Ok(())
 }
