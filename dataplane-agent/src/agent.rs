@@ -36,7 +36,7 @@ use crate::proxy::limits::NodePlaces;
 use crate::seam::borrow::Borrower;
 use crate::seam::lend::Lender;
 use crate::seam::{Leases, PodEvent, SeamListener};
-use crate::sys::{caps, limits, processes};
+use crate::sys::{caps, limits, processes, seccomp};
 
 /// How long a node that ends goes on to tell other nodes of its pods.
 const LAST_STEP: Duration = Duration::from_millis(100);
@@ -107,7 +107,12 @@ pub fn privileges(halves: Halves) -> Result<(), AgentError> {
     if halves != Halves::Proxy {
         processes::refuse_in_other_namespace().map_err(AgentError::Machine)?;
     }
-    caps::drop_others(needed).map_err(|error| AgentError::Machine(format!("capabilities: {error}")))
+    let given_up = |what, error: String| AgentError::Machine(format!("{what}: {error}"));
+    caps::drop_others(needed).map_err(|error| given_up("capabilities", error.to_string()))?;
+    match halves {
+        Halves::Proxy => seccomp::give_up().map_err(|error| given_up("seccomp", error.to_string())),
+        Halves::Both | Halves::Node => Ok(()),
+    }
 }
 
 /// Runs what of the daemon this process is, until it is told to end.

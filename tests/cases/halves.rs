@@ -3,6 +3,7 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use std::fs;
 use std::time::Duration;
 
 use dataplane_tests::agent::{CAPABILITIES, PROXY_CAPABILITIES, Setup};
@@ -92,6 +93,15 @@ fn two_halves_serve_as_one_agent_does() {
         proxy.logs(&["connection complete", &format!("direction=\"{direction}\"")]);
     }
     assert!(!halves.node.log().contains("connection complete"));
+    // The proxy has given up what only the node half may do.
+    let filters = |agent: &Agent| {
+        let status = fs::read_to_string(format!("/proc/{}/status", agent.pid()));
+        let status = status.expect("it runs");
+        let line = status.lines().find(|line| line.starts_with("Seccomp:"));
+        line.map(str::to_owned)
+    };
+    assert_eq!(filters(proxy), Some("Seccomp:\t2".into()));
+    assert_eq!(filters(&halves.node), Some("Seccomp:\t0".into()));
 }
 
 #[test]

@@ -13,6 +13,7 @@ pub mod memory;
 pub mod netns;
 pub mod processes;
 pub mod readiness;
+pub mod seccomp;
 pub mod socket;
 pub mod verifier;
 pub mod writers;
