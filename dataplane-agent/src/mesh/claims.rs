@@ -1,14 +1,14 @@
-//! Who claims an address, or whatever else may be claimed by more than one.
+//! An index in which several objects may claim the same key, such as an address; one claim takes precedence.
 
 use std::sync::Arc;
 
 use imbl::OrdMap;
 
-/// Claims, by network, since an address means nothing without one. A copy shares what is in it.
+/// Claims, by network, since the same address may mean something else in another. A clone shares its contents.
 #[derive(Debug)]
 pub(super) struct Claims<P: Ord, T>(OrdMap<Arc<str>, OrdMap<P, Claimants<T>>>);
 
-/// Those of one place, whose claim holds first.
+/// The claimants of one place, in the order of precedence.
 #[derive(Debug)]
 enum Claimants<T> {
     One(Arc<T>),
@@ -56,13 +56,13 @@ impl<P: Ord, T> Default for Claims<P, T> {
 }
 
 impl<P: Ord + Clone, T> Claims<P, T> {
-    /// Who claims a place, whose claim holds first.
+    /// Returns the claimants of a place, in the order of precedence.
     pub(super) fn of(&self, network: &str, place: &P) -> &[Arc<T>] {
         let all = self.0.get(network).and_then(|of| of.get(place));
         all.map_or(&[], Claimants::all)
     }
 
-    /// Adds a claim, before all that `holds_before` does not put before it.
+    /// Adds a claim after those that `holds_before` puts before it.
     pub(super) fn insert(
         &mut self,
         network: &Arc<str>,
@@ -81,7 +81,7 @@ impl<P: Ord + Clone, T> Claims<P, T> {
         of.insert(place, all);
     }
 
-    /// Takes back the claim of this one and no other.
+    /// Removes the claim of this very object; an equal one of another object stays.
     pub(super) fn remove(&mut self, network: &Arc<str>, place: &P, claim: &Arc<T>) {
         let Some(of) = self.0.get_mut(network) else {
             return;

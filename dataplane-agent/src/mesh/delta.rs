@@ -1,4 +1,4 @@
-//! What is to be another in the mesh.
+//! A change of the mesh.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,8 +7,7 @@ use super::policy::Policy;
 use super::service::Service;
 use super::workload::Workload;
 
-/// Changes, each a new value or the word that there is none any more. Of two of one key the later one
-/// holds.
+/// A set of changes: for each key the new value, or `None` if the object is gone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Delta {
     /// By uid.
@@ -20,7 +19,7 @@ pub struct Delta {
 }
 
 impl Delta {
-    /// These are there.
+    /// Returns a change that adds or replaces these objects. Of two with the same key the later one counts.
     pub fn of(workloads: Vec<Workload>, services: Vec<Service>, policies: Vec<Policy>) -> Self {
         let workloads = workloads.into_iter().map(|of| (of.uid.clone(), Some(of)));
         let services = services.into_iter().map(|of| (of.key().into(), Some(of)));
@@ -32,12 +31,12 @@ impl Delta {
         }
     }
 
-    /// Whether nothing is to change.
+    /// Returns `true` if it changes nothing.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How much is to change.
+    /// Returns the number of objects that it changes.
     pub fn len(&self) -> usize {
         self.workloads.len() + self.services.len() + self.policies.len()
     }
@@ -51,8 +50,8 @@ mod whole {
     use crate::mesh::Mesh;
 
     impl Delta {
-        /// What makes of a mesh one that has this and nothing else: what is in it already is left out, and
-        /// what is not said is gone.
+        /// Returns the change that leaves `mesh` with exactly these objects: equal ones are left out, and
+        /// those that are not named here are removed.
         pub(crate) fn from(mut self, mesh: &Mesh) -> Self {
             complete(
                 &mut self.workloads,
@@ -64,7 +63,7 @@ mod whole {
         }
     }
 
-    /// Leaves what is other than `there`, and says of what is there alone that it is gone.
+    /// Drops the entries that equal those of `there`, and adds a removal for each that only `there` has.
     fn complete<'a, T: PartialEq + 'a>(
         said: &mut BTreeMap<Arc<str>, Option<T>>,
         there: impl Iterator<Item = (&'a Arc<str>, &'a Arc<T>)>,

@@ -1,10 +1,10 @@
-//! The endpoints of a service, ready to be drawn from: whoever connects to it gets one that is healthy and
-//! near, at random by weight, in a time that does not depend on how many there are.
+//! The endpoints of a service, indexed for load balancing: a client gets a healthy one near it, at random by
+//! weight, in a time that does not depend on the number of endpoints.
 //!
-//! What makes an endpoint better than another, for a given client, is its health and then how many scopes
-//! it shares with the client, from the widest on. So an endpoint is in one pool for each number of scopes
-//! from none to all, by its values of these: whoever shares the first two scopes with a client is in the
-//! pool of the client's own first two values.
+//! For a given client, endpoints are ranked by health, then by the number of scopes that they share with the
+//! client, counted from the widest. So each endpoint is in one pool for each number of scopes from none to
+//! all, keyed by its values of these scopes: the endpoints that share the first two scopes with a client are
+//! in the pool of the client's own first two values.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use super::workload::{Health, Workload};
 #[cfg(test)]
 mod tests;
 
-/// All endpoints of one service, in whatever health. A copy shares what is in it.
+/// All endpoints of one service, whatever their health. A clone shares its contents.
 #[derive(Clone, Debug)]
 pub struct Endpoints {
     /// The service's key.
@@ -30,7 +30,7 @@ pub struct Endpoints {
     pools: OrdMap<PoolKey, Pool>,
 }
 
-/// What of a service says which of its endpoints are the better ones.
+/// The settings of a service that rank its endpoints.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Ranking {
     preferences: Vec<Scope>,
@@ -41,22 +41,23 @@ struct Ranking {
 #[derive(Clone, Debug)]
 struct Member {
     workload: Arc<Workload>,
-    /// Where it is in the pool of no scope, of the first one, and so on; empty if it takes no load.
+    /// Its index in the pool of no scope, of the first scope, of the first two, and so on; empty if it takes
+    /// no load.
     at: Arc<[usize]>,
 }
 
-/// What endpoints have in common that are alike to a client.
+/// The properties that all endpoints of one pool share.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct PoolKey {
     /// The network in which they can be reached.
     network: Arc<str>,
     health: Health,
-    /// Their values of so many scopes, from the widest on.
+    /// Their values of the first scopes, from the widest.
     shared: Vec<Arc<str>>,
 }
 
-/// Endpoints by the power of two that their weight is at least, so that none of a class weighs twice as
-/// much as another. There are few classes, mostly one.
+/// Endpoints in classes by their weight, rounded down to a power of two, so that none weighs twice as much as
+/// another of its class. There are few classes, usually one.
 #[derive(Clone, Debug, Default)]
 struct Pool(Arc<[Class]>);
 
@@ -70,7 +71,7 @@ struct Class {
 }
 
 impl Endpoints {
-    /// Of a service of which nothing is known but its key.
+    /// Returns an empty set for a service that is known only by its key.
     pub(super) fn new(service: Arc<str>) -> Self {
         Self {
             service,
@@ -80,15 +81,16 @@ impl Endpoints {
         }
     }
 
-    /// All of them, in the order of their uids.
+    /// Returns all endpoints, in the order of their uids.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.members.values().map(|member| &member.workload)
     }
 
-    /// One for a client: of those that take load and can be reached the healthiest, of these those that
-    /// share most with it, and of these one at random by weight.
+    /// Picks an endpoint for a client: of those that take load and are in its network the healthiest, of these
+    /// those that share most scopes with it, and of these one at random by weight.
     ///
-    /// `all`: only those that share all scopes with it. `takes`: what one has that may be drawn.
+    /// With `all` only those that share all scopes with the client count. An endpoint for which `takes` returns
+    /// `None` is not picked; otherwise its value is returned with the endpoint.
     pub fn draw<T>(
         &self,
         client: &Workload,
@@ -104,7 +106,7 @@ impl Endpoints {
             .find_map(|key| self.pools.get(&key)?.draw(&takes))
     }
 
-    /// Ranks them by what a service says.
+    /// Ranks the endpoints anew if the service's settings have changed.
     pub(super) fn rank_by(&mut self, service: &Service) {
         let ranking = Ranking {
             preferences: service.load_balancing.preferences.clone(),
@@ -125,7 +127,7 @@ impl Endpoints {
         self.members.is_empty()
     }
 
-    /// Adds one that is not in it.
+    /// Adds an endpoint that is not in it yet.
     pub(super) fn insert(&mut self, workload: &Arc<Workload>) {
         let mut at = Vec::new();
         if let Some(health) = self.takes_load(workload) {
@@ -141,7 +143,7 @@ impl Endpoints {
         self.members.insert(Arc::clone(&workload.uid), member);
     }
 
-    /// Takes one out.
+    /// Removes an endpoint, if it is there.
     pub(super) fn remove(&mut self, uid: &str) {
         let Some(Member { workload, at }) = self.members.remove(uid) else {
             return;
@@ -164,7 +166,7 @@ impl Endpoints {
         }
     }
 
-    /// How healthy one counts; none if it takes no load.
+    /// Returns the health that a workload counts with; `None` if it takes no load.
     fn takes_load(&self, workload: &Workload) -> Option<Health> {
         let Ranking {
             publish_not_ready,
@@ -180,7 +182,7 @@ impl Endpoints {
         (health != Health::Unhealthy && reached && workload.capacity > 0).then_some(health)
     }
 
-    /// The pool of those that share so many scopes with a workload.
+    /// Returns the key of the pool of endpoints that share the first `scopes` scopes with a workload.
     fn key(&self, workload: &Workload, health: Health, scopes: usize) -> PoolKey {
         let scopes = self.ranking.preferences.iter().take(scopes);
         PoolKey {
@@ -192,7 +194,7 @@ impl Endpoints {
 }
 
 impl Pool {
-    /// How often one is drawn, of those that will do most probably, before all are looked at.
+    /// Number of random draws before all endpoints are looked at; most draws find one that will do at once.
     const DRAWS: usize = 16;
 
     fn draw<T>(&self, takes: impl Fn(&Workload) -> Option<T>) -> Option<(&Arc<Workload>, T)> {
@@ -215,7 +217,7 @@ impl Pool {
         self.0.iter().map(|class| class.weight).sum()
     }
 
-    /// Whose turn it is.
+    /// Returns the class that holds a point of the pool's total weight.
     fn class(&self, mut drawn: u64) -> Option<&Class> {
         self.0.iter().find(|class| {
             let is = drawn < class.weight;
@@ -224,7 +226,7 @@ impl Pool {
         })
     }
 
-    /// Adds one, and says where it is in its class.
+    /// Adds an endpoint, and returns its index in its class.
     fn push(&mut self, workload: &Arc<Workload>) -> usize {
         let power = workload.capacity.ilog2();
         let at = self.0.iter().position(|class| class.power == power);
@@ -242,7 +244,7 @@ impl Pool {
         class.workloads.len() - 1
     }
 
-    /// Takes out the one of that weight that is there, and says who is in its place now.
+    /// Removes the endpoint at this index of the class of its weight, and returns the one that was moved there.
     fn take(&mut self, at: usize, weight: u32) -> Option<Arc<Workload>> {
         let power = weight.ilog2();
         let mut classes = Arc::make_mut(&mut self.0).iter_mut();
@@ -261,7 +263,7 @@ impl Pool {
 }
 
 impl Class {
-    /// One by weight: at least every second attempt brings one.
+    /// Draws an endpoint by weight. An attempt succeeds with a probability of at least one half.
     fn draw(&self) -> &Arc<Workload> {
         loop {
             let mut rng = rand::rng();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 /// A longer URI is no identity (SPIFFE's own limit).
 const MAX_LENGTH: usize = 2048;
 
-/// A workload's identity, parsed; never a bare string.
+/// A workload's parsed identity.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Identity {
     trust_domain: Arc<str>,
@@ -16,7 +16,7 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// From its parts.
+    /// Returns the identity made of these parts.
     pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Self {
         Self {
             trust_domain: trust_domain.into(),
@@ -24,25 +24,25 @@ impl Identity {
             service_account: service_account.into(),
         }
     }
-    /// Who vouches for it.
+    /// Returns its trust domain.
     pub fn trust_domain(&self) -> &str {
         &self.trust_domain
     }
-    /// Its namespace.
+    /// Returns its namespace.
     pub fn namespace(&self) -> &str {
         &self.namespace
     }
-    /// Its service account.
+    /// Returns its service account.
     pub fn service_account(&self) -> &str {
         &self.service_account
     }
 }
 
-/// What is not right about the text of an identity.
+/// The error for a text that is not a valid identity.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("invalid spiffe identity: {text}: {why}")]
 pub struct NotAnIdentity {
-    /// The text, or the beginning of it.
+    /// The first 256 characters of the text.
     pub text: String,
     /// What is wrong.
     pub why: &'static str,
@@ -51,7 +51,7 @@ pub struct NotAnIdentity {
 impl FromStr for Identity {
     type Err = NotAnIdentity;
 
-    /// Takes exactly `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
+    /// Parses exactly `spiffe://<trust domain>/ns/<namespace>/sa/<account>`.
     fn from_str(text: &str) -> Result<Self, NotAnIdentity> {
         let wrong = |why| NotAnIdentity {
             text: text.chars().take(256).collect(),

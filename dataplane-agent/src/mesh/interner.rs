@@ -1,5 +1,5 @@
-//! One copy of what is equal: most workloads have their namespace, their services and much else in common
-//! with others, and each was read by itself.
+//! Interning: equal values share one copy. Most workloads have their namespace, their services and much else
+//! in common with others, but each is parsed by itself.
 
 use std::collections::{BTreeMap, HashSet};
 use std::hash::Hash;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::delta::Delta;
 use super::workload::{Locality, Ports, Services, Workload};
 
-/// What is in use, one of each.
+/// One copy of each value that is in use.
 #[derive(Debug, Default)]
 pub(crate) struct Interner {
     texts: Copies<str>,
@@ -19,9 +19,9 @@ pub(crate) struct Interner {
 }
 
 impl Interner {
-    /// Has a change share what is equal, in itself and with what came before.
+    /// Replaces the values of a change by shared copies.
     pub(super) fn delta(&mut self, delta: &mut Delta) {
-        // First, so that keys which a look-up compares are near each other.
+        // Keys come first, so that keys that a look-up compares are near each other in memory.
         delta.services = self.keys(std::mem::take(&mut delta.services));
         delta.policies = self.keys(std::mem::take(&mut delta.policies));
         for workload in delta.workloads.values_mut().flatten() {
@@ -38,9 +38,9 @@ impl Interner {
         }
     }
 
-    /// Has a workload share what others have too. Its uid, its name and its addresses are its own.
+    /// Replaces the values of a workload by shared copies, but for its uid, its name and its addresses.
     pub(crate) fn workload(&mut self, of: &mut Workload) {
-        // A pod that nothing owns is told by its own name.
+        // A pod without an owner has its own name here.
         for text in [&mut of.workload_name, &mut of.canonical_name] {
             match *text == of.name {
                 true => *text = Arc::clone(&of.name),
@@ -111,24 +111,24 @@ impl<T: ?Sized> Default for Copies<T> {
 }
 
 impl<T: ?Sized> Copies<T> {
-    /// Fewer are not worth a look at all of them.
+    /// A sweep is not worth its cost below this number of copies.
     const LEAST: usize = 1024;
 }
 
 impl<T: ?Sized + Eq + Hash> Copies<T> {
-    /// The copy of what is equal to this, or this.
+    /// Returns the copy that equals `value`, or `value` itself, which becomes the copy.
     fn shared(&mut self, value: &Arc<T>) -> Arc<T> {
         let mut value = Arc::clone(value);
         self.share(&mut value);
         value
     }
 
-    /// Puts the copy of what is equal in its place.
+    /// Replaces `value` by the copy that equals it.
     fn share(&mut self, value: &mut Arc<T>) {
         self.share_made_of(value, Arc::clone);
     }
 
-    /// As [`Copies::share`]; the first of its kind is made by `own`, of parts that are shared.
+    /// As [`Copies::share`]; if there is no copy yet, `own` makes it of shared parts.
     fn share_made_of(&mut self, value: &mut Arc<T>, own: impl FnOnce(&Arc<T>) -> Arc<T>) {
         if let Some(copy) = self.all.get(&**value) {
             *value = Arc::clone(copy);

@@ -1,6 +1,6 @@
-//! The ground floor: what is known of the mesh, as one value.
+//! The model of the mesh: workloads, services and policies as one immutable value, [`Mesh`].
 //!
-//! Sources of configuration fill it; all rooms may read it, and it uses none of them.
+//! Sources of configuration fill it, and every room may read it. It depends on no other room.
 
 mod claims;
 pub mod delta;

@@ -16,20 +16,20 @@ pub struct Policy {
     pub scope: PolicyScope,
     /// What a match does.
     pub action: Action,
-    /// Any of these.
+    /// Alternatives: any of them has to match.
     pub rules: Vec<Rule>,
-    /// Only told in the log, never enforced.
+    /// `true` if it is only logged and never enforced.
     pub dry_run: bool,
 }
 
 /// The workloads that a policy applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum PolicyScope {
-    /// All.
+    /// All workloads.
     Global,
-    /// Those of its namespace.
+    /// The workloads of its namespace.
     Namespace,
-    /// Those that name it.
+    /// The workloads that name it.
     WorkloadSelector,
 }
 
@@ -42,47 +42,47 @@ pub enum Action {
     Deny,
 }
 
-/// All of its clauses have to match; one without clauses matches everything.
+/// A rule: all of its clauses have to match; a rule without clauses matches everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule {
-    /// All of these.
+    /// Conditions: all of them have to match.
     pub clauses: Vec<Clause>,
 }
 
-/// Any of its matches has to match; one without matches matches everything.
+/// A clause: any of its matches has to match; a clause without matches matches everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Clause {
-    /// Any of these.
+    /// Alternatives: any of them has to match.
     pub matches: Vec<Match>,
 }
 
-/// All fields have to match; within a field, any positive value and no negative one. A match
-/// with no field set matches nothing.
+/// A match: all fields have to match. A positive field matches if any of its values does, a negative one
+/// (`not_…`) if none does. A match with no field set matches nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Match {
     /// The peer's namespace.
     pub namespaces: Vec<StringMatch>,
-    /// Not the peer's namespace.
+    /// Excluded namespaces.
     pub not_namespaces: Vec<StringMatch>,
     /// The peer's identity, without `spiffe://`.
     pub principals: Vec<StringMatch>,
-    /// Not the peer's identity.
+    /// Excluded identities.
     pub not_principals: Vec<StringMatch>,
     /// The peer's service account, in any trust domain.
     pub service_accounts: Vec<ServiceAccountMatch>,
-    /// Not the peer's service account.
+    /// Excluded service accounts.
     pub not_service_accounts: Vec<ServiceAccountMatch>,
     /// The peer's address.
     pub source_ips: Vec<IpNet>,
-    /// Not the peer's address.
+    /// Excluded addresses of the peer.
     pub not_source_ips: Vec<IpNet>,
-    /// The address that is connected to.
+    /// The destination address.
     pub destination_ips: Vec<IpNet>,
-    /// Not the address that is connected to.
+    /// Excluded destination addresses.
     pub not_destination_ips: Vec<IpNet>,
-    /// The port that is connected to, of the pod and not of a service.
+    /// The destination port: the pod's, not a service's.
     pub destination_ports: Vec<u16>,
-    /// Not the port that is connected to.
+    /// Excluded destination ports.
     pub not_destination_ports: Vec<u16>,
 }
 
@@ -96,34 +96,34 @@ pub struct ServiceAccountMatch {
     pub service_account: Arc<str>,
 }
 
-/// How a string is compared. Always literal; there is no pattern language.
+/// A comparison of strings. Values are literal; there is no pattern language.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StringMatch {
-    /// Equal.
+    /// The string equals the value.
     Exact(Arc<str>),
-    /// Begins with.
+    /// The string begins with the value.
     Prefix(Arc<str>),
-    /// Ends with.
+    /// The string ends with the value.
     Suffix(Arc<str>),
-    /// Not empty.
+    /// The string is not empty.
     Presence,
 }
 
-/// What a policy is asked about.
+/// The properties of a connection that policy decides by.
 #[derive(Clone, Debug)]
 pub struct Question<'a> {
-    /// The peer's identity; none for a peer that came in clear.
+    /// The peer's identity; `None` if it connected in plaintext.
     pub source: Option<&'a crate::mesh::Identity>,
     /// The peer's address.
     pub source_ip: IpAddr,
-    /// The pod's own address that it connects to.
+    /// The pod's address that the peer connects to.
     pub destination_ip: IpAddr,
-    /// The pod's port that it connects to.
+    /// The pod's port that the peer connects to.
     pub destination_port: u16,
 }
 
 impl Policy {
-    /// Its key, `namespace/name`.
+    /// Returns its key, `namespace/name`.
     pub fn key(&self) -> String {
         format!("{}/{}", self.namespace, self.name)
     }

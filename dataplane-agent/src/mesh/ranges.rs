@@ -1,4 +1,4 @@
-//! Whose range of addresses an address is in.
+//! Address ranges, looked up by the longest prefix.
 
 use std::cmp::Reverse;
 use std::net::IpAddr;
@@ -9,11 +9,11 @@ use ipnet::IpNet;
 
 use super::claims::Claims;
 
-/// Ranges of addresses, by network. A copy shares what is in it.
+/// The owners of address ranges, by network. A clone shares its contents.
 #[derive(Debug)]
 pub(super) struct Ranges<T> {
     claims: Claims<IpNet, T>,
-    /// How many ranges there are of each family and length, the longest first: these are tried.
+    /// Number of ranges of each family (`true`: IPv4) and prefix length, the longest first: the lengths to try.
     lengths: OrdMap<(bool, Reverse<u8>), usize>,
 }
 
@@ -36,7 +36,7 @@ impl<T> Default for Ranges<T> {
 }
 
 impl<T> Ranges<T> {
-    /// Whose it is: of several ranges the longest prefix is meant.
+    /// Returns the owner of the longest prefix that contains an address.
     pub(super) fn of(&self, network: &str, address: IpAddr) -> Option<&Arc<T>> {
         let lengths = self.lengths.keys();
         let own = lengths.filter(|(v4, _)| *v4 == address.is_ipv4());

@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 
 use super::workload::Workload;
 
-/// What the mesh knows of one service. Field meanings are those of `istio.workload.Service`.
+/// A service. Fields mean what they mean in `istio.workload.Service`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Service {
     /// The object's name.
@@ -21,35 +21,35 @@ pub struct Service {
     pub hostname: Arc<str>,
     /// Its virtual addresses; none for a headless service.
     pub vips: Vec<NetworkAddress>,
-    /// Addresses of load balancers that lead to it. Not its alone: its own ports at them are.
+    /// Addresses of load balancers that lead to it. Services share them: each owns only its ports there.
     pub balanced: Vec<NetworkAddress>,
-    /// Other addresses from outside that it claims; the same holds of them.
+    /// Other external addresses that it claims; it owns only its ports there too.
     pub external: Vec<NetworkAddress>,
-    /// Whole ranges of virtual addresses, by their network. They cannot be carried: refused.
+    /// Ranges of virtual addresses, each with its network. Connections to them are refused.
     pub cidrs: Vec<(Arc<str>, IpNet)>,
-    /// Service port to target port; 0 where the target is named, and each endpoint knows its own.
+    /// Service port to target port; 0 if the target port is a name, which each endpoint resolves itself.
     pub ports: BTreeMap<u16, u16>,
-    /// Further identities (SPIFFE URIs) that an endpoint may present.
+    /// Additional identities (SPIFFE URIs) that an endpoint may present.
     pub subject_alt_names: Vec<Arc<str>>,
     /// The waypoint that traffic to it must pass, `namespace/hostname` or `network/ip`.
     pub waypoint: Option<Arc<str>>,
-    /// Whether endpoints that are not healthy take load too.
+    /// `true` if unhealthy endpoints take load too.
     pub publish_not_ready: bool,
-    /// The family of addresses at which endpoints are reached; both if none is named.
+    /// The address family by which endpoints are reached; `None` for both.
     pub family: Option<Family>,
-    /// Whether clients of its own namespace alone may use it.
+    /// `true` if only clients of its own namespace may use it.
     pub private: bool,
-    /// Whether it is preferred to others at one address.
+    /// `true` if it is preferred among services with the same address.
     pub canonical: bool,
-    /// Of several that claim one address the oldest holds.
+    /// Its age: the oldest service that claims an address owns it.
     pub age: Age,
-    /// What it asks for and cannot get: traffic to it is refused.
+    /// A feature that it asks for and that is not supported; traffic to it is refused then.
     pub unsupported: Option<Arc<str>>,
-    /// Where endpoints are looked for first.
+    /// How its endpoints are preferred by locality.
     pub load_balancing: LoadBalancing,
 }
 
-/// Creation, or when it was first seen where nothing says it; the lesser is the older.
+/// The time of creation, or of the first sight if that is unknown; the lesser is the older.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Age {
     at: OffsetDateTime,
@@ -63,13 +63,13 @@ impl Default for Age {
 }
 
 impl Age {
-    /// `order` parts those of one time.
+    /// `order` decides between objects of the same time.
     pub fn new(at: OffsetDateTime, order: u64) -> Self {
         Self { at, order }
     }
 }
 
-/// An address, which means nothing without its network.
+/// An address in a network; the same address may mean something else in another network.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetworkAddress {
     /// The network; empty for the only one.
@@ -84,7 +84,7 @@ impl fmt::Display for NetworkAddress {
     }
 }
 
-/// A family of addresses.
+/// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// IPv4.
@@ -94,22 +94,22 @@ pub enum Family {
 }
 
 impl Family {
-    /// Whether an address is of the family.
+    /// Returns `true` if an address is of this family.
     pub fn has(self, address: &IpAddr) -> bool {
         address.is_ipv4() == (self == Self::V4)
     }
 }
 
-/// How endpoints are preferred by where they are.
+/// How endpoints are preferred by locality.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadBalancing {
-    /// Scopes, the widest first.
+    /// The scopes that are compared, the widest first.
     pub preferences: Vec<Scope>,
-    /// Endpoints that match not all of them take no load at all.
+    /// `true` if only endpoints that match all preferences take load.
     pub strict: bool,
 }
 
-/// What two workloads may have in common.
+/// A property by which the locality of two workloads is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// The same region.
@@ -127,7 +127,7 @@ pub enum Scope {
 }
 
 impl Scope {
-    /// What a workload has of it.
+    /// Returns a workload's value of this property.
     pub fn of(self, workload: &Workload) -> &Arc<str> {
         match self {
             Self::Region => &workload.locality.region,
@@ -141,15 +141,15 @@ impl Scope {
 }
 
 impl Service {
-    /// Its key, `namespace/hostname`.
+    /// Returns its key, `namespace/hostname`.
     pub fn key(&self) -> String {
         format!("{}/{}", self.namespace, self.hostname)
     }
-    /// Whether clients of a namespace may use it.
+    /// Returns `true` if clients of a namespace may use it.
     pub fn is_visible_to(&self, namespace: &str) -> bool {
         !self.private || *self.namespace == *namespace
     }
-    /// Whether its endpoints may be reached at an address.
+    /// Returns `true` if its endpoints may be reached at an address of this family.
     pub fn allows(&self, address: &IpAddr) -> bool {
         self.family.is_none_or(|family| family.has(address))
     }
@@ -159,7 +159,7 @@ impl Service {
 pub(crate) mod tests {
     use super::*;
 
-    /// One of namespace `ns` without addresses, with port 80 for 8080.
+    /// Returns a service of namespace `ns` without addresses, with port 80 for 8080.
     pub(crate) fn service(name: &str) -> Service {
         Service {
             name: name.into(),

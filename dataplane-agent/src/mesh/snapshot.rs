@@ -1,5 +1,5 @@
-//! What is known of the mesh at one moment, indexed as it is looked up. A value: a change makes a new
-//! one, which shares with the old one what has not changed, and nobody waits for it.
+//! The mesh at one moment, indexed for look-ups. It is a persistent value: a change makes a new one that
+//! shares all unchanged parts with the old one, so readers never wait for a writer.
 
 use std::cmp::Reverse;
 use std::net::{IpAddr, SocketAddr};
@@ -26,23 +26,24 @@ pub struct Mesh {
     at_address: Claims<IpAddr, Workload>,
     services: OrdMap<Arc<str>, Arc<Service>>,
     at_vip: Claims<IpAddr, Service>,
-    /// Whose an address from outside is, with a port: that of a load balancer, which its owner
-    /// assigns, before one that anybody who may write a Service claims, and then the oldest.
+    /// The owners of external addresses and ports. Addresses of load balancers, which the balancer's owner
+    /// assigns, count before those of `at_external`, which anybody who may write a Service can claim. Of
+    /// several claims of one kind the oldest counts.
     at_balanced: Claims<(IpAddr, u16), Service>,
     at_external: Claims<(IpAddr, u16), Service>,
     in_range: Ranges<Service>,
     /// By the service's key.
     endpoints: OrdMap<Arc<str>, Endpoints>,
     policies: OrdMap<Arc<str>, Since<Policy>>,
-    /// Those for all workloads.
+    /// The policies of all workloads.
     global: Shared,
-    /// Those for all of a namespace.
+    /// The policies of whole namespaces.
     by_namespace: OrdMap<Arc<str>, Shared>,
-    /// Since when a namespace has none that had some.
+    /// The generation at which a namespace last lost all of its policies.
     emptied: u64,
 }
 
-/// What holds, and the generation from which on it does.
+/// A value, and the generation since which it holds.
 #[derive(Debug)]
 struct Since<T>(Arc<T>, u64);
 
@@ -52,7 +53,7 @@ impl<T> Clone for Since<T> {
     }
 }
 
-/// Policies that several workloads have, and the generation from which on they are these.
+/// Policies that apply to several workloads, and the generation of their last change.
 #[derive(Clone, Debug, Default)]
 struct Shared {
     policies: OrdMap<Arc<str>, Arc<Policy>>,
@@ -62,34 +63,34 @@ struct Shared {
 /// The policies that apply to a workload.
 #[derive(Debug, Default)]
 pub struct Applicable<'a> {
-    /// Those of everybody, of its namespace, and those that it names.
+    /// Global ones, those of its namespace, and those that it names.
     pub policies: Vec<&'a Arc<Policy>>,
-    /// Keys that it names and that are not there: nobody knows what they say.
+    /// Keys that it names but that no policy has.
     pub unknown: Vec<&'a Arc<str>>,
 }
 
-/// Whom an address means to one who connects to it.
+/// The object that a client's destination address belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Destination<'a> {
     /// A workload, by its own address.
     Workload(&'a Arc<Workload>),
     /// A service, by a virtual address.
     Service(&'a Arc<Service>),
-    /// A service, by an address from outside.
+    /// A service, by an external address.
     External(&'a Arc<Service>),
     /// A service, by a range of addresses.
     Range(&'a Arc<Service>),
 }
 
 impl Mesh {
-    /// One that has this and nothing else. Of two that share a key the later one holds.
+    /// Returns a mesh of exactly these objects. Of two with the same key the later one counts.
     pub fn of(workloads: Vec<Workload>, services: Vec<Service>, policies: Vec<Policy>) -> Self {
         let mut mesh = Self::default();
         mesh.apply(Delta::of(workloads, services, policies));
         mesh
     }
 
-    /// Changes it: from now on it is another one.
+    /// Applies a change, and raises the generation.
     pub fn apply(&mut self, delta: Delta) {
         self.generation += 1;
         for (key, service) in delta.services {
@@ -208,18 +209,18 @@ impl Mesh {
         of.or_insert_with(|| Endpoints::new(Arc::clone(service)))
     }
 
-    /// How many changes there were before it.
+    /// Returns the number of changes that were applied so far.
     pub fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// Since when policy says of a workload what it says: as long as this stays the same, so does every
-    /// answer about it. None if there is no such workload.
+    /// Returns the generation since which the policies of a workload are the same: as long as it does not
+    /// change, neither does any decision about the workload. `None` if there is no such workload.
     pub fn policy_since(&self, uid: &str) -> Option<u64> {
         let Since(workload, since) = self.workloads.get(uid)?;
         let of_namespace = self.by_namespace.get(&workload.namespace);
         let of_namespace = of_namespace.map_or(self.emptied, |shared| shared.since);
-        // One that is named and is not there may just have gone.
+        // A named policy that is missing may have been removed just now.
         let named = workload.policies.iter().map(|key| {
             let policy = self.policies.get(key);
             policy.map_or(self.generation, |Since(_, since)| *since)
@@ -227,14 +228,14 @@ impl Mesh {
         named.chain([*since, self.global.since, of_namespace]).max()
     }
 
-    /// Whom a workload means by an address: a workload of its network before a service, and a
-    /// service by its own address before one by an address from outside.
+    /// Returns the object that an address belongs to, as seen from `source`: a workload of its network before
+    /// a service, a service's virtual address before an external one, and a range last.
     pub fn destination(&self, source: &Workload, to: SocketAddr) -> Option<Destination<'_>> {
         let (network, address) = (&source.network, to.ip().to_canonical());
         if let Some(workload) = self.workload_at(network, address) {
             return Some(Destination::Workload(workload));
         }
-        // One that the client may not use counts where no other does, so that it is refused.
+        // A service that the client may not use counts if there is no other, so that it is refused.
         let preference = |service: &&Arc<Service>| {
             let own = service.namespace == source.namespace;
             let visible = service.is_visible_to(&source.namespace);
@@ -253,27 +254,28 @@ impl Mesh {
         let range = self.in_range.of(network, address);
         range.map(Destination::Range)
     }
-    /// Whose address it is in a network. Workloads on their node's network have none of their own.
+    /// Returns the workload of an address in a network. Workloads on their node's network have no address of
+    /// their own.
     pub fn workload_at(&self, network: &str, address: IpAddr) -> Option<&Arc<Workload>> {
         self.at_address.of(network, &address.to_canonical()).first()
     }
-    /// The workload of a uid.
+    /// Returns the workload with a uid.
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
         self.workloads.get(uid).map(|Since(of, _)| of)
     }
-    /// The services of a virtual address in a network, the oldest first; more than one is rare.
+    /// Returns the services of a virtual address in a network, the oldest first; more than one is rare.
     pub fn services_at(&self, network: &str, address: IpAddr) -> &[Arc<Service>] {
         self.at_vip.of(network, &address.to_canonical())
     }
-    /// The service of a key, `namespace/hostname`.
+    /// Returns the service with a key, `namespace/hostname`.
     pub fn service(&self, key: &str) -> Option<&Arc<Service>> {
         self.services.get(key)
     }
-    /// The endpoints of a service.
+    /// Returns the endpoints of a service.
     pub fn endpoints(&self, service: &Service) -> Option<&Endpoints> {
         self.endpoints.get(service.key().as_str())
     }
-    /// The policies that apply to a workload.
+    /// Returns the policies that apply to a workload.
     pub fn policies_of<'a>(&'a self, workload: &'a Workload) -> Applicable<'a> {
         let of_namespace = self.by_namespace.get(&workload.namespace);
         let shared = [Some(&self.global), of_namespace];
@@ -284,7 +286,7 @@ impl Mesh {
         };
         for key in workload.policies.iter() {
             match self.policies.get(key) {
-                // Whatever its scope says: one that is passed over would let everything pass.
+                // It applies whatever its scope: leaving out a named policy would let everything pass.
                 Some(Since(policy, _)) => {
                     let there = match policy.scope {
                         PolicyScope::Global => true,
@@ -300,19 +302,19 @@ impl Mesh {
         }
         applicable
     }
-    /// The policy of a key, `namespace/name`.
+    /// Returns the policy with a key, `namespace/name`.
     pub fn policy(&self, key: &str) -> Option<&Arc<Policy>> {
         self.policies.get(key).map(|Since(of, _)| of)
     }
-    /// All workloads, in the order of their uids.
+    /// Returns all workloads, in the order of their uids.
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.workloads.values().map(|Since(of, _)| of)
     }
-    /// All services by their keys, in the order of these.
+    /// Returns all services with their keys, in the order of the keys.
     pub fn services(&self) -> impl Iterator<Item = (&Arc<str>, &Arc<Service>)> {
         self.services.iter()
     }
-    /// All policies by their keys, in the order of these.
+    /// Returns all policies with their keys, in the order of the keys.
     pub fn policies(&self) -> impl ExactSizeIterator<Item = (&Arc<str>, &Arc<Policy>)> {
         self.policies.iter().map(|(key, Since(of, _))| (key, of))
     }
@@ -330,13 +332,13 @@ impl Shared {
     }
 }
 
-/// The addresses that are a workload's alone.
+/// Returns the addresses that identify a workload.
 fn own_addresses(workload: &Workload) -> impl Iterator<Item = IpAddr> + use<'_> {
     let own = workload.addresses.iter().filter(|_| !workload.host_network);
     own.map(IpAddr::to_canonical)
 }
 
-/// Where a service is found by addresses from outside: at each of its ports.
+/// Returns each of the external addresses with each of the service's ports, and the address's network.
 fn places<'a>(
     service: &'a Service,
     addresses: &'a [NetworkAddress],
@@ -348,8 +350,8 @@ fn places<'a>(
     })
 }
 
-/// Of several workloads with one address the one of the highest rank is meant: a pod rather than an
-/// endpoint that somebody wrote, and one in the mesh rather than one outside.
+/// The order of several workloads with one address, of which the first is meant: a pod comes before an endpoint
+/// without a pod, and a workload in the mesh before one outside.
 fn is_meant_before(one: &Workload, other: &Workload) -> bool {
     let rank = |of: &Workload| {
         let pod = of.uid.contains("//Pod/");

@@ -1,4 +1,4 @@
-//! The two ends of the mesh as it is now: who fills it, and who reads it.
+//! The current mesh: control writes it by [`MeshWriter`], rooms read it by [`MeshReader`].
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,18 +8,18 @@ use super::delta::Delta;
 use super::interner::Interner;
 use super::snapshot::Mesh;
 
-/// The writer's end, for control.
+/// Writes the mesh; for control.
 #[derive(Debug)]
 pub struct MeshWriter {
     now: watch::Sender<Arc<Mesh>>,
     interner: Mutex<Interner>,
 }
 
-/// A reader's end, for rooms.
+/// Reads the mesh; for rooms.
 #[derive(Clone, Debug)]
 pub struct MeshReader(watch::Receiver<Arc<Mesh>>);
 
-/// A mesh with nothing in it, and its two ends.
+/// Returns the writer and a reader of a new, empty mesh.
 pub fn store() -> (MeshWriter, MeshReader) {
     let (now, reader) = watch::channel(Arc::default());
     let interner = Mutex::default();
@@ -27,7 +27,7 @@ pub fn store() -> (MeshWriter, MeshReader) {
 }
 
 impl MeshWriter {
-    /// Changes the mesh. Costs what is changed, whatever else is in it.
+    /// Changes the mesh. The cost depends on the size of the change, not on that of the mesh.
     pub fn apply(&self, mut delta: Delta) {
         let interner = self.interner.lock();
         let mut interner = interner.unwrap_or_else(PoisonError::into_inner);
@@ -37,7 +37,7 @@ impl MeshWriter {
         self.now.send_replace(Arc::new(next));
     }
 
-    /// Makes the mesh this and nothing else.
+    /// Replaces the contents of the mesh.
     #[cfg(test)]
     pub(crate) fn replace(&self, all: Delta) {
         let delta = all.from(&self.now.borrow());
@@ -46,19 +46,19 @@ impl MeshWriter {
         }
     }
 
-    /// The mesh as it is now.
+    /// Returns the current mesh.
     pub fn current(&self) -> Arc<Mesh> {
         Arc::clone(&self.now.borrow())
     }
 }
 
 impl MeshReader {
-    /// The mesh as it is now.
+    /// Returns the current mesh.
     pub fn current(&self) -> Arc<Mesh> {
         Arc::clone(&self.0.borrow())
     }
 
-    /// Waits for a mesh that this reader has not waited for yet. For ever, if there will be none.
+    /// Waits for a mesh that this method has not returned to this reader yet; for ever if the writer is gone.
     pub async fn changed(&mut self) -> Arc<Mesh> {
         if self.0.changed().await.is_err() {
             std::future::pending::<()>().await;

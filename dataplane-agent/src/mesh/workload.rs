@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::mesh::Identity;
 
-/// What the mesh knows of one workload. Field meanings are those of `istio.workload.Workload`.
+/// A workload. Fields mean what they mean in `istio.workload.Workload`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
     /// Unique in the mesh: `<cluster>//Pod/<namespace>/<name>`.
@@ -25,19 +25,19 @@ pub struct Workload {
     pub cluster_id: Arc<str>,
     /// The network that its addresses belong to; empty for the only one.
     pub network: Arc<str>,
-    /// The gateway by which other networks reach it, `namespace/hostname` or `network/ip`.
+    /// The gateway through which other networks reach it, `namespace/hostname` or `network/ip`.
     pub network_gateway: Option<Arc<str>>,
     /// Its addresses, IPv4 and IPv6, in the order of `status.podIPs`.
     pub addresses: Vec<IpAddr>,
-    /// How it is reached.
+    /// The protocol that it is reached by.
     pub protocol: Protocol,
-    /// Whether it shares its node's network namespace; then its addresses do not identify it.
+    /// `true` if it shares its node's network namespace; its addresses do not identify it then.
     pub host_network: bool,
-    /// Whether it takes load; what counts for a service is its endpoint's.
+    /// Its own health. For a service the health of its [`Endpoint`] counts instead.
     pub health: Health,
     /// The name of the object that owns it, or its own.
     pub workload_name: Arc<str>,
-    /// What kind of object owns it.
+    /// The kind of object that owns it.
     pub workload_type: WorkloadType,
     /// `service.name` in telemetry.
     pub canonical_name: Arc<str>,
@@ -49,11 +49,11 @@ pub struct Workload {
     pub policies: Arc<[Arc<str>]>,
     /// The services that it is an endpoint of.
     pub services: Arc<Services>,
-    /// Where it runs.
+    /// The region, zone and subzone that it runs in.
     pub locality: Arc<Locality>,
     /// Its weight among endpoints; 0 takes no load.
     pub capacity: u32,
-    /// What its app wants of connections and does not get: none is handed to it.
+    /// A feature that its app asks for and that is not supported; no connection is made to it then.
     pub unsupported: Option<Arc<str>>,
 }
 
@@ -63,40 +63,40 @@ pub type Services = BTreeMap<Arc<str>, Endpoint>;
 /// Service port to target port.
 pub type Ports = BTreeMap<u16, u16>;
 
-/// What a workload is to one service.
+/// A workload's part in one service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Endpoint {
-    /// Where each port of the service leads.
+    /// The target port of each port of the service.
     pub ports: Arc<Ports>,
-    /// Whether it takes load.
+    /// Its health as an endpoint of this service.
     pub health: Health,
 }
 
-/// Whether an endpoint takes load; the greater is the better.
+/// The health of an endpoint, ordered from worst to best.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Health {
-    /// It takes none.
+    /// It takes no load.
     Unhealthy,
-    /// It is about to end and serves still: it takes load where nobody else does (KEP-1669).
+    /// It is shutting down but still serves: it takes load if no healthy endpoint does (KEP-1669).
     Terminating,
     /// It takes load.
     #[default]
     Healthy,
 }
 
-/// How a workload is reached.
+/// The protocol that a workload is reached by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub enum Protocol {
-    /// In clear, on the port asked for.
+    /// Plaintext TCP, on the requested port.
     #[default]
     #[serde(rename = "TCP")]
     Tcp,
-    /// Through HBONE, on port 15008.
+    /// HBONE, on port 15008.
     #[serde(rename = "HBONE")]
     Hbone,
 }
 
-/// The kind of object that owns a workload; the word in `baggage` is its lower case.
+/// The kind of object that owns a workload; written in lower case in `baggage`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WorkloadType {
     /// A Deployment.
@@ -122,13 +122,13 @@ pub struct Locality {
 }
 
 impl Workload {
-    /// The identity that its certificate carries.
+    /// Returns the identity that its certificate carries.
     pub fn identity(&self) -> Identity {
         Identity::new(&self.trust_domain, &self.namespace, &self.service_account)
     }
 }
 
-/// A pod's name for people, `<namespace>/<name>`, by its uid.
+/// Returns the `<namespace>/<name>` in a pod's uid, for logs; any other uid as it is.
 pub fn named(uid: &str) -> &str {
     uid.split_once("//Pod/").map_or(uid, |(_, name)| name)
 }
@@ -137,7 +137,7 @@ pub fn named(uid: &str) -> &str {
 pub(crate) mod tests {
     use super::*;
 
-    /// A pod of namespace `ns` at 10.0.0.1 that names these policies.
+    /// Returns a pod of namespace `ns` at 10.0.0.1, selected by `policies`.
     pub(crate) fn workload(policies: &[&str]) -> Workload {
         Workload {
             uid: "c//Pod/ns/pod".into(),

@@ -1,4 +1,4 @@
-//! Who is drawn, and how often, after endpoints have come and gone.
+//! Which endpoints are drawn, and how often, also after some were added and removed.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,7 +10,7 @@ use super::*;
 
 const KEY: &str = "ns/svc";
 
-/// An endpoint of a number, a weight, a health and a zone.
+/// Returns an endpoint; `number` makes its uid, `capacity` is its weight.
 fn endpoint(number: u8, capacity: u32, health: Health, zone: &str) -> Arc<Workload> {
     let mut one = workload(&[]);
     one.uid = format!("c//Pod/ns/{number}").into();
@@ -36,7 +36,7 @@ fn preferring_zones() -> Endpoints {
     endpoints
 }
 
-/// How often each is drawn.
+/// Returns how often each endpoint is drawn.
 fn draws(endpoints: &Endpoints, times: usize) -> HashMap<Arc<str>, f64> {
     let mut drawn = HashMap::new();
     for _ in 0..times {
@@ -87,7 +87,7 @@ fn one_that_will_do_is_found_among_many_that_will_not() {
     assert!(nobody.is_none());
 }
 
-/// Mostly alike, so that many are in one pool.
+/// Mostly equal endpoints, so that many are in one pool.
 fn endpoints() -> impl Strategy<Value = (u32, Health, &'static str)> {
     let capacity = prop_oneof![6 => Just(1), 1 => Just(0), 2 => Just(2)];
     let health = prop_oneof![
@@ -105,7 +105,7 @@ fn endpoints() -> impl Strategy<Value = (u32, Health, &'static str)> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// However they have come and gone: of those that are there the best are drawn, and nobody else.
+    /// Whatever was added and removed: only the best of those that are there are drawn.
     #[test]
     fn the_best_that_are_there_are_drawn(
         steps in vec((0..8_u8, prop::option::weighted(0.7, endpoints())), 1..20),
@@ -127,7 +127,7 @@ proptest! {
                 .filter(|(_, (_, health, here))| Some((*health, *here)) == best)
                 .map(|(number, _)| Arc::clone(&endpoint(*number, 0, Health::Healthy, "").uid))
                 .collect();
-            // One that weighs a fifteenth of all is missed once in a trillion times.
+            // An endpoint with a fifteenth of the total weight is missed once in a trillion runs.
             let mut found: Vec<Arc<str>> = draws(&endpoints, 400).into_keys().collect();
             found.sort();
             expected.sort();

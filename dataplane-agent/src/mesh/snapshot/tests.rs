@@ -1,4 +1,4 @@
-//! What an address means, in whose network, against a slow and obvious way to find it.
+//! Look-ups of addresses in networks, compared with a slow and obvious implementation.
 
 use std::collections::BTreeMap;
 
@@ -113,7 +113,7 @@ fn a_load_balancers_address_is_its_services_before_that_of_one_that_claims_it() 
     assert_eq!(found(22), None, "the address is not a service's alone");
 }
 
-/// What may be at an address in one of two networks.
+/// A network, one of two, and the last octet of an address.
 type Place = (String, u8);
 
 fn place() -> impl Strategy<Value = Place> {
@@ -247,7 +247,7 @@ fn policy(name: &str, namespace: &str, scope: PolicyScope, action: Action) -> Po
     }
 }
 
-/// A change of one of a few things.
+/// A change of one of a few objects.
 fn change() -> impl Strategy<Value = Delta> {
     let networks = || "[ab]";
     let workload = (
@@ -322,7 +322,7 @@ fn change() -> impl Strategy<Value = Delta> {
     prop_oneof![workload, service, policy]
 }
 
-/// All that can be looked up.
+/// Returns the results of all look-ups.
 fn everything(mesh: &Mesh) -> Vec<String> {
     let mut all = Vec::new();
     for network in ["a", "b"] {
@@ -361,15 +361,15 @@ fn everything(mesh: &Mesh) -> Vec<String> {
     all
 }
 
-/// What policy says of a workload.
+/// Returns the policies of a workload as text.
 fn said(mesh: &Mesh, workload: &Workload) -> String {
     let Applicable { policies, unknown } = mesh.policies_of(workload);
     format!("{policies:?} {unknown:?}")
 }
 
 proptest! {
-    /// However it became so: what is found is what is found in one that was made so at once. And as long
-    /// as policy is said to be the same of a workload, it says the same.
+    /// A mesh after many changes gives the same answers as one that was made at once. And as long as
+    /// `policy_since` of a workload does not change, its policies do not either.
     #[test]
     fn a_changed_mesh_is_the_mesh_that_it_was_changed_to(
         changes in prop::collection::vec(change(), 1..30),
@@ -396,7 +396,7 @@ proptest! {
                     prop_assert_eq!(since, Some(mesh.generation()));
                 }
             }
-            // What is gone leaves nothing, and what makes one of another makes that.
+            // Removed objects leave nothing behind, and the change from one mesh to another leads to it.
             let delta = Delta::default().from(&mesh);
             let mut nothing = mesh.clone();
             nothing.apply(delta);
