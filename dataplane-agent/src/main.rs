@@ -8,7 +8,7 @@ use dataplane_agent::cli::{self, Cli, Command, UninstallOptions, check, load, st
 use dataplane_agent::config::{RunOptions, unknown_variable};
 use dataplane_agent::exit::Exit;
 use dataplane_agent::node::capture::uninstall::Outcome;
-use dataplane_agent::observe::writer::WAITING;
+use dataplane_agent::observe::writer::BUFFER_LIMIT;
 use dataplane_agent::observe::{levels, log};
 
 fn main() -> ExitCode {
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run(halves: Halves, options: RunOptions) -> ExitCode {
-    let level = match log::start(&options.log, options.log_format, WAITING) {
+    let level = match log::start(&options.log, options.log_format, BUFFER_LIMIT) {
         Ok(level) => level,
         Err(error) => return fail(Exit::Settings, &format!("--log: {error}")),
     };

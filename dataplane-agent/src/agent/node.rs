@@ -21,7 +21,7 @@ use crate::node::capture::{Reconciler, Status, Wanted};
 use crate::node::machine::Scanner;
 use crate::node::pods::{self, Channels, PodController, StatusSnapshot};
 use crate::node::recording::RecordWriter;
-use crate::observe::metrics::Counted;
+use crate::observe::metrics::ReadCounters;
 use crate::seam::PodEvent;
 use crate::sys::bpffs::{self, Mounted};
 use crate::sys::cgroup;
@@ -97,7 +97,7 @@ impl Control {
 }
 
 /// What capture counts, for the metrics: events of the kernel programs, and what was put back.
-pub(super) fn counted(handle: &CaptureHandle) -> (Box<Counted>, Box<Counted>) {
+pub(super) fn counted(handle: &CaptureHandle) -> (Box<ReadCounters>, Box<ReadCounters>) {
     let (counters, repairs) = (handle.clone(), handle.clone());
     (
         Box::new(move || counters.counters()),

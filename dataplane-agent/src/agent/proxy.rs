@@ -11,7 +11,7 @@ use super::AgentError;
 use crate::config::RunOptions;
 use crate::control::ca::{EmbeddedCa, RootEnd};
 use crate::mesh::{Identity, MeshReader};
-use crate::observe::metrics::{self, Counted};
+use crate::observe::metrics::{self, ReadCounters};
 use crate::observe::{Metrics, Observer};
 use crate::proxy::authorize::Authorizer;
 use crate::proxy::identity::Certs;
@@ -45,7 +45,7 @@ impl Proxy {
         options: &RunOptions,
         ca: EmbeddedCa,
         mesh: &MeshReader,
-        (kernel, repairs): (Box<Counted>, Box<Counted>),
+        (kernel, repairs): (Box<ReadCounters>, Box<ReadCounters>),
     ) -> Result<Self, AgentError> {
         let root_end = ca.root_end().clone();
         let certs = Certs::new(Arc::new(ca));

@@ -20,7 +20,7 @@ use super::metrics::Metrics;
 use super::status::StatusReport;
 
 /// How often it is looked whether the socket is still at its path.
-const LOOK: Duration = Duration::from_secs(3);
+const CHECK_INTERVAL: Duration = Duration::from_secs(3);
 
 /// What the socket tells, and what it can change.
 #[derive(Clone)]
@@ -44,7 +44,7 @@ pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
     /// What is at the path as long as nobody has taken it away: device and inode.
-    is: (u64, u64),
+    inode: (u64, u64),
 }
 
 impl Socket {
@@ -62,16 +62,16 @@ impl Socket {
         Ok(Self {
             listener,
             path: path.to_owned(),
-            is: at(path)?,
+            inode: inode(path)?,
         })
     }
 
     /// Waits until it is at its path no more, and makes it again there.
-    async fn made_again(path: &Path, is: (u64, u64)) -> Self {
+    async fn reopened(path: &Path, expected: (u64, u64)) -> Self {
         let mut told = false;
         loop {
-            tokio::time::sleep(LOOK).await;
-            if at(path).is_ok_and(|there| there == is) {
+            tokio::time::sleep(CHECK_INTERVAL).await;
+            if inode(path).is_ok_and(|there| there == expected) {
                 continue;
             }
             match Self::open(path) {
@@ -89,7 +89,7 @@ impl Socket {
     }
 }
 
-fn at(path: &Path) -> io::Result<(u64, u64)> {
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
     let found = fs::symlink_metadata(path)?;
     Ok((found.dev(), found.ino()))
 }
@@ -105,7 +105,11 @@ pub async fn serve(mut socket: Socket, sources: Sources) {
         .route("/logging", post(logging))
         .with_state(sources);
     loop {
-        let Socket { listener, path, is } = socket;
+        let Socket {
+            listener,
+            path,
+            inode,
+        } = socket;
         let answers = async {
             if let Err(error) = axum::serve(listener, router.clone()).await {
                 tracing::error!(%error, "the admin socket is closed");
@@ -114,7 +118,7 @@ pub async fn serve(mut socket: Socket, sources: Sources) {
         };
         socket = tokio::select! {
             () = answers => return,
-            again = Socket::made_again(&path, is) => again,
+            again = Socket::reopened(&path, inode) => again,
         };
     }
 }

@@ -7,14 +7,14 @@ use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
 use dataplane_ebpf::event::{Event, Reason};
 
-use super::seldom::Seldom;
+use super::log_limit::LogLimiter;
 use crate::sys::readiness;
 
 /// Between two looks at the programs' log, while it is written.
-const BURST: Duration = Duration::from_millis(100);
+const LOG_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How many events are read before others on this thread have their turn.
-const AT_ONCE: usize = 64;
+const EVENTS_PER_TURN: usize = 64;
 
 /// Tells of events as they come, of each kind of each pod once a second. Runs until it is dropped.
 pub async fn events(ring: RingBuf<MapData>) {
@@ -25,17 +25,17 @@ pub async fn events(ring: RingBuf<MapData>) {
             return std::future::pending().await;
         }
     };
-    let told = Seldom::new(1, u32::MAX);
+    let limiter = LogLimiter::new(1, u32::MAX);
     loop {
         let Ok(mut ready) = ring.readable_mut().await else {
             return;
         };
         let ring = ready.get_inner_mut();
-        let mut left = AT_ONCE;
+        let mut left = EVENTS_PER_TURN;
         while left > 0
             && let Some(item) = ring.next()
         {
-            tell(&told, &item);
+            report(&limiter, &item);
             left -= 1;
         }
         if left > 0 {
@@ -66,14 +66,14 @@ pub async fn log(logger: Option<EbpfLogger<&'static dyn ::log::Log>>) {
         ready.get_inner_mut().flush();
         ready.clear_ready();
         // It is written in bursts, of which each line would wake this thread.
-        tokio::time::sleep(BURST).await;
+        tokio::time::sleep(LOG_INTERVAL).await;
     }
 }
 
 /// Tells of an event, of one reason and pod once a second.
-fn tell(told: &Seldom<u32, u64>, bytes: &[u8]) {
+fn report(limiter: &LogLimiter<u32, u64>, bytes: &[u8]) {
     if let Some(event) = Event::from_bytes(bytes)
-        && let Some(times) = told.times(event.reason, event.netns)
+        && let Some(times) = limiter.admit(event.reason, event.netns)
     {
         say(&event, times);
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use prometheus_client::encoding::{EncodeLabel, EncodeLabelSet, LabelSetEncoder};
 
-use super::record::Facts;
+use super::record::ConnectionInfo;
 use super::series::OVERFLOW;
 use crate::mesh::workload::Workload;
 
@@ -38,23 +38,23 @@ struct Party {
 
 impl Labels {
     /// Of a connection.
-    pub fn of(facts: &Facts) -> Self {
+    pub fn of(info: &ConnectionInfo) -> Self {
         let unknown = || Arc::<str>::from(UNKNOWN);
-        let source_principal = facts.source_identity.as_ref().filter(|_| facts.mutual_tls);
-        let target = facts.target.as_ref();
+        let source_principal = info.source_identity.as_ref().filter(|_| info.mutual_tls);
+        let target = info.target.as_ref();
         let target_identity = target
-            .filter(|_| facts.mutual_tls)
+            .filter(|_| info.mutual_tls)
             .map(|target| target.identity());
-        let service = facts.service.as_ref();
+        let service = info.service.as_ref();
         let service = [
             service.map_or_else(unknown, |service| service.hostname.clone()),
             service.map_or_else(unknown, |service| service.namespace.clone()),
             service.map_or_else(unknown, |service| service.name.clone()),
         ];
         Self(Arc::new(Values {
-            reporter: facts.reporter.word(),
+            reporter: info.reporter.word(),
             source: Party::of(
-                facts.source.as_deref(),
+                info.source.as_deref(),
                 source_principal.map(|identity| identity.to_string()),
             ),
             service,
@@ -62,7 +62,7 @@ impl Labels {
                 target.map(|target| &**target),
                 target_identity.map(|identity| identity.to_string()),
             ),
-            mutual_tls: facts.mutual_tls,
+            mutual_tls: info.mutual_tls,
         }))
     }
 }

@@ -3,12 +3,12 @@
 use tracing_subscriber::filter::EnvFilter;
 
 /// The first parts of the targets of our own modules, as they are in the log.
-const ROOMS: [&str; 13] = [
+const OWN_TARGETS: [&str; 13] = [
     "agent", "cli", "config", "control", "drain", "exit", "load", "mesh", "node", "observe",
     "proxy", "seam", "sys",
 ];
 /// Others of which something may be logged: those that are no module, and libraries.
-const OTHERS: [&str; 14] = [
+const OTHER_TARGETS: [&str; 14] = [
     "access",
     "kernel",
     "dataplane",
@@ -56,7 +56,10 @@ pub fn unknown_targets(directives: &str) -> Option<String> {
     };
     let is_known = |target: &&str| {
         let room = room(target);
-        ROOMS.iter().chain(&OTHERS).any(|known| *known == room)
+        OWN_TARGETS
+            .iter()
+            .chain(&OTHER_TARGETS)
+            .any(|known| *known == room)
     };
     let unknown: Vec<String> = targets
         .filter(|target| !is_known(target))
@@ -66,7 +69,7 @@ pub fn unknown_targets(directives: &str) -> Option<String> {
         format!(
             "nothing is logged of {}; targets begin with access, kernel, {}",
             unknown.join(", "),
-            ROOMS.join(", ")
+            OWN_TARGETS.join(", ")
         )
     })
 }
@@ -77,7 +80,7 @@ pub fn unknown_targets(directives: &str) -> Option<String> {
 /// They are none.
 pub fn parse(directives: &str) -> Result<EnvFilter, String> {
     let of_ours = |directive: &str| {
-        let is_ours = ROOMS.iter().any(|room| {
+        let is_ours = OWN_TARGETS.iter().any(|room| {
             let rest = directive.strip_prefix(room);
             rest.is_some_and(|rest| rest.starts_with("=") || rest.starts_with("::"))
         });
@@ -131,6 +134,6 @@ mod tests {
         let modules = modules
             .lines()
             .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
-        assert!(modules.eq(ROOMS), "ROOMS has all modules");
+        assert!(modules.eq(OWN_TARGETS), "OWN_TARGETS has all modules");
     }
 }

@@ -23,9 +23,9 @@ use tracing_subscriber::util::SubscriberInitExt;
 use super::{levels, writer};
 
 /// The most bytes of a field.
-const FIELD: usize = 1 << 10;
+const MAX_FIELD: usize = 1 << 10;
 /// The most bytes of a message.
-const MESSAGE: usize = 16 << 10;
+const MAX_MESSAGE: usize = 16 << 10;
 
 /// Where the process's one log goes, once it is started.
 static WRITER: OnceLock<writer::Writer> = OnceLock::new();
@@ -95,7 +95,7 @@ pub fn start(directives: &str, format: Format, waiting: usize) -> Result<Level, 
     let layer = tracing_subscriber::fmt::layer()
         .with_writer(move || writer)
         .with_ansi(false)
-        .event_format(Lines(format));
+        .event_format(LineFormatter(format));
     tracing_subscriber::registry()
         .with(filter)
         .with(layer)
@@ -152,12 +152,12 @@ pub fn say(line: &str) {
 
 /// Writes one line per event.
 #[derive(Debug)]
-pub struct Lines(pub Format);
+pub struct LineFormatter(pub Format);
 
 const TIME: &[BorrowedFormatItem<'_>] =
     format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
 
-impl<S, N> FormatEvent<S, N> for Lines
+impl<S, N> FormatEvent<S, N> for LineFormatter
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
@@ -216,18 +216,18 @@ fn is_logs_own(field: &Field) -> bool {
 }
 
 /// Appends a value so that it stays on its line, and within measure.
-fn fit(to: &mut String, most: usize, value: fmt::Arguments<'_>) {
+fn push_escaped(to: &mut String, most: usize, value: fmt::Arguments<'_>) {
     let left = most;
-    // An error is that of `Fit`, which has cut it.
-    let _ = write!(Fit { to, left }, "{value}");
+    // An error is that of `EscapingWriter`, which has cut it.
+    let _ = write!(EscapingWriter { to, left }, "{value}");
 }
 
-struct Fit<'a> {
+struct EscapingWriter<'a> {
     to: &'a mut String,
     left: usize,
 }
 
-impl fmt::Write for Fit<'_> {
+impl fmt::Write for EscapingWriter<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for c in text.chars() {
             let Some(left) = self.left.checked_sub(c.len_utf8()) else {
@@ -235,7 +235,7 @@ impl fmt::Write for Fit<'_> {
                 return Err(fmt::Error);
             };
             self.left = left;
-            if moves(c) {
+            if must_escape(c) {
                 self.to.extend(c.escape_default());
             } else {
                 self.to.push(c);
@@ -247,7 +247,7 @@ impl fmt::Write for Fit<'_> {
 
 /// Whether a character would do something to a terminal, or to what reads lines: control characters,
 /// line and paragraph separators, and what changes the direction of writing.
-fn moves(c: char) -> bool {
+fn must_escape(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
@@ -262,11 +262,11 @@ struct Plain {
 impl Plain {
     fn put(&mut self, field: &Field, value: fmt::Arguments<'_>) {
         if field.name() == "message" {
-            fit(&mut self.message, MESSAGE, value);
+            push_escaped(&mut self.message, MAX_MESSAGE, value);
         } else if !is_logs_own(field) {
             let between = if self.rest.is_empty() { '\t' } else { ' ' };
             let _ = write!(self.rest, "{between}{}=", field.name());
-            fit(&mut self.rest, FIELD, value);
+            push_escaped(&mut self.rest, MAX_FIELD, value);
         }
     }
 }
@@ -277,7 +277,7 @@ impl Visit for Plain {
     }
     fn record_str(&mut self, field: &Field, value: &str) {
         match field.name() {
-            "message" => fit(&mut self.message, MESSAGE, format_args!("{value}")),
+            "message" => push_escaped(&mut self.message, MAX_MESSAGE, format_args!("{value}")),
             "log.target" => value.clone_into(&mut self.target),
             _ => self.put(field, format_args!("{value:?}")),
         }
@@ -295,12 +295,12 @@ impl Json {
     /// Escaped and cut as in the other form.
     fn text(&mut self, field: &Field, value: fmt::Arguments<'_>) {
         let most = if field.name() == "message" {
-            MESSAGE
+            MAX_MESSAGE
         } else {
-            FIELD
+            MAX_FIELD
         };
         let mut text = String::new();
-        fit(&mut text, most, value);
+        push_escaped(&mut text, most, value);
         self.put(field, text.into());
     }
     fn put(&mut self, field: &Field, value: Value) {
@@ -341,22 +341,22 @@ mod tests {
 
     fn fitted(most: usize, text: &str) -> String {
         let mut to = String::from("x=");
-        fit(&mut to, most, format_args!("{text}"));
+        push_escaped(&mut to, most, format_args!("{text}"));
         to
     }
 
     #[test]
     fn a_value_stays_on_its_line_and_does_nothing_to_a_terminal() {
         let nasty = "a\n2026-01-01\terror\r\u{1b}[2J\u{9b}\u{202e}\u{2028}ä";
-        let fitted = fitted(FIELD, nasty);
+        let fitted = fitted(MAX_FIELD, nasty);
         assert!(fitted.ends_with('ä'), "{fitted}");
-        assert!(!fitted.chars().any(moves), "{fitted:?}");
+        assert!(!fitted.chars().any(must_escape), "{fitted:?}");
     }
 
     #[test]
     fn a_value_has_a_most_length() {
         assert_eq!(fitted(3, "abc"), "x=abc");
         assert_eq!(fitted(3, "abcd"), "x=abc…");
-        assert!(fitted(FIELD, &"ä\u{1b}".repeat(1 << 20)).len() < 6 * FIELD);
+        assert!(fitted(MAX_FIELD, &"ä\u{1b}".repeat(1 << 20)).len() < 6 * MAX_FIELD);
     }
 }

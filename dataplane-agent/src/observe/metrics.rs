@@ -16,7 +16,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::labels::{Flagged, Labels};
 use super::record::Reporter;
-use super::series::{AllSeries, Counts, MOST, Series};
+use super::series::{AllSeries, Counts, MAX_SERIES, Series};
 use super::{Failure, Flag, log};
 use crate::load::Load;
 use crate::proxy::limits::NodePlaces;
@@ -30,14 +30,14 @@ pub struct Metrics {
 }
 
 /// What others have counted, by word.
-pub type Counted = dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync;
+pub type ReadCounters = dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync;
 
 /// What is read when the metrics are asked for.
 pub struct Sources {
     /// Counters of the kernel programs.
-    pub kernel: Box<Counted>,
+    pub kernel: Box<ReadCounters>,
     /// How often each part of capture was put back.
-    pub repairs: Box<Counted>,
+    pub repairs: Box<ReadCounters>,
     /// Places of connections.
     pub places: NodePlaces,
     /// The workers' loads.
@@ -56,7 +56,7 @@ impl Metrics {
     /// With what is read from elsewhere.
     pub fn new(sources: Sources) -> Self {
         let mut registry = Registry::default();
-        let (failed, series) = (Family::default(), Arc::new(AllSeries::new(MOST)));
+        let (failed, series) = (Family::default(), Arc::new(AllSeries::new(MAX_SERIES)));
         let istio = registry.sub_registry_with_prefix("istio");
         istio.register(
             "build",
@@ -72,17 +72,17 @@ impl Metrics {
             "Connections that failed, by the reason in the log",
             failed.clone(),
         );
-        registry.register_collector(Box::new(FromCapture {
+        registry.register_collector(Box::new(CaptureCounters {
             name: "dataplane_kernel_decisions",
             help: "What the kernel programs decided.",
             label: "decision",
-            counted: sources.kernel,
+            read: sources.kernel,
         }));
-        registry.register_collector(Box::new(FromCapture {
+        registry.register_collector(Box::new(CaptureCounters {
             name: "dataplane_repairs",
             help: "How often a part of what keeps pods captured was gone and was put back.",
             label: "part",
-            counted: sources.repairs,
+            read: sources.repairs,
         }));
         registry.register_collector(Box::new(Process {
             places: sources.places,
@@ -134,14 +134,14 @@ impl Collector for Connections {
         let all: Vec<_> = self.0.list();
         let all: Vec<_> = all.iter().map(|of| (of.labels(), of.counts())).collect();
         /// What a family tells of a series, each with a flag.
-        type Told = fn(&Counts) -> Vec<(&'static str, u64)>;
+        type Read = fn(&Counts) -> Vec<(&'static str, u64)>;
         fn ended(counts: &Counts, from: usize) -> Vec<(&'static str, u64)> {
             let flags = ["-"].into_iter().chain(Flag::ALL.map(Flag::word));
             let told = flags.zip(counts.ended).skip(from);
             told.filter(|(_, count)| *count > 0).collect()
         }
         let bytes = Some(&Unit::Bytes);
-        let families: [(&str, &str, Option<&Unit>, Told); 5] = [
+        let families: [(&str, &str, Option<&Unit>, Read); 5] = [
             (
                 "tcp_connections_opened",
                 "Connections opened.",
@@ -173,10 +173,10 @@ impl Collector for Connections {
                 |of| vec![("-", of.down)],
             ),
         ];
-        for (name, help, unit, told) in families {
+        for (name, help, unit, read) in families {
             let mut family = encoder.encode_descriptor(name, help, unit, MetricType::Counter)?;
             for (labels, counts) in &all {
-                for (flag, count) in told(counts) {
+                for (flag, count) in read(counts) {
                     let labels = Flagged(labels, flag);
                     ConstCounter::new(count).encode(family.encode_family(&labels)?)?;
                 }
@@ -187,25 +187,25 @@ impl Collector for Connections {
 }
 
 /// What capture counts, read when the metrics are asked for.
-struct FromCapture {
+struct CaptureCounters {
     name: &'static str,
     help: &'static str,
     label: &'static str,
-    counted: Box<Counted>,
+    read: Box<ReadCounters>,
 }
 
-impl fmt::Debug for FromCapture {
+impl fmt::Debug for CaptureCounters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name)
     }
 }
 
-impl Collector for FromCapture {
+impl Collector for CaptureCounters {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let counter = ConstCounter::new(0_u64);
         let kind = counter.metric_type();
         let mut encoder = encoder.encode_descriptor(self.name, self.help, None, kind)?;
-        for (word, count) in (self.counted)() {
+        for (word, count) in (self.read)() {
             let labels = [(self.label, word)];
             ConstCounter::new(count).encode(encoder.encode_family(&labels)?)?;
         }
@@ -291,7 +291,7 @@ impl Collector for Process {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observe::record::tests::{Refusal, facts};
+    use crate::observe::record::tests::{Refusal, connection_info};
 
     /// A name that changes breaks somebody's dashboard: it is to be a decision.
     #[test]
@@ -304,7 +304,7 @@ mod tests {
             workers: vec![Load::of(runtime.expect("a runtime").metrics())],
             root_ends: 1_795_811_471,
         });
-        let series = metrics.series(Labels::of(&facts()));
+        let series = metrics.series(Labels::of(&connection_info()));
         series.open();
         series.end(Some(Flag::Deny));
         series.add_up(1);

@@ -9,9 +9,9 @@ pub mod kernel;
 pub mod labels;
 pub mod levels;
 pub mod log;
+pub mod log_limit;
 pub mod metrics;
 pub mod record;
-pub mod seldom;
 pub mod series;
 pub mod status;
 pub mod writer;
@@ -19,7 +19,7 @@ pub mod writer;
 use http::StatusCode;
 
 pub use metrics::Metrics;
-pub use record::{Arrival, Bytes, Facts, Observer, Record, Reporter};
+pub use record::{AccessRecord, Arrival, Bytes, ConnectionInfo, Observer, Reporter};
 
 /// Why a connection failed, for the log and the metrics.
 pub trait Failure: std::fmt::Display {

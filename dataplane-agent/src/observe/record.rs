@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::labels::Labels;
+use super::log_limit::LogLimiter;
 use super::metrics::Metrics;
-use super::seldom::Seldom;
 use super::series::Series;
 use super::{Failure, Flag};
 use crate::mesh::{Identity, Service, Workload};
@@ -51,7 +51,7 @@ impl Reporter {
 
 /// What is known of a connection once it is decided where it goes.
 #[derive(Clone, Debug)]
-pub struct Facts {
+pub struct ConnectionInfo {
     /// Which end we are.
     pub reporter: Reporter,
     /// The client.
@@ -77,7 +77,7 @@ pub struct Facts {
 pub struct Observer {
     metrics: Arc<Metrics>,
     /// Refusals by reason and pod, and of these by source: anybody can repeat them.
-    refusals: Arc<Seldom<(Reporter, &'static str, IpAddr), IpAddr>>,
+    refusals: Arc<LogLimiter<(Reporter, &'static str, IpAddr), IpAddr>>,
 }
 
 /// What went each way, as seen by the client: of the connection, and of its series meanwhile. Written
@@ -120,8 +120,8 @@ pub struct Arrival {
 
 /// A connection's record. One that is dropped was cut, and says so.
 #[derive(Debug)]
-pub struct Record {
-    facts: Facts,
+pub struct AccessRecord {
+    info: ConnectionInfo,
     metrics: Arc<Metrics>,
     bytes: Arc<Bytes>,
     opened: Instant,
@@ -151,7 +151,7 @@ impl Observer {
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self {
             metrics,
-            refusals: Arc::new(Seldom::new(REFUSALS, REFUSALS_OF_POD)),
+            refusals: Arc::new(LogLimiter::new(REFUSALS, REFUSALS_OF_POD)),
         }
     }
 
@@ -170,11 +170,11 @@ impl Observer {
         }
     }
 
-    fn open(&self, facts: Facts) -> Record {
-        let series = self.metrics.series(Labels::of(&facts));
+    fn open(&self, info: ConnectionInfo) -> AccessRecord {
+        let series = self.metrics.series(Labels::of(&info));
         series.open();
-        let record = Record {
-            facts,
+        let record = AccessRecord {
+            info,
             metrics: Arc::clone(&self.metrics),
             bytes: Arc::new(Bytes {
                 up: AtomicU64::default(),
@@ -184,7 +184,7 @@ impl Observer {
             opened: Instant::now(),
             closed: false,
         };
-        record.tell_opened();
+        record.log_opened();
         record
     }
 
@@ -195,7 +195,7 @@ impl Observer {
         } = arrival;
         self.metrics.failed(*reporter, failure);
         let group = (*reporter, failure.reason(), arrival.pod);
-        let Some(times) = self.refusals.times(group, source(src.ip())) else {
+        let Some(times) = self.refusals.admit(group, source(src.ip())) else {
             return;
         };
         tracing::event!(
@@ -220,9 +220,9 @@ impl Arrival {
     }
 
     /// It is about to go somewhere.
-    pub fn open(mut self, facts: Facts) -> Record {
+    pub fn open(mut self, info: ConnectionInfo) -> AccessRecord {
         self.told = true;
-        self.observer.open(facts)
+        self.observer.open(info)
     }
 
     /// It is a tunnel, which is no connection itself: each of its requests arrives.
@@ -239,7 +239,7 @@ impl Drop for Arrival {
     }
 }
 
-impl Record {
+impl AccessRecord {
     /// Where to count its bytes.
     pub fn bytes(&self) -> Arc<Bytes> {
         Arc::clone(&self.bytes)
@@ -266,17 +266,17 @@ impl Record {
         let failure = end.err();
         self.bytes.series.end(failure.map(Failure::flag));
         if let Some(failure) = failure {
-            self.metrics.failed(self.facts.reporter, failure);
+            self.metrics.failed(self.info.reporter, failure);
         }
         let word = failure.map(Failure::reason).or(word);
-        self.tell_complete(failure, word, up, down);
+        self.log_complete(failure, word, up, down);
     }
 
-    fn tell_opened(&self) {
+    fn log_opened(&self) {
         if !tracing::enabled!(target: "access", tracing::Level::DEBUG) {
             return;
         }
-        let line = Line::of(&self.facts);
+        let line = LogFields::of(&self.info);
         tracing::event!(
             target: "access",
             tracing::Level::DEBUG,
@@ -295,7 +295,7 @@ impl Record {
         );
     }
 
-    fn tell_complete(
+    fn log_complete(
         &self,
         failure: Option<&dyn Failure>,
         reason: Option<&'static str>,
@@ -303,9 +303,9 @@ impl Record {
         down: u64,
     ) {
         let error = failure.map(ToString::to_string);
-        let line = Line::of(&self.facts);
+        let line = LogFields::of(&self.info);
         // What this agent sent to, and received from, the far end of its leg.
-        let (sent, received) = match self.facts.reporter {
+        let (sent, received) = match self.info.reporter {
             Reporter::Source => (up, down),
             Reporter::Destination => (down, up),
         };
@@ -342,14 +342,14 @@ impl Record {
     }
 }
 
-impl Drop for Record {
+impl Drop for AccessRecord {
     fn drop(&mut self) {
         self.end(Err(&Drained), None);
     }
 }
 
 /// The fields of a line, in the order in which they are written.
-struct Line<'a> {
+struct LogFields<'a> {
     src_addr: SocketAddr,
     src_workload: Option<&'a str>,
     src_namespace: Option<&'a str>,
@@ -363,8 +363,8 @@ struct Line<'a> {
     direction: &'static str,
 }
 
-impl<'a> Line<'a> {
-    fn of(facts: &'a Facts) -> Self {
+impl<'a> LogFields<'a> {
+    fn of(info: &'a ConnectionInfo) -> Self {
         let name = |workload: &'a Arc<Workload>| {
             let name = if workload.name.is_empty() {
                 &workload.canonical_name
@@ -375,22 +375,22 @@ impl<'a> Line<'a> {
         };
         let identity = |identity: Option<&Identity>| {
             identity
-                .filter(|_| facts.mutual_tls)
+                .filter(|_| info.mutual_tls)
                 .map(ToString::to_string)
         };
-        let target = facts.target.as_ref().map(|target| target.identity());
+        let target = info.target.as_ref().map(|target| target.identity());
         Self {
-            src_addr: facts.src_addr,
-            src_workload: facts.source.as_ref().map(name),
-            src_namespace: facts.source.as_ref().map(|source| &*source.namespace),
-            src_identity: identity(facts.source_identity.as_ref()),
-            dst_addr: facts.dst_addr,
-            hbone_addr: facts.hbone_addr,
-            service: facts.service.as_ref().map(|service| &*service.hostname),
-            dst_workload: facts.target.as_ref().map(name),
-            dst_namespace: facts.target.as_ref().map(|target| &*target.namespace),
+            src_addr: info.src_addr,
+            src_workload: info.source.as_ref().map(name),
+            src_namespace: info.source.as_ref().map(|source| &*source.namespace),
+            src_identity: identity(info.source_identity.as_ref()),
+            dst_addr: info.dst_addr,
+            hbone_addr: info.hbone_addr,
+            service: info.service.as_ref().map(|service| &*service.hostname),
+            dst_workload: info.target.as_ref().map(name),
+            dst_namespace: info.target.as_ref().map(|target| &*target.namespace),
             dst_identity: identity(target.as_ref()),
-            direction: facts.reporter.direction(),
+            direction: info.reporter.direction(),
         }
     }
 }

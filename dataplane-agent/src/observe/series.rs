@@ -1,8 +1,8 @@
 //! The series of connections: what is counted of those with the same labels.
 //!
 //! Whoever opens a connection holds its series until it ends, and counts in it as bytes move. A series
-//! that nobody holds and that was not used for [`KEPT`] is let go, so that those of workloads that are
-//! gone do not stay for ever. There are at most [`MOST`]; what would need another one is counted in one
+//! that nobody holds and that was not used for [`UNUSED_TTL`] is let go, so that those of workloads that are
+//! gone do not stay for ever. There are at most [`MAX_SERIES`]; what would need another one is counted in one
 //! whose labels all say [`OVERFLOW`].
 
 use std::collections::HashMap;
@@ -14,9 +14,9 @@ use super::Flag;
 use super::labels::Labels;
 
 /// How many there are at most.
-pub const MOST: usize = 8192;
+pub const MAX_SERIES: usize = 8192;
 /// How long one is kept that nobody holds: what reads metrics once a minute has seen its last counts.
-pub const KEPT: Duration = Duration::from_secs(300);
+pub const UNUSED_TTL: Duration = Duration::from_secs(300);
 /// What all labels of the series say in which the others are counted.
 pub const OVERFLOW: &str = "overflow";
 
@@ -25,7 +25,7 @@ pub const OVERFLOW: &str = "overflow";
 pub struct Series {
     labels: Labels,
     opened: AtomicU64,
-    /// How they ended: well, and then by flag.
+    /// Connections that ended: those without a failure, then one element per flag.
     ended: [AtomicU64; 1 + Flag::ALL.len()],
     up: AtomicU64,
     down: AtomicU64,
@@ -36,7 +36,7 @@ pub struct Series {
 pub struct Counts {
     /// Connections opened.
     pub opened: u64,
-    /// Connections that ended, by how: well, and then by flag.
+    /// Connections that ended: those without a failure, then one element per flag.
     pub ended: [u64; 1 + Flag::ALL.len()],
     /// Bytes from clients to servers.
     pub up: u64,
@@ -96,11 +96,11 @@ impl Series {
 #[derive(Debug)]
 pub struct AllSeries {
     most: usize,
-    by_labels: Mutex<HashMap<Labels, Kept>>,
+    by_labels: Mutex<HashMap<Labels, Entry>>,
 }
 
 #[derive(Debug)]
-struct Kept {
+struct Entry {
     series: Arc<Series>,
     used: Instant,
 }
@@ -118,33 +118,33 @@ impl AllSeries {
     pub fn of(&self, labels: Labels) -> Arc<Series> {
         let now = Instant::now();
         let mut all = self.lock();
-        if let Some(kept) = all.get_mut(&labels) {
-            kept.used = now;
-            return Arc::clone(&kept.series);
+        if let Some(entry) = all.get_mut(&labels) {
+            entry.used = now;
+            return Arc::clone(&entry.series);
         }
         let labels = match all.len() < self.most {
             true => labels,
             false => labels.overflow(),
         };
-        let kept = all.entry(labels.clone()).or_insert_with(|| Kept {
+        let entry = all.entry(labels.clone()).or_insert_with(|| Entry {
             series: Arc::new(Series::new(labels)),
             used: now,
         });
-        kept.used = now;
-        Arc::clone(&kept.series)
+        entry.used = now;
+        Arc::clone(&entry.series)
     }
 
     /// Lets go of those that nobody has used for long; returns them.
     pub fn expire(&self, now: Instant) -> Vec<Arc<Series>> {
         let mut gone = Vec::new();
-        self.lock().retain(|_, kept| {
+        self.lock().retain(|_, entry| {
             // Only under this lock does a series that nobody holds come to be held again.
-            if Arc::strong_count(&kept.series) > 1 {
-                kept.used = now;
+            if Arc::strong_count(&entry.series) > 1 {
+                entry.used = now;
             }
-            let stays = now.saturating_duration_since(kept.used) < KEPT;
+            let stays = now.saturating_duration_since(entry.used) < UNUSED_TTL;
             if !stays {
-                gone.push(Arc::clone(&kept.series));
+                gone.push(Arc::clone(&entry.series));
             }
             stays
         });
@@ -154,10 +154,12 @@ impl AllSeries {
     /// Those that there are.
     pub fn list(&self) -> Vec<Arc<Series>> {
         let all = self.lock();
-        all.values().map(|kept| Arc::clone(&kept.series)).collect()
+        all.values()
+            .map(|entry| Arc::clone(&entry.series))
+            .collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Kept>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Labels, Entry>> {
         self.by_labels
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -168,8 +170,8 @@ impl AllSeries {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::Facts;
-    use super::super::record::tests::facts;
+    use super::super::ConnectionInfo;
+    use super::super::record::tests::connection_info;
     use super::*;
 
     fn labels(number: usize) -> Labels {
@@ -177,9 +179,9 @@ mod tests {
             workload_name: format!("w{number}").into(),
             ..crate::mesh::workload::tests::workload(&[])
         };
-        Labels::of(&Facts {
+        Labels::of(&ConnectionInfo {
             source: Some(Arc::new(workload)),
-            ..facts()
+            ..connection_info()
         })
     }
 
@@ -198,19 +200,22 @@ mod tests {
 
     #[test]
     fn a_series_is_kept_while_a_connection_is_open_and_for_some_minutes_after() {
-        let all = AllSeries::new(MOST);
+        let all = AllSeries::new(MAX_SERIES);
         let held = all.of(labels(1));
         drop(all.of(labels(2)));
         let start = Instant::now();
-        assert!(all.expire(start + KEPT / 2).is_empty());
+        assert!(all.expire(start + UNUSED_TTL / 2).is_empty());
         assert_eq!(
-            all.expire(start + 2 * KEPT).len(),
+            all.expire(start + 2 * UNUSED_TTL).len(),
             1,
             "the one that nobody holds"
         );
         drop(held);
-        assert!(all.expire(start + 2 * KEPT + KEPT / 2).is_empty());
-        assert_eq!(all.expire(start + 3 * KEPT).len(), 1);
+        assert!(
+            all.expire(start + 2 * UNUSED_TTL + UNUSED_TTL / 2)
+                .is_empty()
+        );
+        assert_eq!(all.expire(start + 3 * UNUSED_TTL).len(), 1);
         assert!(all.list().is_empty());
     }
 
@@ -252,7 +257,7 @@ mod tests {
                 })}).collect();
                 let mut gone = Vec::new();
                 while !workers.iter().all(|worker| worker.is_finished()) {
-                    gone.extend(all.expire(Instant::now() + 2 * KEPT));
+                    gone.extend(all.expire(Instant::now() + 2 * UNUSED_TTL));
                 }
                 gone
             });

@@ -13,13 +13,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How many bytes of a daemon's log may wait to be written.
-pub const WAITING: usize = 1 << 20;
+pub const BUFFER_LIMIT: usize = 1 << 20;
 /// A buffer that has grown beyond this in a burst is given back.
-const KEPT: usize = 64 << 10;
+const KEPT_CAPACITY: usize = 64 << 10;
 /// Between two tries to write to what takes nothing now and does not block, as somebody else has set it.
-const PAUSE: Duration = Duration::from_millis(10);
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// How long whoever ends waits for what is still to be written.
-const PATIENCE: Duration = Duration::from_secs(1);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Takes lines. Clones write to the same place.
 #[derive(Clone, Debug)]
@@ -42,7 +42,7 @@ struct Queue {
     /// Lines that did not fit, in all.
     lost: u64,
     /// Of these, those that the log has not told of yet.
-    untold: u64,
+    unreported: u64,
 }
 
 impl Writer {
@@ -72,7 +72,7 @@ impl Writer {
         let mut queue = self.0.lock();
         if queue.bytes.len() + line.len() > self.0.most {
             queue.lost += 1;
-            queue.untold += 1;
+            queue.unreported += 1;
             return;
         }
         queue.bytes.extend_from_slice(line);
@@ -89,7 +89,10 @@ impl Writer {
         let pending = |queue: &mut Queue| queue.writing || !queue.bytes.is_empty();
         let queue = self.0.lock();
         // Whether it was in time makes no difference to who ends.
-        let _ = self.0.written.wait_timeout_while(queue, PATIENCE, pending);
+        let _ = self
+            .0
+            .written
+            .wait_timeout_while(queue, FLUSH_TIMEOUT, pending);
     }
 }
 
@@ -101,7 +104,7 @@ impl Shared {
     fn write_to(&self, mut out: impl Write) {
         let mut batch = Vec::new();
         loop {
-            let untold = {
+            let unreported = {
                 let mut queue = self.lock();
                 queue.writing = false;
                 self.written.notify_all();
@@ -113,21 +116,21 @@ impl Shared {
                 }
                 mem::swap(&mut batch, &mut queue.bytes);
                 queue.writing = true;
-                mem::take(&mut queue.untold)
+                mem::take(&mut queue.unreported)
             };
             let lost = write_all(&mut out, &batch);
             batch.clear();
-            if batch.capacity() > KEPT {
+            if batch.capacity() > KEPT_CAPACITY {
                 batch = Vec::new();
             }
             if lost > 0 {
                 // Told as soon as something can be written: a line about it now would be the next one.
                 let mut queue = self.lock();
                 queue.lost += lost;
-                queue.untold += lost + untold;
-            } else if untold > 0 {
+                queue.unreported += lost + unreported;
+            } else if unreported > 0 {
                 tracing::warn!(
-                    lines = untold,
+                    lines = unreported,
                     "log lines were lost: they came faster than they were read, or could not be written"
                 );
             }
@@ -144,7 +147,9 @@ fn write_all(out: &mut impl Write, batch: &[u8]) -> u64 {
             Ok(written) if written > 0 => left = &left[written..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             // It is the description that does not block, which others share: it must stay as they want it.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(PAUSE),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::thread::sleep(RETRY_PAUSE)
+            }
             Ok(_) | Err(_) => break,
         }
     }
@@ -188,13 +193,13 @@ mod tests {
     fn who_writes_never_waits_for_the_reader_and_each_line_is_written_or_counted() {
         let (go, wait) = channel();
         let read = Arc::default();
-        let writer = Writer::to(Slow(wait, Arc::clone(&read)), WAITING).expect("a thread");
+        let writer = Writer::to(Slow(wait, Arc::clone(&read)), BUFFER_LIMIT).expect("a thread");
         let line = [b'x'; 1023]
             .iter()
             .chain(b"\n")
             .copied()
             .collect::<Vec<u8>>();
-        let many = 3 * WAITING / line.len();
+        let many = 3 * BUFFER_LIMIT / line.len();
         for _ in 0..many {
             writer.push(&line);
         }
@@ -244,7 +249,7 @@ mod tests {
             would_block: false,
             left: usize::MAX,
         };
-        let writer = Writer::to(halting, WAITING).expect("a thread");
+        let writer = Writer::to(halting, BUFFER_LIMIT).expect("a thread");
         writer.push(b"one line\nanother one\n");
         writer.flush();
         assert_eq!(
@@ -261,7 +266,7 @@ mod tests {
             would_block: false,
             left: 10,
         };
-        let writer = Writer::to(halting, WAITING).expect("a thread");
+        let writer = Writer::to(halting, BUFFER_LIMIT).expect("a thread");
         writer.push(b"one line\nanother one\nand one more\n");
         writer.flush();
         assert_eq!(writer.lost(), 2);
@@ -272,7 +277,7 @@ mod tests {
         let (go, wait) = channel::<()>();
         drop(go);
         let read = Arc::default();
-        let writer = Writer::to(Slow(wait, Arc::clone(&read)), WAITING).expect("a thread");
+        let writer = Writer::to(Slow(wait, Arc::clone(&read)), BUFFER_LIMIT).expect("a thread");
         writer.push(b"the last words\n");
         writer.flush();
         assert_eq!(*read.lock().expect("not poisoned"), b"the last words\n");

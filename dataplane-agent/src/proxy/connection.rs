@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use crate::drain::TaskGroup;
 use crate::mesh::MeshReader;
-use crate::observe::{Arrival, Facts, Failure, Observer, Reporter};
+use crate::observe::{Arrival, ConnectionInfo, Failure, Observer, Reporter};
 use crate::proxy::accept::hbone::{self as tunnels, AcceptError};
 use crate::proxy::accept::{Accepted, Direction, Io, LocalPod};
 use crate::proxy::authorize::Authorizer;
@@ -202,8 +202,8 @@ async fn process(
             return accepted.io.refuse(error.status());
         }
     };
-    let facts = facts(&resolved, arrival.reporter, local);
-    let record = arrival.open(facts);
+    let info = connection_info(&resolved, arrival.reporter, local);
+    let record = arrival.open(info);
     let permit = match inputs.authorizer.authorize(resolved) {
         Ok(permit) => permit,
         Err((resolved, denied)) => {
@@ -219,7 +219,11 @@ async fn process(
     }
 }
 
-fn facts(resolved: &Resolved<Io>, reporter: Reporter, local: SocketAddr) -> Facts {
+fn connection_info(
+    resolved: &Resolved<Io>,
+    reporter: Reporter,
+    local: SocketAddr,
+) -> ConnectionInfo {
     let accepted = &resolved.accepted;
     let (dst_addr, hbone_addr, outbound_tls) = match &resolved.hop {
         Hop::Hbone { to, authority, .. } => (*to, Some(*authority), true),
@@ -234,7 +238,7 @@ fn facts(resolved: &Resolved<Io>, reporter: Reporter, local: SocketAddr) -> Fact
         Direction::InboundPlain => None,
         Direction::InboundHbone { identity, .. } => Some(identity.clone()),
     };
-    Facts {
+    ConnectionInfo {
         reporter,
         src_addr: accepted.peer,
         source: resolved.source.clone(),

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 
-use super::super::log::{Format, Lines};
+use super::super::log::{Format, LineFormatter};
 use super::super::metrics::Sources;
 use super::*;
 use crate::mesh::workload::tests::workload;
@@ -41,7 +41,7 @@ fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(kept.clone())
         .with_ansi(false)
-        .event_format(Lines(format));
+        .event_format(LineFormatter(format));
     let subscriber = tracing_subscriber::registry().with(lines);
     let observer = Observer::new(Arc::new(Metrics::new(Sources {
         kernel: Box::new(Vec::new),
@@ -61,12 +61,12 @@ fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
         .collect()
 }
 
-pub(crate) fn facts() -> Facts {
+pub(crate) fn connection_info() -> ConnectionInfo {
     let target = Workload {
         name: "server".into(),
         ..workload(&[])
     };
-    Facts {
+    ConnectionInfo {
         reporter: Reporter::Source,
         src_addr: "10.0.0.1:4000".parse().expect("an address"),
         source: Some(Arc::new(workload(&[]))),
@@ -105,7 +105,7 @@ fn without_duration(line: &str) -> String {
 #[test]
 fn a_connection_that_fails_is_one_line_of_this_form() {
     let lines = logged(Format::Plain, |observer| {
-        let record = observer.open(facts());
+        let record = observer.open(connection_info());
         record.bytes().add_up(11);
         record.bytes().add_down(22);
         record.close(Err(&Refusal));
@@ -128,10 +128,10 @@ fn a_connection_that_fails_is_one_line_of_this_form() {
 #[test]
 fn inbound_counts_from_the_other_side_and_in_clear_nobody_is_named() {
     let lines = logged(Format::Plain, |observer| {
-        let clear = Facts {
+        let clear = ConnectionInfo {
             reporter: Reporter::Destination,
             mutual_tls: false,
-            ..facts()
+            ..connection_info()
         };
         let record = observer.open(clear);
         record.bytes().add_up(11);
@@ -155,7 +155,9 @@ fn inbound_counts_from_the_other_side_and_in_clear_nobody_is_named() {
 
 #[test]
 fn a_client_that_gives_up_is_told_of_and_is_no_failure() {
-    let lines = logged(Format::Plain, |observer| observer.open(facts()).give_up());
+    let lines = logged(Format::Plain, |observer| {
+        observer.open(connection_info()).give_up()
+    });
     let lines: Vec<_> = lines
         .iter()
         .filter(|line| line.contains("complete"))
@@ -169,7 +171,9 @@ fn a_client_that_gives_up_is_told_of_and_is_no_failure() {
 
 #[test]
 fn a_record_that_nobody_closes_still_tells() {
-    let lines = logged(Format::Plain, |observer| drop(observer.open(facts())));
+    let lines = logged(Format::Plain, |observer| {
+        drop(observer.open(connection_info()))
+    });
     let lines: Vec<_> = lines
         .iter()
         .filter(|line| line.contains("complete"))
@@ -206,7 +210,7 @@ fn what_is_cut_before_it_is_known_where_it_goes_still_tells() {
     let lines = logged(Format::Plain, |observer| {
         drop(arrival(observer));
         arrival(observer).is_tunnel();
-        arrival(observer).open(facts()).close(Ok(()));
+        arrival(observer).open(connection_info()).close(Ok(()));
     });
     let failed = lines.iter().filter(|line| line.contains("failed"));
     assert_eq!(
@@ -221,7 +225,7 @@ fn what_is_cut_before_it_is_known_where_it_goes_still_tells() {
 #[test]
 fn json_lines_are_objects() {
     let lines = logged(Format::Json, |observer| {
-        observer.open(facts()).close(Ok(()));
+        observer.open(connection_info()).close(Ok(()));
     });
     for line in lines {
         let object: serde_json::Value = serde_json::from_str(&line).expect("an object");

@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
 
-use crate::observe::seldom::Seldom;
+use crate::observe::log_limit::LogLimiter;
 use crate::sys::{readiness, socket};
 
 /// After an error that lasts (no descriptors are left) the loop would spin without a pause.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// What is lacking lacks for the listeners of all pods.
-static LACKS: LazyLock<Seldom<(), io::ErrorKind>> = LazyLock::new(|| Seldom::new(1, u32::MAX));
+static LACKS: LazyLock<LogLimiter<(), io::ErrorKind>> =
+    LazyLock::new(|| LogLimiter::new(1, u32::MAX));
 
 /// A listener on one worker. What it accepts is bound to no worker yet.
 #[derive(Debug)]
@@ -48,7 +49,7 @@ impl Listener {
                 // The client is gone already.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    if let Some(times) = LACKS.times((), error.kind()) {
+                    if let Some(times) = LACKS.admit((), error.kind()) {
                         tracing::warn!(%error, times, "cannot accept");
                     }
                     tokio::time::sleep(PAUSE).await;

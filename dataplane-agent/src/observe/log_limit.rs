@@ -8,48 +8,48 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// For how long those of a kind are counted together.
-const WHILE: Duration = Duration::from_secs(1);
+const INTERVAL: Duration = Duration::from_secs(1);
 /// How many kinds are remembered.
-const KINDS: usize = 4096;
+const MAX_KINDS: usize = 4096;
 
 /// What was told of each kind, and how many have come since that were not. A kind is one of a group:
 /// whoever makes up kinds takes nothing from another group.
 #[derive(Debug)]
-pub struct Seldom<G, K> {
+pub struct LogLimiter<G, K> {
     /// Of a kind, and of its group.
-    each: (u32, u32),
-    all: Mutex<All<G, K>>,
+    limits: (u32, u32),
+    all: Mutex<Tallies<G, K>>,
 }
 
 #[derive(Debug)]
-struct All<G, K> {
-    groups: HashMap<G, Told>,
-    kinds: HashMap<(G, K), Told>,
+struct Tallies<G, K> {
+    groups: HashMap<G, Tally>,
+    kinds: HashMap<(G, K), Tally>,
 }
 
 #[derive(Debug)]
-struct Told {
+struct Tally {
     since: Instant,
-    told: u32,
-    untold: u64,
+    logged: u32,
+    suppressed: u64,
 }
 
-impl Told {
+impl Tally {
     /// Has a new second begin when the last one is over; whether one more may be told of in it.
-    fn may(&mut self, now: Instant, each: u32) -> bool {
-        if now >= self.since + WHILE {
-            (self.since, self.told) = (now, 0);
+    fn may_log(&mut self, now: Instant, limit: u32) -> bool {
+        if now >= self.since + INTERVAL {
+            (self.since, self.logged) = (now, 0);
         }
-        self.told < each
+        self.logged < limit
     }
 }
 
-impl<G: Clone + Eq + Hash, K: Eq + Hash> Seldom<G, K> {
+impl<G: Clone + Eq + Hash, K: Eq + Hash> LogLimiter<G, K> {
     /// Lets through so many of each kind, and of each group, each second.
     pub fn new(of_kind: u32, of_group: u32) -> Self {
         Self {
-            each: (of_kind, of_group),
-            all: Mutex::new(All {
+            limits: (of_kind, of_group),
+            all: Mutex::new(Tallies {
                 groups: HashMap::new(),
                 kinds: HashMap::new(),
             }),
@@ -58,53 +58,53 @@ impl<G: Clone + Eq + Hash, K: Eq + Hash> Seldom<G, K> {
 
     /// Notes one. If it is to be told of: how many there were of its kind since that was done last, and of
     /// kinds of its group that are forgotten.
-    pub fn times(&self, group: G, kind: K) -> Option<u64> {
-        self.times_at(group, kind, Instant::now())
+    pub fn admit(&self, group: G, kind: K) -> Option<u64> {
+        self.admit_at(group, kind, Instant::now())
     }
 
-    fn times_at(&self, group: G, kind: K, now: Instant) -> Option<u64> {
+    fn admit_at(&self, group: G, kind: K, now: Instant) -> Option<u64> {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
-        let All { groups, kinds } = &mut *all;
-        let none = || Told {
+        let Tallies { groups, kinds } = &mut *all;
+        let none = || Tally {
             since: now,
-            told: 0,
-            untold: 0,
+            logged: 0,
+            suppressed: 0,
         };
         let kind = (group.clone(), kind);
-        if !kinds.contains_key(&kind) && kinds.len() >= KINDS {
+        if !kinds.contains_key(&kind) && kinds.len() >= MAX_KINDS {
             forget(groups, kinds, now);
         }
         let group = groups.entry(group).or_insert_with(none);
         let kind = kinds.entry(kind).or_insert_with(none);
-        kind.untold += 1;
-        if !kind.may(now, self.each.0) || !group.may(now, self.each.1) {
+        kind.suppressed += 1;
+        if !kind.may_log(now, self.limits.0) || !group.may_log(now, self.limits.1) {
             return None;
         }
-        kind.told += 1;
-        group.told += 1;
-        Some(mem::take(&mut kind.untold) + mem::take(&mut group.untold))
+        kind.logged += 1;
+        group.logged += 1;
+        Some(mem::take(&mut kind.suppressed) + mem::take(&mut group.suppressed))
     }
 }
 
 /// Makes room for another kind. How many were not told of is kept, by their group; a group that has nothing
 /// to tell is forgotten as well, where there are many.
 fn forget<G: Clone + Eq + Hash, K: Eq + Hash>(
-    groups: &mut HashMap<G, Told>,
-    kinds: &mut HashMap<(G, K), Told>,
+    groups: &mut HashMap<G, Tally>,
+    kinds: &mut HashMap<(G, K), Tally>,
     now: Instant,
 ) {
-    let over = |told: &Told| now >= told.since + WHILE;
+    let over = |told: &Tally| now >= told.since + INTERVAL;
     let all = !kinds.values().any(over);
     for ((group, _), told) in kinds.extract_if(|_, told| all || over(told)) {
-        let group = groups.entry(group).or_insert(Told {
-            told: 0,
-            untold: 0,
+        let group = groups.entry(group).or_insert(Tally {
+            logged: 0,
+            suppressed: 0,
             ..told
         });
-        group.untold += told.untold;
+        group.suppressed += told.suppressed;
     }
-    if groups.len() >= KINDS {
-        groups.retain(|_, told| told.untold > 0 || !over(told));
+    if groups.len() >= MAX_KINDS {
+        groups.retain(|_, told| told.suppressed > 0 || !over(told));
     }
 }
 
@@ -114,9 +114,9 @@ mod tests {
 
     #[test]
     fn one_of_a_kind_a_second_is_told_with_how_many() {
-        let (seldom, start) = (Seldom::new(1, u32::MAX), Instant::now());
+        let (limiter, start) = (LogLimiter::new(1, u32::MAX), Instant::now());
         let at = |kind, milliseconds| {
-            seldom.times_at((), kind, start + Duration::from_millis(milliseconds))
+            limiter.admit_at((), kind, start + Duration::from_millis(milliseconds))
         };
         assert_eq!(at("one", 0), Some(1));
         assert_eq!(at("one", 1), None);
@@ -128,10 +128,10 @@ mod tests {
 
     #[test]
     fn some_of_a_kind_are_told_where_they_may_differ() {
-        let (seldom, start) = (Seldom::new(3, u32::MAX), Instant::now());
+        let (limiter, start) = (LogLimiter::new(3, u32::MAX), Instant::now());
         let told = |seconds| {
             let at = start + Duration::from_secs(seconds);
-            let all = (0..10).map(|_| seldom.times_at((), "one", at));
+            let all = (0..10).map(|_| limiter.admit_at((), "one", at));
             all.flatten().collect::<Vec<_>>()
         };
         assert_eq!(told(0), [1, 1, 1]);
@@ -140,39 +140,39 @@ mod tests {
 
     #[test]
     fn who_makes_up_kinds_is_told_of_no_more_often_and_takes_nothing_from_others() {
-        let (seldom, now) = (Seldom::new(10, 100), Instant::now());
-        let told = (0..3 * KINDS).filter_map(|kind| seldom.times_at("flooded", kind, now));
+        let (limiter, now) = (LogLimiter::new(10, 100), Instant::now());
+        let told = (0..3 * MAX_KINDS).filter_map(|kind| limiter.admit_at("flooded", kind, now));
         assert_eq!(told.count(), 100);
-        assert_eq!(seldom.times_at("another", 0, now), Some(1));
+        assert_eq!(limiter.admit_at("another", 0, now), Some(1));
     }
 
     #[test]
     fn however_many_kinds_there_are_each_event_is_told_of_or_counted() {
-        let (seldom, start) = (Seldom::new(2, 100), Instant::now());
+        let (limiter, start) = (LogLimiter::new(2, 100), Instant::now());
         let (mut all, mut told) = (0, 0);
         for second in 0..4 {
-            for kind in (0..3 * KINDS).flat_map(|kind| [kind; 3]) {
+            for kind in (0..3 * MAX_KINDS).flat_map(|kind| [kind; 3]) {
                 all += 1;
                 let at = start + Duration::from_secs(second);
-                told += seldom.times_at("flooded", kind, at).unwrap_or_default();
+                told += limiter.admit_at("flooded", kind, at).unwrap_or_default();
             }
         }
-        let inside = seldom.all.lock().expect("not poisoned");
+        let inside = limiter.all.lock().expect("not poisoned");
         let waiting = inside.kinds.values().chain(inside.groups.values());
-        assert_eq!(told + waiting.map(|told| told.untold).sum::<u64>(), all);
+        assert_eq!(told + waiting.map(|told| told.suppressed).sum::<u64>(), all);
         assert!(told > all / 2, "{told} of {all}");
     }
 
     #[test]
     fn the_kinds_that_are_remembered_are_bounded() {
-        let (seldom, now) = (Seldom::new(1, u32::MAX), Instant::now());
-        for kind in 0..3 * KINDS {
+        let (limiter, now) = (LogLimiter::new(1, u32::MAX), Instant::now());
+        for kind in 0..3 * MAX_KINDS {
             assert_eq!(
-                seldom.times_at(kind, kind, now + WHILE * kind as u32),
+                limiter.admit_at(kind, kind, now + INTERVAL * kind as u32),
                 Some(1)
             );
         }
-        let inside = seldom.all.lock().expect("not poisoned");
-        assert!(inside.kinds.len() <= KINDS && inside.groups.len() <= KINDS);
+        let inside = limiter.all.lock().expect("not poisoned");
+        assert!(inside.kinds.len() <= MAX_KINDS && inside.groups.len() <= MAX_KINDS);
     }
 }
