@@ -1,4 +1,4 @@
-//! The admin socket: HTTP over a socket that only root can open.
+//! The admin socket: HTTP over a Unix socket of mode 0600.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -19,39 +19,39 @@ use super::log::Level;
 use super::metrics::Metrics;
 use super::status::StatusReport;
 
-/// How often it is looked whether the socket is still at its path.
+/// The interval between checks that the socket is still at its path.
 const CHECK_INTERVAL: Duration = Duration::from_secs(3);
 
-/// What the socket tells, and what it can change.
+/// The values that the socket serves, and the settings that it changes.
 #[derive(Clone)]
 pub struct Sources {
     /// The state of the node.
     pub status: Arc<dyn Fn() -> StatusReport + Send + Sync>,
-    /// Everything the agent goes by.
+    /// The agent's configuration and state.
     pub config_dump: Arc<dyn Fn() -> serde_json::Value + Send + Sync>,
-    /// Whether the daemon serves; an error names what it waits for.
+    /// Returns `Ok` if the daemon is ready, or else what it waits for.
     pub ready: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
     /// Turns the kernel programs' log on or off.
     pub kernel_log: Arc<dyn Fn(bool) -> Result<(), String> + Send + Sync>,
-    /// The log's level.
+    /// Reads and sets the log's level.
     pub level: Level,
     /// The metrics.
     pub metrics: Arc<Metrics>,
 }
 
-/// The socket.
+/// The admin socket, and where it is.
 pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// What is at the path as long as nobody has taken it away: device and inode.
+    /// Device and inode of the socket file, to notice its removal.
     inode: (u64, u64),
 }
 
 impl Socket {
-    /// Opens it, in place of one that a predecessor left.
+    /// Opens it, in place of a predecessor's.
     ///
     /// # Errors
-    /// It cannot be made.
+    /// The socket cannot be created.
     pub fn open(path: &Path) -> io::Result<Self> {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -66,7 +66,7 @@ impl Socket {
         })
     }
 
-    /// Waits until it is at its path no more, and makes it again there.
+    /// Waits until the socket is gone from its path, and creates it again there.
     async fn reopened(path: &Path, expected: (u64, u64)) -> Self {
         let mut told = false;
         loop {
@@ -94,7 +94,7 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
     Ok((found.dev(), found.ino()))
 }
 
-/// Answers. Runs until it is dropped.
+/// Serves requests. Runs until it is dropped.
 pub async fn serve(mut socket: Socket, sources: Sources) {
     let router = Router::new()
         .route("/status", get(status))

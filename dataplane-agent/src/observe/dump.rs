@@ -1,4 +1,4 @@
-//! `/config_dump`: what the agent goes by, under ztunnel's keys.
+//! `/config_dump`: the agent's configuration and state, under ztunnel's keys.
 
 use std::time::SystemTime;
 
@@ -17,7 +17,7 @@ use crate::mesh::workload::{Health, Workload, WorkloadType};
 use crate::proxy::identity::Certs;
 use crate::proxy::identity::certs::Listed;
 
-/// All of it.
+/// Returns the whole dump.
 pub fn dump(mesh: &Mesh, certs: &Certs, status: &StatusReport) -> Value {
     let states: Map<String, Value> = status
         .pods
@@ -111,7 +111,7 @@ fn service(mesh: &Mesh, of: &Service) -> Value {
     })
 }
 
-/// One that terminates is not ready for others to be sent to it, as ztunnel's file has it.
+/// As in ztunnel's dump, a terminating endpoint is not ready for new connections.
 fn status(of: Health) -> &'static str {
     match of {
         Health::Healthy => "Healthy",

@@ -1,4 +1,4 @@
-//! What the kernel programs report: events of the ring buffer, and their log.
+//! Reports of the kernel programs: events in the ring buffer, and their log.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -10,13 +10,13 @@ use dataplane_ebpf::event::{Event, Reason};
 use super::log_limit::LogLimiter;
 use crate::sys::readiness;
 
-/// Between two looks at the programs' log, while it is written.
+/// The pause between two reads of the programs' log while it is being written.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How many events are read before others on this thread have their turn.
+/// Number of events that are read before other tasks on this thread have their turn.
 const EVENTS_PER_TURN: usize = 64;
 
-/// Tells of events as they come, of each kind of each pod once a second. Runs until it is dropped.
+/// Logs events as they come, at most one of each reason and pod per second. Runs until it is dropped.
 pub async fn events(ring: RingBuf<MapData>) {
     let mut ring = match readiness::readable(ring) {
         Ok(ring) => ring,
@@ -41,13 +41,13 @@ pub async fn events(ring: RingBuf<MapData>) {
         if left > 0 {
             ready.clear_ready();
         } else {
-            // A pod that makes events as fast as they are read keeps nobody else waiting.
+            // A pod that causes events as fast as they are read must not keep others waiting.
             tokio::task::yield_now().await;
         }
     }
 }
 
-/// Passes the programs' log on. Runs until it is dropped.
+/// Forwards the programs' log. Runs until it is dropped.
 pub async fn log(logger: Option<EbpfLogger<&'static dyn ::log::Log>>) {
     let Some(logger) = logger else {
         return std::future::pending().await;
@@ -65,12 +65,12 @@ pub async fn log(logger: Option<EbpfLogger<&'static dyn ::log::Log>>) {
         };
         ready.get_inner_mut().flush();
         ready.clear_ready();
-        // It is written in bursts, of which each line would wake this thread.
+        // It is written in bursts; each line would wake this thread.
         tokio::time::sleep(LOG_INTERVAL).await;
     }
 }
 
-/// Tells of an event, of one reason and pod once a second.
+/// Logs an event, at most one of each reason and pod per second.
 fn report(limiter: &LogLimiter<u32, u64>, bytes: &[u8]) {
     if let Some(event) = Event::from_bytes(bytes)
         && let Some(times) = limiter.admit(event.reason, event.netns)

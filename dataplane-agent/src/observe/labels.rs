@@ -1,4 +1,4 @@
-//! What a connection's series are labelled with, in Istio's words.
+//! The metric labels of a connection, under Istio's names.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use super::record::ConnectionInfo;
 use super::series::OVERFLOW;
 use crate::mesh::workload::Workload;
 
-/// What stands where nothing is known.
+/// The value of a label that is not known.
 const UNKNOWN: &str = "unknown";
 
-/// What a connection's series are labelled with.
+/// The labels of a connection's series.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Labels(Arc<Values>);
 
@@ -25,7 +25,7 @@ struct Values {
     mutual_tls: bool,
 }
 
-/// One end.
+/// The labels of one end of a connection.
 #[derive(Debug, PartialEq, Eq, Hash)]
 struct Party {
     workload: Arc<str>,
@@ -37,7 +37,7 @@ struct Party {
 }
 
 impl Labels {
-    /// Of a connection.
+    /// Returns the labels of a connection.
     pub fn of(info: &ConnectionInfo) -> Self {
         let unknown = || Arc::<str>::from(UNKNOWN);
         let source_principal = info.source_identity.as_ref().filter(|_| info.mutual_tls);
@@ -68,7 +68,7 @@ impl Labels {
 }
 
 impl Labels {
-    /// Of those that there are no more series for: only who reports is told.
+    /// Returns the labels of the overflow series: only the reporter is kept.
     pub fn overflow(&self) -> Self {
         let all = || Arc::<str>::from(OVERFLOW);
         let party = || Party {
@@ -148,7 +148,7 @@ impl Labels {
     }
 }
 
-/// Labels with how it ended.
+/// Labels, and the value of `response_flags`.
 #[derive(Debug)]
 pub struct Flagged<'a>(pub &'a Labels, pub &'static str);
 

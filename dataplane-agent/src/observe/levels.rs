@@ -1,13 +1,13 @@
-//! What is logged: the words for it, and which of them say nothing.
+//! Log directives: how they are checked and parsed.
 
 use tracing_subscriber::filter::EnvFilter;
 
-/// The first parts of the targets of our own modules, as they are in the log.
+/// The first components of our modules' targets, as the log shows them.
 const OWN_TARGETS: [&str; 13] = [
     "agent", "cli", "config", "control", "drain", "exit", "load", "mesh", "node", "observe",
     "proxy", "seam", "sys",
 ];
-/// Others of which something may be logged: those that are no module, and libraries.
+/// Other targets that may be logged: those without a module, and libraries.
 const OTHER_TARGETS: [&str; 14] = [
     "access",
     "kernel",
@@ -29,7 +29,7 @@ const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// Checks directives: each a level, or `target=level`.
 ///
 /// # Errors
-/// One says no level. Taken as a target it would turn off all others.
+/// A directive has no valid level. It would be taken as a target, and turn off all others.
 pub fn check(directives: &str) -> Result<(), String> {
     for directive in directives.split(',') {
         let level = directive
@@ -42,7 +42,7 @@ pub fn check(directives: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// What to say of targets of which nothing will ever be logged, if there are such.
+/// Returns an error message if there are targets that are never logged.
 pub fn unknown_targets(directives: &str) -> Option<String> {
     let targets = directives
         .split(',')
@@ -74,10 +74,10 @@ pub fn unknown_targets(directives: &str) -> Option<String> {
     })
 }
 
-/// The filter of directives, whose targets are as they are in the log or as they are in the code.
+/// Parses directives, whose targets may be written as in the log or as in the code.
 ///
 /// # Errors
-/// They are none.
+/// They are not valid directives.
 pub fn parse(directives: &str) -> Result<EnvFilter, String> {
     let of_ours = |directive: &str| {
         let is_ours = OWN_TARGETS.iter().any(|room| {

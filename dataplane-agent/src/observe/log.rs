@@ -1,7 +1,7 @@
 //! The log, in ztunnel's two forms: `<time>\t<level>\t<target>\t<message>\t<fields>`, or JSON.
 //!
-//! Peers choose some of what is in it. So an event is one line, whatever is in its fields, and a field
-//! has a most length.
+//! Peers choose some of its contents. So an event is always one line, whatever is in its fields, and the length
+//! of a field is bounded.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, Write};
@@ -22,14 +22,14 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use super::{levels, writer};
 
-/// The most bytes of a field.
+/// Most bytes of a field.
 const MAX_FIELD: usize = 1 << 10;
-/// The most bytes of a message.
+/// Most bytes of a message.
 const MAX_MESSAGE: usize = 16 << 10;
 
-/// Where the process's one log goes, once it is started.
+/// The writer of the process's one log, once it is started.
 static WRITER: OnceLock<writer::Writer> = OnceLock::new();
-/// The form that it was started with.
+/// The format that it was started with.
 static FORMAT: OnceLock<Format> = OnceLock::new();
 
 /// The form of a line.
@@ -42,21 +42,21 @@ pub enum Format {
     Json,
 }
 
-/// What changes the level while the daemon runs.
+/// A handle that changes the level while the daemon runs.
 #[derive(Clone)]
 pub struct Level {
     set: std::sync::Arc<Set>,
     now: std::sync::Arc<std::sync::Mutex<String>>,
 }
 
-/// Sets directives, or says why not.
+/// Sets directives, or returns the reason why not.
 type Set = dyn Fn(&str) -> Result<(), String> + Send + Sync;
 
 impl Level {
     /// Sets the directives: a level, or `target=level`, separated by commas.
     ///
     /// # Errors
-    /// They are not directives, or of targets that there are not.
+    /// They are not valid directives, or name unknown targets.
     pub fn set(&self, directives: &str) -> Result<(), String> {
         levels::check(directives)?;
         if let Some(told) = levels::unknown_targets(directives) {
@@ -72,7 +72,7 @@ impl Level {
         Ok(())
     }
 
-    /// The directives that hold.
+    /// Returns the current directives.
     pub fn now(&self) -> String {
         self.now
             .lock()
@@ -81,11 +81,11 @@ impl Level {
     }
 }
 
-/// Starts the log, on standard error; at most so many bytes wait to be written. Also what panics say
-/// goes there: the standard library would write it itself, and wait for the reader.
+/// Starts the log on standard error; at most `waiting` bytes wait to be written. Messages of panics go there
+/// too: the standard library would write them itself, and wait for the reader.
 ///
 /// # Errors
-/// The directives are none; the log is started already.
+/// The directives are not valid, the writer cannot be started, or the log is started already.
 pub fn start(directives: &str, format: Format, waiting: usize) -> Result<Level, String> {
     let filter = levels::parse(directives)?;
     let (filter, handle) = reload::Layer::new(filter);
@@ -106,7 +106,7 @@ pub fn start(directives: &str, format: Format, waiting: usize) -> Result<Level, 
         let place = panic.location().map(tracing::field::display);
         let thread = std::thread::current();
         tracing::error!(place, thread = thread.name(), "panic: {what}");
-        // It may be the end of the process. Connections' threads do not wait for a reader.
+        // The process may end after this. Threads of connections must not wait for a reader.
         if thread.name() == Some("main") {
             flush();
         }
@@ -121,20 +121,20 @@ pub fn start(directives: &str, format: Format, waiting: usize) -> Result<Level, 
     })
 }
 
-/// How many lines were lost since nobody read them in time.
+/// Returns the number of lines that were lost: they were not read in time, or could not be written.
 pub fn lost() -> u64 {
     WRITER.get().map_or(0, writer::Writer::lost)
 }
 
-/// Waits, not long, until all that was logged is written: for who is about to end the process.
+/// Waits for a short time until the log is written; to be called before the process ends.
 pub fn flush() {
     if let Some(writer) = WRITER.get() {
         writer.flush();
     }
 }
 
-/// Tells of something on standard error in words of its own: through the log if that is started, so
-/// that it comes in order and nobody waits for the reader.
+/// Writes a line to standard error as it is: through the log if that is started, so that it comes in order
+/// and nobody waits for the reader.
 pub fn say(line: &str) {
     match WRITER.get() {
         Some(writer) if FORMAT.get() == Some(&Format::Json) => {
@@ -144,13 +144,13 @@ pub fn say(line: &str) {
             writer.push(format!("{object}\n").as_bytes());
         }
         Some(writer) => writer.push(format!("{line}\n").as_bytes()),
-        // Who has closed standard error does not want to hear it.
+        // An error means that standard error is closed: nobody wants to read it.
         None => _ = writeln!(io::stderr(), "{line}"),
     }
     flush();
 }
 
-/// Writes one line per event.
+/// Formats each event as one line.
 #[derive(Debug)]
 pub struct LineFormatter(pub Format);
 
@@ -199,7 +199,7 @@ where
     }
 }
 
-/// Events that come from the `log` crate have their target in a field.
+/// Returns an event's target; events of the `log` crate have it in a field, `logged`.
 fn target_of(event: &Event<'_>, logged: &str) -> String {
     let target = if logged.is_empty() {
         event.metadata().target()
@@ -210,15 +210,15 @@ fn target_of(event: &Event<'_>, logged: &str) -> String {
     target.to_owned()
 }
 
-/// What `log` events carry besides their message.
+/// Returns `true` for the fields that events of the `log` crate have besides their message.
 fn is_logs_own(field: &Field) -> bool {
     field.name().starts_with("log.")
 }
 
-/// Appends a value so that it stays on its line, and within measure.
+/// Appends a value, escaped so that it stays on its line, and cut to `most` bytes before escaping.
 fn push_escaped(to: &mut String, most: usize, value: fmt::Arguments<'_>) {
     let left = most;
-    // An error is that of `EscapingWriter`, which has cut it.
+    // The only error is that the value was cut.
     let _ = write!(EscapingWriter { to, left }, "{value}");
 }
 
@@ -245,8 +245,8 @@ impl fmt::Write for EscapingWriter<'_> {
     }
 }
 
-/// Whether a character would do something to a terminal, or to what reads lines: control characters,
-/// line and paragraph separators, and what changes the direction of writing.
+/// Returns `true` for characters that act on a terminal or on a reader of lines: control characters, line and
+/// paragraph separators, and those that change the direction of writing.
 fn must_escape(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -292,7 +292,7 @@ struct Json {
 }
 
 impl Json {
-    /// Escaped and cut as in the other form.
+    /// Puts a text, escaped and cut as in the plain format.
     fn text(&mut self, field: &Field, value: fmt::Arguments<'_>) {
         let most = if field.name() == "message" {
             MAX_MESSAGE

@@ -1,5 +1,5 @@
-//! Lets through a few events of a kind each second and counts the others: what a peer, or a lack that
-//! lasts, can repeat must not fill the log.
+//! A rate limit for log lines: a few events of a kind are logged each second, and the others counted. So a
+//! peer, or a lasting shortage, that repeats an event cannot fill the log.
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -7,16 +7,16 @@ use std::mem;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// For how long those of a kind are counted together.
+/// The interval that limits apply to.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How many kinds are remembered.
+/// Most kinds that are remembered.
 const MAX_KINDS: usize = 4096;
 
-/// What was told of each kind, and how many have come since that were not. A kind is one of a group:
-/// whoever makes up kinds takes nothing from another group.
+/// Limits the log lines of each kind `K` of event, and of each group `G` of kinds. A peer that makes up kinds
+/// uses up the limit of its own group only.
 #[derive(Debug)]
 pub struct LogLimiter<G, K> {
-    /// Of a kind, and of its group.
+    /// The most lines of a kind, and of a group, in an interval.
     limits: (u32, u32),
     all: Mutex<Tallies<G, K>>,
 }
@@ -35,7 +35,7 @@ struct Tally {
 }
 
 impl Tally {
-    /// Has a new second begin when the last one is over; whether one more may be told of in it.
+    /// Begins a new interval if the last one is over; returns `true` if one more may be logged in it.
     fn may_log(&mut self, now: Instant, limit: u32) -> bool {
         if now >= self.since + INTERVAL {
             (self.since, self.logged) = (now, 0);
@@ -45,7 +45,7 @@ impl Tally {
 }
 
 impl<G: Clone + Eq + Hash, K: Eq + Hash> LogLimiter<G, K> {
-    /// Lets through so many of each kind, and of each group, each second.
+    /// Returns a limiter that admits this many events of each kind, and of each group, per second.
     pub fn new(of_kind: u32, of_group: u32) -> Self {
         Self {
             limits: (of_kind, of_group),
@@ -56,8 +56,8 @@ impl<G: Clone + Eq + Hash, K: Eq + Hash> LogLimiter<G, K> {
         }
     }
 
-    /// Notes one. If it is to be told of: how many there were of its kind since that was done last, and of
-    /// kinds of its group that are forgotten.
+    /// Counts an event. If it is to be logged, returns the number of events that the line stands for: those of
+    /// its kind since its last line, and those of forgotten kinds of its group.
     pub fn admit(&self, group: G, kind: K) -> Option<u64> {
         self.admit_at(group, kind, Instant::now())
     }
@@ -86,8 +86,8 @@ impl<G: Clone + Eq + Hash, K: Eq + Hash> LogLimiter<G, K> {
     }
 }
 
-/// Makes room for another kind. How many were not told of is kept, by their group; a group that has nothing
-/// to tell is forgotten as well, where there are many.
+/// Makes room for another kind. Suppressed events of a forgotten kind are added to its group; if there are
+/// many groups, those without suppressed events are forgotten too.
 fn forget<G: Clone + Eq + Hash, K: Eq + Hash>(
     groups: &mut HashMap<G, Tally>,
     kinds: &mut HashMap<(G, K), Tally>,

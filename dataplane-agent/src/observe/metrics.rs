@@ -1,4 +1,4 @@
-//! Metrics, under ztunnel's names; of what it does not have, under names of our own.
+//! Metrics, under ztunnel's names, or under our own where ztunnel has no such metric.
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use super::{Failure, Flag, log};
 use crate::load::Load;
 use crate::proxy::limits::NodePlaces;
 
-/// The registry, and what is counted.
+/// The metrics of the process.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -29,16 +29,16 @@ pub struct Metrics {
     failed: Family<Failed, Counter>,
 }
 
-/// What others have counted, by word.
+/// Returns counters that are kept elsewhere, each with its label.
 pub type ReadCounters = dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync;
 
-/// What is read when the metrics are asked for.
+/// The values that are read when metrics are requested.
 pub struct Sources {
     /// Counters of the kernel programs.
     pub kernel: Box<ReadCounters>,
-    /// How often each part of capture was put back.
+    /// Number of repairs of each part of capture.
     pub repairs: Box<ReadCounters>,
-    /// Places of connections.
+    /// The node's places for connections.
     pub places: NodePlaces,
     /// The workers' loads.
     pub workers: Vec<Load>,
@@ -53,7 +53,7 @@ struct Failed {
 }
 
 impl Metrics {
-    /// With what is read from elsewhere.
+    /// Registers all metrics.
     pub fn new(sources: Sources) -> Self {
         let mut registry = Registry::default();
         let (failed, series) = (Family::default(), Arc::new(AllSeries::new(MAX_SERIES)));
@@ -97,7 +97,7 @@ impl Metrics {
         }
     }
 
-    /// Where to count a connection.
+    /// Returns the series that a connection is counted in.
     pub(super) fn series(&self, labels: Labels) -> Arc<Series> {
         self.series.of(labels)
     }
@@ -110,12 +110,12 @@ impl Metrics {
         self.failed.get_or_create(&labels).inc();
     }
 
-    /// Lets go of series that nobody has used for long.
+    /// Removes series that were not used for long.
     pub fn expire(&self) {
         self.series.expire(Instant::now());
     }
 
-    /// All of it, as OpenMetrics text.
+    /// Returns all metrics as OpenMetrics text.
     pub fn text(&self) -> String {
         self.expire();
         let mut text = String::new();
@@ -125,7 +125,7 @@ impl Metrics {
     }
 }
 
-/// Connections by their labels.
+/// Collects the series of connections.
 #[derive(Debug)]
 struct Connections(Arc<AllSeries>);
 
@@ -133,7 +133,7 @@ impl Collector for Connections {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let all: Vec<_> = self.0.list();
         let all: Vec<_> = all.iter().map(|of| (of.labels(), of.counts())).collect();
-        /// What a family tells of a series, each with a flag.
+        /// Returns the values of a family for one series, each with its flag.
         type Read = fn(&Counts) -> Vec<(&'static str, u64)>;
         fn ended(counts: &Counts, from: usize) -> Vec<(&'static str, u64)> {
             let flags = ["-"].into_iter().chain(Flag::ALL.map(Flag::word));
@@ -186,7 +186,7 @@ impl Collector for Connections {
     }
 }
 
-/// What capture counts, read when the metrics are asked for.
+/// Collects counters of capture.
 struct CaptureCounters {
     name: &'static str,
     help: &'static str,
@@ -213,7 +213,7 @@ impl Collector for CaptureCounters {
     }
 }
 
-/// What the process itself has and has done.
+/// Collects the metrics of the process itself.
 #[derive(Debug)]
 struct Process {
     places: NodePlaces,
@@ -293,7 +293,7 @@ mod tests {
     use super::*;
     use crate::observe::record::tests::{Refusal, connection_info};
 
-    /// A name that changes breaks somebody's dashboard: it is to be a decision.
+    /// A changed name breaks somebody's dashboard, so it has to be a decision.
     #[test]
     fn names_labels_and_help_are_the_golden_ones() {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
@@ -314,7 +314,7 @@ mod tests {
             .text()
             .lines()
             .map(|line| match line.split_once(' ') {
-                // Of the whole process, which other tests run in.
+                // It counts the whole process, in which other tests run too.
                 Some((name @ "process_open_fds", _)) => {
                     format!("{name} N\n")
                 }

@@ -1,7 +1,7 @@
-//! The corridor's window: one access-log line and one count for each connection, the log, metrics
-//! and the admin socket.
+//! Observability: one access-log line and one count for each connection, the log, metrics and the admin
+//! socket.
 //!
-//! Names, fields and words are ztunnel's, so that what reads one reads the other.
+//! Names, fields and values are ztunnel's, so that tools that read ztunnel's output read ours too.
 
 pub mod admin;
 pub mod dump;
@@ -23,35 +23,35 @@ pub use record::{AccessRecord, Arrival, Bytes, ConnectionInfo, Observer, Reporte
 
 /// Why a connection failed, for the log and the metrics.
 pub trait Failure: std::fmt::Display {
-    /// The word in `response_flags`.
+    /// Returns its flag in `response_flags`.
     fn flag(&self) -> Flag;
-    /// The stable word for it, in the log's field and the metric's label of that name.
+    /// Returns its stable name, which is `reason` in the log and in the metrics.
     fn reason(&self) -> &'static str;
-    /// What a peer is answered that asked for the connection by CONNECT.
+    /// Returns the HTTP status for a peer that requested the connection by CONNECT.
     fn status(&self) -> StatusCode {
         StatusCode::SERVICE_UNAVAILABLE
     }
 }
 
-/// What kind of failure; `response_flags` of the metrics.
+/// A kind of failure; `response_flags` of the metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Flag {
     /// Policy refused it.
     Deny,
     /// The next hop could not be reached, or any other failure.
     Connect,
-    /// TLS could not be set up.
+    /// The TLS handshake failed.
     TlsFailure,
     /// HTTP/2 failed.
     H2HandshakeFailure,
-    /// Something drops what is sent to port 15008.
+    /// A network policy appears to drop packets to port 15008.
     NetworkPolicy,
     /// There is no certificate.
     IdentityError,
 }
 
 impl Flag {
-    /// All of them, in their order.
+    /// All flags, in the order of their discriminants.
     pub const ALL: [Self; 6] = [
         Self::Deny,
         Self::Connect,
@@ -61,7 +61,7 @@ impl Flag {
         Self::IdentityError,
     ];
 
-    /// Its word.
+    /// Returns its name in `response_flags`.
     pub fn word(self) -> &'static str {
         match self {
             Self::Deny => "DENY",

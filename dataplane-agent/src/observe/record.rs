@@ -1,5 +1,5 @@
-//! One connection's record: it ends in exactly one access-log line and one count, however the
-//! connection ends. So does one that ends before there is a record: until then it is an [`Arrival`].
+//! The access-log record of a connection: each connection leaves exactly one line and one count, however it
+//! ends. Until it is known where a connection goes it is an [`Arrival`], then an [`AccessRecord`].
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -18,12 +18,12 @@ use crate::proxy::limits::source;
 #[cfg(test)]
 pub(crate) mod tests;
 
-/// How many refusals of one reason and source are told of each second: what they say may differ.
+/// Refusals of one reason and source that are logged each second; more than one, as their texts may differ.
 const REFUSALS: u32 = 10;
-/// How many of one reason and pod, whatever their sources: a sender may have as many addresses as it likes.
+/// Refusals of one reason and pod that are logged each second: a sender may have any number of addresses.
 const REFUSALS_OF_POD: u32 = 100;
 
-/// Which end of a connection tells of it.
+/// The end of a connection that reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reporter {
     /// The client's node.
@@ -33,14 +33,14 @@ pub enum Reporter {
 }
 
 impl Reporter {
-    /// Its word in metrics.
+    /// Returns its name in metrics.
     pub fn word(self) -> &'static str {
         match self {
             Self::Source => "source",
             Self::Destination => "destination",
         }
     }
-    /// Its word in the log.
+    /// Returns its `direction` in the log.
     pub fn direction(self) -> &'static str {
         match self {
             Self::Source => "outbound",
@@ -49,39 +49,38 @@ impl Reporter {
     }
 }
 
-/// What is known of a connection once it is decided where it goes.
+/// The facts about a connection that are known once its destination is.
 #[derive(Clone, Debug)]
 pub struct ConnectionInfo {
-    /// Which end we are.
+    /// Our end of the connection.
     pub reporter: Reporter,
-    /// The client.
+    /// The client's address.
     pub src_addr: SocketAddr,
     /// The client's workload.
     pub source: Option<Arc<Workload>>,
-    /// Who the client is by its certificate, or ours when we are the client.
+    /// The identity in the client's certificate, which is our pod's if it is the client.
     pub source_identity: Option<Identity>,
-    /// The next hop; inbound, what was connected to.
+    /// The next hop; for an inbound connection the address that was connected to.
     pub dst_addr: SocketAddr,
-    /// What a tunnel was asked for.
+    /// The destination that was requested of a tunnel.
     pub hbone_addr: Option<SocketAddr>,
-    /// The service that was asked for.
+    /// The requested service.
     pub service: Option<Arc<Service>>,
     /// The server's workload.
     pub target: Option<Arc<Workload>>,
-    /// Whether it is carried by mutual TLS.
+    /// `true` if it is carried over mutual TLS.
     pub mutual_tls: bool,
 }
 
-/// Is told of connections as they arrive. Clones are the same one.
+/// Logs and counts connections. Clones share their state.
 #[derive(Clone, Debug)]
 pub struct Observer {
     metrics: Arc<Metrics>,
-    /// Refusals by reason and pod, and of these by source: anybody can repeat them.
+    /// Limits the log of refusals by reason and pod, and within these by source: anybody can repeat them.
     refusals: Arc<LogLimiter<(Reporter, &'static str, IpAddr), IpAddr>>,
 }
 
-/// What went each way, as seen by the client: of the connection, and of its series meanwhile. Written
-/// by the data path, read by whoever asks.
+/// Byte counts of a connection, in the client's view. They are added to its series at the same time.
 #[derive(Debug)]
 pub struct Bytes {
     up: AtomicU64,
@@ -90,35 +89,34 @@ pub struct Bytes {
 }
 
 impl Bytes {
-    /// Bytes have gone from the client to the server.
+    /// Counts bytes from the client to the server.
     pub fn add_up(&self, bytes: u64) {
         self.up.fetch_add(bytes, Ordering::Relaxed);
         self.series.add_up(bytes);
     }
-    /// Bytes have gone from the server to the client.
+    /// Counts bytes from the server to the client.
     pub fn add_down(&self, bytes: u64) {
         self.down.fetch_add(bytes, Ordering::Relaxed);
         self.series.add_down(bytes);
     }
 }
 
-/// A connection of which it is not known yet who it is of or where it goes. One that is dropped was cut, and
-/// says so.
+/// A connection whose client or destination is not known yet. If it is dropped unfinished, it is logged as cut.
 #[derive(Debug)]
 pub struct Arrival {
     observer: Observer,
-    /// The client.
+    /// The client's address.
     pub src: SocketAddr,
-    /// What was connected to.
+    /// The address that was connected to, or that a tunnel's request names.
     pub dst: SocketAddr,
-    /// Which end we are.
+    /// Our end of the connection.
     pub reporter: Reporter,
-    /// Of the pod that is ours, as it was connected to or from: a request may ask for anything.
+    /// Our pod's address by the connection, not by a request in it, which may name any.
     pod: IpAddr,
     told: bool,
 }
 
-/// A connection's record. One that is dropped was cut, and says so.
+/// The record of a connection. If it is dropped open, the connection is logged as cut.
 #[derive(Debug)]
 pub struct AccessRecord {
     info: ConnectionInfo,
@@ -128,7 +126,7 @@ pub struct AccessRecord {
     closed: bool,
 }
 
-/// The words of a record that nobody closed.
+/// The failure of a connection that was dropped before its end.
 struct Drained;
 
 impl fmt::Display for Drained {
@@ -147,7 +145,7 @@ impl Failure for Drained {
 }
 
 impl Observer {
-    /// Counts in these metrics.
+    /// Returns an observer that counts in `metrics`.
     pub fn new(metrics: Arc<Metrics>) -> Self {
         Self {
             metrics,
@@ -155,7 +153,7 @@ impl Observer {
         }
     }
 
-    /// A connection from `src` to `dst`.
+    /// Starts to observe a connection from `src` to `dst`.
     pub fn arrived(&self, src: SocketAddr, dst: SocketAddr, reporter: Reporter) -> Arrival {
         Arrival {
             observer: self.clone(),
@@ -188,7 +186,7 @@ impl Observer {
         record
     }
 
-    /// Each is counted; of one reason, pod and source some are told of, with how many there were besides.
+    /// Counts a refusal, and logs it within the limits, with the number of those that were not logged before it.
     fn refused(&self, arrival: &Arrival, failure: &dyn Failure) {
         let Arrival {
             src, dst, reporter, ..
@@ -213,19 +211,19 @@ impl Observer {
 }
 
 impl Arrival {
-    /// It goes nowhere.
+    /// Ends it as refused.
     pub fn refuse(mut self, failure: &dyn Failure) {
         self.told = true;
         self.observer.refused(&self, failure);
     }
 
-    /// It is about to go somewhere.
+    /// Opens its record, now that its destination is known.
     pub fn open(mut self, info: ConnectionInfo) -> AccessRecord {
         self.told = true;
         self.observer.open(info)
     }
 
-    /// It is a tunnel, which is no connection itself: each of its requests arrives.
+    /// Ends it without a line or count: it is a tunnel, whose requests are observed as connections.
     pub fn is_tunnel(mut self) {
         self.told = true;
     }
@@ -240,17 +238,18 @@ impl Drop for Arrival {
 }
 
 impl AccessRecord {
-    /// Where to count its bytes.
+    /// Returns its byte counts, to be added to.
     pub fn bytes(&self) -> Arc<Bytes> {
         Arc::clone(&self.bytes)
     }
 
-    /// It came to its end.
+    /// Closes it with the end of the connection.
     pub fn close(mut self, end: Result<(), &dyn Failure>) {
         self.end(end, None);
     }
 
-    /// Its client went before it was connected: nothing has failed, and nothing is known of the server.
+    /// Closes it for a client that left before it was connected: that is no failure, and says nothing about the
+    /// server.
     pub fn give_up(mut self) {
         self.end(Ok(()), Some("client_gone"));
     }
@@ -304,7 +303,7 @@ impl AccessRecord {
     ) {
         let error = failure.map(ToString::to_string);
         let line = LogFields::of(&self.info);
-        // What this agent sent to, and received from, the far end of its leg.
+        // Bytes that this agent sent to, and received from, the far end of its leg.
         let (sent, received) = match self.info.reporter {
             Reporter::Source => (up, down),
             Reporter::Destination => (down, up),
@@ -348,7 +347,7 @@ impl Drop for AccessRecord {
     }
 }
 
-/// The fields of a line, in the order in which they are written.
+/// The fields of an access-log line, in the order in which they are written.
 struct LogFields<'a> {
     src_addr: SocketAddr,
     src_workload: Option<&'a str>,

@@ -1,9 +1,9 @@
-//! The series of connections: what is counted of those with the same labels.
+//! Metric series: the counts of connections with the same labels.
 //!
-//! Whoever opens a connection holds its series until it ends, and counts in it as bytes move. A series
-//! that nobody holds and that was not used for [`UNUSED_TTL`] is let go, so that those of workloads that are
-//! gone do not stay for ever. There are at most [`MAX_SERIES`]; what would need another one is counted in one
-//! whose labels all say [`OVERFLOW`].
+//! A connection holds its series until it ends, and counts its bytes there as they move. A series that nobody
+//! holds and that was not used for [`UNUSED_TTL`] is removed, so that series of workloads that are gone do not
+//! stay for ever. There are at most [`MAX_SERIES`]; further connections are counted in a series whose labels
+//! are [`OVERFLOW`].
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use super::Flag;
 use super::labels::Labels;
 
-/// How many there are at most.
+/// Most series at once, besides those of the overflow.
 pub const MAX_SERIES: usize = 8192;
-/// How long one is kept that nobody holds: what reads metrics once a minute has seen its last counts.
+/// How long an unused series is kept: a reader that scrapes once a minute has seen its last counts by then.
 pub const UNUSED_TTL: Duration = Duration::from_secs(300);
-/// What all labels of the series say in which the others are counted.
+/// The value of the labels of an overflow series.
 pub const OVERFLOW: &str = "overflow";
 
 /// The counts of connections with the same labels.
@@ -31,7 +31,7 @@ pub struct Series {
     down: AtomicU64,
 }
 
-/// What a series has counted.
+/// The counts of a series at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Connections opened.
@@ -55,32 +55,32 @@ impl Series {
         }
     }
 
-    /// A connection is opened.
+    /// Counts a connection that is opened.
     pub fn open(&self) {
         self.opened.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Bytes have gone from the client to the server.
+    /// Counts bytes from the client to the server.
     pub fn add_up(&self, bytes: u64) {
         self.up.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Bytes have gone from the server to the client.
+    /// Counts bytes from the server to the client.
     pub fn add_down(&self, bytes: u64) {
         self.down.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// A connection has ended.
+    /// Counts a connection that ended; `flag` says how it failed.
     pub fn end(&self, flag: Option<Flag>) {
         self.ended[flag.map_or(0, |flag| 1 + flag as usize)].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// What connections have in common that are counted here.
+    /// Returns the labels of the connections that are counted here.
     pub fn labels(&self) -> &Labels {
         &self.labels
     }
 
-    /// What it has counted so far.
+    /// Returns its counts so far.
     pub fn counts(&self) -> Counts {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         Counts {
@@ -106,7 +106,7 @@ struct Entry {
 }
 
 impl AllSeries {
-    /// At most so many, besides those of the overflow.
+    /// Returns an empty set that holds at most `most` series, besides those of the overflow.
     pub fn new(most: usize) -> Self {
         Self {
             most,
@@ -114,7 +114,7 @@ impl AllSeries {
         }
     }
 
-    /// The one of these labels, or of the overflow.
+    /// Returns the series with these labels, or that of the overflow if there are too many.
     pub fn of(&self, labels: Labels) -> Arc<Series> {
         let now = Instant::now();
         let mut all = self.lock();
@@ -134,11 +134,11 @@ impl AllSeries {
         Arc::clone(&entry.series)
     }
 
-    /// Lets go of those that nobody has used for long; returns them.
+    /// Removes and returns the series that were not used for [`UNUSED_TTL`].
     pub fn expire(&self, now: Instant) -> Vec<Arc<Series>> {
         let mut gone = Vec::new();
         self.lock().retain(|_, entry| {
-            // Only under this lock does a series that nobody holds come to be held again.
+            // A series that nobody holds can only be taken up again under this lock.
             if Arc::strong_count(&entry.series) > 1 {
                 entry.used = now;
             }
@@ -151,7 +151,7 @@ impl AllSeries {
         gone
     }
 
-    /// Those that there are.
+    /// Returns all series.
     pub fn list(&self) -> Vec<Arc<Series>> {
         let all = self.lock();
         all.values()
@@ -234,8 +234,8 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(16))]
-        /// However connections of several workers open, move bytes and end while series are let go:
-        /// nothing that was counted is lost.
+        /// No count is lost when connections of several workers open, move bytes and end while series
+        /// are removed.
         #[test]
         fn sums_are_conserved(
             plans in proptest::collection::vec(

@@ -1,4 +1,4 @@
-//! What `dataplane status` shows, as it is on the admin socket.
+//! The data of `dataplane status`, as the admin socket serves it.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,11 +11,11 @@ pub struct StatusReport {
     pub version: String,
     /// Its pods.
     pub pods: Vec<PodStatus>,
-    /// How many policies there are: AuthorizationPolicies and PeerAuthentications.
+    /// Number of policies: AuthorizationPolicies and PeerAuthentications.
     pub policies: usize,
-    /// What is wrong with the configuration, and what holds instead.
+    /// Problems of the configuration, each with what applies instead.
     pub problems: Vec<String>,
-    /// What the kernel programs counted.
+    /// Counters of the kernel programs.
     pub counters: Vec<(String, u64)>,
 }
 
@@ -30,7 +30,7 @@ pub struct PodStatus {
     pub uid: String,
     /// `up`, `broken`, `waiting`, `draining` or `ignored`.
     pub state: String,
-    /// Why it is not up.
+    /// The reason why it is not up.
     pub reason: Option<String>,
     /// Its addresses.
     pub addresses: Vec<String>,
@@ -38,10 +38,10 @@ pub struct PodStatus {
     pub netns: Option<u64>,
     /// Its cgroup.
     pub cgroup: Option<String>,
-    /// Processes of its network namespace that are outside of its cgroup.
+    /// Number of processes in its network namespace that are outside of its cgroup.
     pub outside: usize,
-    /// Those of them whose connections are not captured, since they are outside of the pods' cgroup too.
+    /// Number of these that are outside of the pods' cgroup too, so that their connections are not captured.
     pub in_clear: usize,
-    /// Whether it forwards between its interfaces: what it does for others is not captured.
+    /// `true` if it forwards between its interfaces: traffic that it forwards for others is not captured.
     pub forwards: bool,
 }

@@ -1,9 +1,9 @@
-//! Standard error for the log, without ever waiting for who reads it.
+//! A non-blocking writer of the log to standard error.
 //!
 //! Lines wait in a buffer of bounded size for a thread that writes them. A line that does not fit is
 //! lost and counted, and the log says how many were lost as soon as there is room again. So a reader
-//! that has stopped cannot stop a worker. A library's queue would be bounded by lines, of any length;
-//! this one is bounded by bytes, and writes what has gathered at once.
+//! that has stopped cannot stop a worker. The queues of libraries are bounded by the number of lines, which
+//! may have any length; this one is bounded by bytes, and all that has gathered is written at once.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -12,22 +12,23 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// How many bytes of a daemon's log may wait to be written.
+/// Most bytes of a daemon's log that wait to be written.
 pub const BUFFER_LIMIT: usize = 1 << 20;
-/// A buffer that has grown beyond this in a burst is given back.
+/// A buffer whose capacity has grown beyond this in a burst is freed.
 const KEPT_CAPACITY: usize = 64 << 10;
-/// Between two tries to write to what takes nothing now and does not block, as somebody else has set it.
+/// The pause between two attempts to write if another process has made standard error non-blocking and it
+/// takes nothing now.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
-/// How long whoever ends waits for what is still to be written.
+/// How long [`Writer::flush`] waits.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Takes lines. Clones write to the same place.
+/// Queues lines to be written. Clones share the queue.
 #[derive(Clone, Debug)]
 pub struct Writer(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// How many bytes may wait.
+    /// Most bytes that wait.
     most: usize,
     queue: Mutex<Queue>,
     more: Condvar,
@@ -37,21 +38,21 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Queue {
     bytes: Vec<u8>,
-    /// The thread has taken what waited, and has not written all of it yet.
+    /// `true` while the thread writes bytes that it has taken.
     writing: bool,
-    /// Lines that did not fit, in all.
+    /// Number of lines that were lost: they did not fit, or could not be written.
     lost: u64,
-    /// Of these, those that the log has not told of yet.
+    /// Number of lost lines that the log has not reported yet.
     unreported: u64,
 }
 
 impl Writer {
-    /// Writes to standard error, from a thread of its own; at most so many bytes wait for it.
+    /// Starts a thread that writes to standard error; at most `most` bytes wait for it.
     ///
     /// # Errors
-    /// There are no descriptors left, or no threads.
+    /// The descriptor cannot be duplicated, or the thread not be started.
     pub fn to_stderr(most: usize) -> io::Result<Self> {
-        // A descriptor of its own: who waits for the reader must not hold the lock of `io::stderr`.
+        // A descriptor of its own, so that the thread does not hold the lock of `io::stderr` as it waits.
         let out = File::from(io::stderr().as_fd().try_clone_to_owned()?);
         Self::to(out, most)
     }
@@ -67,7 +68,7 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Leaves a line, or several, to be written.
+    /// Queues a line, or several.
     pub fn push(&self, line: &[u8]) {
         let mut queue = self.0.lock();
         if queue.bytes.len() + line.len() > self.0.most {
@@ -79,16 +80,16 @@ impl Writer {
         self.0.more.notify_one();
     }
 
-    /// How many lines were lost.
+    /// Returns the number of lines that were lost.
     pub fn lost(&self) -> u64 {
         self.0.lock().lost
     }
 
-    /// Waits until all is written, but not long for a reader that has stopped.
+    /// Waits until all is written, at most a second, as the reader may have stopped.
     pub fn flush(&self) {
         let pending = |queue: &mut Queue| queue.writing || !queue.bytes.is_empty();
         let queue = self.0.lock();
-        // Whether it was in time makes no difference to who ends.
+        // The caller goes on in either case.
         let _ = self
             .0
             .written
@@ -124,7 +125,7 @@ impl Shared {
                 batch = Vec::new();
             }
             if lost > 0 {
-                // Told as soon as something can be written: a line about it now would be the next one.
+                // They are reported once something can be written: a line about it now would be lost too.
                 let mut queue = self.lock();
                 queue.lost += lost;
                 queue.unreported += lost + unreported;
@@ -138,15 +139,15 @@ impl Shared {
     }
 }
 
-/// Writes it, whether or not `out` blocks. How many lines were not written in whole: none, unless the reader
-/// is gone or the disk full.
+/// Writes a batch, whether or not `out` blocks. Returns the number of lines that were not written in whole:
+/// none, unless the reader is gone or the disk is full.
 fn write_all(out: &mut impl Write, batch: &[u8]) -> u64 {
     let mut left = batch;
     while !left.is_empty() {
         match out.write(left) {
             Ok(written) if written > 0 => left = &left[written..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // It is the description that does not block, which others share: it must stay as they want it.
+            // The flag belongs to the open file description, which other processes share: it must stay set.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 std::thread::sleep(RETRY_PAUSE)
             }
@@ -172,7 +173,7 @@ mod tests {
 
     use super::*;
 
-    /// A reader that takes what is written only when it is told to.
+    /// A writer that waits for a signal at each write.
     struct Slow(Receiver<()>, Arc<Mutex<Vec<u8>>>);
 
     impl Write for Slow {
@@ -214,7 +215,7 @@ mod tests {
         assert_eq!(all(), many);
     }
 
-    /// Takes seven bytes at a time, and each time but the first says first that it would block.
+    /// A writer that takes seven bytes at a time, and would block at every second write.
     struct Halting {
         read: Arc<Mutex<Vec<u8>>>,
         would_block: bool,

@@ -1,4 +1,4 @@
-//! Access-log lines, character by character, and that there is one for every connection.
+//! The exact text of access-log lines, and that each connection has one.
 
 use std::io::Write;
 use std::sync::Mutex;
@@ -11,7 +11,7 @@ use super::super::metrics::Sources;
 use super::*;
 use crate::mesh::workload::tests::workload;
 
-/// Keeps what is written.
+/// A writer that keeps its output.
 #[derive(Clone, Default)]
 struct Kept(Arc<Mutex<Vec<u8>>>);
 
@@ -35,7 +35,7 @@ impl<'a> MakeWriter<'a> for Kept {
     }
 }
 
-/// The lines that `work` logs, without their times.
+/// Returns the lines that `work` logs, without their times.
 fn logged(format: Format, work: impl FnOnce(&Observer)) -> Vec<String> {
     let kept = Kept::default();
     let lines = tracing_subscriber::fmt::layer()
