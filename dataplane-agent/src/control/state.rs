@@ -14,7 +14,7 @@ use nix::unistd::geteuid;
 
 use super::ca::{self, CaError, EmbeddedCa};
 use super::ownership;
-use crate::sys::made::Made;
+use crate::sys::made::CreatedPaths;
 
 const RECORDS: &str = "enrolled";
 const MARK: &str = "mark";
@@ -117,7 +117,7 @@ impl SharedState {
             let remedy = "bring it back, or, for a new root, uninstall all nodes first";
             return Err(missing(&root, why, remedy));
         }
-        let mut made = Made::missing(folder);
+        let mut made = CreatedPaths::missing(folder);
         let first = || {
             make(&records).map_err(|error| CaError::File {
                 path: records.clone(),
@@ -209,7 +209,7 @@ fn make(records: &Path) -> io::Result<()> {
     if is_there(&mark)? {
         return Ok(());
     }
-    let mut made = Made::missing(records);
+    let mut made = CreatedPaths::missing(records);
     DirBuilder::new()
         .recursive(true)
         .mode(0o755)

@@ -33,7 +33,7 @@ pub fn memory() -> u64 {
     let groups = cgroup::root().ok().and_then(|root| {
         let own = cgroup::own(&root).ok()??;
         let groups = own.ancestors().take_while(|group| group.starts_with(&root));
-        groups.filter_map(most).min()
+        groups.filter_map(cgroup_limit).min()
     });
     machine.into_iter().chain(groups).min().unwrap_or(0)
 }
@@ -48,7 +48,7 @@ fn total(meminfo: &str) -> Option<u64> {
 }
 
 /// The bound of a cgroup; none if it says `max`, or has none to say.
-fn most(group: &Path) -> Option<u64> {
+fn cgroup_limit(group: &Path) -> Option<u64> {
     let text = fs::read_to_string(group.join("memory.max")).ok()?;
     text.trim().parse().ok()
 }
@@ -66,7 +66,7 @@ mod tests {
         let group = tempfile::tempdir().expect("a folder");
         for (text, bound) in [("max\n", None), ("4194304\n", Some(4 << 20))] {
             fs::write(group.path().join("memory.max"), text).expect("a file");
-            assert_eq!(most(group.path()), bound);
+            assert_eq!(cgroup_limit(group.path()), bound);
         }
     }
 }

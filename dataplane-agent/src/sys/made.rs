@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 /// What was made, the innermost first. It is removed with this, as far as nobody has put something in it,
 /// unless it is kept.
 #[derive(Debug, Default)]
-pub struct Made(Vec<PathBuf>);
+pub struct CreatedPaths(Vec<PathBuf>);
 
-impl Made {
+impl CreatedPaths {
     /// Of what is about to be made: the folder and those above it that are not there yet.
     pub fn missing(folder: &Path) -> Self {
         let missing = |path: &&Path| {
@@ -35,7 +35,7 @@ impl Made {
     }
 }
 
-impl Drop for Made {
+impl Drop for CreatedPaths {
     fn drop(&mut self) {
         for path in &self.0 {
             let _ = match path.is_dir() {
@@ -55,7 +55,7 @@ mod tests {
         let top = tempfile::tempdir().expect("a folder");
         let (outer, inner) = (top.path().join("outer"), top.path().join("outer/inner"));
         let make = || {
-            let mut made = Made::missing(&inner);
+            let mut made = CreatedPaths::missing(&inner);
             fs::create_dir_all(&inner).expect("a folder");
             fs::write(inner.join("lock"), "").expect("a file");
             made.also(&inner.join("lock"));

@@ -228,11 +228,11 @@ pub struct Changes(AsyncFd<OwnedFd>);
 
 /// `RTMGRP_LINK`, `_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`, and the
 /// one of `RTNLGRP_IPV6_RULE`, which has no name as a bit.
-const CHANGES: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
+const MULTICAST_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
 
 /// How many of them are heard at once: a pod that makes them as fast as they are heard keeps nobody
 /// else waiting.
-const AT_ONCE: usize = 64;
+const MESSAGES_PER_POLL: usize = 64;
 
 impl Changes {
     /// From now on, on this thread's runtime.
@@ -244,7 +244,7 @@ impl Changes {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let protocol = SockProtocol::NetlinkRoute;
             let socket = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
-            bind(socket.as_raw_fd(), &NetlinkAddr::new(0, CHANGES))?;
+            bind(socket.as_raw_fd(), &NetlinkAddr::new(0, MULTICAST_GROUPS))?;
             io::Result::Ok(socket)
         })??;
         super::readiness::readable(socket).map(Self)
@@ -256,7 +256,7 @@ impl Changes {
             return Poll::Pending;
         };
         let mut told = false;
-        for _ in 0..AT_ONCE {
+        for _ in 0..MESSAGES_PER_POLL {
             // Cut to nothing: that there was one is enough. One that found no room is an error, once.
             let received = recv(self.0.as_raw_fd(), &mut [0; 16], MsgFlags::empty());
             if received != Err(Errno::EAGAIN) {

@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use super::caps;
 
 /// Where the kernel tells of the process namespace that this process is in.
-const OWN: &str = "/proc/self/ns/pid";
+const OWN_PID_NS: &str = "/proc/self/ns/pid";
 /// The inode of the machine's first one, `PROC_PID_INIT_INO`, the same since Linux 3.8:
 /// <https://github.com/torvalds/linux/blob/v6.1/include/linux/proc_ns.h>.
-const FIRST: u64 = 0xEFFF_FFFC;
+const INIT_PID_NS: u64 = 0xEFFF_FFFC;
 
 /// Refuses where the processes of the machine are not seen, or not their cgroups. From within a container's process namespace
 /// those of the pods are not there, and pods whose processes are gone are let go. A node that is itself
@@ -30,10 +30,10 @@ pub fn refuse_in_other_namespace() -> Result<(), String> {
     let unknown = |what: &str, error: io::Error| {
         format!("{what}: {error}: cannot tell whether the processes of the pods are seen from here")
     };
-    let own = fs::metadata(OWN).map_err(|error| unknown(OWN, error))?;
+    let own = fs::metadata(OWN_PID_NS).map_err(|error| unknown(OWN_PID_NS, error))?;
     let first = fs::read("/proc/1/cgroup").map_err(|error| unknown("/proc/1/cgroup", error))?;
     refuse_outside(&first)?;
-    if own.ino() == FIRST {
+    if own.ino() == INIT_PID_NS {
         return Ok(());
     }
     let group = |process: &str| {
@@ -44,7 +44,7 @@ pub fn refuse_in_other_namespace() -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "{OWN} is pid:[{}], not the machine's own pid:[{FIRST}], and its first process is in our own \
+        "{OWN_PID_NS} is pid:[{}], not the machine's own pid:[{INIT_PID_NS}], and its first process is in our own \
          cgroup: the processes of the pods are not seen from there; start it with `hostPID: true` \
          (Kubernetes) or `--pid=host` (podman, docker)",
         own.ino()

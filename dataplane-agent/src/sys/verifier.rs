@@ -16,7 +16,7 @@ const STATISTICS: u32 = 4;
 
 /// Helpers that came after Linux 5.17, the last ones that there are: a kernel that is too old for one
 /// knows only its number.
-const LATE: [bpf_func_id; 26] = [
+const NEWER_HELPERS: [bpf_func_id; 26] = [
     BPF_FUNC_get_retval,
     BPF_FUNC_set_retval,
     BPF_FUNC_xdp_get_buff_len,
@@ -57,7 +57,9 @@ pub fn verdict(log: &str) -> Option<String> {
     let number = last.strip_prefix("invalid func unknown#");
     let helper = number.and_then(|number| {
         let number: u32 = number.parse().ok()?;
-        let found = LATE.iter().find(|helper| **helper as u32 == number)?;
+        let found = NEWER_HELPERS
+            .iter()
+            .find(|helper| **helper as u32 == number)?;
         Some(format!("{found:?}").replace("BPF_FUNC_", "bpf_"))
     });
     Some(match helper {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::undo::{UndoRecord, UndoRecords};
 use super::{CaptureError, pins};
 use crate::config::{DEFAULT_CLUSTER, NodeName};
-use crate::sys::made::Made;
+use crate::sys::made::CreatedPaths;
 
 /// The file name of the mark.
 const MARK: &str = "node.json";
@@ -99,7 +99,7 @@ pub struct NodeFolder {
     path: PathBuf,
     found: Option<Mark>,
     /// Dropped before the lock, so that the folder is gone before another process can lock it.
-    made: Made,
+    made: CreatedPaths,
     lock: File,
 }
 
@@ -111,7 +111,7 @@ impl NodeFolder {
     /// node has another state.
     pub fn claim(run_dir: &Path, mark: &Mark) -> Result<Self, CaptureError> {
         let path = run_dir.join(mark.node.as_str());
-        let made = Made::missing(&path.join(PODS));
+        let made = CreatedPaths::missing(&path.join(PODS));
         fs::create_dir_all(run_dir).map_err(CaptureError::file(run_dir))?;
         match DirBuilder::new().mode(0o700).create(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
@@ -185,7 +185,7 @@ impl NodeFolder {
             }
             Err(error) => return Err(error),
         };
-        Ok((Self::lock(path, Made::default())?, mark))
+        Ok((Self::lock(path, CreatedPaths::default())?, mark))
     }
 
     /// Returns the folder's path.
@@ -230,7 +230,7 @@ impl NodeFolder {
         let _ = self.lock.write_all(UNINSTALL);
     }
 
-    fn lock(path: PathBuf, mut made: Made) -> Result<Self, CaptureError> {
+    fn lock(path: PathBuf, mut made: CreatedPaths) -> Result<Self, CaptureError> {
         let file = path.join(LOCK);
         // Only root may open it: whoever can open the file can lock it, and so keep an agent from starting.
         let mut options = OpenOptions::new();
