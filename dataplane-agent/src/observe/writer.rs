@@ -149,7 +149,7 @@ fn write_all(out: &mut impl Write, batch: &[u8]) -> u64 {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             // The flag belongs to the open file description, which other processes share: it must stay set.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                std::thread::sleep(RETRY_PAUSE)
+                std::thread::sleep(RETRY_PAUSE);
             }
             Ok(_) | Err(_) => break,
         }

@@ -1,4 +1,4 @@
-//! The BPF file system, where pins live.
+//! The BPF file system, in which maps, programs and links are pinned.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,21 +10,21 @@ use nix::sys::statfs::{FsType, statfs};
 /// `BPF_FS_MAGIC` of `linux/magic.h`.
 const MAGIC: FsType = FsType(0xcafe_4a11);
 
-/// What a folder is that shall be one.
+/// The state of a folder that a BPF file system is to be mounted on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Folder {
     /// A BPF file system is mounted there.
     Mounted,
-    /// It is empty: one can be mounted there.
+    /// It is empty: a BPF file system can be mounted there.
     Empty,
-    /// It has something in it that a mount would hide.
+    /// It has contents that a mount would hide.
     Occupied,
 }
 
-/// What a folder is.
+/// Returns the state of a folder.
 ///
 /// # Errors
-/// It is not there, or cannot be read.
+/// It does not exist, or cannot be read.
 pub fn look(folder: &Path) -> io::Result<Folder> {
     if is_mounted(folder)? {
         return Ok(Folder::Mounted);
@@ -35,20 +35,21 @@ pub fn look(folder: &Path) -> io::Result<Folder> {
     }
 }
 
-/// Whether one is mounted there.
+/// Returns `true` if a BPF file system is mounted there.
 ///
 /// # Errors
-/// The folder is not there.
+/// The folder does not exist.
 pub fn is_mounted(folder: &Path) -> io::Result<bool> {
     Ok(statfs(folder)?.filesystem_type() == MAGIC)
 }
 
-/// One that is mounted. If it was not before, it is unmounted with this, unless it is kept or used.
+/// A mounted BPF file system. If [`ensure`] mounted it, dropping this unmounts it, unless it is in use or
+/// [`Mounted::keep`] was called.
 #[derive(Debug)]
 pub struct Mounted(Option<PathBuf>);
 
 impl Mounted {
-    /// It stays.
+    /// Leaves it mounted.
     pub fn keep(mut self) {
         if let Some(folder) = self.0.take() {
             tracing::info!(folder = %folder.display(), "mounted a BPF file system");
@@ -59,14 +60,14 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         let Some(folder) = &self.0 else { return };
-        // Somebody may have begun to use it. What is open keeps it mounted; what is pinned does not.
+        // Another process may use it by now. Open files prevent the unmount, pins do not.
         if !is_used(folder) {
             let _ = umount2(folder, MntFlags::empty());
         }
     }
 }
 
-/// Whether somebody has made something in one. The kernel's own names have dots, and no others have.
+/// Returns `true` if something is pinned in it. Only the kernel's own files have names with a dot.
 fn is_used(folder: &Path) -> bool {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries
@@ -74,10 +75,10 @@ fn is_used(folder: &Path) -> bool {
         .any(|name| !name.as_encoded_bytes().contains(&b'.'))
 }
 
-/// Mounts one there, unless it is: systemd does so at boot, other machines may not.
+/// Mounts a BPF file system there, unless there is one: systemd does so at boot, other machines may not.
 ///
 /// # Errors
-/// The folder is not there, or has something in it that would be hidden; CAP_SYS_ADMIN is missing.
+/// The folder does not exist, or has contents that would be hidden; CAP_SYS_ADMIN is missing.
 pub fn ensure(folder: &Path) -> io::Result<Mounted> {
     match look(folder)? {
         Folder::Mounted => return Ok(Mounted(None)),
@@ -88,19 +89,19 @@ pub fn ensure(folder: &Path) -> io::Result<Mounted> {
     Ok(Mounted(Some(folder.to_owned())))
 }
 
-/// Why none can be mounted where there is something else.
+/// Returns the error for [`Folder::Occupied`].
 pub fn occupied() -> io::Error {
     let kind = io::ErrorKind::DirectoryNotEmpty;
     io::Error::new(kind, "it is no BPF file system, and is not empty")
 }
 
-/// Runs `work` where `folder` is a new BPF file system that nobody else sees: it is gone with all
-/// that is pinned in it when `work` is done, and also when the process is killed meanwhile.
+/// Runs `work` with a new BPF file system on `folder` that no other thread sees. It is gone, with its pins,
+/// when `work` is done or the process is killed.
 ///
 /// # Errors
-/// The folder is not there; CAP_SYS_ADMIN is missing.
+/// The folder does not exist; CAP_SYS_ADMIN is missing.
 pub fn in_private<T: Send>(folder: &Path, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-    // On a thread that ends: its mounts end with it.
+    // The mount namespace ends with this thread.
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNS)?;

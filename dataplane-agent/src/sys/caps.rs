@@ -1,9 +1,8 @@
-//! The capabilities that the daemon needs, or a half of it, each with its reason. What is not listed here
-//! it neither asks for nor keeps.
+//! The capabilities that the daemon, or one half of it, needs, each with its reason. It keeps no others.
 
 use caps::{CapSet, Capability, CapsHashSet};
 
-/// A capability, and what the daemon cannot do without it.
+/// The capabilities that the daemon needs, each with what it cannot do without it.
 pub const NEEDED: &[(Capability, &str)] = &[
     (
         Capability::CAP_SYS_ADMIN,
@@ -19,7 +18,7 @@ pub const NEEDED: &[(Capability, &str)] = &[
     ),
 ];
 
-/// Those of them that are needed to serve pods which another process lends.
+/// The capabilities that the proxy half needs in a process of its own.
 pub const NEEDED_BY_PROXY: &[(Capability, &str)] = &[
     (
         Capability::CAP_SYS_ADMIN,
@@ -31,7 +30,7 @@ pub const NEEDED_BY_PROXY: &[(Capability, &str)] = &[
     ),
 ];
 
-/// Those that the process lacks of these.
+/// Returns those of `needed` that the process lacks.
 pub fn missing(needed: &[(Capability, &'static str)]) -> Vec<(Capability, &'static str)> {
     let have = caps::read(None, CapSet::Effective).unwrap_or_default();
     needed
@@ -41,12 +40,12 @@ pub fn missing(needed: &[(Capability, &'static str)]) -> Vec<(Capability, &'stat
         .collect()
 }
 
-/// Whether it may see which network namespace other processes are in.
+/// Returns `true` if the process may see which network namespaces other processes are in.
 pub fn may_see_processes() -> bool {
     caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_PTRACE).unwrap_or(false)
 }
 
-/// Gives up all but these, for good.
+/// Drops all capabilities but `needed`, irrevocably.
 ///
 /// # Errors
 /// The kernel refuses.

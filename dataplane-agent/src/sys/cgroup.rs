@@ -1,4 +1,4 @@
-//! Control groups, version 2: where they are mounted, which processes are where.
+//! Control groups, version 2: the mount, and the group of a process.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -7,16 +7,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// A control group, as the kernel programs name it.
+/// A control group, as the kernel programs identify it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CgroupId {
     /// Its id: the inode number of its folder.
     pub id: u64,
-    /// How deep it is; the root is 0.
+    /// Its depth; the root is 0.
     pub level: u32,
 }
 
-/// Where the hierarchy of version 2 is mounted; in `/sys/fs/cgroup` or below it.
+/// Returns the path at which the hierarchy of version 2 is mounted.
 ///
 /// # Errors
 /// `/proc/self/mounts` cannot be read; there is no such mount.
@@ -30,7 +30,7 @@ pub fn root() -> io::Result<PathBuf> {
     })
 }
 
-/// The first mount of a file system's kind in the text of `/proc/self/mounts`.
+/// Returns the first mount of a file system type in the text of `/proc/self/mounts`.
 pub fn mount_of(mounts: &str, kind: &str) -> Option<PathBuf> {
     mounts.lines().find_map(|line| {
         let mut words = line.split(' ');
@@ -39,10 +39,10 @@ pub fn mount_of(mounts: &str, kind: &str) -> Option<PathBuf> {
     })
 }
 
-/// The group of a folder below `root`.
+/// Returns the group of a folder below `root`.
 ///
 /// # Errors
-/// It is not there, or not below `root`.
+/// The folder does not exist, or is not below `root`.
 pub fn id(root: &Path, folder: &Path) -> io::Result<CgroupId> {
     let below = folder
         .strip_prefix(root)
@@ -53,7 +53,7 @@ pub fn id(root: &Path, folder: &Path) -> io::Result<CgroupId> {
     })
 }
 
-/// The processes in a group and in those below it; 0 is one that cannot be named here.
+/// Returns the processes in a group and in those below it; 0 stands for one outside of our process namespace.
 ///
 /// # Errors
 /// One of the folders cannot be read.
@@ -66,7 +66,7 @@ pub fn members(folder: &Path) -> io::Result<Vec<u32>> {
             continue;
         }
         match self::members(&entry.path()) {
-            // One of threads: its processes are told by the group above that it is threaded in.
+            // A threaded group: its processes are listed in the threaded domain above it.
             Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
             below => members.extend(below?),
         }
@@ -74,27 +74,27 @@ pub fn members(folder: &Path) -> io::Result<Vec<u32>> {
     Ok(members)
 }
 
-/// The folder of this process's group; none if that is outside of what our cgroup namespace shows.
+/// Returns the folder of this process's group; `None` if that is outside of our cgroup namespace.
 ///
 /// # Errors
-/// `/proc` is not there.
+/// `/proc` cannot be read.
 pub fn own(root: &Path) -> io::Result<Option<PathBuf>> {
     let text = fs::read("/proc/self/cgroup")?;
     Ok(of_process(root, &text))
 }
 
-/// The folder of a process's group, from its `/proc/<pid>/cgroup`; none if that group is outside of
-/// what our cgroup namespace shows. A group's name is of any bytes, not only of UTF-8.
+/// Returns the folder of a process's group, from its `/proc/<pid>/cgroup`; `None` if that group is outside of
+/// our cgroup namespace. A group's name may have any bytes, not only UTF-8.
 pub fn of_process(root: &Path, text: &[u8]) -> Option<PathBuf> {
     let mut lines = text.split(|byte| *byte == b'\n');
     let path = lines.find_map(|line| line.strip_prefix(b"0::/"))?;
-    // A group that was removed under its last process.
+    // The group was removed while its last process was ending.
     let path = path.strip_suffix(b" (deleted)").unwrap_or(path);
     if path.is_empty() {
         return Some(root.to_owned());
     }
     let mut parts = path.split(|byte| *byte == b'/');
-    // A path with an empty part at its start would be joined as one from the top of the machine.
+    // A path with an empty first part would be joined as an absolute one.
     let is_below = parts.all(|part| !matches!(part, b"" | b"." | b".."));
     is_below.then(|| root.join(OsStr::from_bytes(path)))
 }

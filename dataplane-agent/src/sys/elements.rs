@@ -1,5 +1,5 @@
-//! What is in a kernel map, as bytes: aya asks for types, and of a map that somebody else has made
-//! nobody here has them.
+//! The elements of a kernel map, as bytes: aya needs their types, which are not known for a map that another
+//! version made.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -12,7 +12,7 @@ const GET: libc::c_long = 1;
 const PUT: libc::c_long = 2;
 const NEXT: libc::c_long = 4;
 
-/// Whether each CPU has a value of its own in maps of a kind.
+/// Returns `true` if each CPU has a value of its own in maps of this type.
 pub fn is_per_cpu(kind: MapType) -> bool {
     use MapType::{LruPerCpuHash, PerCpuArray, PerCpuHash};
     matches!(kind, PerCpuHash | PerCpuArray | LruPerCpuHash)
@@ -23,13 +23,13 @@ pub fn is_per_cpu(kind: MapType) -> bool {
 pub struct Elements<'a> {
     map: &'a MapData,
     key: usize,
-    /// Of one CPU, as it lies in what the kernel is given.
+    /// Size of one CPU's value in the kernel's buffer.
     value: usize,
     cpus: usize,
     most: usize,
 }
 
-/// The part of `union bpf_attr` that an element has.
+/// The part of `union bpf_attr` for commands on elements.
 #[repr(C)]
 struct Attributes {
     map: u32,
@@ -40,10 +40,10 @@ struct Attributes {
 }
 
 impl<'a> Elements<'a> {
-    /// As large as the kernel says that they are.
+    /// Returns access to the elements of `map`, with the sizes that the kernel reports.
     ///
     /// # Errors
-    /// The kernel does not tell, or this machine not how many CPUs it may have.
+    /// The kernel's information about the map, or the number of possible CPUs, cannot be read.
     pub fn of(map: &'a MapData) -> io::Result<Self> {
         let info: MapInfo = map.info().map_err(io::Error::other)?;
         let (key, value) = (info.key_size() as usize, info.value_size() as usize);
@@ -64,8 +64,8 @@ impl<'a> Elements<'a> {
         })
     }
 
-    /// All keys. What is put in meanwhile may be missed; where keys are removed, the kernel begins again,
-    /// and some are found twice.
+    /// Returns all keys. Keys that are added meanwhile may be missed; if keys are removed meanwhile, the kernel
+    /// starts again, and some are returned twice.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -83,10 +83,10 @@ impl<'a> Elements<'a> {
         Ok(keys)
     }
 
-    /// The value of a key, for each CPU that has one of its own; none if the key is gone.
+    /// Returns the value of a key, one for each CPU in a per-CPU map; `None` if the key is gone.
     ///
     /// # Errors
-    /// The kernel refuses; the key is of another map.
+    /// The kernel refuses; the key has another size.
     pub fn get(&self, key: &[u8]) -> io::Result<Option<Vec<Vec<u8>>>> {
         self.fits(key)?;
         let mut values = vec![0; self.value * self.cpus];
@@ -103,11 +103,10 @@ impl<'a> Elements<'a> {
         }
     }
 
-    /// Puts an element in. Of each value as much is taken as there is room for, and what it lacks is 0.
+    /// Writes an element. Values are cut to the map's size, or padded with zeroes.
     ///
     /// # Errors
-    /// The kernel refuses: `E2BIG` where the map is full, or an array not so long; the key is of another
-    /// map.
+    /// The kernel refuses: `E2BIG` if the map is full, or an array is too short; the key has another size.
     pub fn put(&self, key: &[u8], values: &[Vec<u8>]) -> io::Result<()> {
         self.fits(key)?;
         let mut all = vec![0; self.value * self.cpus];
@@ -125,8 +124,8 @@ impl<'a> Elements<'a> {
         }
     }
 
-    /// `key` and `value` are addresses of as many bytes as a key and all values of it have here; at
-    /// `NEXT`, of a key or 0, and of a key.
+    /// `key` and `value` are the addresses of a key and of all its values; for `NEXT` those of a key, or 0,
+    /// and of the next key.
     fn call(&self, command: libc::c_long, key: u64, value: u64) -> io::Result<()> {
         let attributes = Attributes {
             map: self.map.fd().as_fd().as_raw_fd().cast_unsigned(),
@@ -136,7 +135,7 @@ impl<'a> Elements<'a> {
             flags: 0,
         };
         // SAFETY: the kernel reads the structure, whose size is given; and it reads and writes keys and
-        // values of the sizes that it told of this very map, for which the callers have room.
+        // values of the sizes that it reported for this very map, for which the callers have room.
         let done = unsafe {
             libc::syscall(
                 libc::SYS_bpf,

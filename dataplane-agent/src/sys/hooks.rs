@@ -1,6 +1,6 @@
-//! Which programs are attached to a cgroup or a network namespace (`BPF_PROG_QUERY`), and how they are
-//! detached (`BPF_LINK_DETACH`), replaced (`BPF_LINK_UPDATE`) or pinned (`BPF_OBJ_PIN`): what of bpf(2) aya
-//! does not have, or not for all kinds.
+//! Programs that are attached to a cgroup or a network namespace: they are queried (`BPF_PROG_QUERY`), detached
+//! (`BPF_LINK_DETACH`), replaced (`BPF_LINK_UPDATE`) and pinned (`BPF_OBJ_PIN`). These are the commands of
+//! bpf(2) that aya lacks, or has only for some types.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -28,10 +28,10 @@ const LINK_UPDATE: libc::c_long = 29;
 const LINK_BY_ID: libc::c_long = 30;
 /// `BPF_LINK_DETACH` of `enum bpf_cmd`.
 const LINK_DETACH: libc::c_long = 34;
-/// `BPF_F_QUERY_EFFECTIVE`: those of the cgroups above too.
+/// `BPF_F_QUERY_EFFECTIVE`: includes the programs of the cgroups above.
 const EFFECTIVE: u32 = 1;
 
-/// The part of `union bpf_attr` that a query has.
+/// The part of `union bpf_attr` for a query.
 #[repr(C)]
 #[derive(Default)]
 struct Query {
@@ -45,7 +45,7 @@ struct Query {
     rest: [u64; 4],
 }
 
-/// How many programs are in effect on each of our hooks of a cgroup.
+/// Returns the number of programs in effect on each of our hooks of a cgroup.
 pub fn attached(cgroup: &Path) -> Vec<(&'static str, io::Result<u32>)> {
     let folder = File::open(cgroup);
     HOOKS
@@ -61,7 +61,7 @@ fn count(folder: &File, kind: u32) -> io::Result<u32> {
     query(folder, kind, EFFECTIVE, &mut [])
 }
 
-/// The ids of the programs that are attached to this very cgroup, on all of our hooks.
+/// Returns the ids of the programs that are attached to this very cgroup, on all of our hooks.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -73,7 +73,7 @@ pub fn of_cgroup(cgroup: &File) -> io::Result<Vec<u32>> {
     Ok(all)
 }
 
-/// The ids of the programs that steer in a network namespace.
+/// Returns the ids of the `sk_lookup` programs of a network namespace.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -82,14 +82,14 @@ pub fn of_netns(netns: impl AsFd) -> io::Result<Vec<u32>> {
 }
 
 fn programs(target: impl AsFd, kind: u32) -> io::Result<Vec<u32>> {
-    // As many as the kernel lets be attached to one hook.
+    // The kernel's limit of programs on one hook.
     let mut ids = vec![0; 64];
     let count = query(&target, kind, 0, &mut ids)?;
     ids.truncate(count as usize);
     Ok(ids)
 }
 
-/// How many programs there are; as many of their ids as there is room for are written to `ids`.
+/// Returns the number of programs, and writes their ids to `ids` as far as there is room.
 fn query(target: impl AsFd, kind: u32, flags: u32, ids: &mut [u32]) -> io::Result<u32> {
     let mut query = Query {
         target: target.as_fd().as_raw_fd().cast_unsigned(),
@@ -113,8 +113,8 @@ fn query(target: impl AsFd, kind: u32, flags: u32, ids: &mut [u32]) -> io::Resul
     }
 }
 
-/// Detaches what is attached by a link, at once and whoever else has the link. One that is gone is as
-/// good as detached.
+/// Detaches the program of a link at once, even if others hold the link. A link that is gone counts as
+/// detached.
 ///
 /// # Errors
 /// The kernel refuses: CAP_SYS_ADMIN is missing.
@@ -125,7 +125,7 @@ pub fn detach(id: u32) -> io::Result<()> {
     }
 }
 
-/// A link, by its id: what it attaches stays so as long as the descriptor is open.
+/// Opens a link by its id. Its program stays attached as long as the descriptor is open.
 ///
 /// # Errors
 /// It is gone; CAP_SYS_ADMIN is missing.
@@ -135,11 +135,11 @@ pub fn link(id: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(opened) })
 }
 
-/// Puts a program in the place of the one that a link attaches: there is no moment with neither or both.
-/// What it was attached to may be gone: that is nothing.
+/// Replaces the program of a link atomically: there is no moment with neither or both. It succeeds if the
+/// target of the link is gone.
 ///
 /// # Errors
-/// The kernel refuses: it is of another kind.
+/// The kernel refuses: the program is of another type.
 pub fn replace(link: &OwnedFd, program: impl AsFd) -> io::Result<()> {
     match by_numbers(LINK_UPDATE, [number(link), number(&program), 0, 0]) {
         Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => Ok(()),
@@ -147,12 +147,12 @@ pub fn replace(link: &OwnedFd, program: impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Pins a link at a path that is free.
+/// Pins a link at a path.
 ///
 /// # Errors
-/// It is on no BPF file system; there is something.
+/// The path is not on a BPF file system, or exists.
 pub fn pin(link: &OwnedFd, path: &Path) -> io::Result<()> {
-    /// The part of `union bpf_attr` that this has.
+    /// The part of `union bpf_attr` for pins.
     #[repr(C)]
     struct Pin {
         path: u64,
@@ -179,7 +179,7 @@ fn number(of: &impl AsFd) -> u32 {
     of.as_fd().as_raw_fd().cast_unsigned()
 }
 
-/// A command that takes numbers alone: the first ones of `union bpf_attr`.
+/// Runs a command that takes only numbers, the first ones of `union bpf_attr`.
 fn by_numbers(command: libc::c_long, attributes: [u32; 4]) -> io::Result<libc::c_long> {
     // SAFETY: the kernel reads within the array, whose size is given, and writes nothing to it.
     let done = unsafe {

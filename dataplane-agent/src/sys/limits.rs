@@ -1,4 +1,4 @@
-//! Limits of the process.
+//! Resource limits of the process.
 
 use std::fs;
 use std::path::Path;
@@ -7,8 +7,8 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::cgroup;
 
-/// Raises the number of files that may be open to the most that needs no privilege: each connection
-/// takes two, and shells allow 1024.
+/// Raises the soft limit of open files to the hard limit: each connection takes two, and the usual soft limit
+/// is 1024.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -17,7 +17,7 @@ pub fn raise_files() -> nix::Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, most, most)
 }
 
-/// How many files may be open.
+/// Returns the limit of open files.
 ///
 /// # Errors
 /// The kernel refuses.
@@ -25,8 +25,8 @@ pub fn files() -> nix::Result<u64> {
     getrlimit(Resource::RLIMIT_NOFILE).map(|(now, _)| now)
 }
 
-/// How much memory there is for this process: the machine's, or less where its cgroup, or one above
-/// that, says so. Where none of it can be read, none is known of.
+/// Returns the memory for this process, in bytes: the machine's, or the limit of its cgroup or of one above it
+/// if that is lower; 0 if none of them can be read.
 pub fn memory() -> u64 {
     let machine = fs::read_to_string("/proc/meminfo").ok();
     let machine = machine.and_then(|text| total(&text));
@@ -38,7 +38,7 @@ pub fn memory() -> u64 {
     machine.into_iter().chain(groups).min().unwrap_or(0)
 }
 
-/// In bytes, from the text of `/proc/meminfo`.
+/// Returns the machine's memory in bytes, from the text of `/proc/meminfo`.
 fn total(meminfo: &str) -> Option<u64> {
     let line = meminfo
         .lines()
@@ -47,7 +47,7 @@ fn total(meminfo: &str) -> Option<u64> {
     Some(kilobytes * 1024)
 }
 
-/// The bound of a cgroup; none if it says `max`, or has none to say.
+/// Returns the memory limit of a cgroup in bytes; `None` if it is `max`, or cannot be read.
 fn cgroup_limit(group: &Path) -> Option<u64> {
     let text = fs::read_to_string(group.join("memory.max")).ok()?;
     text.trim().parse().ok()

@@ -1,18 +1,18 @@
-//! Which machine this is, also after it has booted again.
+//! The identity of this machine, which stays the same after a reboot.
 
 use std::fs;
 
-/// What tells machines apart. The first is copied with a disk's image, and the others are the firmware's
-/// or a hypervisor's, which not every machine has.
+/// Files that tell machines apart. The first is copied with a disk's image; the others come from the firmware
+/// or a hypervisor, and not every machine has them.
 const FILES: [&str; 3] = [
     "/etc/machine-id",
     "/sys/class/dmi/id/product_uuid",
     "/sys/firmware/devicetree/base/serial-number",
 ];
-/// Where there is none of these a machine is another one with each boot.
+/// Used if there is none of these: the machine counts as another one with each boot then.
 const BOOT: &str = "/proc/sys/kernel/random/boot_id";
 
-/// All that this machine says of itself.
+/// Returns all that identifies this machine, as text.
 pub fn facts() -> String {
     let found: Vec<String> = FILES.iter().filter_map(|file| fact(file)).collect();
     match found.as_slice() {

@@ -1,15 +1,15 @@
-//! Folders that are made on the way to something, and taken back if that comes to nothing.
+//! Files and folders that are created for an operation, and removed if it fails.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// What was made, the innermost first. It is removed with this, as far as nobody has put something in it,
-/// unless it is kept.
+/// Paths that were created, the innermost first. Dropping this removes them, except folders that have other
+/// contents by then, unless [`CreatedPaths::keep`] was called.
 #[derive(Debug, Default)]
 pub struct CreatedPaths(Vec<PathBuf>);
 
 impl CreatedPaths {
-    /// Of what is about to be made: the folder and those above it that are not there yet.
+    /// Returns the paths that are about to be created: `folder` and its ancestors that do not exist yet.
     pub fn missing(folder: &Path) -> Self {
         let missing = |path: &&Path| {
             let there = fs::symlink_metadata(path);
@@ -24,12 +24,12 @@ impl CreatedPaths {
         )
     }
 
-    /// A file in the innermost of them as well.
+    /// Adds a file in the innermost folder.
     pub fn also(&mut self, file: &Path) {
         self.0.insert(0, file.to_owned());
     }
 
-    /// It stays.
+    /// Keeps the paths.
     pub fn keep(&mut self) {
         self.0.clear();
     }

@@ -1,9 +1,9 @@
-//! Memory of the process.
+//! The memory allocator.
 
-/// Gives the kernel what the allocator keeps free.
+/// Returns the allocator's free memory to the kernel.
 ///
-/// glibc gives back by itself only what is free at the very end of a heap, and each thread has heaps of
-/// its own: after a burst of connections one that lives on keeps all that was below it.
+/// By itself glibc returns only free memory at the very end of a heap, and each thread has heaps of its own:
+/// after a burst of connections, one that lives on would keep all memory below it.
 pub fn give_back() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes no pointers; glibc locks its own heaps.
@@ -12,7 +12,7 @@ pub fn give_back() {
     }
 }
 
-/// What unit tests count of the memory that they take.
+/// Counts the memory that unit tests allocate.
 #[cfg(test)]
 pub(crate) mod counted {
     use std::alloc::{GlobalAlloc, Layout, System};
@@ -28,13 +28,13 @@ pub(crate) mod counted {
         static MOST: Cell<usize> = const { Cell::new(0) };
     }
 
-    /// The bytes that this thread has taken and not given back, and how often it has taken some. What it
-    /// gives back for another thread counts as its own.
+    /// Returns the bytes that this thread has allocated and not freed, and the number of its allocations.
+    /// Memory of another thread that it frees counts as its own.
     pub(crate) fn taken() -> (usize, usize) {
         TAKEN.get()
     }
 
-    /// The most bytes that something takes at one time.
+    /// Returns the peak of the bytes that `of` has allocated, and its result.
     pub(crate) fn most<T>(of: impl FnOnce() -> T) -> (usize, T) {
         let (before, _) = taken();
         MOST.set(before);
@@ -51,7 +51,7 @@ pub(crate) mod counted {
         }
     }
 
-    // SAFETY: the system's allocator does it all; what is counted is not allocated.
+    // SAFETY: the system's allocator does all the work; counting does not allocate.
     unsafe impl GlobalAlloc for Counted {
         unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
             count(layout.size(), 0, 1);

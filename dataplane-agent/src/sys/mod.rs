@@ -1,4 +1,4 @@
-//! The cellar: system calls, and the only unsafe code of the agent.
+//! System calls, and the only unsafe code of the agent.
 #![allow(unsafe_code, reason = "this is the one place for it")]
 
 pub mod bpffs;

@@ -24,7 +24,7 @@ use tokio::io::unix::AsyncFd;
 /// The initial user namespace has this inode number on every machine (`PROC_USER_INIT_INO`).
 const INIT_USER_NS: u64 = 0xEFFF_FFFD;
 
-/// `NSFS_MAGIC` of `linux/magic.h`: what namespaces are files of.
+/// `NSFS_MAGIC` of `linux/magic.h`, the file system of namespaces.
 const MAGIC: FsType = FsType(0x6e73_6673);
 
 /// A network namespace, held open.
@@ -34,31 +34,30 @@ pub struct Netns {
     inode: u64,
 }
 
-/// What a namespace has on its interfaces.
+/// The interfaces of a namespace, and their addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Interfaces {
-    /// Addresses that can be reached from outside: neither of loopback nor of one link alone. Those of
-    /// `lo` come last, of families that another interface has too.
+    /// Addresses that can be reached from outside: neither loopback nor link-local ones. Those on `lo` come last,
+    /// and only of families that another interface has too.
     pub addresses: Vec<IpAddr>,
-    /// The interfaces by their numbers, `lo` aside, each with those of the addresses that
-    /// are its own and in use.
+    /// The interfaces except `lo`, by index, each with those of `addresses` that it has and that are in use.
     pub links: BTreeMap<u32, Vec<IpAddr>>,
-    /// Those of the addresses that no interface may use: the kernel still asks on the link whether
-    /// somebody else has them, or somebody does.
+    /// Those of `addresses` that no interface may use: duplicate address detection has not ended, or has found
+    /// a duplicate.
     pub tentative: BTreeSet<IpAddr>,
 }
 
 impl Netns {
-    /// The one at a path: a named namespace, or `/proc/<pid>/ns/net`.
+    /// Opens the namespace at a path: a named one, or `/proc/<pid>/ns/net`.
     ///
     /// # Errors
-    /// It is not there, or is not a network namespace.
+    /// It does not exist, or is not a network namespace.
     pub fn open(path: &Path) -> io::Result<Self> {
         let other = || {
             let what = format!("{} is not a network namespace", path.display());
             io::Error::new(io::ErrorKind::InvalidInput, what)
         };
-        // Whatever somebody put there is only found: to open a device or a FIFO may wait, or do something.
+        // With O_PATH first, as anything may be there: opening a device or a FIFO may block, or have effects.
         let found = File::options()
             .read(true)
             .custom_flags(libc::O_PATH)
@@ -70,10 +69,10 @@ impl Netns {
         Self::of(file.into())?.ok_or_else(other)
     }
 
-    /// The one that a descriptor is of; none if it is of something else.
+    /// Returns the namespace of a descriptor; `None` if it is not one of a network namespace.
     ///
     /// # Errors
-    /// It cannot be looked at.
+    /// The descriptor cannot be inspected.
     pub fn of(descriptor: OwnedFd) -> io::Result<Option<Self>> {
         if fstatfs(&descriptor)?.filesystem_type() != MAGIC {
             return Ok(None);
@@ -88,10 +87,10 @@ impl Netns {
         }))
     }
 
-    /// The agent's own.
+    /// Opens the agent's own namespace.
     ///
     /// # Errors
-    /// `/proc` is not there.
+    /// `/proc` cannot be read.
     pub fn own() -> io::Result<Self> {
         static OWN: OnceLock<Netns> = OnceLock::new();
         if let Some(own) = OWN.get() {
@@ -101,10 +100,10 @@ impl Netns {
         Ok(OWN.get_or_init(|| own).clone())
     }
 
-    /// The host's: the agent's own, and the first process' if it can be seen.
+    /// Opens the host's namespaces: the agent's own, and the first process' if that is visible.
     ///
     /// # Errors
-    /// As [`Netns::own`]; something else than a lack of rights kept it from seeing the other one.
+    /// As [`Netns::own`]; the other one cannot be opened for another reason than a lack of rights.
     pub fn of_host() -> io::Result<Vec<Self>> {
         let own = Self::own()?;
         match Self::open(Path::new("/proc/1/ns/net")) {
@@ -121,7 +120,7 @@ impl Netns {
         }
     }
 
-    /// The cookies of [`Netns::of_host`]; 0 is none.
+    /// Returns the cookies of [`Netns::of_host`]; 0 means none.
     ///
     /// # Errors
     /// As [`Netns::cookie`].
@@ -133,12 +132,12 @@ impl Netns {
         Ok(cookies)
     }
 
-    /// A new one with nothing in it; gone when it is dropped.
+    /// Creates an empty namespace, which is gone when it is dropped.
     ///
     /// # Errors
     /// CAP_SYS_ADMIN is missing.
     pub fn new() -> io::Result<Self> {
-        // On a thread that ends: nobody has to come back.
+        // On a thread that ends, so that it need not return to its namespace.
         let make = || {
             nix::sched::unshare(CloneFlags::CLONE_NEWNET)?;
             Self::open(Path::new("/proc/thread-self/ns/net"))
@@ -147,7 +146,7 @@ impl Netns {
         made.unwrap_or_else(|_| Err(io::Error::other("the thread ended early")))
     }
 
-    /// Its inode number, which names it on this machine as long as it is there.
+    /// Returns its inode number, which identifies it on this machine as long as it exists.
     pub fn inode(&self) -> u64 {
         self.inode
     }
@@ -158,8 +157,8 @@ impl Netns {
     /// It cannot be entered: CAP_SYS_ADMIN is missing.
     ///
     /// # Panics
-    /// Aborts the process if the thread cannot come back: a thread in the wrong namespace would
-    /// send one pod's traffic from another.
+    /// Aborts the process if the thread cannot return: a thread in the wrong namespace would send one pod's
+    /// traffic from another.
     pub fn enter<T>(&self, work: impl FnOnce() -> T) -> io::Result<T> {
         struct Back(Netns);
         impl Drop for Back {
@@ -178,24 +177,24 @@ impl Netns {
         Ok(result)
     }
 
-    /// Its cookie, which no other namespace has until the machine boots again.
+    /// Returns its cookie, which no other namespace gets until the machine reboots.
     ///
     /// # Errors
     /// As [`Netns::enter`]; the kernel is older than 5.14.
     pub fn cookie(&self) -> io::Result<u64> {
         self.enter(|| {
-            // Not bound: those in the namespace may have taken all of its ports.
+            // The socket is not bound, as apps may have taken all ports.
             let flags = SockFlag::SOCK_CLOEXEC;
             let socket = socket(AddressFamily::Inet, SockType::Datagram, flags, None)?;
             super::socket::netns_cookie(&socket)
         })?
     }
 
-    /// Whether the initial user namespace owns it. Any user can make one in a user namespace of
-    /// theirs, and give it any address.
+    /// Returns `true` if the initial user namespace owns it. Any user can create one in a user namespace of
+    /// their own, and give it any address.
     ///
     /// # Errors
-    /// The owner cannot be asked for.
+    /// The kernel does not report the owner.
     pub fn is_the_hosts(&self) -> io::Result<bool> {
         // SAFETY: the descriptor is open; this request takes no argument and returns a new one.
         let owner = unsafe { libc::ioctl(self.file.as_raw_fd(), NS_GET_USERNS) };
@@ -213,7 +212,7 @@ impl Netns {
         Ok(File::from(owner).metadata()?.ino() == INIT_USER_NS)
     }
 
-    /// What it has on its interfaces.
+    /// Returns its interfaces and their addresses.
     ///
     /// # Errors
     /// As [`Netns::enter`].
@@ -222,7 +221,7 @@ impl Netns {
     }
 }
 
-/// Tells that something has changed in a namespace's interfaces, addresses, rules or routes.
+/// Reports changes of a namespace's interfaces, addresses, rules and routes.
 #[derive(Debug)]
 pub struct Changes(AsyncFd<OwnedFd>);
 
@@ -230,15 +229,15 @@ pub struct Changes(AsyncFd<OwnedFd>);
 /// one of `RTNLGRP_IPV6_RULE`, which has no name as a bit.
 const MULTICAST_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
 
-/// How many of them are heard at once: a pod that makes them as fast as they are heard keeps nobody
-/// else waiting.
+/// Most messages that are read in a row: a pod that causes them as fast as they are read must not keep others
+/// waiting.
 const MESSAGES_PER_POLL: usize = 64;
 
 impl Changes {
-    /// From now on, on this thread's runtime.
+    /// Starts to watch a namespace, on this thread's runtime.
     ///
     /// # Errors
-    /// The namespace cannot be entered; no socket can be made.
+    /// The namespace cannot be entered; no socket can be created.
     pub fn of(netns: &Netns) -> io::Result<Self> {
         let socket = netns.enter(|| {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -250,14 +249,14 @@ impl Changes {
         super::readiness::readable(socket).map(Self)
     }
 
-    /// Ready when something has changed since; what it was is not told.
+    /// Ready if something has changed since the last time; it does not tell what.
     pub fn poll(&self, context: &mut Context<'_>) -> Poll<()> {
         let Poll::Ready(ready) = self.0.poll_read_ready(context) else {
             return Poll::Pending;
         };
         let mut told = false;
         for _ in 0..MESSAGES_PER_POLL {
-            // Cut to nothing: that there was one is enough. One that found no room is an error, once.
+            // Messages are truncated, as their contents do not matter. A lost one is reported once, as an error.
             let received = recv(self.0.as_raw_fd(), &mut [0; 16], MsgFlags::empty());
             if received != Err(Errno::EAGAIN) {
                 told = true;
@@ -271,7 +270,7 @@ impl Changes {
         if told {
             return Poll::Ready(());
         }
-        // To be woken by the next one.
+        // Registers for the next message.
         self.0.poll_read_ready(context).map(|_| ())
     }
 }
@@ -289,23 +288,23 @@ impl AsFd for Netns {
 
 fn interfaces() -> io::Result<Interfaces> {
     let mut found = Interfaces::default();
-    // A pod may have many thousands of addresses: nothing takes longer with each that there is already.
+    // A pod may have many thousands of addresses: the cost of one must not grow with their number.
     let mut numbers: HashMap<String, u32> = HashMap::new();
     let mut seen = HashSet::new();
     let mut of_lo = Vec::new();
-    // Read first: what has begun to be used since is told as a change.
+    // This is read first: an address that comes into use after it is reported as a change.
     let tentative = tentative()?;
-    // The links come first, and then what is on them.
+    // The kernel lists links first, and then their addresses.
     for entry in getifaddrs()? {
         let is_of_lo = entry.flags.contains(InterfaceFlags::IFF_LOOPBACK);
         let link = entry.address.as_ref().map(SockaddrStorage::as_link_addr);
         if let None | Some(Some(_)) = link {
             let index = match link.flatten() {
                 Some(link) => u32::try_from(link.ifindex()).map_err(io::Error::other)?,
-                // A link without an address of its own, such as a tunnel.
+                // A link without a link-layer address, such as a tunnel.
                 None => match if_nametoindex(entry.interface_name.as_str()) {
                     Ok(index) => index,
-                    // It has gone since.
+                    // The interface is gone by now.
                     Err(Errno::ENODEV | Errno::ENXIO) => continue,
                     Err(error) => return Err(error.into()),
                 },
@@ -316,7 +315,7 @@ fn interfaces() -> io::Result<Interfaces> {
             numbers.insert(entry.interface_name, index);
             continue;
         }
-        // An address may have a label in its link's place, `<link>:<word>`.
+        // An address may have a label in place of its link's name, `<link>:<word>`.
         let name = entry.interface_name.as_str();
         let name = name.split_once(':').map_or(name, |(link, _)| link);
         let (Some(index), Some(address)) = (numbers.get(name), entry.address) else {
@@ -347,12 +346,12 @@ fn interfaces() -> io::Result<Interfaces> {
         }
     }
     if !found.tentative.is_empty() {
-        // One interface may use what another one may not yet.
+        // An address that is tentative on one interface may be in use on another.
         for used in found.links.values().flatten().chain(&of_lo) {
             found.tentative.remove(used);
         }
     }
-    // By an address of `lo` alone nobody is reached: where the pod has no other of its family it has none.
+    // Addresses on `lo` alone cannot be reached: they count only if the pod has another one of their family.
     let has = |v4| found.addresses.iter().any(|of| of.is_ipv4() == v4);
     let (has_v4, has_v6) = (has(true), has(false));
     of_lo.retain(|of| (if of.is_ipv4() { has_v4 } else { has_v6 }) && seen.insert(*of));
@@ -360,23 +359,23 @@ fn interfaces() -> io::Result<Interfaces> {
     Ok(found)
 }
 
-/// `IFA_F_TENTATIVE` and `IFA_F_OPTIMISTIC` of `linux/if_addr.h`: duplicate address detection has not
-/// ended, or has found somebody; and the address is used all the same.
+/// `IFA_F_TENTATIVE` and `IFA_F_OPTIMISTIC` of `linux/if_addr.h`: duplicate address detection has not ended or
+/// has found a duplicate; and the address is used all the same.
 const TENTATIVE: u8 = 0x40;
 const OPTIMISTIC: u8 = 0x04;
 
-/// The addresses of this thread's namespace that the kernel does not use, with their interfaces.
+/// Returns the addresses of this thread's namespace that the kernel does not use, with their interfaces.
 fn tentative() -> io::Result<HashSet<(u32, IpAddr)>> {
     match std::fs::read_to_string("/proc/thread-self/net/if_inet6") {
         Ok(lines) => Ok(lines.lines().filter_map(unused).collect()),
-        // Without IPv6 there is none: of IPv4 the kernel uses all.
+        // There is no IPv6, and the kernel uses all IPv4 addresses.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(HashSet::new()),
         Err(error) => Err(error),
     }
 }
 
-/// The address of a line `<address> <interface> <prefix> <scope> <flags> <name>`, all hexadecimal, if
-/// the kernel does not use it.
+/// Parses a line `<address> <interface> <prefix> <scope> <flags> <name>`, whose numbers are hexadecimal;
+/// returns the address if the kernel does not use it.
 fn unused(line: &str) -> Option<(u32, IpAddr)> {
     let mut words = line.split_whitespace();
     let address = u128::from_str_radix(words.next()?, 16).ok()?;
@@ -412,11 +411,11 @@ mod tests {
         nix::unistd::mkfifo(&fifo, mode).expect("a fifo");
         let writer = {
             let fifo = fifo.clone();
-            // Waits for somebody who reads.
+            // This waits for a reader.
             std::thread::spawn(move || File::options().write(true).open(fifo))
         };
         for path in [folder.path(), Path::new("/proc/self/ns/user"), &fifo] {
-            // Until the writer waits, and until it would have gone on.
+            // Long enough for the writer to wait, and then to go on if it could.
             let moment = || std::thread::sleep(std::time::Duration::from_millis(50));
             moment();
             let refused = Netns::open(path).expect_err("no network namespace");

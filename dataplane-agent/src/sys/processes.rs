@@ -1,7 +1,7 @@
-//! One look at the network namespaces of this machine, by the processes and the mounts that hold them.
+//! A scan for the network namespaces of this machine, by the processes and the mounts that hold them.
 //!
-//! What a look does not find is gone only if the look was whole: [`namespaces`] fails where something
-//! kept it from looking, and says what it was not allowed to see.
+//! A namespace that a scan does not find is gone only if the scan was complete: [`namespaces`] fails if something
+//! kept it from looking, and returns the processes that it may not see.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -13,19 +13,19 @@ use std::path::{Path, PathBuf};
 
 use super::caps;
 
-/// Where the kernel tells of the process namespace that this process is in.
+/// The process namespace of this process.
 const OWN_PID_NS: &str = "/proc/self/ns/pid";
-/// The inode of the machine's first one, `PROC_PID_INIT_INO`, the same since Linux 3.8:
+/// The inode of the machine's initial process namespace, `PROC_PID_INIT_INO`, the same since Linux 3.8:
 /// <https://github.com/torvalds/linux/blob/v6.1/include/linux/proc_ns.h>.
 const INIT_PID_NS: u64 = 0xEFFF_FFFC;
 
-/// Refuses where the processes of the machine are not seen, or not their cgroups. From within a container's process namespace
-/// those of the pods are not there, and pods whose processes are gone are let go. A node that is itself
-/// a container (kind, LXC) has another first process than the machine; whoever sees that one sees the
-/// node's pods, and is in another cgroup than it.
+/// Fails if the processes of the node's pods, or their cgroups, are not visible. In a container's process
+/// namespace they are not, and pods without processes would be taken for gone. A node that is itself a container
+/// (kind, LXC) has another first process than the machine; an agent that sees this process sees the node's pods,
+/// and is in another cgroup than that process.
 ///
 /// # Errors
-/// The first process that is seen is of our own container, or none can be seen; what to set.
+/// The first visible process is of our own container, or none is visible; the text says what to set.
 pub fn refuse_in_other_namespace() -> Result<(), String> {
     let unknown = |what: &str, error: io::Error| {
         format!("{what}: {error}: cannot tell whether the processes of the pods are seen from here")
@@ -51,8 +51,8 @@ pub fn refuse_in_other_namespace() -> Result<(), String> {
     ))
 }
 
-/// Refuses where the first process' group, from its `/proc/<pid>/cgroup`, is outside of our cgroup
-/// namespace: those of the pods are beside it.
+/// Fails if the first process' group, from its `/proc/<pid>/cgroup`, is outside of our cgroup namespace: then
+/// the pods' groups, which are beside it, are outside too.
 fn refuse_outside(first: &[u8]) -> Result<(), String> {
     let named = first
         .split(|byte| *byte == b'\n')
@@ -67,31 +67,30 @@ fn refuse_outside(first: &[u8]) -> Result<(), String> {
     })
 }
 
-/// What one look found.
+/// The result of a scan.
 #[derive(Debug, Default)]
 pub struct Look {
     /// The namespaces, by their inode numbers.
     pub namespaces: BTreeMap<u64, Namespace>,
-    /// The processes that may not be looked at, although the agent has what it takes to see its pods':
-    /// those of another user namespace above it, for one.
+    /// The processes that may not be looked at, although the agent has the capability for those of its pods:
+    /// for example those of a user namespace above its own.
     pub hidden: BTreeSet<u32>,
 }
 
-/// A network namespace that somebody holds.
+/// A network namespace that a process or a mount holds.
 #[derive(Debug, Default)]
 pub struct Namespace {
-    /// A way to open it: where it is mounted if it is, which outlives processes.
+    /// A path to open it by: that of its mount if there is one, as that outlives processes.
     pub path: PathBuf,
     /// The processes in it.
     pub processes: Vec<u32>,
 }
 
-/// Looks at all processes, and at what is mounted: that is how a namespace has a name, in `/run/netns`
-/// or elsewhere.
+/// Scans all processes and all mounts, as named namespaces are mounted in `/run/netns` or elsewhere.
 ///
 /// # Errors
-/// Something kept it from looking, such as a lack of descriptors, or of the right to see other
-/// processes. What it would have found is not known then, and nothing may be taken for gone.
+/// Something kept it from looking, such as a lack of descriptors, or of the right to see other processes. Then
+/// the scan is not complete, and no namespace may be taken for gone.
 pub fn namespaces() -> io::Result<Look> {
     let mut look = Look::default();
     let may_see = caps::may_see_processes();
@@ -120,7 +119,7 @@ pub fn namespaces() -> io::Result<Look> {
     }
     for (inode, path) in mounted(&fs::read("/proc/self/mountinfo")?) {
         let namespace = look.namespaces.entry(inode).or_default();
-        // Something else may be mounted over it: then it is there, by a way that is none.
+        // Something else may be mounted over it: then it exists, but cannot be opened by this path.
         let is_there =
             fs::metadata(&path).is_ok_and(|of| (of.dev(), of.ino()) == (own.dev(), inode));
         if is_there || namespace.processes.is_empty() {
@@ -130,8 +129,7 @@ pub fn namespaces() -> io::Result<Look> {
     Ok(look)
 }
 
-/// The network namespaces that are mounted somewhere, and where, from the text of
-/// `/proc/self/mountinfo`.
+/// Returns the inodes and paths of the mounted network namespaces, from the text of `/proc/self/mountinfo`.
 fn mounted(mounts: &[u8]) -> impl Iterator<Item = (u64, PathBuf)> {
     mounts.split(|byte| *byte == b'\n').filter_map(|line| {
         let mut words = line.split(|byte| *byte == b' ').skip(3);
@@ -142,7 +140,7 @@ fn mounted(mounts: &[u8]) -> impl Iterator<Item = (u64, PathBuf)> {
     })
 }
 
-/// A path as it is; the kernel writes `\040` for a blank, and so on.
+/// Returns a path without the kernel's octal escapes, such as `\040` for a blank.
 fn unescaped(mut word: &[u8]) -> Vec<u8> {
     let mut path = Vec::with_capacity(word.len());
     while let [first, rest @ ..] = word {
@@ -164,7 +162,7 @@ fn unescaped(mut word: &[u8]) -> Vec<u8> {
     path
 }
 
-/// The namespace that a process is in: of its first thread, or of another one where that has ended.
+/// Returns the namespace of a process: that of its first thread, or of another one if that has ended.
 fn of_process(process: &Path) -> io::Result<Option<(PathBuf, u64)>> {
     let path = process.join("ns/net");
     if let Some(of) = stat(&path)? {
@@ -186,7 +184,7 @@ fn of_process(process: &Path) -> io::Result<Option<(PathBuf, u64)>> {
     Ok(None)
 }
 
-/// What is there; none if it has ended meanwhile.
+/// Returns the metadata of a path; `None` if the process has ended meanwhile.
 fn stat(path: &Path) -> io::Result<Option<fs::Metadata>> {
     match fs::metadata(path) {
         Err(error) if has_ended(&error) => Ok(None),
@@ -194,7 +192,7 @@ fn stat(path: &Path) -> io::Result<Option<fs::Metadata>> {
     }
 }
 
-/// Whether a process has ended while it was looked at.
+/// Returns `true` if the error says that a process has ended while it was looked at.
 pub fn has_ended(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

@@ -1,4 +1,4 @@
-//! Descriptors that a runtime watches.
+//! Descriptors that the async runtime watches.
 
 use std::io;
 use std::net::TcpListener;
@@ -9,7 +9,7 @@ use aya_log::EbpfLogger;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// What keeps one descriptor open, the same one, as long as it lives.
+/// A type that keeps one descriptor, always the same, open as long as it lives.
 pub trait Owner: AsRawFd {}
 
 impl Owner for OwnedFd {}
@@ -17,10 +17,10 @@ impl Owner for TcpListener {}
 impl Owner for RingBuf<MapData> {}
 impl<T: log::Log> Owner for EbpfLogger<T> {}
 
-/// Watches a descriptor for something to read, on this thread's runtime.
+/// Watches a descriptor for readability, on this thread's runtime.
 ///
 /// # Errors
-/// The runtime cannot watch more.
+/// The runtime cannot watch it.
 pub fn readable<T: Owner>(of: T) -> io::Result<AsyncFd<T>> {
     watch(of, Interest::READABLE)
 }
@@ -28,7 +28,7 @@ pub fn readable<T: Owner>(of: T) -> io::Result<AsyncFd<T>> {
 /// Watches a descriptor for urgent data, on this thread's runtime.
 ///
 /// # Errors
-/// As of [`readable`].
+/// As for [`readable`].
 pub fn urgent<T: Owner>(of: T) -> io::Result<AsyncFd<T>> {
     watch(of, Interest::PRIORITY)
 }

@@ -13,14 +13,14 @@ use dataplane_ebpf::mark;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-/// How many connections wait to be accepted; the kernel cuts it to `net.core.somaxconn`.
+/// Most connections that wait to be accepted; the kernel limits it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 /// `SO_NETNS_COOKIE` of `asm-generic/socket.h`.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 
-/// A listener on all addresses of both families, which takes connections to any address at all;
-/// of IPv4 alone where there is no IPv6. Non-blocking. Where an app has the port already it gets
-/// another one: connections are steered to the socket, whatever its port is.
+/// Returns a non-blocking listener on all addresses of both families, or of IPv4 if there is no IPv6. It accepts
+/// connections to any address at all. If an app has the port already it gets another one: connections are
+/// steered to the socket, whatever its port is.
 ///
 /// # Errors
 /// CAP_NET_ADMIN is missing.
@@ -41,7 +41,7 @@ pub fn listener(port: u16, mark: u32) -> io::Result<std::net::TcpListener> {
     socket.set_reuse_address(true)?;
     socket.set_mark(mark)?;
     socket.set_nonblocking(true)?;
-    // Accepted sockets inherit it.
+    // Accepted sockets inherit these options.
     relayed(&socket)?;
     match socket.bind(&SocketAddr::new(any, port).into()) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
@@ -53,29 +53,29 @@ pub fn listener(port: u16, mark: u32) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// Whether this kernel has IPv6.
+/// Returns `true` if this kernel has IPv6.
 pub fn has_ipv6() -> bool {
     let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP));
     !socket.is_err_and(|error| error.raw_os_error() == Some(libc::EAFNOSUPPORT))
 }
 
-/// A socket for a connection of the agent's own to `to`: mark AGENT, and bound to the address `from`
-/// if that is given. Non-blocking, not connected.
+/// Returns a socket for one of the agent's own connections to `to`: with mark AGENT, bound to the address `from`
+/// if that is given. It is non-blocking and not connected.
 ///
 /// # Errors
-/// No socket can be made; CAP_NET_ADMIN is missing; the namespace does not have `from`.
+/// No socket can be created; CAP_NET_ADMIN is missing; the namespace does not have `from`.
 pub fn client(from: Option<IpAddr>, to: SocketAddr) -> io::Result<std::net::TcpStream> {
     let socket = stream(to.ip(), mark::AGENT)?;
     if let Some(from) = from {
-        // The port is chosen as it connects: taken now, it would be taken from all destinations.
+        // The port is chosen on connect: chosen now, it would be in use for all destinations.
         set(&socket, libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT)?;
         socket.bind(&SocketAddr::new(from, 0).into())?;
     }
     Ok(socket.into())
 }
 
-/// A socket that connects in the name of `from` to an app of this namespace: bound to that address and
-/// port, and to `lo`, mark RETURN. Non-blocking, not connected.
+/// Returns a socket that connects to an app of this namespace with the source `from`: bound to that address and
+/// port, and to `lo`, with mark RETURN. It is non-blocking and not connected.
 ///
 /// # Errors
 /// As [`client`]; an app has the port (`AddrInUse`).
@@ -91,10 +91,10 @@ pub fn client_as(from: SocketAddr) -> io::Result<std::net::TcpStream> {
     Ok(socket.into())
 }
 
-/// Takes a connection that waits; it is non-blocking.
+/// Accepts a connection, as a non-blocking socket.
 ///
 /// # Errors
-/// None waits (`WouldBlock`); there are no descriptors left.
+/// No connection waits (`WouldBlock`); there are no descriptors left.
 pub fn accept(listener: &std::net::TcpListener) -> io::Result<std::net::TcpStream> {
     let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: the descriptor is open; no address is asked for.
@@ -113,9 +113,9 @@ pub fn accept(listener: &std::net::TcpListener) -> io::Result<std::net::TcpStrea
     Ok(unsafe { std::net::TcpStream::from_raw_fd(accepted) })
 }
 
-/// Reads what there is, at most `size` bytes, to the end of `buffer`. When the kernel says that this
-/// was all, the next read waits, where it would only hear that there is nothing. It need not be all
-/// when less than `size` was read: a read ends before a byte that was sent as urgent.
+/// Reads at most `size` bytes to the end of `buffer`. If the kernel reports that no more are there, the next
+/// read waits for readiness instead of trying in vain. Less than `size` does not mean that no more are there: a
+/// read ends before a byte that was sent as urgent.
 ///
 /// # Errors
 /// There is nothing yet (`WouldBlock`); the connection is broken.
@@ -126,7 +126,7 @@ pub fn read(tcp: &TcpStream, buffer: &mut BytesMut, size: usize) -> io::Result<u
         let (bytes, more) = receive(tcp, &mut buffer.spare_capacity_mut()[..size])?;
         read = bytes;
         if read > 0 && !more {
-            // Told to tokio inside of its call, which knows by which event the socket was readable.
+            // This clears tokio's readiness, but only for the event that `try_io` has seen.
             return Err(io::ErrorKind::WouldBlock.into());
         }
         Ok(())
@@ -140,10 +140,11 @@ pub fn read(tcp: &TcpStream, buffer: &mut BytesMut, size: usize) -> io::Result<u
     Ok(read)
 }
 
-/// One read, and whether there may be more (`TCP_INQ`; always, on a socket that was not asked to tell).
+/// Reads once; returns the number of bytes, and `true` if there may be more (by `TCP_INQ`; always `true` on a
+/// socket without that option).
 fn receive(tcp: &impl AsFd, into: &mut [MaybeUninit<u8>]) -> io::Result<(usize, bool)> {
     let mut pieces = [MaybeUninitSlice::new(into)];
-    // Of whole words, as the header in it needs it. There is room for one int.
+    // Of whole words, for the alignment of the header. There is room for one int.
     let mut words = [0_u64; 4];
     // SAFETY: all zeroes are a message without parts.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -152,12 +153,12 @@ fn receive(tcp: &impl AsFd, into: &mut [MaybeUninit<u8>]) -> io::Result<(usize, 
     message.msg_control = words.as_mut_ptr().cast();
     message.msg_controllen = size_of_val(&words) as _;
     // SAFETY: the descriptor is open; the piece has the layout of an iovec, which socket2 promises, and
-    // it and the words are as long as is said, and outlive the call.
+    // it and the words have the given lengths, and outlive the call.
     let read = unsafe { libc::recvmsg(tcp.as_fd().as_raw_fd(), &raw mut message, 0) };
     let Ok(read) = usize::try_from(read) else {
         return Err(io::Error::last_os_error());
     };
-    // SAFETY: the kernel has filled the message, and its words are there still.
+    // SAFETY: the kernel has filled the message, and its words still live.
     let told = unsafe { libc::CMSG_FIRSTHDR(&raw const message).as_ref() };
     let more = match told {
         Some(told) if (told.cmsg_level, told.cmsg_type) == (libc::SOL_TCP, libc::TCP_CM_INQ) => {
@@ -170,8 +171,8 @@ fn receive(tcp: &impl AsFd, into: &mut [MaybeUninit<u8>]) -> io::Result<(usize, 
     Ok((read, more))
 }
 
-/// From now on the socket is reset when it is closed, by whomever: by the kernel too, for a process that
-/// dies. What was not sent is discarded.
+/// Makes any later close of the socket a reset, also the kernel's when the process dies. Unsent bytes are
+/// discarded then.
 ///
 /// # Errors
 /// It is no socket.
@@ -179,7 +180,7 @@ pub fn close_by_reset(tcp: &impl AsFd) -> io::Result<()> {
     SockRef::from(tcp).set_linger(Some(Duration::ZERO))
 }
 
-/// From now on closing the socket says the end of what it sends, after all that was written.
+/// Makes a later close of the socket an orderly end (FIN) after all that was written.
 ///
 /// # Errors
 /// It is no socket.
@@ -187,7 +188,7 @@ pub fn close_by_end(tcp: &impl AsFd) -> io::Result<()> {
     SockRef::from(tcp).set_linger(None)
 }
 
-/// How much of what was written is not acknowledged by the peer's kernel.
+/// Returns the number of written bytes that the peer's kernel has not acknowledged.
 ///
 /// # Errors
 /// The socket is not connected.
@@ -202,7 +203,7 @@ pub fn unacknowledged(tcp: &impl AsFd) -> io::Result<usize> {
     }
 }
 
-/// What the kernel programs call the network namespace of a socket.
+/// Returns the cookie of a socket's network namespace, by which the kernel programs identify it.
 ///
 /// # Errors
 /// The kernel is older than 5.14.
@@ -235,14 +236,15 @@ fn stream(family: IpAddr, mark: u32) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// What a socket needs whose bytes are passed on. A peer that is gone is noticed within half a minute,
-/// as one of a tunnel is by its PINGs: the app's own keepalive asks no further than to us. It also
-/// finds out, of a peer that has said its end, that its kernel has forgotten it.
+/// Sets the options of a relayed socket.
 ///
-/// There is no limit for what is not acknowledged (`TCP_USER_TIMEOUT`): to Linux a peer that does not
-/// read for as long is the same, and such a connection may live as long as it would without us.
+/// Keepalive notices within half a minute that a peer is gone, as PINGs do in a tunnel: the app's own keepalive
+/// only reaches us. It also notices that the kernel of a peer that has sent its FIN has forgotten the connection.
 ///
-/// Until its end is known to be one it is closed by a reset, however we let go of it: an app must not take
+/// There is no limit for unacknowledged bytes (`TCP_USER_TIMEOUT`): Linux applies it to a peer that does not
+/// read as well, and such a connection may live as long as it would without us.
+///
+/// The socket is closed by a reset until its peer's end is known, whatever closes it: an app must not take
 /// half of a download for the whole.
 fn relayed(socket: &Socket) -> io::Result<()> {
     close_by_reset(socket)?;
@@ -252,7 +254,7 @@ fn relayed(socket: &Socket) -> io::Result<()> {
         .with_interval(Duration::from_secs(5))
         .with_retries(4);
     socket.set_tcp_keepalive(&keepalive)?;
-    // A tunnel has no urgent data. Left out of the stream, the byte would be lost.
+    // A tunnel has no urgent data, so the byte would be lost outside of the stream.
     socket.set_out_of_band_inline(true)?;
     set(socket, libc::SOL_TCP, libc::TCP_INQ)
 }
@@ -284,12 +286,12 @@ fn set(socket: &Socket, level: libc::c_int, option: libc::c_int) -> io::Result<(
     }
 }
 
-/// The address as the corridor knows it: an IPv4 one of a socket of both families is IPv4.
+/// Returns an address with IPv4-mapped IPv6 addresses, as of a socket of both families, turned into IPv4.
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// From what socket2 tells.
+/// Converts an address of socket2.
 ///
 /// # Errors
 /// It is neither IPv4 nor IPv6.

@@ -1,5 +1,4 @@
-//! What the kernel's verifier says of a program that it takes: aya asks it only about one that it
-//! refuses.
+//! The kernel's verifier log: its verdict, and the statistics of accepted programs, for which aya does not ask.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -11,11 +10,10 @@ use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_prog_type};
 use aya_obj::programs::{CgroupSkbAttachType, CgroupSockAddrAttachType};
 use aya_obj::{Object, ProgramSection};
 
-/// `BPF_LOG_STATS` of the kernel: the totals alone.
+/// `BPF_LOG_STATS` of the kernel: only the totals.
 const STATISTICS: u32 = 4;
 
-/// Helpers that came after Linux 5.17, the last ones that there are: a kernel that is too old for one
-/// knows only its number.
+/// All helpers that came after Linux 5.17. A kernel that is older than a helper knows only its number.
 const NEWER_HELPERS: [bpf_func_id; 26] = [
     BPF_FUNC_get_retval,
     BPF_FUNC_set_retval,
@@ -45,8 +43,8 @@ const NEWER_HELPERS: [bpf_func_id; 26] = [
     BPF_FUNC_cgrp_storage_delete,
 ];
 
-/// What the verifier's log comes to: its last line, before the totals. A helper of which this kernel
-/// knows only the number is named.
+/// Returns the verdict in a verifier's log: the last line before the totals. A helper that this kernel knows
+/// only by number is named.
 pub fn verdict(log: &str) -> Option<String> {
     let totals = ["processed ", "verification time ", "stack depth "];
     let last = log
@@ -68,11 +66,11 @@ pub fn verdict(log: &str) -> Option<String> {
     })
 }
 
-/// How many bytes of stack a program of an object takes, with the functions that it calls: the kernel tells
-/// it in the verifier's log alone. So it is verified once more, with maps that are there by their names.
+/// Returns the bytes of stack that a program of an object uses, with the functions that it calls. The kernel
+/// reports this only in the verifier's log, so the program is verified once more, with `maps` by their names.
 ///
 /// # Errors
-/// The object has no such program, or the kernel refuses it, and why.
+/// The object has no such program, or the kernel refuses it, with the reason.
 pub fn stack(object: &[u8], name: &str, maps: &HashMap<String, OwnedFd>) -> Result<u32> {
     let mut object = Object::parse(object)?;
     let sections: HashSet<usize> = object
@@ -95,7 +93,7 @@ pub fn stack(object: &[u8], name: &str, maps: &HashMap<String, OwnedFd>) -> Resu
     let (kind, attach) = kind(&program.section).context("is of a kind that is not ours")?;
 
     let mut log = vec![0_u8; 64 * 1024];
-    // SAFETY: a union of plain numbers, for which zero is what is not set.
+    // SAFETY: a union of plain numbers, for which zero means "not set".
     let mut attr: bpf_attr = unsafe { std::mem::zeroed() };
     attr.__bindgen_anon_3.prog_type = kind as u32;
     attr.__bindgen_anon_3.expected_attach_type = attach as u32;
@@ -106,7 +104,7 @@ pub fn stack(object: &[u8], name: &str, maps: &HashMap<String, OwnedFd>) -> Resu
     attr.__bindgen_anon_3.log_buf = log.as_mut_ptr() as u64;
     attr.__bindgen_anon_3.log_size = 64 * 1024;
     let command = bpf_cmd::BPF_PROG_LOAD as libc::c_long;
-    // SAFETY: what the structure points to, instructions, licence and log, outlives the call, and
+    // SAFETY: the instructions, licence and log that the structure points to outlive the call, and
     // the lengths beside the pointers are theirs.
     let loaded =
         unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attr, size_of::<bpf_attr>()) };
@@ -122,7 +120,7 @@ pub fn stack(object: &[u8], name: &str, maps: &HashMap<String, OwnedFd>) -> Resu
     read(&log).with_context(|| format!("the verifier's log is not as expected: {log}"))
 }
 
-/// `stack depth 120+8`, on a line.
+/// Returns the sum of the numbers in a line like `stack depth 120+8`.
 fn read(log: &str) -> Option<u32> {
     let mut lines = log.lines();
     let depth = lines.find_map(|line| line.strip_prefix("stack depth "))?;

@@ -1,21 +1,21 @@
-//! Whether somebody is writing a file.
+//! Detection of writers of a file.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-/// The signal of a descriptor; of the same number on all architectures that we build for.
+/// `F_SETSIG` of `asm-generic/fcntl.h`; the same number on all architectures that we build for.
 const F_SETSIG: libc::c_int = 10;
 
-/// Whether a file is open for writing, by any process of this machine.
+/// Returns `true` if a process of this machine has a file open for writing.
 ///
-/// The kernel gives a read lease on a file only if it is not. It is given back at once; who opens the
-/// file for writing meanwhile waits for that, and we are told by a signal, which is one that is ignored
-/// unless somebody asks for it.
+/// The kernel grants a read lease only on a file that nobody has open for writing. The lease is given up at
+/// once; a process that opens the file for writing meanwhile waits for that, and we get SIGURG, which is ignored
+/// by default.
 ///
 /// # Errors
-/// It cannot be told: the file is another user's, or its file system has no leases.
+/// The kernel grants no lease: the file is another user's, or its file system has no leases.
 pub fn has_writers(path: &Path) -> io::Result<bool> {
     let file = File::open(path)?;
     let set = |command, argument: libc::c_int| {
@@ -27,7 +27,7 @@ pub fn has_writers(path: &Path) -> io::Result<bool> {
     };
     set(F_SETSIG, libc::SIGURG)?;
     match set(libc::F_SETLEASE, libc::F_RDLCK) {
-        // Closing the file, which nobody else has from us, ends the lease.
+        // Closing the file, whose descriptor is not shared, ends the lease.
         Ok(()) => Ok(false),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
         Err(error) => Err(error),
@@ -47,7 +47,7 @@ mod tests {
         let reader = File::open(&kept).expect("a file");
         assert!(!has_writers(&path).expect("our own file"));
         drop(reader);
-        // As often as one likes: nothing is left behind.
+        // Many times, to show that no lease is left behind.
         for _ in 0..1000 {
             assert!(!has_writers(&path).expect("our own file"));
         }

@@ -156,7 +156,7 @@ fn inbound_counts_from_the_other_side_and_in_clear_nobody_is_named() {
 #[test]
 fn a_client_that_gives_up_is_told_of_and_is_no_failure() {
     let lines = logged(Format::Plain, |observer| {
-        observer.open(connection_info()).give_up()
+        observer.open(connection_info()).give_up();
     });
     let lines: Vec<_> = lines
         .iter()
@@ -172,7 +172,7 @@ fn a_client_that_gives_up_is_told_of_and_is_no_failure() {
 #[test]
 fn a_record_that_nobody_closes_still_tells() {
     let lines = logged(Format::Plain, |observer| {
-        drop(observer.open(connection_info()))
+        drop(observer.open(connection_info()));
     });
     let lines: Vec<_> = lines
         .iter()
