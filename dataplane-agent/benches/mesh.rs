@@ -1,5 +1,5 @@
-//! What the mesh costs, by how much is in it: to find out where a connection goes, to ask policy, to change
-//! one thing, and to ask again about what is open. None of it may grow with the mesh.
+//! The cost of the mesh by its size: to resolve a destination, to evaluate policy, to apply a change, and to
+//! re-check open connections. None of these may grow with the mesh.
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -22,10 +22,10 @@ use dataplane_agent::proxy::resolve::{Resolved, resolve};
 use dataplane_agent::sys::netns::Netns;
 use futures_util::FutureExt;
 
-/// Workloads of a mesh; it has as many services and policies, up to [`MOST`].
+/// Number of workloads of a mesh; it has as many services and policies, up to [`MOST`].
 const SIZES: [u32; 3] = [10, 1_000, 100_000];
 const MOST: u32 = 10_000;
-/// Connections that are open, of so many pods.
+/// Number of open connections.
 const PERMITS: u32 = 16_000;
 const PODS: u32 = 250;
 
@@ -102,7 +102,7 @@ fn service(number: u32) -> Service {
     }
 }
 
-/// Lets in whoever is of any of these namespaces.
+/// Returns a policy that admits clients of these namespaces.
 fn policy(number: u32, from: &[&str]) -> Policy {
     let namespaces = from.iter().map(|name| StringMatch::Exact((*name).into()));
     let one = Match {
@@ -165,7 +165,7 @@ fn outbound(pod: &Arc<LocalPod>, to: IpAddr) -> Accepted<()> {
     }
 }
 
-/// Somebody of namespace ns-1 comes to a pod.
+/// Returns an inbound connection from a client of namespace ns-1 to a pod.
 fn inbound(reader: &MeshReader, pod: &Arc<LocalPod>) -> Resolved<()> {
     let at = pod.addresses()[0];
     let accepted = Accepted {
@@ -182,7 +182,7 @@ fn inbound(reader: &MeshReader, pod: &Arc<LocalPod>) -> Resolved<()> {
     resolve(reader, accepted).expect("it is the pod's own address")
 }
 
-/// Numbers below a bound, in no order.
+/// Returns a generator of scattered numbers below a bound.
 fn spread() -> impl FnMut(u32) -> u32 {
     let mut next = 0;
     move |bound| {
@@ -232,7 +232,7 @@ fn authorize(c: &mut Criterion) {
     }
 }
 
-/// One change, of each kind, to and fro.
+/// Returns one change of each kind of object, and the change back.
 fn changes(size: u32) -> [(&'static str, Vec<Delta>); 3] {
     let last = size - 1;
     let workloads = [Health::Unhealthy, Health::Healthy].map(|health| {
@@ -274,7 +274,7 @@ fn apply(c: &mut Criterion) {
     }
 }
 
-/// From a change to the end of all that it asks again, with many connections open.
+/// Measures the time from a change to the end of the re-check of all open connections.
 fn recheck(c: &mut Criterion) {
     let mut group = c.benchmark_group("recheck");
     for size in SIZES {

@@ -1,5 +1,5 @@
-//! Settings: each an option and an environment variable, parsed once into types that cannot be
-//! wrong. Variables that ztunnel has keep its names.
+//! Settings: each is an option and an environment variable, parsed once into a type that only holds valid values.
+//! Variables that ztunnel has too keep its names.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -103,7 +103,7 @@ pub struct RunOptions {
 
 const DEFAULT_LEVELS: &str = "info";
 
-/// The name of a cluster that was not given one, as istiod has it.
+/// istiod's default name of a cluster.
 pub const DEFAULT_CLUSTER: &str = "Kubernetes";
 
 /// Where an agent's traces are; the same for all subcommands that look for them.
@@ -128,30 +128,31 @@ pub struct Places {
 }
 
 impl Places {
-    /// The folder of one node.
+    /// Returns the folder of a node.
     pub fn of_node(&self, node: &NodeName) -> PathBuf {
         self.run_dir.join(node.as_str())
     }
 
-    /// The admin socket of one node.
+    /// Returns the path of a node's admin socket.
     pub fn socket(&self, node: &NodeName) -> PathBuf {
         self.of_node(node).join("admin.sock")
     }
 
-    /// The admin socket of who serves a node's pods. It may be there before the node is.
+    /// Returns the path of a proxy half's admin socket. It is outside of the node's folder, as the proxy may start
+    /// before the node does.
     pub fn proxy_socket(&self, node: &NodeName) -> PathBuf {
         self.run_dir.join(format!("{node}.proxy.sock"))
     }
 
-    /// The socket by which a node lends its pods to who serves them.
+    /// Returns the path of the socket by which a node half lends its pods to proxy halves.
     pub fn seam(&self, node: &NodeName) -> PathBuf {
         self.of_node(node).join("zds.sock")
     }
 
-    /// Whether the admin socket's path is one that the kernel takes.
+    /// Checks that the path of the admin socket is not too long for the kernel.
     ///
     /// # Errors
-    /// It is too long, and by how much.
+    /// It is too long; the text has both lengths.
     pub fn socket_fits(&self, node: &NodeName) -> Result<(), String> {
         let socket = self.socket(node);
         let length = socket.as_os_str().len();
@@ -166,17 +167,17 @@ impl Places {
     }
 }
 
-/// What `sun_path` of `struct sockaddr_un` holds, its end aside.
+/// Most bytes in `sun_path` of `struct sockaddr_un`, without the final zero.
 const SOCKET_PATH: usize = 107;
 
-/// The name of a node: an RFC 1123 subdomain, as Kubernetes has it. Paths are made with it, so there is
-/// no way to have one that is empty, begins with a dot, or has a slash in it.
+/// The name of a node: an RFC 1123 subdomain, as in Kubernetes. It is used in paths, so it can never be empty,
+/// begin with a dot, or contain a slash.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct NodeName(Arc<str>);
 
 impl NodeName {
-    /// Its text.
+    /// Returns its text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -228,9 +229,9 @@ fn is_subdomain(text: &str) -> bool {
     text.len() <= 253 && text.split('.').all(is_label)
 }
 
-/// Names of all variables that are ours alone.
+/// The prefix of all variables that only we use.
 const OWN: &str = "DATAPLANE_";
-/// What of them there is. The last two are the tests'.
+/// All such variables. The last two are for tests.
 const KNOWN: [&str; 9] = [
     "DATAPLANE_MANIFESTS",
     "DATAPLANE_STATE",
@@ -243,7 +244,7 @@ const KNOWN: [&str; 9] = [
     "DATAPLANE_TEST_APP",
 ];
 
-/// A variable with our prefix that does not exist: a misspelt setting must not be passed over.
+/// Returns a variable with our prefix that does not exist: a misspelt setting must not be ignored.
 pub fn unknown_variable(names: impl IntoIterator<Item = String>) -> Option<String> {
     names.into_iter().find(|name| {
         name.strip_prefix(OWN).is_some_and(|rest| {
@@ -255,14 +256,14 @@ pub fn unknown_variable(names: impl IntoIterator<Item = String>) -> Option<Strin
     })
 }
 
-/// Whether Kubernetes sets it in every container because of a Service that is named `dataplane`, or
-/// begins so: `DATAPLANE_SERVICE_HOST`, `DATAPLANE_PORT_15020_TCP_ADDR`, and so on.
+/// Returns `true` for variables that Kubernetes sets in every container for a Service whose name begins with
+/// `dataplane`: `DATAPLANE_SERVICE_HOST`, `DATAPLANE_PORT_15020_TCP_ADDR`, and so on.
 fn is_of_a_service(rest: &str) -> bool {
     let words: Vec<&str> = rest.split('_').collect();
     let is_number = |word: &str| word.parse::<u16>().is_ok();
     (0..words.len()).any(|at| match &words[at..] {
         ["SERVICE", "HOST" | "PORT"] | ["PORT"] => true,
-        // A port's name, which may be of several words.
+        // A port's name follows, which may have several words.
         ["SERVICE", "PORT", ..] => true,
         ["PORT", number, "TCP" | "UDP" | "SCTP", of @ ..] => {
             is_number(number) && matches!(of, [] | ["ADDR" | "PORT" | "PROTO"])
@@ -271,10 +272,10 @@ fn is_of_a_service(rest: &str) -> bool {
     })
 }
 
-/// A time with its unit: `500ms`, `30s`, `5m`, `24h`, `7d`, or seconds without one.
+/// Parses a time with a unit, `500ms`, `30s`, `5m`, `24h` or `7d`, or in seconds without one.
 ///
 /// # Errors
-/// It is none, or zero.
+/// The text is not a time, or the time is zero, or a century or more.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -312,7 +313,7 @@ fn cluster(text: &str) -> Result<String, String> {
     }
 }
 
-/// Kubernetes' way of not setting a variable is to set it to nothing.
+/// Parses log directives; empty text means the default, as Kubernetes sets an unset variable to nothing.
 fn directives(text: &str) -> Result<String, String> {
     match text {
         "" => Ok(DEFAULT_LEVELS.into()),
@@ -320,10 +321,10 @@ fn directives(text: &str) -> Result<String, String> {
     }
 }
 
-/// Whether a folder is there; the setting that names it is named when it is not.
+/// Returns the canonical path of a folder.
 ///
 /// # Errors
-/// It is not there, or is not a folder.
+/// It does not exist, or is not a folder; the text names `setting`.
 pub fn folder(setting: &str, path: &Path) -> Result<PathBuf, String> {
     match std::fs::canonicalize(path) {
         Ok(found) if found.is_dir() => Ok(found),

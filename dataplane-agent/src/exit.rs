@@ -1,12 +1,12 @@
-//! Exit codes, which scripts and units may rely on.
+//! Exit codes, on which scripts and units may rely.
 
 use std::process::ExitCode;
 
-/// How the process ends.
+/// The exit code of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// As it should.
+    /// The command succeeded.
     Good = 0,
     /// Something failed; the last line says what.
     Failed = 1,

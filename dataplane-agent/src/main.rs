@@ -1,4 +1,4 @@
-//! The `dataplane` binary: arguments, log, exit code; the rest is the library's.
+//! The `dataplane` binary: arguments, log and exit code; the library does the rest.
 
 use std::process::ExitCode;
 
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
             Err(error) => fail(Exit::Failed, &format!("{error:#}")),
         },
         Command::Load(options) => {
-            // With all that the verifier says of a program that it refuses.
+            // At this level all that the verifier says about a refused program is logged.
             let level = log::start(
                 "warn,dataplane_agent::node::capture::programs=debug",
                 log::Format::default(),
@@ -115,7 +115,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-/// Prints what a command has to say, and ends.
+/// Prints the output of a command, and returns the exit code.
 fn print(text: &str, exit: Exit) -> ExitCode {
     match cli::print(text) {
         Ok(()) => exit.into(),

@@ -1,6 +1,6 @@
-//! `dataplane check`: what this machine has and lacks, a line each.
+//! `dataplane check`: the requirements that this machine meets or lacks, one line each.
 //!
-//! The daemon asks the same of the kernel before it starts, so that it refuses rather than half-work.
+//! The daemon makes the same checks of the kernel before it starts, and refuses rather than half-work.
 
 use std::fmt;
 use std::fs;
@@ -15,30 +15,30 @@ use crate::seam::Listeners;
 use crate::sys::netns::Netns;
 use crate::sys::{bpffs, caps, cgroup, processes, socket};
 
-/// Kernels from this on have all that is used; 6.1 is the oldest that is tested.
+/// The oldest kernel that has all features that are used.
 const FLOOR: (u32, u32) = (5, 17);
-/// The oldest that is tested.
+/// The oldest kernel that is tested.
 const TESTED: (u32, u32) = (6, 1);
 
-/// How a line stands.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// As it should be.
+    /// The requirement is met.
     Good,
-    /// Worth knowing; the daemon starts.
+    /// Something to know; the daemon starts.
     Note,
     /// The daemon would refuse to start.
     Lacks,
 }
 
-/// One line.
+/// A check with its result: one line of the output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Line {
-    /// How it stands.
+    /// The result.
     pub verdict: Verdict,
-    /// Of what.
+    /// The subject of the check.
     pub what: &'static str,
-    /// What was found, and what would help.
+    /// The findings, and what would help.
     pub detail: String,
 }
 
@@ -61,7 +61,7 @@ fn line(verdict: Verdict, what: &'static str, detail: impl Into<String>) -> Line
     }
 }
 
-/// All lines; whether the daemon would start.
+/// Returns all lines, and `true` if the daemon would start.
 pub async fn run(options: &CheckOptions) -> (String, bool) {
     let lines = lines(options).await;
     let text = lines.iter().map(|line| format!("{line}\n")).collect();
@@ -118,7 +118,7 @@ async fn lines(options: &CheckOptions) -> Vec<Line> {
     lines
 }
 
-/// What the kernel has and lacks.
+/// Checks the kernel.
 pub async fn kernel(bpffs: &Path) -> Vec<Line> {
     let mut lines = vec![version()];
     lines.extend(trial(bpffs).await);
@@ -170,7 +170,7 @@ fn capabilities() -> Vec<Line> {
         .collect()
 }
 
-/// Does once what the daemon will do for each pod, in a namespace of its own.
+/// Captures a trial namespace as the daemon captures each pod.
 async fn trial(folder: &Path) -> Vec<Line> {
     let mut lines = Vec::new();
     let netns = match Netns::new() {
@@ -204,7 +204,7 @@ async fn trial(folder: &Path) -> Vec<Line> {
         },
     );
     lines.push(ipv6(&netns).await);
-    // Pinned where nobody else sees it: nothing is left of it, however this ends.
+    // Pins are on a private mount, so that nothing is left of them, however this ends.
     let loaded = bpffs::in_private(folder, || load(folder, &netns, &listeners))
         .map_err(CaptureError::file(folder))
         .and_then(|loaded| loaded);
@@ -219,7 +219,7 @@ async fn trial(folder: &Path) -> Vec<Line> {
             ),
         ),
         Err(error) => {
-            // The verifier's log is for `dataplane load`.
+            // Only `dataplane load` prints the verifier's log.
             let text = error.to_string();
             let first = text.lines().next().unwrap_or_default().to_owned();
             line(Verdict::Lacks, "programs", first)
@@ -241,7 +241,7 @@ fn load(folder: &Path, netns: &Netns, listeners: &Listeners) -> Result<(), Captu
     pod.attach(netns, &pins.pod(cookie))
 }
 
-/// Without it there is no listener for it either: what pods send by it is refused, not passed.
+/// Checks IPv6. Without it there is no listener for it: connections of pods by IPv6 are refused, not let pass.
 async fn ipv6(netns: &Netns) -> Line {
     if !socket::has_ipv6() {
         return line(
@@ -256,7 +256,7 @@ async fn ipv6(netns: &Netns) -> Line {
     }
 }
 
-/// Other programs on the same hooks: they run as well, and what one of them rewrites we see rewritten.
+/// Lists other programs on the same hooks: they run as well, and our programs may see what they have rewritten.
 fn others(pods: &Path) -> Vec<Line> {
     let mut lines = Vec::new();
     for (name, count) in crate::sys::hooks::attached(pods) {

@@ -1,4 +1,4 @@
-//! `dataplane load`: whether this kernel takes the programs.
+//! `dataplane load`: a test that this kernel accepts the programs.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
@@ -17,11 +17,11 @@ use crate::node::capture::{enrol, maps};
 use crate::sys::netns::Netns;
 use crate::sys::{bpffs, cgroup, verifier};
 
-/// Loads the programs, attaches them to a cgroup and a network namespace made for this, lists them,
-/// and takes everything off again.
+/// Loads the programs, attaches them to a temporary cgroup and network namespace, lists them, and removes
+/// everything again.
 ///
 /// # Errors
-/// The kernel refuses a program, and why.
+/// The kernel refuses a program, with the reason.
 pub fn run(folder: &Path) -> Result<String> {
     let trial = Trial::new(cgroup::root()?.join(format!("dataplane-load-{}", std::process::id())))?;
     let netns = Netns::new().context("cannot make a network namespace")?;
@@ -54,7 +54,7 @@ fn load(folder: &Path, cgroup: &Path, netns: &Netns) -> Result<String> {
     Ok(text)
 }
 
-/// A cgroup that the trial makes and takes away.
+/// A temporary cgroup, removed when this is dropped.
 struct Trial(PathBuf);
 
 impl Trial {
@@ -72,8 +72,8 @@ impl Drop for Trial {
     }
 }
 
-/// A line for each program: instructions loaded, instructions that the verifier walked through, and
-/// bytes of stack.
+/// Writes a line for each program: the instructions loaded, the instructions that the verifier walked through,
+/// and the bytes of stack.
 fn list(text: &mut String, ebpf: &Ebpf, object: &[u8]) -> Result<()> {
     let mut programs = Vec::new();
     let mut maps = HashMap::new();

@@ -130,10 +130,10 @@ pub struct UninstallOptions {
     pub places: Places,
 }
 
-/// Prints what a command has to say. Who does not want to read all of it may close its end.
+/// Prints the output of a command. A reader that closes its end early is no error.
 ///
 /// # Errors
-/// It cannot be written.
+/// The output cannot be written.
 pub fn print(text: &str) -> io::Result<()> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

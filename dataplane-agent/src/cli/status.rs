@@ -1,4 +1,4 @@
-//! `dataplane status`: asks a running daemon over its admin socket.
+//! `dataplane status`: queries a running daemon over its admin socket.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,16 +11,16 @@ use super::StatusOptions;
 use crate::node::capture::node_folder::{self, Holder};
 use crate::observe::status::{PodStatus, StatusReport};
 
-/// A daemon that does not answer within this hangs.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait for an answer of the daemon.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// No daemon runs for the node.
 #[derive(Debug, thiserror::Error)]
 pub enum NotRunning {
-    /// Nobody has its folder.
+    /// No process holds the node's folder.
     #[error("no dataplane agent runs for {0} (start one with `dataplane run`)")]
     Nobody(String),
-    /// Somebody takes away what one has left.
+    /// `dataplane uninstall` is running for the node.
     #[error("no dataplane agent runs for node {0}: it is being uninstalled")]
     Uninstalled(String),
 }
@@ -36,10 +36,10 @@ struct Unreachable {
     socket: String,
 }
 
-/// The state of a node.
+/// Returns the state of a node as text, or as JSON.
 ///
 /// # Errors
-/// No daemon runs; it does not answer.
+/// No daemon runs, or it does not answer.
 pub fn run(options: &StatusOptions) -> Result<String> {
     let socket = match &options.node {
         Some(node) => options.places.socket(node),
@@ -54,10 +54,10 @@ pub fn run(options: &StatusOptions) -> Result<String> {
     Ok(table(&report))
 }
 
-/// The socket of the one daemon that runs here.
+/// Returns the socket of the only daemon that runs here.
 fn only_socket(run: &Path) -> Result<PathBuf> {
     let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
-    // One that nobody listens on was left by a daemon that was killed.
+    // A socket without a listener was left by a daemon that was killed.
     let nodes: Vec<String> = entries
         .filter(|entry| {
             let answers = UnixStream::connect(entry.path().join("admin.sock")).is_ok();
@@ -75,23 +75,23 @@ fn only_socket(run: &Path) -> Result<PathBuf> {
     }
 }
 
-/// What the daemon answers at a path.
+/// Returns the daemon's answer at a path.
 ///
 /// # Errors
-/// Nobody listens; the answer is no answer, or an error.
+/// No daemon listens, or its answer is invalid or an error.
 pub fn get(socket: &Path, path: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => not_reached(socket),
         _ => anyhow::Error::new(error).context(socket.display().to_string()),
     })?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
     write!(stream, "GET {path} HTTP/1.0\r\nhost: dataplane\r\n\r\n")?;
     let mut answer = String::new();
     stream
         .read_to_string(&mut answer)
         .map_err(|error| match error.kind() {
-            // How a socket says that the time is over.
-            io::ErrorKind::WouldBlock => anyhow!("within {} s", PATIENCE.as_secs()),
+            // This is the error of a socket's timeout.
+            io::ErrorKind::WouldBlock => anyhow!("within {} s", ANSWER_TIMEOUT.as_secs()),
             _ => anyhow!("whole: {error}"),
         })
         .map_err(|how| anyhow!("{}: the daemon does not answer {how}", socket.display()))?;
@@ -107,7 +107,7 @@ pub fn get(socket: &Path, path: &str) -> Result<String> {
     Ok(body.to_owned())
 }
 
-/// Nobody listens: is it that nobody runs?
+/// Returns the error for a socket without a listener: the daemon does not run, or only its socket is gone.
 fn not_reached(socket: &Path) -> anyhow::Error {
     let shown = socket.display().to_string();
     let folder = socket.parent().unwrap_or(socket);
@@ -163,10 +163,10 @@ fn table(report: &StatusReport) -> String {
     text
 }
 
-/// What is told of a pod that may forward.
+/// The note for a pod that may forward traffic of others.
 const FORWARDS: &str = "forwards: what it does for others is not captured, and no policy holds";
 
-/// What is to be known of processes outside of a pod's cgroup.
+/// Returns the note for processes outside of a pod's cgroup, if there are any.
 fn outside(pod: &PodStatus) -> Option<String> {
     let PodStatus {
         outside, in_clear, ..

@@ -1,4 +1,4 @@
-//! `dataplane uninstall`: takes back what the agent of a node has left.
+//! `dataplane uninstall`: removes all that the agent of a node has left.
 
 use std::io;
 use std::time::Duration;
@@ -15,15 +15,15 @@ use crate::node::capture::uninstall::{
 use crate::observe::log;
 use crate::sys::machine_id;
 
-/// Between the removal of the pods' records and the end of their capture: other nodes stop dialling
-/// them by HBONE.
+/// The time between the removal of the pods' records and the end of their capture, in which other nodes stop
+/// dialling them by HBONE.
 const NOTICE: Duration = Duration::from_secs(1);
 
-/// Takes back what can be taken back; none if nothing of the node is there.
+/// Removes what can be removed; returns `None` if there is nothing of the node.
 ///
 /// # Errors
-/// A privilege is missing; nothing of the node is known, and something may be there; an agent runs.
-/// Nothing was changed then.
+/// A privilege is missing; nothing of the node is known, but something may be there; an agent runs. Nothing was
+/// changed then.
 pub async fn run(options: &UninstallOptions) -> Result<Option<Outcome>, AgentError> {
     agent::privileges(agent::Halves::Node)?;
     let node = &options.node;
@@ -57,8 +57,8 @@ pub async fn run(options: &UninstallOptions) -> Result<Option<Outcome>, AgentErr
         .map_err(Into::into)
 }
 
-/// Refuses where other nodes are told of pods of a node of which nothing else is known: it may be a node
-/// of another machine, whose agent runs.
+/// Fails if there are records of pods of this node, but nothing else of it: it may be a node of another machine,
+/// whose agent runs.
 fn refuse_records(options: &UninstallOptions) -> Result<(), AgentError> {
     let node = &options.node;
     let Some(state) = SharedState::found(&options.state).map_err(anyhow::Error::from)? else {
@@ -79,11 +79,12 @@ fn refuse_records(options: &UninstallOptions) -> Result<(), AgentError> {
     )))
 }
 
-/// Tells other nodes that the pods of this one are in the mesh no more; how many there were.
+/// Removes the records of this node's pods, which tells other nodes that they left the mesh; returns their
+/// number.
 ///
 /// # Errors
-/// The state is away; a record cannot be removed; the mark does not say which state it was, as those of older
-/// agents, and this one has records of the node.
+/// The state is not available; a record cannot be removed; the state has records of the node, but the node's mark,
+/// as those of older agents, does not say which state it used.
 fn withdraw(options: &UninstallOptions, root: Option<&str>) -> io::Result<usize> {
     let state = match root {
         Some(root) => SharedState::known(&options.state, root.to_owned()),
