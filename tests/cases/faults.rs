@@ -11,16 +11,16 @@ use std::process::Command;
 use std::time::Duration;
 
 use dataplane_tests::agent::CAPABILITIES;
-use dataplane_tests::lacks::Lacks;
+use dataplane_tests::lacks::Restriction;
 use dataplane_tests::peer::Peer;
 use dataplane_tests::process::output;
-use dataplane_tests::{Agent, Node, One, Wire, World, eventually, scaled};
+use dataplane_tests::{Agent, Node, SingleNode, Wire, World, eventually, scaled};
 use http::Method;
 
 const PORT: u16 = 7000;
 
 /// A peer under the mesh's own CA.
-fn peer_of(one: &One, identity: &str) -> Peer {
+fn peer_of(one: &SingleNode, identity: &str) -> Peer {
     let read =
         |file: &str| fs::read_to_string(one.world.state.join("ca").join(file)).expect("the CA");
     Peer::signed(&read("root.pem"), &read("key.pem"), identity)
@@ -28,7 +28,7 @@ fn peer_of(one: &One, identity: &str) -> Peer {
 
 #[test]
 fn c9_what_a_pod_accepts_while_it_leaves_stays_inside() {
-    let one = One::new();
+    let one = SingleNode::new();
     let app = one.server.app(&["serve", "7000", "late-device=eth0"]);
     assert_eq!(app.line(), "ready");
     let peer = peer_of(&one, "spiffe://cluster.local/ns/demo/sa/peer");
@@ -64,7 +64,7 @@ fn c9_what_a_pod_accepts_while_it_leaves_stays_inside() {
 
 #[test]
 fn a_peer_is_let_in_by_its_certificate_and_to_the_pod_alone() {
-    let one = One::new();
+    let one = SingleNode::new();
     let _app = one.server.serve(PORT);
     let _theirs = one.outsider.serve(PORT);
     let peer = peer_of(&one, "spiffe://cluster.local/ns/demo/sa/peer");
@@ -117,7 +117,7 @@ fn a_peer_is_let_in_by_its_certificate_and_to_the_pod_alone() {
 
 #[test]
 fn a_peer_of_another_mesh_or_without_a_certificate_is_not_let_in() {
-    let one = One::new();
+    let one = SingleNode::new();
     let _app = one.server.serve(PORT);
     let own = one.server.at(PORT).to_string();
     let connect =
@@ -146,7 +146,7 @@ fn a_peer_of_another_mesh_or_without_a_certificate_is_not_let_in() {
 
 #[test]
 fn bytes_that_are_not_tls_are_closed_and_told() {
-    let one = One::new();
+    let one = SingleNode::new();
     for line in ["GET / HTTP/1.1", "\u{16}\u{3}\u{1}", "x"] {
         let answer = one
             .outsider
@@ -165,7 +165,7 @@ fn bytes_that_are_not_tls_are_closed_and_told() {
 
 #[test]
 fn what_is_meant_for_the_agents_own_ports_in_clear_is_refused() {
-    let one = One::new();
+    let one = SingleNode::new();
     for port in [15001, 15006] {
         assert_eq!(
             one.outsider.ask(one.server.at(port), "x"),
@@ -178,7 +178,7 @@ fn what_is_meant_for_the_agents_own_ports_in_clear_is_refused() {
 
 #[test]
 fn a_pod_that_calls_the_agents_own_ports_is_refused_once() {
-    let one = One::new();
+    let one = SingleNode::new();
     // An address that came after the enrolment is the pod's own, and not known to be.
     one.server.netns.ip("addr add 10.254.0.1/32 dev lo\n");
     let late = IpAddr::from([10, 254, 0, 1]);
@@ -316,7 +316,7 @@ fn a_bad_file_stops_the_start_and_is_named_with_line_and_field() {
 
 #[test]
 fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
-    let one = One::new();
+    let one = SingleNode::new();
     let _app = one.server.serve(PORT);
     let to = one.server.at(PORT);
     assert!(one.outsider.ask(to, "x").is_ok());
@@ -362,7 +362,7 @@ fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
 
 #[test]
 fn a_policy_counts_however_its_file_comes_and_changes() {
-    let one = One::new();
+    let one = SingleNode::new();
     let _app = one.server.serve(PORT);
     let manifests = &one.world.manifests;
     let nobody = "cluster.local/ns/x/sa/y";
@@ -513,7 +513,7 @@ fn without_any_one_of_its_privileges_it_says_which_and_does_not_start() {
 
 #[test]
 fn a_killed_agents_successor_takes_over_and_letting_go_is_complete() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let _app = one.server.serve(PORT);
     for _ in 0..3 {
         one.agent.kill();
@@ -594,7 +594,7 @@ fn a_kernel_without_a_kind_of_programs_is_named_in_a_line_and_nothing_is_begun()
         (30, "steer"),
     ] {
         let mut setup = world.setup(&node);
-        setup.lacks = Some(Lacks::Programs(kind));
+        setup.restriction = Some(Restriction::Programs(kind));
         let mut agent = Agent::start(setup);
         eventually("it ends by itself", 20, || !agent.runs());
         let status = agent.wait();
@@ -625,7 +625,7 @@ fn a_kernel_without_ipv6_captures_ipv4_and_refuses_the_rest() {
     let _app = server.serve(PORT);
     let agents = [&one, &two].map(|node| {
         let mut setup = world.setup(node);
-        setup.lacks = Some(Lacks::Ipv6);
+        setup.restriction = Some(Restriction::Ipv6);
         Agent::start(setup)
     });
     agents[0].up(&["client"]);

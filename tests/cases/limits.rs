@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use dataplane_tests::process::Process;
-use dataplane_tests::{Agent, One, Pair, World, bpf, eventually, scaled, within};
+use dataplane_tests::{Agent, Pair, SingleNode, World, bpf, eventually, scaled, within};
 
 const PORT: u16 = 7000;
 const HBONE: u16 = 15008;
@@ -277,7 +277,7 @@ fn a_log_that_nobody_reads_stops_no_connection_and_what_is_lost_is_counted() {
 #[test]
 fn a_pod_for_which_there_is_no_room_loses_no_connection_by_it() {
     for map in ["PODS", "CGROUPS"] {
-        let one = One::new();
+        let one = SingleNode::new();
         let pins = one.world.pinned("one", "maps");
         let pin = pins.iter().find(|pin| pin.ends_with(map)).expect("a map");
         bpf::fill(pin);

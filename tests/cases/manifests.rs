@@ -8,20 +8,20 @@ use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use dataplane_tests::{One, Process, World, eventually, scaled};
+use dataplane_tests::{Process, SingleNode, World, eventually, scaled};
 
 const PORT: u16 = 7000;
 
 /// What says that nothing is meant.
 const NOTHING: &str = "apiVersion: v1\nkind: List\nitems: []\n";
 
-fn policy(one: &One) -> PathBuf {
+fn policy(one: &SingleNode) -> PathBuf {
     one.world.manifests.folder.join("policy-demo-nobody.yaml")
 }
 
 /// One whose server nobody may reach.
-fn closed() -> (One, Process) {
-    let one = One::new();
+fn closed() -> (SingleNode, Process) {
+    let one = SingleNode::new();
     let app = one.server.serve(PORT);
     assert!(!one.denies(PORT), "nothing is said yet");
     let (manifests, nobody) = (&one.world.manifests, "cluster.local/ns/x/sa/y");
@@ -72,7 +72,7 @@ fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
     let (mut one, _app) = closed();
     let folder = one.world.manifests.folder.clone();
     let away = folder.with_extension("away");
-    let empty = |one: &One| {
+    let empty = |one: &SingleNode| {
         // As an unmount leaves it.
         fs::rename(&folder, &away).expect("a folder");
         fs::create_dir(&folder).expect("a folder");
@@ -106,7 +106,7 @@ fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
 
 #[test]
 fn c1_a_captured_pod_that_nothing_says_at_a_start_stays_until_manifests_are_whole() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let folder = &one.world.manifests.folder;
     let (object, team) = (folder.join("pod-demo-server.yaml"), folder.join("team"));
     one.agent.kill();
@@ -150,7 +150,7 @@ fn c1_a_captured_pod_that_nothing_says_at_a_start_stays_until_manifests_are_whol
 
 #[test]
 fn a_policy_is_read_wherever_a_link_leads_and_whichever_folder_is_there() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let _app = one.server.serve(PORT);
     let revisions = one.world.folder().join("revisions");
     let first = revisions.join("first");
@@ -252,7 +252,7 @@ fn a_policy_that_comes_changes_or_goes_leaves_a_word() {
 
 #[test]
 fn a_pod_that_a_slip_takes_out_of_the_mesh_is_warned_of() {
-    let one = One::new();
+    let one = SingleNode::new();
     let manifests = &one.world.manifests.folder;
     let replace = |file: &str, from: &str, to: &str| {
         let path = manifests.join(file);

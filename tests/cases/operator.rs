@@ -10,11 +10,11 @@ use std::time::Duration;
 use dataplane_tests::command::{dataplane, run};
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, One, World, eventually, program, scaled};
+use dataplane_tests::{Agent, SingleNode, World, eventually, program, scaled};
 
 #[test]
 fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
-    let one = One::new();
+    let one = SingleNode::new();
     let pid = one.agent.pid().to_string();
     let kill = |signal: &str| {
         let (status, said) = run(Command::new("kill").args([signal, &pid]));
@@ -106,7 +106,7 @@ fn who_reads_no_output_gets_no_panic() {
 
 #[test]
 fn a_hangup_drains_as_a_request_to_end_does() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let mut hangup = Command::new("kill");
     let (status, said) = run(hangup.args(["-HUP", &one.agent.pid().to_string()]));
     assert!(status.success(), "{said}");
@@ -175,7 +175,7 @@ fn a_pod_of_which_other_nodes_cannot_be_told_is_not_up_until_they_can() {
 
 #[test]
 fn levels_that_would_silence_the_log_are_refused_or_told() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     for (level, told) in [
         ("nonsense", "`nonsense` is no level"),
         ("aces=debug", "nothing is logged of `aces`"),

@@ -11,7 +11,7 @@ use dataplane_tests::agent::Setup;
 use dataplane_tests::command::{dataplane, refused, run, under, uninstall};
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, One, World, bpf, eventually};
+use dataplane_tests::{Agent, SingleNode, World, bpf, eventually};
 
 const PORT: u16 = 7000;
 
@@ -39,13 +39,13 @@ fn a_folder_that_is_not_an_agents_is_not_made_one_by_run() {
 
 #[test]
 fn a_start_that_is_refused_leaves_nothing() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let scratch = tempfile::tempdir().expect("a folder");
     let at = |name: &str| scratch.path().join(name);
     fs::create_dir(at("bpf")).expect("a folder");
     let (before, traces) = (tree(scratch.path()), one.traces());
     let mounts = || fs::read_to_string("/proc/self/mounts").expect("/proc is mounted");
-    let refuse = |one: &One, what: &str, change: &dyn Fn(&mut Setup)| {
+    let refuse = |one: &SingleNode, what: &str, change: &dyn Fn(&mut Setup)| {
         let mut setup = one.world.setup(&one.node);
         change(&mut setup);
         let (status, said) = run(&mut under(&[], &setup.command(), &setup));
@@ -150,7 +150,7 @@ fn a_start_that_pins_refuse_has_begun_nothing() {
 
 #[test]
 fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let _app = one.server.serve(PORT);
     let scratch = tempfile::tempdir().expect("a folder");
     let bpffs = Mounted::new(scratch.path().join("bpf"));
@@ -223,7 +223,7 @@ fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
 
 #[test]
 fn c1_pods_stay_with_the_places_that_their_agent_was_given() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     assert_eq!(one.agent.terminate().code(), Some(0));
     assert!(one.is_captured());
     let before = one.traces();
@@ -270,7 +270,7 @@ fn c1_pods_stay_with_the_places_that_their_agent_was_given() {
 
 #[test]
 fn c1_who_cannot_see_the_pods_processes_lets_nobody_go() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     assert_eq!(one.agent.terminate().code(), Some(0));
     assert!(one.is_captured());
     let (before, setup) = (one.traces(), one.world.setup(&one.node));
@@ -296,7 +296,7 @@ fn c1_who_cannot_see_the_pods_processes_lets_nobody_go() {
 
 #[test]
 fn c1_who_cannot_see_the_pods_cgroups_lets_nobody_go() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     assert_eq!(one.agent.terminate().code(), Some(0));
     let (before, setup) = (one.traces(), one.world.setup(&one.node));
     for command in [setup.command(), uninstall(&one, &[]), dataplane("check")] {

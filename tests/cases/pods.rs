@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime};
 
 use dataplane_tests::bpf::{self, keys};
 use dataplane_tests::cgroup::{self, Cgroup};
-use dataplane_tests::lacks::Lacks;
+use dataplane_tests::lacks::Restriction;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
 use dataplane_tests::world::Mounted;
@@ -605,11 +605,11 @@ fn a_pod_whose_namespace_is_gone_is_dialled_by_hbone_no_more() {
 }
 
 /// An agent that says of each look at the machine why it was and when the next one is.
-fn watchful(world: &World, node: &Node, lacks: Option<Lacks>) -> Agent {
+fn watchful(world: &World, node: &Node, restriction: Option<Restriction>) -> Agent {
     let mut setup = world.setup(node);
     let level = "info,dataplane_agent::node::machine=debug";
     setup.variables = vec![("RUST_LOG".into(), level.into())];
-    setup.lacks = lacks;
+    setup.restriction = restriction;
     Agent::start(setup)
 }
 
@@ -681,7 +681,7 @@ fn where_nothing_is_told_of_cgroups_the_machine_is_looked_at_each_second() {
     let world = World::new();
     let node = world.node("one");
     let _first = node.pod(&world, "first");
-    let agent = watchful(&world, &node, Some(Lacks::Inotify));
+    let agent = watchful(&world, &node, Some(Restriction::Inotify));
     agent.up(&["first"]);
     agent.logs(&[
         "cannot be told of changes of cgroups",

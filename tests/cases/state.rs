@@ -8,7 +8,7 @@ use std::fs;
 use dataplane_tests::agent::Agent;
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{One, Pair, Wire, World, eventually};
+use dataplane_tests::{Pair, SingleNode, Wire, World, eventually};
 
 const PORT: u16 = 7000;
 
@@ -138,7 +138,7 @@ fn c1_a_state_behind_a_link_is_the_same_while_it_is_away() {
 
 #[test]
 fn uninstall_while_the_state_is_away_says_what_it_left_there_and_can_be_tried_again() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     one.agent.kill();
     let record = one.world.state.join("enrolled/demo.server.json");
     assert!(record.exists());
@@ -163,7 +163,7 @@ fn uninstall_while_the_state_is_away_says_what_it_left_there_and_can_be_tried_ag
 
 #[test]
 fn uninstall_of_a_node_whose_mark_has_no_root_says_that_there_are_records() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     one.agent.kill();
     let (mark, record) = (
         one.folder().join("node.json"),
@@ -175,7 +175,7 @@ fn uninstall_of_a_node_whose_mark_has_no_root_says_that_there_are_records() {
     assert!(old["root"].take().is_string());
     fs::write(&mark, old.to_string()).expect("a file");
     let away = Mounted::empty_over(&one.world.state);
-    let told = |one: &One, told: &str| {
+    let told = |one: &SingleNode, told: &str| {
         let (status, _, said) = one.agent.uninstall();
         assert_eq!(status.code(), Some(1), "{said}");
         assert!(
@@ -197,7 +197,7 @@ fn uninstall_of_a_node_whose_mark_has_no_root_says_that_there_are_records() {
 
 #[test]
 fn uninstall_of_a_node_of_which_the_state_alone_has_records_names_them() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     one.agent.kill();
     let records = one.world.state.join("enrolled");
     let record = records.join("demo.server.json");
@@ -220,7 +220,7 @@ fn uninstall_of_a_node_of_which_the_state_alone_has_records_names_them() {
 
 #[test]
 fn c1_records_of_a_node_of_the_same_name_on_another_machine_stay() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let [own, others] = ["server", "elsewhere"]
         .map(|name| one.world.state.join(format!("enrolled/demo.{name}.json")));
     let text = fs::read_to_string(&own).expect("a record");

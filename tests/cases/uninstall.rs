@@ -13,7 +13,7 @@ use dataplane_tests::command::{dataplane, run, uninstall};
 use dataplane_tests::one::tree;
 use dataplane_tests::process::place;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{One, World};
+use dataplane_tests::{SingleNode, World};
 
 const PORT: u16 = 7000;
 
@@ -95,7 +95,7 @@ fn uninstall_touches_nothing_that_is_not_an_agents_whatever_it_is_told() {
 
 #[test]
 fn uninstall_without_a_privilege_says_which_and_changes_nothing() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     one.agent.kill();
     assert!(one.is_captured());
     let before = one.traces();
@@ -121,11 +121,11 @@ fn uninstall_without_a_privilege_says_which_and_changes_nothing() {
 
 #[test]
 fn uninstall_with_other_places_than_its_agents_says_so_and_changes_nothing() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let scratch = tempfile::tempdir().expect("a folder");
     let other = Mounted::new(scratch.path().join("bpf"));
     let before = one.traces();
-    let unchanged = |one: &One, others: &[(&str, &Path)], code: i32, told: &[&str]| {
+    let unchanged = |one: &SingleNode, others: &[(&str, &Path)], code: i32, told: &[&str]| {
         let (status, said) = run(&mut uninstall(one, others));
         assert_eq!(status.code(), Some(code), "{others:?}: {said}");
         for part in told {
@@ -200,7 +200,7 @@ fn uninstall_with_other_places_than_its_agents_says_so_and_changes_nothing() {
 
 #[test]
 fn what_cannot_be_taken_back_is_told_and_its_record_stays() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     one.agent.kill();
     let (stranger, broken) = (
         one.folder().join("precious"),

@@ -8,8 +8,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use dataplane_tests::agent::OTHER;
-use dataplane_tests::lacks::Lacks;
-use dataplane_tests::{One, Pair, Process, Taps, bpf, eventually, program};
+use dataplane_tests::lacks::Restriction;
+use dataplane_tests::{Pair, Process, SingleNode, Taps, bpf, eventually, program};
 
 const PORT: u16 = 7000;
 const REAL: &str = "DATAPLANE_BIN";
@@ -127,11 +127,11 @@ fn c1_a_pods_program_has_the_maps_that_the_agent_writes_whoever_was_killed_on_th
     // The pods' programs are replaced, and the node's not yet; maps get the names of the old ones.
     for (step, last) in [(24, 1), (38, 2)] {
         pair.one.kill();
-        pair.one.setup().lacks = Some(Lacks::Time(step));
+        pair.one.setup().restriction = Some(Restriction::KillAtStep(step));
         pair.one.setup().program = OTHER;
         pair.one.restart();
         eventually("it is killed", 20, || !pair.one.runs());
-        pair.one.setup().lacks = None;
+        pair.one.setup().restriction = None;
         hold(&mut pair, REAL);
         is_looked_after(&pair, last);
     }
@@ -151,13 +151,14 @@ fn an_agent_that_is_killed_at_any_step_of_taking_over_is_followed_by_one_of_eith
         pair.one.kill();
         let killed = 1 - pinned;
         let setup = pair.one.setup();
-        (setup.program, setup.lacks) = (versions[killed], Some(Lacks::Time(step)));
+        (setup.program, setup.restriction) =
+            (versions[killed], Some(Restriction::KillAtStep(step)));
         pair.one.restart();
         let is_up = || pair.one.pod("client").0 == "up";
         eventually("it is killed, or needs no more steps", 20, || {
             !pair.one.runs() || is_up()
         });
-        pair.one.setup().lacks = None;
+        pair.one.setup().restriction = None;
         if pair.one.runs() {
             assert!(step > 40, "it took {step} steps");
             break;
@@ -185,7 +186,7 @@ fn c7_uninstall_leaves_nothing_of_two_versions() {
     for step in [30, 39] {
         pair.one.kill();
         pair.one.setup().program = OTHER;
-        pair.one.setup().lacks = Some(Lacks::Time(step));
+        pair.one.setup().restriction = Some(Restriction::KillAtStep(step));
         pair.one.restart();
         eventually("it is killed", 20, || !pair.one.runs());
         pair.one.wait();
@@ -197,7 +198,7 @@ fn c7_uninstall_leaves_nothing_of_two_versions() {
             assert!(pair.client.ask(to, "x").is_ok(), "step {step}: {to}");
         }
         pair.one.setup().program = REAL;
-        pair.one.setup().lacks = None;
+        pair.one.setup().restriction = None;
         pair.one.restart();
         pair.one.up(&["client"]);
     }
@@ -282,12 +283,12 @@ fn c1_maps_whose_pins_are_lost_while_no_agent_runs_are_found_again() {
         fs::remove_file(pin).expect("a pin");
     }
     // Where it is not told which maps the programs have, it makes no others.
-    pair.one.setup().lacks = Some(Lacks::List);
+    pair.one.setup().restriction = Some(Restriction::ListPrograms);
     pair.one.restart();
     pair.one.logs(&["Operation not permitted"]);
     assert_eq!(pair.one.wait().code(), Some(1));
     assert_eq!(pair.world.pinned("one", "maps"), Vec::<PathBuf>::new());
-    pair.one.setup().lacks = None;
+    pair.one.setup().restriction = None;
     // What it does not find it does not put into the maps anew.
     hold(&mut pair, REAL);
     pair.one.logs(&["is pinned again", "PODS"]);
@@ -300,7 +301,7 @@ fn c1_maps_whose_pins_are_lost_while_no_agent_runs_are_found_again() {
 
 #[test]
 fn c1_a_record_that_cannot_be_read_keeps_its_pod_captured_and_blocks_no_other() {
-    let mut one = One::new();
+    let mut one = SingleNode::new();
     let _app = one.server.serve(PORT);
     let second = one.node.pod(&one.world, "second");
     let _second = second.serve(PORT);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::lacks::{Lacks, lacks};
+use crate::lacks::{Restriction, restrict};
 use crate::process::{Place, output, place};
 use crate::{eventually, program, scaled, within};
 
@@ -48,7 +48,7 @@ pub struct Setup {
     /// Namespace, cgroup and privileges.
     pub place: Place,
     /// What its kernel lacks.
-    pub lacks: Option<Lacks>,
+    pub restriction: Option<Restriction>,
 }
 
 /// A daemon; ended, and what it left removed, when dropped.
@@ -108,8 +108,8 @@ impl Setup {
             .envs(setup.variables.iter().cloned())
             .stdin(Stdio::null());
         place(&mut command, &setup.place);
-        if let Some(what) = setup.lacks {
-            lacks(&mut command, what);
+        if let Some(what) = setup.restriction {
+            restrict(&mut command, what);
         }
         command
     }

@@ -79,7 +79,7 @@ pub fn fill(pin: &Path) {
 
 /// How many entries a map has room for.
 pub fn most(pin: &Path) -> u64 {
-    let told = told(&open(pin).expect("a map")).expect("it is told");
+    let told = map_info(&open(pin).expect("a map")).expect("it is told");
     told("max_entries:").expect("of a map")
 }
 
@@ -87,13 +87,13 @@ pub fn most(pin: &Path) -> u64 {
 pub fn id(pin: &Path) -> Option<u64> {
     open(pin)
         .ok()
-        .and_then(|pinned| told(&pinned).ok()?("map_id:"))
+        .and_then(|pinned| map_info(&pinned).ok()?("map_id:"))
 }
 
 /// Pins in the place of a map one with so many times the room, and what it holds if that can be listed.
 pub fn remake(pin: &Path, times: u32) {
     let old = open(pin).expect("a map");
-    let told = told(&old).expect("it is told");
+    let told = map_info(&old).expect("it is told");
     let number = |name| told(name).expect("of a map");
     let sizes = [
         "map_type:",
@@ -239,14 +239,14 @@ fn element(what: libc::c_long, map: &OwnedFd, key: u64, value: u64) -> io::Resul
 }
 
 fn key_size(pinned: &OwnedFd) -> io::Result<Option<usize>> {
-    let told = told(pinned)?;
+    let told = map_info(pinned)?;
     let size = told("key_size:")
         .filter(|_| told("map_type:").is_some_and(|kind| [HASH, LRU].contains(&kind)));
     Ok(size.map(|size| size as usize))
 }
 
 /// What the kernel tells of the descriptor: numbers by their names.
-fn told(pinned: &OwnedFd) -> io::Result<impl Fn(&str) -> Option<u64> + use<>> {
+fn map_info(pinned: &OwnedFd) -> io::Result<impl Fn(&str) -> Option<u64> + use<>> {
     let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", pinned.as_raw_fd()))?;
     Ok(move |name: &str| {
         let found = told.lines().find_map(|line| line.strip_prefix(name))?;

@@ -6,7 +6,7 @@ use std::process::{Command, ExitStatus};
 
 use crate::agent::Setup;
 use crate::process::{output, place};
-use crate::{Agent, One, eventually, program};
+use crate::{Agent, SingleNode, eventually, program};
 
 /// `dataplane` with a command, and without settings from the environment.
 pub fn dataplane(command: &str) -> Command {
@@ -16,7 +16,7 @@ pub fn dataplane(command: &str) -> Command {
 }
 
 /// `uninstall` with the places of this node, and with others in their stead.
-pub fn uninstall(one: &One, others: &[(&str, &Path)]) -> Command {
+pub fn uninstall(one: &SingleNode, others: &[(&str, &Path)]) -> Command {
     let mut uninstall = dataplane("uninstall");
     let (run, bpffs, state) = (
         one.world.folder().join("run"),

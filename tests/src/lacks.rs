@@ -10,16 +10,16 @@ use std::process::Command;
 
 /// What a kernel lacks.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Lacks {
+pub enum Restriction {
     /// A kind of kernel programs, by its number in `enum bpf_prog_type`.
     Programs(u32),
     /// IPv6: no socket of its family can be made.
     Ipv6,
     /// The right to list programs.
-    List,
+    ListPrograms,
     /// Time: it ends who begins the step of this number, counted from 0. A step pins something, attaches
     /// a program, or renames a file.
-    Time(u32),
+    KillAtStep(u32),
     /// Instances of inotify: others have them all.
     Inotify,
 }
@@ -39,10 +39,10 @@ const NUMBER: u32 = 0;
 const FIRST: u32 = 16;
 
 /// Starts what the command starts on a kernel that lacks this.
-pub fn lacks(command: &mut Command, what: Lacks) {
+pub fn restrict(command: &mut Command, what: Restriction) {
     let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
     let mut filter = filter(what);
-    let is_asked = matches!(what, Lacks::Programs(_) | Lacks::Time(_));
+    let is_asked = matches!(what, Restriction::Programs(_) | Restriction::KillAtStep(_));
     let install = move || {
         let program = libc::sock_fprog {
             len: filter.len() as u16,
@@ -77,16 +77,16 @@ pub fn lacks(command: &mut Command, what: Lacks) {
             let listener = taken(pid, listener).expect("the filter's listener");
             ours.write_all(&[0]).expect("it waits");
             match what {
-                Lacks::Programs(kind) => answer_loads(&listener, kind),
-                Lacks::Time(steps) => end_at(&listener, pid, steps),
-                Lacks::Ipv6 | Lacks::List | Lacks::Inotify => {}
+                Restriction::Programs(kind) => answer_loads(&listener, kind),
+                Restriction::KillAtStep(steps) => end_at(&listener, pid, steps),
+                Restriction::Ipv6 | Restriction::ListPrograms | Restriction::Inotify => {}
             }
         });
     }
 }
 
 /// Asks of what is lacking, or refuses it.
-fn filter(what: Lacks) -> Vec<libc::sock_filter> {
+fn filter(what: Restriction) -> Vec<libc::sock_filter> {
     let load = |k| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, k, 0, 0);
     let is = |k, then, other| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k, then, other);
     let answer = |k| step(libc::BPF_RET | libc::BPF_K, k, 0, 0);
@@ -104,19 +104,19 @@ fn filter(what: Lacks) -> Vec<libc::sock_filter> {
         ]
     };
     match what {
-        Lacks::Programs(_) => one(libc::SYS_bpf, PROG_LOAD, ask),
-        Lacks::Ipv6 => one(
+        Restriction::Programs(_) => one(libc::SYS_bpf, PROG_LOAD, ask),
+        Restriction::Ipv6 => one(
             libc::SYS_socket,
             libc::AF_INET6.cast_unsigned(),
             refuse(libc::EAFNOSUPPORT),
         ),
-        Lacks::List => one(libc::SYS_bpf, PROG_LIST, refuse(libc::EPERM)),
-        Lacks::Inotify => one(
+        Restriction::ListPrograms => one(libc::SYS_bpf, PROG_LIST, refuse(libc::EPERM)),
+        Restriction::Inotify => one(
             libc::SYS_inotify_init1,
             (libc::IN_CLOEXEC | libc::IN_NONBLOCK).cast_unsigned(),
             refuse(libc::EMFILE),
         ),
-        Lacks::Time(_) => vec![
+        Restriction::KillAtStep(_) => vec![
             load(NUMBER),
             is(number(RENAME), 6, 0),
             is(number(libc::SYS_bpf), 0, 4),

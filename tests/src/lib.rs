@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use agent::{Agent, repairs};
-pub use one::One;
+pub use one::SingleNode;
 pub use process::Process;
 pub use taps::Taps;
 pub use wire::Wire;

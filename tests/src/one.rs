@@ -9,7 +9,7 @@ use crate::{Agent, Node, Pod, World};
 
 /// A node with its agent and two pods.
 #[derive(Debug)]
-pub struct One {
+pub struct SingleNode {
     /// The pod in the mesh, which is up.
     pub server: Pod,
     /// The pod that is not.
@@ -22,7 +22,7 @@ pub struct One {
     pub world: World,
 }
 
-impl One {
+impl SingleNode {
     /// With the server up.
     pub fn new() -> Self {
         let world = World::new();
@@ -71,7 +71,7 @@ impl One {
     }
 }
 
-impl Default for One {
+impl Default for SingleNode {
     fn default() -> Self {
         Self::new()
     }

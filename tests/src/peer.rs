@@ -94,7 +94,7 @@ impl Peer {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("TLS 1.3")
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anybody));
+            .with_custom_certificate_verifier(Arc::new(AcceptAnyServer));
         let mut config = match &self.shows {
             Some((chain, key)) => {
                 let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.clone()));
@@ -184,9 +184,9 @@ async fn patient<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, 
 
 /// Takes any server: the test is the client that the agent has to judge.
 #[derive(Debug)]
-struct Anybody;
+struct AcceptAnyServer;
 
-impl rustls::client::danger::ServerCertVerifier for Anybody {
+impl rustls::client::danger::ServerCertVerifier for AcceptAnyServer {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

@@ -272,7 +272,7 @@ impl World {
                 hosts: None,
                 capabilities: Some(CAPABILITIES.iter().map(|(_, number)| *number).collect()),
             },
-            lacks: None,
+            restriction: None,
         }
     }
 

@@ -14,16 +14,16 @@ const HALVES: &[&str] = &["node", "proxy"];
 
 /// Rooms that every room may use: the nouns of the mesh, system calls, settings, the owner of tasks, how
 /// busy workers are, and what watches.
-const LENT: &[&str] = &["mesh", "sys", "config", "drain", "load", "observe"];
+const SHARED: &[&str] = &["mesh", "sys", "config", "drain", "load", "observe"];
 
 /// Rooms of the proxy half that every room of it may use: certificates, the words of the wire, the bounds.
-const LENT_IN_PROXY: &[&str] = &["proxy::identity", "proxy::hbone", "proxy::limits"];
+const SHARED_IN_PROXY: &[&str] = &["proxy::identity", "proxy::hbone", "proxy::limits"];
 
 /// The room that all stand on. It uses no other, not even what is lent.
-const GROUND: &str = "mesh";
+const BASE: &str = "mesh";
 
 /// The rooms that a connection walks through, in order.
-const WALKED: &[&str] = &[
+const PIPELINE: &[&str] = &[
     "seam",
     "proxy::accept",
     "proxy::resolve",
@@ -56,12 +56,12 @@ const DOORS: &[(&str, &[&str])] = &[
     ("proxy::identity", &[]),
     ("proxy::limits", &[]),
     // The order of the rooms, and the threads on which connections walk through them.
-    ("proxy::connection", WALKED),
-    ("proxy::workers", WALKED),
+    ("proxy::connection", PIPELINE),
+    ("proxy::workers", PIPELINE),
     // Fills the stores in their own types, and issues certificates.
     ("control", &["proxy::identity"]),
     ("observe", &["proxy::identity", "proxy::limits"]),
-    (GROUND, &[]),
+    (BASE, &[]),
     ("sys", &[]),
     ("config", &[]),
     ("drain", &[]),
@@ -69,7 +69,7 @@ const DOORS: &[(&str, &[&str])] = &[
 ];
 
 /// Rooms that no other may use: they build all rooms.
-const ABOVE: &[&str] = &["agent", "cli"];
+const TOP: &[&str] = &["agent", "cli"];
 
 /// One use of a room that is not through its door.
 #[derive(Debug, PartialEq, Eq)]
@@ -99,10 +99,10 @@ pub(crate) fn breaches(path: &Path, text: &str) -> Vec<Breach> {
     let closed = |name: &str| {
         let half = name.split("::").next().unwrap_or_default();
         let known = HALVES.contains(&half)
-            || ABOVE.contains(&name)
+            || TOP.contains(&name)
             || DOORS.iter().any(|(room, _)| *room == name);
-        let lent = LENT.contains(&name) || in_proxy && LENT_IN_PROXY.contains(&name);
-        known && name != room && !(lent && room != GROUND) && !doors.contains(&name)
+        let shared = SHARED.contains(&name) || in_proxy && SHARED_IN_PROXY.contains(&name);
+        known && name != room && !(shared && room != BASE) && !doors.contains(&name)
     };
     Scanner::new(text, &module)
         .uses()

@@ -43,7 +43,7 @@ pub(crate) struct Options {
 /// The version that the targets are run with.
 const VERSION: &str = "0.13.2";
 /// Larger inputs find little that smaller ones do not, and are slow.
-const LONGEST: u32 = 4096;
+const MAX_INPUT: u32 = 4096;
 /// An input that takes longer is as bad as one that crashes.
 const SECONDS_PER_INPUT: u32 = 10;
 
@@ -101,7 +101,7 @@ impl Target<'_> {
             self.built()?
                 .args([&found, &self.kept()])
                 .arg(format!("-max_total_time={}", time.as_secs().max(1)))
-                .arg(format!("-max_len={LONGEST}"))
+                .arg(format!("-max_len={MAX_INPUT}"))
                 .arg(format!("-timeout={SECONDS_PER_INPUT}")),
         );
         let after = files(&crashes)?;
@@ -133,7 +133,7 @@ impl Target<'_> {
             self.built()?
                 .args([&kept, &found])
                 .arg("-set_cover_merge=1")
-                .arg(format!("-max_len={LONGEST}")),
+                .arg(format!("-max_len={MAX_INPUT}")),
         )?;
         let more = files(&kept)?.len() - before;
         Ok(format!("{more} more in {}", kept.display()))

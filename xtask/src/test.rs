@@ -273,7 +273,7 @@ impl Executable {
         for line in lines.split(b'\n') {
             let line = line?;
             let line = String::from_utf8_lossy(&line);
-            if outcome.hear(&line) {
+            if outcome.parse_line(&line) {
                 say(&line);
             }
         }
@@ -286,7 +286,7 @@ impl Executable {
 
 impl Outcome {
     /// Takes what libtest says in a line; whether it is one for people.
-    pub(crate) fn hear(&mut self, line: &str) -> bool {
+    pub(crate) fn parse_line(&mut self, line: &str) -> bool {
         if let Some(counts) = line.strip_prefix("test result: ") {
             // `test result: ok. 3 passed; 0 failed; …`
             let count = |word: &str| {
@@ -354,17 +354,17 @@ mod tests {
         let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 2 filtered \
                     out; finished in 0.01s";
         let mut outcome = Outcome::default();
-        assert!(!outcome.hear(line));
+        assert!(!outcome.parse_line(line));
         assert_eq!((outcome.passed, outcome.failed), (12, 3));
-        assert!(outcome.hear("test decide::tests::steers ... ok"));
-        assert!(outcome.hear("test decide::tests::fails ... FAILED"));
+        assert!(outcome.parse_line("test decide::tests::steers ... ok"));
+        assert!(outcome.parse_line("test decide::tests::fails ... FAILED"));
         assert_eq!(outcome.names, ["decide::tests::steers"]);
     }
 
     #[test]
     fn an_end_without_a_result_is_a_failure() {
         let mut outcome = Outcome::default();
-        outcome.hear("test decide::tests::steers ... ok");
+        outcome.parse_line("test decide::tests::steers ... ok");
         outcome.end("capture", true, "0");
         assert_eq!(outcome.failed, 1);
     }

@@ -14,11 +14,11 @@ use proc_macro2::{Delimiter, TokenStream, TokenTree};
 pub(crate) type Word = (&'static str, String);
 
 /// Macros of `tracing` that write a line.
-const LINES: [&str; 6] = ["trace", "debug", "info", "warn", "error", "event"];
+const LOG_MACROS: [&str; 6] = ["trace", "debug", "info", "warn", "error", "event"];
 /// Functions that give the word for a value.
 const NAMERS: [&str; 4] = ["word", "reason", "direction", "what"];
 /// Files whose strings are field names of JSON.
-const JSON: [&str; 1] = ["dump.rs"];
+const JSON_FILES: [&str; 1] = ["dump.rs"];
 
 /// The words in a file.
 ///
@@ -30,7 +30,7 @@ pub(crate) fn of(path: &Path, text: &str) -> Result<BTreeSet<Word>> {
         .map_err(|error| anyhow!("{}: {error}", path.display()))?;
     let mut words = BTreeSet::new();
     let is = |name: &str| path.file_name().is_some_and(|file| file == name);
-    walk(tokens, JSON.into_iter().any(is), &mut words);
+    walk(tokens, JSON_FILES.into_iter().any(is), &mut words);
     Ok(words)
 }
 
@@ -63,7 +63,7 @@ fn walk(tokens: TokenStream, json: bool, words: &mut BTreeSet<Word>) {
             ..,
         ] = rest
             && begins(rest, &["tracing", ":", ":"])
-            && LINES.into_iter().any(|line| name == line)
+            && LOG_MACROS.into_iter().any(|line| name == line)
             && is(bang, "!")
         {
             fields(group.stream(), words);

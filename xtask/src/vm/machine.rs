@@ -17,7 +17,7 @@ use crate::command::{shown, target};
 use crate::progress::say;
 
 /// A kernel that boots by KVM is up in one second.
-const TRIAL: Duration = Duration::from_secs(15);
+const TRIAL_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Who does the processor's work.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Accelerator {
             say("trying KVM");
             let image = image(&kernel.name, init)?.pack(&[])?;
             let mut up = false;
-            let tried = boot(kernel, Self::Kvm, &image, "", TRIAL, |line| {
+            let tried = boot(kernel, Self::Kvm, &image, "", TRIAL_TIMEOUT, |line| {
                 up |= line.starts_with("Linux ");
             });
             match tried {
@@ -139,7 +139,7 @@ pub(crate) fn boot(
     let child = qemu
         .spawn()
         .with_context(|| format!("cannot start `{}`", shown(&qemu)))?;
-    let mut child = Killed(child);
+    let mut child = KillOnDrop(child);
     let output = child.0.stdout.take().context("no output of QEMU")?;
     let (send, lines) = channel();
     thread::spawn(move || {
@@ -179,9 +179,9 @@ pub(crate) fn boot(
 }
 
 /// Not left behind.
-struct Killed(Child);
+struct KillOnDrop(Child);
 
-impl Drop for Killed {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();

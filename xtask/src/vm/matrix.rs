@@ -14,7 +14,7 @@ use crate::progress::say;
 use crate::test::{self, Built, Executable, Outcome};
 
 /// Longer than any suite takes on a slow machine.
-const PATIENCE: Duration = Duration::from_secs(2 * 60 * 60);
+const SUITE_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
 /// What is asked of the agent before the tests, which are run only where it agrees.
 const QUESTIONS: [&str; 2] = ["check", "load"];
 
@@ -122,22 +122,29 @@ impl Column {
 
         let mut column = Self::new(&kernel.name, &kernel.release, "virtual", &cases);
         let (mut current, mut ended, mut started) = (None, 0, Instant::now());
-        let off = machine::boot(kernel, accelerator, &image, &append, PATIENCE, |line| {
-            if let Some(number) = line.strip_prefix(">>> ") {
-                current = number.parse().ok();
-                started = Instant::now();
-                column.begins(current);
-            } else if let Some((number, how)) = line
-                .strip_prefix("<<< ")
-                .and_then(|end| end.split_once(": "))
-            {
-                ended += 1;
-                column.ends(number.parse().ok(), how, started.elapsed());
-                current = None;
-            } else {
-                column.hears(current, line);
-            }
-        });
+        let off = machine::boot(
+            kernel,
+            accelerator,
+            &image,
+            &append,
+            SUITE_TIMEOUT,
+            |line| {
+                if let Some(number) = line.strip_prefix(">>> ") {
+                    current = number.parse().ok();
+                    started = Instant::now();
+                    column.begins(current);
+                } else if let Some((number, how)) = line
+                    .strip_prefix("<<< ")
+                    .and_then(|end| end.split_once(": "))
+                {
+                    ended += 1;
+                    column.ends(number.parse().ok(), how, started.elapsed());
+                    current = None;
+                } else {
+                    column.hears(current, line);
+                }
+            },
+        );
         match off {
             Ok(complaints) => column.wrong.extend(complaints),
             Err(error) => column.wrong.push(format!("{error:#}")),
@@ -172,7 +179,7 @@ impl Column {
             said.push('\n');
             self.say(line);
         } else if let Some((_, outcome)) = self.tests.get_mut(number - QUESTIONS.len())
-            && outcome.hear(line)
+            && outcome.parse_line(line)
         {
             self.say(line);
         }
