@@ -1,4 +1,4 @@
-//! The kernel programs, then the agent.
+//! Builds the kernel programs, then the agent.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -28,7 +28,7 @@ pub(crate) struct Options {
 const OBJECTS: &[&str] = &["node", "pod"];
 /// See [`host_bins`].
 pub(crate) const FEATURES_OF_TESTS: &str = "--examples";
-/// What they are built for.
+/// The target of the kernel programs.
 const BPF: &str = "bpfel-unknown-none";
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -46,11 +46,11 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
     Ok(binary("dataplane", release))
 }
 
-/// Builds the kernel programs and what `host` builds, which takes them into the agent.
+/// Builds the kernel programs, and runs `host`, which builds the agent with them.
 ///
-/// The first time both are built beside each other: the agent's build script waits for the lock
-/// that is held meanwhile. Later the kernel programs come first, since cargo decides as it starts
-/// whether the script has to run again.
+/// The first time both are built in parallel: the agent's build script waits for the lock that is
+/// held meanwhile. Later the kernel programs come first, since cargo decides as it starts whether
+/// the script has to run again.
 pub(crate) fn with_kernel_programs<T>(host: impl FnOnce() -> Result<T>) -> Result<T> {
     let mut steps = setup::packages()?;
     let mut programs = || kernel_programs(&setup::toolchain(&mut steps)?);
@@ -67,7 +67,7 @@ pub(crate) fn with_kernel_programs<T>(host: impl FnOnce() -> Result<T>) -> Resul
             let done = programs();
             drop(lock);
             if let Err(error) = &done {
-                // The rest goes on for minutes.
+                // Reported at once, as the rest goes on for minutes.
                 say(&format!("the kernel programs cannot be built: {error:#}"));
             }
             done
@@ -92,8 +92,8 @@ fn lock() -> Result<File> {
     lock().with_context(|| format!("cannot lock {}", path.display()))
 }
 
-/// Builds the kernel programs, and those of the layout that only tests have, and puts those that changed
-/// where the agent's build takes them.
+/// Builds the kernel programs, and those of the layout that only tests have, and copies those that changed to
+/// the folder from which the agent's build takes them.
 fn kernel_programs(toolchain: &Toolchain) -> Result<()> {
     say("kernel programs");
     fs::create_dir_all(objects())
@@ -110,11 +110,11 @@ fn kernel_programs(toolchain: &Toolchain) -> Result<()> {
     Ok(())
 }
 
-/// Tells `cargo`, one of the kernel programs' toolchain, what to build and how.
+/// Adds the arguments for the BPF target to `cargo`, which is of the kernel programs' toolchain.
 pub(crate) fn for_bpf<'a>(cargo: &'a mut Command, linker: &Path) -> &'a mut Command {
     let mut flags = OsString::from("-Clinker=");
     flags.push(linker);
-    // BTF is made from debug information. The separator lets the path have spaces.
+    // BTF is made from debug information. The separator allows spaces in the path.
     flags.push("\x1f-Clink-arg=--btf\x1f-Cdebuginfo=2");
     cargo
         .args([
@@ -137,9 +137,9 @@ pub(crate) fn for_bpf<'a>(cargo: &'a mut Command, linker: &Path) -> &'a mut Comm
 
 /// Builds binaries for the host, with the features that their dependencies have in the tests' build.
 ///
-/// Cargo adds what tests alone need to the features of all that it builds, if it is asked for any
-/// test or example. Without them the agent and half of what it is made of would be built once more
-/// for the demo. There are no examples. What is shipped does without what tests need.
+/// If any test or example is requested, cargo adds the features that only tests need to all that it
+/// builds. Without these features the agent and half of its dependencies would be built once more
+/// for the demo. There are no examples. A release is built without the features of tests.
 pub(crate) fn host_bins(release: bool) -> Command {
     let mut cargo = host("build", release);
     cargo
@@ -148,7 +148,7 @@ pub(crate) fn host_bins(release: bool) -> Command {
     cargo
 }
 
-/// Cargo for the host, told where the kernel programs are.
+/// Returns cargo for the host, with the path of the kernel programs in its environment.
 pub(crate) fn host(chore: &str, release: bool) -> Command {
     let mut cargo = cargo();
     cargo
@@ -158,18 +158,18 @@ pub(crate) fn host(chore: &str, release: bool) -> Command {
     cargo
 }
 
-/// Where cargo puts a binary.
+/// Returns the path of a binary that cargo builds.
 pub(crate) fn binary(name: &str, release: bool) -> PathBuf {
     let profile = if release { "release" } else { "debug" };
     host_target().join(profile).join(name)
 }
 
-/// Where the agent's build takes the kernel programs; the same as in `.cargo/config.toml`.
+/// Returns the folder from which the agent's build takes the kernel programs; the same as in `.cargo/config.toml`.
 fn objects() -> PathBuf {
     target().join("ebpf-objects")
 }
 
-/// Copies a file that differs. One that does not keeps its time, and the agent is not rebuilt.
+/// Copies a file if it differs. Otherwise the target keeps its time, so that the agent is not rebuilt.
 fn copy_changed(from: &Path, to: &Path) -> Result<()> {
     let new = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
     if fs::read(to).is_ok_and(|old| old == new) {

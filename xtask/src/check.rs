@@ -1,4 +1,4 @@
-//! What needs no privilege: format, doors, lints, documentation, unit tests.
+//! The checks that need no privilege: format, doors, lints, documentation, unit tests.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -136,7 +136,7 @@ fn doors() -> Result<()> {
     Ok(())
 }
 
-/// What is at the top of the golden file.
+/// The comment at the top of the golden file.
 const ABOUT: &str = "\
 # Words that leave the agent, by the kind of place that they are in: somebody's dashboard, script or alert may
 # have each. Written by `cargo xtask check words --write`; a line that changes here is a decision.
@@ -175,7 +175,7 @@ fn words(write: bool) -> Result<()> {
     Ok(())
 }
 
-/// Every Rust file under `folder`: its path from there, and its text.
+/// Returns every Rust file under `folder`: its path from there, and its text.
 fn sources(folder: &Path) -> Result<Vec<(PathBuf, String)>> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];

@@ -1,4 +1,4 @@
-//! Runs other programs, and knows the folders that they work in.
+//! Running other programs, and the folders that they work in.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What `command` prints; its complaints stay unseen unless it fails.
+/// Returns the standard output of `command`; its standard error is only shown if it fails.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let done = command
         .stdin(Stdio::null())
@@ -31,7 +31,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&done.stdout).into_owned())
 }
 
-/// All that `command` prints, complaints too, and how it ended.
+/// Returns all that `command` prints, also to standard error, and its exit status.
 pub(crate) fn all_output(command: &mut Command) -> Result<(ExitStatus, String)> {
     let done = command
         .stdin(Stdio::null())
@@ -41,7 +41,7 @@ pub(crate) fn all_output(command: &mut Command) -> Result<(ExitStatus, String)> 
     Ok((done.status, String::from_utf8_lossy(&all).into_owned()))
 }
 
-/// The command as one would type it: with what is set for it, without what is kept from it.
+/// Returns the command as one would type it: with the variables that are set for it, without those that are removed.
 pub(crate) fn shown(command: &Command) -> String {
     let set = command
         .get_envs()
@@ -53,19 +53,19 @@ pub(crate) fn shown(command: &Command) -> String {
     set.chain(words).collect::<Vec<_>>().join(" ")
 }
 
-/// The cargo that runs this chore, in the workspace: for everything on the host.
+/// Returns the cargo that runs this chore, in the workspace: for everything on the host.
 pub(crate) fn cargo() -> Command {
     let mut cargo = Command::new(variable("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(workspace());
-    // Set for this process by `cargo run`; build scripts that read them would run again.
+    // `cargo run` sets these for this process only; build scripts that read them would run again.
     for name in own_variables() {
         cargo.env_remove(name);
     }
     cargo
 }
 
-/// A program of another toolchain: without what this process' cargo and rustup put into the
-/// environment, which would lead it back to theirs.
+/// Returns a program of another toolchain, without the environment variables of this process' cargo and
+/// rustup, which would make it use theirs.
 pub(crate) fn foreign(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.current_dir(workspace());
@@ -91,28 +91,28 @@ pub(crate) fn foreign(program: &Path) -> Command {
     command
 }
 
-/// The top of the repository.
+/// Returns the root folder of the repository.
 pub(crate) fn workspace() -> PathBuf {
-    // Asked at run time: a target folder shared by two checkouts may hold the other one's xtask.
+    // Read at run time: a target folder shared by two checkouts may hold the other one's xtask.
     let here = variable("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     here.parent().unwrap_or(&here).to_owned()
 }
 
-/// Where cargo builds for the host.
+/// Returns the folder in which cargo builds for the host.
 pub(crate) fn host_target() -> PathBuf {
     variable("CARGO_TARGET_DIR").map_or_else(target, |folder| workspace().join(folder))
 }
 
-/// Where everything else goes that can be made again: tools, kernel programs, logs.
+/// Returns the folder for everything else that can be rebuilt: tools, kernel programs, logs.
 pub(crate) fn target() -> PathBuf {
     workspace().join("target")
 }
 
-/// The first executable file of that name on the path.
+/// Returns the first executable file of that name on the path.
 pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let path = variable("PATH")?;
-    // Root's own folders are not on every user's path.
+    // The folders of root's programs are not on every user's path.
     env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
         .map(|folder| folder.join(name))
@@ -122,7 +122,7 @@ pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
         })
 }
 
-/// Whether this process may do what needs root.
+/// Returns `true` if this process runs as root.
 pub(crate) fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt;
     Path::new("/proc/self")
@@ -130,7 +130,7 @@ pub(crate) fn is_root() -> bool {
         .is_ok_and(|own| own.uid() == 0)
 }
 
-/// Refuses to go on without root; `what` needs it, to do `why`.
+/// Fails without root; `what` needs it, to do `why`.
 pub(crate) fn require_root(what: &str, why: &str) -> Result<()> {
     if !is_root() {
         bail!("{what} needs root ({why}): run `sudo -E env \"PATH=$PATH\" cargo xtask …`");
@@ -138,7 +138,7 @@ pub(crate) fn require_root(what: &str, why: &str) -> Result<()> {
     Ok(())
 }
 
-/// A variable of the environment, for paths.
+/// Returns an environment variable that holds a path.
 #[expect(
     clippy::disallowed_methods,
     reason = "cargo and the shell speak to a chore by its environment"
@@ -149,7 +149,7 @@ pub(crate) fn variable(name: &str) -> Option<PathBuf> {
         .map(PathBuf::from)
 }
 
-/// Names of the variables that cargo set for this process alone.
+/// Returns the names of the variables that cargo set for this process only.
 fn own_variables() -> impl Iterator<Item = String> {
     env::vars_os()
         .filter_map(|(name, _)| name.into_string().ok())

@@ -1,18 +1,18 @@
-//! The compiler of the kernel programs. They need `core` for a BPF target, which nobody ships
-//! built: a compiler with its library's sources, and allowed to use them.
+//! The compiler of the kernel programs. They need `core` for a BPF target, which nobody ships built: so the
+//! compiler has to have the library's sources, and to be allowed to build them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::command::{find_program, foreign, output};
 
-/// The packages that bring Debian's.
+/// Debian's packages of the compiler.
 pub(crate) const DEBIAN: &[&str] = &["rustc-web", "cargo-web", "rust-web-src", "rust-web-clippy"];
 
-/// What builds for a BPF target, given a linker.
+/// A compiler that builds for a BPF target, given a linker.
 #[derive(Clone, Debug)]
 pub(crate) struct Compiler {
-    /// Which one it is, for people.
+    /// Its description, for people.
     pub(crate) name: String,
     /// The folder of `rustc`, `cargo` and `cargo-clippy`; always named by path, since on most
     /// machines those of the host's toolchain come first.
@@ -20,7 +20,7 @@ pub(crate) struct Compiler {
 }
 
 impl Compiler {
-    /// A nightly of rustup's.
+    /// Finds a nightly of rustup's.
     pub(crate) fn nightly() -> Option<Self> {
         let rustup = find_program("rustup")?;
         let list = output(foreign(&rustup).args(["toolchain", "list"])).ok()?;
@@ -31,7 +31,7 @@ impl Compiler {
         Self::at(Path::new(rustc.trim()).parent()?, "rustup's nightly")
     }
 
-    /// Debian's.
+    /// Finds Debian's compiler.
     pub(crate) fn debian() -> Option<Self> {
         Self::at(Path::new("/usr/bin"), "Debian's")
     }
@@ -53,19 +53,19 @@ impl Compiler {
         })
     }
 
-    /// Its `rustc`.
+    /// Returns its `rustc`.
     pub(crate) fn rustc(&self) -> Command {
         let mut rustc = foreign(&self.folder.join("rustc"));
         rustc.env("RUSTC_BOOTSTRAP", "1");
         rustc
     }
 
-    /// Its `cargo`.
+    /// Returns its `cargo`.
     pub(crate) fn cargo(&self) -> Command {
         self.driven(&self.folder.join("cargo"))
     }
 
-    /// Its `cargo clippy`. Not through its cargo, which would take the first one on the path.
+    /// Returns its `cargo-clippy`, called directly: its cargo would run the first one on the path.
     pub(crate) fn clippy(&self) -> Command {
         let mut clippy = self.driven(&self.folder.join("cargo-clippy"));
         clippy.env("CARGO", self.folder.join("cargo")).arg("clippy");

@@ -1,4 +1,4 @@
-//! The main job, shown on this machine.
+//! Shows the dataplane at work on this machine.
 
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -28,7 +28,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     require_root("the demo", "network namespaces, cgroups, bpf(2)")?;
     build::with_kernel_programs(|| {
         say("agent and demo");
-        // Both in one build: cargo would choose the features of what they share anew for each.
+        // Both in one build: in two, cargo would choose the features of shared dependencies anew for each.
         run_command(build::host_bins(options.release).args([
             "--package",
             "dataplane-agent",
@@ -42,7 +42,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     demo.args(options.keep.then_some("--keep"))
         .env("DATAPLANE_BIN", binary("dataplane"))
         .env("DATAPLANE_TEST_APP", binary("dataplane-test-app"));
-    // In place of this process: whoever ends the chore ends the demo, which then clears up.
+    // It replaces this process: a signal to the chore ends the demo, which then cleans up.
     let error = demo.exec();
     Err(error).with_context(|| format!("cannot start `{}`", shown(&demo)))
 }

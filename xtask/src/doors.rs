@@ -1,28 +1,27 @@
-//! The doors rule: which room of the agent may `use` which.
+//! The doors rule: which room (module) of the agent may `use` which.
 //!
-//! A connection walks through the rooms of the proxy half in one direction, and nothing walks back: that
-//! is what makes each room readable alone. A room may use the output of the room before it, and what is
-//! lent to all. The two halves meet in the seam alone. The scanner reads tokens, not meaning: paths that
-//! start at `crate`, or climb there by `super`, in `use` groups and inline; in tests too, since a test that
-//! needs another room is a test of both.
+//! A connection passes through the rooms of the proxy half in one direction, and none calls back: so each room
+//! can be read alone. A room may use the output of the room before it, and the shared rooms. The two halves
+//! share only the seam. The scanner reads tokens, not meaning: paths that start at `crate`, or climb there by
+//! `super`, in `use` groups and inline; in tests too, since a test that needs another room is a test of both.
 
 use std::fmt;
 use std::path::Path;
 
-/// The modules that are halves. A room in one of them is named with it: `proxy::accept`.
+/// The modules of the two halves. A room in one of them is named with it: `proxy::accept`.
 const HALVES: &[&str] = &["node", "proxy"];
 
-/// Rooms that every room may use: the nouns of the mesh, system calls, settings, the owner of tasks, how
-/// busy workers are, and what watches.
+/// Rooms that every room may use: the model of the mesh, system calls, settings, the owner of tasks, the load of
+/// workers, and observability.
 const SHARED: &[&str] = &["mesh", "sys", "config", "drain", "load", "observe"];
 
-/// Rooms of the proxy half that every room of it may use: certificates, the words of the wire, the bounds.
+/// Rooms of the proxy half that every room of it may use: certificates, the protocol, the limits.
 const SHARED_IN_PROXY: &[&str] = &["proxy::identity", "proxy::hbone", "proxy::limits"];
 
-/// The room that all stand on. It uses no other, not even what is lent.
+/// The room that all others build on. It uses no other, not even the shared ones.
 const BASE: &str = "mesh";
 
-/// The rooms that a connection walks through, in order.
+/// The rooms that a connection passes through, in order.
 const PIPELINE: &[&str] = &[
     "seam",
     "proxy::accept",
@@ -32,9 +31,9 @@ const PIPELINE: &[&str] = &[
     "proxy::connection",
 ];
 
-/// What each room may use besides.
+/// The rooms that each room may use besides the shared ones.
 const DOORS: &[(&str, &[&str])] = &[
-    // What the halves say to each other.
+    // The protocol between the halves.
     ("seam", &[]),
     ("node::capture", &["seam"]),
     ("node::machine", &["node::capture", "control"]),
@@ -55,10 +54,10 @@ const DOORS: &[(&str, &[&str])] = &[
     ("proxy::hbone", &[]),
     ("proxy::identity", &[]),
     ("proxy::limits", &[]),
-    // The order of the rooms, and the threads on which connections walk through them.
+    // The order of the rooms, and the threads on which connections pass through them.
     ("proxy::connection", PIPELINE),
     ("proxy::workers", PIPELINE),
-    // Fills the stores in their own types, and issues certificates.
+    // Fills the stores, in the stores' types, and issues certificates.
     ("control", &["proxy::identity"]),
     ("observe", &["proxy::identity", "proxy::limits"]),
     (BASE, &[]),
@@ -71,7 +70,7 @@ const DOORS: &[(&str, &[&str])] = &[
 /// Rooms that no other may use: they build all rooms.
 const TOP: &[&str] = &["agent", "cli"];
 
-/// One use of a room that is not through its door.
+/// A use of a room that the rule does not allow.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Breach {
     pub(crate) line: usize,
@@ -86,7 +85,7 @@ impl fmt::Display for Breach {
     }
 }
 
-/// The breaches in a file of the agent, given its path from `src`.
+/// Returns the breaches in a file of the agent, given its path from `src`.
 pub(crate) fn breaches(path: &Path, text: &str) -> Vec<Breach> {
     let module = module(path);
     let Some(room) = room(&module) else {
@@ -116,7 +115,7 @@ pub(crate) fn breaches(path: &Path, text: &str) -> Vec<Breach> {
         .collect()
 }
 
-/// The room that a path from the crate's top leads to; `None` if it stops before one.
+/// Returns the room that a path from the crate root leads to; `None` if it stops before one.
 fn room<S: AsRef<str>>(path: &[S]) -> Option<String> {
     let first = path.first()?.as_ref();
     match HALVES.contains(&first) {
@@ -125,7 +124,7 @@ fn room<S: AsRef<str>>(path: &[S]) -> Option<String> {
     }
 }
 
-/// The module that a file is: `proxy/accept/hbone.rs` is `proxy::accept::hbone`,
+/// Returns the module of a file: `proxy/accept/hbone.rs` is `proxy::accept::hbone`,
 /// `proxy/mod.rs` is `proxy`.
 fn module(path: &Path) -> Vec<String> {
     let path = path.with_extension("");
@@ -142,12 +141,12 @@ fn module(path: &Path) -> Vec<String> {
     names
 }
 
-/// A word, or one character of anything else, with its line.
+/// A line number, and a word or a single other character.
 type Token<'a> = (usize, &'a str);
 
 struct Scanner<'a> {
     tokens: Vec<Token<'a>>,
-    /// The module that the file is.
+    /// The file's module.
     module: &'a [String],
 }
 
@@ -159,10 +158,10 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// The room of every path that starts at the crate's top or climbs above the file, with its line.
+    /// Returns the room of every path that starts at the crate root or climbs above the file, with its line.
     fn uses(&self) -> Vec<(usize, String)> {
         let mut found = Vec::new();
-        // Inline modules that are open, by the depth of braces outside them.
+        // The open inline modules, each with the depth of braces outside it.
         let mut modules = Vec::new();
         let mut braces = 0;
         let mut at = 0;
@@ -199,7 +198,7 @@ impl<'a> Scanner<'a> {
         found
     }
 
-    /// Passes `crate` or a chain of `super`; returns where the rest starts, and the chain's length.
+    /// Skips `crate` or a chain of `super`; returns the index of the rest, and the chain's length.
     fn climb(&self, at: usize) -> (usize, usize) {
         let (mut end, mut climbed) = (at + 1, 1);
         while self.separator(end) && self.word(end + 2) == Some("super") {
@@ -210,7 +209,7 @@ impl<'a> Scanner<'a> {
     }
 
     /// Follows `::name` or `::{…}` after a path that leads to no room yet, until each of its branches
-    /// does. A half that is used as a whole counts as one. Returns where the path ends.
+    /// does. A half that is used as a whole counts as a room. Returns the index where the path ends.
     fn follow<'b>(
         &'b self,
         at: usize,
@@ -249,7 +248,7 @@ impl<'a> Scanner<'a> {
         at
     }
 
-    /// Takes the name at `at` into the path.
+    /// Adds the name at `at` to the path.
     fn step<'b>(
         &'b self,
         at: usize,
@@ -280,7 +279,7 @@ impl<'a> Scanner<'a> {
     }
 }
 
-/// The text as tokens, without comments, strings and characters.
+/// Returns the tokens of a text, without comments, strings and characters.
 fn tokens(text: &str) -> Vec<Token<'_>> {
     let mut found = Vec::new();
     let (mut at, mut line) = (0, 1);
@@ -306,7 +305,7 @@ fn tokens(text: &str) -> Vec<Token<'_>> {
     found
 }
 
-/// The length of the comment, string or character that `rest` begins with.
+/// Returns the length of the comment, string or character that `rest` begins with.
 fn passed_over(rest: &str) -> Option<usize> {
     if rest.starts_with("//") {
         return Some(rest.find('\n').unwrap_or(rest.len()));

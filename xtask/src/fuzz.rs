@@ -1,4 +1,4 @@
-//! Fuzzes what reads bytes from outside.
+//! Fuzzes the parsers of bytes from outside.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -40,11 +40,11 @@ pub(crate) struct Options {
     list: bool,
 }
 
-/// The version that the targets are run with.
+/// The version of cargo-fuzz.
 const VERSION: &str = "0.13.2";
-/// Larger inputs find little that smaller ones do not, and are slow.
+/// Most bytes of an input. Larger ones find little more, and are slow.
 const MAX_INPUT: u32 = 4096;
-/// An input that takes longer is as bad as one that crashes.
+/// An input that takes longer counts as a crash.
 const SECONDS_PER_INPUT: u32 = 10;
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -82,16 +82,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// One target.
+/// A fuzz target.
 struct Target<'a> {
     tool: &'a Path,
     name: &'a str,
-    /// What stands for the kernel programs.
+    /// The folder of stand-ins for the kernel programs.
     objects: &'a Path,
 }
 
 impl Target<'_> {
-    /// Makes up inputs for so long.
+    /// Generates inputs for this time.
     fn search(&self, time: Duration) -> Result<String> {
         let (found, crashes) = (self.found()?, self.crashes()?);
         let before = files(&crashes)?;
@@ -116,7 +116,7 @@ impl Target<'_> {
         }
     }
 
-    /// Runs it on one input.
+    /// Runs the target on one input.
     fn repeat(&self, input: &Path) -> Result<String> {
         let input = std::path::absolute(input)?;
         ensure!(input.is_file(), "{} is no file", input.display());
@@ -124,7 +124,7 @@ impl Target<'_> {
         Ok("it holds".to_owned())
     }
 
-    /// Adds to the repository what was found.
+    /// Adds inputs that were found to the repository.
     fn keep(&self) -> Result<String> {
         let (found, kept) = (self.found()?, self.kept());
         let before = files(&kept)?.len();
@@ -139,7 +139,8 @@ impl Target<'_> {
         Ok(format!("{more} more in {}", kept.display()))
     }
 
-    /// What was built. cargo-fuzz would run it as well, and leave folders of its own in the repository.
+    /// Builds the target, and returns its binary. It is run directly, since cargo-fuzz would leave folders of its
+    /// own in the repository.
     fn built(&self) -> Result<Command> {
         let platforms = files(&builds())?;
         let mut programs = platforms
@@ -152,35 +153,35 @@ impl Target<'_> {
         Ok(built)
     }
 
-    /// cargo-fuzz, which builds it.
+    /// Returns the cargo-fuzz command that builds it.
     fn build(&self) -> Command {
         let mut fuzz = Command::new(self.tool);
         fuzz.current_dir(folder())
             .env("CARGO", cargo().get_program())
-            // Coverage is asked of LLVM by settings that this compiler has and does not promise.
+            // Coverage needs unstable settings of the compiler, which this allows on stable.
             .env("RUSTC_BOOTSTRAP", "1")
-            // What is shipped is optimised as a whole; here that is minutes for nothing.
+            // The release profile has LTO; here that would take minutes for nothing.
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
             .env("DATAPLANE_EBPF_OBJECTS", self.objects)
             .args(["fuzz", "build", "--fuzz-dir", "."])
-            // No sanitizer: those need a library that is built with them, and this code is safe.
+            // Sanitizers need a standard library that is built with them, and this code is safe Rust.
             .args(["--sanitizer", "none", "--features", "libfuzzer", "--target-dir"])
             .arg(builds())
             .arg(self.name);
         fuzz
     }
 
-    /// What the repository has.
+    /// Returns the folder of the repository's inputs.
     fn kept(&self) -> PathBuf {
         folder().join("corpus").join(self.name)
     }
 
-    /// What was found on this machine.
+    /// Returns the folder of inputs that were found on this machine.
     fn found(&self) -> Result<PathBuf> {
         made(own().join("corpus").join(self.name))
     }
 
-    /// Inputs that broke it.
+    /// Returns the folder of inputs that broke the target.
     fn crashes(&self) -> Result<PathBuf> {
         made(own().join("artifacts").join(self.name))
     }
@@ -196,8 +197,8 @@ impl Target<'_> {
     }
 }
 
-/// Empty kernel programs, of which nothing is fuzzed. Where there are none, or others than before, the
-/// agent would be built anew for each target.
+/// Returns a folder with empty kernel programs, which are not fuzzed. If there were none, or changed ones, the
+/// agent would be rebuilt for each target.
 fn objects() -> Result<PathBuf> {
     let folder = made(own().join("objects"))?;
     for name in ["node", "pod"] {
@@ -217,7 +218,7 @@ fn own() -> PathBuf {
     target().join("fuzz")
 }
 
-/// Where cargo-fuzz builds, a folder for each platform.
+/// Returns the folder in which cargo-fuzz builds, with a subfolder for each platform.
 fn builds() -> PathBuf {
     own().join("build")
 }
@@ -227,7 +228,7 @@ fn made(folder: PathBuf) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// The names of the files in tests/fuzz/targets.
+/// Returns the names of the files in tests/fuzz/targets.
 fn targets() -> Result<Vec<String>> {
     let files = files(&folder().join("targets"))?;
     let names = files.iter().filter_map(|path| path.file_stem()?.to_str());
@@ -240,7 +241,7 @@ fn files(folder: &Path) -> Result<BTreeSet<PathBuf>> {
     entries.map(|entry| Ok(entry?.path())).collect()
 }
 
-/// The project's own cargo-fuzz, or one of the same version that is on the machine.
+/// Finds the project's own cargo-fuzz, or one of the same version that is on the machine.
 fn find() -> Result<Option<PathBuf>> {
     let home = variable("CARGO_HOME").or_else(|| Some(variable("HOME")?.join(".cargo")));
     let places = [
@@ -257,7 +258,7 @@ fn find() -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Builds it into the project's cache.
+/// Builds cargo-fuzz into the project's cache.
 fn install() -> Result<PathBuf> {
     say("cargo-fuzz");
     let tools = target().join("tools");
@@ -274,7 +275,7 @@ fn install() -> Result<PathBuf> {
     Ok(tools.join("bin/cargo-fuzz"))
 }
 
-/// `90s`, `10m`, `2h`.
+/// Parses a time such as `90s`, `10m` or `2h`.
 fn time(text: &str) -> Result<Duration, String> {
     let wrong = || format!("`{text}` is no time: write it as 90s, 10m or 2h");
     let (number, unit) = text

@@ -1,5 +1,5 @@
-//! The linker of the kernel programs: bpf-linker, which turns bitcode into one object with BTF. It
-//! has to know the bitcode of the compiler's LLVM, so it is tried, not only found.
+//! The linker of the kernel programs: bpf-linker, which turns bitcode into one object with BTF. It has to
+//! support the bitcode of the compiler's LLVM, so it is tried out, not only found.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,10 +14,10 @@ use crate::progress::run_quietly;
 pub(crate) const VERSION: &str = "0.13.0";
 /// The LLVM of Debian's compiler, which the linker is built against.
 const LLVM: &str = "/usr/lib/llvm-22";
-/// The packages that building it takes.
+/// The Debian packages that are needed to build it.
 pub(crate) const DEBIAN: &[&str] = &["llvm-22-dev", "libpolly-22-dev", "zlib1g-dev"];
 
-/// The least that a compiler can be given: enough for a link, nothing of `core`.
+/// The smallest program that can be linked; it uses nothing of `core`.
 const TRIAL: &str = r#"
 #![feature(no_core, lang_items)]
 #![no_core]
@@ -29,8 +29,8 @@ const TRIAL: &str = r#"
 extern "C" fn trial() {}
 "#;
 
-/// A linker that can link what `compiler` compiles: the project's own, or one of the same version
-/// that is on the machine.
+/// Finds a linker that can link the output of `compiler`: the project's own, or one of the same version that
+/// is on the machine.
 pub(crate) fn find(compiler: &Compiler) -> Option<PathBuf> {
     let home = variable("CARGO_HOME").or_else(|| Some(variable("HOME")?.join(".cargo")));
     [
@@ -43,7 +43,7 @@ pub(crate) fn find(compiler: &Compiler) -> Option<PathBuf> {
     .find(|linker| works(linker, compiler).unwrap_or(false))
 }
 
-/// Builds one into the project's cache; the user's own tools stay as they are.
+/// Builds a linker into the project's cache; the user's own tools stay as they are.
 pub(crate) fn install(compiler: &Compiler) -> Result<PathBuf> {
     let tools = target().join("tools");
     let build = tools.join("build");
@@ -55,11 +55,11 @@ pub(crate) fn install(compiler: &Compiler) -> Result<PathBuf> {
             .arg(format!("bpf-linker@{VERSION}"))
             .args(["--no-default-features", "--features", "llvm-22"])
             .env("LLVM_PREFIX", LLVM)
-            // LLVM does the work, and comes optimised: what is compiled here only calls it, and would
-            // take five times as long to build.
+            // LLVM does the work, and is optimised already. The code compiled here only calls it, and would take
+            // five times as long to build with optimisation.
             .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0")
             .env("CARGO_PROFILE_RELEASE_DEBUG", "false")
-            // A stated folder, so that an interrupted build goes on where it was.
+            // A fixed folder, so that an interrupted build continues.
             .env("CARGO_TARGET_DIR", &build),
     )?;
     let linker = own();
@@ -73,9 +73,9 @@ pub(crate) fn install(compiler: &Compiler) -> Result<PathBuf> {
     Ok(linker)
 }
 
-/// Whether LLVM is there to build against.
+/// Returns `true` if LLVM is installed to build against.
 pub(crate) fn can_build() -> bool {
-    // `libLLVM` by llvm-22-dev, Polly by libpolly-22-dev, which LLVM's own list of libraries names.
+    // `libLLVM` comes with llvm-22-dev; Polly, which LLVM's own list of libraries names, with libpolly-22-dev.
     ["bin/llvm-config", "lib/libLLVM.so", "lib/libPolly.a"]
         .iter()
         .all(|file| Path::new(LLVM).join(file).exists())

@@ -1,4 +1,4 @@
-//! Whether this kernel takes the programs.
+//! A test that this kernel accepts the programs.
 
 use std::process::Command;
 

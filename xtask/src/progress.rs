@@ -1,5 +1,5 @@
-//! What a chore says while it works: numbered steps, how long each took, a sign of life in long
-//! ones. What a command prints goes to a log under `target/logs`, and is shown when it fails.
+//! The progress of a chore: numbered steps, the time that each took, and regular messages in long ones. The
+//! output of commands goes to a log under `target/logs`, and is shown if they fail.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -31,29 +31,29 @@ impl Steps {
         }
     }
 
-    /// Says that `what` begins.
+    /// Prints that `what` begins.
     pub(crate) fn begin(&mut self, what: &str) {
         self.number += 1;
         self.started = Instant::now();
         say(&format!("[{}/{}] {what}", self.number, self.total));
     }
 
-    /// Says how the step ended.
+    /// Prints how the step ended.
     pub(crate) fn end(&self, how: &str) {
         let took = self.started.elapsed().as_secs_f32();
         say(&format!("      {how} ({took:.1} s)"));
     }
 }
 
-/// Prints a line at once, so that it is in order with what children print.
+/// Prints a line at once, so that it is in order with the output of child processes.
 pub(crate) fn say(line: &str) {
     let mut out = std::io::stdout().lock();
-    // Whoever closed the pipe does not want to know.
+    // An error means that the reader closed the pipe.
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
-/// Runs `command` with its output in `target/logs/<name>.log`; says every ten seconds that it is
-/// still at it, and shows the end of the log when it fails.
+/// Runs `command` with its output in `target/logs/<name>.log`; prints every ten seconds that it still runs, and
+/// the end of the log if it fails.
 pub(crate) fn run_quietly(name: &str, command: &mut Command) -> Result<()> {
     let folder = command::target().join("logs");
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;

@@ -1,4 +1,4 @@
-//! Finds or installs what the other chores need.
+//! Finds or installs the tools that the other chores need.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,7 +20,7 @@ use crate::progress::{Steps, run_quietly, say};
 #[derive(clap::Args, Default)]
 pub(crate) struct Options {}
 
-/// Programs that the build or the tests call, and the packages that bring them.
+/// Programs that the build or the tests call, and their packages.
 const PROGRAMS: &[(&str, &str)] = &[
     ("cc", "gcc"),        // aws-lc-sys
     ("c++", "g++"),       // bpf-linker
@@ -32,7 +32,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("sysctl", "procps"), // tests: the namespace's settings
 ];
 
-/// Programs that the test machines need beyond those, and the packages that bring them.
+/// Further programs that the test machines need, and their packages.
 const PROGRAMS_OF_VM: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("cpio", "cpio"),   // initramfs
@@ -49,12 +49,12 @@ pub(crate) fn run(_options: &Options) -> Result<()> {
     ensure().map(|_| ())
 }
 
-/// Does the chore, and hands on what it found.
+/// Runs the chore, and returns the toolchain.
 pub(crate) fn ensure() -> Result<Toolchain> {
     toolchain(&mut packages()?)
 }
 
-/// Its first half: the packages. Hands on the steps, of which one is left.
+/// Runs the first half, the packages; returns the steps, of which one is left.
 pub(crate) fn packages() -> Result<Steps> {
     let mut steps = Steps::new(3);
 
@@ -85,7 +85,7 @@ pub(crate) fn packages() -> Result<Steps> {
     Ok(steps)
 }
 
-/// Its second half: what the kernel programs are built with.
+/// Runs the second half, the kernel programs' toolchain.
 pub(crate) fn toolchain(steps: &mut Steps) -> Result<Toolchain> {
     steps.begin("compiler and linker for the kernel programs");
     let toolchain = match find() {
@@ -100,7 +100,7 @@ pub(crate) fn toolchain(steps: &mut Steps) -> Result<Toolchain> {
     Ok(toolchain)
 }
 
-/// A compiler with a linker that works with it, if both are here.
+/// Finds a compiler with a linker that works with it, if both are installed.
 pub(crate) fn find() -> Option<Toolchain> {
     [Compiler::nightly, Compiler::debian]
         .into_iter()
@@ -119,7 +119,7 @@ fn build_linker() -> Result<Toolchain> {
     Ok(Toolchain { compiler, linker })
 }
 
-/// Finds or installs what the test machines need.
+/// Finds or installs the programs that the test machines need.
 pub(crate) fn ensure_vm() -> Result<()> {
     let missing = missing_programs(PROGRAMS_OF_VM);
     if missing.is_empty() {
@@ -139,7 +139,7 @@ fn missing_programs(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
     missing
 }
 
-/// Installs Debian packages, all in one go, or says why not and what to do.
+/// Installs Debian packages, all in one go, or fails with the reason and what to do.
 fn install(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
     if !Path::new("/etc/debian_version").exists() {
@@ -156,7 +156,7 @@ fn install(packages: &[&str]) -> Result<()> {
              {list}`, then this again"
         );
     }
-    // Lists first: those of a fresh machine are empty, or name versions that are gone.
+    // Update the lists first: on a fresh machine they are empty, or name versions that are gone.
     run_quietly("apt-get-update", apt().arg("update"))?;
     run_quietly(
         "apt-get-install",
@@ -166,11 +166,11 @@ fn install(packages: &[&str]) -> Result<()> {
     )
 }
 
-/// `apt-get`, which waits for whoever has its lock.
+/// Returns `apt-get`, set to wait for its lock.
 pub(crate) fn apt() -> Command {
     let mut apt = Command::new("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive")
-        // Another one may hold the lock, such as a machine's own upgrade at boot.
+        // Another process may hold the lock, such as an automatic upgrade at boot.
         .args(["-q", "-o", "DPkg::Lock::Timeout=300"]);
     apt
 }

@@ -45,7 +45,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let rows = run_all(&built, &tests, filter, &options.libtest)?;
     if !report(&rows) {
-        // Without another word: the count is the last line.
+        // Without a further message: the count has to be the last line.
         std::process::exit(1);
     }
     Ok(())
@@ -66,7 +66,7 @@ pub(crate) fn run_all(
     Ok(rows)
 }
 
-/// What the tests' build made.
+/// The results of the tests' build.
 pub(crate) struct Built {
     release: bool,
     programs: Vec<(String, PathBuf)>,
@@ -75,36 +75,36 @@ pub(crate) struct Built {
     other_agent: OnceLock<PathBuf>,
 }
 
-/// One test executable.
+/// A test executable.
 pub(crate) struct Executable {
     /// Its package and file, for people.
     pub(crate) name: String,
-    /// Its file in tests/cases, if it is of one.
+    /// The name of its file in tests/cases, if it has one there.
     case: Option<String>,
-    /// Where it is.
+    /// Its path.
     pub(crate) path: PathBuf,
     /// The folder of its package, where it runs.
     folder: PathBuf,
 }
 
-/// What a test executable said.
+/// The outcome of a test executable.
 #[derive(Clone, Default)]
 pub(crate) struct Outcome {
     /// The names of the tests that passed.
     pub(crate) names: Vec<String>,
-    /// How many did.
+    /// Number of tests that passed.
     pub(crate) passed: u64,
-    /// How many did not.
+    /// Number of tests that failed.
     pub(crate) failed: u64,
-    /// Whether it counted, which is the last that it does.
+    /// `true` once it has printed its totals, which it does last.
     counted: bool,
-    /// How long it took.
+    /// Its run time.
     pub(crate) seconds: f32,
 }
 
 impl Built {
-    /// One build for all: asked for package by package, cargo would choose the features of shared
-    /// dependencies anew, and build those twice.
+    /// Builds everything in one go: package by package, cargo would choose the features of shared dependencies
+    /// anew, and build them twice.
     pub(crate) fn new(release: bool) -> Result<Self> {
         build::with_kernel_programs(|| Self::build(release))
     }
@@ -150,7 +150,7 @@ impl Built {
         let status = child.wait()?;
         ensure!(status.success(), "`{}`: {status}", shown(&cargo));
 
-        // Unit tests first: they are quick, and what they find explains the rest.
+        // Unit tests come first: they are quick, and their failures explain the rest.
         tests.sort_by(|a, b| (&a.case, &a.name).cmp(&(&b.case, &b.name)));
         Ok(Self {
             release,
@@ -182,7 +182,7 @@ impl Built {
         let rename = |from: &Path, to: &Path| {
             fs::rename(from, to).with_context(|| format!("cannot rename {}", from.display()))
         };
-        // Cargo puts it in the place of the real one.
+        // Cargo writes it in place of the real one.
         rename(agent, &kept)?;
         let mut cargo = build::host_bins(self.release);
         let features = ["--features", "dataplane-agent/other-layout"];
@@ -192,7 +192,7 @@ impl Built {
         built.map(|()| other)
     }
 
-    /// A program that was built.
+    /// Returns the path of a program that was built.
     pub(crate) fn program(&self, name: &str) -> Result<&Path> {
         let mut programs = self.programs.iter();
         let found = programs.find(|(target, _)| target == name);
@@ -200,7 +200,7 @@ impl Built {
         Ok(path)
     }
 
-    /// Those of tests/cases, which need the kernel.
+    /// Returns the executables of tests/cases, which need the real kernel.
     pub(crate) fn cases(&self) -> Vec<&Executable> {
         self.tests
             .iter()
@@ -208,7 +208,7 @@ impl Built {
             .collect()
     }
 
-    /// The executables that a filter is for, and what of it is left for them.
+    /// Returns the executables that a filter selects, and the filter to pass to them.
     fn chosen<'a>(&self, filter: Option<&'a str>) -> (Vec<&Executable>, Option<&'a str>) {
         let named = |test: &&Executable| test.case.is_some() && test.case.as_deref() == filter;
         let cases: Vec<_> = self.tests.iter().filter(named).collect();
@@ -236,7 +236,7 @@ impl Executable {
         }
     }
 
-    /// The names of its tests, of those that a filter is for.
+    /// Returns the names of its tests that a filter selects.
     pub(crate) fn list(&self, filter: Option<&str>) -> Result<Vec<String>> {
         let mut command = Command::new(&self.path);
         let listed = output(command.args(filter).args(["--list", "--format", "terse"]))?;
@@ -246,7 +246,7 @@ impl Executable {
         Ok(names.map(str::to_owned).collect())
     }
 
-    /// Whether a test of it, of those that a filter is for, starts an agent with another layout.
+    /// Returns `true` if one of its tests that a filter selects starts an agent with another layout.
     pub(crate) fn wants_other_agent(&self, filter: Option<&str>) -> Result<bool> {
         Ok(self.case.as_deref() == Some("upgrade") && !self.list(filter)?.is_empty())
     }
@@ -285,7 +285,7 @@ impl Executable {
 }
 
 impl Outcome {
-    /// Takes what libtest says in a line; whether it is one for people.
+    /// Evaluates a line of libtest's output; returns `true` if the line is to be shown.
     pub(crate) fn parse_line(&mut self, line: &str) -> bool {
         if let Some(counts) = line.strip_prefix("test result: ") {
             // `test result: ok. 3 passed; 0 failed; …`
@@ -307,7 +307,7 @@ impl Outcome {
         !line.is_empty() && !line.starts_with("running ")
     }
 
-    /// Counts an executable that ended before it could count as a failure, however it ended.
+    /// Counts a failure if the executable printed no totals, or failed although none of its tests did.
     pub(crate) fn end(&mut self, name: &str, good: bool, how: &str) {
         if !self.counted {
             say(&format!("{name}: no result: {how}"));
@@ -320,7 +320,7 @@ impl Outcome {
     }
 }
 
-/// Prints the table and the closing line; tells whether tests ran, and none failed.
+/// Prints the table and the closing line; returns `true` if tests ran, and none failed.
 pub(crate) fn report(rows: &[(String, Outcome)]) -> bool {
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     say("");

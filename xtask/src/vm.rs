@@ -1,4 +1,4 @@
-//! The tests of this machine's kernel on other kernels, in virtual machines.
+//! Runs the tests on other kernels, in virtual machines.
 
 mod initramfs;
 mod kernel;
@@ -98,7 +98,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         What::Check => Vec::new(),
         What::Tests | What::Invariants | What::All => built.cases(),
     };
-    // Each test that shall run, by executable.
+    // The tests that have to run, by executable.
     let mut chosen = BTreeMap::new();
     for case in &cases {
         let mut names = case.list(options.only.as_deref())?;
@@ -129,7 +129,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         say(&format!("{name}: {:.0} s", started.elapsed().as_secs_f32()));
         Ok(column)
     };
-    // Beside each other: one that is emulated has work for one processor.
+    // In parallel: an emulated machine uses one processor.
     let found: Vec<Result<Column>> = thread::scope(|scope| {
         let inside = &inside;
         let all = kernels
@@ -169,7 +169,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Whether a test is named after an invariant: a letter and a number, as `c10_a_port_…`.
+/// Returns `true` if a test is named after an invariant: a letter and a number, as `c10_a_port_…`.
 fn is_of_an_invariant(name: &str) -> bool {
     let word = name.rsplit("::").next().unwrap_or(name);
     let number = word.strip_prefix(['c', 'd', 'h', 's']);

@@ -1,8 +1,8 @@
-//! The words that leave the agent, as its source has them: fields of the log, the words of what a thing is
-//! called by in log, metrics and reports, fields of what is written or shown as JSON, exit codes. They are
-//! somebody's dashboard or script, so each is in `tests/golden/words.txt`, and a new one is a decision.
+//! The words that leave the agent, collected from its source: fields of the log, names of values in log, metrics
+//! and reports, fields of JSON, exit codes. Dashboards and scripts depend on them, so each is in
+//! `tests/golden/words.txt`, and a new one is a decision.
 //!
-//! Names and labels of metrics are in `metrics.txt` beside it, and what `--help` says in `help.txt`.
+//! Names and labels of metrics are in `metrics.txt` beside it, and the output of `--help` in `help.txt`.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -10,20 +10,20 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use proc_macro2::{Delimiter, TokenStream, TokenTree};
 
-/// A word, with the kind of place that it is in: `log field`, `log target`, `word`, `json`, `exit code`.
+/// A kind of word, `log field`, `log target`, `word`, `json` or `exit code`, and the word.
 pub(crate) type Word = (&'static str, String);
 
 /// Macros of `tracing` that write a line.
 const LOG_MACROS: [&str; 6] = ["trace", "debug", "info", "warn", "error", "event"];
-/// Functions that give the word for a value.
+/// Functions that return the word for a value.
 const NAMERS: [&str; 4] = ["word", "reason", "direction", "what"];
 /// Files whose strings are field names of JSON.
 const JSON_FILES: [&str; 1] = ["dump.rs"];
 
-/// The words in a file.
+/// Returns the words in a file.
 ///
 /// # Errors
-/// It is no Rust.
+/// The file is not valid Rust.
 pub(crate) fn of(path: &Path, text: &str) -> Result<BTreeSet<Word>> {
     let tokens: TokenStream = text
         .parse()
@@ -34,7 +34,7 @@ pub(crate) fn of(path: &Path, text: &str) -> Result<BTreeSet<Word>> {
     Ok(words)
 }
 
-/// All that the golden file says, apart from comments.
+/// Returns the words of the golden file, without its comments.
 ///
 /// # Errors
 /// A line has no kind.
@@ -100,7 +100,7 @@ fn walk(tokens: TokenStream, json: bool, words: &mut BTreeSet<Word>) {
     }
 }
 
-/// The fields of a line of the log, in the macro's own form: `name = value`, or a value that is its name.
+/// Collects the fields of a log line from the macro's arguments: `name = value`, or a value that is also the name.
 fn fields(tokens: TokenStream, words: &mut BTreeSet<Word>) {
     let all: Vec<TokenTree> = tokens.into_iter().collect();
     for argument in all.split(|token| is(token, ",")) {
@@ -131,7 +131,7 @@ fn is_sigil(token: &TokenTree) -> bool {
     is(token, "%") || is(token, "?")
 }
 
-/// The members of a structure that is written or shown as JSON.
+/// Collects the members of a structure that is written as JSON.
 fn members(tokens: TokenStream, words: &mut BTreeSet<Word>) {
     let all: Vec<TokenTree> = tokens.into_iter().collect();
     let mut angles = 0;
@@ -150,7 +150,7 @@ fn members(tokens: TokenStream, words: &mut BTreeSet<Word>) {
     }
 }
 
-/// The exit codes, each with its name.
+/// Collects the exit codes with their names.
 fn codes(tokens: TokenStream, words: &mut BTreeSet<Word>) {
     let all: Vec<TokenTree> = tokens.into_iter().collect();
     for window in all.windows(3) {
@@ -160,7 +160,7 @@ fn codes(tokens: TokenStream, words: &mut BTreeSet<Word>) {
     }
 }
 
-/// Every string in there.
+/// Passes every string to `found`.
 fn strings(tokens: TokenStream, found: &mut impl FnMut(String) -> bool) {
     for token in tokens {
         match token {
@@ -173,13 +173,13 @@ fn strings(tokens: TokenStream, found: &mut impl FnMut(String) -> bool) {
     }
 }
 
-/// What a string literal says.
+/// Returns the value of a string literal.
 fn string(literal: &str) -> Option<String> {
     let inner = literal.strip_prefix('"')?.strip_suffix('"')?;
     Some(inner.to_owned())
 }
 
-/// Whether it may be the name of a field.
+/// Returns `true` if a string may be the name of a field.
 fn is_name(word: &str) -> bool {
     word.chars().all(|one| one.is_ascii_alphanumeric()) && !word.is_empty()
 }
@@ -196,7 +196,7 @@ fn begins(tokens: &[TokenTree], with: &[&str]) -> bool {
     tokens.len() >= with.len() && tokens.iter().zip(with).all(|(token, text)| is(token, text))
 }
 
-/// What is between the first braces.
+/// Returns the contents of the first braces.
 fn braces(tokens: &[TokenTree]) -> Option<TokenStream> {
     tokens.iter().find_map(|token| match token {
         TokenTree::Group(group) if group.delimiter() == Delimiter::Brace => Some(group.stream()),
@@ -204,7 +204,7 @@ fn braces(tokens: &[TokenTree]) -> Option<TokenStream> {
     })
 }
 
-/// How many tokens an item has, with its attributes: to its braces, or its semicolon.
+/// Returns the number of tokens of an item with its attributes: to its braces, or its semicolon.
 fn item(tokens: &[TokenTree]) -> usize {
     let ends = |token: &TokenTree| {
         let braced =
@@ -215,7 +215,7 @@ fn item(tokens: &[TokenTree]) -> usize {
     end.map_or(tokens.len(), |end| end + 1)
 }
 
-/// Whether an item begins here that is for tests alone.
+/// Returns `true` if an item begins here that is only for tests.
 fn is_test(tokens: &[TokenTree]) -> bool {
     let [hash, TokenTree::Group(attribute), ..] = tokens else {
         return false;

@@ -2,7 +2,7 @@ use std::path::Path;
 
 use super::breaches;
 
-/// What a file uses that it may not, as `line:room`.
+/// Returns the breaches of a file, as `line:room`.
 fn used(path: &str, text: &str) -> Vec<String> {
     breaches(Path::new(path), text)
         .into_iter()

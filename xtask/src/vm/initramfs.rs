@@ -1,5 +1,5 @@
-//! The memory image that a test machine boots into: programs with their libraries, the kernel's
-//! modules, an init, and its plan.
+//! The initramfs that a test machine boots into: programs with their libraries, the kernel's modules, an init,
+//! and the plan that init runs.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,14 +17,14 @@ const PROGRAMS: &[&str] = &[
     "ip", "ss", "cat", "flock", "mkdir", "timeout", "true", "unshare",
 ];
 
-/// What is in a memory image, while it is put together.
+/// An initramfs that is being put together.
 pub(crate) struct Initramfs {
     root: PathBuf,
     libraries: BTreeSet<PathBuf>,
 }
 
 impl Initramfs {
-    /// One with an init and the programs that tests call, put together in this folder.
+    /// Starts one in the folder `root`, with an init and the programs that tests call.
     pub(crate) fn new(root: &Path, init: &Path) -> Result<Self> {
         if root.exists() {
             fs::remove_dir_all(root)?;
@@ -71,7 +71,7 @@ impl Initramfs {
         Ok(())
     }
 
-    /// Adds modules, which init loads in this order.
+    /// Adds kernel modules, which init loads in this order.
     pub(crate) fn modules(&self, modules: &[Module]) -> Result<()> {
         let mut list = String::new();
         for module in modules {
@@ -82,7 +82,7 @@ impl Initramfs {
         Ok(fs::write(self.root.join("etc/modules"), list)?)
     }
 
-    /// Packs it with this plan: what init runs, a line each.
+    /// Packs it with this plan: the commands that init runs, one per line.
     pub(crate) fn pack(&self, plan: &[String]) -> Result<PathBuf> {
         fs::write(self.root.join("etc/plan"), plan.join("\n"))?;
         let packed = self.root.with_extension("cpio");

@@ -1,4 +1,4 @@
-//! Kernels to boot: Debian's for the cloud, fetched once, or one that is here.
+//! Kernels to boot: Debian's cloud kernels, fetched once, or a local one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,11 +13,11 @@ use crate::setup;
 
 /// The kernels that the agent supports, oldest first.
 pub(crate) const VERSIONS: &[&str] = &["6.1", "6.12"];
-/// What the tests need and a kernel may have as a module. Nothing else is loaded: neither the tests
-/// nor the agent may depend on it.
+/// The modules that the tests need if a kernel has them not built in. No others are loaded: neither the tests
+/// nor the agent may depend on them.
 const MODULES: &[&str] = &["veth"];
 
-/// A kernel module, without compression, which not every kernel undoes.
+/// A kernel module, uncompressed, as not every kernel can decompress modules.
 pub(crate) struct Module {
     /// The file's name.
     pub(crate) name: String,
@@ -27,18 +27,18 @@ pub(crate) struct Module {
 
 /// A kernel that can be booted.
 pub(crate) struct Kernel {
-    /// What it was asked for by.
+    /// The version or path by which it was requested.
     pub(crate) name: String,
-    /// What it calls itself.
+    /// Its release, as `uname -r` prints it.
     pub(crate) release: String,
     /// Its image.
     pub(crate) image: PathBuf,
-    /// Its modules, unless all is built in.
+    /// The folder of its modules; `None` if all is built in.
     modules: Option<PathBuf>,
 }
 
 impl Kernel {
-    /// Finds or fetches one, by version or by path.
+    /// Finds or fetches a kernel, by version or by path.
     pub(crate) fn find(name: &str) -> Result<Self> {
         let path = Path::new(name);
         if VERSIONS.contains(&name) {
@@ -63,7 +63,7 @@ impl Kernel {
         })
     }
 
-    /// One whose package is unpacked there.
+    /// Returns the kernel of a package that is unpacked to `folder`.
     fn unpacked(name: &str, folder: &Path) -> Result<Self> {
         let boot = folder.join("boot");
         let entries = fs::read_dir(&boot).with_context(|| boot.display().to_string())?;
@@ -84,7 +84,7 @@ impl Kernel {
         bail!("{}: no vmlinuz-… in it", boot.display())
     }
 
-    /// The modules that the tests need, each after those that it needs.
+    /// Returns the modules that the tests need, each after its dependencies.
     pub(crate) fn modules(&self) -> Result<Vec<Module>> {
         let mut ordered = Vec::new();
         if let Some(folder) = &self.modules {
@@ -96,7 +96,7 @@ impl Kernel {
     }
 }
 
-/// Puts a module behind those that it depends on, unless it is built in.
+/// Appends a module after its dependencies, unless it is built in.
 fn order(folder: &Path, name: &str, ordered: &mut Vec<Module>) -> Result<()> {
     let file = format!("{name}.ko");
     let list = folder.join("modules.builtin");
@@ -143,7 +143,7 @@ fn order(folder: &Path, name: &str, ordered: &mut Vec<Module>) -> Result<()> {
     Ok(())
 }
 
-/// A file of that name, or of that name with `.xz` behind it.
+/// Finds a file of that name, or of that name with `.xz` appended.
 fn search(folder: &Path, file: &str) -> Result<Option<PathBuf>> {
     for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
@@ -162,13 +162,13 @@ fn search(folder: &Path, file: &str) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// Debian's newest cloud kernel of a version, unpacked.
+/// Fetches Debian's newest cloud kernel of a version, and returns the folder that it is unpacked to.
 fn fetch(version: &str) -> Result<PathBuf> {
     fs::create_dir_all(folder())?;
     let (package, unpacked) = match download(version) {
         Ok(found) => found,
         Err(error) => {
-            // A fresh machine has no lists, or ones that name what is gone.
+            // A fresh machine has no package lists, or outdated ones.
             say(&format!(
                 "kernel {version}: {error:#}; reading the package lists anew"
             ));
@@ -183,7 +183,7 @@ fn fetch(version: &str) -> Result<PathBuf> {
     Ok(unpacked)
 }
 
-/// The package, if it is not unpacked yet, and the folder to which it is.
+/// Downloads the package, unless it is unpacked already; returns it, and the folder to unpack it to.
 fn download(version: &str) -> Result<(Option<PathBuf>, PathBuf)> {
     let package = newest(version)?;
     let unpacked = folder().join(&package);
@@ -195,7 +195,7 @@ fn download(version: &str) -> Result<(Option<PathBuf>, PathBuf)> {
         fs::remove_file(old)?;
     }
     let mut apt = setup::apt();
-    // As root it would change to a user that may not write here.
+    // As root, apt would change to a user that may not write here.
     apt.args(["-o", "APT::Sandbox::User=root", "download", &package]);
     run_quietly(
         &format!("apt-get-download-{version}"),
@@ -205,7 +205,7 @@ fn download(version: &str) -> Result<(Option<PathBuf>, PathBuf)> {
     Ok((Some(file), unpacked))
 }
 
-/// The package that Debian's package without a number stands for.
+/// Returns the package that Debian's metapackage depends on.
 fn newest(version: &str) -> Result<String> {
     let meta = match version {
         "6.1" => "linux-image-cloud-amd64".to_owned(), // Debian 12's own
@@ -226,7 +226,7 @@ fn newest(version: &str) -> Result<String> {
     Ok(package.to_owned())
 }
 
-/// The file of a package, in our folder.
+/// Returns the file of a package in our folder.
 fn downloaded(package: &str) -> Result<Option<PathBuf>> {
     for entry in fs::read_dir(folder())? {
         let path = entry?.path();
@@ -238,7 +238,7 @@ fn downloaded(package: &str) -> Result<Option<PathBuf>> {
     Ok(None)
 }
 
-/// What the folder of somebody's package is called: another one for another package of that name.
+/// Returns the name of the folder for a package file; a file of another size or time gets another folder.
 fn place(package: &Path) -> Result<String> {
     let name = package.file_stem().context("a package without a name")?;
     let meta = fs::metadata(package).with_context(|| package.display().to_string())?;
@@ -246,7 +246,7 @@ fn place(package: &Path) -> Result<String> {
     Ok(format!("{}-{}-{made}", name.display(), meta.len()))
 }
 
-/// Unpacks a package to a folder, which is there whole or not at all.
+/// Unpacks a package to a folder, which appears complete or not at all.
 fn unpack(package: &Path, to: &Path) -> Result<PathBuf> {
     if !to.exists() {
         let half = to.with_extension("half");
@@ -265,7 +265,7 @@ fn unpack(package: &Path, to: &Path) -> Result<PathBuf> {
     Ok(to.to_owned())
 }
 
-/// Where kernels and memory images are kept.
+/// Returns the folder of kernels and initramfs images.
 pub(crate) fn folder() -> PathBuf {
     target().join("vm")
 }

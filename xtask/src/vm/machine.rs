@@ -1,4 +1,4 @@
-//! QEMU: whether it may use the processor's own virtualisation, and a boot from start to end.
+//! QEMU: the choice of the accelerator, and a boot from start to end.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -16,15 +16,15 @@ use super::kernel::{Kernel, folder};
 use crate::command::{shown, target};
 use crate::progress::say;
 
-/// A kernel that boots by KVM is up in one second.
+/// The time limit of the trial with KVM, in which a kernel boots within one second.
 const TRIAL_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Who does the processor's work.
+/// The accelerator of a machine.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Accelerator {
-    /// The processor.
+    /// The processor's virtualisation.
     Kvm,
-    /// QEMU, some ten times slower.
+    /// QEMU's emulation, about ten times slower.
     Tcg,
 }
 
@@ -38,8 +38,8 @@ impl fmt::Display for Accelerator {
 }
 
 impl Accelerator {
-    /// KVM if a kernel boots with it: that the device is there says little in a machine that is
-    /// itself virtual.
+    /// Returns KVM if a kernel boots with it: the presence of its device says little in a machine that is itself
+    /// virtual.
     pub(crate) fn find(kernel: &Kernel, init: &Path) -> Result<Self> {
         let why = if Path::new("/dev/kvm").exists() {
             say("trying KVM");
@@ -63,7 +63,7 @@ impl Accelerator {
         Ok(Self::Tcg)
     }
 
-    /// How much longer than on the machine itself deadlines are.
+    /// Returns the factor for deadlines, compared to this machine.
     pub(crate) fn scale(self) -> u32 {
         match self {
             Self::Kvm => 2,
@@ -72,7 +72,7 @@ impl Accelerator {
     }
 }
 
-/// An image for a kernel that has an init, and does nothing.
+/// Returns an image for a kernel, with an init but without a plan.
 pub(crate) fn image(kernel: &str, init: &Path) -> Result<Initramfs> {
     let name = format!("root-{}", kernel.replace(['/', '.'], "-"));
     let image = Initramfs::new(&folder().join(name), init)?;
@@ -80,17 +80,17 @@ pub(crate) fn image(kernel: &str, init: &Path) -> Result<Initramfs> {
     Ok(image)
 }
 
-/// Where the kernel's own words go.
+/// Returns the path of the log for the kernel's own messages.
 pub(crate) fn log(kernel: &str) -> PathBuf {
     let name = kernel.replace('/', "-");
     target().join("logs").join(format!("vm-{name}.log"))
 }
 
-/// Boots a kernel and hands on what init says, line by line, until the machine is off. What it
-/// complained of itself comes back: a bug of the kernel's is not seen by the tests that it survives.
+/// Boots a kernel and passes on init's output, line by line, until the machine is off. Returns the kernel's own
+/// complaints: tests that pass would not show a bug of the kernel.
 ///
 /// # Errors
-/// It is not off in time; QEMU cannot be started, or fails.
+/// The machine is not off in time; QEMU cannot be started, or fails.
 pub(crate) fn boot(
     kernel: &Kernel,
     accelerator: Accelerator,
@@ -103,7 +103,7 @@ pub(crate) fn boot(
     let complaints = log.with_extension("qemu.log");
     fs::create_dir_all(target().join("logs"))?;
     let mut qemu = Command::new("setpriv");
-    // However this process ends, the machine ends with it.
+    // The machine ends with this process, however that ends.
     qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
     qemu.args([
         "-accel",
@@ -178,7 +178,7 @@ pub(crate) fn boot(
         .collect())
 }
 
-/// Not left behind.
+/// A child process that is killed on drop.
 struct KillOnDrop(Child);
 
 impl Drop for KillOnDrop {

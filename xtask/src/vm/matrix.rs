@@ -1,4 +1,4 @@
-//! What each kernel said, side by side.
+//! The results of all kernels, side by side.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,22 +13,22 @@ use crate::command::{all_output, workspace};
 use crate::progress::say;
 use crate::test::{self, Built, Executable, Outcome};
 
-/// Longer than any suite takes on a slow machine.
+/// The time limit of a suite; longer than any takes on a slow machine.
 const SUITE_TIMEOUT: Duration = Duration::from_secs(2 * 60 * 60);
-/// What is asked of the agent before the tests, which are run only where it agrees.
+/// The agent's commands before the tests, which only run if these succeed.
 const QUESTIONS: [&str; 2] = ["check", "load"];
 
-/// One kernel.
+/// The results of one kernel.
 pub(crate) struct Column {
-    /// What it was asked for by.
+    /// The version or path by which it was requested.
     pub(crate) kernel: String,
     release: String,
     machine: &'static str,
-    /// What the agent said to each of `QUESTIONS`.
+    /// The agent's output for each of `QUESTIONS`.
     said: [String; QUESTIONS.len()],
-    /// By executable.
+    /// The tests' outcomes, by executable.
     tests: Vec<(String, Outcome)>,
-    /// What went wrong besides the tests.
+    /// The failures besides those of tests.
     wrong: Vec<String>,
 }
 
@@ -52,7 +52,7 @@ impl Column {
         }
     }
 
-    /// This machine.
+    /// Runs the tests on this machine.
     pub(crate) fn here(built: &Built, cases: &[&Executable]) -> Result<Self> {
         let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
         let release = release.trim();
@@ -74,10 +74,10 @@ impl Column {
         Ok(column)
     }
 
-    /// A machine with this kernel, and the tests of these executables that are chosen.
+    /// Runs the chosen tests of these executables in a machine with this kernel.
     ///
     /// # Errors
-    /// No machine can be made. What goes wrong with it is the column's.
+    /// No machine can be created. Failures in the machine are recorded in the column.
     pub(crate) fn inside(
         kernel: &Kernel,
         built: &Built,
@@ -159,7 +159,7 @@ impl Column {
         Ok(column)
     }
 
-    /// A command of the plan: the questions come first, then the tests.
+    /// Notes that a command of the plan begins: the questions come first, then the tests.
     fn begins(&self, number: Option<usize>) {
         let place = number.and_then(|number| number.checked_sub(QUESTIONS.len()));
         if let Some((name, _)) = place.and_then(|place| self.tests.get(place)) {
@@ -185,7 +185,7 @@ impl Column {
         }
     }
 
-    /// Several machines may run beside each other.
+    /// Prints a line with the kernel's name, as several machines may run in parallel.
     fn say(&self, line: &str) {
         say(&format!("{}: {line}", self.kernel));
     }
@@ -202,7 +202,7 @@ impl Column {
         }
     }
 
-    /// Keeps why the agent refuses: what it lacks, or its last words.
+    /// Records why the agent refuses: the lines of what it lacks, or its last line.
     fn refuses(&mut self, place: usize, how: &str) {
         let said = &self.said[place];
         let lacks = said.lines().filter(|line| line.starts_with("lacks"));
@@ -217,7 +217,7 @@ impl Column {
         ));
     }
 
-    /// Says what went wrong besides the tests; whether that is nothing.
+    /// Prints the failures besides those of tests; returns `true` if there are none.
     pub(crate) fn is_good(&self) -> bool {
         for what in &self.wrong {
             say(&format!("{}: {what}", self.kernel));
@@ -225,7 +225,7 @@ impl Column {
         self.wrong.is_empty()
     }
 
-    /// Counts as failed what did not pass of the tests that were chosen, by executable.
+    /// Counts the chosen tests that did not pass as failed, by executable.
     pub(crate) fn demand(&mut self, chosen: &BTreeMap<String, Vec<String>>) {
         for (case, outcome) in &mut self.tests {
             let names = &chosen[case.as_str()];
@@ -246,14 +246,14 @@ impl Column {
         }
     }
 
-    /// Its tests, by kernel and executable.
+    /// Returns its tests' outcomes, named by kernel and executable.
     pub(crate) fn rows(&self) -> impl Iterator<Item = (String, Outcome)> {
         self.tests
             .iter()
             .map(|(name, outcome)| (format!("{}, {name}", self.kernel), outcome.clone()))
     }
 
-    /// Its cells, by row.
+    /// Returns its cells, by row.
     fn cells(&self) -> Vec<(String, String)> {
         let mut cells = vec![
             ("Linux".to_owned(), self.release.clone()),
@@ -330,7 +330,7 @@ pub(crate) fn table(columns: &[Column]) -> Table {
 }
 
 impl Table {
-    /// As text, and as Markdown: both at once.
+    /// Returns the table in a form that is both plain text and Markdown.
     pub(crate) fn text(&self) -> String {
         let width = |place: usize| {
             let cells = self.rows.iter().map(|(name, cells)| match place {
