@@ -11,47 +11,47 @@ use crate::lacks::{Restriction, restrict};
 use crate::process::{Place, output, place};
 use crate::{eventually, program, scaled, within};
 
-/// What the daemon may do: the list of `deploy/capabilities.md`, with the kernel's numbers.
+/// The daemon's capabilities, as listed in `deploy/capabilities.md`, with the kernel's numbers.
 pub const CAPABILITIES: [(&str, u8); 3] = [
     ("CAP_SYS_ADMIN", 21),
     ("CAP_NET_ADMIN", 12),
     ("CAP_SYS_PTRACE", 19),
 ];
 
-/// What its proxy half may do, by their numbers.
+/// The numbers of the proxy half's capabilities.
 pub const PROXY_CAPABILITIES: [u8; 2] = [21, 12];
 
-/// Names the daemon that has another layout of maps.
+/// The variable that names the daemon with another layout of maps.
 pub const OTHER: &str = "DATAPLANE_TEST_OTHER";
 
-/// How and where it runs.
+/// How and where a daemon runs.
 #[derive(Debug)]
 pub struct Setup {
     /// The variable that names the daemon: `DATAPLANE_BIN`, or [`OTHER`].
     pub program: &'static str,
-    /// Both halves of it, `run`, or one: `node` or `proxy`.
+    /// The subcommand: `run` for both halves, or `node` or `proxy` for one.
     pub halves: &'static str,
     /// The node's name.
     pub node: String,
-    /// The arguments of `run` besides node and folders.
+    /// Further arguments besides node and folders.
     pub arguments: Vec<String>,
     /// Environment variables.
     pub variables: Vec<(String, String)>,
-    /// Its folder for what runs.
+    /// Its `--run-dir`.
     pub run_dir: PathBuf,
-    /// The state that nodes share.
+    /// The state folder that nodes share.
     pub state: PathBuf,
-    /// Where kernel programs are pinned.
+    /// The BPF file system for its pins.
     pub bpffs: PathBuf,
-    /// Where it logs to.
+    /// The file that it logs to.
     pub log: PathBuf,
     /// Namespace, cgroup and privileges.
     pub place: Place,
-    /// What its kernel lacks.
+    /// A feature that its kernel appears to lack.
     pub restriction: Option<Restriction>,
 }
 
-/// A daemon; ended, and what it left removed, when dropped.
+/// A running daemon. Dropping this kills it, and removes all that it left.
 #[derive(Debug)]
 pub struct Agent {
     setup: Setup,
@@ -84,14 +84,14 @@ impl Agent {
         );
     }
 
-    /// The command that starts another one like it.
+    /// Returns the command that starts another one like it.
     pub fn command(&self) -> Command {
         self.setup.command()
     }
 }
 
 impl Setup {
-    /// The command that starts it.
+    /// Returns the command that starts it.
     pub fn command(&self) -> Command {
         let setup = self;
         let mut command = Command::new(program(setup.program));
@@ -116,24 +116,24 @@ impl Setup {
 }
 
 impl Agent {
-    /// How, and what may be changed before it is started again.
+    /// Returns its setup, which may be changed before it is started again.
     pub fn setup(&mut self) -> &mut Setup {
         &mut self.setup
     }
 
-    /// Its process's number.
+    /// Returns its process ID.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("it runs").id()
     }
 
-    /// Kills it: it gets no chance to do anything.
+    /// Kills it by SIGKILL.
     pub fn kill(&mut self) {
         let mut child = self.child.take().expect("it runs");
         child.kill().expect("a child");
         child.wait().expect("a child");
     }
 
-    /// Kills it, if it has not ended.
+    /// Kills it, unless it has ended.
     pub fn end(&mut self) {
         if let Some(mut child) = self.child.take() {
             let _ = child.kill();
@@ -141,14 +141,14 @@ impl Agent {
         }
     }
 
-    /// Asks it to end, and waits until it has.
+    /// Sends it SIGTERM, and waits for its end.
     pub fn terminate(&mut self) -> std::process::ExitStatus {
         let mut child = self.child.take().expect("it runs");
         signal(&child, nix::sys::signal::Signal::SIGTERM);
         child.wait().expect("a child")
     }
 
-    /// Asks it to end, and does not wait.
+    /// Sends it SIGTERM, and does not wait.
     pub fn ask_to_end(&self) {
         signal(
             self.child.as_ref().expect("it runs"),
@@ -156,7 +156,7 @@ impl Agent {
         );
     }
 
-    /// Whether it runs.
+    /// Returns `true` if it runs.
     pub fn runs(&self) -> bool {
         self.child.is_some() && !self.has_ended()
     }
@@ -166,23 +166,23 @@ impl Agent {
         self.child.take().expect("it runs").wait().expect("a child")
     }
 
-    /// Whether it was started and has ended by itself.
+    /// Returns `true` if it was started and has ended by itself.
     fn has_ended(&self) -> bool {
         use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
         let Some(child) = &self.child else {
             return false;
         };
         let pid = nix::unistd::Pid::from_raw(child.id().try_into().expect("a pid"));
-        // Only asked: the end is left for `wait` to see.
+        // WNOWAIT leaves the exit status for `wait`.
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         !matches!(waitid(Id::Pid(pid), flags), Ok(WaitStatus::StillAlive))
     }
 
-    /// Waits until it holds, or the agent ends.
+    /// Waits until `holds` returns `true`; fails at once if the agent ends.
     fn eventually(&self, what: &str, mut holds: impl FnMut() -> bool) {
         let (mut ended, mut held) = (false, false);
         within(20, || {
-            // In this order: what it said last is seen.
+            // Checked before `holds`, which sees the agent's last output then.
             ended = self.has_ended();
             held = holds();
             held || ended
@@ -196,18 +196,18 @@ impl Agent {
         assert!(held, "{why}: {what}; log: {log}");
     }
 
-    /// Where it logs to.
+    /// Returns the file that it logs to.
     pub fn log_file(&self) -> &Path {
         &self.setup.log
     }
 
-    /// All that it has logged.
+    /// Returns all that it has logged.
     pub fn log(&self) -> String {
         let log = &self.setup.log;
         fs::read_to_string(log).unwrap_or_else(|error| panic!("{}: {error}", log.display()))
     }
 
-    /// Waits for a line that has all of these in it.
+    /// Waits for a line of the log that contains all of `parts`, and returns it.
     pub fn logs(&self, parts: &[&str]) -> String {
         let mut found = None;
         self.eventually(&format!("a line with {parts:?}"), || {
@@ -221,7 +221,7 @@ impl Agent {
         found.expect("it was found")
     }
 
-    /// What a subcommand says of it.
+    /// Runs a subcommand for its node; returns exit status, standard output and standard error.
     pub fn ask(&self, arguments: &[&str]) -> (std::process::ExitStatus, String, String) {
         let mut command = Command::new(program(self.setup.program));
         command
@@ -232,7 +232,7 @@ impl Agent {
         output(&mut command)
     }
 
-    /// `dataplane status`, if it answers.
+    /// Returns `dataplane status` as JSON, if the daemon answers.
     pub fn status(&self) -> Option<Value> {
         let (status, text, _) = self.ask(&["status", "--json"]);
         status
@@ -240,7 +240,7 @@ impl Agent {
             .then(|| serde_json::from_str(&text).expect("JSON"))
     }
 
-    /// A pod's state and the reason for it.
+    /// Returns a pod's state and the reason for it.
     pub fn pod(&self, name: &str) -> (String, String) {
         let status = self.status().unwrap_or_default();
         let pods = status["pods"].as_array().cloned().unwrap_or_default();
@@ -253,22 +253,22 @@ impl Agent {
         (text(&pod["state"]), text(&pod["reason"]))
     }
 
-    /// Waits until these pods are served.
+    /// Waits until these pods are up.
     pub fn up(&self, names: &[&str]) {
         self.eventually(&format!("pods {names:?} up"), || {
             names.iter().all(|name| self.pod(name).0 == "up")
         });
     }
 
-    /// Waits until a pod is in a state.
+    /// Waits until a pod is in this state.
     pub fn is(&self, name: &str, state: &str) {
         self.eventually(&format!("pod {name} {state}"), || self.pod(name).0 == state);
     }
 
-    /// What a kernel counter says.
+    /// Returns the value of a kernel counter.
     ///
     /// # Panics
-    /// The agent does not answer, or has no such counter: that is not zero.
+    /// The agent does not answer, or has no such counter; neither means zero.
     pub fn counter(&self, word: &str) -> u64 {
         let status = self.status().expect("it answers");
         let counters = status["counters"].as_array().expect("counters");
@@ -277,7 +277,7 @@ impl Agent {
         of[1].as_u64().expect("a number")
     }
 
-    /// Does it, and waits until a kernel counter has risen by it.
+    /// Runs `act`, and waits until a kernel counter has risen.
     pub fn counts<T>(&self, word: &str, what: &str, act: impl FnOnce() -> T) -> T {
         let before = self.counter(word);
         let done = act();
@@ -287,29 +287,29 @@ impl Agent {
         done
     }
 
-    /// Posts to the admin socket.
+    /// Sends a POST to the admin socket, and returns the answer.
     pub fn post(&self, path: &str) -> String {
         http(&self.socket(), "POST", path)
     }
 
-    /// How many workloads it dials by HBONE.
+    /// Returns the number of workloads that it dials by HBONE.
     pub fn tunnelled(&self) -> usize {
         self.get("/config_dump")
             .matches("\"protocol\": \"HBONE\"")
             .count()
     }
 
-    /// Gets from the admin socket.
+    /// Sends a GET to the admin socket, and returns the answer.
     pub fn get(&self, path: &str) -> String {
         http(&self.socket(), "GET", path)
     }
 
-    /// Its admin socket.
+    /// Returns the path of its admin socket.
     pub fn socket(&self) -> PathBuf {
         self.setup.run_dir.join(&self.setup.node).join("admin.sock")
     }
 
-    /// Removes what it left. It must not run.
+    /// Removes all that it left. It must not run.
     pub fn uninstall(&self) -> (std::process::ExitStatus, String, String) {
         let state = self.setup.state.display().to_string();
         let bpffs = self.setup.bpffs.display().to_string();
@@ -336,14 +336,14 @@ impl Drop for Agent {
             }
         }
         if std::thread::panicking() {
-            // A second panic would end the process, and with it what is to be cleared up.
+            // A second panic would abort the process before the other guards have cleaned up.
             let log = fs::read_to_string(&self.setup.log).unwrap_or_default();
             eprintln!("--- log of {}:\n{}", self.setup.node, tail(&log, 40));
         }
     }
 }
 
-/// How often an agent has put a part of capture back.
+/// Returns the number of repairs of a part of capture.
 pub fn repairs(agent: &Agent, part: &str) -> u64 {
     let series = format!("dataplane_repairs_total{{part=\"{part}\"}} ");
     let metrics = agent.get("/metrics");

@@ -1,4 +1,4 @@
-//! What the kernel has of an agent: entries of a pinned map, programs in a network namespace.
+//! Access to an agent's pinned maps, and to the programs in a network namespace.
 
 use std::cell::Cell;
 use std::ffi::CString;
@@ -20,13 +20,13 @@ const BPF_PROG_QUERY: libc::c_long = 16;
 const BPF_LINK_GET_FD_BY_ID: libc::c_long = 30;
 const BPF_LINK_GET_NEXT_ID: libc::c_long = 31;
 const BPF_LINK_DETACH: libc::c_long = 34;
-/// Kinds of maps of `enum bpf_map_type`.
+/// `BPF_MAP_TYPE_HASH` of `enum bpf_map_type`.
 const HASH: u64 = 1;
 const ARRAY: u64 = 2;
-/// A hash table that forgets the oldest.
+/// `BPF_MAP_TYPE_LRU_HASH`.
 const LRU: u64 = 9;
 
-/// The keys of a map that is a hash table; none if something else is pinned there.
+/// Returns the keys of a pinned hash table; `None` if something else is pinned there.
 pub fn keys(pin: &Path) -> Option<Vec<Vec<u8>>> {
     let read = || {
         let pinned = open(pin)?;
@@ -42,7 +42,7 @@ pub fn keys(pin: &Path) -> Option<Vec<Vec<u8>>> {
     read().unwrap_or_else(|error: io::Error| panic!("{}: {error}", pin.display()))
 }
 
-/// Removes all entries of a map that is a hash table; how many there were.
+/// Removes all entries of a pinned hash table; returns their number.
 pub fn clear(pin: &Path) -> usize {
     #[repr(C)]
     struct Delete {
@@ -63,7 +63,7 @@ pub fn clear(pin: &Path) -> usize {
     keys.len()
 }
 
-/// Puts keys into a hash table of numbers until it is full, with zeroes for values of up to 32 bytes.
+/// Fills a pinned hash table with numbers as keys, and with zeroes for values of up to 32 bytes.
 pub fn fill(pin: &Path) {
     let pinned = open(pin).expect("a map");
     let value = [0_u8; 32];
@@ -77,20 +77,20 @@ pub fn fill(pin: &Path) {
     }
 }
 
-/// How many entries a map has room for.
+/// Returns the capacity of a pinned map.
 pub fn most(pin: &Path) -> u64 {
     let told = map_info(&open(pin).expect("a map")).expect("it is told");
     told("max_entries:").expect("of a map")
 }
 
-/// The kernel's number of a map, if one is pinned there.
+/// Returns the ID of a map, if one is pinned there.
 pub fn id(pin: &Path) -> Option<u64> {
     open(pin)
         .ok()
         .and_then(|pinned| map_info(&pinned).ok()?("map_id:"))
 }
 
-/// Pins in the place of a map one with so many times the room, and what it holds if that can be listed.
+/// Replaces a pinned map by one with `times` the capacity, and with its entries if they can be listed.
 pub fn remake(pin: &Path, times: u32) {
     let old = open(pin).expect("a map");
     let told = map_info(&old).expect("it is told");
@@ -123,7 +123,7 @@ pub fn hash(pin: &Path, most: u32) {
     pinned(&create([HASH as u32, 8, 16, most, 0]), pin);
 }
 
-/// Makes a map: its kind, the sizes of keys and values, how many, flags.
+/// Creates a map. `attributes` are its type, the sizes of keys and values, its capacity, and flags.
 fn create(attributes: [u32; 5]) -> OwnedFd {
     let descriptor = bpf(BPF_MAP_CREATE, &attributes).expect("a map");
     // SAFETY: the kernel has made it for us alone.
@@ -140,10 +140,9 @@ fn pinned(map: &OwnedFd, pin: &Path) {
     bpf(BPF_OBJ_PIN, &put).expect("nothing is there");
 }
 
-/// Detaches, by force, what is attached by links to a network namespace or a cgroup, of this inode number;
-/// how many links there were.
+/// Detaches all links of the network namespace or cgroup with this inode number; returns their number.
 pub fn detach(inode: u64) -> usize {
-    /// What the kernel tells of a link: its kind, and what it is attached to.
+    /// The kernel's information about a link: its type, and its target.
     #[repr(C)]
     struct Info {
         kind: u32,
@@ -192,7 +191,7 @@ pub fn detach(inode: u64) -> usize {
     }
 }
 
-/// How many programs steer in a network namespace.
+/// Returns the number of `sk_lookup` programs of a network namespace.
 pub fn steering(netns: &File) -> u32 {
     /// `BPF_SK_LOOKUP` of `enum bpf_attach_type`.
     const SK_LOOKUP: u32 = 36;
@@ -218,7 +217,7 @@ pub fn steering(netns: &File) -> u32 {
     query.into_inner().count
 }
 
-/// Does it with an element of a map.
+/// Runs a bpf(2) command on an element of a map.
 fn element(what: libc::c_long, map: &OwnedFd, key: u64, value: u64) -> io::Result<i32> {
     #[repr(C)]
     struct Element {
@@ -245,7 +244,7 @@ fn key_size(pinned: &OwnedFd) -> io::Result<Option<usize>> {
     Ok(size.map(|size| size as usize))
 }
 
-/// What the kernel tells of the descriptor: numbers by their names.
+/// Returns a look-up of numbers, by name, in the kernel's information about a descriptor.
 fn map_info(pinned: &OwnedFd) -> io::Result<impl Fn(&str) -> Option<u64> + use<>> {
     let told = fs::read_to_string(format!("/proc/self/fdinfo/{}", pinned.as_raw_fd()))?;
     Ok(move |name: &str| {
@@ -258,7 +257,7 @@ fn map_info(pinned: &OwnedFd) -> io::Result<impl Fn(&str) -> Option<u64> + use<>
     })
 }
 
-/// Opens what is pinned, as anybody may who sees the file system.
+/// Opens a pin, as any process may that sees the file system.
 ///
 /// # Errors
 /// Nothing is pinned there.
@@ -274,7 +273,7 @@ pub fn open(pin: &Path) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// What is said of a pin.
+/// The part of `union bpf_attr` for pins.
 #[repr(C)]
 struct Pinned {
     path: u64,

@@ -1,10 +1,10 @@
-//! Cgroups of version 2, removed with what runs in them by their guards.
+//! Cgroups of version 2. Their guards remove them, and kill the processes in them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Where version 2 is mounted.
+/// Returns the mount point of version 2.
 pub fn root() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mounts").expect("/proc is mounted");
     let mut folders = mounts.lines().filter_map(|line| {
@@ -14,7 +14,7 @@ pub fn root() -> PathBuf {
     folders.next().expect("a cgroup v2 hierarchy is mounted")
 }
 
-/// A cgroup.
+/// A cgroup, removed on drop.
 #[derive(Debug)]
 pub struct Cgroup {
     /// Its folder.
@@ -22,7 +22,7 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes it.
+    /// Creates it.
     pub fn new(folder: &Path) -> Self {
         fs::create_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
         Self {
@@ -37,7 +37,7 @@ impl Drop for Cgroup {
     }
 }
 
-/// Removes a cgroup with those below it, and with what runs in them.
+/// Removes a cgroup with those below it, and kills the processes in them.
 pub fn remove(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

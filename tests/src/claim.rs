@@ -1,23 +1,23 @@
-//! A number that this process alone has of all test processes that run beside each other. The kernel takes
-//! it back when the process ends, however it does.
+//! A number that is unique among all test processes that run at the same time. The kernel releases it when
+//! the process ends, however it does.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::sync::OnceLock;
 
-/// Numbers are from 1 to this.
+/// The largest number; the smallest is 1.
 pub const NUMBERS: u32 = 95;
 
-/// One that is had for as long as this lives: a socket's name, which nobody else can take.
+/// A number that is claimed as long as this lives, by the name of a socket that no other process can take.
 #[derive(Debug)]
 pub struct Claim {
-    /// Which one.
+    /// The number.
     pub number: u32,
     _socket: UnixListener,
 }
 
 impl Claim {
-    /// The first that nobody has, from this one on.
+    /// Claims the first free number, starting at one that depends on `from`.
     ///
     /// # Panics
     /// All are taken.
@@ -37,7 +37,8 @@ impl Claim {
     }
 }
 
-/// This process' own. Others than those before it had are tried first: what they left may take a moment to go.
+/// Returns this process' number. The search starts at its process ID, so that numbers of recent processes, whose
+/// leftovers may take a moment to go, are tried last.
 pub fn own() -> u32 {
     static OWN: OnceLock<Claim> = OnceLock::new();
     OWN.get_or_init(|| Claim::new(std::process::id())).number

@@ -1,4 +1,4 @@
-//! The commands of `dataplane`, as people type them.
+//! The commands of `dataplane`, as people run them.
 
 use std::fs;
 use std::path::Path;
@@ -8,14 +8,14 @@ use crate::agent::Setup;
 use crate::process::{output, place};
 use crate::{Agent, SingleNode, eventually, program};
 
-/// `dataplane` with a command, and without settings from the environment.
+/// Returns `dataplane` with a subcommand, and without settings from the environment.
 pub fn dataplane(command: &str) -> Command {
     let mut dataplane = Command::new(program("DATAPLANE_BIN"));
     dataplane.arg(command).env_remove("NODE_NAME");
     dataplane
 }
 
-/// `uninstall` with the places of this node, and with others in their stead.
+/// Returns `uninstall` with the paths of this node, some of which `others` replace.
 pub fn uninstall(one: &SingleNode, others: &[(&str, &Path)]) -> Command {
     let mut uninstall = dataplane("uninstall");
     let (run, bpffs, state) = (
@@ -36,14 +36,14 @@ pub fn uninstall(one: &SingleNode, others: &[(&str, &Path)]) -> Command {
     uninstall
 }
 
-/// How it ended, and all that it said.
+/// Runs a command; returns its exit status and all its output.
 pub fn run(command: &mut Command) -> (ExitStatus, String) {
     let (status, out, error) = output(command);
     (status, out + &error)
 }
 
-/// The same command as a child of others, and ended if it does not end: an agent that is dropped would
-/// uninstall what it shall leave as it is.
+/// Returns the same command as a child of other commands, with a time limit. It is used instead of an `Agent`,
+/// which on drop would uninstall what has to stay as it is.
 pub fn under(others: &[&str], command: &Command, at: &Setup) -> Command {
     let mut under = Command::new("timeout");
     under
@@ -55,7 +55,7 @@ pub fn under(others: &[&str], command: &Command, at: &Setup) -> Command {
     under
 }
 
-/// How an agent ended that must not start, and what it said.
+/// Runs an agent that must not start; returns its exit status and its output.
 pub fn refused(setup: Setup) -> (ExitStatus, String) {
     let _ = fs::remove_file(&setup.log);
     let mut agent = Agent::start(setup);

@@ -1,5 +1,5 @@
-//! Kernels that lack something, as a process sees them: by seccomp, so that the program under test
-//! needs no switch for it.
+//! Kernels that lack a feature: seccomp makes them appear so to a process, so that the program under test needs no
+//! switch for it.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -8,37 +8,37 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// What a kernel lacks.
+/// A feature that a kernel lacks, or a point at which the process is killed.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Restriction {
-    /// A kind of kernel programs, by its number in `enum bpf_prog_type`.
+    /// No kernel programs of a type, by its number in `enum bpf_prog_type`.
     Programs(u32),
-    /// IPv6: no socket of its family can be made.
+    /// No IPv6: no socket of its family can be created.
     Ipv6,
-    /// The right to list programs.
+    /// No right to list programs.
     ListPrograms,
-    /// Time: it ends who begins the step of this number, counted from 0. A step pins something, attaches
-    /// a program, or renames a file.
+    /// The process is killed as it begins the step of this number, counted from 0. A step pins something,
+    /// attaches a program, or renames a file.
     KillAtStep(u32),
-    /// Instances of inotify: others have them all.
+    /// No instances of inotify: others have them all.
     Inotify,
 }
 
 /// `BPF_PROG_LOAD` of `enum bpf_cmd`.
 const PROG_LOAD: u32 = 5;
-/// `BPF_PROG_GET_NEXT_ID` of it.
+/// `BPF_PROG_GET_NEXT_ID` of `enum bpf_cmd`.
 const PROG_LIST: u32 = 11;
-/// `BPF_OBJ_PIN`, `BPF_LINK_CREATE` and `BPF_LINK_UPDATE` of it.
+/// `BPF_OBJ_PIN`, `BPF_LINK_CREATE` and `BPF_LINK_UPDATE` of `enum bpf_cmd`.
 const STEPS: [u32; 3] = [6, 28, 29];
 #[cfg(target_arch = "x86_64")]
 const RENAME: libc::c_long = libc::SYS_rename;
 #[cfg(not(target_arch = "x86_64"))]
 const RENAME: libc::c_long = libc::SYS_renameat;
-/// Where the system call's number and its first two arguments' lower halves are in `seccomp_data`.
+/// Offsets in `seccomp_data` of the system call's number and of the lower halves of its first two arguments.
 const NUMBER: u32 = 0;
 const FIRST: u32 = 16;
 
-/// Starts what the command starts on a kernel that lacks this.
+/// Makes a command start on a kernel that appears to lack a feature.
 pub fn restrict(command: &mut Command, what: Restriction) {
     let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair of sockets");
     let mut filter = filter(what);
@@ -57,7 +57,7 @@ pub fn restrict(command: &mut Command, what: Restriction) {
         let made = unsafe { libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program) };
         let listener = i32::try_from(nix::errno::Errno::result(made)?).unwrap_or(-1);
         if is_asked {
-            // It is closed by exec: not before somebody else has it.
+            // Exec closes the listener, but not before the other process has a copy.
             (&theirs).write_all(&listener.to_ne_bytes())?;
             (&theirs).write_all(&std::process::id().to_ne_bytes())?;
             (&theirs).read_exact(&mut [0])?;
@@ -85,7 +85,7 @@ pub fn restrict(command: &mut Command, what: Restriction) {
     }
 }
 
-/// Asks of what is lacking, or refuses it.
+/// Returns the filter, which refuses the feature's system calls, or has the listener decide about them.
 fn filter(what: Restriction) -> Vec<libc::sock_filter> {
     let load = |k| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, k, 0, 0);
     let is = |k, then, other| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k, then, other);
@@ -135,7 +135,7 @@ fn step(code: u32, k: u32, jt: u8, jf: u8) -> libc::sock_filter {
     libc::sock_filter { code, jt, jf, k }
 }
 
-/// Another process's descriptor.
+/// Copies a descriptor of another process.
 fn taken(pid: i32, descriptor: i32) -> nix::Result<OwnedFd> {
     // SAFETY: takes no pointers.
     let process = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -149,10 +149,10 @@ fn taken(pid: i32, descriptor: i32) -> nix::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(own) })
 }
 
-/// Refuses programs of a kind as a kernel does that does not know it, for as long as somebody may ask.
+/// Refuses programs of a type, as a kernel that does not know it, until no process can ask any more.
 fn answer_loads(listener: &OwnedFd, kind: u32) {
     while let Some(asked) = next(listener) {
-        // The attributes begin with the program's kind.
+        // The attributes begin with the program's type.
         let mut found = [0; 4];
         let memory = File::open(format!("/proc/{}/mem", asked.pid));
         let read = memory.and_then(|memory| memory.read_exact_at(&mut found, asked.data.args[1]));
@@ -161,7 +161,7 @@ fn answer_loads(listener: &OwnedFd, kind: u32) {
     }
 }
 
-/// Lets as many steps be done, and ends the process in place of the next one.
+/// Allows this number of steps, and kills the process instead of the next one.
 fn end_at(listener: &OwnedFd, pid: i32, steps: u32) {
     for _ in 0..steps {
         let Some(asked) = next(listener) else {
@@ -175,7 +175,7 @@ fn end_at(listener: &OwnedFd, pid: i32, steps: u32) {
     }
 }
 
-/// The next call that is asked of; none when nobody can ask any more.
+/// Waits for the next system call to decide about; `None` if no process can ask any more.
 fn next(listener: &OwnedFd) -> Option<libc::seccomp_notif> {
     // SAFETY: plain numbers, for which zero is a value.
     let mut asked: libc::seccomp_notif = unsafe { std::mem::zeroed() };
@@ -185,7 +185,7 @@ fn next(listener: &OwnedFd) -> Option<libc::seccomp_notif> {
     (done == 0).then_some(asked)
 }
 
-/// Lets it be done, or refuses it.
+/// Allows a system call, or refuses it with `error`.
 fn answer(listener: &OwnedFd, asked: &libc::seccomp_notif, error: Option<i32>) {
     // SAFETY: plain numbers, for which zero is a value.
     let mut answer: libc::seccomp_notif_resp = unsafe { std::mem::zeroed() };
@@ -197,6 +197,6 @@ fn answer(listener: &OwnedFd, asked: &libc::seccomp_notif, error: Option<i32>) {
         }
     }
     let request = libc::SECCOMP_IOCTL_NOTIF_SEND;
-    // SAFETY: as in `next`; it fails where the asker has ended meanwhile.
+    // SAFETY: as in `next`; it fails if the process has ended meanwhile.
     unsafe { libc::ioctl(listener.as_raw_fd(), request, &raw mut answer) };
 }

@@ -1,5 +1,5 @@
-//! What is left of a world whose process was killed, as by Ctrl-C: the next one takes it away. Nothing
-//! else is touched, and no world that lives.
+//! The removal of leftovers: if a world's process was killed, as by Ctrl-C, the next test process removes its
+//! world. Nothing else is touched, and no world that is in use.
 
 use std::collections::BTreeSet;
 use std::fs::{self, DirEntry, File};
@@ -11,10 +11,10 @@ use nix::mount::MntFlags;
 
 use crate::cgroup;
 
-/// Takes away what test processes left that are gone.
+/// Removes the worlds of test processes that are gone.
 pub fn sweep() {
     let left = entries(&cgroup::root()).chain(entries(Path::new("/run/netns")));
-    // `dp-t<process>n<number>`, and more where it is a namespace's.
+    // The names are `dp-t<process>n<number>`, followed by more for a namespace.
     let worlds: BTreeSet<String> = left
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
@@ -30,7 +30,7 @@ pub fn sweep() {
     }
 }
 
-/// Takes away what is left of a world; whether there was something.
+/// Removes a world's cgroups, namespaces and folders; returns `true` if there were any.
 pub fn clear(id: &str) -> bool {
     let mut found = false;
     let top = cgroup::root().join(format!("dp-{id}"));
@@ -64,15 +64,15 @@ pub(crate) fn lock(folder: &Path) -> File {
     lock
 }
 
-/// What the name of a world's folder begins with.
+/// Returns the prefix of the name of a world's folder.
 pub(crate) fn folder_prefix(id: &str) -> String {
     format!("dataplane-{id}-")
 }
 
 const LOCK: &str = "lock";
 
-/// Whether the process of a world lives. Its lock says so; its number may be another's by now, or be
-/// kept, of a process that has ended and that nobody has waited for.
+/// Returns `true` if the process of a world lives. Its lock decides, as its ID may belong to another process
+/// by now, or to a zombie.
 fn lives(id: &str, process: u32) -> bool {
     let lock = folders(id).find_map(|folder| File::open(folder.join(LOCK)).ok());
     match lock {
@@ -81,7 +81,7 @@ fn lives(id: &str, process: u32) -> bool {
     }
 }
 
-/// The folders of a world. Anybody can put a name there: these are folders of our own, and no links.
+/// Returns the folders of a world. Only our own folders count, and no links, as any user can create such names.
 fn folders(id: &str) -> impl Iterator<Item = PathBuf> {
     let prefix = folder_prefix(id);
     let own = nix::unistd::geteuid().as_raw();

@@ -1,7 +1,7 @@
-//! Harness: nodes and pods as network namespaces and cgroups of this machine, the real agent on the
-//! real kernel, and captures of what is on the wires. Everything is taken away by guards.
+//! The test harness: nodes and pods as network namespaces and cgroups of this machine, the real agent on the
+//! real kernel, and packet captures. Guards remove everything on drop.
 //!
-//! Nothing skips: what a test cannot have, it fails for, and says so.
+//! No test is skipped: if something that it needs is missing, it fails, and says so.
 
 pub mod agent;
 pub mod bpf;
@@ -31,7 +31,7 @@ pub use taps::Taps;
 pub use wire::Wire;
 pub use world::{Node, Pair, Pod, World};
 
-/// Panics where tests on the kernel cannot run, and says what is missing.
+/// Panics if tests on the kernel cannot run here, and says what is missing.
 pub fn require_root() {
     let root = nix::unistd::geteuid().is_root();
     assert!(
@@ -40,7 +40,7 @@ pub fn require_root() {
     );
 }
 
-/// A program that `cargo xtask` names in the environment.
+/// Returns the path of a program that `cargo xtask` names in the environment.
 pub fn program(variable: &str) -> PathBuf {
     let Some(path) = std::env::var_os(variable) else {
         panic!("{variable} is not set: run this through `cargo xtask test` or `cargo xtask demo`");
@@ -48,7 +48,7 @@ pub fn program(variable: &str) -> PathBuf {
     PathBuf::from(path)
 }
 
-/// A deadline for this machine: longer where `DATAPLANE_TEST_SCALE` says that it is slow.
+/// Scales a time for this machine by `DATAPLANE_TEST_SCALE`, which is set if it is slow.
 pub fn scaled(time: Duration) -> Duration {
     let scale = std::env::var("DATAPLANE_TEST_SCALE").ok();
     let scale = scale.map_or(1.0, |scale| {
@@ -59,7 +59,7 @@ pub fn scaled(time: Duration) -> Duration {
     time.mul_f64(scale)
 }
 
-/// Waits until it holds.
+/// Waits until `holds` returns `true`.
 ///
 /// # Panics
 /// It does not within `seconds`, scaled.
@@ -67,7 +67,7 @@ pub fn eventually(what: &str, seconds: u64, holds: impl FnMut() -> bool) {
     assert!(within(seconds, holds), "not within {seconds} s: {what}");
 }
 
-/// Whether it holds before so many seconds, scaled, are over.
+/// Returns `true` if `holds` does within `seconds`, scaled.
 pub fn within(seconds: u64, mut holds: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + scaled(Duration::from_secs(seconds));
     while !holds() {

@@ -1,20 +1,20 @@
-//! A folder of manifests, written as a careful operator does: whole files, by rename.
+//! A folder of manifests. Files are written atomically, by rename, as a careful operator does.
 
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A folder.
+/// A folder of manifests.
 #[derive(Debug)]
 pub struct Manifests {
-    /// Where it is.
+    /// Its path.
     pub folder: PathBuf,
 }
 
-/// A Pod object.
+/// The contents of a Pod object.
 #[derive(Clone, Debug)]
 pub struct PodObject<'a> {
-    /// Whether services may send to it.
+    /// `true` if it is ready, so that services send to it.
     pub ready: bool,
     /// Its namespace.
     pub namespace: &'a str,
@@ -32,12 +32,12 @@ pub struct PodObject<'a> {
     pub uid: &'a str,
     /// Its addresses.
     pub addresses: Vec<String>,
-    /// The Deployment that it is of, if it is of one.
+    /// The Deployment that owns it, if there is one.
     pub owner: Option<&'a str>,
 }
 
 impl Manifests {
-    /// A new one.
+    /// Returns the manifests of a folder.
     pub fn new(folder: &Path) -> Self {
         fs::create_dir(folder).expect("a folder");
         Self {
@@ -45,7 +45,7 @@ impl Manifests {
         }
     }
 
-    /// Writes a file in place of one that may be there.
+    /// Writes a file, or replaces it.
     pub fn write(&self, file: &str, text: &str) {
         let path = self.folder.join(file);
         let new = self.folder.join(format!(".{file}.new"));
@@ -58,7 +58,7 @@ impl Manifests {
         fs::remove_file(self.folder.join(file)).expect("it is there");
     }
 
-    /// A Namespace, in the mesh or not.
+    /// Writes a Namespace, in the mesh or not.
     pub fn namespace(&self, name: &str, ambient: bool) {
         let label = if ambient {
             "{istio.io/dataplane-mode: ambient}"
@@ -71,7 +71,7 @@ impl Manifests {
         self.write(&format!("namespace-{name}.yaml"), &text);
     }
 
-    /// A Pod.
+    /// Writes a Pod.
     pub fn pod(&self, pod: &PodObject<'_>) {
         let pairs = |pairs: &[(String, String)]| {
             let pair = |(name, value): &(String, String)| format!("    {name}: {value:?}\n");
@@ -118,7 +118,7 @@ impl Manifests {
         self.remove(&format!("pod-{namespace}-{name}.yaml"));
     }
 
-    /// A Service of the pods with the label `app: <name>`.
+    /// Writes a Service of the pods with the label `app: <name>`.
     pub fn service(&self, namespace: &str, name: &str, vip: &str, port: u16, target: u16) {
         let text = format!(
             "apiVersion: v1\nkind: Service\nmetadata:\n  name: {name}\n  namespace: {namespace}\nspec:\n  clusterIP: {vip}\n  clusterIPs: [\"{vip}\"]\n  selector:\n    app: {name}\n  ports:\n  - port: {port}\n    targetPort: {target}\n"
@@ -126,7 +126,7 @@ impl Manifests {
         self.write(&format!("service-{namespace}-{name}.yaml"), &text);
     }
 
-    /// PeerAuthentication of a namespace: `STRICT`, `PERMISSIVE`.
+    /// Writes the PeerAuthentication of a namespace: `STRICT` or `PERMISSIVE`.
     pub fn mtls(&self, namespace: &str, mode: &str) {
         let text = format!(
             "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata:\n  name: default\n  namespace: {namespace}\nspec:\n  mtls:\n    mode: {mode}\n"
@@ -134,7 +134,7 @@ impl Manifests {
         self.write(&format!("mtls-{namespace}.yaml"), &text);
     }
 
-    /// An AuthorizationPolicy for the pods with the label `app: <app>`: for this principal alone.
+    /// Writes an AuthorizationPolicy for the pods with the label `app: <app>`, with a rule for one principal.
     pub fn policy(&self, namespace: &str, name: &str, action: &str, app: &str, principal: &str) {
         let text = format!(
             "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: {name}\n  namespace: {namespace}\nspec:\n  selector:\n    matchLabels:\n      app: {app}\n  action: {action}\n  rules:\n  - from:\n    - source:\n        principals: [\"{principal}\"]\n"

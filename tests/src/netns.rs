@@ -1,4 +1,4 @@
-//! Named network namespaces, removed by their guards, and what is put into them.
+//! Named network namespaces, which their guards remove, and their contents.
 
 use std::fs::File;
 use std::io::Write;
@@ -8,12 +8,12 @@ use std::process::{Command, Stdio};
 
 use nix::sched::{CloneFlags, setns};
 
-/// Whether this kernel has IPv6.
+/// Returns `true` if this kernel has IPv6.
 pub fn has_ipv6() -> bool {
     Path::new("/proc/sys/net/ipv6").exists()
 }
 
-/// A named network namespace.
+/// A named network namespace, removed on drop.
 #[derive(Debug)]
 pub struct Netns {
     /// Its name, below `/run/netns`.
@@ -21,7 +21,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes it, with `lo` up.
+    /// Creates it, with `lo` up.
     pub fn new(name: &str) -> Self {
         batch(None, &format!("netns add {name}\n"));
         batch(Some(name), "link set lo up\n");
@@ -30,13 +30,13 @@ impl Netns {
         }
     }
 
-    /// Its descriptor.
+    /// Returns a descriptor of it.
     pub fn file(&self) -> File {
         let path = format!("/run/netns/{}", self.name);
         File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 
-    /// Its cookie, as agents name what they have of it.
+    /// Returns its cookie, by which agents name its pins and records.
     pub fn cookie(&self) -> String {
         let mut cookie = 0_u64;
         let mut length = size_of::<u64>() as libc::socklen_t;
@@ -61,22 +61,22 @@ impl Netns {
         cookie.to_string()
     }
 
-    /// Does these `ip` commands in it, a line each.
+    /// Runs these `ip` commands in it, one per line.
     pub fn ip(&self, commands: &str) {
         batch(Some(&self.name), commands);
     }
 
-    /// Does what is for IPv6, unless this kernel has none.
+    /// Runs `ip` commands in it, unless this kernel has no IPv6.
     pub fn ip6(&self, commands: &str) {
         if has_ipv6() {
             self.ip(commands);
         }
     }
 
-    /// What an `ip` command says of it.
+    /// Returns the output of an `ip` command in it.
     ///
     /// # Panics
-    /// It fails: that is not nothing.
+    /// The command fails; that must not be taken for empty output.
     pub fn show(&self, command: &str) -> String {
         let output = Command::new("ip")
             .args(["-n", &self.name])
@@ -103,7 +103,7 @@ impl Netns {
         })
     }
 
-    /// A setting below `/proc/sys`, as it is there.
+    /// Returns a setting below `/proc/sys`.
     pub fn sysctl(&self, name: &str) -> String {
         let path = format!("/proc/sys/{}", name.replace('.', "/"));
         let text = self.run(|| std::fs::read_to_string(&path));

@@ -1,5 +1,5 @@
-//! The smallest mesh: one pod in it, another pod on the same node that is in none, and what keeps the
-//! first one captured.
+//! The smallest mesh: a node with one pod in the mesh and one outside of it, and the traces of the first one's
+//! capture.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,18 +12,18 @@ use crate::{Agent, Node, Pod, World};
 pub struct SingleNode {
     /// The pod in the mesh, which is up.
     pub server: Pod,
-    /// The pod that is not.
+    /// The pod outside of the mesh.
     pub outsider: Pod,
     /// The node's agent.
     pub agent: Agent,
     /// The node, `one`.
     pub node: Node,
-    /// Where it is.
+    /// The world that it is in.
     pub world: World,
 }
 
 impl SingleNode {
-    /// With the server up.
+    /// Starts it, and waits until the server is up.
     pub fn new() -> Self {
         let world = World::new();
         let node = world.node("one");
@@ -40,12 +40,12 @@ impl SingleNode {
         }
     }
 
-    /// The node's folder for what is running.
+    /// Returns the node's folder in `--run-dir`.
     pub fn folder(&self) -> PathBuf {
         self.world.folder().join("run/one")
     }
 
-    /// What keeps the server captured: its rules, how many pins, how many records.
+    /// Returns the traces of the server's capture: its rules, the number of pins, and the number of records.
     pub fn traces(&self) -> (String, usize, usize) {
         let rules = self.server.netns.show("rule show");
         let pins = tree(self.world.bpffs()).len();
@@ -53,18 +53,18 @@ impl SingleNode {
         (rules, pins, records)
     }
 
-    /// Whether all of it is there.
+    /// Returns `true` if all traces are there.
     pub fn is_captured(&self) -> bool {
         let (rules, pins, records) = self.traces();
         rules.lines().count() > 3 && pins > 7 && records == 1
     }
 
-    /// Whether the outsider is refused at this port of the server, where an app serves.
+    /// Returns `true` if the server refuses the outsider at this port, where an app serves.
     pub fn denies(&self, port: u16) -> bool {
         self.outsider.ask(self.server.at(port), "x").is_err()
     }
 
-    /// What the agent says is wrong with its manifests, in JSON; `[]` if nothing is.
+    /// Returns the problems of the manifests that the agent reports, in JSON; `[]` if there are none.
     pub fn problems(&self) -> String {
         let status = self.agent.status().unwrap_or_default();
         status["problems"].to_string()
@@ -77,7 +77,7 @@ impl Default for SingleNode {
     }
 }
 
-/// All that is below a folder: what it is, and what is in it.
+/// Returns all paths below a folder, each with its type and contents.
 pub fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {

@@ -1,4 +1,4 @@
-//! A peer that speaks HBONE by other libraries' plain means, and may be anybody.
+//! A peer that speaks HBONE by the plain use of other libraries, with any identity.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -13,15 +13,15 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, Server
 
 use crate::{Pod, scaled};
 
-/// What a peer shows of itself.
+/// A peer, by its credentials.
 #[derive(Debug)]
 pub struct Peer {
-    /// Its certificates and its key, if it has any.
+    /// Its certificate chain and its key, if it has any.
     pub shows: Option<(Vec<CertificateDer<'static>>, Vec<u8>)>,
 }
 
 impl Peer {
-    /// With a certificate for this identity, of a CA whose root and key these are, in PEM.
+    /// Returns a peer with a certificate for `identity` of the CA with this root and key, in PEM.
     pub fn signed(root: &str, key: &str, identity: &str) -> Self {
         let root = CertificateDer::from_pem_slice(root.as_bytes()).expect("PEM");
         let signer =
@@ -36,7 +36,7 @@ impl Peer {
         }
     }
 
-    /// Under a CA that nobody knows.
+    /// Returns a peer with a certificate of an unknown CA.
     pub fn stranger() -> Self {
         let key = KeyPair::generate().expect("a key");
         let mut root = CertificateParams::default();
@@ -49,10 +49,10 @@ impl Peer {
         )
     }
 
-    /// Asks, in a tunnel to a pod; the status.
+    /// Sends a request in a new tunnel to a pod; returns the status.
     ///
     /// # Errors
-    /// What went wrong before there was one.
+    /// The failure, if it came before a status.
     pub fn request(
         &self,
         from: &Pod,
@@ -66,7 +66,7 @@ impl Peer {
     /// Opens a tunnel to a pod.
     ///
     /// # Errors
-    /// What went wrong.
+    /// The tunnel cannot be opened, with the reason.
     pub fn tunnel(&self, from: &Pod, to: SocketAddr) -> Result<Tunnel, String> {
         let tcp = from
             .netns
@@ -118,21 +118,21 @@ impl Peer {
 type Sender = h2::client::SendRequest<Bytes>;
 type Connection = h2::client::Connection<tokio_rustls::client::TlsStream<tokio::net::TcpStream>>;
 
-/// A peer's tunnel, which rests unless it is asked.
+/// A peer's tunnel, which only makes progress during calls.
 #[derive(Debug)]
 pub struct Tunnel {
     runtime: tokio::runtime::Runtime,
     send: Sender,
     connection: Connection,
-    /// Open until the tunnel ends.
+    /// The streams, which stay open until the tunnel ends.
     streams: Vec<h2::SendStream<Bytes>>,
 }
 
 impl Tunnel {
-    /// Asks; the status.
+    /// Sends a request; returns the status.
     ///
     /// # Errors
-    /// What went wrong before there was one.
+    /// The failure, if it came before a status.
     pub fn request(&mut self, method: &Method, authority: &str) -> Result<u16, String> {
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let uri = match *method {
@@ -160,7 +160,7 @@ impl Tunnel {
         }))
     }
 
-    /// Says something in the last stream that was asked for, and lets the tunnel work for a while.
+    /// Sends a line in the last stream that was requested, and runs the tunnel for this time.
     ///
     /// # Panics
     /// That stream has ended.
@@ -176,13 +176,13 @@ impl Tunnel {
     }
 }
 
-/// With an end.
+/// Runs `work` with a time limit.
 async fn patient<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
     let done = tokio::time::timeout(scaled(Duration::from_secs(10)), work).await;
     done.unwrap_or_else(|_| Err("no answer".to_owned()))
 }
 
-/// Takes any server: the test is the client that the agent has to judge.
+/// Accepts any server's certificate: the tests are about the agent's verdict on the client.
 #[derive(Debug)]
 struct AcceptAnyServer;
 

@@ -1,4 +1,4 @@
-//! Processes in a namespace and a cgroup from their first instruction on.
+//! Processes that are in a namespace and a cgroup from their first instruction on.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,20 +15,20 @@ use nix::sched::{CloneFlags, setns, unshare};
 use crate::netns::Netns;
 use crate::{program, scaled};
 
-/// Where a process is put.
+/// The environment that a process is started in.
 #[derive(Debug)]
 pub struct Place {
     /// Its network namespace.
     pub netns: File,
     /// Its cgroup's folder.
     pub cgroup: PathBuf,
-    /// What it sees as `/etc/hosts`.
+    /// The file that it sees as `/etc/hosts`.
     pub hosts: Option<PathBuf>,
-    /// The capabilities that it may have, by their numbers; all if none are said.
+    /// The numbers of the capabilities that it may have; `None` for all.
     pub capabilities: Option<Vec<u8>>,
 }
 
-/// A process whose output is read line by line; killed when dropped.
+/// A process whose output is read line by line; killed on drop.
 #[derive(Debug)]
 pub struct Process {
     child: Child,
@@ -36,7 +36,7 @@ pub struct Process {
     lines: Receiver<String>,
 }
 
-/// The tests' app in a namespace and a cgroup that need not be one pod's.
+/// Returns the tests' app in a namespace and a cgroup that need not belong to the same pod.
 pub fn app(netns: &Netns, cgroup: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(program("DATAPLANE_TEST_APP"));
     command.args(arguments);
@@ -50,7 +50,7 @@ pub fn app(netns: &Netns, cgroup: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// Puts what a command will start in its place.
+/// Makes a command start in a place.
 pub fn place(command: &mut Command, place: &Place) {
     let procs = place.cgroup.join("cgroup.procs");
     let cgroup = OpenOptions::new()
@@ -61,9 +61,9 @@ pub fn place(command: &mut Command, place: &Place) {
     let hosts = place.hosts.clone();
     let capabilities = place.capabilities.clone();
     let prepare = move || {
-        // Whoever waits for signals by blocking them does so for itself.
+        // This process may block signals to wait for them; the child must not inherit that.
         nix::sys::signal::SigSet::all().thread_unblock()?;
-        // A terminal's Ctrl-C is for whoever started it, who ends it in its turn.
+        // Ctrl-C in a terminal is for the parent, which then ends the child.
         nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), nix::unistd::Pid::from_raw(0))?;
         (&cgroup).write_all(b"0")?;
         setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
@@ -82,7 +82,7 @@ pub fn place(command: &mut Command, place: &Place) {
         }
         if let Some(keep) = &capabilities {
             for capability in (0..64).filter(|capability| !keep.contains(capability)) {
-                // SAFETY: takes no pointers. One that this kernel does not have is an error to pass.
+                // SAFETY: takes no pointers. An error for a capability that this kernel lacks is ignored.
                 unsafe {
                     libc::prctl(
                         libc::PR_CAPBSET_DROP,
@@ -102,7 +102,7 @@ pub fn place(command: &mut Command, place: &Place) {
 }
 
 impl Process {
-    /// Starts a command whose output is wanted.
+    /// Starts a command, and reads its output.
     pub fn start(command: &mut Command) -> Self {
         let mut child = command
             .stdin(Stdio::piped())
@@ -126,12 +126,12 @@ impl Process {
         }
     }
 
-    /// The process's number.
+    /// Returns its process ID.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// The next line that it prints.
+    /// Returns the next line that it prints.
     ///
     /// # Panics
     /// There is none within 20 seconds, scaled.
@@ -143,24 +143,24 @@ impl Process {
         }
     }
 
-    /// The next line, if it prints one within this time.
+    /// Returns the next line, if it prints one within this time.
     pub fn line_within(&self, time: Duration) -> Option<String> {
         self.lines.recv_timeout(scaled(time)).ok()
     }
 
-    /// Writes a line to it; one that has ended does not hear it.
+    /// Writes a line to it; has no effect if it has ended.
     pub fn say(&mut self, line: &str) {
         if let Some(stdin) = &mut self.stdin {
             let _ = writeln!(stdin, "{line}").and_then(|()| stdin.flush());
         }
     }
 
-    /// Closes what it reads.
+    /// Closes its standard input.
     pub fn close(&mut self) {
         self.stdin = None;
     }
 
-    /// Waits for its end; all that it has printed and nobody has read.
+    /// Waits for its end; returns its exit status, and the lines that were not read yet.
     pub fn end(mut self) -> (ExitStatus, Vec<String>) {
         self.stdin = None;
         let mut rest = Vec::new();
@@ -170,7 +170,7 @@ impl Process {
         (self.child.wait().expect("a child"), rest)
     }
 
-    /// Whether it still runs.
+    /// Returns `true` if it still runs.
     pub fn runs(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
@@ -189,7 +189,7 @@ impl Drop for Process {
     }
 }
 
-/// What a command that ends by itself prints on standard output and error, and how it ends.
+/// Runs a command that ends by itself; returns its exit status, standard output and standard error.
 pub fn output(command: &mut Command) -> (ExitStatus, String, String) {
     let mut child = command
         .stdin(Stdio::null())
@@ -213,7 +213,7 @@ pub fn output(command: &mut Command) -> (ExitStatus, String, String) {
     (status, out, reader.join().unwrap_or_default())
 }
 
-/// What a command prints, or what it complains of if it fails.
+/// Returns the standard output of a command, or its error messages if it fails.
 pub fn said(command: &mut Command) -> Result<String, String> {
     let (status, out, error) = output(command);
     match status.success() {

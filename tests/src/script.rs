@@ -1,5 +1,5 @@
-//! A connection's life as a list of steps, for both of its ends, and what each saw in words: so that one
-//! through the mesh can be compared with one without.
+//! A connection as a list of steps for each end, with a text of what each step saw, so that a connection through
+//! the mesh can be compared with one without.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -10,16 +10,16 @@ use socket2::SockRef;
 
 use crate::scaled;
 
-/// The steps, for people.
+/// The syntax of the steps, for people.
 pub const STEPS: &str = "write=TEXT fill=BYTES urgent=BYTE read=BYTES all fin wait=MILLISECONDS
   hangup (waits until the connection is broken) reset (ends it by one)";
 
 const RESET: &str = "ECONNRESET";
 
-/// Does all steps until one of them is reset or breaks the script's form; what each saw, in order.
+/// Runs the steps until one of them is reset; returns what each saw, in order.
 ///
 /// # Errors
-/// A step has no such form.
+/// A step has invalid syntax.
 pub fn run(stream: &TcpStream, steps: &[String]) -> io::Result<String> {
     let patience = scaled(Duration::from_secs(12));
     stream.set_read_timeout(Some(patience))?;
@@ -73,7 +73,7 @@ pub fn run(stream: &TcpStream, steps: &[String]) -> io::Result<String> {
             }
             _ => return Err(io::Error::other(format!("no step: {step}"))),
         });
-        // The kernel tells it once: whoever reads after a write was told would see an end.
+        // The kernel reports a reset once: a read after the write that got it would see an orderly end.
         if saw.last().is_some_and(|seen| seen.ends_with(RESET)) {
             break;
         }
@@ -85,7 +85,7 @@ fn outcome(done: io::Result<String>) -> String {
     done.unwrap_or_else(|error| word(&error))
 }
 
-/// As the C library's names have it: what a program sees, it may well tell apart.
+/// Returns the C library's name of an error, as programs may tell errors apart.
 fn word(error: &io::Error) -> String {
     match error.raw_os_error() {
         Some(libc::ECONNRESET) => RESET.into(),

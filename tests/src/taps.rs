@@ -1,16 +1,16 @@
-//! What leaves the pods of a pair, and their nodes.
+//! Packet captures of all that leaves the pods of a pair, and their nodes.
 
 use std::ops::Range;
 
 use crate::{Pair, Wire};
 
-/// Taps on both pods' veths, and on the wire.
+/// Captures of both pods' veths, and of the wire between the nodes.
 #[derive(Debug)]
 #[must_use = "nobody judges what they see"]
 pub struct Taps([(&'static str, Wire); 3]);
 
 impl Taps {
-    /// From now on.
+    /// Starts the captures.
     pub fn of(pair: &Pair) -> Self {
         let (one, two) = (&pair.nodes.0.netns, &pair.nodes.1.netns);
         Self([
@@ -26,10 +26,10 @@ impl Taps {
         ])
     }
 
-    /// Ends them.
+    /// Ends the captures.
     ///
     /// # Panics
-    /// A segment from or to one of these ports was seen; or nothing was seen at all.
+    /// A segment from or to one of these ports was seen; or a capture saw nothing at all.
     pub fn saw_nothing_of(self, ports: Range<u16>) {
         for (name, tap) in self.0 {
             let segments = tap.end();

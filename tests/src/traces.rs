@@ -1,4 +1,4 @@
-//! What an agent leaves of a pod: in the pod's namespace, and on its node.
+//! The traces of a pod's capture, in the pod's namespace and on its node.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use crate::process::output;
 use crate::{Pod, World, bpf};
 
 impl Pod {
-    /// What an enrolment leaves in its namespace.
+    /// Returns the traces in its namespace: rules, routes, settings and listeners.
     pub fn traces(&self) -> Vec<String> {
         let mut traces = Vec::new();
         let families = ["-4", "-6"].into_iter();
@@ -46,7 +46,7 @@ impl Pod {
 }
 
 impl World {
-    /// Everything that is pinned.
+    /// Returns all pins and their folders.
     pub fn pins(&self) -> Vec<PathBuf> {
         fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
             for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -65,8 +65,8 @@ impl World {
         found
     }
 
-    /// What is kept of a node's pods: pins, entries of maps, the records of what was changed, and
-    /// those that say to other nodes that they can be dialled.
+    /// Returns the traces of a node's pods: pins, entries of maps, the records of what was changed, and
+    /// those that tell other nodes that the pods can be dialled.
     pub fn traces(&self, node: &str) -> Vec<String> {
         let mut traces = Vec::new();
         let below = self.bpffs().join("dataplane").join(node);

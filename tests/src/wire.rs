@@ -1,8 +1,7 @@
-//! What is on a wire: every packet of one interface, as it is there.
+//! Packet captures of one interface.
 //!
-//! That nothing was seen proves something only of a capture that would have seen it. So each one has
-//! to see, at its end, a frame that it sends itself; and one that lost a packet, or died, fails its
-//! test.
+//! A capture that saw nothing only proves something if it would have seen it. So each capture has to see, at its
+//! end, a frame that it sends itself; a capture that lost a packet, or died, fails its test.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
@@ -21,11 +20,11 @@ use crate::scaled;
 /// `ETH_P_ALL`, in network byte order.
 const ALL: i32 = 0x0003_u16.to_be() as i32;
 
-/// The kind of a probe's frame: one that is kept free for experiments.
+/// The EtherType of a probe: one that is reserved for experiments.
 const PROBE: [u8; 2] = [0x88, 0xb5];
-/// How much of what was sent and not yet read is kept.
+/// Size of the socket's receive buffer.
 static BUFFER: libc::c_int = 32 << 20;
-/// A pause of this length, and everything that was sent before is there.
+/// After a pause of this length everything that was sent before has arrived.
 const PAUSE: Duration = Duration::from_millis(200);
 /// A busy wire has no pause; its capture ends after this time.
 const BUSY: Duration = Duration::from_secs(2);
@@ -33,9 +32,9 @@ const BUSY: Duration = Duration::from_secs(2);
 /// A TCP segment that was seen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Who sent it.
+    /// Its source.
     pub from: (IpAddr, u16),
-    /// To whom.
+    /// Its destination.
     pub to: (IpAddr, u16),
     /// Its flags: 1 FIN, 2 SYN, 4 RST, 16 ACK.
     pub flags: u8,
@@ -61,12 +60,12 @@ struct Seen {
 }
 
 impl Wire {
-    /// Keeps every segment that crosses the interface.
+    /// Starts a capture that keeps every segment.
     pub fn tap(netns: File, interface: &str) -> Self {
         Self::start(netns, interface, &[], true)
     }
 
-    /// Counts packets that have one of these texts in them, and keeps none: for long captures.
+    /// Starts a capture that counts packets with one of these texts, and keeps none: for long captures.
     pub fn watch(netns: File, interface: &str, markers: &[&str]) -> Self {
         Self::start(netns, interface, markers, false)
     }
@@ -89,7 +88,7 @@ impl Wire {
             ready.send(()).expect("somebody waits");
             let mut buffer = vec![0_u8; 1 << 17];
             let mut stopped = None;
-            // Until it is told to stop, and then until a pause.
+            // It runs until it is told to stop, and then until a pause.
             loop {
                 if until.load(Ordering::Acquire) {
                     stopped.get_or_insert_with(Instant::now);
@@ -126,13 +125,13 @@ impl Wire {
         }
     }
 
-    /// Ends it; the segments that were seen.
+    /// Ends it; returns the segments that were seen.
     pub fn end(mut self) -> Vec<Segment> {
         self.finish();
         std::mem::take(&mut self.seen.lock().expect("not poisoned").segments)
     }
 
-    /// Ends it; how many packets had each of the texts, and how many there were in all.
+    /// Ends it; returns the number of packets with each of the texts, and of all packets.
     pub fn count(mut self) -> (Vec<(String, usize)>, usize) {
         self.finish();
         let mut seen = self.seen.lock().expect("not poisoned");
@@ -172,15 +171,15 @@ impl Seen {
     }
 }
 
-/// Whether a text is in these bytes.
+/// Returns `true` if `bytes` contain a text.
 pub fn contains(bytes: &[u8], text: &[u8]) -> bool {
     bytes.windows(text.len()).any(|window| window == text)
 }
 
-/// The next frame; none after a pause.
+/// Returns the next frame; `None` after a pause.
 ///
 /// # Panics
-/// The capture has died, as it does when its interface goes.
+/// The capture has died, as it does when its interface is removed.
 fn next<'a>(mut socket: &Socket, buffer: &'a mut [u8], interface: &str) -> Option<&'a [u8]> {
     match socket.read(buffer) {
         Ok(length) => Some(&buffer[..length]),
@@ -191,19 +190,19 @@ fn next<'a>(mut socket: &Socket, buffer: &'a mut [u8], interface: &str) -> Optio
     }
 }
 
-/// Sends a frame that no other is like, from another socket: one's own are not shown to it.
+/// Sends a unique frame, and returns it. It is sent from another socket, as a socket does not see its own frames.
 fn probe(interface: &str) -> Vec<u8> {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let own = [u64::from(std::process::id()), number].map(u64::to_be_bytes);
-    // To nobody in particular, from nobody.
+    // From address zero to the broadcast address.
     let frame = [&[0xff; 6], &[0; 6], &PROBE[..], &own.concat(), &[0; 44]].concat();
     let sent = open(interface).send(&frame);
     assert_eq!(sent.expect("send a frame"), frame.len());
     frame
 }
 
-/// How many packets the kernel had no room to keep.
+/// Returns the number of packets that the kernel dropped for lack of room.
 fn lost(socket: &Socket) -> u32 {
     let mut counts = [0_u32; 2]; // taken, lost
     let mut length = size_of_val(&counts) as libc::socklen_t;
@@ -225,7 +224,7 @@ fn open(interface: &str) -> Socket {
     let socket = Socket::new(Domain::PACKET, Type::RAW, None).expect("a packet socket needs root");
     let index = nix::net::if_::if_nametoindex(interface)
         .unwrap_or_else(|error| panic!("interface {interface}: {error}"));
-    // By force: what may be asked for is less than a burst.
+    // With the privileged option, as the usual limit is less than a burst.
     // SAFETY: the descriptor is open, and the value is of the length that is given.
     let done = unsafe {
         libc::setsockopt(

@@ -3,8 +3,8 @@
 //! A node is a network namespace that forwards, and a cgroup that holds its pods. A pod is a
 //! network namespace with a veth to its node, and a cgroup below the node's. Pods of a node have the
 //! addresses `10.p.k.i` and `fd00:p:k::i`, and are routed, not bridged. No two nodes share `p` and
-//! `k`, which are the process's [claim] and a count: an agent takes two namespaces with one
-//! address for what they are, a doubt. From 10.96 on there are services, the wire, and nobody.
+//! `k`, which are the process's [claim] and a count, as two namespaces with one address are ambiguous to
+//! an agent. Addresses from 10.96 on are for services, the wire, and unused ones.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -24,26 +24,26 @@ use crate::netns::{Netns, has_ipv6};
 use crate::process::{Place, Process, output, place, said};
 use crate::{claim, eventually, left, program, require_root};
 
-/// How many worlds this process has made.
+/// Number of worlds that this process has created.
 static WORLDS: AtomicU32 = AtomicU32::new(0);
 
 /// A mesh.
 #[derive(Debug)]
 pub struct World {
-    /// What its namespaces and cgroups begin with.
+    /// The identifier in the names of its namespaces and cgroups.
     pub id: String,
     /// Its manifests.
     pub manifests: Manifests,
-    /// The state that its nodes share.
+    /// The state folder that its nodes share.
     pub state: PathBuf,
-    /// What its pods see as `/etc/hosts`.
+    /// The file that its pods see as `/etc/hosts`.
     pub hosts: PathBuf,
-    /// A BPF file system of its own: node names are in the pins' paths.
+    /// Its own BPF file system, as different worlds have nodes of the same name.
     bpffs: Mounted,
-    /// Says to [`left::sweep`] that its process lives.
+    /// Shows [`left::sweep`] that its process lives.
     _lock: File,
     folder: tempfile::TempDir,
-    /// Dropped in this order: what is inside first.
+    /// The fields from here on are dropped in this order, inner cgroups first.
     agents: Cgroup,
     top: Rc<Cgroup>,
     nodes: Cell<u8>,
@@ -56,7 +56,7 @@ pub struct Node {
     pub name: String,
     /// Its namespace.
     pub netns: Netns,
-    /// What holds its pods.
+    /// The cgroup that holds its pods.
     pub cgroup: Cgroup,
     number: u8,
     pods: Cell<u16>,
@@ -64,7 +64,7 @@ pub struct Node {
     _top: Rc<Cgroup>,
 }
 
-/// A pod, with a process that does nothing in it.
+/// A pod, with an idle process in it.
 #[derive(Debug)]
 pub struct Pod {
     /// Its namespace in the mesh.
@@ -85,8 +85,8 @@ pub struct Pod {
     hosts: PathBuf,
 }
 
-/// Two pods of two nodes, in one mesh: what one says to the other is in a tunnel, so a segment of
-/// the app's own port on a pod's veth is one that has leaked.
+/// Two pods of two nodes, in one mesh. Their connections are tunnelled, so a segment of the app's own port on a
+/// pod's veth is a leak.
 #[derive(Debug)]
 pub struct Pair {
     /// The pod `client` of the first node.
@@ -99,17 +99,17 @@ pub struct Pair {
     pub two: Agent,
     /// The nodes.
     pub nodes: (Node, Node),
-    /// Where they are.
+    /// The world that they are in.
     pub world: World,
 }
 
 impl Pair {
-    /// Up, and dialled by HBONE.
+    /// Starts it, and waits until both pods are up, and dialled by HBONE.
     pub fn new() -> Self {
         Self::prepared(|_, _| {})
     }
 
-    /// As [`Pair::new`]; what is done to client and server is done before they are enrolled.
+    /// As [`Pair::new`]; `prepare` is called with client and server before they are enrolled.
     pub fn prepared(prepare: impl FnOnce(&Pod, &Pod)) -> Self {
         let world = World::new();
         let nodes = world.two_nodes();
@@ -130,7 +130,7 @@ impl Pair {
         pair
     }
 
-    /// Waits until the client's agent has this in its configuration.
+    /// Waits until the client's agent has this text in its configuration.
     pub fn knows(&self, what: &str) {
         eventually(&format!("{what} is known"), 5, || {
             self.one.get("/config_dump").contains(what)
@@ -154,7 +154,7 @@ impl Default for Pair {
 }
 
 impl World {
-    /// One without nodes, whose namespace `demo` is in the mesh.
+    /// Creates a world without nodes, whose namespace `demo` is in the mesh.
     pub fn new() -> Self {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -163,7 +163,7 @@ impl World {
         world
     }
 
-    /// One without nodes and without manifests.
+    /// Creates a world without nodes and without manifests.
     pub fn named(id: &str) -> Self {
         require_root();
         static SWEPT: Once = Once::new();
@@ -194,17 +194,17 @@ impl World {
         }
     }
 
-    /// A cgroup that holds no pods.
+    /// Returns a cgroup that holds no pods.
     pub fn outside(&self) -> &Path {
         &self.agents.folder
     }
 
-    /// Where its logs are.
+    /// Returns its folder, which has the logs.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    /// A new node; the first two have a wire between them, the interface `wire`.
+    /// Creates a node; the first two have a wire between them, the interface `wire`.
     pub fn node(&self, name: &str) -> Node {
         let number = self.nodes.get() + 1;
         self.nodes.set(number);
@@ -224,7 +224,7 @@ impl World {
         }
     }
 
-    /// Two nodes, and a wire between them.
+    /// Creates two nodes, and a wire between them.
     pub fn two_nodes(&self) -> (Node, Node) {
         let (one, two) = (self.node("one"), self.node("two"));
         one.netns.ip(&format!(
@@ -247,7 +247,7 @@ impl World {
         (one, two)
     }
 
-    /// How an agent of the node is started.
+    /// Returns the setup of the node's agent.
     pub fn setup(&self, node: &Node) -> Setup {
         Setup {
             program: "DATAPLANE_BIN",
@@ -281,12 +281,12 @@ impl World {
         Agent::start(self.setup(node))
     }
 
-    /// Where kernel programs of its nodes are pinned.
+    /// Returns the path of its BPF file system.
     pub fn bpffs(&self) -> &Path {
         &self.bpffs.0
     }
 
-    /// What is pinned of a node in `maps`, `links` or `pods`.
+    /// Returns the pins of a node in `maps`, `links` or `pods`.
     pub fn pinned(&self, node: &str, folder: &str) -> Vec<PathBuf> {
         let node = self.bpffs().join("dataplane").join(node);
         let layouts = fs::read_dir(node).expect("pins").flatten();
@@ -298,28 +298,28 @@ impl World {
     }
 }
 
-/// A mounted file system.
+/// A mounted file system, unmounted on drop.
 #[derive(Debug)]
 pub struct Mounted(PathBuf);
 
 impl Mounted {
-    /// Mounts a BPF file system on a folder that it makes.
+    /// Mounts a BPF file system on a folder that it creates.
     pub fn new(folder: PathBuf) -> Self {
         Self::of("bpf", folder, None)
     }
 
-    /// Mounts a small disk, of 256 KiB, on a folder that it makes.
+    /// Mounts a file system of 256 KiB on a folder that it creates.
     pub fn small(folder: PathBuf) -> Self {
         Self::of("tmpfs", folder, Some("size=256k,mode=755"))
     }
 
-    /// Mounts a file on another one that it makes.
+    /// Bind-mounts a file on another one that it creates.
     pub fn bind(file: &Path, at: PathBuf) -> Self {
         fs::write(&at, "").expect("a file");
         Self::over(file, at)
     }
 
-    /// Mounts a file on another one.
+    /// Bind-mounts a file on an existing one.
     pub fn over(file: &Path, at: PathBuf) -> Self {
         let bind = nix::mount::MsFlags::MS_BIND;
         nix::mount::mount(Some(file), &at, None::<&Path>, bind, None::<&Path>).unwrap_or_else(
@@ -328,7 +328,7 @@ impl Mounted {
         Self(at)
     }
 
-    /// Mounts an empty disk over a folder that is there: as if what was mounted there had gone.
+    /// Mounts an empty file system over an existing folder, as if the former mount were gone.
     pub fn empty_over(folder: &Path) -> Self {
         Self::on("tmpfs", folder.to_owned(), Some("mode=755"))
     }
@@ -347,7 +347,7 @@ impl Mounted {
 }
 
 impl Mounted {
-    /// Where it is.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.0
     }
@@ -366,20 +366,20 @@ impl Default for World {
 }
 
 impl Node {
-    /// Its address on the wire between the first two nodes.
+    /// Returns its address on the wire between the first two nodes.
     pub fn wire_v4(&self) -> IpAddr {
         IpAddr::from([10, 255, 0, self.number])
     }
 
-    /// A new pod of the namespace `demo`, with its object: label `app: <name>`, service account
-    /// `<name>`.
+    /// Creates a pod of the namespace `demo` with its object, which has the label `app: <name>` and the service
+    /// account `<name>`.
     pub fn pod(&self, world: &World, name: &str) -> Pod {
         let pod = self.bare(world, "demo", name);
         world.manifests.pod(&self.object(&pod));
         pod
     }
 
-    /// The object of a pod of this node.
+    /// Returns the object of a pod of this node.
     pub fn object<'a>(&'a self, pod: &'a Pod) -> PodObject<'a> {
         PodObject {
             ready: true,
@@ -398,7 +398,7 @@ impl Node {
         }
     }
 
-    /// A new pod without an object.
+    /// Creates a pod without an object.
     pub fn bare(&self, world: &World, namespace: &str, name: &str) -> Pod {
         let number = self.pods.get() + 1;
         self.pods.set(number);
@@ -459,17 +459,17 @@ impl Node {
 }
 
 impl Pod {
-    /// Its IPv4 address with a port.
+    /// Returns its IPv4 address with a port.
     pub fn at(&self, port: u16) -> SocketAddr {
         SocketAddr::new(self.v4, port)
     }
 
-    /// Its IPv6 address with a port.
+    /// Returns its IPv6 address with a port.
     pub fn at6(&self, port: u16) -> SocketAddr {
         SocketAddr::new(self.v6, port)
     }
 
-    /// Where its processes are put.
+    /// Returns the place of its processes.
     pub fn place(&self) -> Place {
         Place {
             netns: self.netns.file(),
@@ -479,7 +479,7 @@ impl Pod {
         }
     }
 
-    /// A command that runs in it.
+    /// Returns a command that runs in it.
     pub fn command(&self, name: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(name);
         command.env("HOSTNAME", &self.name);
@@ -499,7 +499,7 @@ impl Pod {
         server
     }
 
-    /// Sends a line to a server, from this pod; its answer, or the word for what went wrong.
+    /// Sends a line to a server, from this pod; returns its answer, or the app's word for the failure.
     pub fn ask(&self, to: SocketAddr, line: &str) -> Result<String, String> {
         self.ask_with(to, line, &[])
     }
@@ -511,14 +511,15 @@ impl Pod {
         said(&mut command)
     }
 
-    /// A connection that stays open: say a line, read its answer; `closed: …` at its end.
+    /// Opens a connection that stays open: each line that is written to the process gets an answer; `closed: …` is
+    /// printed at its end.
     pub fn talk(&self, to: SocketAddr) -> Process {
         let talk = self.app(&["talk", &to.to_string()]);
         assert_eq!(talk.line(), "connected");
         talk
     }
 
-    /// Runs curl in it: exit code and what it prints.
+    /// Runs curl in it; returns its exit code and its output.
     pub fn curl(&self, arguments: &[&str]) -> (i32, String) {
         let (status, out, _) = output(self.command("curl").args(arguments));
         (status.code().unwrap_or(-1), out)
