@@ -1,5 +1,5 @@
-//! Capture, as it is seen from outside: what leaves a pod, what reaches it, and what is left when it
-//! is over. The invariants C1 to C10 of the design; each test names its own.
+//! Capture as seen from outside: the packets that leave a pod and that reach it, and the traces that are left at the
+//! end. These are the invariants C1 to C10; each test is named after its own.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -35,18 +35,18 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
     let mut endings: Vec<(u16, &str)> = ["now", "sent", "half", "reset", "unread", "vanish"]
         .map(|how| (PORT, how))
         .to_vec();
-    // The server's four ways, and a port where nobody listens.
+    // The server's four ways to end, and a port without a listener.
     endings.extend((PORT + 1..=PORT + 5).map(|port| (port, "wait")));
     for _ in 0..6 {
         for (port, how) in &endings {
             for to in [pair.server.at(*port), pair.server.at6(*port)] {
                 let mut command = pair.client.command(program("DATAPLANE_TEST_APP"));
-                // How the client fares is not the question.
+                // The client's result does not matter here.
                 let _ = output(command.args(["end", &to.to_string(), how]));
             }
         }
     }
-    // Policy cuts it, and the server is gone under it.
+    // Policy cuts the connection, and the server goes away during it.
     let talk = |to| {
         let mut talk = pair.client.talk(to);
         talk.say("hello");
@@ -103,7 +103,7 @@ fn c1_a_pod_that_left_and_is_wanted_again_is_captured_before_it_is_served() {
     let mut pair = Pair::new();
     let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
     let _apps = (pair.server.serve(PORT), outsider.serve(PORT));
-    // What it sends to others is not for this one either.
+    // Its connections to others must not reach this app either.
     let _own = pair.client.serve(PORT);
     pair.one.kill();
     let drain = pair.one.setup().arguments.iter_mut();
@@ -111,7 +111,7 @@ fn c1_a_pod_that_left_and_is_wanted_again_is_captured_before_it_is_served() {
     *drain.nth(1).expect("it is set") = "60s".into();
     pair.one.restart();
     pair.one.up(&["client"]);
-    // It leaves, and its agent is killed before it has left.
+    // It begins to leave, and its agent is killed before it has left.
     let _live = pair.client.talk(pair.server.at(PORT));
     let mut object = pair.nodes.0.object(&pair.client);
     object
@@ -169,7 +169,7 @@ fn c1_without_an_agent_nobody_reaches_a_pod_and_nothing_of_it_leaves() {
     for segment in segments {
         let out = segment.from.0 == pair.server.v4 || segment.from.0 == pair.server.v6;
         assert!(segment.payload.is_empty(), "{segment:?}");
-        // It may say that nobody is there; it may not ask.
+        // It may send a reset, but may not open a connection.
         assert!(!out || segment.flags & 4 != 0, "{segment:?}");
     }
     drop(app);
@@ -188,7 +188,7 @@ fn c2_the_apps_own_marks_stay_and_a_socket_that_is_connected_anew_is_decided_ane
     let (_app, _own) = (pair.server.serve(PORT), pair.client.serve(PORT));
     let taps = Taps::of(&pair);
     let to = pair.server.at(PORT);
-    // Bits above ours, and all of ours: they are replaced.
+    // Bits above ours are kept; all of ours are replaced.
     let marked = |to, options: &[&str], marked: u32| {
         let options = [options, &["say-mark"]].concat();
         let answer = pair.client.ask_with(to, "x", &options);
@@ -250,7 +250,7 @@ fn c4_who_comes_from_outside_is_answered_by_the_agents_listeners() {
 #[test]
 fn c5_every_kind_of_tcp_connection_is_captured() {
     let pair = Pair::prepared(|client, _| {
-        // Clients may, and every listener does, the agent's too: bits 1, 2 and 0x400.
+        // Bits 1, 2 and 0x400: for clients, for servers, and for every listener, also the agent's.
         client.netns.set_sysctl("net.ipv4.tcp_fastopen", "1027");
     });
     let _app = pair.server.serve(PORT);
@@ -296,7 +296,7 @@ fn c6_a_pods_process_in_a_namespace_of_its_own_reaches_only_that_namespace() {
     let pair = Pair::new();
     let outsider = pair.nodes.1.bare(&pair.world, "outside", "outsider");
     let _app = outsider.serve(PORT);
-    // As a container inside of a pod has: its way out is not the pod's, and is not captured.
+    // As that of a container inside of a pod: its route out is not the pod's, and is not captured.
     let nested = pair.nodes.0.bare(&pair.world, "outside", "nested");
     let ask = |to: SocketAddr, netns: &Netns, cgroup: &Path| {
         let asked = said(&mut app(netns, cgroup, &["ask", &to.to_string(), "nested"]));
@@ -308,7 +308,7 @@ fn c6_a_pods_process_in_a_namespace_of_its_own_reaches_only_that_namespace() {
         assert_eq!(ask(to, &nested.netns, own), "", "{to}");
         assert_eq!(ask(to, &nested.netns, pods), "denied", "{to}");
         assert_eq!(ask(to, &nested.netns, &inner.folder), "denied", "{to}");
-        // Who is on the host may be there: a shell, whose cgroup the pod was started in.
+        // Processes on the host may be in that cgroup: for example a shell in whose cgroup the pod was started.
         assert_eq!(ask(to, &pair.nodes.0.netns, pods), "", "{to}");
     }
     let local = "127.0.0.1:7000".parse().expect("an address");
@@ -339,7 +339,7 @@ fn c3_an_agent_knows_its_own_sockets_wherever_its_process_is() {
             );
             assert!(answer.is_ok(), "{to}: {answer:?}");
         }
-        // Nobody else is let pass for being in its cgroup, or for its mark.
+        // No other process passes for being in its cgroup, or for its mark.
         let ask = ["ask", &pair.server.at(PORT).to_string(), "x", "mark=0x539"];
         let captured = pair.one.counter("captured");
         let answer = said(&mut app(&pair.client.netns, &cgroup.folder, &ask));
@@ -466,14 +466,14 @@ fn c9_what_was_captured_does_not_leave_by_another_way() {
     let _app = pair.server.serve(PORT);
     let taps = Taps::of(&pair);
     for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
-        // Bound to an interface before it connects: captured as any other.
+        // A socket that is bound to an interface before it connects is captured as any other.
         assert!(
             pair.client.ask_with(to, "bound", &["device=eth0"]).is_ok(),
             "{to}"
         );
-        // After that: there is a route by each interface as long as it is marked.
+        // A socket that is bound after that has a route by each interface as long as it is marked.
         let _ = pair.client.ask_with(to, "runs away", &["late-device=eth0"]);
-        // Marked otherwise it hangs, which is its own doing.
+        // If the app marks it otherwise it hangs, which is the app's own fault.
         for option in ["late-mark=0", "late-mark=1337"] {
             pair.one
                 .counts("kept_inside", &format!("{option} to {to}"), || {
@@ -517,7 +517,7 @@ fn c9_a_pod_that_leaves_keeps_inside_what_was_captured() {
         talk
     });
     pair.world.manifests.namespace("demo", false);
-    // From then on the kernel takes the pod for one that leaves.
+    // From then on the pod is leaving for the kernel programs.
     pair.one.logs(&["pod leaves the mesh", "client"]);
     for talk in &mut talks {
         pair.one.counts("kept_inside", "it runs away", || {
@@ -549,7 +549,7 @@ fn c9_others_may_use_our_marks_for_themselves() {
         assert!(answer.is_ok(), "the host's {option}: {answer:?}");
     }
     assert_eq!(agent.counter("kept_inside"), 0);
-    // And their rules go on to hold for them.
+    // Their own rules still apply to them.
     for mark in ["0x111", "0x511"] {
         one.netns
             .ip(&format!("rule add fwmark {mark}/0xfff prohibit\n"));
@@ -584,7 +584,7 @@ fn c1_an_app_that_has_the_agents_port_gets_nothing_of_its_traffic() {
     );
     agents.1.logs(&["direction=\"inbound\"", ":15008"]);
     let outsider = one.bare(&world, "outside", "outsider");
-    // What comes back is TLS's alert, if anything.
+    // The answer is a TLS alert, if there is one.
     let answer = outsider
         .ask(server.at(15008), "for the app")
         .unwrap_or_default();
@@ -598,7 +598,7 @@ fn c1_an_app_that_has_the_agents_port_gets_nothing_of_its_traffic() {
 fn the_programs_log_when_they_are_told_to_and_not_before() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    // What they log comes in bursts.
+    // Their log is forwarded in bursts.
     let burst = || std::thread::sleep(scaled(Duration::from_millis(300)));
     assert!(pair.client.ask(pair.server.at(PORT), "quiet").is_ok());
     burst();
@@ -660,7 +660,7 @@ fn c7_a_pod_that_comes_back_under_its_name_is_captured_at_once() {
     let _app = pair.server.serve(PORT);
     let first = pair.nodes.0.pod(&pair.world, "again");
     pair.one.up(&["client", "again"]);
-    // Between two looks of the agent, as a restart is.
+    // Between two scans of the agent, as a restart would be.
     drop(first);
     let second = pair.nodes.0.pod(&pair.world, "again");
     eventually("the new one is captured", 10, || {
@@ -723,8 +723,8 @@ fn the_programs_stay_within_the_verifiers_budget() {
     }
 }
 
-/// What the programs cost on this kernel, and true; on one of which the file does not tell, the most
-/// that they cost on others, and false.
+/// Returns the programs' costs on this kernel, and `true`; or, for a kernel that the file does not have, their
+/// highest costs on others, and `false`.
 fn budget(release: &str) -> (BTreeMap<&'static str, [u32; 2]>, bool) {
     let mut of_kernel = BTreeMap::new();
     let mut most: BTreeMap<&str, [u32; 2]> = BTreeMap::new();

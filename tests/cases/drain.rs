@@ -1,4 +1,4 @@
-//! How an agent ends: what runs is let end, what is cut is told of.
+//! The end of an agent: running connections may end, and those that are cut are logged.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -8,7 +8,7 @@ use dataplane_tests::{Agent, Node, World, scaled};
 
 const PORT: u16 = 7000;
 
-/// An agent that drains for longer than a test takes.
+/// Starts an agent whose drain is longer than the test.
 fn patient(world: &World, node: &Node) -> Agent {
     let mut setup = world.setup(node);
     let drain = setup.arguments.iter_mut().find(|word| *word == "5s");

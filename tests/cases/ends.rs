@@ -1,5 +1,5 @@
-//! How connections end: through the mesh as without it. Each scenario runs between two pods that are
-//! in no mesh first, and what both apps saw there is what both must see here.
+//! Connections end through the mesh as without it. Each scenario runs between two pods outside of the mesh first,
+//! and both apps must see the same in the mesh.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -29,7 +29,7 @@ impl Place {
         Self { pair, bare }
     }
 
-    /// What server and client saw, so many times.
+    /// Runs a scenario several times; returns what server and client saw.
     fn run(
         (client, server): (&Pod, &Pod),
         port: u16,
@@ -53,7 +53,7 @@ impl Place {
         seen.collect()
     }
 
-    /// Runs it without the mesh, in it, and from it to what is outside: all must see the same.
+    /// Runs it outside of the mesh, in it, and from it to a pod outside: all must see the same.
     fn same(&self, port: u16, at_server: &[&str], at_client: &[&str]) -> (String, String) {
         let Self { pair, bare } = self;
         let run = |pods, times| Self::run(pods, port, times, at_server, at_client);
@@ -90,28 +90,28 @@ fn a_connection_ends_as_it_would_without_the_mesh() {
         &["write=question", "fin", "all"],
     );
     assert_eq!(client, "sent; fin; 6 bytes, end");
-    // The server first, and the client goes on.
+    // The server ends first, and the client goes on.
     let (server, _) = same(
         &["write=hello", "fin", "all"],
         &["all", "wait=300", "write=still", "fin"],
     );
     assert_eq!(server, "sent; fin; 5 bytes, end");
-    // A server that answers without having read all: the answer, and then the reset.
+    // A server that answers without having read all: the client gets the answer, and then the reset.
     let (_, client) = same(&["read=1", "fill=30000"], &["fill=100", "wait=300", "all"]);
     assert_eq!(client, "sent; 30000 bytes, ECONNRESET");
-    // A client that has sent all it had, and resets.
+    // A client that resets after it has sent everything.
     let (server, _) = same(&["wait=500", "all"], &["fill=30000", "wait=200", "reset"]);
     assert_eq!(server, "30000 bytes, ECONNRESET");
-    // The client breaks after it has said its end.
+    // The client resets after its FIN.
     let (server, _) = same(
         &["all", "write=x", "hangup"],
         &["write=x", "fin", "wait=500", "reset"],
     );
     assert_eq!(server, "1 bytes, end; sent; broken");
-    // The client breaks while the server reads nothing of what it sends.
+    // The client resets while the server reads nothing.
     let (server, client) = same(&["hangup"], &["fill=40000000", "reset"]);
     assert_eq!((&*server, &*client), ("broken", "nothing"));
-    // The server has closed. The client, who may not know, writes.
+    // The server has closed; the client, which may not know it, writes.
     let (_, client) = same(
         &["write=bye"],
         &[
@@ -186,7 +186,7 @@ fn what_a_closed_server_leaves_is_given_back_and_what_is_half_closed_goes_on() {
         .netns
         .set_sysctl("net/ipv4/tcp_fin_timeout", "2");
     let closing = pair.server.app(&["script-server", "7001", "write=bye"]);
-    // Reads on, though it has said its end.
+    // It still reads after its FIN.
     let listening = pair
         .server
         .app(&["script-server", "7002", "fin", "wait=22000", "read=5"]);
@@ -293,8 +293,8 @@ fn a_tunnel_that_is_lost_resets_its_connections_and_that_is_told_as_a_failure() 
     assert!(line.contains("error="), "{line}");
 }
 
-/// Connections between two pods that live as an agent ends: idle, half closed, and full of bytes that
-/// nobody reads, either way.
+/// Connections between two pods that are open as an agent ends: idle ones, half closed ones, and ones full of
+/// unread bytes, in either direction.
 struct Living(Vec<(Process, Process)>);
 
 impl Living {
@@ -317,7 +317,7 @@ impl Living {
         Self(ends.collect())
     }
 
-    /// All of them, at both ends, see a reset and no end.
+    /// Checks that all of them see a reset at both ends, and no orderly end.
     fn are_reset(self, how: &str) {
         for (server, client) in self.0 {
             for (end, app) in [("server", server), ("client", client)] {
@@ -379,7 +379,7 @@ fn a_connection_that_is_being_made_is_reset_when_its_agent_dies() {
     let dialled_for = pair.client.talk(nobody);
     let opened = format!("dst.addr={nobody}");
     pair.one.logs(&["connection opened", &opened]);
-    // From here on the kernel alone takes connections.
+    // From here on only the kernel accepts connections.
     let agent = Pid::from_raw(pair.one.pid().try_into().expect("a pid"));
     kill(agent, Signal::SIGSTOP).expect("it runs");
     let queued = pair.client.talk(nobody);
@@ -393,7 +393,7 @@ fn a_connection_that_is_being_made_is_reset_when_its_agent_dies() {
 #[test]
 fn what_is_written_after_an_agent_was_killed_and_uninstalled_does_not_leave_in_clear() {
     let mut pair = Pair::new();
-    // Both ends write once the agents are gone, with what captured them.
+    // Both ends write once the agents are gone, and their capture with them.
     let steps: [(&[&str], &[&str]); 2] = [
         (
             &["read=5", "all"],
@@ -473,7 +473,7 @@ fn an_agent_whose_tunnels_are_idle_ends_at_once() {
     let client = pair.client.app(&["script", &to, "3", "fill=100", "all"]);
     assert!(client.end().0.success());
     assert!(pair.server.ask(pair.client.at(PORT), "x").is_ok());
-    // It drains because of this one, and meanwhile others make tunnels.
+    // It drains because of this connection, and meanwhile others open tunnels.
     let to = pair.server.at(PORT);
     let live = pair.client.talk(to);
     pair.one.ask_to_end();

@@ -1,5 +1,5 @@
-//! Bad input and faults: each is refused with the documented status or close, told, and never
-//! dialled; nothing of it takes what works away.
+//! Bad input and faults: each is refused with the documented status or close, logged, and never dialled; none breaks
+//! anything that works.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -19,7 +19,7 @@ use http::Method;
 
 const PORT: u16 = 7000;
 
-/// A peer under the mesh's own CA.
+/// Returns a peer with a certificate of the mesh's own CA.
 fn peer_of(one: &SingleNode, identity: &str) -> Peer {
     let read =
         |file: &str| fs::read_to_string(one.world.state.join("ca").join(file)).expect("the CA");
@@ -34,7 +34,7 @@ fn c9_what_a_pod_accepts_while_it_leaves_stays_inside() {
     let peer = peer_of(&one, "spiffe://cluster.local/ns/demo/sa/peer");
     let wire = Wire::tap(one.node.netns.file(), &one.server.veth);
     let own = one.server.at(PORT).to_string();
-    // Tunnels take new streams for a second then, which a slow machine may miss.
+    // Tunnels accept new streams for one more second then, which a slow machine may miss.
     let mut accepted = false;
     for _ in 0..5 {
         let tunnel = peer.tunnel(&one.outsider, one.server.at(15008));
@@ -85,7 +85,7 @@ fn a_peer_is_let_in_by_its_certificate_and_to_the_pod_alone() {
     assert_eq!(own6_by_6, Ok(200));
     for (authority, status) in [
         (one.outsider.at(PORT).to_string(), 400),
-        // Its own, and not the one that the tunnel is for: the app would see itself as its client.
+        // Its own address, but not that of the tunnel: the app would see itself as its client.
         (own6, 400),
         ("127.0.0.1:7000".into(), 400),
         ("[::1]:7000".into(), 400),
@@ -179,7 +179,7 @@ fn what_is_meant_for_the_agents_own_ports_in_clear_is_refused() {
 #[test]
 fn a_pod_that_calls_the_agents_own_ports_is_refused_once() {
     let one = SingleNode::new();
-    // An address that came after the enrolment is the pod's own, and not known to be.
+    // An address that was added after the enrolment is the pod's own, but not known as such.
     one.server.netns.ip("addr add 10.254.0.1/32 dev lo\n");
     let late = IpAddr::from([10, 254, 0, 1]);
     for address in [[127, 0, 0, 1].into(), one.server.v4, one.server.v6, late] {
@@ -236,7 +236,7 @@ fn a_listener_that_had_to_take_another_port_is_not_dialled_there() {
     assert_eq!(ports.len(), 3, "{listeners}");
     for port in ports {
         for pod in [&server, &outsider] {
-            // From the one that waits for tunnels comes an alert of TLS.
+            // The listener for tunnels answers with a TLS alert.
             let answer = pod.ask(server.at(port), "x to the app").unwrap_or_default();
             assert!(!answer.contains("x to the app"), "{port}: {answer}");
         }
@@ -340,7 +340,7 @@ fn a_file_that_goes_bad_changes_nothing_and_half_a_policy_removes_none() {
                 .count()
         };
         let before = told();
-        // As an editor may: in place, and not by rename.
+        // As some editors do: in place, and not by rename.
         fs::write(&path, bad).expect("a file");
         eventually(&format!("it is told of {bad:?}"), 5, || told() > before);
         assert!(one.outsider.ask(to, "x").is_err(), "still denied: {bad:?}");
@@ -369,7 +369,7 @@ fn a_policy_counts_however_its_file_comes_and_changes() {
     manifests.policy("demo", "nobody", "ALLOW", "server", nobody);
     let path = manifests.folder.join("policy-demo-nobody.yaml");
     let of_server = fs::read_to_string(&path).expect("a file");
-    // One that denies nothing of what is asked here.
+    // A policy that denies no connection of this test.
     let of_another = of_server.replace("app: server", "app: another");
     fs::remove_file(&path).expect("a file");
     let lets_in = |whether: bool, when: &str| {
@@ -385,7 +385,7 @@ fn a_policy_counts_however_its_file_comes_and_changes() {
     lets_in(true, "written over in place");
     fs::remove_file(&path).expect("a file");
 
-    // A link to a file of another folder, of whose changes the kernel says nothing.
+    // A link to a file in another folder, whose changes the kernel does not report.
     let elsewhere = one.world.folder().join("elsewhere.yaml");
     fs::write(&elsewhere, &of_server).expect("a file");
     symlink(&elsewhere, &path).expect("a link");
@@ -394,7 +394,7 @@ fn a_policy_counts_however_its_file_comes_and_changes() {
     lets_in(true, "written over where the link leads");
     fs::remove_file(&path).expect("a link");
 
-    // As a mounted ConfigMap: all at once, by a link that is replaced.
+    // As in a mounted ConfigMap: all files change at once, by a link that is replaced.
     let config = manifests.folder.join("config");
     for (version, text) in [("..1", &of_server), ("..2", &of_another)] {
         fs::create_dir_all(config.join(version)).expect("a folder");
@@ -407,7 +407,7 @@ fn a_policy_counts_however_its_file_comes_and_changes() {
     fs::rename(config.join("..new"), config.join("..data")).expect("a link");
     lets_in(true, "another version is mounted");
 
-    // The folder itself is away, which is no word about what is in it; then there is another one.
+    // The folder itself is missing, which says nothing about its contents; then there is another one.
     let away = one.world.folder().join("away");
     fs::write(&path, &of_server).expect("a file");
     fs::remove_dir_all(&config).expect("a folder");
@@ -444,7 +444,7 @@ fn what_nobody_knows_among_the_pins_stops_the_start_and_is_left_as_it_is() {
 fn other_users_of_the_machine_cannot_keep_an_agent_from_its_pins() {
     let world = World::new();
     let node = world.node("one");
-    // Mounted without `mode=`, any user may make folders in it.
+    // Mounted without `mode=`, it lets any user create folders in it.
     fs::set_permissions(world.folder(), Permissions::from_mode(0o711)).expect("a folder");
     let (all, pins) = (
         world.bpffs().join("dataplane"),
@@ -465,13 +465,13 @@ fn other_users_of_the_machine_cannot_keep_an_agent_from_its_pins() {
     agent.logs(&[&format!("{shown}: it belongs to user 65534")]);
     assert_eq!(agent.wait().code(), Some(1));
     fs::remove_dir(&all).expect("nothing is in it");
-    // One of root's that all may write to.
+    // A folder of root's that all may write to.
     fs::create_dir(&all).expect("a folder");
     fs::set_permissions(&all, Permissions::from_mode(0o777)).expect("a folder");
     agent.restart();
     agent.logs(&[&format!("{shown}: others than its owner may write to it")]);
     assert_eq!(agent.wait().code(), Some(1));
-    // One that an older agent has left: all may read it.
+    // A folder of an older agent, which all may read.
     fs::set_permissions(&all, Permissions::from_mode(0o755)).expect("a folder");
     fs::create_dir(&pins).expect("a folder");
     fs::set_permissions(&pins, Permissions::from_mode(0o755)).expect("a folder");
@@ -525,7 +525,7 @@ fn a_killed_agents_successor_takes_over_and_letting_go_is_complete() {
     }
     one.agent.kill();
     assert!(!one.server.traces().is_empty() && !one.world.traces("one").is_empty());
-    // The pod's object goes while nobody looks.
+    // The pod's object is removed while no agent runs.
     one.world.manifests.remove_pod("demo", "server");
     one.agent.restart();
     eventually("the successor lets it go", 10, || {
@@ -606,12 +606,12 @@ fn a_kernel_without_a_kind_of_programs_is_named_in_a_line_and_nothing_is_begun()
         assert!(last.contains(&named), "{last}");
         assert!(!log.contains("pod enrolled"), "{log}");
         let entries = fs::read_dir(world.bpffs()).expect("a folder").flatten();
-        // The kernel has two files of its own there.
+        // The kernel has two files of its own there, which are not folders.
         let left: Vec<_> = entries.filter(|entry| entry.path().is_dir()).collect();
         assert!(left.is_empty(), "{name}: pins are left: {left:?}");
         drop(agent);
     }
-    // What refused there works here.
+    // The same works without a restriction.
     let agent = world.agent(&node);
     agent.up(&["client"]);
     drop(client);

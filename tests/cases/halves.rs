@@ -1,5 +1,5 @@
-//! The two halves of the agent, each in a process of its own: one knows the node, the other carries the
-//! connections of its pods.
+//! The two halves of the agent in processes of their own: the node half, and the proxy half, which carries the
+//! connections of the node's pods.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -12,7 +12,7 @@ use dataplane_tests::{Agent, Node, Pod, World, eventually, program, scaled};
 
 const PORT: u16 = 7000;
 
-/// Two nodes, of which the first has an agent of two halves.
+/// Two nodes, the first with its agent in two halves.
 struct Halves {
     client: Pod,
     server: Pod,
@@ -46,7 +46,7 @@ impl Halves {
         halves
     }
 
-    /// Another proxy of the first node.
+    /// Starts another proxy of the first node.
     fn another(&self, log: &str) -> Agent {
         half(&self.world, &self.nodes.0, "proxy", log)
     }
@@ -242,7 +242,7 @@ fn whichever_half_is_started_first_waits_for_the_other() {
     let node = world.node("one");
     let client = node.pod(&world, "client");
     let _app = client.serve(PORT);
-    // Nobody has made the state yet, and who has no key makes none.
+    // The state does not exist yet, and the node half, which has no key, does not create it.
     let mut first = half(&world, &node, "node", "node");
     first.logs(&["waits for the state that nodes share"]);
     let mut proxy = half(&world, &node, "proxy", "proxy");
@@ -251,7 +251,7 @@ fn whichever_half_is_started_first_waits_for_the_other() {
     let outsider = node.bare(&world, "outside", "outsider");
     let asks = || outsider.ask(client.at(PORT), "x");
     assert_eq!(asks(), Ok(format!("{} x", outsider.v4)));
-    // The other way round, with what the last ones have left.
+    // The other way round, with the leftovers of the former ones.
     assert!(first.terminate().success());
     assert!(proxy.terminate().success());
     proxy.restart();
@@ -277,7 +277,7 @@ fn c7_what_leaves_the_mesh_while_its_proxy_drains_is_cut_when_its_time_is_over()
     assert_eq!(live.line(), format!("{} before", halves.client.v4));
     proxy.ask_to_end();
     proxy.logs(&["draining"]);
-    // The node lets what runs of it go on for five seconds.
+    // The node lets its connections go on for five seconds.
     halves.world.manifests.remove_pod("demo", "client");
     halves.node.logs(&["pod left the mesh"]);
     let end = live.line_within(scaled(Duration::from_secs(10)));

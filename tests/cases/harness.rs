@@ -1,4 +1,4 @@
-//! The harness itself: what other cases take for granted.
+//! Tests of the harness itself, on which the other cases rely.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -69,7 +69,7 @@ fn a_process_of_a_pod_is_in_its_cgroup_and_namespace() {
 
 #[test]
 fn no_two_test_processes_have_one_number_at_a_time() {
-    // As for processes whose numbers are so far apart.
+    // As for processes whose IDs differ by these numbers.
     let claims = [0, NUMBERS, 2 * NUMBERS].map(|apart| Claim::new(7 + apart));
     let numbers = claims.each_ref().map(|claim| claim.number);
     for number in numbers {
@@ -107,7 +107,7 @@ fn nothing_is_left_of_a_world() {
 fn what_a_killed_test_left_is_cleared_whoever_has_its_processs_number() {
     let live = World::new();
     let node = live.node("one");
-    // By its number the process of this one lives, which is ours.
+    // The process with this ID lives: it is ours.
     let id = format!("t{:x}n{}", std::process::id(), u32::MAX);
     let folder = tempfile::Builder::new()
         .prefix(&format!("dataplane-{id}-"))

@@ -1,5 +1,5 @@
-//! A pod that nobody serves: a predecessor has captured it, and its agent does not find it, or may not
-//! have it. It stays captured, and that is looked after as for a pod that is served.
+//! Held pods: a predecessor has captured them, but the agent does not find them, or may not serve them. They stay
+//! captured, and their capture is repaired as that of a pod that is served.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -14,7 +14,8 @@ use dataplane_tests::{Pair, Pod, Wire, eventually, repairs, scaled};
 
 const PORT: u16 = 7000;
 
-/// A pair whose client's agent was killed, and whose next one looks for the client where it is not.
+/// Returns a pair whose client's agent was restarted and does not find the client, since an annotation names a
+/// namespace that does not exist.
 fn held(floating: &str) -> Pair {
     let mut pair = Pair::prepared(|client, _| {
         client
@@ -33,7 +34,7 @@ fn held(floating: &str) -> Pair {
     pair
 }
 
-/// Gives an address of one pod of the first node to another one.
+/// Moves an address from one pod of the first node to another.
 fn give(pair: &Pair, address: &str, from: &Pod, to: &Pod) {
     from.netns.ip(&format!("addr del {address}/32 dev eth0\n"));
     to.netns.ip(&format!("addr add {address}/32 dev eth0\n"));
@@ -56,7 +57,7 @@ fn c1_an_address_that_a_held_pod_has_no_more_is_not_its_own() {
     });
     let answer = thief.ask_with(pair.client.at(PORT), "let me in", &["source=10.100.0.1"]);
     assert!(answer.is_err(), "{answer:?}");
-    // Found again, it is served as it is now.
+    // Once it is found again, it is served as it is now.
     pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
     pair.one.up(&["client"]);
     let _app = pair.server.serve(PORT);
@@ -140,7 +141,7 @@ fn c1_a_held_pod_that_has_lost_its_pin_has_its_program_while_it_is_enrolled() {
             }
             without
         });
-        // Before it is looked at again.
+        // This comes before the next scan of it.
         pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
         std::thread::sleep(Duration::from_millis(300));
         for pin in &pins {
@@ -158,7 +159,7 @@ fn c1_a_held_pods_program_that_was_detached_takes_no_others_pin() {
     let pair = held("10.100.0.1");
     let netns = pair.client.netns.file();
     eventually("it is looked after", 10, || steering(&netns) == 1);
-    // Each trial attaches and pins a program, and fails when there is no way by `lo` for its routes.
+    // Each attempt attaches and pins a program, and fails when there is no way by `lo` for its routes.
     pair.client.netns.ip("link set lo down\n");
     pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
     pair.one.logs(&["pod cannot be enrolled", "set routes"]);

@@ -1,5 +1,5 @@
-//! Pods that leave the mesh and come back while they connect: what a pod has sent elsewhere reaches
-//! nobody else, and its own app least of all.
+//! Pods that leave the mesh and come back while they connect: packets of a pod for other destinations never reach
+//! another server, and above all not its own app.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -16,7 +16,7 @@ use dataplane_tests::{Pair, eventually, program, scaled};
 
 const PORT: u16 = 7000;
 
-/// An app of the client on the server's port, which says `own` to whoever reaches it, and prints a line.
+/// Starts an app of the client on the server's port, which answers `own` to any client, and prints a line.
 fn own(pair: &Pair) -> Process {
     let own = pair
         .client
@@ -25,7 +25,7 @@ fn own(pair: &Pair) -> Process {
     own
 }
 
-/// Whether the client is in the mesh.
+/// Puts the client into the mesh, or out of it.
 fn in_mesh(pair: &Pair, is: bool) {
     let mut object = pair.nodes.0.object(&pair.client);
     if !is {
@@ -36,13 +36,13 @@ fn in_mesh(pair: &Pair, is: bool) {
     pair.world.manifests.pod(&object);
 }
 
-/// Connections from the client, some hundred a second.
+/// Opens connections from the client, some hundred a second.
 fn flood(pair: &Pair, to: SocketAddr, seconds: u32) -> Process {
     let mut flood = pair.client.command(program("DATAPLANE_TEST_APP"));
     Process::start(flood.args(["rate", &to.to_string(), &seconds.to_string(), "150"]))
 }
 
-/// Whether what is captured is routed to `lo` in a pod's namespace.
+/// Returns `true` if captured packets are routed to `lo` in a pod's namespace.
 fn is_routed(netns: &Netns) -> bool {
     let shown = |command: &str| netns.show(command);
     shown("rule").contains("0x511") && shown("route show table 15001").contains("dev lo")
@@ -52,9 +52,9 @@ fn is_routed(netns: &Netns) -> bool {
 fn c1_what_a_pod_sent_before_it_left_never_reaches_its_own_app() {
     let pair = Pair::new();
     let (_app, own) = (pair.server.serve(PORT), own(&pair));
-    // Something runs, so that it has not left before this is over.
+    // A connection stays open, so that the pod has not left before this is over.
     let _live = pair.client.talk(pair.server.at(PORT));
-    // Without its routes by `lo` what is captured is dropped, and sent again a second later, and then
+    // Without its routes by `lo` captured packets are dropped, and sent again after a second, and after
     // two more.
     pair.client.netns.ip("link set lo down\n");
     pair.one.is("client", "broken");
@@ -84,11 +84,11 @@ fn c1_a_pod_that_leaves_and_comes_back_under_load_reaches_who_it_asks_for() {
     let pair = Pair::new();
     let (_app, own) = (pair.server.serve(PORT), own(&pair));
     let floods = [pair.server.at(PORT), pair.server.at6(PORT)].map(|to| flood(&pair, to, 25));
-    // While something runs it does not leave to the end, and goes on with what it has.
+    // While a connection is open it does not leave entirely, and its open connections go on.
     let live = pair.client.talk(pair.server.at(PORT));
     for turn in 0..4 {
         let lo = |state: &str| pair.client.netns.ip(&format!("link set lo {state}\n"));
-        // What is sent without routes is sent again when it leaves.
+        // Packets that are sent without routes are sent again when it leaves.
         lo("down");
         in_mesh(&pair, false);
         eventually("it leaves", 10, || {
@@ -179,7 +179,7 @@ fn c1_what_was_sent_while_no_agent_ran_never_reaches_the_pods_own_app() {
         floods.into_iter().for_each(|flood| _ = flood.end());
         assert_eq!(own.line_within(Duration::ZERO), None, "turn {turn}");
     }
-    // Nor as all is taken away.
+    // Nor while everything is removed.
     pair.one.kill();
     let to = [pair.server.at(PORT), pair.server.at6(PORT)];
     let floods = to.map(|to| flood(&pair, to, 3));
@@ -192,7 +192,7 @@ fn c1_what_was_sent_while_no_agent_ran_never_reaches_the_pods_own_app() {
     assert_eq!(answer, Ok(format!("{} x", pair.client.v4)));
 }
 
-/// What of an agent is pinned in a folder, held by somebody else.
+/// Opens an agent's pins in a folder, as another process that holds them.
 fn held(pair: &Pair, node: &str, folder: &str) -> Vec<OwnedFd> {
     let pins = pair.world.pins();
     let of_node = pair.world.bpffs().join("dataplane").join(node);

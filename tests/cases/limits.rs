@@ -1,4 +1,4 @@
-//! Limits: what many connections, silent ones, refused ones and a log that nobody reads may not do.
+//! Limits: the effects that many, silent or refused connections and an unread log must not have.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -14,7 +14,7 @@ use dataplane_tests::{Agent, Pair, SingleNode, World, bpf, eventually, scaled, w
 const PORT: u16 = 7000;
 const HBONE: u16 = 15008;
 
-/// Megabytes of an agent that are in memory.
+/// Returns the resident memory of an agent in megabytes.
 fn resident(agent: &Agent) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -25,7 +25,7 @@ fn resident(agent: &Agent) -> u64 {
         / 1024
 }
 
-/// Processor time that each worker of an agent has used, in ticks.
+/// Returns the processor time of each worker of an agent, in ticks.
 fn worked(agent: &Agent) -> Vec<u64> {
     let tasks = fs::read_dir(format!("/proc/{}/task", agent.pid())).expect("it runs");
     let mut workers: Vec<(String, u64)> = tasks
@@ -43,7 +43,7 @@ fn worked(agent: &Agent) -> Vec<u64> {
     workers.into_iter().map(|(_, ticks)| ticks).collect()
 }
 
-/// The sum of a metric's series that have all of these in their labels.
+/// Returns the sum of a metric's series whose labels contain all of these.
 fn metric(agent: &Agent, name: &str, labels: &[&str]) -> u64 {
     let text = agent.get("/metrics");
     let series = text.lines().filter_map(|line| {
@@ -55,7 +55,7 @@ fn metric(agent: &Agent, name: &str, labels: &[&str]) -> u64 {
     series.sum()
 }
 
-/// A pipe in place of a log file, which nobody reads.
+/// A pipe that is not read, in place of a log file.
 struct Unread(fs::File, PathBuf);
 
 impl Unread {
@@ -152,7 +152,7 @@ fn over_the_nodes_limit_the_new_one_is_refused_and_a_pod_that_has_none_yet_is_no
     let _app = server.serve(PORT);
     let mut many = client.app(&["many", &server.at(PORT).to_string(), "40"]);
     let open = opened(&many);
-    // Half of them, and tunnels take places as well.
+    // It is half of the places, of which tunnels take some.
     assert!((10..15).contains(&open), "{open}");
     assert!(client.ask(server.at(PORT), "x").is_err());
     assert!(other.ask(server.at(PORT), "x").is_ok(), "another pod's");
@@ -181,7 +181,7 @@ fn a_pods_idle_tunnels_give_way_to_its_connections() {
     second.up(&["a", "b", "c", "d", "e"]);
     eventually("all are in the mesh", 10, || first.tunnelled() >= 6);
     let _apps = servers.each_ref().map(|server| server.serve(PORT));
-    // Of these it may have twelve, and five are those of tunnels. At once, so that both workers have some.
+    // It may have twelve of these, of which tunnels take five. In parallel, so that both workers have some.
     let asked = servers.each_ref().map(|server| {
         let to = server.at(PORT).to_string();
         client.app(&["ask", &to, "x"])
@@ -194,7 +194,7 @@ fn a_pods_idle_tunnels_give_way_to_its_connections() {
     assert_eq!(opened(&many), 10);
 }
 
-/// How many connections it has opened.
+/// Returns the number of connections that it has opened.
 fn opened(many: &Process) -> usize {
     let line = many.line();
     let count = line.strip_suffix(" open").map(str::parse);
@@ -247,7 +247,7 @@ fn a_log_that_nobody_reads_stops_no_connection_and_what_is_lost_is_counted() {
     setup.variables = vec![("RUST_LOG".into(), "info,access=debug,h2=trace".into())];
     let pipe = Unread::new(&setup.log);
     let (first, mut second) = (world.agent(&one), Agent::start(setup));
-    // Gone before the agent is, which shows its log when a test fails.
+    // Dropped before the agent, which shows its log if a test fails.
     let mut pipe = pipe;
     first.up(&["client"]);
     second.up(&["server"]);
@@ -259,7 +259,7 @@ fn a_log_that_nobody_reads_stops_no_connection_and_what_is_lost_is_counted() {
     assert_eq!(lines, ["400 good, 0 bad"]);
     let lost = metric(&second, "dataplane_log_lines_lost_total", &[]);
     assert!(lost > 0, "nobody has read them");
-    // Read again, it says what it has lost.
+    // Once it is read again, it reports what was lost.
     let mut read = vec![0; 1 << 16];
     let mut text = String::new();
     eventually("it says how many", 10, || {
@@ -287,7 +287,7 @@ fn a_pod_for_which_there_is_no_room_loses_no_connection_by_it() {
         one.world.manifests.pod(&object);
         let waits = || one.agent.pod("outsider");
         let client = one.node.bare(&one.world, "outside", "client");
-        // It is tried again and again meanwhile.
+        // Connections are tried again and again meanwhile.
         let (began, mut asked) = (Instant::now(), 0);
         while began.elapsed() < scaled(Duration::from_secs(4)) {
             for to in [one.outsider.at(PORT), one.outsider.at6(PORT)] {
@@ -301,7 +301,7 @@ fn a_pod_for_which_there_is_no_room_loses_no_connection_by_it() {
         let (state, why) = waits();
         assert!(state == "waiting" && why.contains(map), "{state}: {why}");
         assert!(why.contains("not captured"), "{why}");
-        // What another one has in it is put back.
+        // The other pod's entries in it are put back.
         bpf::clear(pin);
         one.agent.up(&["server", "outsider"]);
         drop(app);
@@ -325,7 +325,7 @@ fn what_a_lack_repeats_is_told_once_a_second() {
     limit(open);
     let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
     let silent = outsider.app(&["many", &pair.server.at(PORT).to_string(), "10", "silent"]);
-    // One that was accepted with the last descriptor is reset.
+    // A connection that was accepted with the last descriptor is reset.
     silent.line();
     std::thread::sleep(Duration::from_secs(4));
     limit(open + 1000);

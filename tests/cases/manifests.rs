@@ -1,5 +1,5 @@
-//! The folder of manifests as people and machines treat it: nobody is let go whom nobody has let go, and a
-//! slip is told.
+//! The folder of manifests as people and machines treat it: no pod is released by accident, and mistakes are
+//! reported.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -12,14 +12,14 @@ use dataplane_tests::{Process, SingleNode, World, eventually, scaled};
 
 const PORT: u16 = 7000;
 
-/// What says that nothing is meant.
+/// A manifest that says that the folder is empty on purpose.
 const NOTHING: &str = "apiVersion: v1\nkind: List\nitems: []\n";
 
 fn policy(one: &SingleNode) -> PathBuf {
     one.world.manifests.folder.join("policy-demo-nobody.yaml")
 }
 
-/// One whose server nobody may reach.
+/// Returns a node whose server refuses everybody by policy.
 fn closed() -> (SingleNode, Process) {
     let one = SingleNode::new();
     let app = one.server.serve(PORT);
@@ -73,7 +73,7 @@ fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
     let folder = one.world.manifests.folder.clone();
     let away = folder.with_extension("away");
     let empty = |one: &SingleNode| {
-        // As an unmount leaves it.
+        // As after an unmount.
         fs::rename(&folder, &away).expect("a folder");
         fs::create_dir(&folder).expect("a folder");
         eventually("it is told", 10, || {
@@ -89,7 +89,7 @@ fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
     fs::rename(&away, &folder).expect("a folder");
     eventually("it is there again", 10, || one.problems() == "[]");
     empty(&one);
-    // Nor does a successor that knows of nothing.
+    // Nor does a successor that has no former state.
     one.agent.kill();
     one.agent.restart();
     eventually("it ends by itself", 20, || !one.agent.runs());
@@ -110,7 +110,7 @@ fn c1_a_captured_pod_that_nothing_says_at_a_start_stays_until_manifests_are_whol
     let folder = &one.world.manifests.folder;
     let (object, team) = (folder.join("pod-demo-server.yaml"), folder.join("team"));
     one.agent.kill();
-    // As what is mounted there later.
+    // As if it were mounted later.
     fs::create_dir(&team).expect("a folder");
     fs::rename(&object, one.world.folder().join("pod.yaml")).expect("a file");
     one.agent.restart();
@@ -136,7 +136,7 @@ fn c1_a_captured_pod_that_nothing_says_at_a_start_stays_until_manifests_are_whol
         "{}",
         one.agent.log()
     );
-    // What is still is whole.
+    // A folder that does not change is complete.
     one.agent.kill();
     fs::remove_dir_all(&team).expect("a folder");
     one.agent.restart();
@@ -161,7 +161,7 @@ fn a_policy_is_read_wherever_a_link_leads_and_whichever_folder_is_there() {
     one.agent.restart();
     one.agent.up(&["server"]);
     assert!(!one.denies(PORT));
-    // A file that is a link, to what is edited elsewhere.
+    // A file that is a link to one that is edited elsewhere.
     let elsewhere = one.world.folder().join("gate.yaml");
     let gate = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: gate, namespace: demo}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"1\"]}}]}]}\n";
     fs::write(&elsewhere, gate).expect("a file");

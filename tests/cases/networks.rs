@@ -1,5 +1,5 @@
-//! Pods with more than the one network that the mesh knows them by, and with rules of their own: what
-//! a connection by another network looks like is what it looks like without a mesh.
+//! Pods with further networks besides the one that the mesh knows, and with rules of their own: connections by
+//! another network behave as without a mesh.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -11,10 +11,10 @@ use dataplane_tests::wire::Segment;
 use dataplane_tests::{Pair, Pod, Wire, World, eventually, scaled};
 
 const PORT: u16 = 7000;
-/// One on which nobody listens at first.
+/// A port without a listener at first.
 const LATE: u16 = 7001;
 
-/// A wire between two pods, beside the one that each has with its node: `192.168.<number>.1` and `.2`.
+/// Adds a wire between two pods, besides those to their nodes, with `192.168.<number>.1` and `.2`.
 fn network(one: &Pod, two: &Pod, number: u8) -> SocketAddr {
     let name = format!("net{number}");
     one.netns.ip(&format!(
@@ -32,7 +32,7 @@ fn network(one: &Pod, two: &Pod, number: u8) -> SocketAddr {
         .expect("an address")
 }
 
-/// Both pods on two networks from the start.
+/// Returns a pair whose pods are on two networks from the start.
 fn pair_with_a_network() -> (Pair, SocketAddr) {
     let mut second = None;
     let pair = Pair::prepared(|client, server| second = Some(network(client, server, 77)));
@@ -56,7 +56,7 @@ fn the_source_that_an_app_has_bound_is_what_the_server_sees() {
     let (pair, second) = pair_with_a_network();
     let _app = pair.server.serve(PORT);
     let server = pair.server.at(PORT);
-    // Another address of the client's, which its node finds as it does the first.
+    // Another address of the client's, to which its node routes as to the first.
     let first = pair.client.v4.to_string();
     let (network, _) = first.rsplit_once('.').expect("four numbers");
     let other = format!("{network}.200");
@@ -94,7 +94,7 @@ fn an_interface_and_addresses_that_come_later_are_taken_over() {
             pair.client.ask_with(second, "x", options) == Ok("192.168.79.1 x".into())
         });
     }
-    // Another address: the source of what is bound to the interface, and the pod's own.
+    // A changed address is the source of sockets that are bound to the interface, and the pod's own.
     pair.client.netns.ip("addr del 192.168.79.1/24 dev net79\n\
          addr add 192.168.79.3/24 dev net79\n");
     eventually("by the new address", 10, || {
@@ -105,7 +105,7 @@ fn an_interface_and_addresses_that_come_later_are_taken_over() {
     let own = SocketAddr::from(([192, 168, 79, 3], PORT));
     assert!(pair.client.ask(own, "to itself").is_ok());
     assert_eq!(pair.one.counter("captured"), captured);
-    // And what it has no more is not its own: it is captured, as any other.
+    // An address that it does not have any more is not its own: connections to it are captured, as any others.
     let before = SocketAddr::from(([192, 168, 79, 1], PORT));
     let _ = pair.client.ask(before, "no more");
     assert_eq!(pair.one.counter("captured"), captured + 1);
@@ -129,7 +129,7 @@ fn c1_an_address_that_a_pod_has_no_more_is_not_its_own() {
         "cluster.local/ns/x/sa/y",
     );
     pair.knows("nobody");
-    // What the mesh knows the pod by is given to somebody else.
+    // The address that the mesh knows the pod by moves to another pod.
     let moved = pair.client.v4;
     pair.client
         .netns
@@ -156,11 +156,11 @@ fn c1_an_address_that_a_pod_has_no_more_is_not_its_own() {
     let segments = tap.end();
     let left = |segment: &Segment| segment.to == (moved, PORT);
     assert!(!segments.iter().any(left), "{segments:?}");
-    // And who has it is asked for what anybody is.
+    // And its new owner gets connections as any other pod.
     let at = SocketAddr::from(([10, 100, 0, 1], PORT));
     let answer = thief.ask(at, "let me in");
     assert!(answer.is_err(), "{answer:?}");
-    // It is served as before once it has it again.
+    // The pod is served as before once it has its address again.
     pair.client.netns.ip(&format!(
         "addr add {moved}/32 dev eth0\n\
          route replace default via 169.254.1.1 dev eth0 onlink src {moved}\n"
@@ -190,7 +190,7 @@ fn c1_without_an_agent_an_address_that_a_pod_has_no_more_is_not_its_own() {
     let to6: SocketAddr = "[fd00:100::1]:7000".parse().expect("an address");
     let ways = [(to, pair.client.at(PORT)), (to6, pair.client.at6(PORT))];
     let from = |to: SocketAddr, port| format!("source={}", SocketAddr::new(to.ip(), port));
-    // Ports that it comes from itself, before.
+    // Source ports that the pod has used itself before.
     for (to, own) in ways {
         let answer = pair.client.ask_with(own, "x", &[&from(to, 4001)]);
         assert_eq!(answer, Ok(format!("{} x", to.ip())));
@@ -201,7 +201,7 @@ fn c1_without_an_agent_an_address_that_a_pod_has_no_more_is_not_its_own() {
         assert_eq!(answer, Err("refused".into()));
     }
     let _late = pair.client.serve(LATE);
-    // One that it has with itself, and goes on.
+    // A connection that it has with itself, and that goes on.
     let mut talks = [to, to6].map(|to| {
         let mut talk = pair.client.talk(to);
         talk.say("hello");
@@ -223,7 +223,7 @@ fn c1_without_an_agent_an_address_that_a_pod_has_no_more_is_not_its_own() {
             let answer = pair.client.ask_with(to, "to whom", options);
             assert!(answer.is_err(), "{to} {options:?}: {answer:?}");
         }
-        // At once: each waits in vain.
+        // In parallel, as each waits in vain.
         let ports = [(0, PORT), (4001, PORT), (4002, PORT), (4003, LATE)];
         let asks = ports.map(|(port, to_port)| {
             let own = SocketAddr::new(own.ip(), to_port).to_string();
@@ -269,7 +269,7 @@ fn a_pod_reaches_itself_by_all_of_its_addresses_with_an_agent_and_without() {
                 assert_eq!(answer, Ok(format!("{} x", to.ip())), "{to} {options:?}");
             }
         }
-        // Of its own it may come from each to each.
+        // Between its own addresses it may connect from each to each.
         for all in [&v4, &v6] {
             for (from, to) in [(0, 1), (1, 0), (0, 2), (1, 2)] {
                 let (from, to) = (all[from].ip(), all[to]);
@@ -333,7 +333,7 @@ fn c1_what_comes_to_loopback_from_outside_does_not_reach_the_app() {
     let mut pair = Pair::new();
     let thief = pair.nodes.0.bare(&pair.world, "outside", "thief");
     network(&pair.client, &thief, 78);
-    // It has no loopback addresses of its own, and a way to the pod's.
+    // The thief has no loopback addresses of its own, but a route to the pod's.
     for netns in [&pair.client.netns, &thief.netns] {
         netns.set_sysctl("net.ipv4.conf.net78.route_localnet", "1");
     }
@@ -378,7 +378,7 @@ fn an_interface_without_an_address_refuses_at_once_what_is_bound_to_it() {
 fn c2_rules_of_the_apps_own_do_not_come_before_capture() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    // With a preference of its own, and with the one that the kernel gives to a rule without.
+    // With an explicit preference, and with the one that the kernel chooses.
     for rule in ["pref 100 from all lookup 77", "from all lookup 77"] {
         pair.client.netns.ip(&format!(
             "route add default via 169.254.1.1 dev eth0 onlink table 77\n\
@@ -399,7 +399,7 @@ fn c2_a_rule_that_was_first_and_would_come_before_capture_is_told() {
     let netns = &pair.client.netns;
     netns.ip("route add default via 169.254.1.1 dev eth0 onlink table 77\n");
     let works = || pair.client.ask(pair.server.at(PORT), "x").is_ok();
-    // Those that none of the agent's marks fits are in nobody's way.
+    // Rules that match none of the agent's marks do no harm.
     for rule in ["fwmark 0x200/0x200 lookup 77", "iif eth0 lookup 77"] {
         netns.ip(&format!("rule add pref 0 {rule}\n"));
         netns.ip("rule del fwmark 0x511/0xfff\nrule del fwmark 0x111/0xfff\n");
@@ -423,7 +423,7 @@ fn c2_a_rule_that_was_first_and_would_come_before_capture_is_told() {
     netns.ip("rule del pref 0 from all lookup 77\n");
     pair.one.up(&["client"]);
     assert!(works());
-    // Nor is one enrolled that has such a rule from the start; it is once it has not.
+    // Nor is a pod enrolled that has such a rule from the start, until the rule is gone.
     let late = pair.nodes.0.bare(&pair.world, "demo", "late");
     late.netns.ip("rule add pref 0 from all lookup 77\n");
     pair.world.manifests.pod(&pair.nodes.0.object(&late));
@@ -479,7 +479,7 @@ fn an_address_on_lo_is_a_pods_own_and_policy_holds_for_it() {
         assert_eq!(pair.two.counter("steered_inbound"), steered + 1);
         let answer = server.ask(own, "to itself");
         assert_eq!(answer, Ok(format!("{} to itself", own.ip())));
-        // What comes from nowhere else comes from the address that the mesh knows.
+        // A socket without another source has the address that the mesh knows.
         let to = match first.is_ipv4() {
             true => outsider.at(PORT),
             false => outsider.at6(PORT),
@@ -494,7 +494,7 @@ fn an_address_on_lo_is_a_pods_own_and_policy_holds_for_it() {
         eventually("it is reached again", 5, || outsider.ask(own, "x").is_ok());
         server.netns.ip(&format!("addr del {prefix} dev lo\n"));
         node.ip(&format!("route del {route}\n"));
-        // What begins before that is seen goes nowhere, and is waited for as long as an app waits.
+        // Connections that begin before the agent sees the change go nowhere, and apps wait for them.
         eventually("it is not the pod's any more", 30, || {
             let captured = pair.two.counter("captured");
             let _ = server.ask(own, "to whom");
@@ -527,7 +527,7 @@ fn a_pod_that_forwards_is_told() {
     }
     pair.one
         .logs(&["\twarn\t", "demo/client", "forwards between its interfaces"]);
-    // There is nothing to forward between.
+    // The pod has no other interface to forward to.
     netns.set_sysctl(names[0], "1");
     forwards(true);
     netns.ip("link del net77\n");
@@ -546,14 +546,14 @@ fn a_pod_with_many_addresses_is_captured_and_all_are_its_own() {
             .netns
             .ip(&format!("addr add 10.100.0.{number}/32 dev eth0\n"));
     }
-    // A label stands in its link's place; a tunnel has no address as a link.
+    // A label stands in place of its link's name; a tunnel has no link-layer address.
     client
         .netns
         .ip("addr add 10.100.0.41/32 dev eth0 label eth0:41\n\
          tuntap add dev tunnel mode tun\n\
          addr add 10.100.0.42/32 dev tunnel\n\
          link set tunnel up\n");
-    // What comes from the tunnel's address finds its way back by the nodes.
+    // Answers to the tunnel's address are routed by the nodes.
     two.netns
         .ip(&format!("route add 10.100.0.42/32 via {}\n", one.wire_v4()));
     one.netns
@@ -603,7 +603,7 @@ fn c1_beyond_as_many_addresses_as_are_known_a_pod_stays_captured() {
     let captured = agent.counter("captured");
     assert!(client.ask(outsider.at(PORT), "out").is_ok());
     assert_eq!(agent.counter("captured"), captured + 1);
-    // From outside, one that is known is served, and one too many is refused.
+    // From outside, connections to a known address are served, and to one too many refused.
     two.netns
         .ip(&format!("route add 10.100.0.0/16 via {}\n", one.wire_v4()));
     one.netns
@@ -621,7 +621,7 @@ fn a_family_without_an_address_is_unreachable_as_it_is_without_a_mesh() {
     let client = one.bare(&world, "demo", "client");
     let bare = one.bare(&world, "outside", "bare");
     for pod in [&client, &bare] {
-        // As a pod of one family has it: neither an address nor a way. What is on `lo` is no way.
+        // As in a pod of one family: neither an address nor a route. An address on `lo` does not count.
         pod.netns.ip(&format!(
             "addr del {}/128 dev eth0\nroute del default via fe80::1 dev eth0\n\
              addr add fd00:100::9/128 dev lo\n",
@@ -641,7 +641,7 @@ fn a_family_without_an_address_is_unreachable_as_it_is_without_a_mesh() {
     assert!(agent.counter("refused") > 0);
 }
 
-/// Waits until an address of the pod's `eth0` is in this state.
+/// Waits until an address of a pod's `eth0` is in this state.
 fn is_address(pod: &Pod, address: &str, state: &str, seconds: u64) {
     eventually(&format!("{address} is {state}"), seconds, || {
         let of = pod.netns.show(&format!("-6 addr show dev eth0 {state}"));
@@ -655,7 +655,7 @@ fn c1_an_address_that_another_on_the_link_has_costs_a_pod_no_other_of_its_addres
     let (one, two) = world.two_nodes();
     let server = two.pod(&world, "server");
     let client = one.pod(&world, "client");
-    // A neighbour on the pod's link has its address, and one that it is to get.
+    // A neighbour on the pod's link has the pod's address, and one that the pod gets later.
     let taken = client.v6.to_string();
     one.netns.ip(&format!(
         "addr add {taken}/128 dev {veth} nodad\naddr add fd00:99::1/128 dev {veth} nodad\n",
@@ -677,14 +677,14 @@ fn c1_an_address_that_another_on_the_link_has_costs_a_pod_no_other_of_its_addres
         assert_eq!(agent.counter("captured"), captured + 1);
     };
     works();
-    // It is not the pod's own: what goes there would reach the neighbour, in clear.
+    // It is not the pod's own: connections to it would reach the neighbour, in clear.
     let tap = Wire::tap(one.netns.file(), &client.veth);
     let answer = client.ask(client.at6(PORT), "to whom");
     assert!(answer.is_err(), "{answer:?}");
     let segments = tap.end();
     let left = |segment: &Segment| segment.to == (client.v6, PORT);
     assert!(!segments.iter().any(left), "{segments:?}");
-    // Nor does one that comes later break what is up.
+    // Nor does a later address break a pod that is up.
     client.netns.ip("addr add fd00:99::1/128 dev eth0\n");
     is_address(&client, "fd00:99::1", "dadfailed", 10);
     std::thread::sleep(std::time::Duration::from_secs(4));

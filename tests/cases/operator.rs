@@ -1,5 +1,4 @@
-//! What people see of an agent that runs: commands and what they print, levels of the log, and a disk that is
-//! full.
+//! The operator's view of a running agent: commands and their output, log levels, and a full disk.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -43,7 +42,7 @@ fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
     eventually("it answers again", 10, || status(&[]).0.success());
     one.agent.logs(&["\twarn\t", "admin socket", "made again"]);
     fs::remove_file(&away).expect("a socket");
-    // Another file in its place is none either.
+    // Another file in its place does not count either.
     fs::remove_file(one.agent.socket()).expect("a socket");
     fs::write(one.agent.socket(), "").expect("a file");
     eventually("it answers by its own socket again", 10, || {
@@ -207,7 +206,7 @@ fn levels_that_would_silence_the_log_are_refused_or_told() {
         one.agent.logs(&[told]);
         one.agent.up(&["server"]);
     }
-    // What ends it is said in the form of the log.
+    // The error that ends it has the format of the log.
     one.agent.kill();
     one.agent
         .setup()

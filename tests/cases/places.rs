@@ -1,5 +1,5 @@
-//! Agents that are given other places than those that are theirs, or that see less of the machine than its
-//! pods: they do not start, and touch nothing.
+//! Agents with other folders than those of their node, or that cannot see the pods' processes: they do not start,
+//! and touch nothing.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -78,7 +78,7 @@ fn a_start_that_is_refused_leaves_nothing() {
         });
         fs::remove_file(&wrong).expect("a file");
     }
-    // Nor where it is the first.
+    // Nor on the first start.
     assert!(run(&mut uninstall(&one, &[])).0.success());
     let state = at("state").display().to_string();
     let mut setup = one.world.setup(&one.node);
@@ -99,7 +99,7 @@ fn a_start_that_is_refused_does_not_unmount_what_another_agent_has_begun_to_use(
     let node = world.node("one");
     let bpf = world.folder().join("its own");
     fs::create_dir(&bpf).expect("a folder");
-    // Refused by what is asked last.
+    // The check that comes last refuses.
     fs::create_dir_all(world.state.join("ca")).expect("a folder");
     fs::write(world.state.join("ca/stranger"), "").expect("a file");
     let mut setup = world.setup(&node);
@@ -137,7 +137,7 @@ fn a_start_that_pins_refuse_has_begun_nothing() {
     };
     refused("others than its owner may write");
     fs::remove_dir(&pins).expect("a folder");
-    // Nor may others make a node's folder.
+    // Nor may other users create a node's folder.
     let all = world.bpffs().join("dataplane");
     fs::set_permissions(&all, fs::Permissions::from_mode(0o777)).expect("a mode");
     refused("others than its owner may write");
@@ -175,7 +175,7 @@ fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
         assert!(one.agent.pod("server").0 == "up", "{said}");
     }
     one.agent.kill();
-    // Its pods' way back is in its own folder.
+    // The records to undo its pods' capture are in its own folder.
     let before = one.traces();
     let (status, said) = {
         let mut setup = one.world.setup(&one.node);
@@ -190,7 +190,7 @@ fn c8_a_node_has_one_agent_whatever_folders_another_one_is_given() {
     assert_eq!(one.traces(), before);
     one.agent.restart();
     one.agent.up(&["server"]);
-    // A pod has one as well, where the other one's cgroup is above.
+    // A pod has one agent too: here the other agent's cgroup is above the node's.
     let mut above = one.world.setup(&one.node);
     above.run_dir.clone_from(&run_dir);
     above.bpffs = bpffs.path().to_owned();
@@ -252,7 +252,7 @@ fn c1_pods_stay_with_the_places_that_their_agent_was_given() {
         );
         assert_eq!(one.traces(), before, "{setting}");
     }
-    // Of another cluster it would be another pod, and be let go and taken again.
+    // In another cluster it would be another pod, and be released and captured again.
     let mut setup = one.world.setup(&one.node);
     setup
         .arguments
@@ -275,7 +275,7 @@ fn c1_who_cannot_see_the_pods_processes_lets_nobody_go() {
     assert!(one.is_captured());
     let (before, setup) = (one.traces(), one.world.setup(&one.node));
     let check = dataplane("check");
-    // As in a container that has not the node's processes.
+    // As in a container that does not see the node's processes.
     let alone = [
         "unshare",
         "--mount",

@@ -1,5 +1,4 @@
-//! Which pods are here: how they come, go and come back, what is taken for one, and what holds while
-//! somebody leaves.
+//! Detection of pods: how they come, go and come back, what is taken for a pod, and what holds while one leaves.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -25,13 +24,13 @@ use nix::unistd::Pid;
 
 const PORT: u16 = 7000;
 const UID: &str = "0f8fad5b-d9cb-469f-a165-70867728950e";
-/// What the kubelet knows a pod of a file by: two annotations, and its cgroup's name.
+/// The hash by which the kubelet identifies a static pod: in two annotations, and in its cgroup's name.
 const HASH: &str = "c7c6e3a1f4b2d05e8a97b6c5d4e3f201";
-/// A cgroup as a container engine names it.
+/// A cgroup's name as a container engine makes it.
 const CONTAINER: &str =
     "docker-5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef.scope";
 
-/// An agent that drains as long as something runs.
+/// Starts an agent whose drain is longer than the test.
 fn patient(world: &World, node: &Node) -> Agent {
     let mut setup = world.setup(node);
     let drain = setup.arguments.iter_mut().find(|word| *word == "5s");
@@ -39,7 +38,7 @@ fn patient(world: &World, node: &Node) -> Agent {
     Agent::start(setup)
 }
 
-/// Whether what an enrolment leaves in a namespace is there.
+/// Returns `true` if a pod's namespace has the traces of capture.
 fn is_captured(pod: &Pod) -> bool {
     pod.netns.show("rule show").contains("fwmark")
 }
@@ -50,7 +49,7 @@ fn processes(cgroup: &Cgroup) -> Vec<i32> {
     pids.collect()
 }
 
-/// Puts what runs in a pod into a cgroup below its own, as an engine does with each container.
+/// Moves a pod's processes to a cgroup below its own, as an engine does with each container.
 fn into(pod: &Pod, name: &str) -> Cgroup {
     let inner = Cgroup::new(&pod.cgroup.folder.join(name));
     move_to(pod, &inner.folder);
@@ -63,14 +62,14 @@ fn move_to(pod: &Pod, folder: &Path) {
     }
 }
 
-/// The cgroup that the kubelet gives a pod of this uid, with what runs in the pod.
+/// Moves a pod's processes to the cgroup that the kubelet makes for a pod of this uid.
 fn kubelets(kubepods: &Cgroup, pod: &Pod, uid: &str) {
     let folder = kubepods.folder.join("besteffort").join(format!("pod{uid}"));
     fs::create_dir_all(&folder).expect("a cgroup");
     move_to(pod, &folder);
 }
 
-/// Gives itself another pod's addresses, as anybody may with the right to change their own network.
+/// Gives a pod the addresses of another, as any pod can that may change its own network.
 fn take_addresses(thief: &Pod, of: &Pod) {
     let (v4, v6) = (of.v4, of.v6);
     thief.netns.ip(&format!("addr add {v4}/32 dev eth0\n"));
@@ -266,7 +265,7 @@ fn c6_a_container_that_comes_later_is_its_pods_from_then_on_and_after_a_restart(
         assert_eq!(ask(&client.netns, to.clone()), "", "the pod itself is not");
         live.say("x");
         assert_eq!(live.line(), format!("{} x", client.v4));
-        // And once more, with a successor that finds both.
+        // Once more, with a successor that finds both.
         agent.kill();
         agent.restart();
         agent.up(&["client"]);
@@ -313,7 +312,7 @@ fn a_pod_has_so_many_cgroups_and_others_when_they_are_gone() {
     let world = World::new();
     let node = world.node("one");
     let client = node.pod(&world, "client");
-    // With the pod's own, two more than it may have.
+    // With the pod's own cgroup these are two more than it may have.
     let mut containers: Vec<(Process, Cgroup)> = (0..=MOST)
         .map(|number| {
             let id = format!("{number:064x}.scope");
@@ -357,7 +356,7 @@ fn a_process_beside_a_pods_cgroup_is_told_when_it_stays() {
             .run(|| sleep.arg(seconds).spawn())
             .expect("it runs")
     };
-    // One after the other, each for less than the time between two looks.
+    // One after the other, each for less than the time between two scans.
     for _ in 0..10 {
         beside("0.4").wait().expect("it ends");
     }
@@ -391,7 +390,7 @@ fn c1_a_pod_that_is_being_deleted_stays_captured_whatever_became_of_its_record()
     assert!(pair.client.ask(pair.server.at(PORT), "last words").is_ok());
     assert_eq!(pair.one.counter("captured"), captured + 1);
     assert!(!pair.one.log().contains("leaves the mesh"));
-    // Another one is not enrolled any more.
+    // A further pod is not enrolled any more.
     let late = pair.nodes.0.bare(&pair.world, "demo", "late");
     let text = text.replace("client", "late");
     let text = text.replace(&pair.client.v4.to_string(), &late.v4.to_string());
@@ -503,7 +502,7 @@ fn what_a_pod_that_comes_back_has_lost_is_put_back_told_and_counted() {
     object.labels.push(none);
     world.manifests.pod(&object);
     agent.logs(&["pod leaves the mesh"]);
-    // It is looked at now, and then not for some seconds.
+    // It is scanned now, and then not for some seconds.
     client.netns.ip("addr add 10.100.0.1/32 dev eth0\n");
     agent.logs(&["pod has other addresses than it had"]);
     let before = repairs(&agent, "steer");
@@ -526,7 +525,7 @@ fn c7_what_cannot_be_undone_of_a_pod_that_was_half_in_is_undone_later() {
     let agent = world.agent(&node);
     let client = node.bare(&world, "demo", "client");
     agent.logs(&["started"]);
-    // Where its program is pinned there is something that can be neither replaced nor removed.
+    // The path of its program's pin is taken by something that can be neither replaced nor removed.
     let cookie = client.netns.cookie();
     let layouts = fs::read_dir(world.bpffs().join("dataplane/one")).expect("pins");
     let layout = layouts.map(|layout| layout.expect("a folder").path());
@@ -583,7 +582,7 @@ fn other_nodes_are_told_of_a_pod_before_the_next_one_is_enrolled() {
         records.map(|file| when(file).expect("a file")).collect()
     };
     let told = written(world.state.join("enrolled"));
-    // What is changed in a pod is recorded before that.
+    // Changes in a pod are recorded before they are made.
     let begun = written(world.folder().join("run/one/pods"));
     assert_eq!((told.len(), begun.len()), (pods.len(), pods.len()));
     assert!(told.iter().min() < begun.iter().max(), "{told:?} {begun:?}");
@@ -597,14 +596,14 @@ fn a_pod_whose_namespace_is_gone_is_dialled_by_hbone_no_more() {
     let agent = world.agent(&node);
     agent.up(&["pod"]);
     eventually("it is dialled by HBONE", 10, || agent.tunnelled() == 1);
-    // Its object stays, and so does what waits for it.
+    // Its object stays, and so does its waiting entry.
     drop(pod);
     agent.logs(&["pod left the mesh"]);
     agent.is("pod", "waiting");
     eventually("it is not any more", 5, || agent.tunnelled() == 0);
 }
 
-/// An agent that says of each look at the machine why it was and when the next one is.
+/// Starts an agent that logs the reason for each scan of the machine, and the time of the next one.
 fn watchful(world: &World, node: &Node, restriction: Option<Restriction>) -> Agent {
     let mut setup = world.setup(node);
     let level = "info,dataplane_agent::node::machine=debug";
@@ -613,7 +612,7 @@ fn watchful(world: &World, node: &Node, restriction: Option<Restriction>) -> Age
     Agent::start(setup)
 }
 
-/// The looks that an agent has told of since it had logged so much.
+/// Returns the scans in an agent's log from byte `since` on.
 fn looks(agent: &Agent, since: usize) -> Vec<String> {
     let log = agent.log();
     let looks = log[since..].lines();
@@ -621,7 +620,7 @@ fn looks(agent: &Agent, since: usize) -> Vec<String> {
     looks.map(str::to_owned).collect()
 }
 
-/// Ends what runs in a pod.
+/// Ends the processes of a pod.
 fn end(pod: &Pod) {
     for pid in processes(&pod.cgroup) {
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("a process");
@@ -644,7 +643,7 @@ fn a_pod_that_starts_and_one_that_ends_are_looked_at_as_it_happens() {
             .iter()
             .any(|look| look.contains("cgroups"))
     };
-    // What came with the start was looked at.
+    // The scans of the start are over.
     let since = || agent.log().len();
     eventually("nothing happens", 20, || {
         let since = since();
@@ -662,7 +661,7 @@ fn a_pod_that_starts_and_one_that_ends_are_looked_at_as_it_happens() {
     let delete = ["netns", "del", &first.netns.name];
     assert!(said(Command::new("ip").args(delete)).is_ok());
     agent.logs(&["pod left the mesh", "demo/first"]);
-    // In a cgroup that is made later, too.
+    // Also in a cgroup that is created later.
     let container = Cgroup::new(&late.cgroup.folder.join("later"));
     eventually("all is told of it", 20, || {
         let since = since();
@@ -734,7 +733,7 @@ fn c6_who_names_a_cgroup_of_its_own_after_another_pod_gains_nothing() {
     world.manifests.pod(&object);
     let mut object = node.object(&fixed);
     object.uid = "9d3f1c5e-2f0b-4a43-9a52-6a1f1d1d7b11";
-    // Anybody who may annotate a pod can say the one, and nobody but the kubelet the other.
+    // Any user who may annotate a pod can set the one, but only the kubelet the other.
     let says = |word: &str| (format!("kubernetes.io/config.{word}"), HASH.to_owned());
     object.annotations.push(says("hash"));
     world.manifests.pod(&object);
@@ -772,7 +771,7 @@ fn c6_of_two_pods_in_one_cgroup_one_is_served_and_of_the_other_nothing_leaves() 
         assert!(first.ask(to, "x").is_ok(), "{to}");
     }
     agent.logs(&["foreign_cgroup", &format!("pod={}", first.v4)]);
-    // In one of its own it is served.
+    // In a cgroup of its own it is served.
     let procs = second.cgroup.folder.join("cgroup.procs");
     fs::write(procs, pause.to_string()).expect("it is moved");
     agent.up(&["first", "second"]);
@@ -783,7 +782,7 @@ fn c6_of_two_pods_in_one_cgroup_one_is_served_and_of_the_other_nothing_leaves() 
 fn c6_who_takes_a_new_pods_address_does_not_keep_it_out_of_the_mesh() {
     let world = World::new();
     let node = world.node("one");
-    // One that the agent knows, outside of the mesh; and one that it does not know.
+    // A pod that the agent knows, outside of the mesh; and one that it does not know.
     let (known, unknown) = (
         node.bare(&world, "outside", "known"),
         node.bare(&world, "outside", "unknown"),
@@ -894,7 +893,7 @@ fn c6_who_takes_the_address_of_a_pod_that_is_gone_does_not_get_its_identity() {
     std::thread::sleep(scaled(Duration::from_secs(3)));
     assert!(!is_captured(&thief));
     agent.is("victim", "waiting");
-    // The victim itself, in a namespace that came since.
+    // The victim itself, in a newer namespace.
     let again = node.bare(&world, "demo", "again");
     again.netns.ip(&format!("addr add {v4}/32 dev eth0\n"));
     again
@@ -904,7 +903,7 @@ fn c6_who_takes_the_address_of_a_pod_that_is_gone_does_not_get_its_identity() {
     assert!(is_captured(&again) && !is_captured(&thief));
 }
 
-/// Lets a process open no descriptor of a number from `most` on; what it was before.
+/// Limits the open files of a process to `most`; returns the former limit.
 fn limit_files(pid: u32, most: u64) -> u64 {
     let pid = pid.try_into().expect("a pid");
     let mut old = libc::rlimit {
@@ -941,19 +940,19 @@ fn a_node_is_ready_when_every_pod_that_is_here_is_captured() {
     agent.is("late", "waiting");
     eventually("who has no address yet holds nobody up", 5, ready);
     assert_eq!(problems(), "[]");
-    // Nor one of which nothing is here; that is told, since its object may be wrong.
+    // Nor a pod of which nothing is found here; that is reported, since its object may be wrong.
     object.addresses = vec!["10.254.0.1".into()];
     world.manifests.pod(&object);
     eventually("that is a problem", 5, || {
         problems().contains("demo/late: no network namespace of this machine has 10.254.0.1")
     });
     assert!(ready());
-    // Another one's are no address of its own.
+    // An address of another pod is not its own.
     object.addresses = vec![up.at(0).ip().to_string()];
     world.manifests.pod(&object);
     let why = format!("has {} but that of pod demo/up", up.at(0).ip());
     eventually("whose it is, is told", 5, || problems().contains(&why));
-    // It is here, and which it is cannot be told.
+    // It is here, but ambiguous.
     let thief = node.bare(&world, "outside", "thief");
     take_addresses(&thief, &late);
     object.addresses.clone_from(&own);

@@ -1,5 +1,5 @@
-//! What keeps a pod captured is lost while the agent runs: it is put back, told and counted, and a pod
-//! that does not work is not `up`.
+//! Parts of a pod's capture that are lost while the agent runs are put back, logged and counted, and a pod that
+//! does not work is not `up`.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -12,7 +12,7 @@ use dataplane_tests::{Agent, Pair, Pod, bpf, eventually, repairs, scaled, within
 
 const PORT: u16 = 7000;
 
-/// Does it, and waits until the agent has put the part back, and connections work.
+/// Calls `lose`, and waits until the agent has put the part back, and connections work.
 fn put_back(pair: &Pair, agent: &Agent, part: &str, what: &str, lose: impl FnOnce()) {
     let before = repairs(agent, part);
     lose();
@@ -103,7 +103,7 @@ fn programs_and_pins_that_are_lost_are_put_back() {
         },
     );
     assert_eq!(bpf::id(pods), own);
-    // What is pinned is what is in use: the next agent takes it over.
+    // The pins are those of the programs in use: the next agent takes them over.
     pair.one.kill();
     pair.one.restart();
     pair.one.up(&["client"]);
@@ -127,7 +127,7 @@ fn c1_nothing_passes_between_the_loss_of_a_pin_and_its_repair() {
     for (part, lose) in lose {
         let before = repairs(&pair.one, part);
         lose();
-        // Some that come before the next look, and some that come after it.
+        // Some connections come before the next scan, and some after it.
         let mut asked = 0;
         while asked < 20 || repairs(&pair.one, part) == before {
             let captured = pair.one.counter("captured");
@@ -159,7 +159,7 @@ fn c1_programs_are_put_back_where_nothing_can_be_pinned() {
     });
     let flags = nix::mount::MntFlags::MNT_DETACH;
     nix::mount::umount2(bpffs, flags).expect("it is mounted");
-    // What a mount would hide.
+    // A file that a mount would hide.
     fs::write(bpffs.join("stranger"), "").expect("a file");
     pair.one.is("client", "broken");
     assert!(is_captured(), "what is attached stays so");
@@ -168,7 +168,7 @@ fn c1_programs_are_put_back_where_nothing_can_be_pinned() {
     assert_eq!(bpf::detach(inode(cgroup)), 4);
     assert_eq!(bpf::detach(inode(pair.client.netns.file())), 1);
     eventually("it is captured again", 10, is_captured);
-    // Two looks later too.
+    // Still after two more scans.
     std::thread::sleep(scaled(std::time::Duration::from_secs(7)));
     assert!(is_captured());
     assert_eq!(pair.one.pod("client").0, "broken");
@@ -177,7 +177,7 @@ fn c1_programs_are_put_back_where_nothing_can_be_pinned() {
     assert!(pair.client.ask(outsider.at(PORT), "x").is_ok());
 }
 
-/// Keeps an agent from pinning programs anew; those that are pinned stay so.
+/// Keeps an agent from pinning further programs; existing pins stay.
 fn block(pair: &Pair, folders: &[&str]) -> Vec<PathBuf> {
     let pins = folders.iter().flat_map(|of| pair.world.pinned("one", of));
     let blocks = pins.map(|pin| PathBuf::from(format!("{}-new", pin.display())));
@@ -204,7 +204,7 @@ fn c1_a_pin_of_what_was_detached_is_not_one_of_what_is_attached() {
     eventually("that is counted", 10, || {
         ["program", "steer"].map(|part| repairs(&pair.one, part)) == before.map(|count| count + 1)
     });
-    // Two looks later too.
+    // Still after two more scans.
     std::thread::sleep(scaled(Duration::from_secs(7)));
     assert_eq!(pair.one.pod("client").0, "broken");
     for block in &blocks {
@@ -254,7 +254,7 @@ fn a_listener_that_is_ended_is_replaced() {
     }
 }
 
-/// Of what takes the client's connections to its agent, while something else cannot be put back.
+/// Checks that the client's program and its map entry are put back while another part cannot be.
 fn all_else_is_put_back(pair: &Pair) {
     for part in ["steer", "entry"] {
         let before = repairs(&pair.one, part);
@@ -276,7 +276,7 @@ fn all_else_is_put_back(pair: &Pair) {
 fn c1_a_pod_that_cannot_be_mended_is_not_up_and_is_when_it_can() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    // A route by an interface that is down is one that the kernel does not take.
+    // The kernel does not accept a route by an interface that is down.
     pair.client.netns.ip("link set lo down\n");
     pair.one.is("client", "broken");
     let why = pair.one.pod("client").1;
@@ -285,7 +285,7 @@ fn c1_a_pod_that_cannot_be_mended_is_not_up_and_is_when_it_can() {
     pair.client.netns.ip("link set lo up\n");
     pair.one.up(&["client"]);
     assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
-    // So is one that has not the address that the mesh knows it by.
+    // So is a pod without the address that the mesh knows it by.
     let own = format!("{}/32 dev eth0", pair.client.v4);
     pair.client.netns.ip(&format!("addr del {own}\n"));
     pair.one.is("client", "broken");
@@ -309,7 +309,7 @@ fn c1_a_pod_that_cannot_be_mended_is_not_up_and_is_when_it_can() {
     assert!(pair.client.ask(pair.server.at(PORT), "x").is_ok());
 }
 
-/// The processor time that an agent has used, in hundredths of a second.
+/// Returns the processor time that an agent has used, in hundredths of a second.
 fn ticks(agent: &Agent) -> u64 {
     let path = format!("/proc/{}/stat", agent.pid());
     let stat = fs::read_to_string(path).expect("it runs");
@@ -335,7 +335,7 @@ fn a_pod_that_changes_all_the_time_does_not_keep_the_agent_busy() {
     }
     let used = ticks(&pair.one) - before;
     let half = u64::try_from(began.elapsed().as_millis() / 20).expect("some seconds");
-    // A look for each of the changes would be many times that: it is bound to some in a second.
+    // A scan for each change would cost many times that: their rate is limited.
     assert!(flaps > 2000 && used < half, "{flaps} changes, {used} ticks");
     assert!(within(5, || pair
         .client
@@ -343,18 +343,18 @@ fn a_pod_that_changes_all_the_time_does_not_keep_the_agent_busy() {
         .is_ok()));
 }
 
-/// What the agent uses of its processor while it looks at the pod two or three times.
+/// Returns the processor time that the agent uses for two or three scans of the pod.
 fn used_for_looks(agent: &Agent) -> u64 {
     let before = ticks(agent);
     std::thread::sleep(Duration::from_secs(7));
     ticks(agent) - before
 }
 
-/// Looks cost no more than they did before the client has these.
+/// Checks that scans cost no more after these `ip` commands in the client.
 fn costs_nothing(pair: &Pair, commands: &str) {
     let before = used_for_looks(&pair.one);
     pair.client.netns.ip(commands);
-    // The look that follows the change is over.
+    // The scan after the change is over.
     std::thread::sleep(Duration::from_secs(2));
     let used = used_for_looks(&pair.one);
     assert!(used < 2 * before + 10, "{used} ticks, {before} before");
@@ -370,7 +370,7 @@ fn a_pods_own_routes_cost_the_agent_nothing() {
         routes += &format!("route add blackhole 11.{a}.{b}.{c}/32 table 77\n");
     }
     costs_nothing(&pair, &routes);
-    // What is lost is found among them.
+    // A lost part is found among them.
     put_back(&pair, &pair.one, "route", "a route", || {
         pair.client.netns.ip("route flush table 15001\n");
     });

@@ -1,4 +1,4 @@
-//! Services on two nodes: by which addresses they are reached, and who of their pods takes load.
+//! Services on two nodes: the addresses that reach them, and the pods that take load.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -48,7 +48,7 @@ fn a_service_is_reached_by_its_load_balancer_and_external_addresses_and_never_in
     ]);
 }
 
-/// A pod's object, which is being deleted or not.
+/// Writes a pod's object, which is being deleted or not.
 fn object(world: &World, node: &Node, pod: &Pod, deleting: bool) {
     let deleting = match deleting {
         true => "\n  deletionTimestamp: \"2026-11-26T00:00:00Z\"",
@@ -183,6 +183,6 @@ fn who_has_the_address_of_another_networks_endpoint_here_is_not_dialled_for_it()
     assert_eq!(answer, Err("reset".into()));
     agent.logs(&["no valid routing destination for workload: Kubernetes//Pod/demo/far"]);
     assert_eq!(wire.count().0[0].1, 0);
-    // By the address alone it is whoever has it here, as without a mesh.
+    // The address alone reaches the pod that has it on this node, as without a mesh.
     assert!(client.ask(namesake.at(PORT), "x").is_ok());
 }

@@ -1,5 +1,5 @@
-//! The state that nodes share, and when it is away: nothing is dialled in clear, and no CA is made, since a
-//! folder is not there.
+//! The state that nodes share: if it is not available, nothing is dialled in clear because of that, and no CA is
+//! created.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -20,7 +20,7 @@ fn is_ready(agent: &Agent) -> bool {
     agent.get("/healthz/ready").contains(" 200 ")
 }
 
-/// How it is refused that an agent is started again.
+/// Restarts an agent that must not start; returns its error.
 fn refused(agent: &mut Agent) -> String {
     fs::remove_file(agent.log_file()).expect("a log");
     agent.restart();
@@ -36,7 +36,7 @@ fn c1_while_the_state_is_away_other_nodes_pods_are_dialled_by_hbone_and_no_ca_is
     let (client, at) = (&pair.client, pair.server.at(PORT));
     eventually("it is ready", 10, || is_ready(&pair.one));
     let wire = Wire::watch(pair.nodes.0.netns.file(), "wire", &["by-hbone", "in-clear"]);
-    // What is below a mount that has gone.
+    // The folder below a mount that is gone.
     let away = Mounted::empty_over(&pair.world.state);
     fs::create_dir(away.path().join("enrolled")).expect("a folder");
     let there = tree(away.path());
@@ -169,7 +169,7 @@ fn uninstall_of_a_node_whose_mark_has_no_root_says_that_there_are_records() {
         one.folder().join("node.json"),
         one.world.state.join("enrolled/demo.server.json"),
     );
-    // As agents wrote it once.
+    // As older agents wrote it.
     let text = fs::read_to_string(&mark).expect("a mark");
     let mut old: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     assert!(old["root"].take().is_string());
@@ -203,7 +203,7 @@ fn uninstall_of_a_node_of_which_the_state_alone_has_records_names_them() {
     let record = records.join("demo.server.json");
     let text = fs::read_to_string(&record).expect("a record");
     assert!(one.agent.uninstall().0.success());
-    // As after a boot, which takes away all that is in /run and the bpffs.
+    // As after a boot, which clears /run and the bpffs.
     fs::write(&record, text).expect("a file");
     let (status, _, said) = one.agent.uninstall();
     assert_eq!(status.code(), Some(1), "{said}");

@@ -1,5 +1,5 @@
-//! `dataplane uninstall` as people type it, also wrongly: nothing is touched that is not an agent's, and what
-//! is left is told.
+//! `dataplane uninstall` as people run it, also wrongly: nothing is touched that is not an agent's, and all that is
+//! left is reported.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -17,8 +17,8 @@ use dataplane_tests::{SingleNode, World};
 
 const PORT: u16 = 7000;
 
-/// Whether nothing of a node is known. That is good, unless there are agents on this machine: other tests run
-/// at the same time.
+/// Returns `true` if nothing of a node is known. The exit status depends on other agents on this machine, as
+/// other tests run at the same time.
 fn is_unknown(status: ExitStatus, said: &str) -> bool {
     let others = said.contains("links of a dataplane agent's programs are on this machine");
     let good = said.contains("no program or rule of an agent is on this machine");
@@ -154,7 +154,7 @@ fn uninstall_with_other_places_than_its_agents_says_so_and_changes_nothing() {
             1,
             &["nothing of node one is known"],
         );
-        // Nothing of the node is where it was looked for; but it is on this machine.
+        // Nothing of the node is in these folders; but it is on this machine.
         let nowhere = [
             ("--run-dir", &*elsewhere),
             ("--bpffs", other.path()),
@@ -186,7 +186,7 @@ fn uninstall_with_other_places_than_its_agents_says_so_and_changes_nothing() {
             );
         }
     }
-    // Its pins cannot be seen any more: what they attached would go on without its routes.
+    // Its pins cannot be found any more: their programs would go on without its routes.
     let moved = one.folder().join("node.json");
     let mark = fs::read_to_string(&moved).expect("a mark");
     let own = one.world.bpffs().display().to_string();

@@ -1,5 +1,5 @@
-//! Agents of another version, newer or older: the next one takes over what this one has pinned, and lets
-//! nobody go meanwhile.
+//! Agents of another version, newer or older: the next agent takes over the pins of the former one, and releases no
+//! pod meanwhile.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -13,23 +13,23 @@ use dataplane_tests::{Pair, Process, SingleNode, Taps, bpf, eventually, program}
 
 const PORT: u16 = 7000;
 const REAL: &str = "DATAPLANE_BIN";
-/// Has an agent killed at each step of taking over, and not at each fifth.
+/// If set, agents are killed at each step of a takeover, instead of each fifth.
 const ALL_STEPS: &str = "DATAPLANE_TEST_ALL_STEPS";
 
-/// The pinned map of this name of the first node.
+/// Returns the path of the first node's pinned map of this name.
 fn map(pair: &Pair, name: &str) -> PathBuf {
     let mut maps = pair.world.pinned("one", "maps").into_iter();
     maps.find(|pin| pin.ends_with(name)).expect("a pinned map")
 }
 
-/// The first node's next agent: of this version.
+/// Replaces the first node's agent by one of this version.
 fn next(pair: &mut Pair, version: &'static str) {
     pair.one.end();
     pair.one.setup().program = version;
     pair.one.restart();
 }
 
-/// Connects from the client to the server again and again, and does not mind how it ends.
+/// Connects from the client to the server again and again, whatever the results are.
 fn flood(pair: &Pair) -> [Process; 2] {
     [pair.server.at(PORT), pair.server.at6(PORT)].map(|to| {
         let mut flood = pair.client.command(program("DATAPLANE_TEST_APP"));
@@ -43,13 +43,13 @@ fn c1_another_layout_is_taken_over_up_and_down_and_nothing_leaves_meanwhile() {
     let (_app, _own) = (pair.server.serve(PORT), pair.client.serve(PORT + 1));
     let taps = Taps::of(&pair);
     let floods = flood(&pair);
-    // It outlives the agents: it is the pod's own with itself.
+    // It outlives the agents: it is a connection of the pod with itself.
     let mut live = pair.client.talk(pair.client.at(PORT + 1));
     let most = |pair: &Pair| bpf::most(&map(pair, "CGROUPS"));
     let mut before = most(&pair);
     for version in [OTHER, REAL] {
         pair.one.kill();
-        // Captured by the programs of one version, it waits for the agent of the next.
+        // A connection that the programs of one version captured waits for the agent of the next.
         let to = pair.server.at(PORT).to_string();
         let mut begun = pair.client.app(&["talk", &to]);
         pair.one.setup().program = version;
@@ -88,8 +88,8 @@ fn hold(pair: &mut Pair, version: &'static str) {
     });
 }
 
-/// Gives the client, which nobody serves, one more address: what it has with itself by that one is none of
-/// the agent's business, if its program has the maps that the agent writes.
+/// Adds an address to the client, which no agent serves: its connections to itself by that address are not
+/// captured, if its program has the maps that the agent writes.
 fn is_looked_after(pair: &Pair, last: u8) {
     let own = SocketAddr::from(([10, 100, 0, last], PORT));
     let add = format!("addr add {}/32 dev eth0\n", own.ip());
@@ -124,7 +124,7 @@ fn c1_a_pod_that_the_next_version_does_not_find_stays_captured() {
 fn c1_a_pods_program_has_the_maps_that_the_agent_writes_whoever_was_killed_on_the_way() {
     let mut pair = Pair::new();
     let _own = pair.client.serve(PORT);
-    // The pods' programs are replaced, and the node's not yet; maps get the names of the old ones.
+    // The pods' programs are replaced, and the node's not yet; maps get the old ones' names.
     for (step, last) in [(24, 1), (38, 2)] {
         pair.one.kill();
         pair.one.setup().restriction = Some(Restriction::KillAtStep(step));
@@ -145,7 +145,7 @@ fn an_agent_that_is_killed_at_any_step_of_taking_over_is_followed_by_one_of_eith
     let floods = flood(&pair);
     let versions = [REAL, OTHER];
     let mut pinned = 0;
-    // An odd stride, since by the step's parity the next agent is of this version or of that one.
+    // The stride is odd, since the version of the next agent depends on the step's parity.
     let all = std::env::var_os(ALL_STEPS).is_some();
     for step in (0..).step_by(if all { 1 } else { 5 }) {
         pair.one.kill();
@@ -223,7 +223,7 @@ fn a_map_that_is_not_as_the_programs_expect_it_is_told_and_taken_over() {
     for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
         assert!(pair.client.ask(to, "x").is_ok(), "{to}");
     }
-    // As it is now it needs nothing.
+    // In its current state it needs no change.
     let told = || pair.one.log().matches("another one comes").count();
     let before = told();
     pair.one.kill();
@@ -282,14 +282,14 @@ fn c1_maps_whose_pins_are_lost_while_no_agent_runs_are_found_again() {
     for pin in pair.world.pinned("one", "maps") {
         fs::remove_file(pin).expect("a pin");
     }
-    // Where it is not told which maps the programs have, it makes no others.
+    // If it cannot find out which maps the programs have, it creates no others.
     pair.one.setup().restriction = Some(Restriction::ListPrograms);
     pair.one.restart();
     pair.one.logs(&["Operation not permitted"]);
     assert_eq!(pair.one.wait().code(), Some(1));
     assert_eq!(pair.world.pinned("one", "maps"), Vec::<PathBuf>::new());
     pair.one.setup().restriction = None;
-    // What it does not find it does not put into the maps anew.
+    // It does not write entries again for a pod that it does not find.
     hold(&mut pair, REAL);
     pair.one.logs(&["is pinned again", "PODS"]);
     drop(floods);

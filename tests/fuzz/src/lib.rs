@@ -1,11 +1,11 @@
-//! What is done with bytes from outside, and what must hold of it, whatever the bytes: a function
-//! per target. `cargo xtask fuzz` makes up inputs for them; a test replays the inputs in `corpus/`.
+//! Fuzz targets: each is a function that parses any bytes, and checks what must hold of the result. `cargo xtask
+//! fuzz` generates inputs for them; a test replays the inputs in `corpus/`.
 
 mod targets;
 
 pub use targets::{certificate, cgroup, decide, headers, identity, local, manifests, records};
 
-/// Takes any bytes; panics where what must hold does not.
+/// A target: takes any bytes, and panics if something that must hold does not.
 pub type Target = fn(&[u8]);
 
 /// The targets by name.
@@ -44,7 +44,7 @@ mod tests {
             let inputs = inputs(name);
             assert!(!inputs.is_empty(), "corpus/{name} is empty");
             for path in inputs {
-                // Before it is run: a panic is told after it.
+                // Printed before it is run, so that the path precedes a panic's message.
                 eprintln!("{}", path.display());
                 target(&fs::read(&path).expect("a file"));
             }

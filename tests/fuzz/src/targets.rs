@@ -49,7 +49,7 @@ pub fn cgroup(input: &[u8]) {
     }
 }
 
-/// What the kernel programs decide of addresses.
+/// The kernel programs' decisions on addresses.
 pub fn decide(input: &[u8]) {
     type Case = ([Choice; 4], Choice, Choice, u16, [bool; 5]);
     let Ok((own, from, to, port, [by_lo, foreign, of_pod, interface, begun])) =
@@ -88,7 +88,7 @@ pub fn decide(input: &[u8]) {
     assert_eq!(elsewhere == Connect::Pass, !of_pod || is_here);
     assert_ne!(elsewhere, Connect::Capture, "no route is there for it");
     let steered = steer(owns, &from, &to, port, by_lo, || begun);
-    // From an address to itself is the pod's own, whether the agent knows the address or not.
+    // A connection from an address to itself is the pod's own, whether the agent knows the address or not.
     if steered == Steer::App && !to.is_loopback() && from != to {
         assert!(
             owns.to && (by_lo || (owns.from && begun)),
@@ -100,7 +100,7 @@ pub fn decide(input: &[u8]) {
     }
 }
 
-/// One of a few addresses, so that they meet, or any other.
+/// One of a few addresses, so that inputs have equal ones, or any other.
 #[derive(Debug)]
 struct Choice(Ip);
 
@@ -119,14 +119,14 @@ impl<'a> arbitrary::Arbitrary<'a> for Choice {
     }
 }
 
-/// What a peer writes into a CONNECT request.
+/// The headers of a peer's CONNECT request.
 pub fn headers(input: &[u8]) {
     let Ok(text) = str::from_utf8(input) else {
         return;
     };
     if let Some(address) = words::authority(text) {
         assert_ne!(address.port(), 0);
-        // Only one spelling of an address is taken, up to IPv6's abbreviations.
+        // Only one spelling of an address is accepted, up to IPv6's abbreviations.
         assert_eq!(words::authority(&address.to_string()), Some(address));
     }
     if let Some(host) = words::forwarded_host(text) {
@@ -160,14 +160,13 @@ pub fn local(input: &[u8]) {
         return;
     };
     match local_file::parse(Path::new("fuzzed"), text, "here") {
-        // A policy that is named may be missing here: whoever wrote the file named it, and it
-        // refuses.
+        // Here a named policy may be missing, as the file's author named it; it refuses then.
         Ok(made) => sound(&made),
         Err(error) => assert!(error.to_string().starts_with("fuzzed"), "{error}"),
     }
 }
 
-/// A file of Kubernetes manifests, and the mesh that it makes.
+/// A file of Kubernetes manifests, and the mesh that it is translated to.
 pub fn manifests(input: &[u8]) {
     let Ok(text) = str::from_utf8(input) else {
         return;
@@ -195,7 +194,7 @@ pub fn manifests(input: &[u8]) {
     );
 }
 
-/// The records of pods that other nodes, or predecessors, have left.
+/// The records of pods that other nodes, or earlier agents, have left.
 pub fn records(input: &[u8]) {
     static FOLDER: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
     let folder = FOLDER.path();
@@ -226,7 +225,7 @@ pub fn records(input: &[u8]) {
             let written = serde_json::to_vec(&read).expect("JSON");
             let mut again: undo::UndoRecord =
                 serde_json::from_slice(&written).expect("its own words");
-            // What is not ours may have numbers that are not the same when they are read again.
+            // Unknown fields may have numbers that differ when they are read again.
             let names = |record: &mut undo::UndoRecord| {
                 let rest = std::mem::take(&mut record.rest).into_keys();
                 rest.collect::<Vec<_>>()
@@ -238,7 +237,7 @@ pub fn records(input: &[u8]) {
     }
 }
 
-/// What holds of every mesh.
+/// Checks what must hold of every mesh.
 fn sound(made: &Translation) {
     let uids: BTreeSet<_> = made
         .workloads

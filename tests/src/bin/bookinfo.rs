@@ -1,5 +1,5 @@
-//! Bookinfo's four services, small: they call each other by service name, and a page says what of it
-//! could not be had, as the originals do.
+//! A small version of Bookinfo's four services: they call each other by service name, and a page names its parts
+//! that could not be fetched, as the originals do.
 
 #![allow(missing_docs, reason = "a program of the demo")]
 
@@ -33,14 +33,14 @@ fn main() -> io::Result<()> {
     for connection in listener.incoming() {
         let connection = connection?;
         std::thread::spawn(move || {
-            // A client that goes away is its own business.
+            // A client that leaves early is no error.
             let _ = serve(&connection, answer);
         });
     }
     Ok(())
 }
 
-/// Status, kind of content, content.
+/// Status, content type, content.
 type Answer = (u16, &'static str, String);
 
 fn serve(connection: &TcpStream, answer: fn(&str) -> Answer) -> io::Result<()> {
@@ -57,7 +57,7 @@ fn serve(connection: &TcpStream, answer: fn(&str) -> Answer) -> io::Result<()> {
         }
         let path = request.split(' ').nth(1).unwrap_or("/");
         let (status, kind, content) = match path {
-            // Whom the server sees: the client itself, or somebody in between.
+            // The client's address as the server sees it, which would be another one behind a proxy.
             "/client" => (
                 200,
                 "text/plain",
@@ -138,7 +138,7 @@ fn hostname() -> String {
     env::var("HOSTNAME").unwrap_or_default()
 }
 
-/// The content at a path of a service, which is known by its name.
+/// Gets the content at a path of a service, by the service's name.
 fn get(service: &str, path: &str) -> io::Result<String> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in (service, PORT).to_socket_addrs()? {

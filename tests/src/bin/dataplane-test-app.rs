@@ -1,4 +1,4 @@
-//! What runs in pods: servers that say who their client is, and clients that end in every way.
+//! The app that runs in pods: servers that report their client's address, and clients that end in every way.
 
 #![allow(missing_docs, reason = "a program of the tests")]
 
@@ -59,7 +59,7 @@ fn main() {
     }
 }
 
-/// One word for what went wrong.
+/// Returns one word for an error.
 fn word(error: &io::Error) -> String {
     use io::ErrorKind as Kind;
     match error.kind() {
@@ -74,7 +74,7 @@ fn word(error: &io::Error) -> String {
 
 fn pause() -> io::Result<()> {
     println!("ready");
-    // Ends with the harness: its input closes then.
+    // Runs until the harness ends, which closes the input.
     io::stdin().read_to_end(&mut Vec::new()).map(|_| ())
 }
 
@@ -87,7 +87,7 @@ fn leaderless() -> io::Result<()> {
 
 fn listen(port: &str) -> io::Result<TcpListener> {
     let port = port.parse().map_err(io::Error::other)?;
-    // Both families, or the one that this kernel has.
+    // Both families, or IPv4 if this kernel has no IPv6.
     let listener =
         TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))?;
     println!("ready");
@@ -120,7 +120,7 @@ fn serve(port: &str, options: &[&str]) -> io::Result<()> {
             if lines.read_line(&mut line)? == 0 {
                 return Ok(());
             }
-            // Bound elsewhere it hears no more of a client that comes by another interface.
+            // Bound to an interface it gets nothing more from a client that comes by another one.
             for option in &options {
                 late(&connection, option)?;
             }
@@ -129,7 +129,7 @@ fn serve(port: &str, options: &[&str]) -> io::Result<()> {
     })
 }
 
-/// Marks or binds a socket that is connected; whether the word says so.
+/// Marks or binds a connected socket, if `option` says so; returns `true` if it does.
 fn late(connection: &TcpStream, option: &str) -> io::Result<bool> {
     let socket = SockRef::from(connection);
     if let Some(mark) = option.strip_prefix("late-mark=") {
@@ -157,7 +157,7 @@ fn end_server(port: &str, how: &str) -> io::Result<()> {
             connection.shutdown(std::net::Shutdown::Write)?;
             (&connection).read_to_end(&mut Vec::new()).map(|_| ())
         }),
-        // Closed with something unread: a reset.
+        // Closed with unread bytes, which resets the connection.
         "unread" => each(port, |connection| {
             let mut one = [0];
             (&connection).read_exact(&mut one)
@@ -166,7 +166,7 @@ fn end_server(port: &str, how: &str) -> io::Result<()> {
     }
 }
 
-/// Prints what each connection saw, as it is over.
+/// Prints what each connection saw, once it is over.
 fn script_server(port: &str, steps: &[&str]) -> io::Result<()> {
     let steps: Vec<String> = steps.iter().map(|step| (*step).to_owned()).collect();
     each(port, move |connection| {
@@ -255,13 +255,13 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
     let request = format!("{line}\n");
     let mut sent = false;
     if let Some(other) = option("twice") {
-        // Connected elsewhere before: a UDP-like second connect by AF_UNSPEC.
+        // A socket that was connected elsewhere before, and disconnected by AF_UNSPEC.
         let other = parse(other)?;
         let _ = socket.connect_timeout(&other.into(), patience());
         disconnect(&socket)?;
     }
     if options.contains(&"fastopen") {
-        // With a cookie the data goes in the SYN; the first time it goes after it.
+        // With a cookie the data is in the SYN; the first time, without one, it follows the handshake.
         let flags = libc::MSG_FASTOPEN;
         let address: SockAddr = to.into();
         socket.send_to_with_flags(request.as_bytes(), &address, flags)?;
@@ -290,7 +290,7 @@ fn ask(to: &str, line: &str, options: &[&str]) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the server has acknowledged data of the SYN.
+/// Returns `true` if the server has acknowledged data in the SYN.
 fn was_in_syn(stream: &TcpStream) -> io::Result<bool> {
     use std::os::fd::AsRawFd;
     const TCPI_OPT_SYN_DATA: u8 = 32;
@@ -355,7 +355,7 @@ fn talk(to: &str) -> io::Result<()> {
     for line in io::stdin().lines() {
         let line = line?;
         if !late(&stream, &line)? {
-            // What breaks is told by the thread that reads.
+            // The thread that reads reports errors.
             let _ = (&stream).write_all(format!("{line}\n").as_bytes());
         }
     }
@@ -380,13 +380,13 @@ fn end(to: &str, how: &str) -> io::Result<()> {
             (&stream).write_all(b"hello\n")?;
             std::thread::sleep(Duration::from_millis(100));
         }
-        // The process is gone with everything open.
+        // The process dies with all its sockets open.
         "vanish" => {
             (&stream).write_all(b"hello\n")?;
             // SAFETY: takes no pointers; this process ends by it.
             unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
         }
-        // Whatever the other side does.
+        // Waits, whatever the other side does.
         "wait" => {
             (&stream).write_all(b"hello\nmore\n")?;
             let _ = (&stream).read_to_end(&mut Vec::new());
@@ -521,7 +521,7 @@ fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Holds connections until the input closes; says how many of them are good.
+/// Holds connections until the input closes; prints the number of good ones.
 fn many(to: &str, count: &str, asks: bool) -> io::Result<()> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -531,7 +531,7 @@ fn many(to: &str, count: &str, asks: bool) -> io::Result<()> {
         let stream = patient(TcpStream::connect_timeout(&to, patience())?)?;
         if asks {
             (&stream).write_all(b"hello\n")?;
-            // To the byte: what is read ahead would be lost with its reader.
+            // Byte by byte: a buffered reader would lose the bytes that it has read ahead.
             let mut byte = [0];
             while byte != *b"\n" {
                 (&stream).read_exact(&mut byte)?;

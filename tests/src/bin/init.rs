@@ -1,11 +1,11 @@
-//! PID 1 of the test machine: makes of a bare kernel what the tests expect of a node, does what its
-//! plan says, and turns the machine off.
+//! PID 1 of the test machine: sets up a bare kernel as the tests expect a node to be, runs its plan, and turns the
+//! machine off.
 //!
-//! `/etc/modules` names the modules, a path a line, in the order in which they are loaded;
-//! `/etc/plan` what is run, a command a line, its words separated by tabs. Those with a `!` before
-//! them are run whatever happens, the others only while all of those ended well. All that is said goes
-//! to the second serial line, each command's between the lines `>>> N` and `<<< N: how it ended`; the
-//! first is the kernel's. What the kernel's command line sets for init is set for the commands too.
+//! `/etc/modules` has the paths of the modules, one per line, in the order in which they are loaded. `/etc/plan`
+//! has the commands, one per line, their words separated by tabs. Commands that begin with a `!` are always run,
+//! the others only if all of those succeeded. All output goes to the second serial line, that of each command
+//! between the lines `>>> N` and `<<< N: exit status`; the first serial line is the kernel's. Variables that the
+//! kernel's command line sets for init are set for the commands too.
 
 #![allow(missing_docs, reason = "a program of the tests")]
 
@@ -20,7 +20,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{Resource, setrlimit};
 
-/// What is mounted: of what kind, where.
+/// The mounts: file system type and path.
 const MOUNTS: &[(&str, &str)] = &[
     ("proc", "/proc"),
     ("sysfs", "/sys"),
@@ -30,9 +30,9 @@ const MOUNTS: &[(&str, &str)] = &[
     ("cgroup2", "/sys/fs/cgroup"),
     ("bpf", "/sys/fs/bpf"),
 ];
-/// Descriptors that a process may have: a service manager gives as many, the kernel alone 4096.
+/// The limit of open files of a process: as many as a service manager sets; the kernel's default is 4096.
 const FILES: u64 = 65_536;
-/// The line that the outside listens to.
+/// The serial line that is read outside of the machine.
 const LINE: &str = "/dev/ttyS1";
 
 fn main() {
@@ -98,7 +98,7 @@ fn load(module: &Path) -> Result<(), Box<dyn Error>> {
     )?)
 }
 
-/// `0` is the only end that is good.
+/// Returns an exit status as text; only `0` is a success.
 fn how(status: ExitStatus) -> String {
     match (status.code(), status.signal()) {
         (Some(code), _) => code.to_string(),

@@ -1,4 +1,4 @@
-//! The mesh of the demo: two nodes, Bookinfo in two namespaces, and who is outside.
+//! The mesh of the demo: two nodes, Bookinfo in two namespaces, and pods outside of the mesh.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,7 +8,7 @@ use dataplane_tests::{Agent, Node, Pod, Wire, World, within};
 
 use crate::kubelet::{self, Object, Running};
 
-/// What the demo begins with.
+/// The manifests that the demo begins with.
 const MANIFESTS: [(&str, &str); 5] = [
     (
         "namespaces",
@@ -32,15 +32,15 @@ const MANIFESTS: [(&str, &str); 5] = [
     ),
 ];
 
-/// What the demo's namespaces and cgroups are named after.
+/// The identifier in the names of the demo's namespaces and cgroups.
 pub(crate) const WORLD: &str = "demo";
 
-/// In every request of one enrolled pod to another.
+/// The marker in every request of one enrolled pod to another.
 pub(crate) const ENROLLED: &str = "payload-of-an-enrolled-pair";
-/// In the requests between two pods that are in no mesh.
+/// The marker in the requests between two pods outside of the mesh.
 pub(crate) const UNMESHED: &str = "payload-of-the-unmeshed-pair";
 
-/// How many pods are in the mesh.
+/// Number of pods in the mesh.
 pub(crate) const UP: usize = 9;
 
 /// Everything that runs. Fields are dropped in this order.
@@ -54,7 +54,7 @@ pub(crate) struct Mesh {
 }
 
 impl Mesh {
-    /// Makes nodes and pods, and starts both agents.
+    /// Creates nodes and pods, and starts both agents.
     pub(crate) fn start() -> Self {
         let started = Instant::now();
         println!("two nodes, with a wire between them");
@@ -106,7 +106,7 @@ impl Mesh {
         mesh
     }
 
-    /// How many pods of both nodes are in a state.
+    /// Returns the number of pods of both nodes in a state.
     pub(crate) fn states(&self, state: &str) -> usize {
         let of = |agent: &Agent| {
             let status = agent.status().unwrap_or_default();
@@ -116,12 +116,12 @@ impl Mesh {
         of(&self.one) + of(&self.two)
     }
 
-    /// Whether each node dials all pods by HBONE that shall be.
+    /// Returns `true` if each node dials all pods of the mesh by HBONE.
     fn knows_all(&self) -> bool {
         self.one.tunnelled() == UP && self.two.tunnelled() == UP
     }
 
-    /// A pod, by its namespace and its app.
+    /// Returns a pod by its namespace and its app.
     pub(crate) fn pod(&self, namespace: &str, app: &str) -> &Pod {
         let found = self
             .pods
@@ -132,12 +132,12 @@ impl Mesh {
             .pod
     }
 
-    /// Puts a policy of the demo in the folder.
+    /// Writes a policy of the demo to the folder of manifests.
     pub(crate) fn apply(&self, file: &str, text: &str) {
         self.world.manifests.write(file, text);
     }
 
-    /// Captures: the wire, and the veths of pods whose connections the tunnel carries.
+    /// Starts captures of the wire, and of the veths of pods whose connections are tunnelled.
     pub(crate) fn watch(&self) -> Vec<(String, Wire)> {
         let markers = [ENROLLED, UNMESHED];
         let mut wires = vec![(
@@ -159,7 +159,7 @@ impl Mesh {
         wires
     }
 
-    /// How to look around.
+    /// Prints how to look around.
     pub(crate) fn explain(&self) {
         let folder = self.world.folder().display();
         let bin = dataplane_tests::program("DATAPLANE_BIN");
@@ -192,7 +192,7 @@ not the pod's, and not captured. Two of them, the ingress gateway and frontend's
     }
 }
 
-/// The names of a service: DNS is not captured yet.
+/// Adds the names of a service to the hosts file, as DNS is not captured yet.
 fn host_names(object: &Object, hosts: &mut String) {
     if object.kind() != "Service" {
         return;

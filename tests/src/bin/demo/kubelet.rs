@@ -1,4 +1,4 @@
-//! Plays scheduler and kubelet: makes the pods that manifests ask for, and writes their objects.
+//! Stands in for scheduler and kubelet: creates the pods of the manifests, and writes their objects.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use dataplane_tests::manifests::PodObject;
 use dataplane_tests::{Node, Pod, Process, World, program};
 use serde_json::Value;
 
-/// One object of a manifest, as it was written and as it was read.
+/// An object of a manifest, as text and parsed.
 #[derive(Clone, Debug)]
 pub(crate) struct Object {
     pub(crate) text: String,
@@ -21,7 +21,7 @@ pub(crate) struct Running {
 }
 
 impl Object {
-    /// All objects of a file.
+    /// Returns all objects of a file.
     pub(crate) fn all(text: &str) -> Vec<Self> {
         let documents = text.split("\n---\n").map(|document| {
             let value = serde_saphyr::from_str(document).expect("the demo's manifests are YAML");
@@ -57,8 +57,8 @@ fn pairs(value: &Value) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Runs one pod of a Deployment, or a Pod. `suffix` tells a Deployment's pods apart.
-/// `enrolled` waits until the mesh has it, as a CNI plugin does: services send to it only then.
+/// Runs one pod of a Deployment, or a Pod. `suffix` tells a Deployment's pods apart. `enrolled` waits until it
+/// is enrolled, as a CNI plugin does: services send to it only then.
 pub(crate) fn run(
     world: &World,
     nodes: &BTreeMap<&str, Node>,
@@ -112,7 +112,7 @@ pub(crate) fn run(
     }
 }
 
-/// A container; `sleep` is the pause process that every pod has.
+/// Starts a container; `sleep` is the pause process, which every pod has already.
 fn start(pod: &Pod, command: &Value) -> Option<Process> {
     let words: Vec<&str> = command.as_array()?.iter().map(text).collect();
     let ["bookinfo", role] = words.as_slice() else {

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::signal::{SigSet, Signal};
 
-/// Ctrl-C was pressed: no further step, everything is taken away.
+/// `true` once Ctrl-C was pressed: no further step is run, and everything is removed.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether to stop.
+/// Returns `true` if Ctrl-C was pressed.
 fn interrupted() -> bool {
     INTERRUPTED.load(Ordering::Relaxed)
 }

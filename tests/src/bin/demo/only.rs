@@ -1,4 +1,4 @@
-//! One demo at a time, and nothing left of one that was killed.
+//! Allows one demo at a time, and removes the leftovers of one that was killed.
 
 use std::fs::File;
 use std::io::{Read, Seek, Write};
@@ -8,10 +8,10 @@ use nix::fcntl::{Flock, FlockArg};
 
 const LOCK: &str = "/run/dataplane-demo.lock";
 
-/// Holds the place of the one demo of this machine, and takes away what a killed one left.
+/// Locks the one demo of this machine, and removes the leftovers of one that was killed.
 ///
 /// # Errors
-/// Another one runs, and which.
+/// Another one runs; the text says which.
 pub(crate) fn only() -> Result<Flock<File>, String> {
     let text = |error: std::io::Error| format!("{LOCK}: {error}");
     let mut options = File::options();

@@ -15,7 +15,7 @@ const DETAILS: &str = include_str!("../../../../deploy/demo/details-policy.yaml"
 const STRICT: &str = include_str!("../../../../deploy/demo/strict.yaml");
 const PAGE: &str = "http://productpage:9080/productpage";
 
-/// All of them, until one is interrupted.
+/// Runs all steps, until interrupted.
 pub(crate) fn walk(mesh: &Mesh, table: &mut Table) {
     let wires = mesh.watch();
     let steps: [fn(&Mesh, &mut Table); 9] = [
@@ -64,8 +64,8 @@ pub(crate) fn walk(mesh: &Mesh, table: &mut Table) {
     );
 }
 
-/// What curl says of a page: its status, curl's exit code, and the content. Requests of enrolled pods
-/// to enrolled pods have the marker in them that must never be seen.
+/// Requests a page by curl: returns its status, curl's exit code, and the content. Requests of enrolled pods
+/// to enrolled pods contain the marker that must never be seen on a wire.
 fn curl(pod: &Pod, url: &str) -> (String, i32, String) {
     let marker = match pod.namespace.as_str() {
         "outside" => "x-marker: none".to_owned(),
@@ -83,7 +83,7 @@ fn status(pod: &Pod, url: &str) -> String {
     }
 }
 
-/// What of the page could be had.
+/// Requests the product page, and returns which parts of it were available.
 fn page(pod: &Pod) -> String {
     let (status, _, content) = curl(pod, PAGE);
     let details = match content.contains("\"author\"") {
@@ -99,7 +99,8 @@ fn page(pod: &Pod) -> String {
     format!("{status}: {details}, {reviews}")
 }
 
-/// The page with v2's or v3's reviews, which alone ask for ratings: looks until it is this, or no more.
+/// Requests the page with reviews of v2 or v3, the only ones that request ratings, until it is as wanted or a
+/// limit is reached.
 fn page_until(pod: &Pod, wanted: &str) -> String {
     let mut last = String::new();
     within(8, || {
@@ -253,7 +254,7 @@ fn strict(mesh: &Mesh, table: &mut Table) {
     );
     mesh.apply("strict.yaml", STRICT);
     within(5, || status(client, &url) != "200");
-    // Refused at once: curl takes the reset for one of the connect (7) or of what came after it (56).
+    // Refused at once: to curl the reset is one of the connect (7) or of what came after it (56).
     let refused = status(client, &url);
     table.row(
         "STRICT; the same client",
@@ -346,7 +347,7 @@ fn scaled(mesh: &Mesh, table: &mut Table) {
         &format!("{} and {} requests", served.0, served.1),
         is_up && served.0 > 0 && served.1 > 0,
     );
-    // As Kubernetes does: out of the service first, and ended when nobody comes any more.
+    // As in Kubernetes: it is removed from the service first, and ended when no connections come any more.
     mesh.world
         .manifests
         .remove_pod("frontend", &second.pod.name);
@@ -397,7 +398,7 @@ fn enrolled_again(mesh: &Mesh, table: &mut Table) {
         );
         mesh.apply("namespace-backend.yaml", &text);
     };
-    // The namespace moves to a file of its own first: an object is in one file.
+    // The namespace moves to a file of its own first, as each object may be in one file only.
     let others = include_str!("../../../../deploy/demo/namespaces.yaml");
     let others: Vec<String> = kubelet::Object::all(others)
         .into_iter()

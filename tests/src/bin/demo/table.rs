@@ -1,4 +1,4 @@
-//! What was done, what should happen, what happened.
+//! The table of steps: what was done, what should happen, and what happened.
 
 use std::time::Instant;
 
@@ -26,7 +26,7 @@ impl Default for Table {
 }
 
 impl Table {
-    /// A step is over.
+    /// Adds a row for a step.
     pub(crate) fn row(&mut self, done: &str, should: &str, happened: &str, good: bool) {
         println!(
             "  {}  {done}: {happened}",
@@ -40,7 +40,7 @@ impl Table {
         });
     }
 
-    /// A step whose outcome must be exactly what it should be.
+    /// Adds a row for a step that is good if `happened` equals `should`.
     pub(crate) fn same(&mut self, done: &str, should: &str, happened: &str) {
         self.row(done, should, happened, should == happened);
     }
