@@ -23,18 +23,18 @@ use super::wire::{
 use super::{Instance, Lease, PodEvent, Stamp};
 use crate::drain::CompletionGuard;
 
-/// How long who serves may take to say hello, and to answer.
+/// The longest time that a proxy may take to send its hello, or to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait when nobody can be accepted.
+/// The pause after a proxy could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// What is lent, and to whom.
+/// The pods that are lent, and the proxies that have them.
 pub struct Lender {
     node: String,
     stamp: Arc<Stamp>,
     leased: BTreeMap<Instance, Leased>,
     proxies: Vec<Proxy>,
-    /// How many serve.
+    /// The number of proxies that serve and are not leaving.
     serving: watch::Sender<usize>,
     /// Told when one is about to leave.
     leaving: Rc<Notify>,
@@ -42,31 +42,31 @@ pub struct Lender {
 
 struct Leased {
     lease: Lease,
-    /// Whether nothing new is to be opened for it.
+    /// `true` if nothing new is to be opened for it.
     drains: bool,
 }
 
-/// One that serves, and what it was lent.
+/// A proxy, and the pods that it was lent.
 struct Proxy {
     outbox: mpsc::UnboundedSender<QueuedMessage>,
     has: BTreeSet<Instance>,
-    /// Whether it accepts nothing any more.
+    /// `true` if it accepts nothing any more.
     leaves: Rc<Cell<bool>>,
 }
 
-/// What is to be said to one that serves.
+/// A message that waits to be sent to a proxy.
 #[derive(Default)]
 struct QueuedMessage {
     said: Option<NodeMessage>,
     descriptors: Vec<OwnedFd>,
-    /// Is let go when it has been done, or cannot be any more.
+    /// Dropped when the request has been done, or cannot be any more.
     done: Option<CompletionGuard>,
-    /// Is let go when nothing runs any more of the pod that drains.
+    /// Dropped when no connection of the draining pod runs any more.
     idle: Option<(Instance, CompletionGuard)>,
 }
 
 impl Lender {
-    /// Lends nothing yet. The other end hears how many serve.
+    /// Returns a lender without pods, and a receiver of the number of proxies that serve.
     pub fn new(node: &str, stamp: Arc<Stamp>) -> (Self, watch::Receiver<usize>) {
         let (serving, told) = watch::channel(0);
         let new = Self {
@@ -118,7 +118,7 @@ impl Lender {
         }
     }
 
-    /// Lends all that there is to one that has come.
+    /// Queues the welcome and all pods that do not drain for a new proxy.
     fn welcome(&mut self) -> io::Result<(mpsc::UnboundedReceiver<QueuedMessage>, Rc<Cell<bool>>)> {
         let (outbox, inbox) = mpsc::unbounded_channel();
         let mut proxy = Proxy {
@@ -286,7 +286,7 @@ fn copies<'a>(of: impl IntoIterator<Item = BorrowedFd<'a>>) -> io::Result<Vec<Ow
     copies.collect()
 }
 
-/// Says what is ordered to one that serves, one thing after the other, until it is gone.
+/// Sends queued messages to a proxy, each after the last was answered, until it is gone.
 async fn converse(
     channel: Channel,
     outbox: mpsc::UnboundedReceiver<QueuedMessage>,
@@ -317,7 +317,7 @@ async fn talk(
         return Err(io::Error::new(io::ErrorKind::Unsupported, what));
     }
     tracing::info!("a proxy serves");
-    // Until when the last message is to be answered, and who waits for that.
+    // The deadline for the answer to the last message, and the guard that is dropped then.
     let mut waits: Option<(Instant, Option<CompletionGuard>)> = None;
     let mut idle: BTreeMap<u64, CompletionGuard> = BTreeMap::new();
     loop {

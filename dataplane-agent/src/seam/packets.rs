@@ -19,26 +19,26 @@ use crate::sys::readiness;
 
 /// The longest packet, in bytes: a pod with the longest names and as many addresses as are known takes half.
 const LONGEST: usize = 4096;
-/// The most descriptors that one has.
+/// The most descriptors of one packet.
 const MAX_DESCRIPTORS: usize = 8;
-/// How many may wait to be accepted.
+/// The number of connections that may wait to be accepted.
 const BACKLOG: i32 = 8;
 const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 
-/// What was received at once.
+/// A received packet.
 #[derive(Debug)]
 pub struct Packet {
-    /// What it says.
+    /// Its content.
     pub bytes: Vec<u8>,
     /// The descriptors that came with it.
     pub descriptors: Vec<OwnedFd>,
 }
 
-/// One end.
+/// One end of a connection between the halves.
 #[derive(Debug)]
 pub struct Channel(AsyncFd<OwnedFd>);
 
-/// Where others connect to.
+/// The socket that proxies connect to.
 #[derive(Debug)]
 pub struct SeamListener(AsyncFd<OwnedFd>);
 
@@ -59,7 +59,7 @@ impl SeamListener {
         Ok(Self(readiness::readable(socket)?))
     }
 
-    /// The next one that connects.
+    /// Accepts the next connection.
     ///
     /// # Errors
     /// There are no descriptors left; it is another user's.
@@ -75,7 +75,7 @@ impl SeamListener {
 }
 
 impl Channel {
-    /// To who listens at a path.
+    /// Connects to the socket at a path.
     ///
     /// # Errors
     /// Nobody does, or too many wait.

@@ -15,10 +15,10 @@ use rand::Rng;
 /// Ports that the agent takes when it connects in a client's name: none that clients take
 /// themselves, since an established socket is found before any program runs.
 pub(super) const SPOOFED_PORTS: RangeInclusive<u16> = 10000..=32767;
-/// How many ports are tried for one connection. With 20,000 live ones of a client to one address of an
+/// The most ports that are tried for one connection. With 20,000 live ones of a client to one address of an
 /// app, one in ten million million finds none.
 pub(super) const TRIES: usize = 256;
-/// How many pairs are remembered; then all begin anew.
+/// The most pairs that are remembered; when there are more, all are forgotten.
 const PAIRS: usize = 4096;
 
 /// The next port to try, for each client and address of the app.
@@ -26,7 +26,7 @@ const PAIRS: usize = 4096;
 pub struct Ports(Mutex<HashMap<(IpAddr, SocketAddr), u16>>);
 
 impl Ports {
-    /// The next one to try.
+    /// Returns the next port to try.
     pub fn next(&self, from: IpAddr, to: SocketAddr) -> u16 {
         let mut pairs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if pairs.len() >= PAIRS && !pairs.contains_key(&(from, to)) {
@@ -41,7 +41,7 @@ impl Ports {
         port
     }
 
-    /// The last one was not free: the next one is somewhere else.
+    /// Continues at a random port, since the last one was not free.
     pub fn jump(&self, from: IpAddr, to: SocketAddr) {
         let mut pairs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(next) = pairs.get_mut(&(from, to)) {

@@ -20,13 +20,13 @@ struct Shared {
 pub struct Idle(IdleTunnels);
 
 impl IdleTunnels {
-    /// One more is idle.
+    /// Counts one more idle tunnel.
     pub fn rest(&self) -> Idle {
         self.0.count.send_modify(|count| *count += 1);
         Idle(self.clone())
     }
 
-    /// How many are idle, and when that changes.
+    /// Returns a receiver of the number of idle tunnels.
     pub fn count(&self) -> watch::Receiver<usize> {
         self.0.count.subscribe()
     }

@@ -8,14 +8,14 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// What connections of the node may hold together. Clones are the same.
+/// The bytes that connections of the node may hold together. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Memory {
     most: usize,
     held: Arc<AtomicUsize>,
 }
 
-/// What the connections of one pod hold. Clones are the same.
+/// The bytes that the connections of one pod hold. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct PodMemory(Arc<AtomicUsize>);
 
@@ -26,19 +26,19 @@ pub struct Share {
     pod: PodMemory,
 }
 
-/// How much of its share a pod has left.
+/// The part of its share that a pod has left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
     /// More than half.
     Plenty,
     /// Half or less: its connections hold less each.
     Little,
-    /// Nothing: each has what it may always have.
+    /// Nothing: each connection has only what it may always hold.
     Nothing,
 }
 
 impl Memory {
-    /// So many bytes.
+    /// Returns a bound of `most` bytes.
     pub fn new(most: u64) -> Self {
         Self {
             most: usize::try_from(most).unwrap_or(usize::MAX),
@@ -46,12 +46,12 @@ impl Memory {
         }
     }
 
-    /// What is held.
+    /// Returns the bytes that are held.
     pub fn held(&self) -> usize {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// What a pod may hold of it.
+    /// Returns the share of a pod.
     pub fn share(&self, pod: &PodMemory) -> Share {
         Share {
             node: self.clone(),
@@ -68,7 +68,7 @@ impl Default for Memory {
 }
 
 impl Share {
-    /// How much is left.
+    /// Returns the part of the share that is left.
     pub fn level(&self) -> Level {
         let pod = self.pod.0.load(Ordering::Relaxed);
         let left = self.node.most.saturating_sub(self.node.held());
@@ -82,7 +82,7 @@ impl Share {
     }
 }
 
-/// What one connection, or one tunnel, holds; nothing any more when dropped.
+/// The bytes that one connection or tunnel holds; they are given back when this is dropped.
 #[derive(Debug)]
 pub struct Hold {
     share: Share,
@@ -91,7 +91,7 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Holds nothing yet; so much of what it will hold is `free`: it is not counted.
+    /// Returns a hold of nothing. The first `free` bytes that it will hold are not counted.
     pub fn new(share: &Share, free: usize) -> Self {
         Self {
             share: share.clone(),
@@ -100,7 +100,7 @@ impl Hold {
         }
     }
 
-    /// It holds so much now. It is the caller that asks before for the [`Level`].
+    /// Sets the bytes that it holds. The caller checks the [`Level`] before; nothing is refused here.
     pub fn set(&self, bytes: usize) {
         let bytes = bytes.saturating_sub(self.free);
         let before = self.counted.replace(bytes);
@@ -114,7 +114,7 @@ impl Hold {
         }
     }
 
-    /// How much its pod has left.
+    /// Returns the part of its share that the pod has left.
     pub fn level(&self) -> Level {
         self.share.level()
     }
