@@ -1,5 +1,5 @@
-//! Addresses and blocks as configuration has them written. One of IPv6 that stands for one of IPv4, such
-//! as `::ffff:10.1.0.5`, is that one: as such it is compared, and as such connections have it.
+//! IP addresses and CIDR blocks of the configuration. An IPv4-mapped IPv6 address, such as `::ffff:10.1.0.5`,
+//! is read as its IPv4 address, since connections have it in that form.
 
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, de};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Address(pub(crate) IpAddr);
 
-/// All addresses that begin so, or one.
+/// A CIDR block, or one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Block(pub(crate) IpNet);
 
@@ -46,7 +46,7 @@ impl FromStr for Block {
     }
 }
 
-/// As it is written, with what is wrong with it.
+/// Parses the text; the error has the text and what is wrong with it.
 fn read<'de, D: Deserializer<'de>, T: FromStr<Err = &'static str>>(
     deserializer: D,
 ) -> Result<T, D::Error> {

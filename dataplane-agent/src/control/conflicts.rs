@@ -1,5 +1,5 @@
-//! Addresses that more than one object has. Whose they are is decided where they are looked up; here
-//! it is told.
+//! Reports addresses that more than one object claims. Who gets such an address is decided where it is looked
+//! up.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -7,10 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use crate::mesh::service::{NetworkAddress, Service};
 use crate::mesh::workload::Workload;
 
-/// By network and address.
+/// Network and address.
 type At<'a> = (&'a str, IpAddr);
 
-/// Tells of each such address, in the order of the addresses.
+/// Adds a problem for each such address, in the order of the addresses.
 pub(crate) fn report<'a>(
     workloads: impl Iterator<Item = &'a Workload>,
     services: impl Iterator<Item = &'a Service>,
@@ -85,7 +85,7 @@ fn pods<'a>(workloads: impl Iterator<Item = &'a Workload>) -> BTreeMap<At<'a>, V
     pods
 }
 
-/// Who claims an address from outside, with a port; who holds it comes first.
+/// Returns the services that claim each outside address and port, the one that gets it first.
 fn outside<'a>(services: &[&'a Service]) -> BTreeMap<(At<'a>, u16), Vec<String>> {
     let mut all: BTreeMap<(At<'a>, u16), Vec<String>> = BTreeMap::new();
     let balanced = services.iter().map(|service| (service, &service.balanced));

@@ -1,6 +1,6 @@
-//! Records of enrolled pods, `<state>/enrolled/<namespace>.<name>.json`: what Kubernetes' annotation
-//! `ambient.istio.io/redirection` says to other nodes, these say to those that share the folder. One
-//! is written last and removed first, so that nobody dials a tunnel port that does not listen.
+//! Records of enrolled pods, `<state>/enrolled/<namespace>.<name>.json`. They tell the nodes that share the
+//! folder what Kubernetes' annotation `ambient.istio.io/redirection` tells in a cluster. A record is written
+//! last and removed first, so that nobody dials a tunnel port that does not listen.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -17,22 +17,22 @@ use super::manifests::{LocalPodSpec, PodKey, Stale};
 use super::state::{self, SharedState};
 use crate::proxy::identity;
 
-/// What a record's file ends in while it is written.
+/// Ending of the file in which a record is written before it is renamed.
 pub const UNFINISHED: &str = "new";
-/// File systems take no longer names, in bytes.
+/// Longest file name that file systems take, in bytes.
 const MAX_FILE_NAME: usize = 255;
 
 /// The pods that can be dialled by HBONE.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Enrolled {
     pods: BTreeSet<PodKey>,
-    /// Names of files that are there and cannot be read. Whichever pod of its name one speaks of, to
-    /// dial that by HBONE is to fail closed.
+    /// Names of files that cannot be read. A pod that such a file may be about counts as enrolled: to dial it
+    /// by HBONE is to fail closed.
     unreadable: BTreeSet<String>,
 }
 
 impl Enrolled {
-    /// Whether a pod is one of them.
+    /// Returns true if a pod is enrolled.
     pub fn contains(&self, pod: &PodKey) -> bool {
         self.pods.contains(pod)
             || self
@@ -40,7 +40,7 @@ impl Enrolled {
                 .contains(&file_of(&pod.namespace, &pod.name))
     }
 
-    /// Marks the namespaces of which pods are in one of the two alone.
+    /// Marks as stale the namespaces of pods that are in only one of the two.
     pub(super) fn differ(&self, other: &Self, stale: &mut Stale) {
         if self.unreadable != other.unreadable {
             *stale = Stale::all();
@@ -60,22 +60,22 @@ impl FromIterator<PodKey> for Enrolled {
     }
 }
 
-/// What the records say.
+/// The content of all records, as it was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RecordsSnapshot {
     /// The enrolled pods of all nodes.
     pub enrolled: Enrolled,
-    /// Those that this node wrote.
+    /// The records of this node.
     pub own: BTreeSet<PodKey>,
-    /// Those of them that do not say which machine wrote them, as before records did.
+    /// Those of them that do not name the machine that wrote them. Earlier versions wrote such records.
     pub unsigned: BTreeSet<PodKey>,
-    /// Those that a node of this name wrote on another machine.
+    /// The records that a node of the same name wrote on another machine.
     pub namesakes: BTreeSet<PodKey>,
-    /// Which records cannot be read, and why.
+    /// The records that cannot be read, and why.
     pub problems: Vec<String>,
 }
 
-/// The folder.
+/// The folder of records, as this node reads and writes it.
 #[derive(Clone, Debug)]
 pub struct EnrolmentRecords {
     state: SharedState,
@@ -90,20 +90,21 @@ struct EnrolmentRecord {
     name: Arc<str>,
     uid: Arc<str>,
     node: String,
-    /// What tells the node's machine from others; empty if nobody wrote it.
+    /// Hash that identifies the machine; empty in records of earlier versions.
     #[serde(default)]
     machine: String,
     addresses: Vec<IpAddr>,
 }
 
 impl EnrolmentRecords {
-    /// Of a mesh's state, as this node writes them; `machine` is all that tells its machine from others.
+    /// Creates the records of a shared state for this node. `machine` is the text that identifies this
+    /// machine; records have a hash of it.
     pub fn new(state: SharedState, node: &str, machine: &str) -> Self {
         Self {
             folder: state.records(),
             state,
             node: node.to_owned(),
-            // Whoever may read a record is not to know a machine's own names.
+            // Readers of a record are not to learn the machine's own identifiers.
             machine: identity::sha256(machine.as_bytes())
                 .chars()
                 .take(16)
@@ -111,22 +112,22 @@ impl EnrolmentRecords {
         }
     }
 
-    /// Where they are.
+    /// The path of the folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// When a record was written or removed last.
+    /// Returns the time at which a record was last written or removed.
     ///
     /// # Errors
-    /// The folder cannot be looked at, or the state is not the one that was opened.
+    /// The folder's metadata cannot be read, or the state is not the one that was opened.
     pub fn changed(&self) -> io::Result<SystemTime> {
         self.state.look()?;
         let folder = fs::metadata(&self.folder).and_then(|folder| folder.modified());
         folder.map_err(|error| with_path(&self.folder, &error))
     }
 
-    /// What they say now.
+    /// Reads all records.
     ///
     /// # Errors
     /// The folder cannot be read, or the state is not the one that was opened.
@@ -164,16 +165,16 @@ impl EnrolmentRecords {
                 }
             }
         }
-        // It may have gone while it was read.
+        // The state may have been unmounted while it was read.
         self.state.look()?;
         said.problems.sort();
         Ok(said)
     }
 
-    /// Says that a pod can be dialled.
+    /// Writes a pod's record: it can be dialled by HBONE from now on.
     ///
     /// # Errors
-    /// It cannot be written, or the state is not the one that was opened; a file is named.
+    /// The record cannot be written, or the state is not the one that was opened. The error names the file.
     pub fn write(&self, pod: &LocalPodSpec) -> io::Result<()> {
         let record = EnrolmentRecord {
             namespace: pod.namespace.clone(),
@@ -201,10 +202,11 @@ impl EnrolmentRecords {
         })
     }
 
-    /// Says that it cannot any more. A record that another node or machine has written stays.
+    /// Removes a pod's record: it cannot be dialled by HBONE any more. A record of another node or machine
+    /// stays.
     ///
     /// # Errors
-    /// It cannot be removed, or the state is not the one that was opened; a file is named.
+    /// The record cannot be removed, or the state is not the one that was opened. The error names the file.
     pub fn remove(&self, pod: &PodKey) -> io::Result<()> {
         self.state.look()?;
         let path = self.path(&pod.namespace, &pod.name);
@@ -219,10 +221,10 @@ impl EnrolmentRecords {
         removed.map_err(|error| with_path(&path, &error))
     }
 
-    /// Removes all that this node wrote; how many records there were.
+    /// Removes all records of this node. Returns how many there were.
     ///
     /// # Errors
-    /// The folder cannot be read; a record cannot be removed.
+    /// The folder cannot be read, or a record cannot be removed.
     pub fn withdraw(&self) -> io::Result<usize> {
         let own = self.read()?.own;
         own.iter().try_for_each(|pod| self.remove(pod))?;
@@ -232,13 +234,12 @@ impl EnrolmentRecords {
         }
     }
 
-    /// Whether a record is this node's to remove. One that does not say its machine was written before
-    /// records did.
+    /// Returns true if this node may remove a record. One that names no machine is of an earlier version.
     fn is_own(&self, record: &EnrolmentRecord) -> bool {
         record.node == self.node && (record.machine.is_empty() || record.machine == self.machine)
     }
 
-    /// The file of a pod's record.
+    /// The path of a pod's record.
     pub fn path_of(&self, pod: &PodKey) -> PathBuf {
         self.path(&pod.namespace, &pod.name)
     }
@@ -247,25 +248,26 @@ impl EnrolmentRecords {
         self.folder.join(file_of(namespace, name))
     }
 
-    /// Where this node writes a record. Of two nodes that write of one pod each has its own, and what a
-    /// crash leaves is overwritten.
+    /// Path at which this node writes a record before it is renamed. Each node has its own, so that two which
+    /// write about the same pod do not collide; what a crash leaves is overwritten.
     pub fn unfinished(&self) -> PathBuf {
         let stem = format!("{}.{}", self.node, self.machine);
         self.folder.join(file_name(&stem, UNFINISHED))
     }
 
-    /// Has the disk know which files are there.
+    /// Flushes the folder's entries to disk.
     fn sync(&self) -> io::Result<()> {
         File::open(&self.folder)?.sync_all()
     }
 }
 
-/// The name of a pod's file. Namespaces have no dots.
+/// Returns the file name of a pod's record. It is unambiguous since namespaces have no dots.
 fn file_of(namespace: &str, name: &str) -> String {
     file_name(&format!("{namespace}.{name}"), "json")
 }
 
-/// A file's name; what is too long for one is hashed, into what no object is called.
+/// Returns a file name. A stem that is too long is replaced by its hash, after a prefix that no object's name
+/// has.
 fn file_name(stem: &str, ending: &str) -> String {
     match stem.len() + 1 + ending.len() <= MAX_FILE_NAME {
         true => format!("{stem}.{ending}"),
@@ -306,12 +308,12 @@ pub(crate) mod tests {
     use super::super::manifests::Wanted;
     use super::*;
 
-    /// The records of a state that is made if it is not there.
+    /// Opens the records of a state, which is made if it does not exist.
     pub(crate) fn records(state: &Path, node: &str) -> EnrolmentRecords {
         of_machine(state, node, "a machine")
     }
 
-    /// As they are written on a machine.
+    /// Opens the records for another machine.
     pub(crate) fn of_machine(state: &Path, node: &str, machine: &str) -> EnrolmentRecords {
         let hour = std::time::Duration::from_secs(3600);
         let (state, _) = SharedState::open(state, None, "cluster.local", hour).expect("a state");

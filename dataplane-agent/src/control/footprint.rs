@@ -1,4 +1,4 @@
-//! What a large mesh takes of memory, by what is allocated for it.
+//! Memory that a large mesh takes, by what is allocated for it.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -9,8 +9,7 @@ use crate::mesh::workload::{Endpoint, Locality, Workload};
 use crate::mesh::{Delta, Destination, store};
 use crate::sys::memory::counted::taken;
 
-/// Pods of deployments with 20 pods each, each with a service; each text is one of its own, as it is when
-/// it was read.
+/// A pod of a deployment with 20 pods and a service. Each text is an allocation of its own, as after reading.
 fn deployed(number: u32) -> Workload {
     let deployment = number / 20;
     let namespace = format!("ns-{}", deployment % 100);

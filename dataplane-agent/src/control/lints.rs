@@ -1,33 +1,33 @@
-//! What is likely a slip in what is configured. It takes a look at all of it, so of the time between two
-//! looks one takes a tenth at most.
+//! Likely mistakes in the configuration. The search reads all of the configuration, so it takes at most about
+//! a tenth of the time.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What was found, and when.
+/// The findings of the last search.
 #[derive(Debug, Default)]
 pub(super) struct Lints {
     found: Vec<String>,
-    /// Whether that is of what is configured now.
+    /// True if they are about the current configuration.
     fresh: bool,
-    /// When the last look ended, and how long it took.
+    /// When the last search ended, and how long it took.
     last: Option<(Instant, Duration)>,
 }
 
 impl Lints {
-    /// What was found last.
+    /// The findings of the last search.
     pub(super) fn found(&self) -> &[String] {
         &self.found
     }
 
-    /// Something else is configured.
+    /// Marks the findings as outdated, since the configuration has changed.
     pub(super) fn expire(&mut self) {
         self.fresh = false;
     }
 
-    /// Looks again by `find`, if something else is configured and it is time, and hands what was found before
-    /// and what is found now to `tell`.
+    /// Searches again with `find` if the findings are outdated and enough time has passed. Passes the old
+    /// findings, which it is to replace, and the new ones to `tell`.
     pub(super) fn refresh(
         &mut self,
         find: impl FnOnce() -> Vec<String>,

@@ -1,7 +1,7 @@
-//! Whose a part of the state is, and what others may do with it.
+//! Checks the owner and the mode of files.
 
-/// What is wrong with a part that has this owner and mode, and how to mend it: it has to be root's or `own`,
-/// and others may have no bit of `taboo`, which `mend` takes away.
+/// Returns what is wrong with a file of this owner and mode, and how to mend it. The owner must be root or
+/// `own`; the mode must have no bit of `taboo`, which the command `mend` clears.
 pub(super) fn fault(
     (owner, mode): (u32, u32),
     own: u32,

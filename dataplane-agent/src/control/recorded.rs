@@ -1,5 +1,5 @@
-//! What the records of enrolled pods say, read again when their folder has changed. Those that could be read
-//! last hold.
+//! Reads the records of enrolled pods again when their folder has changed. If that fails, the last snapshot
+//! stays in effect.
 
 use std::io;
 use std::sync::Arc;
@@ -10,25 +10,25 @@ use tokio::time::Instant;
 use super::enrolled::{Enrolled, EnrolmentRecords, RecordsSnapshot};
 use super::manifests::Stale;
 
-/// A folder that was changed since so long may be changed again without showing it: clocks of file systems
-/// are coarse.
+/// Age from which a folder's modification time can be trusted. A younger folder may change again with the
+/// same time, since the clocks of file systems are coarse.
 const MTIME_GRANULARITY: Duration = Duration::from_secs(2);
-/// How often records are read of which nothing tells that they have changed: one may be written in place.
+/// Interval at which records are read although their folder has not changed: one may be written in place.
 const REREAD_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The records, as they were read last.
+/// Reader of the records, with the last snapshot.
 #[derive(Debug)]
 pub struct RecordReader {
     records: EnrolmentRecords,
     said: Arc<RecordsSnapshot>,
-    /// Since when they had not changed as they were read last, and when that was; none if that is to be
-    /// done again whatever the folder looks like.
+    /// The modification time of the folder and the time of the last complete read. `None` if the records are
+    /// to be read again whatever the folder's time is.
     read: Option<(SystemTime, Instant)>,
-    /// Whether none of them can be read now.
+    /// True if the records cannot be read now.
     away: bool,
-    /// What of them cannot be read now, and why.
+    /// Problems with the records, for `status`.
     problems: Vec<String>,
-    /// Of which namespaces what they say is another, since it was last asked for.
+    /// Namespaces whose enrolled pods have changed since the last call of [`RecordReader::stale`].
     stale: Stale,
 }
 
@@ -36,7 +36,7 @@ impl RecordReader {
     /// Reads the records for the first time.
     ///
     /// # Errors
-    /// Their folder cannot be read.
+    /// The folder cannot be read.
     pub fn new(records: EnrolmentRecords) -> io::Result<Self> {
         let said = records.read()?;
         let mut new = Self {
@@ -51,7 +51,7 @@ impl RecordReader {
         Ok(new)
     }
 
-    /// What they say; the last that could be read, if they cannot be now.
+    /// The last snapshot that could be read.
     pub fn said(&self) -> &Arc<RecordsSnapshot> {
         &self.said
     }
@@ -61,22 +61,22 @@ impl RecordReader {
         &self.said.enrolled
     }
 
-    /// Of which namespaces [`RecordReader::enrolled`] is another than when this was last asked.
+    /// Takes the namespaces in which [`RecordReader::enrolled`] has changed since the last call.
     pub fn stale(&mut self) -> Stale {
         std::mem::take(&mut self.stale)
     }
 
-    /// Whether the state that nodes share cannot be read now: of what other nodes say since nothing is known.
+    /// Returns true if the shared state cannot be read now. Changes by other nodes are unknown meanwhile.
     pub fn is_away(&self) -> bool {
         self.away
     }
 
-    /// What is wrong now.
+    /// The problems with the records.
     pub fn problems(&self) -> &[String] {
         &self.problems
     }
 
-    /// Reads what is recorded now.
+    /// Reads the records again if they may have changed.
     pub fn look(&mut self) {
         let changed = self.records.changed();
         if let (Ok(changed), Some((as_read, when))) = (&changed, self.read)
@@ -150,7 +150,7 @@ mod tests {
         two.write(&pod("a", "1")).expect("a record");
         let bad = state.path().join("enrolled/ns.bad.json");
         fs::write(&bad, "{").expect("a file");
-        // At a start as later.
+        // The same at a start as later.
         let mut recorded = recorded(state.path());
         two.write(&pod("b", "2")).expect("a record");
         recorded.look();
@@ -190,13 +190,13 @@ mod tests {
         recorded.look();
         assert!(recorded.enrolled().contains(&key_of("b", "2")));
         assert_eq!(recorded.problems().len(), 1);
-        // What is not whole is read at every look.
+        // Incomplete reads are repeated at every look.
         fs::File::open(&folder)?.set_modified(long_ago)?;
         fs::remove_file(folder.join("ns.a.json"))?;
         fs::File::open(&folder)?.set_modified(long_ago)?;
         recorded.look();
         assert_eq!(recorded.problems(), [""; 0]);
-        // What is away is told of at once.
+        // A missing state is reported at once.
         recorded.look();
         fs::rename(&folder, state.path().join("away"))?;
         recorded.look();

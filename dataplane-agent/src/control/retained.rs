@@ -1,29 +1,30 @@
-//! What the mesh knows beyond what is configured: a pod whose object is gone is known for as long as it is
-//! served, and so are the policies that it names. What runs in it is decided to the end, and as before.
+//! Keeps a pod whose object is gone in the mesh for as long as it is served, with the policies that it names.
+//! Its connections are decided as before until the last one ends.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::mesh::{Delta, Mesh, Workload};
 
-/// What is kept, by uid and by key.
+/// The uids of the workloads and the keys of the policies that are retained.
 #[derive(Debug, Default)]
 pub(super) struct RetainedPods {
     workloads: BTreeSet<Arc<str>>,
     policies: BTreeSet<Arc<str>>,
 }
 
-/// Whether a thing of a uid or a key is configured.
+/// Tells if a workload's uid or a policy's key is configured.
 pub(super) type IsConfigured<'a> = &'a dyn Fn(&str) -> bool;
 
 impl RetainedPods {
-    /// Whether a pod is known for that reason alone.
+    /// Returns true if a pod is known only because it is retained.
     pub(super) fn has(&self, uid: &str) -> bool {
         self.workloads.contains(uid)
     }
 
-    /// Takes back of a change of `mesh` that pods are gone which are served, and says it of those that are
-    /// not served any more. `workload`, `policy`: what is configured after the change.
+    /// Removes from `delta`, a change of `mesh`, the removal of pods that are served, and of their policies;
+    /// adds the removal of retained ones that are not served any more. `workload`, `policy`: what is
+    /// configured after the change.
     pub(super) fn keep(
         &mut self,
         served: &BTreeSet<Arc<str>>,
@@ -38,7 +39,7 @@ impl RetainedPods {
         self.workloads.retain(|uid| served.contains(uid));
         for uid in served {
             if let (Some(None), Some(last)) = (delta.workloads.get(uid), mesh.workload(uid)) {
-                // It is nobody's endpoint any more.
+                // It is no service's endpoint any more.
                 let mut last = Workload::clone(last);
                 last.services = Arc::default();
                 delta.workloads.insert(Arc::clone(uid), Some(last));
@@ -86,7 +87,7 @@ mod tests {
         Mesh::of(vec![pod], Vec::new(), vec![policy()])
     }
 
-    /// That all of it is gone.
+    /// A delta that removes all of the mesh.
     fn gone() -> Delta {
         Delta::default().from(&mesh())
     }
@@ -104,7 +105,7 @@ mod tests {
         let left = mesh.workload(&uid).expect("it is served");
         assert!(left.services.is_empty(), "nobody is sent there any more");
         assert!(mesh.policies_of(left).unknown.is_empty());
-        // Nothing new, as long as it is served.
+        // Nothing changes as long as it is served.
         let mut delta = Delta::default();
         retained.keep(&served, (&no, &no), &mesh, &mut delta);
         assert!(delta.is_empty());

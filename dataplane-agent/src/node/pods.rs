@@ -1,8 +1,7 @@
-//! Which pods are here, and how far they are: finds those that are configured on this machine, and tells
-//! capture which to take.
+//! Controls enrolment: finds the configured pods on this machine, and tells capture which to take.
 //!
-//! A pod is dialled by HBONE only while it is captured: its record is written when capture says that
-//! it serves the pod, and removed before capture is told to let it go.
+//! Other nodes dial a pod by HBONE only while it is captured: its record is written when capture reports that
+//! it serves the pod, and removed before capture is told to release it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -23,19 +22,20 @@ use crate::mesh::Identity;
 use crate::mesh::workload::named;
 use crate::node::capture::{self, Desired, PodState, Status};
 
-/// How often it is seen to what is to be done again or later, as a record that could not be written.
+/// Interval at which pending work is retried, such as a record that could not be written.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-/// Between the removal of a pod's record and the end of its capture: other nodes stop dialling it.
+/// Time between the removal of a pod's record and the end of its capture, in which other nodes stop dialling
+/// it.
 const DEREGISTER_DELAY: Duration = Duration::from_secs(1);
 
-/// What is told to whoever asks for the state of the node.
+/// The state of this node's pods, for the admin interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StatusSnapshot {
-    /// Pods of this node.
+    /// The pods of this node.
     pub pods: Vec<PodView>,
-    /// What is wrong with the machine, with pods that are wanted, and with this node's records.
+    /// Problems with the machine, with pods that are to be enrolled, and with this node's records.
     pub problems: Vec<String>,
-    /// Whether the machine was looked at yet.
+    /// True once the machine has been scanned.
     pub scanned: bool,
 }
 
@@ -50,39 +50,39 @@ pub struct PodView {
     pub name: Arc<str>,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
-    /// Whether it is on this machine, or may be.
+    /// True if the pod is on this machine, or may be.
     pub here: bool,
-    /// How far it is.
+    /// The state of its enrolment.
     pub state: State,
-    /// Why it is not up.
+    /// The reason why it is not up.
     pub reason: Option<String>,
     /// The cookie of its network namespace, once found.
     pub netns: Option<u64>,
     /// Its cgroups, once found.
     pub cgroups: Vec<PathBuf>,
-    /// Processes of its namespace outside of its cgroups.
+    /// The processes in its network namespace that are outside of its cgroups.
     pub outside: OutsideProcesses,
-    /// Whether it forwards between its interfaces.
+    /// True if it forwards between its interfaces.
     pub forwards: bool,
 }
 
-/// How far a pod is.
+/// The state of a pod's enrolment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Captured and served.
     Up,
-    /// Captured, and does not work: what is gone of its capture cannot be put back.
+    /// Captured but not working: a part of its capture is gone and cannot be restored.
     Broken,
-    /// Wanted, and not captured yet, or other nodes are not told of it yet.
+    /// To be enrolled, but not captured yet, or its record is not written yet.
     Waiting,
-    /// Leaving; what runs goes on.
+    /// Leaving; open connections continue.
     Draining,
     /// Not to be captured.
     Ignored,
 }
 
 impl State {
-    /// Its word.
+    /// The word for it in the admin interface.
     pub fn word(self) -> &'static str {
         match self {
             Self::Up => "up",
@@ -94,7 +94,7 @@ impl State {
     }
 }
 
-/// The task.
+/// The task that controls enrolment.
 pub struct PodController {
     configured: watch::Receiver<Configured>,
     machine: Scanner,
@@ -103,32 +103,32 @@ pub struct PodController {
     recording: Option<RecordWriter>,
     records_changed: Arc<Notify>,
     view: watch::Sender<StatusSnapshot>,
-    /// Pods whose record is removed, and that are let go then; by the cookies of their namespaces, since
-    /// one of the same name may have come.
+    /// Pods whose record is removed, and the time at which they are released. Keyed by the cookie of the
+    /// network namespace, since a new pod of the same name may exist already.
     leaving: BTreeMap<u64, (Desired, Instant)>,
-    /// Pods that a predecessor captured and of which nothing is said, by uid: they stay so until what is
-    /// configured is whole.
+    /// Workload uids of pods that a predecessor captured and that no manifest mentions. They stay captured
+    /// until the configuration is complete.
     unconfigured: BTreeSet<Arc<str>>,
 }
 
-/// What it is connected to.
+/// The inputs and outputs of [`PodController`].
 pub struct Channels {
-    /// What is configured.
+    /// The configuration.
     pub configured: watch::Receiver<Configured>,
-    /// What capture is to do.
+    /// What capture is to do. `None` until the first scan.
     pub wanted: watch::Sender<Option<capture::Wanted>>,
-    /// How far capture is.
+    /// The state of each captured pod.
     pub status: watch::Receiver<Status>,
-    /// The records of this node's pods, if other nodes are told by such,
+    /// The writer of this node's records, if other nodes are told by records.
     pub recording: Option<RecordWriter>,
-    /// and who is told that one was written or removed.
+    /// Notified when a record was written or removed.
     pub records_changed: Arc<Notify>,
-    /// What is told to whoever asks.
+    /// The state for the admin interface.
     pub view: watch::Sender<StatusSnapshot>,
 }
 
 impl PodController {
-    /// No pod is looked for yet.
+    /// Creates the controller, without a scan yet.
     pub fn new(machine: Scanner, channels: Channels) -> Self {
         let captured = channels.status.borrow();
         let unconfigured = captured.values().map(|of| Arc::clone(&of.uid)).collect();
@@ -152,9 +152,9 @@ impl PodController {
         pods
     }
 
-    /// Follows the configuration, the machine and capture, until capture is gone. Once it is told to drain,
-    /// when capture rests, it hears what capture said last, and rests too: which pods are here is for the
-    /// successor to say.
+    /// Follows the configuration, the machine and capture, until capture is gone. When `draining` is
+    /// cancelled capture is at rest; the controller then processes the last status and stops updating,
+    /// because its successor decides which pods are here.
     pub async fn run(mut self, draining: CancellationToken) {
         loop {
             self.step();
@@ -192,7 +192,8 @@ impl PodController {
         });
     }
 
-    /// Forgets of which captured pods nothing is said, as far as something is, or nothing more will be.
+    /// Removes from `unconfigured` the pods that a manifest mentions, and all of them once the configuration
+    /// is complete.
     fn settle_unconfigured(&mut self, configured: &Configured) {
         for pod in &*configured.local {
             self.unconfigured.remove(&pod.uid);
@@ -204,7 +205,7 @@ impl PodController {
         }
     }
 
-    /// What capture is to do: found pods, and for a while those that leave.
+    /// Computes what capture is to do: take the pods that were found, and keep leaving ones for a while.
     fn wanted(&mut self, here: &[&LocalPodSpec], scan: &Scan) -> capture::Wanted {
         let now = Instant::now();
         let mut wanted = capture::Wanted {
@@ -235,7 +236,7 @@ impl PodController {
         wanted
     }
 
-    /// Has records of pods that are served, and of no others.
+    /// Writes the records of pods that are served, and removes all others of this node.
     fn record(
         &mut self,
         here: &[&LocalPodSpec],
@@ -253,7 +254,7 @@ impl PodController {
             let mut of_pod = status.iter().filter(|(cookie, of)| {
                 of.uid == pod.uid && found.is_none_or(|found| found == **cookie)
             });
-            // What is captured is in the status from the first one on.
+            // The status has the pods of a predecessor from the beginning.
             if of_pod.clone().any(|(_, of)| is_unserved(&of.state)) {
                 unserved.insert(pod_key(pod));
             }
@@ -272,7 +273,8 @@ impl PodController {
         }
     }
 
-    /// What is wrong now: with the machine, with pods that are wanted, and with this node's records.
+    /// Collects the problems with the machine, with pods that are to be enrolled, and with this node's
+    /// records.
     fn problems(&self, scan: &Scan, partial: Option<&str>) -> Vec<String> {
         let missing = scan
             .waiting
@@ -299,7 +301,7 @@ impl PodController {
         problems.chain(unrecorded).collect()
     }
 
-    /// Why other nodes do not know that a pod is served, if that is so.
+    /// Returns why other nodes do not know that a pod is served.
     fn unrecorded(&self, pod: &LocalPodSpec) -> Option<String> {
         self.recording.as_ref()?.write_failure(&pod_key(pod))
     }
@@ -388,11 +390,12 @@ fn pod_key(pod: &LocalPodSpec) -> PodKey {
     }
 }
 
-/// What is told of a pod that is open.
+/// Endings of the reason why a pod waits. They say what is not protected meanwhile.
 const NOT_CAPTURED: &str = "until then it is not captured, and no policy holds";
 const IN_CLEAR: &str = "until then it is captured, and they connect to it in clear";
 
-/// How far a pod is, and why it is not up. `unrecorded`: why other nodes do not know of one that is.
+/// Returns the state of a pod, and why it is not up. `unrecorded`: why other nodes do not know a pod that is
+/// up.
 fn state(
     pod: &LocalPodSpec,
     scan: &Scan,
@@ -406,7 +409,7 @@ fn state(
             false => (State::Ignored, Some(why.to_string())),
         };
     }
-    // Of two of its name, the one that is here now.
+    // Of two pods with its uid, the one that was found now.
     let found = scan.found.get(&pod.uid).map(|found| found.cookie);
     let is = of_uid()
         .find(|(cookie, _)| found == Some(**cookie))
@@ -441,7 +444,7 @@ fn state(
     (State::Waiting, Some(reason))
 }
 
-/// Which pods of this node are here, from how far capture is with each.
+/// Returns the pods of this node that are captured or served, by their status in capture.
 pub fn local_pods(status: &Status) -> LocalPods {
     let uids = |are: fn(&PodState) -> bool| {
         let all = status.values().filter(|of| are(&of.state));

@@ -1,5 +1,5 @@
-//! Writes the records of enrolled pods: one for each pod of this node that is served, and none for another.
-//! What could not be written or removed is told once, and tried again less and less often.
+//! Writes the records of enrolled pods: one for each pod of this node that is served, and no others. A
+//! failure is logged once, and retried at growing intervals.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -11,22 +11,22 @@ use tokio::time::Instant;
 use crate::control::enrolled::{EnrolmentRecords, RecordsSnapshot};
 use crate::control::manifests::{LocalPodSpec, PodKey};
 
-/// What did not work is tried again after this time,
+/// Delay before the first retry of a failed write or removal. It doubles with each failure.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
-/// and after twice as long each time that it fails again, up to this.
+/// Longest delay between retries.
 const MAX_RETRY: Duration = Duration::from_secs(30);
 
-/// This node's records, and what is not as it should be with them.
+/// Writer of this node's records.
 #[derive(Debug)]
 pub struct RecordWriter {
     records: EnrolmentRecords,
-    /// What they said when they were read last,
+    /// The records as they were read last.
     said: Arc<RecordsSnapshot>,
-    /// and those of them that are this node's since: what was written and removed is known at once,
+    /// This node's records: those in `said`, with what was written and removed since.
     own: BTreeSet<PodKey>,
-    /// as is which do not say its machine.
+    /// Those of them that do not name this machine.
     unsigned: BTreeSet<PodKey>,
-    /// What could not be written, or removed.
+    /// Records that could not be written or removed.
     failed: BTreeMap<PodKey, Failure>,
 }
 
@@ -42,7 +42,7 @@ const NOT_WRITTEN: &str = "other nodes cannot be told of it";
 const NOT_REMOVED: &str = "other nodes cannot be told that it leaves";
 
 impl RecordWriter {
-    /// Of nothing that is known to be written yet.
+    /// Creates a writer that knows of no record yet.
     pub fn new(records: EnrolmentRecords) -> Self {
         Self {
             records,
@@ -53,7 +53,7 @@ impl RecordWriter {
         }
     }
 
-    /// What all records say now.
+    /// Takes a new snapshot of all records.
     pub fn set_snapshot(&mut self, said: &Arc<RecordsSnapshot>) {
         if !Arc::ptr_eq(said, &self.said) {
             self.said = Arc::clone(said);
@@ -61,8 +61,8 @@ impl RecordWriter {
         }
     }
 
-    /// Writes the records of pods that are served, and removes those of all others that need not stay. Whether
-    /// any was.
+    /// Writes the records of `served` pods, and removes all others of this node for which `stays` is false.
+    /// Returns true if any was written or removed.
     pub fn update(
         &mut self,
         served: &BTreeMap<PodKey, &LocalPodSpec>,
@@ -72,7 +72,8 @@ impl RecordWriter {
         let own = &self.own;
         let is_written = |key: &PodKey| match own.contains(key) {
             true => !self.unsigned.contains(key),
-            // It says the same, and two that write over each other never end.
+            // The record of a node of the same name says the same; two that overwrite each other's would
+            // never end.
             false => self.said.namesakes.contains(key),
         };
         let write: Vec<_> = served.iter().filter(|(key, _)| !is_written(key)).collect();
@@ -105,13 +106,13 @@ impl RecordWriter {
         changed
     }
 
-    /// Why a pod that is served has no record, if that is so.
+    /// Returns why the record of a pod could not be written.
     pub fn write_failure(&self, pod: &PodKey) -> Option<String> {
         let failure = self.failed.get(pod)?;
         (failure.what == NOT_WRITTEN).then(|| failure.told())
     }
 
-    /// What is wrong now.
+    /// Returns one line for each record that could not be written or removed.
     pub fn problems(&self) -> impl Iterator<Item = String> {
         let failed = self.failed.iter();
         failed.map(|(key, failure)| format!("Pod {}: {}", named(key), failure.told()))
@@ -168,7 +169,7 @@ mod tests {
     use crate::control::enrolled::tests::{self, key_of, pod};
     use crate::control::recorded::RecordReader;
 
-    /// Who writes the records of node `one`, and who reads all.
+    /// The writer of node `one`, and a reader.
     struct WriterAndReader {
         recording: RecordWriter,
         recorded: RecordReader,
@@ -200,7 +201,7 @@ mod tests {
         let served = [(&key, &pod)];
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
-        // Where the file would be made.
+        // A folder where the temporary file would be made.
         let in_the_way = both.recording.records.unfinished();
         fs::create_dir(&in_the_way).expect("a folder");
         both.update(&served, at(0));
@@ -257,7 +258,7 @@ mod tests {
                 && problems[0].contains("enrolled/ns.a.json: a node of this name wrote it"),
             "{problems:?}"
         );
-        // Whose it is does not go to and fro.
+        // The owner of the record does not alternate.
         both.update(&[(&key, &pod)], Instant::now());
         assert_eq!(both.recording.write_failure(&key), None);
         assert!(there.read().expect("records").own.contains(&key));

@@ -1,15 +1,15 @@
-//! The folder: every file's last good state, and the objects that they make together.
+//! The manifest folder: the last accepted state of every file, and the objects that the files make together.
 //!
-//! At the start a bad file is an error. Later it is not: whatever cannot be read, or not yet, leaves
-//! what the file said before. A file that is being written cannot be told from a finished one by its
-//! text alone, since half of a policy may well be a policy, and some of a file's policies are some
-//! policies; so a change counts only once it has not changed for [`SETTLE`] and nobody has the file open
-//! for writing. Where that cannot be told, objects that are missing in it count later still. A file's
-//! absence counts once the whole folder has not changed.
+//! At the start a bad file is an error. Later it is not: a file that cannot be read, or not yet, keeps the
+//! objects that it had. The text of a file does not show whether it is finished: half of a policy may be a
+//! valid policy, and some of a file's policies are valid without the others. So a change counts only once the
+//! file has not changed for [`SETTLE`] and nobody has it open for writing. Where the kernel does not say who
+//! has it open, missing objects count later still. The absence of a file counts once the whole folder has not
+//! changed.
 //!
-//! A file that is gone was removed; a folder that is there and has no manifests any more was more likely
-//! unmounted, or is being filled. So what was in it holds until that is said: by removing the folder, or by
-//! any manifest in it, if only an empty List.
+//! A file that is gone was removed. A folder that is there and has no manifests any more was more likely
+//! unmounted, or is being filled, so its objects stay until the user confirms their removal: by removing the
+//! folder, or by putting any manifest into it, if only an empty List.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,17 +24,17 @@ use super::scan::{Scan, Stamp, at, scan};
 use super::{ManifestError, ManifestErrors, Watch};
 use crate::sys::writers::has_writers;
 
-/// How long a file must have been left alone before it is read again.
+/// Time for which a file must not change before it is read again.
 pub const SETTLE: Duration = Duration::from_millis(300);
-/// This many times that is how long a file must have been left alone that lacks objects which it had, if
-/// one cannot tell whether it is being written, or a file that is gone from a folder in which something
-/// always changes. A file that is open for longer is told of.
+/// Multiple of the settle time that must pass before these count: missing objects in a file of which the
+/// kernel does not say whether it is open for writing, and a file that is gone from a folder in which
+/// something always changes. A file that is open for writing for longer is reported.
 const LONG_SETTLE_FACTOR: u32 = 10;
-/// A folder in which nothing has changed for so long since the start has all that it will have.
+/// Time without a change since the start after which a folder counts as complete.
 const COMPLETE_AFTER: Duration = Duration::from_secs(5);
-/// How often files are looked at that have not settled yet.
+/// Interval at which files that have not settled are checked.
 const RETRY: Duration = Duration::from_millis(100);
-/// A larger file is a mistake.
+/// Largest file that is read, in bytes. A larger one is a mistake.
 const MAX_FILE_SIZE: u64 = 64 << 20;
 
 /// A folder of manifests.
@@ -44,46 +44,48 @@ pub struct ManifestFolder {
     settle: Duration,
     files: BTreeMap<PathBuf, FileState>,
     objects: Collection,
-    /// Those that are others, since they were last asked for.
+    /// Objects that have changed since the last call of [`ManifestFolder::touched`].
     touched: Vec<Identity>,
     reported: Vec<ManifestError>,
     settling: bool,
-    /// When to look at what has not settled; kept here as who waits may be called away.
+    /// Time of the next check of unsettled files. It is kept here because [`ManifestFolder::next`] may be
+    /// cancelled.
     retry_at: Option<tokio::time::Instant>,
-    /// What was there at the last look, and since when it is so.
+    /// The files at the last scan, and the time since which they have been the same.
     last_scan: (BTreeMap<PathBuf, Stamp>, Instant),
-    /// What is passed over, and why.
+    /// What the scan passed over, and why.
     notes: Vec<String>,
-    /// What was said by files that were renamed to what is not read, since it was last told.
+    /// Messages about files that were renamed to an ending that is not read, since the last reload.
     renamed: Vec<String>,
-    /// A folder that has nothing in it.
+    /// An empty folder, if there is one.
     empty: Option<PathBuf>,
 }
 
-/// What reading again brought.
+/// The outcome of a reload.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reload {
-    /// Whether the objects are others than before.
+    /// True if the objects have changed.
     pub changed: bool,
-    /// Every file that is not what its last good state says, and why.
+    /// The files whose content is not accepted, and why.
     pub problems: Vec<ManifestError>,
-    /// Files that are not read any more since they were renamed, and what is gone with each.
+    /// Messages about files that were renamed to an ending that is not read, with the objects that went with
+    /// each.
     pub renamed: Vec<String>,
-    /// The policies that are others than before.
+    /// The policies that have changed.
     pub policies: Vec<PolicyChange>,
-    /// Whether something changed that is not taken yet; look again soon.
+    /// True if a change has not settled yet: reload again soon.
     pub settling: bool,
 }
 
 #[derive(Debug, Default)]
 struct FileState {
-    /// What holds.
+    /// The content that is in effect.
     accepted: Arc<Parsed>,
-    /// What the file says now, if it can be read.
+    /// The content that was read last, or why it could not be read.
     latest: Option<Result<Arc<Parsed>, ManifestError>>,
-    /// What `latest` was read from; none for a file that was not read yet.
+    /// The stamp of the file when `latest` was read; `None` for a file that was not read yet.
     stamp: Option<Stamp>,
-    /// What it looks like now, and since when.
+    /// The stamp that was last observed, and since when. The stamp is `None` if the file is gone.
     observed: Option<(Option<Stamp>, Instant)>,
 }
 
@@ -92,7 +94,7 @@ impl FileState {
         self.stamp.is_some()
     }
 
-    /// What it says now, if that is another than what holds.
+    /// Returns the content that was read last, if it is not in effect yet.
     fn pending(&self) -> Option<&Arc<Parsed>> {
         let latest = self.latest.as_ref()?.as_ref().ok()?;
         (!Arc::ptr_eq(latest, &self.accepted)).then_some(latest)
@@ -103,7 +105,8 @@ impl ManifestFolder {
     /// Reads a folder for the first time.
     ///
     /// # Errors
-    /// The folder or a file cannot be read; a file is not right; an object is in two files. All of it.
+    /// Lists everything that is wrong: the folder or a file cannot be read, a file is not valid, or an object
+    /// is in two files.
     pub fn open(dir: &Path) -> Result<Self, ManifestErrors> {
         Self::open_settling(dir, SETTLE)
     }
@@ -139,7 +142,7 @@ impl ManifestFolder {
                 Err(error) => wrong.push(error),
             }
         }
-        // Of two files that have an object the later one is told of.
+        // Of two files with the same object, the error names the later one.
         let twice = folder.objects.conflicts(&pending(&folder.files), &[]);
         wrong.extend(twice.into_iter().step_by(2).map(|(_, error)| error));
         if !wrong.is_empty() {
@@ -152,12 +155,12 @@ impl ManifestFolder {
         Ok(folder)
     }
 
-    /// Whether there is no manifest in it.
+    /// Returns true if the folder has no manifests.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
     }
 
-    /// Why there may be more to come than is here: what was not there at the start is no word yet.
+    /// Returns why more manifests may still appear. Until then the absence of an object means nothing.
     pub fn is_partial(&self) -> Option<String> {
         if let Some(empty) = &self.empty {
             let empty = empty.display();
@@ -169,17 +172,17 @@ impl ManifestFolder {
         })
     }
 
-    /// The objects that hold now.
+    /// The objects that are in effect.
     pub fn objects(&self) -> &Objects {
         self.objects.objects()
     }
 
-    /// The objects that are others than when this was last asked.
+    /// Takes the objects that have changed since the last call.
     pub fn touched(&mut self) -> Vec<Identity> {
         std::mem::take(&mut self.touched)
     }
 
-    /// Reads again what changed.
+    /// Reads the files that have changed.
     pub fn reload(&mut self) -> Reload {
         self.settling = false;
         let mut problems = Vec::new();
@@ -190,7 +193,7 @@ impl ManifestFolder {
         }
         let mut changes = Vec::new();
         problems.extend(self.read_settled(&found, &mut changes));
-        // What could not be looked at is no word about what is in it.
+        // A path that cannot be read does not mean that its objects are gone.
         problems.extend(found.faults.into_iter().map(|(_, error)| error));
         self.notes = found.notes;
         self.empty = found.empty.into_iter().next();
@@ -208,7 +211,7 @@ impl ManifestFolder {
         }
     }
 
-    /// Waits until reading again brings something new: other objects, or other problems.
+    /// Waits until a reload brings different objects or different problems.
     pub async fn next(&mut self, watch: &mut Watch) -> Reload {
         loop {
             if self.settling {
@@ -226,8 +229,8 @@ impl ManifestFolder {
         }
     }
 
-    /// Compares what is there with what was read, and reads what has settled; the folders that have
-    /// nothing in them any more.
+    /// Compares the files that exist with those that were read, and reads the settled ones. Collects removed
+    /// files in `changes`. Returns an error for each folder that has no manifests any more.
     fn read_settled(&mut self, found: &Scan, changes: &mut Vec<Change>) -> Vec<ManifestError> {
         let now = Instant::now();
         let quiet = now.duration_since(self.last_scan.1) >= self.settle;
@@ -266,7 +269,7 @@ impl ManifestFolder {
             };
             let writers = has_writers(&self.dir.join(name)).ok();
             if writers == Some(true) {
-                // That it is closed is reported.
+                // The watch reports when the file is closed.
                 if now.duration_since(since) >= self.settle * LONG_SETTLE_FACTOR {
                     file.latest = Some(Err(open_for_writing(name)));
                 }
@@ -280,7 +283,7 @@ impl ManifestFolder {
                 self.settling = true;
                 continue;
             }
-            // Written to while it was read: what was read may be half of each.
+            // The file was written while it was read, so the text may be half old and half new.
             if fs::metadata(self.dir.join(name))
                 .ok()
                 .as_ref()
@@ -290,7 +293,8 @@ impl ManifestFolder {
                 self.settling = true;
                 continue;
             }
-            // What could not be read is tried again at every look: that may pass without a change.
+            // A failed read is repeated at every reload, since the cause may pass without a change of the
+            // file.
             if latest.is_ok() {
                 file.stamp = Some(stamp);
                 file.observed = None;
@@ -299,7 +303,7 @@ impl ManifestFolder {
         }
         let mut emptied = BTreeSet::new();
         for name in gone {
-            // One that was new and went before it was read says nothing.
+            // A file that went before it was read removes nothing.
             let held = self.files.get(&name).is_some_and(FileState::was_read);
             if let Some(folder) = found.emptied(&name).filter(|_| held) {
                 emptied.insert(at(&self.dir, folder));
@@ -316,7 +320,7 @@ impl ManifestFolder {
             }
         }
         let told = |folder: &Path| {
-            // Without the whole folder nothing can be read: that is no word either.
+            // If the top folder is removed nothing can be read, so that does not confirm it either.
             let or = if folder == self.dir {
                 ""
             } else {
@@ -333,10 +337,10 @@ impl ManifestFolder {
             .collect()
     }
 
-    /// Makes what is right the state that holds, and says of the rest why it is not.
+    /// Puts valid content into effect, and returns why the rest is not.
     ///
-    /// An object that would be there twice is nobody's fault alone (it may be on its way from one
-    /// file to another): of the files that have it, those that changed stay as they were.
+    /// If two files have the same object, neither is at fault alone: the object may be moving from one to the
+    /// other. Those of the two that have changed keep their old content.
     fn accept_valid(&mut self, changes: &mut Vec<Change>) -> Vec<ManifestError> {
         let mut held: BTreeMap<PathBuf, ManifestError> = BTreeMap::new();
         for (name, file) in &self.files {
@@ -370,7 +374,7 @@ impl ManifestFolder {
         held.into_values().collect()
     }
 
-    /// Collects what is passed over; whether that is another than before.
+    /// Updates the warnings. Returns true if they have changed.
     fn update_warnings(&mut self) -> bool {
         let of_files = self.files.values().flat_map(|file| &file.accepted.warnings);
         let warnings = self.notes.iter().chain(of_files).cloned().collect();
@@ -378,28 +382,29 @@ impl ManifestFolder {
     }
 }
 
-/// What files say that is another than what holds.
+/// Returns the content of each file that is not in effect yet.
 fn pending(files: &BTreeMap<PathBuf, FileState>) -> BTreeMap<&PathBuf, &Parsed> {
     let of = |(name, file)| Some((name, &**FileState::pending(file)?));
     files.iter().filter_map(of).collect()
 }
 
-/// As [`read`], and refuses a file of which more may come.
+/// Reads a file as [`read`] does, and refuses one that is open for writing.
 fn read_closed(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
     match has_writers(&dir.join(name)) {
         Ok(true) => Err(open_for_writing(name)),
-        // What keeps us from asking keeps us from reading too, or says nothing about the file.
+        // If asking fails because the file is not accessible, the read fails too; other failures say nothing
+        // about the file.
         Ok(false) | Err(_) => read(dir, name),
     }
 }
 
-/// Whether a file may lack objects that it had, after it was left alone for so long. `writers`: whether
-/// it is open for writing, if that can be told.
+/// Returns true if objects that are missing in a file count as removed after it has not changed for `still`.
+/// `writers`: true if the file is open for writing, `None` if that is not known.
 fn may_count_as_removed(writers: Option<bool>, still: Duration, settle: Duration) -> bool {
     writers == Some(false) || still >= settle * LONG_SETTLE_FACTOR
 }
 
-/// What to say of a file that was renamed to what is not read.
+/// Describes a file that was renamed to an ending that is not read.
 fn describe_renamed(name: &Path, now: &Path, said: &Parsed) -> String {
     let objects = said.items.iter().map(|item| {
         let (kind, key) = item.identity();
