@@ -306,7 +306,11 @@ impl Agent {
 
     /// Returns the path of its admin socket.
     pub fn socket(&self) -> PathBuf {
-        self.setup.run_dir.join(&self.setup.node).join("admin.sock")
+        let Setup { run_dir, node, .. } = &self.setup;
+        match self.setup.halves {
+            "proxy" => run_dir.join(format!("{node}.proxy.sock")),
+            _ => run_dir.join(node).join("admin.sock"),
+        }
     }
 
     /// Removes all that it left. It must not run.

@@ -19,6 +19,9 @@ pub(crate) struct Options {
     /// Leaves everything running to look at, until Ctrl-C.
     #[arg(long)]
     keep: bool,
+    /// Runs the halves of each agent in processes of their own.
+    #[arg(long)]
+    halves: bool,
     /// Uses the agent as it is shipped.
     #[arg(long)]
     release: bool,
@@ -40,6 +43,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let binary = |name| build::binary(name, options.release);
     let mut demo = Command::new(binary("demo"));
     demo.args(options.keep.then_some("--keep"))
+        .args(options.halves.then_some("--halves"))
         .env("DATAPLANE_BIN", binary("dataplane"))
         .env("DATAPLANE_TEST_APP", binary("dataplane-test-app"));
     // It replaces this process: a signal to the chore ends the demo, which then cleans up.

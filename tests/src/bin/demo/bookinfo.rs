@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use dataplane_tests::{Agent, Node, Pod, Wire, World, within};
+use dataplane_tests::{Node, Pod, Wire, World, within};
 
+use crate::agents::NodeAgent;
 use crate::kubelet::{self, Object, Running};
 
 /// The manifests that the demo begins with.
@@ -45,8 +46,8 @@ pub(crate) const UP: usize = 9;
 
 /// Everything that runs. Fields are dropped in this order.
 pub(crate) struct Mesh {
-    pub(crate) one: Agent,
-    pub(crate) two: Agent,
+    pub(crate) one: NodeAgent,
+    pub(crate) two: NodeAgent,
     pub(crate) pods: Vec<Running>,
     pub(crate) nodes: BTreeMap<&'static str, Node>,
     pub(crate) deployments: Vec<Object>,
@@ -54,8 +55,8 @@ pub(crate) struct Mesh {
 }
 
 impl Mesh {
-    /// Creates nodes and pods, and starts both agents.
-    pub(crate) fn start() -> Self {
+    /// Creates nodes and pods, and starts both agents, with `halves` each as two processes.
+    pub(crate) fn start(halves: bool) -> Self {
         let started = Instant::now();
         println!("two nodes, with a wire between them");
         let world = World::named(WORLD);
@@ -85,8 +86,10 @@ impl Mesh {
             .iter()
             .map(|object| kubelet::run(&world, &nodes, object, "x2x4q", || ()));
         let pods: Vec<Running> = pods.collect();
-        println!("an agent on each node");
-        let agents = (world.agent(&nodes["one"]), world.agent(&nodes["two"]));
+        let shape = if halves { ", in two halves" } else { "" };
+        println!("an agent on each node{shape}");
+        let start = |node| NodeAgent::start(&world, &nodes[node], halves);
+        let agents = (start("one"), start("two"));
         let mesh = Self {
             one: agents.0,
             two: agents.1,
@@ -108,7 +111,7 @@ impl Mesh {
 
     /// Returns the number of pods of both nodes in a state.
     pub(crate) fn states(&self, state: &str) -> usize {
-        let of = |agent: &Agent| {
+        let of = |agent: &NodeAgent| {
             let status = agent.status().unwrap_or_default();
             let pods = status["pods"].as_array().cloned().unwrap_or_default();
             pods.iter().filter(|pod| pod["state"] == state).count()
@@ -166,13 +169,16 @@ impl Mesh {
         let bin = bin.display();
         let gateway = self.pod("istio-ingress", "gateway");
         let sleep = self.pod("frontend", "sleep");
+        let (mut logs, admin) = self.one.paths();
+        logs.extend(self.two.paths().0);
+        let logs = logs.join(" ");
         println!(
             "\nIt stays until Ctrl-C. To look around, in another shell:
 
   {bin} status --run-dir {folder}/run --node one
-  curl --unix-socket {folder}/run/one/admin.sock http://x/config_dump
-  curl --unix-socket {folder}/run/one/admin.sock http://x/metrics
-  tail -f {folder}/one.log {folder}/two.log
+  curl --unix-socket {admin} http://x/config_dump
+  curl --unix-socket {admin} http://x/metrics
+  tail -f {logs}
   ls {folder}/manifests        edit or add files: they take effect within a second
   ip netns                     the nodes and pods
 
@@ -183,7 +189,7 @@ not the pod's, and not captured. Two of them, the ingress gateway and frontend's
   sleeper() {{ sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net=/run/netns/{} \"$@\"' - \"$@\"; }}
   gateway curl -s http://10.96.0.10:9080/productpage     # names are in {folder}/hosts
   sleeper curl -s http://10.96.0.10:9080/productpage     # the same, and as policy has it
-  grep -h error= {folder}/one.log {folder}/two.log | tail",
+  grep -h error= {logs} | tail",
             gateway.cgroup.folder.display(),
             gateway.netns.name,
             sleep.cgroup.folder.display(),

@@ -3,6 +3,7 @@
 
 #![allow(missing_docs, reason = "a program")]
 
+mod agents;
 mod bookinfo;
 mod kubelet;
 mod only;
@@ -18,14 +19,17 @@ use nix::sys::signal::{SigSet, Signal};
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
-    let keep = match std::env::args().nth(1).as_deref() {
-        None => false,
-        Some("--keep") => true,
-        Some(_) => {
-            eprintln!("usage: demo [--keep]");
-            return ExitCode::from(2);
+    let (mut keep, mut halves) = (false, false);
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--keep" => keep = true,
+            "--halves" => halves = true,
+            _ => {
+                eprintln!("usage: demo [--keep] [--halves]");
+                return ExitCode::from(2);
+            }
         }
-    };
+    }
     let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
     signals.thread_block().expect("signals can be blocked");
     std::thread::spawn(move || {
@@ -41,7 +45,7 @@ fn main() -> ExitCode {
         }
     };
     let mut table = table::Table::default();
-    let mesh = bookinfo::Mesh::start();
+    let mesh = bookinfo::Mesh::start(halves);
     steps::walk(&mesh, &mut table);
     if interrupted() {
         println!("\ninterrupted, taking everything away");

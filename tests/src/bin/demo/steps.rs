@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use dataplane_tests::{Agent, Pod, within};
+use dataplane_tests::{Pod, within};
 
+use crate::agents::NodeAgent;
 use crate::bookinfo::{ENROLLED, Mesh, UNMESHED, UP};
 use crate::interrupted;
 use crate::kubelet;
@@ -351,7 +352,7 @@ fn scaled(mesh: &Mesh, table: &mut Table) {
     mesh.world
         .manifests
         .remove_pod("frontend", &second.pod.name);
-    let known = |agent: &Agent| agent.get("/config_dump").contains(&second.pod.name);
+    let known = |agent: &NodeAgent| agent.knows(&second.pod.name);
     within(10, || {
         !known(&mesh.one) && !known(&mesh.two) && mesh.states("up") == UP
     });
