@@ -1,9 +1,9 @@
 //! The embedded CA: issues certificates to the pods of all nodes that share a state folder.
 //!
-//! `<state>/ca/root.pem` is the root that everybody trusts, `<state>/ca/key.pem` its key (0600).
-//! They are made once, by the node that comes first, and are never replaced: others may trust the
-//! root already. The folder appears whole, by one rename, so a half of it is never what an
-//! interrupted start has left: it is a loss, and the agent refuses to start.
+//! `<state>/ca/root.pem` is the root that everybody trusts, `<state>/ca/key.pem` its key (0600). The first
+//! node makes them, once; they are never replaced, since others may trust the root already. The folder appears
+//! whole, by one rename. So if one file is missing, an interrupted start is not the cause: it was lost, and
+//! the agent refuses to start.
 
 use std::fs::{self, DirBuilder, DirEntry, File, Metadata, OpenOptions};
 use std::io::{self, Write};
@@ -28,16 +28,17 @@ use super::ownership;
 use crate::mesh::Identity;
 use crate::proxy::identity::{IdentityError, Issued, Issuer, sha256};
 
-/// How long the root lives.
+/// Lifetime of the root.
 const ROOT_LIFE: time::Duration = time::Duration::days(3650);
-/// Clocks of nodes may differ by this much.
+/// Allowed difference between the clocks of nodes.
 const SKEW: time::Duration = time::Duration::minutes(2);
-/// A certificate that lives shorter is not renewed in time.
+/// Shortest certificate lifetime; a shorter one is not renewed in time.
 const MIN_TTL: Duration = Duration::from_secs(10);
-/// A root that ends sooner is told of.
+/// The agent warns of a root that ends within this time.
 const EXPIRY_WARNING: time::Duration = time::Duration::days(30);
-/// What the name begins with of a folder in which a CA is made, and how long that may take.
+/// Prefix of the name of a folder in which a CA is being made.
 const TEMP_PREFIX: &str = ".ca-";
+/// Longest time that making a CA takes.
 const CREATION_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Why the CA cannot be opened.
@@ -46,9 +47,9 @@ pub enum CaError {
     /// A file or folder cannot be read or written.
     #[error("{path}: {error}")]
     File {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// What is wrong.
+        /// The error.
         error: io::Error,
     },
     /// Others could read the key.
@@ -58,29 +59,29 @@ pub enum CaError {
     Open {
         /// The key.
         path: PathBuf,
-        /// What is wrong, and how to mend it.
+        /// The fault, and how to mend it.
         what: String,
     },
-    /// One of the two files is there and the other is not.
+    /// One of the two files is missing.
     #[error(
         "{missing} is missing, and {there} is there: bring it back, or, for a new CA, uninstall all nodes and remove {folder}"
     )]
     Half {
-        /// What is not there.
+        /// The missing file.
         missing: PathBuf,
-        /// What is.
+        /// The other file.
         there: PathBuf,
-        /// What holds both.
+        /// The folder of both.
         folder: PathBuf,
     },
-    /// The folder has something in it, and neither of the two files.
+    /// The folder has neither of the two files, and is not empty.
     #[error(
         "{folder}: has neither root.pem nor key.pem, and {other} is there: bring them back, or, for a new CA, uninstall all nodes and remove the folder"
     )]
     Other {
         /// The folder.
         folder: PathBuf,
-        /// What is in it.
+        /// An entry of the folder.
         other: PathBuf,
     },
     /// The root is another mesh's.
@@ -88,9 +89,9 @@ pub enum CaError {
     TrustDomain {
         /// The root.
         path: PathBuf,
-        /// What it says.
+        /// The trust domain in the root.
         found: String,
-        /// What is configured.
+        /// The configured trust domain.
         wanted: String,
     },
     /// The root is not valid now.
@@ -98,27 +99,27 @@ pub enum CaError {
     Expired {
         /// The root.
         path: PathBuf,
-        /// When its life begins.
+        /// Start of its validity.
         from: String,
-        /// When its life ends.
+        /// End of its validity.
         until: String,
-        /// What this machine's clock says.
+        /// The time by this machine's clock.
         now: String,
     },
     /// Certificates could not be renewed before they end.
     #[error("--secret-ttl: {0:?} is too short, {MIN_TTL:?} is the least")]
     Ttl(Duration),
-    /// A file is not what it should be.
+    /// The content of a file is wrong.
     #[error("{path}: {why}")]
     Wrong {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The fault.
         why: String,
     },
 }
 
-/// The CA.
+/// The embedded CA.
 pub struct EmbeddedCa {
     trust_domain: String,
     signer: Signer<'static, KeyPair>,
@@ -127,22 +128,22 @@ pub struct EmbeddedCa {
     ttl: Duration,
 }
 
-/// When the root ends, and all other certificates with it.
+/// The end of the root's validity, with which all other certificates end.
 #[derive(Clone, Debug)]
 pub struct RootEnd {
     path: PathBuf,
     at: OffsetDateTime,
-    /// How long before it is told.
+    /// Time before the end from which on it is reported.
     soon: time::Duration,
 }
 
 impl RootEnd {
-    /// In Unix time, in seconds.
+    /// Returns the end, in Unix time in seconds.
     pub fn unix(&self) -> i64 {
         self.at.unix_timestamp()
     }
 
-    /// What is wrong with it, if it ends soon or has ended.
+    /// Returns a message if the root ends soon or has ended.
     pub fn problem(&self) -> Option<String> {
         self.problem_at(OffsetDateTime::now_utc())
     }
@@ -169,8 +170,8 @@ impl std::fmt::Debug for EmbeddedCa {
 }
 
 impl EmbeddedCa {
-    /// Opens the CA of a state folder, or makes it where there is none. Certificates live for `ttl`,
-    /// and no longer than the root.
+    /// Opens the CA of a state folder; makes it if there is none. Certificates live for `ttl`, but no longer
+    /// than the root.
     ///
     /// # Errors
     /// See [`CaError`].
@@ -178,11 +179,11 @@ impl EmbeddedCa {
         Self::open_after(&|| Ok(()), state, trust_domain, ttl)
     }
 
-    /// The same, where whoever finds a CA is to find something else as well: `first` makes that once the CA
-    /// is whole on the disk, and before anybody sees it.
+    /// Like [`Self::open`], and calls `first` before a new CA can be seen by others, once it is on the disk.
+    /// Whoever finds the CA also finds what `first` makes.
     ///
     /// # Errors
-    /// See [`CaError`], and those of `first`.
+    /// See [`CaError`]; `first` fails.
     pub fn open_after(
         first: &dyn Fn() -> Result<(), CaError>,
         state: &Path,
@@ -200,7 +201,7 @@ impl EmbeddedCa {
                 make(&folder, trust_domain, first)?;
                 read_both(&root_path, &key_path)?
             }
-            // Another node may have made it between the two looks.
+            // Another node may have made it between the two reads.
             _ => read_both(&root_path, &key_path)?,
         };
         let half = |missing: &Path, there: &Path| CaError::Half {
@@ -263,12 +264,12 @@ impl EmbeddedCa {
         })
     }
 
-    /// When its root ends.
+    /// Returns the end of its root.
     pub fn root_end(&self) -> &RootEnd {
         &self.root_end
     }
 
-    /// The fingerprint of its root, by SHA-256.
+    /// Returns the SHA-256 fingerprint of its root.
     pub fn fingerprint(&self) -> String {
         sha256(&self.root)
     }
@@ -291,7 +292,7 @@ impl EmbeddedCa {
         leaf.distinguished_name = rcgen::DistinguishedName::new();
         leaf.not_before = now - SKEW;
         leaf.not_after = root_ends.min(now + self.ttl);
-        // Critical, since there is no subject besides (RFC 5280, 4.2.1.6); rcgen sees to it.
+        // The extension is critical since there is no subject (RFC 5280, 4.2.1.6); rcgen marks it so.
         let uri = identity.to_string().try_into().map_err(signing)?;
         leaf.subject_alt_names = vec![SanType::URI(uri)];
         leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -315,7 +316,7 @@ impl Issuer for EmbeddedCa {
     }
 }
 
-/// Where the root is.
+/// Returns the path of the root.
 pub fn root_of(state: &Path) -> PathBuf {
     state.join("ca/root.pem")
 }
@@ -324,10 +325,10 @@ fn key_of(state: &Path) -> PathBuf {
     state.join("ca/key.pem")
 }
 
-/// Whether a state has a CA, or a part of one.
+/// Returns `true` if a state has a CA, or a part of one.
 ///
 /// # Errors
-/// It cannot be looked at.
+/// A file's metadata cannot be read.
 pub fn is_there(state: &Path) -> io::Result<bool> {
     for path in [root_of(state), key_of(state)] {
         match fs::symlink_metadata(path) {
@@ -338,16 +339,16 @@ pub fn is_there(state: &Path) -> io::Result<bool> {
     Ok(false)
 }
 
-/// The fingerprint of the root that is in a file, by SHA-256.
+/// Returns the SHA-256 fingerprint of the root in a file.
 ///
 /// # Errors
-/// It cannot be read.
+/// The file cannot be read, or has no certificate.
 pub fn fingerprint_of(root: &Path) -> io::Result<String> {
     let root = CertificateDer::from_pem_slice(&fs::read(root)?).map_err(io::Error::other)?;
     Ok(sha256(&root))
 }
 
-/// The root and its key, each if it is there.
+/// The root and its key; `None` if a file is missing.
 type RootAndKey = (Option<String>, Option<Zeroizing<String>>);
 
 fn read_both(root: &Path, key: &Path) -> Result<RootAndKey, CaError> {
@@ -363,7 +364,7 @@ fn read_both(root: &Path, key: &Path) -> Result<RootAndKey, CaError> {
     Ok((root_pem, key_pem.map(Zeroizing::new)))
 }
 
-/// Who else than root and this user could read or replace a key.
+/// Returns a message if others than root and this user could read or replace a key.
 fn exposed(owner: u32, mode: u32, own: u32) -> Option<String> {
     ownership::fault((owner, mode & 0o777), own, (0o077, "chmod 600"))
 }
@@ -390,8 +391,8 @@ fn of_file(path: &Path) -> impl Fn(io::Error) -> CaError + use<> {
     }
 }
 
-/// Makes a CA in a folder that is empty or not there. Of nodes that do so at once one is first, and
-/// the others find its CA.
+/// Makes a CA in a folder that is empty or missing. If several nodes do so at once, one is first, and the
+/// others find its CA.
 fn make(
     folder: &Path,
     trust_domain: &str,
@@ -419,7 +420,7 @@ fn make(
             tracing::info!(folder = %folder.display(), trust_domain, "made a new root certificate");
             Ok(())
         }
-        // A folder that has something in it is not renamed over: another node was first.
+        // A folder that is not empty cannot be renamed over: another node was first.
         Err(error) if is_taken(&error) => Ok(()),
         Err(error) => Err(of_file(folder)(error)),
     });
@@ -427,8 +428,8 @@ fn make(
     made
 }
 
-/// Removes what starts that were interrupted have left: keys of CAs that nobody has seen. One that is new
-/// may be another node's that starts just now. What cannot be removed is told.
+/// Removes what interrupted starts have left: keys of CAs that nobody has seen. A new one may belong to a node
+/// that is starting now, and stays. Failures are logged.
 fn clear(state: &Path) {
     let entries = fs::read_dir(state).into_iter().flatten().flatten();
     for entry in entries {
@@ -456,7 +457,7 @@ fn clear(state: &Path) {
     }
 }
 
-/// Whether it is a folder in which nothing has changed for longer than a CA is made.
+/// Returns `true` for a folder that has not changed for longer than it takes to make a CA.
 fn is_abandoned(entry: &DirEntry) -> bool {
     let Ok(found) = entry.metadata() else {
         return false;
@@ -470,7 +471,7 @@ fn is_taken(error: &io::Error) -> bool {
     [AlreadyExists, DirectoryNotEmpty].contains(&error.kind())
 }
 
-/// What is in a folder and is none of the CA's files.
+/// Returns an entry of a folder that is not one of the CA's files.
 fn unknown_entry(folder: &Path) -> io::Result<Option<PathBuf>> {
     let entries = match fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -478,7 +479,7 @@ fn unknown_entry(folder: &Path) -> io::Result<Option<PathBuf>> {
     };
     for entry in entries {
         let name = entry?.file_name();
-        // Another node was first, after we looked.
+        // If the CA's files are here, another node was first, after we looked.
         if name != "root.pem" && name != "key.pem" {
             return Ok(Some(folder.join(name)));
         }
@@ -510,7 +511,7 @@ fn fill(folder: &Path, trust_domain: &str) -> Result<(), CaError> {
     synced.map_err(of_file(folder))
 }
 
-/// Writes a new file, to the disk.
+/// Writes a new file and syncs it to the disk.
 fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
     let write = || {
         let mut options = OpenOptions::new();
@@ -521,7 +522,7 @@ fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
     write().map_err(of_file(path))
 }
 
-/// What a root certificate says.
+/// The fields of a root certificate.
 struct RootContents {
     trust_domain: String,
     public_key: Vec<u8>,

@@ -1,10 +1,10 @@
-//! What is on this machine: network namespaces, their addresses and processes, and which of them is
-//! a pod's.
+//! Finds this node's pods on the machine: network namespaces, their addresses and processes, and which of
+//! them is a pod's.
 //!
-//! What a pod is comes from what it cannot choose: the cgroup that its engine gave it, what it is
-//! captured as already, and what was there when. Its addresses only say which of the namespaces that
-//! are left may be its own. A look that failed is no news: what was found stays found, and nothing is
-//! gone that was not missed by several looks in a row.
+//! A pod is recognised by what it cannot choose: the cgroup that its engine gave it, what it is captured as
+//! already, and which namespaces existed at what time. Addresses only narrow down the namespaces that are
+//! left. A failed look changes nothing: what was found stays found, and a namespace only counts as gone after
+//! several looks in a row have missed it.
 
 mod cgroups;
 mod claims;
@@ -33,10 +33,10 @@ use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::netns::Netns;
 use crate::sys::processes;
 
-/// So many whole looks in a row must miss a namespace until it counts as gone.
+/// Number of whole looks in a row that must miss a namespace until it counts as gone.
 const MISSES_UNTIL_GONE: u32 = 3;
-/// Looks that come sooner after the last miss than this count for nothing: a change of the configuration
-/// or of capture may bring several within a moment. A little less than the time between regular ones.
+/// Shortest time between two misses that count: a change of the configuration or of capture may bring
+/// several looks within a moment. A little less than the time between regular looks.
 const MIN_MISS_INTERVAL: Duration = Duration::from_millis(900);
 
 /// A pod's namespace and cgroups.
@@ -46,35 +46,35 @@ pub struct FoundPod {
     pub netns: Netns,
     /// The namespace's cookie.
     pub cookie: u64,
-    /// The folders of the cgroups that are its alone, with their ids; more may come.
+    /// The folders of its own cgroups, with their ids; more may come.
     pub groups: Vec<(PathBuf, CgroupId)>,
 }
 
-/// Looks for pods.
+/// Finds the network namespaces and cgroups of pods.
 #[derive(Debug)]
 pub struct PodLocator {
-    /// Where cgroup v2 is mounted.
+    /// Mount point of cgroup v2.
     root: PathBuf,
-    /// What holds all pods.
+    /// The cgroup below which all pods are.
     pods: PathBuf,
-    /// What the agent is in.
+    /// The agent's cgroup.
     agent: PathBuf,
-    /// Namespaces that are nobody's pod: the agent's, and that of process 1.
+    /// Inode numbers of namespaces that no pod can have: the agent's, and that of process 1.
     hosts: BTreeSet<u64>,
-    /// How many looks there were.
+    /// Number of looks so far.
     looks: u64,
-    /// In which look each namespace was first seen, by inode numbers.
+    /// Number of the look that first saw each namespace, by inode number.
     since: BTreeMap<u64, u64>,
-    /// Where each pod of this node is, by uid, in the mesh or not.
+    /// The place of each pod of this node, by uid, in the mesh or not.
     locations: BTreeMap<Arc<str>, PodLocation>,
-    /// Pods whose namespace is gone, and the last look that saw it: what was there by then is not what
-    /// came in its place.
+    /// Pods whose namespace is gone, and the last look that saw it: a namespace that was there by then is not
+    /// the one that came in its place.
     lost: BTreeMap<Arc<str>, (SearchKey, u64)>,
-    /// Namespaces of pods that are here or captured, by cookie.
+    /// Namespaces of pods that are located or captured, by cookie.
     sightings: BTreeMap<u64, NamespaceSighting>,
 }
 
-/// Of which pod a namespace was found: another one is looked for anew.
+/// The properties of a pod that its place was found by. If one changes, the pod is looked for again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct SearchKey {
     pod_uid: Arc<str>,
@@ -88,21 +88,21 @@ struct PodLocation {
     netns: Netns,
     cookie: u64,
     groups: Vec<(PathBuf, CgroupId)>,
-    /// Processes outside of these, and when each was first seen there.
+    /// Processes outside of `groups`, and when each was first seen there.
     outside: BTreeMap<u32, Instant>,
 }
 
-/// When a namespace was seen.
+/// When a namespace was seen, and missed.
 #[derive(Debug, Default)]
 struct NamespaceSighting {
     inode: u64,
-    /// The processes that were in it.
+    /// The processes that were in it when it was last seen.
     processes: BTreeSet<u32>,
-    /// How many looks in a row have missed it since.
+    /// Number of looks in a row that have missed it since.
     misses: u32,
-    /// When the last of them did.
+    /// Time of the last miss that counted.
     missed: Option<Instant>,
-    /// The last look that saw it.
+    /// Number of the last look that saw it.
     last: u64,
 }
 
@@ -111,14 +111,14 @@ struct NamespaceSighting {
 pub enum NotFound {
     /// It does not run yet.
     NotYet(String),
-    /// Nothing on this machine has what it should have: it does not run here, or is said to be another.
+    /// Nothing on this machine matches it: it does not run here, or its manifest is wrong.
     Nowhere(String),
-    /// It may be here, and cannot be told from others, or not be looked at.
+    /// It may be here, but cannot be told from others, or not be inspected.
     Doubtful(String),
 }
 
 impl NotFound {
-    /// For people.
+    /// Returns the reason, for people.
     pub fn why(&self) -> &str {
         match self {
             Self::NotYet(why) | Self::Nowhere(why) | Self::Doubtful(why) => why,
@@ -126,35 +126,35 @@ impl NotFound {
     }
 }
 
-/// What a look brought.
+/// The result of a look.
 #[derive(Clone, Debug, Default)]
 pub struct Scan {
     /// The pods that were found, by uid.
     pub found: BTreeMap<Arc<str>, FoundPod>,
-    /// Those that were not, and why.
+    /// The pods that were not found, and why.
     pub waiting: BTreeMap<Arc<str>, NotFound>,
     /// Cookies of the namespaces of pods that are gone.
     pub gone: BTreeSet<u64>,
-    /// Processes of a pod's namespace that are outside of its cgroups.
+    /// Processes of a pod's namespace that are outside of its cgroups, by the pod's uid.
     pub outside: BTreeMap<Arc<str>, OutsideProcesses>,
-    /// Why the machine could not be looked at; what was found before holds.
+    /// The reason why the look failed; what was found before holds.
     pub failed: Option<String>,
 }
 
-/// How many processes of a pod's namespace are outside of its cgroups, and were so in the look before.
+/// Number of processes of a pod's namespace that have been outside of its cgroups for some time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OutsideProcesses {
     /// All of them.
     pub processes: usize,
-    /// Those that are outside of the pods' cgroup too: what they send is not captured.
+    /// Those that are outside of all pods' cgroup too: their traffic is not captured.
     pub in_clear: usize,
 }
 
 impl PodLocator {
-    /// Of pods below a cgroup.
+    /// Creates a locator of the pods below the cgroup `pods`.
     ///
     /// # Errors
-    /// The cgroup is not there, or not of version 2; `/proc` is not there.
+    /// The cgroup does not exist, or is not of version 2; `/proc` cannot be read.
     pub fn new(pods: &Path) -> io::Result<Self> {
         let root = cgroup::root()?;
         let pods = fs::canonicalize(pods)?;
@@ -172,7 +172,7 @@ impl PodLocator {
         })
     }
 
-    /// Looks for the pods of this node. `captured` is what capture has of them.
+    /// Looks for the pods of this node. `captured` are the pods that are captured now.
     pub fn scan(&mut self, pods: &[LocalPodSpec], captured: &Status) -> Scan {
         let now = Instant::now();
         let failed = match processes::namespaces() {
@@ -204,7 +204,7 @@ impl PodLocator {
         scan
     }
 
-    /// Notes which namespaces are there.
+    /// Records which namespaces this look saw, and which it missed.
     fn record_sightings(&mut self, snapshot: &MachineSnapshot, captured: &Status, now: Instant) {
         let looks = self.looks;
         self.since
@@ -250,7 +250,7 @@ impl PodLocator {
         }
     }
 
-    /// Forgets where pods are that are others now, or whose namespace is gone.
+    /// Forgets the places of pods that have changed, or whose namespace is gone.
     fn forget_stale_locations(&mut self, pods: &[LocalPodSpec]) {
         let keys: BTreeMap<&Arc<str>, SearchKey> = pods
             .iter()
@@ -280,8 +280,8 @@ impl PodLocator {
         gone.map(|(cookie, _)| *cookie).collect()
     }
 
-    /// The longest time until the next look, after one that brought this. `is_watching`: whether changes of
-    /// cgroups are told.
+    /// Returns the longest time until the next look, after one with this result. `is_watching`: the kernel
+    /// reports changes of cgroups.
     fn max_interval(&self, scan: &Scan, is_watching: bool, now: Instant) -> Duration {
         let is_missed =
             |sighting: &NamespaceSighting| (1..MISSES_UNTIL_GONE).contains(&sighting.misses);
@@ -357,7 +357,7 @@ impl PodLocation {
     }
 }
 
-/// Whether a path names the namespace, or cannot be asked.
+/// Returns `true` if a path names the namespace, or cannot be inspected.
 fn may_be_at(path: &Path, inode: u64) -> bool {
     match fs::metadata(path) {
         Ok(of) => of.ino() == inode,
@@ -384,7 +384,7 @@ mod tests {
         }
     }
 
-    /// Looks a second later, and sees the processes of namespace 1, or none of it.
+    /// Looks a second later. The look sees these processes in namespace 1, or nothing of it if there are none.
     fn scan(machine: &mut PodLocator, processes: &[u32], hidden: &[u32]) -> BTreeSet<u64> {
         let last = machine
             .sightings
@@ -445,7 +445,7 @@ mod tests {
             }
             assert_eq!(scan(&mut machine, &[], &[]), [7].into());
         }
-        // Its process is there, and may not be looked at any more.
+        // Its process still runs, but may not be inspected any more.
         scan(&mut machine, &[100], &[]);
         for _ in 0..=MISSES_UNTIL_GONE {
             assert_eq!(scan(&mut machine, &[], &[100]), [].into());

@@ -1,4 +1,4 @@
-//! Kubernetes objects as they are read: one file's text → typed objects; all files' → [`Objects`].
+//! Kubernetes objects: parses a file's text into typed objects, and holds all files' objects ([`Objects`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -29,42 +29,42 @@ pub struct Key {
     pub name: Arc<str>,
 }
 
-/// What may be there only once: a kind and a key.
+/// A kind and a key. Only one object may have both.
 pub type Identity = (&'static str, Key);
 
-/// `metadata`, as far as it matters.
+/// The fields of `metadata` that are used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Meta {
     /// Namespace and name.
     pub key: Key,
-    /// What tells it from an earlier object of its name; empty if the manifest has none.
+    /// The uid, which differs from that of an earlier object of the same name; empty if the manifest has none.
     pub uid: Arc<str>,
     /// Labels.
     pub labels: BTreeMap<String, String>,
     /// Annotations.
     pub annotations: BTreeMap<String, String>,
-    /// When it was created, as the manifest says it.
+    /// `creationTimestamp`, if the manifest has one.
     pub created: Option<OffsetDateTime>,
-    /// Whether it is being deleted.
+    /// `true` if it is being deleted.
     pub deleting: bool,
-    /// What its name was made from.
+    /// `generateName`, the prefix of a generated name.
     pub generate_name: Option<String>,
-    /// What controls it: kind and name.
+    /// Kind and name of the owner that controls it.
     pub controller: Option<(String, String)>,
 }
 
-/// An object with its metadata; both are the file's that has it.
+/// An object with its metadata. Both are shared with the file that holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resource<T> {
-    /// Its metadata.
+    /// The metadata.
     pub meta: Arc<Meta>,
-    /// What it says.
+    /// The fields of its kind.
     pub body: Arc<T>,
-    /// Its age among all: oldest wins where only one may.
+    /// The age that decides between objects where only one may apply: the oldest wins.
     pub age: Age,
 }
 
-/// Objects of one kind. A copy shares what is in it.
+/// Objects of one kind. Copies share their content.
 pub type ByKey<T> = OrdMap<Key, Arc<Resource<T>>>;
 
 /// All objects of a folder.
@@ -84,21 +84,21 @@ pub struct Objects {
     pub endpoint_slices: ByKey<EndpointSlice>,
     /// L4 (and L7) policies.
     pub authorization_policies: ByKey<AuthorizationPolicy>,
-    /// Who has to come with an identity.
+    /// PeerAuthentications.
     pub peer_authentications: ByKey<PeerAuthentication>,
     /// Gateways, among them waypoints.
     pub gateways: ByKey<Gateway>,
-    /// HTTP routes; only noted.
+    /// HTTP routes, without their content.
     pub http_routes: ByKey<()>,
-    /// What was passed over, and why.
+    /// Warnings about objects that are not read.
     pub warnings: Vec<String>,
 }
 
 impl Objects {
-    /// The objects of one file's text; of those without a creation timestamp the first is the oldest.
+    /// Parses one file's text. Of the objects without a creation timestamp the first counts as the oldest.
     ///
     /// # Errors
-    /// The text, or an object in it, is not right.
+    /// The text is not valid, or an object in it is not.
     pub fn parse(file: &Path, text: &str) -> Result<Self, ManifestError> {
         let parsed = parse(file, text)?;
         let mut objects = Self {
@@ -115,7 +115,7 @@ impl Objects {
         Ok(objects)
     }
 
-    /// The labels of a namespace; none if it has no object.
+    /// Returns the value of a namespace's label; `None` if the namespace has no object.
     pub fn namespace_label(&self, namespace: &str, label: &str) -> Option<&str> {
         let key = Key {
             namespace: "".into(),
@@ -129,8 +129,8 @@ impl Objects {
             .map(String::as_str)
     }
 
-    /// What the pods and services of a namespace depend on, where no endpoint is written by hand: its own
-    /// objects, the policies of the mesh's `root` namespace, and what is the whole cluster's.
+    /// Returns what the pods and services of a namespace depend on, as long as no endpoint is written by hand:
+    /// its own objects, the policies of the mesh's `root` namespace, and the cluster-wide objects.
     pub(crate) fn of_namespace(&self, namespace: &Arc<str>, root: &str) -> Self {
         let root: Arc<str> = root.into();
         let labels = |of: &Arc<str>| {
@@ -156,7 +156,7 @@ impl Objects {
         }
     }
 
-    /// The namespaces of all objects, and those that are objects themselves.
+    /// Returns the namespaces that have an object, or that objects are in.
     pub(crate) fn all_namespaces(&self) -> BTreeSet<Arc<str>> {
         let own = self.namespaces.keys().map(|key| &key.name);
         let pods = self.pods.keys().chain(self.services.keys());
@@ -205,7 +205,7 @@ impl Objects {
     }
 }
 
-/// Those in one namespace, in the order of their names.
+/// Returns the objects in one namespace, in the order of their names.
 pub(crate) fn all_in<'a, T>(
     all: &'a ByKey<T>,
     namespace: &str,
@@ -225,7 +225,7 @@ fn within<'a, T>(all: &ByKey<T>, namespaces: impl IntoIterator<Item = &'a Arc<st
     all.map(|(key, of)| (key.clone(), Arc::clone(of))).collect()
 }
 
-/// One object of a file. A copy shares what is in it.
+/// One object of a file. Copies share its content.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Item {
     pub(crate) line: u64,
@@ -247,14 +247,14 @@ pub(crate) enum Body {
     Gateway(Arc<Gateway>),
 }
 
-/// What a file says.
+/// The content of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Parsed {
     pub(crate) items: Vec<Item>,
     pub(crate) warnings: Vec<String>,
-    /// What is not read.
+    /// The objects of kinds that are not read.
     passed_over: Vec<PassedOver>,
-    /// Whether an empty List says that nothing is meant.
+    /// `true` if an empty List says that the file is empty on purpose.
     nothing: bool,
 }
 
@@ -264,12 +264,12 @@ struct PassedOver {
     line: u64,
     api_version: String,
     kind: String,
-    /// What it would be known by; of an object of the whole cluster as if it were of the default namespace.
+    /// Namespace and name. A cluster-wide object counts as one of the default namespace.
     key: Key,
 }
 
 impl Parsed {
-    /// Whether each object of the other is one of these.
+    /// Returns `true` if `self` has all objects of `other`, by kind and key.
     pub(crate) fn has_all_of(&self, other: &Self) -> bool {
         other.items.iter().all(|item| self.has(item))
     }
@@ -280,12 +280,12 @@ impl Parsed {
             .any(|own| own.identity() == item.identity())
     }
 
-    /// Whether what is read here may take the place of what the file said before. An object that is not
-    /// read and has come in the place of one that was, by its name or as all that is left, is no word that
-    /// the old one shall go: it is what a slip in a kind or a group does.
+    /// Checks that this content may replace what the file had before. An object that is not read may have come
+    /// in the place of one that was: it has that one's name, or nothing that is read is left. This is no
+    /// request to remove the old one, but what a slip in a kind or a group looks like.
     ///
     /// # Errors
-    /// There is one.
+    /// There is such an object.
     pub(crate) fn may_follow(&self, before: &Self, file: &Path) -> Result<(), ManifestError> {
         let was_there = |new: &&PassedOver| {
             let mut others = before.passed_over.iter();
@@ -322,12 +322,12 @@ impl Parsed {
 }
 
 impl Item {
-    /// What it is known by.
+    /// Returns its kind and key.
     pub(crate) fn identity(&self) -> Identity {
         (self.body.kind(), self.meta.key.clone())
     }
 
-    /// Whether it says what another one says, wherever it says it.
+    /// Returns `true` if it has the same content as `other`; lines do not matter.
     pub(crate) fn says(&self, other: &Self) -> bool {
         self.meta == other.meta && self.body == other.body
     }
@@ -350,12 +350,12 @@ impl Body {
     }
 }
 
-/// One file's text.
+/// Parses one file's text.
 pub(crate) fn parse(file: &Path, text: &str) -> Result<Parsed, ManifestError> {
     let mut parsed = Parsed::default();
     let documents = node::documents(text).map_err(|error| ManifestError::at(file, error))?;
-    // As kubectl has it. It is what a crash or a full disk leaves of a file, and what is commented out may
-    // be a policy; an empty List says that nothing is meant.
+    // kubectl refuses such a file too. A crash or a full disk may have emptied it, and what is commented
+    // out may be a policy. To mean "nothing", a file has an empty List.
     if documents.is_empty() {
         return Err(ManifestError::of_file(
             file,
@@ -378,7 +378,7 @@ pub(crate) fn parse(file: &Path, text: &str) -> Result<Parsed, ManifestError> {
     Ok(parsed)
 }
 
-/// Lists in lists do not occur; the bound only keeps a hostile file from our stack.
+/// Nesting depth of lists. Real ones are not nested; the bound protects our stack from hostile files.
 const LIST_DEPTH: usize = 4;
 
 fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(), NodeError> {
@@ -460,8 +460,8 @@ fn take(file: &Path, node: &Node, depth: usize, parsed: &mut Parsed) -> Result<(
     Ok(())
 }
 
-/// Even an object that is not read has a name, so that one whose kind is half written is not taken
-/// for one of another kind.
+/// Returns the warning for an object that is not read. It must have a name, so that an object with a
+/// half-written kind is not taken for one of another kind.
 fn passed_over(file: &Path, node: &Node, group: &str, kind: &str) -> Result<String, NodeError> {
     let name = node
         .field("metadata")
@@ -485,7 +485,7 @@ fn passed_over(file: &Path, node: &Node, group: &str, kind: &str) -> Result<Stri
 }
 
 impl Meta {
-    /// What an object of a kind that is not read would be known by.
+    /// Returns the namespace and name of an object that is not read.
     fn key(node: &Node) -> Option<Key> {
         let meta = node.field("metadata")?;
         let text = |name| meta.field(name).and_then(Node::text);
@@ -531,7 +531,7 @@ impl Meta {
             (false, "") => "default",
             (false, namespace) => namespace,
         };
-        // Names end up in identities and keys, where a slash would make another one of them.
+        // Names become parts of identities and keys, where a slash would change the meaning.
         if !is_name(&raw.name) {
             return Err(wrong(
                 node,
@@ -572,13 +572,13 @@ impl Meta {
         })
     }
 
-    /// A label's value.
+    /// Returns a label's value.
     pub fn label(&self, name: &str) -> Option<&str> {
         self.labels.get(name).map(String::as_str)
     }
 }
 
-/// A fault that a check found in the field at `path` of the object `node`.
+/// Builds the error for the field at `path` of the object `node`.
 pub(crate) fn wrong(node: &Node, path: &str, what: impl std::fmt::Display) -> NodeError {
     NodeError {
         line: Some(node.line_at(path)),
@@ -587,7 +587,7 @@ pub(crate) fn wrong(node: &Node, path: &str, what: impl std::fmt::Display) -> No
     }
 }
 
-/// DNS subdomain, as Kubernetes wants names.
+/// Returns `true` if `name` is a DNS subdomain, as Kubernetes requires of names.
 pub(crate) fn is_name(name: &str) -> bool {
     !name.is_empty() && name.len() <= 253 && name.split('.').all(is_label_part)
 }
@@ -611,7 +611,7 @@ impl std::fmt::Display for Key {
     }
 }
 
-/// Whether `labels` have everything that `selector` asks for.
+/// Returns `true` if `labels` contain all of `selector`.
 pub(crate) fn selects(
     selector: &BTreeMap<String, String>,
     labels: &BTreeMap<String, String>,

@@ -1,4 +1,4 @@
-//! Objects → store types. Pure: the same objects give the same mesh.
+//! Translates objects into store types. Pure: the same objects give the same mesh.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -19,28 +19,28 @@ use crate::mesh::workload::{
     self, Health, Locality, Ports, Protocol, Services, Workload, WorkloadType,
 };
 
-/// The label that says which network an object's addresses belong to.
+/// The label with the network of an object's addresses.
 const NETWORK_LABEL: &str = "topology.istio.io/network";
 
-/// What the mesh is called, and which node we are.
+/// The mesh's names, and the name of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeshConfig {
     /// The cluster's name.
     pub cluster_id: String,
-    /// What host names end in.
+    /// The domain at the end of host names.
     pub cluster_domain: String,
-    /// The namespace whose policies are for the whole mesh.
+    /// The namespace whose policies apply to the whole mesh.
     pub root_namespace: String,
-    /// Who vouches for its workloads.
+    /// The trust domain of its workloads.
     pub trust_domain: String,
     /// This node's name.
     pub node: String,
-    /// The network of what no label says the network of; empty for the only one.
+    /// The network of objects without a network label; empty if there is only one network.
     pub network: String,
 }
 
 impl MeshConfig {
-    /// A mesh with the usual names, seen from `node`.
+    /// Returns the configuration of a mesh with the usual names, on `node`.
     pub fn of_node(node: impl Into<String>) -> Self {
         Self {
             cluster_id: "Kubernetes".into(),
@@ -53,7 +53,7 @@ impl MeshConfig {
     }
 }
 
-/// One pod, and not an earlier one of its name.
+/// Identifies a pod, and not an earlier one of the same name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PodKey {
     /// Its namespace.
@@ -71,7 +71,7 @@ pub struct LocalPodSpec {
     pub uid: Arc<str>,
     /// The pod's own uid; empty if its manifest has none.
     pub pod_uid: Arc<str>,
-    /// What the kubelet knows it by instead, if it is one of a file of the kubelet's.
+    /// The kubelet's own uid for it instead, if it is a static pod, from a file of the kubelet's.
     pub config_hash: Option<Arc<str>>,
     /// Its namespace.
     pub namespace: Arc<str>,
@@ -79,18 +79,18 @@ pub struct LocalPodSpec {
     pub name: Arc<str>,
     /// Its service account.
     pub service_account: Arc<str>,
-    /// Who vouches for it.
+    /// The trust domain.
     pub trust_domain: Arc<str>,
-    /// Its addresses; none as long as it has none, and once it has ended.
+    /// Its addresses; empty while it has none, and once it has ended.
     pub addresses: Vec<IpAddr>,
-    /// Where its network namespace is, if its manifest says so.
+    /// The path of its network namespace, if its manifest has one.
     pub netns_path: Option<PathBuf>,
-    /// Whether it is to be enrolled.
+    /// Enrol it or not.
     pub wanted: Wanted,
 }
 
 impl LocalPodSpec {
-    /// The uids that the kubelet may have named its cgroup after; none if its manifest has none.
+    /// Returns the uids after which the kubelet may have named its cgroup; none if its manifest has none.
     pub fn cgroup_uids(&self) -> impl Iterator<Item = &str> {
         let uids = [Some(&self.pod_uid), self.config_hash.as_ref()];
         uids.into_iter()
@@ -100,16 +100,16 @@ impl LocalPodSpec {
     }
 }
 
-/// Whether a pod is to be enrolled.
+/// Says if a pod is to be enrolled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wanted {
-    /// It is.
+    /// Enrol it.
     Yes,
-    /// It is not, and why.
+    /// Do not enrol it, for this reason.
     No(Arc<str>),
 }
 
-/// What a set of objects means.
+/// The result of a translation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Translation {
     /// Workloads, by uid.
@@ -118,14 +118,14 @@ pub struct Translation {
     pub services: Vec<Service>,
     /// Policies, by key.
     pub policies: Vec<Policy>,
-    /// The pods of this node.
+    /// The pods of this node, in the mesh or not.
     pub local: Vec<LocalPodSpec>,
-    /// What was written and cannot be carried, and what is done instead.
+    /// Configuration that is not supported, and what happens instead.
     pub problems: Vec<String>,
 }
 
-/// What `objects` mean. `enrolled` stands for Kubernetes' `ambient.istio.io/redirection`; `captured` are
-/// the uids of the workloads that are captured on this node, whoever knows of it.
+/// Translates `objects`. `enrolled` stands for Kubernetes' `ambient.istio.io/redirection`; `captured` are
+/// the uids of the workloads captured on this node, with or without a record.
 pub fn translate(
     objects: &Objects,
     enrolled: &Enrolled,
@@ -135,16 +135,16 @@ pub fn translate(
     translate_part((objects, enrolled, captured), mesh, &MeshContext::default())
 }
 
-/// What there is besides the objects that are translated.
+/// Facts about all objects, for the translation of some of them.
 #[derive(Debug, Default)]
 pub(super) struct MeshContext {
-    /// Networks.
+    /// The networks of workloads.
     pub(super) networks: BTreeSet<Arc<str>>,
-    /// Whether there is a PeerAuthentication.
+    /// `true` if there is a PeerAuthentication.
     pub(super) peer_authentications: bool,
 }
 
-/// As [`translate()`], where the objects are some of those that there are.
+/// Like [`translate()`], for a part of all objects.
 pub(super) fn translate_part(
     (objects, enrolled, captured): (&Objects, &Enrolled, &BTreeSet<Arc<str>>),
     mesh: &MeshConfig,
@@ -163,7 +163,7 @@ pub(super) fn translate_part(
             workloads.push(translator.workload(pod, &policies, &mut problems));
         }
     }
-    // Written by hand for a pod, an endpoint is that pod: it is dialled with its identity.
+    // An endpoint written by hand with a pod's address is that pod, and is dialled with its identity.
     let mut pods_at: HashMap<IpAddr, usize> = HashMap::new();
     for (number, pod) in workloads
         .iter()
@@ -199,7 +199,7 @@ pub(super) fn translate_part(
     }
 }
 
-/// Policies, each with the labels of the pods that it is to be attached to.
+/// Policies, each with the selector of the pods that it is attached to, if it has one.
 type Selected<'a> = Vec<(Policy, Option<&'a BTreeMap<String, String>>)>;
 
 fn policies<'a>(
@@ -234,7 +234,8 @@ struct Translator<'a> {
     trust_domain: Arc<str>,
     cluster_id: Arc<str>,
     network: Arc<str>,
-    /// Services without a selector, by the pods that their slices name.
+    /// For each pod, the services without a selector whose slices name it: the uid that the slice names,
+    /// the service's key, and the endpoint's health.
     named: HashMap<Key, Vec<(&'a str, &'a Key, Health)>>,
 }
 
@@ -308,7 +309,7 @@ impl<'a> Translator<'a> {
             name: pod.meta.key.name.clone(),
             service_account: pod.body.service_account.clone(),
             trust_domain: self.trust_domain.clone(),
-            // Those of one that has ended may be another's by now.
+            // The addresses of a pod that has ended may belong to another by now.
             addresses: match pod.body.ended {
                 true => Vec::new(),
                 false => pod.body.addresses.clone(),
@@ -371,7 +372,7 @@ impl<'a> Translator<'a> {
         }
     }
 
-    /// The keys of the policies that select a pod, and of what PeerAuthentication asks of it.
+    /// Returns the keys of the policies that select a pod, and of its PeerAuthentications' policy.
     fn policies_of(&self, pod: &Resource<Pod>, policies: &Selected<'_>) -> Arc<[Arc<str>]> {
         let here = |policy: &Policy| {
             policy.namespace == pod.meta.key.namespace
@@ -414,7 +415,7 @@ impl<'a> Translator<'a> {
             .collect()
     }
 
-    /// The endpoints that are no pods, and those that are and do not say so.
+    /// Adds the endpoints that name no object: to the pod that has the address, or as a workload of their own.
     fn endpoints(
         &self,
         slice: &Resource<EndpointSlice>,
@@ -502,7 +503,7 @@ impl<'a> Translator<'a> {
         others: &BTreeSet<Arc<str>>,
         problems: &mut Vec<String>,
     ) -> Vec<Service> {
-        // A service's addresses are the cluster's: known in each of its networks.
+        // A service's addresses belong to the cluster, so they are known in each of its networks.
         let networks = workloads.iter().map(|workload| &workload.network);
         let networks = networks.chain([&self.network]).chain(others);
         let networks: BTreeSet<&Arc<str>> = networks.collect();
@@ -571,12 +572,12 @@ impl<'a> Translator<'a> {
         format!("{name}.{namespace}.svc.{}", self.mesh.cluster_domain)
     }
 
-    /// A service's key in the store.
+    /// Returns a service's key in the store.
     fn key(&self, service: &Key) -> Arc<str> {
         format!("{}/{}", service.namespace, self.hostname(service)).into()
     }
 
-    /// The network of an object on a node; its own label says it, or its node's, or the mesh's.
+    /// Returns the network of an object on a node: its own label's, else its node's, else the cluster's.
     fn network_of(&self, own: Option<&Meta>, node: &str) -> Arc<str> {
         let own = own.and_then(|own| own.label(NETWORK_LABEL));
         let network = own.or_else(|| self.node_label(node, NETWORK_LABEL));
@@ -613,7 +614,7 @@ fn service_of<'a>(
     objects.services.get(&key).map(Arc::as_ref)
 }
 
-/// The network of the cluster.
+/// Returns the network of the cluster: the root namespace's label, or the configured one.
 fn network(objects: &Objects, mesh: &MeshConfig) -> Arc<str> {
     let labelled = objects.namespace_label(&mesh.root_namespace, NETWORK_LABEL);
     labelled.unwrap_or(&mesh.network).into()

@@ -1,15 +1,15 @@
-//! Which cgroups are a pod's alone, from where its processes are.
+//! Finds a pod's own cgroups, from where its processes are.
 //!
-//! Container engines and the kubelet give each pod, or each container of it, a cgroup that they name
-//! so; the outermost one of such a name is taken, whichever containers were there first. Where nothing
-//! is named, it is the lowest cgroup that has all processes of the pod and no others. What is the pod's
-//! once stays so until it is removed: more may come.
+//! Container engines and the kubelet give each pod, or each of its containers, a cgroup with a name of a known
+//! form; the outermost cgroup with such a name is taken, whichever containers came first. If no cgroup has such
+//! a name, it is the lowest one that has all processes of the pod and no others. A cgroup that was a pod's once
+//! stays so until it is removed; more may come.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What is asked of the machine.
+/// The facts from which a pod's cgroups are found.
 pub(super) struct CgroupQuery<'a> {
     /// The cgroup that holds all pods.
     pub pods: &'a Path,
@@ -17,7 +17,7 @@ pub(super) struct CgroupQuery<'a> {
     pub agent: &'a Path,
     /// The processes of the pod's namespace.
     pub own: &'a BTreeSet<u32>,
-    /// The processes of the host's.
+    /// The processes of the host's namespaces.
     pub hosts: &'a BTreeSet<u32>,
     /// The processes in a cgroup and below it.
     pub members: &'a dyn Fn(&Path) -> io::Result<Vec<u32>>,
@@ -26,9 +26,9 @@ pub(super) struct CgroupQuery<'a> {
 /// Why a pod has no cgroup yet.
 #[derive(Debug)]
 pub(super) enum CgroupError {
-    /// What is wrong with where its processes are.
+    /// Its processes are in the wrong place, for this reason.
     Wrong(String),
-    /// The machine could not be asked.
+    /// The machine could not be inspected.
     Failed(io::Error),
 }
 
@@ -39,7 +39,7 @@ impl From<io::Error> for CgroupError {
 }
 
 impl CgroupQuery<'_> {
-    /// The cgroups of a pod whose processes are in these; none of them is below another.
+    /// Returns the cgroups of a pod whose processes are in these folders; none of them is below another.
     pub(super) fn of_pod(
         &self,
         processes: &BTreeSet<PathBuf>,
@@ -71,7 +71,7 @@ impl CgroupQuery<'_> {
             .filter(|group| self.agent.starts_with(group))
             .cloned()
             .collect();
-        // What is in the agent's own cgroup is not captured: it would be the agent itself.
+        // A cgroup that has the agent in it is not captured: that would capture the agent itself.
         groups.retain(|group| !self.agent.starts_with(group));
         plain.retain(|group| !self.agent.starts_with(group));
         groups.extend(self.unnamed(plain, groups.is_empty())?);
@@ -100,9 +100,9 @@ impl CgroupQuery<'_> {
         }
     }
 
-    /// Of cgroups that nobody named: the lowest that has them all, if it has nothing else. Otherwise
-    /// those that the pod shares with nobody; with the host, as a shell that went into the pod does,
-    /// only if there is one, and it is all that there is.
+    /// Finds the pod's among cgroups without a known name: the lowest that has them all, if it has no other
+    /// processes. Otherwise those that have no processes of the host. One that has some, such as a shell that
+    /// entered the pod, is taken only if it is the only one and nothing else was found.
     fn unnamed(&self, folders: BTreeSet<PathBuf>, only: bool) -> io::Result<BTreeSet<PathBuf>> {
         let common = folders
             .iter()
@@ -133,14 +133,14 @@ impl CgroupQuery<'_> {
 
     fn all_members(&self, folder: &Path, is: impl Fn(&u32) -> bool) -> io::Result<bool> {
         match (self.members)(folder) {
-            // It went with its last process.
+            // It was removed after its last process ended.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             members => Ok(members?.iter().all(is)),
         }
     }
 }
 
-/// The outermost cgroup on the way to a process that an engine or the kubelet made for one pod, or for
+/// Returns the outermost cgroup on the path to a process that an engine or the kubelet made for one pod or
 /// one container.
 pub(super) fn named(process: &Path, pods: &Path) -> Option<PathBuf> {
     let below = process.strip_prefix(pods).ok()?;
@@ -155,9 +155,8 @@ pub(super) fn named(process: &Path, pods: &Path) -> Option<PathBuf> {
     None
 }
 
-/// The uid of the pod that the kubelet made a process's cgroup for. It is believed of the outermost
-/// name alone, and where nothing but the kubelet's own is above it: what is below a cgroup of its own
-/// a pod may name as it likes.
+/// Returns the uid of the pod for which the kubelet made a process's cgroup. Only the outermost name counts, and
+/// only if all cgroups above it are the kubelet's: below its own cgroup, a pod may use any name.
 pub(super) fn uid_of(process: &Path, pods: &Path) -> Option<String> {
     let group = named(process, pods)?;
     let above = group.parent()?.strip_prefix(pods).ok()?;
@@ -168,12 +167,12 @@ pub(super) fn uid_of(process: &Path, pods: &Path) -> Option<String> {
     is_same.then(|| normalize_uid(uid))
 }
 
-/// A pod's uid, as it is compared: systemd's names have another sign between its parts.
+/// Returns a pod's uid in the form in which uids are compared: systemd's names have `_` for `-`.
 pub(super) fn normalize_uid(uid: &str) -> String {
     uid.replace('_', "-")
 }
 
-/// `pod<uid>`, or `kubepods[-<class>]-pod<uid>.slice`: as the kubelet names a pod's cgroup.
+/// Returns the uid in the kubelet's name of a pod's cgroup: `pod<uid>`, or `kubepods[-<class>]-pod<uid>.slice`.
 fn pod_uid(name: &str) -> Option<&str> {
     let uid = match name.strip_suffix(".slice") {
         Some(slice) => slice.rsplit_once("-pod")?.1,
@@ -186,15 +185,15 @@ fn pod_uid(name: &str) -> Option<&str> {
     is_uid.then_some(uid)
 }
 
-/// Whether it is a cgroup in which the kubelet makes those of pods: `kubepods`, one of a class of
-/// quality in it, or `kubelet` around it; with systemd, a slice of these words.
+/// Returns `true` for the cgroups around those of pods: `kubepods`, a QoS class in it, or `kubelet` around it;
+/// with systemd, a slice of these words.
 fn is_kubelet_parent(name: &str) -> bool {
     let mut words = name.strip_suffix(".slice").unwrap_or(name).split('-');
     words.all(|word| matches!(word, "kubelet" | "kubepods" | "burstable" | "besteffort"))
 }
 
-/// As engines name the cgroup of a container, or Podman that of a pod: by an id of 64 digits, with
-/// words before it; as systemd-nspawn and LXC do: by a name.
+/// Returns `true` for a name that engines give to a container's cgroup, or Podman to a pod's: it ends in an id of
+/// 64 hex digits; systemd-nspawn and LXC use a prefix.
 fn is_container(name: &str) -> bool {
     let bare = name
         .strip_suffix(".scope")

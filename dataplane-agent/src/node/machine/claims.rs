@@ -1,4 +1,4 @@
-//! Which network namespace is which pod's, where several have an address: a pure decision.
+//! Decides which network namespace is which pod's, if several have an address. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -9,7 +9,7 @@ pub(super) type Claims = BTreeMap<Arc<str>, BTreeSet<u64>>;
 /// Why a pod has no namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Unresolved {
-    /// None is left for it.
+    /// No namespace is left for it.
     None,
     /// More than one may be its own.
     Several(Vec<u64>),
@@ -17,8 +17,8 @@ pub(super) enum Unresolved {
     Shared(u64, Arc<str>),
 }
 
-/// Gives each pod its namespace. A pod that can only be in one namespace is in that one, and no other
-/// pod is; what is still open then stays so: nobody gets a namespace by a guess.
+/// Gives each pod its namespace. A pod that can only be in one namespace gets that one, and no other pod
+/// does; what is open after that stays open: nobody gets a namespace by a guess.
 pub(super) fn resolve(mut claims: Claims) -> BTreeMap<Arc<str>, Result<u64, Unresolved>> {
     let mut resolved = BTreeMap::new();
     loop {
@@ -82,13 +82,13 @@ mod tests {
         let resolved = resolve(claims(&[("victim", &[1, 2]), ("thief", &[2])]));
         assert_eq!(resolved["victim"], Ok(1));
         assert_eq!(resolved["thief"], Ok(2));
-        // The victim's own is gone.
+        // The victim's own namespace is gone.
         let resolved = resolve(claims(&[("victim", &[2]), ("thief", &[2])]));
         assert_eq!(
             resolved["victim"],
             Err(Unresolved::Shared(2, "thief".into()))
         );
-        // Nobody knows the other namespace.
+        // The thief is gone, so both namespaces may be the victim's.
         let resolved = resolve(claims(&[("victim", &[1, 2])]));
         assert_eq!(resolved["victim"], Err(Unresolved::Several(vec![1, 2])));
         assert_eq!(

@@ -1,36 +1,36 @@
-//! When to look at the machine next: a pure decision.
+//! Decides when to look at the machine next. Pure.
 //!
-//! What happens is looked at soon, and then less and less often, since a process is in its cgroup some
-//! time before it is in its network namespace: what follows within a time is found within as much again.
-//! When nothing happens a look now and then repairs what was not told.
+//! An event is followed by a look soon, and by more at growing distances, since a process is in its cgroup some
+//! time before it is in its network namespace: what follows an event after some time is found within the same
+//! time again. Without events, a look now and then finds what was not reported.
 
 use std::time::{Duration, Instant};
 
-/// From an event until the look at it; what comes within this time is one event.
+/// Time from an event until the look at it. Events within this time count as one.
 const DEBOUNCE: Duration = Duration::from_millis(50);
-/// How often to look where nothing tells of what happens, or something is to be seen again; and in the
-/// long run at most, however much happens.
+/// Time between looks if events are not available, or if something must be seen again; also the shortest
+/// average time between looks, however many events there are.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time between looks while a pod that may be here is waited for.
 pub(super) const WAITING_INTERVAL: Duration = Duration::from_secs(2);
 /// The longest time between looks.
 pub(super) const IDLE_INTERVAL: Duration = Duration::from_secs(5);
-/// Looks that may come sooner than that one after the other, saved up while nothing happens.
+/// Number of looks that may follow each other sooner than that, saved up in quiet times.
 const MAX_SAVED_SCANS: u32 = 16;
 
-/// When the next look is due.
+/// The schedule of looks.
 #[derive(Debug)]
 pub(super) struct ScanSchedule {
     next: Instant,
-    /// When something has happened last.
+    /// Time of the last event.
     event: Instant,
     last: Instant,
-    /// For how many looks time is saved up, as of the last one.
+    /// Saved time, at the last look; each look that comes early costs [`POLL_INTERVAL`].
     saved: Duration,
 }
 
 impl ScanSchedule {
-    /// The first look is due at once.
+    /// Creates a schedule whose first look is due at once.
     pub(super) fn new(now: Instant) -> Self {
         Self {
             next: now,
@@ -44,23 +44,24 @@ impl ScanSchedule {
         self.next
     }
 
-    /// Something has happened on the machine.
+    /// Records an event.
     pub(super) fn happened(&mut self, now: Instant) {
         self.event = now;
         self.next = self.next.min(self.affordable(now + DEBOUNCE));
     }
 
-    /// The machine was looked at. `longest`: the time that may be until it is again.
+    /// Records a look. `longest`: the longest time until the next one.
     pub(super) fn scanned(&mut self, now: Instant, longest: Duration) {
         self.saved = (self.saved + (now - self.last)).min(MAX_SAVED_SCANS * POLL_INTERVAL);
         self.saved = self.saved.saturating_sub(POLL_INTERVAL);
         self.last = now;
-        // As late again as it is since the event, however many looks there were.
+        // Wait as long again as since the event, however many looks there were.
         let gap = (now - self.event).max(DEBOUNCE).min(longest);
         self.next = self.affordable(now + gap);
     }
 
-    /// `at`, or when a look is saved up: never later than [`POLL_INTERVAL`] after the last one.
+    /// Returns `at`, or the later time at which a look is saved up; that is never later than [`POLL_INTERVAL`]
+    /// after the last look.
     fn affordable(&self, at: Instant) -> Instant {
         at.max(self.last + POLL_INTERVAL.saturating_sub(self.saved))
     }
@@ -74,8 +75,8 @@ mod tests {
 
     use super::*;
 
-    /// When looks are, if things happen at these times, in milliseconds. `asked`: looks that come for another
-    /// reason, as a change of the configuration.
+    /// Returns the times of looks, in milliseconds, if events happen at these times. `asked`: looks for other
+    /// reasons, such as a change of the configuration.
     fn looks(happens: &[u64], asked: &[u64], longest: Duration, until: u64) -> Vec<u64> {
         let begin = Instant::now();
         let (mut due, mut looks) = (ScanSchedule::new(begin), Vec::new());

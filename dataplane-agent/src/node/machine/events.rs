@@ -1,8 +1,8 @@
-//! Tells that what a look would find may be another: cgroups that are made, filled, emptied and removed
-//! below the pods' cgroup, and what is mounted and unmounted, as a network namespace that gets a name.
+//! Reports that a new look may find something else: cgroups that are made, filled, emptied or removed below
+//! the pods' cgroup, and mounts and unmounts, such as those of named network namespaces.
 //!
-//! Not everything is told. A process that goes from one cgroup with processes to another one, or into
-//! another namespace, is no event; whoever looks does so now and then without having been told.
+//! Not all changes are reported: that a process moves between two cgroups that both have processes, or into
+//! another namespace, is no event. So callers also look now and then without one.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
@@ -19,29 +19,29 @@ use tokio::io::unix::AsyncFd;
 use super::cgroups;
 use crate::sys::readiness;
 
-/// So many watches the kernel is asked for at most;
+/// Most watches that the kernel is asked for.
 const MAX_WATCHES: usize = 32_768;
-/// and half of what one user may have: the others are those of the machine's own services.
+/// The kernel's limit per user. We take half of it at most: the rest is for the machine's own services.
 const USER_WATCH_LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
-/// How often it is tried again to be told, where the kernel has refused it.
+/// Time between two attempts to set up watches after the kernel has refused them.
 const RETRY: Duration = Duration::from_secs(30);
 
-/// What tells of changes of this machine.
+/// The source of events of this machine.
 #[derive(Debug)]
 pub(super) struct MachineEvents {
-    /// What holds all pods.
+    /// The cgroup below which all pods are.
     pods: PathBuf,
-    /// None where they cannot be watched.
+    /// `None` if cgroups cannot be watched.
     cgroups: Option<CgroupWatches>,
-    /// Since when that was last tried.
+    /// The time of the last failed attempt to watch them.
     last_attempt: Option<Instant>,
-    /// `/proc/self/mountinfo`, of which the kernel says that it is another as of urgent data:
+    /// `/proc/self/mountinfo`; the kernel signals changes of it as urgent data:
     /// <https://man7.org/linux/man-pages/man5/proc_pid_mounts.5.html>.
     mounts: Option<AsyncFd<OwnedFd>>,
 }
 
 impl MachineEvents {
-    /// Of cgroups below this one.
+    /// Creates the source for cgroups below `pods`.
     pub(super) fn new(pods: &Path) -> Self {
         let mounts = File::open("/proc/self/mountinfo");
         let mounts = mounts.and_then(|file| readiness::urgent(file.into()));
@@ -53,8 +53,8 @@ impl MachineEvents {
         }
     }
 
-    /// Sees to it that cgroups are watched; whether they are. What happened before is not told: who looks
-    /// now sees it.
+    /// Sets up watches of cgroups if there are none; returns `true` if there are. Changes from before are not
+    /// reported: callers look after this call.
     pub(super) fn ensure_watching(&mut self, now: Instant) -> bool {
         let is_due = self
             .last_attempt
@@ -80,7 +80,7 @@ impl MachineEvents {
         self.cgroups.is_some()
     }
 
-    /// Waits until something has happened, and says to what. Cancelling it loses nothing.
+    /// Waits for an event, and returns what it concerns. Cancelling it loses nothing.
     pub(super) async fn happened(&mut self) -> &'static str {
         let of_cgroups = of_cgroups(self.cgroups.as_mut());
         let happened = tokio::select! {
@@ -88,7 +88,7 @@ impl MachineEvents {
             () = of_mounts(self.mounts.as_ref()) => return "mounts",
         };
         if happened.is_err() {
-            // Some of it was lost. The look that comes now begins anew.
+            // Events were lost. A look follows, before which the watches are set up again.
             self.cgroups = None;
         }
         "cgroups"
@@ -115,24 +115,24 @@ async fn of_mounts(mounts: Option<&AsyncFd<OwnedFd>>) {
 
 /// Watches on the cgroups below one.
 ///
-/// The kernel does not take a watch away with a cgroup that is removed, and keeps what is watched: that is
-/// done here, by what the cgroup above tells.
+/// The kernel keeps the watch of a cgroup that is removed, and the cgroup with it. So we remove the watch, on
+/// an event of the parent cgroup.
 #[derive(Debug)]
 struct CgroupWatches {
-    /// What holds all pods.
+    /// The cgroup below which all pods are.
     pods: PathBuf,
     inotify: Inotify,
-    /// The same, as what a runtime waits for.
+    /// A copy of the same descriptor, on which the runtime waits.
     readable: AsyncFd<OwnedFd>,
-    /// So many there may be.
+    /// Most watches that there may be.
     most: usize,
-    /// Of each cgroup, by its folder: on its `cgroup.events`, which is modified when the first process comes to
-    /// it or below, and when the last is gone; the root has none:
+    /// Watches by the cgroup's folder. One is on its `cgroup.events`, which is modified when the first process
+    /// comes to it or below, and when the last is gone; the root has no such file:
     /// <https://www.kernel.org/doc/html/v6.1/admin-guide/cgroup-v2.html#un-populated-notification>.
-    /// And on the folder, for those below it. What is below one that is a pod's or a container's by its name is
-    /// its own, however many it makes.
+    /// Another is on the folder, for its child cgroups; not if it is a pod's or a container's by its name, for what
+    /// is below such a one is its own matter, and may be much.
     watches: BTreeMap<PathBuf, Vec<WatchDescriptor>>,
-    /// Which folder a watch is on.
+    /// The folder that a watch is on.
     folders: HashMap<WatchDescriptor, PathBuf>,
 }
 
@@ -156,10 +156,10 @@ impl CgroupWatches {
         }
     }
 
-    /// Waits until something has happened.
+    /// Waits for an event.
     ///
     /// # Errors
-    /// Some of it was lost, or what came cannot be watched.
+    /// Events were lost, or a new cgroup cannot be watched.
     async fn happened(&mut self) -> io::Result<()> {
         loop {
             let mut readiness = self.readable.readable().await?;
@@ -195,12 +195,12 @@ impl CgroupWatches {
         }
     }
 
-    /// Watches a cgroup and those below it. Each is watched before it is read: what comes later is told.
+    /// Watches a cgroup and those below it. Each is watched before it is read, so that no later one is missed.
     fn add(&mut self, folder: PathBuf) -> io::Result<()> {
         let mut folders = vec![folder];
         while let Some(folder) = folders.pop() {
             match self.add_one(&folder, &mut folders) {
-                // It is gone again, which is told by the one above it.
+                // It is gone again; its parent's watch reports that.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
                 Err(error) => {
@@ -231,7 +231,7 @@ impl CgroupWatches {
             events => Some(events?),
         };
         let watches: Vec<WatchDescriptor> = [own, events].into_iter().flatten().collect();
-        // One that was removed and made again is another.
+        // If the cgroup was removed and made again, the watches are others.
         if self.watches.get(folder).is_some_and(|of| *of != watches) {
             self.remove(folder);
             return self.add_one(folder, others);
@@ -250,7 +250,7 @@ impl CgroupWatches {
         Ok(())
     }
 
-    /// Watches a cgroup and those below it no more.
+    /// Removes the watches of a cgroup and those below it.
     fn remove(&mut self, folder: &Path) {
         let from = self.watches.range(folder.to_owned()..);
         let of_it = from.take_while(|(at, _)| at.starts_with(folder));
@@ -258,7 +258,7 @@ impl CgroupWatches {
         let watches = folders.iter().filter_map(|at| self.watches.remove(at));
         for watch in watches.flatten() {
             self.folders.remove(&watch);
-            // A kernel that takes it away with the cgroup has done so.
+            // Fails if the kernel has removed the watch with the cgroup.
             let _ = self.inotify.rm_watch(watch);
         }
     }
@@ -268,7 +268,7 @@ impl CgroupWatches {
 mod tests {
     use super::*;
 
-    /// A folder that looks like the cgroups of pods.
+    /// Makes a folder that looks like a pod's cgroup.
     fn cgroup(at: &Path) {
         fs::create_dir(at).expect("a folder");
         fs::write(at.join("cgroup.events"), "populated 0\n").expect("a file");
@@ -282,7 +282,7 @@ mod tests {
             .is_ok()
     }
 
-    /// Hears all that there is to hear.
+    /// Takes all pending events.
     async fn settle(events: &mut MachineEvents) {
         while is_reported(events).await {}
     }
@@ -302,7 +302,7 @@ mod tests {
         cgroup(&pods);
         cgroup(&pods.join("before"));
         let mut events = MachineEvents::new(&pods);
-        // What is mounted on this machine is another's.
+        // Other tests may mount something on this machine.
         events.mounts = None;
         assert!(events.ensure_watching(Instant::now()));
         assert!(!is_reported(&mut events).await, "nothing happens");
@@ -319,7 +319,7 @@ mod tests {
         fs::remove_dir_all(pods.join("before")).expect("a folder");
         settle(&mut events).await;
         assert_eq!(watched(&events), 1);
-        // One of the same name.
+        // A cgroup of the same name is made.
         cgroup(&pods.join("before"));
         assert!(is_reported(&mut events).await, "it is made again");
         fs::write(pods.join("before/cgroup.events"), "populated 1\n").expect("a file");
@@ -374,7 +374,7 @@ mod tests {
         cgroup(&pods);
         assert!(!events.ensure_watching(now + RETRY / 2));
         assert!(events.ensure_watching(now + RETRY));
-        // What was lost is begun anew.
+        // After events were lost, watching starts again at once.
         events.cgroups = None;
         assert!(events.ensure_watching(now + RETRY));
     }

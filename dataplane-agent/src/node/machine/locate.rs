@@ -15,7 +15,7 @@ use crate::node::capture::Status;
 use crate::sys::netns::Netns;
 
 impl PodLocator {
-    /// Finds the namespaces of pods that have none yet; why others have none still.
+    /// Finds the namespaces of pods that have none yet. Returns why others still have none.
     pub(super) fn locate(
         &mut self,
         pods: &[LocalPodSpec],
@@ -84,7 +84,7 @@ impl PodLocator {
         why
     }
 
-    /// The pod that has these addresses and was found: nothing is left for another one that says them too.
+    /// Names the pod that was found and has these addresses: it leaves none for another pod that claims them too.
     fn except_that_of(&self, pod: &LocalPodSpec) -> String {
         let has_all = |location: &PodLocation| {
             let there = &location.key.addresses;
@@ -99,7 +99,7 @@ impl PodLocator {
         })
     }
 
-    /// The namespaces that may be a pod's.
+    /// Returns the namespaces that may be a pod's.
     fn candidates(
         &self,
         pod: &LocalPodSpec,
@@ -164,7 +164,7 @@ impl PodLocator {
             };
             match captured.get(&who.cookie) {
                 Some(is) if is.uid == pod.uid => before = Some(inode),
-                // Captured as another pod, that will be found in it.
+                // It is captured as another pod, which will be found in it.
                 Some(is)
                     if !self.locations.contains_key(&is.uid)
                         && pods.iter().any(|pod| pod.uid == is.uid) =>
@@ -182,15 +182,15 @@ impl PodLocator {
         let is_named = !named.is_empty();
         let candidates = if is_named { named } else { unnamed };
         match (before, failed) {
-            // What it is captured as already.
+            // The pod is captured in this one already.
             (Some(before), _) if candidates.contains(&before) => Ok([before].into()),
-            // What could not be looked into may have the address too.
+            // A namespace that could not be inspected may have the address too.
             (_, Some(error)) if !is_named => Err(NotFound::Doubtful(error)),
             _ => Ok(candidates),
         }
     }
 
-    /// The namespace that a pod's annotation names.
+    /// Returns the namespace that a pod's annotation names.
     fn netns_at(
         &self,
         path: &Path,

@@ -1,4 +1,4 @@
-//! Looks at the machine when it is worth it, and says otherwise what the last look brought.
+//! Looks at the machine when a look is due, and returns the last result otherwise.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -18,17 +18,17 @@ pub struct Scanner {
     machine: PodLocator,
     events: MachineEvents,
     due: ScanSchedule,
-    /// What something has happened to since the last look.
+    /// What the events since the last look were about.
     told: BTreeSet<&'static str>,
-    /// What was looked for last, and what was found.
+    /// The pods and the state of capture at the last look, and its result.
     last: Option<(Vec<LocalPodSpec>, Status, Arc<Scan>)>,
 }
 
 impl Scanner {
-    /// Of pods below a cgroup.
+    /// Creates a scanner of the pods below the cgroup `pods`.
     ///
     /// # Errors
-    /// As of [`PodLocator::new`].
+    /// See [`PodLocator::new`].
     pub fn new(pods: &Path) -> io::Result<Self> {
         let machine = PodLocator::new(pods)?;
         Ok(Self {
@@ -54,8 +54,8 @@ impl Scanner {
         }
     }
 
-    /// What there is of the pods of this node: looks if it is time to, or if others are asked for, or capture
-    /// has another state, than in the last look.
+    /// Returns what is known of this node's pods. Looks if a look is due, or if `pods` or `captured` differ from
+    /// those of the last look.
     pub fn scan(&mut self, pods: &[LocalPodSpec], captured: &Status) -> Arc<Scan> {
         let is_due = self.due.next() <= Instant::now();
         if let Some((were, was, scan)) = &self.last
@@ -65,7 +65,7 @@ impl Scanner {
         {
             return Arc::clone(scan);
         }
-        // What happens from here on is told: nothing falls between a look and its events.
+        // Watches come before the look: what happens during it is an event, and not missed.
         let is_watching = self.events.ensure_watching(Instant::now());
         let scan = Arc::new(self.machine.scan(pods, captured));
         let now = Instant::now();

@@ -1,4 +1,4 @@
-//! Finds the cgroups of a pod, and those that it has later, and lets go of those that are gone.
+//! Finds the cgroups of a pod, also those that it gets later, and forgets those that are gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,9 +17,8 @@ use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::processes;
 
 impl PodLocator {
-    /// Finds the cgroups that are a pod's alone: more than before, if processes came in others, and
-    /// without those that were removed. A pod that has had some keeps the last ones: nobody is in them
-    /// any more, and it stays found.
+    /// Updates the cgroups that are a pod's alone: adds those that its processes have come to, and drops those that
+    /// were removed. If all are gone, the pod keeps the last ones: nobody is in them, and it stays found.
     pub(super) fn update_cgroups(
         &mut self,
         uid: &Arc<str>,
@@ -41,7 +40,7 @@ impl PodLocator {
         };
         let mut folders = Vec::new();
         for pid in &own {
-            // Outside of what our cgroup namespace shows is outside of what is captured.
+            // A process outside of our cgroup namespace is outside of what is captured: its folder is `None`.
             if let Some(folder) = self.cgroup_of(*pid).map_err(failed)? {
                 folders.push((*pid, folder));
             }
@@ -82,7 +81,7 @@ impl PodLocator {
         let outside = folders
             .iter()
             .filter(|(_, folder)| !is_covered(&known, folder));
-        // What enters the namespace for a moment, as `ip netns exec` does, is not told.
+        // A process that enters the namespace for a moment, as with `ip netns exec`, is not reported.
         let first = |pid: &u32| location.outside.get(pid).copied().unwrap_or(now);
         let since: BTreeMap<u32, Instant> =
             outside.clone().map(|(pid, _)| (*pid, first(pid))).collect();
@@ -105,8 +104,8 @@ impl PodLocator {
         Ok(())
     }
 
-    /// Those that are still there. A folder that was made again is another cgroup, with another id, and
-    /// may be anybody's: whose it is is asked anew.
+    /// Returns the cgroups that still exist. A folder that was made again is another cgroup, with another id,
+    /// and may belong to anybody, so it is checked again.
     fn existing_cgroups(&self, groups: &[(PathBuf, CgroupId)]) -> Vec<(PathBuf, CgroupId)> {
         let remains = |(folder, was): &&(PathBuf, CgroupId)| match cgroup::id(&self.root, folder) {
             Ok(is) => is == *was,
@@ -115,8 +114,8 @@ impl PodLocator {
         groups.iter().filter(remains).cloned().collect()
     }
 
-    /// What a pod has with what it had, as many as a pod may have: nothing is taken from it, nor from
-    /// another pod.
+    /// Adds `found` to a pod's cgroups, up to the number that a pod may have. It loses none, and takes none of
+    /// another pod's.
     fn add_cgroups(
         &self,
         uid: &Arc<str>,
@@ -162,7 +161,7 @@ impl PodLocator {
         }
     }
 
-    /// A process's cgroup; none if it has ended, the inner none if it is not shown to us.
+    /// Returns a process's cgroup; `None` if it has ended, `Some(None)` if the cgroup is not visible to us.
     #[expect(
         clippy::option_option,
         reason = "one has ended, the other is elsewhere"

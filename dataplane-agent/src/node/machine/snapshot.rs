@@ -1,4 +1,4 @@
-//! What one look shows, opened as far as somebody asks.
+//! The result of one look; namespaces are opened only as needed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,33 +13,32 @@ use crate::sys::cgroup;
 use crate::sys::netns::Netns;
 use crate::sys::processes::{self, Namespace};
 
-/// One look, with what was asked of it.
+/// One look, and the namespaces that were opened in it.
 pub(super) struct MachineSnapshot {
     pub namespaces: BTreeMap<u64, Namespace>,
     pub hidden: BTreeSet<u32>,
     /// The processes of the host's namespaces.
     pub hosts: BTreeSet<u32>,
-    /// Candidates that were opened.
+    /// Namespaces that were opened, by inode number.
     pub opened: BTreeMap<u64, Opened>,
 }
 
-/// A namespace that may be a pod's; none if it is not of the machine, or is gone.
+/// A namespace that may be a pod's; `None` if it is not the machine's own, or is gone.
 pub(super) type Opened = Result<Option<Candidate>, String>;
 
 #[derive(Debug)]
 pub(super) struct Candidate {
     pub netns: Netns,
     pub addresses: Vec<IpAddr>,
-    /// Why it could not be had matters to a pod of these addresses alone: what is odd in a namespace may
-    /// be of its processes' making.
+    /// An error here only concerns pods of these addresses: processes of a namespace can cause one on purpose.
     pub who: Result<CandidateIdentity, String>,
 }
 
-/// What tells namespaces of the same addresses apart.
+/// The properties that distinguish namespaces with the same addresses.
 #[derive(Debug)]
 pub(super) struct CandidateIdentity {
     pub cookie: u64,
-    /// The uids of the pods that the kubelet made its processes' cgroups for.
+    /// The uids of the pods for which the kubelet made its processes' cgroups.
     pub uids: BTreeSet<String>,
 }
 
@@ -56,7 +55,7 @@ impl MachineSnapshot {
         }
     }
 
-    /// Opens a namespace, once in a look.
+    /// Opens a namespace, once per look.
     pub(super) fn open(
         &mut self,
         inode: u64,
@@ -91,7 +90,7 @@ impl MachineSnapshot {
         opened.as_ref().map(Option::as_ref)
     }
 
-    /// A doubt, for people.
+    /// Describes a doubt for people.
     pub(super) fn describe(&self, of: &LocalPodSpec, doubt: &Unresolved) -> String {
         let all: Vec<String> = of.addresses.iter().map(ToString::to_string).collect();
         let all = all.join(", ");
@@ -122,12 +121,12 @@ fn open(namespace: &Namespace, inode: u64) -> io::Result<Option<Netns>> {
         Err(error) if processes::has_ended(&error) => return Ok(None),
         netns => netns?,
     };
-    // Any user can make a namespace of their own, and give it any address.
+    // Any user can make a namespace in a user namespace, and give it any address.
     let is_same = netns.inode() == inode && netns.is_the_hosts()?;
     Ok(is_same.then_some(netns))
 }
 
-/// The uids of the pods that the kubelet made the cgroups of these processes for.
+/// Returns the uids of the pods for which the kubelet made the cgroups of these processes.
 fn uids(processes: &[u32], root: &Path, pods: &Path) -> io::Result<BTreeSet<String>> {
     let mut uids = BTreeSet::new();
     for pid in processes {
