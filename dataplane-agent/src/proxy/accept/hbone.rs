@@ -1,4 +1,4 @@
-//! Server side of HBONE: TLS with a peer that shows who it is, and the CONNECT requests in it.
+//! Server side of HBONE: TLS with authenticated peers, and the CONNECT requests of their tunnels.
 
 use std::future::poll_fn;
 use std::io;
@@ -30,28 +30,28 @@ use crate::proxy::limits::{Full, NodePlaces, Peer, Place, Turns};
 #[cfg(test)]
 mod tests;
 
-/// How long a peer that was told to open no more may not know it yet.
+/// Time for which a peer that was told to open no more streams may not know it yet.
 const HEED: Duration = Duration::from_secs(2);
 
 /// Why a tunnel, or a request in it, is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum AcceptError {
-    /// Its worker cannot watch its socket.
+    /// The worker cannot watch the socket.
     #[error("cannot take a connection: {0}")]
     Watch(io::Error),
-    /// The handshake failed: these are no TLS bytes, or not a peer that we take.
+    /// The handshake failed: the bytes are not TLS, or the peer is not accepted.
     #[error("tls error: tls handshake error: {0:?}")]
     Tls(io::Error),
-    /// The peer did not even begin the handshake.
+    /// The peer did not begin the handshake in time.
     #[error("tls error: tls handshake error: \"no client hello in time\"")]
     Silent,
     /// The handshake took too long.
     #[error("tls error: tls handshake error: \"not finished in time\"")]
     Slow,
-    /// It was the oldest of a source that has many, and others wanted its place.
+    /// It was the oldest handshake of a source that has many, and gave way to another.
     #[error("too many handshakes at once")]
     GaveWay,
-    /// There are as many connections as may be.
+    /// A bound of connections is reached.
     #[error(transparent)]
     Full(#[from] Full),
     /// We have no certificate to show.
@@ -60,10 +60,10 @@ pub enum AcceptError {
     /// HTTP/2 failed.
     #[error("http2 handshake failed: {0}")]
     Handshake(h2::Error),
-    /// Not a CONNECT.
+    /// The request is not a CONNECT.
     #[error("expected method CONNECT, got {0}")]
     Method(Method),
-    /// What to connect to is not an address and a port.
+    /// The authority is not an address and a port.
     #[error("invalid CONNECT address {0}")]
     Authority(String),
 }
@@ -99,21 +99,21 @@ impl Failure for AcceptError {
     }
 }
 
-/// A tunnel whose peer is known.
+/// A tunnel whose peer is authenticated.
 pub struct AcceptedTunnel {
     connection: server::Connection<TlsStream<ReadAhead>, Payload>,
-    /// Who the peer is.
+    /// The peer's identity.
     pub identity: Identity,
-    /// Whose share of places its requests take from.
+    /// The peer of whose share of places its requests take.
     pub peer: Peer,
-    /// When the first of the two ends' certificates ends: from then on neither is who it was.
+    /// The time at which the first of the two ends' certificates expires. From then on neither end is authenticated.
     until: SystemTime,
-    /// What it may have brought that is not delivered.
+    /// The pod's share of the memory for undelivered bytes.
     share: Share,
     _place: Place,
 }
 
-/// A request that is not refused by its form: pass it on as an [`Accepted`].
+/// A request of a tunnel; [`accept`] reads it.
 pub type Request = (request::Parts, Waiting);
 
 impl std::fmt::Debug for AcceptedTunnel {
@@ -124,12 +124,12 @@ impl std::fmt::Debug for AcceptedTunnel {
     }
 }
 
-/// Shakes hands in the pod's name with the peer at this address. Until the peer has shown who it is it only has its `turns`; then it
-/// takes a place as a connection does.
+/// Does the handshake in the pod's name with the peer at this address. An unauthenticated peer only has its `turns`;
+/// then it takes a place as a connection does.
 ///
 /// # Errors
-/// Each step has its own, and all have [`hbone::TIMEOUT`] together, the first message less. It had to
-/// give way to others; there is no place for one more tunnel.
+/// Each step has its own error. All have [`hbone::TIMEOUT`] together, the first message less. The handshake may also
+/// have to give way to others, or there is no place for one more tunnel.
 pub async fn handshake(
     tcp: TcpStream,
     address: IpAddr,
@@ -164,7 +164,7 @@ pub async fn handshake(
     })
 }
 
-/// Finishes TLS; who the peer is, and until when.
+/// Finishes TLS. Returns the peer's identity, and when the first of the two certificates expires.
 async fn authenticate(
     tcp: TcpStream,
     share: &Share,
@@ -192,10 +192,10 @@ async fn authenticate(
 }
 
 impl AcceptedTunnel {
-    /// Hands each request to `take` until the peer leaves. When `closing` completes, when a
-    /// certificate of either end has ended, or when the tunnel is `unused` for so long, the peer is told to
-    /// open no more (GOAWAY), what runs goes on, and the tunnel is closed when it carries nothing. What a
-    /// peer opens that should know by then is refused.
+    /// Passes each request to `take` until the peer leaves. When `closing` completes, when a certificate of either
+    /// end has expired, or when the tunnel was `unused` for that time, the peer is told to open no more streams
+    /// (GOAWAY), open ones go on, and the tunnel is closed when it carries nothing. Streams of a peer that should
+    /// know of it by then are refused.
     pub async fn serve(
         mut self,
         closing: impl Future<Output = ()>,
@@ -227,7 +227,7 @@ impl AcceptedTunnel {
                     tracing::debug!(peer = %self.identity, "tunnel is not used");
                     None
                 }
-                // The engine goes by the peer's answer to a PING, which may never come.
+                // The engine waits for the peer's answer to a PING, which may never come.
                 () = &mut heed, if told => {
                     if !self.connection.has_streams() {
                         return;
@@ -258,7 +258,7 @@ impl AcceptedTunnel {
                     self.connection.graceful_shutdown();
                     heed.as_mut().reset(Instant::now() + HEED);
                 }
-                // A good peer may open it elsewhere.
+                // A correct peer may open it elsewhere.
                 Some((_, mut respond)) if heeds => respond.send_reset(Reason::REFUSED_STREAM),
                 Some((request, respond)) => {
                     used = true;
@@ -270,10 +270,10 @@ impl AcceptedTunnel {
     }
 }
 
-/// Reads a request. One that is refused by its form is given back, to be answered.
+/// Reads a request. An invalid one is given back, to be answered.
 ///
 /// # Errors
-/// It is no CONNECT; what it asks for is not an address and a port.
+/// It is no CONNECT, or its authority is not an address and a port.
 pub fn accept(
     (parts, waiting): Request,
     pod: &Arc<LocalPod>,

@@ -10,19 +10,19 @@ use tokio::io::unix::AsyncFd;
 use crate::observe::log_limit::LogLimiter;
 use crate::sys::{readiness, socket};
 
-/// After an error that lasts (no descriptors are left) the loop would spin without a pause.
+/// Pause after an error: one that lasts (no descriptors are left) would make the loop spin.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What is lacking lacks for the listeners of all pods.
+/// Limits the log for all pods together, since a lack of resources affects all listeners.
 static LACKS: LazyLock<LogLimiter<(), io::ErrorKind>> =
     LazyLock::new(|| LogLimiter::new(1, u32::MAX));
 
-/// A listener on one worker. What it accepts is bound to no worker yet.
+/// A listener on one worker. The connections that it accepts are bound to no worker yet.
 #[derive(Debug)]
 pub struct Listener(AsyncFd<TcpListener>);
 
 impl Listener {
-    /// Of a listening, non-blocking socket.
+    /// Watches a listening, non-blocking socket.
     ///
     /// # Errors
     /// The worker cannot watch it.
@@ -30,10 +30,10 @@ impl Listener {
         readiness::readable(listener).map(Self)
     }
 
-    /// The next connection. Loses none when it is dropped while waiting.
+    /// Returns the next connection. No connection is lost when it is dropped while waiting.
     pub async fn accept(&self) -> TcpStream {
         loop {
-            // Where clients come as fast as they are accepted, others on this worker have their turn.
+            // Other tasks on this worker have their turn even if clients come as fast as they are accepted.
             tokio::task::coop::consume_budget().await;
             let accepted = match self.0.readable().await {
                 Ok(mut ready) => {

@@ -1,7 +1,6 @@
 //! Room 2: takes connections.
 //!
-//! Door out: an [`Accepted`]. A TCP connection is one; a tunnel is as many as it has CONNECT
-//! streams.
+//! Door out: an [`Accepted`]. A TCP connection makes one; a tunnel makes one for each CONNECT stream.
 
 pub mod hbone;
 pub mod listener;
@@ -24,13 +23,13 @@ pub use crate::seam::Instance;
 /// One connection of one enrolled pod, or one CONNECT stream to it: TLS finished, peer verified.
 #[derive(Debug)]
 pub struct Accepted<I> {
-    /// The bytes.
+    /// The byte stream.
     pub io: I,
     /// The local pod at one end of it.
     pub pod: Arc<LocalPod>,
-    /// The other end of the TCP connection that was accepted: the pod itself for outbound.
+    /// The other end of the TCP connection that was accepted; for an outbound one that is the pod itself.
     pub peer: SocketAddr,
-    /// Outbound: where the pod connects to. Inbound: the pod's own address and port.
+    /// Outbound: the address and port that the pod connects to. Inbound: the pod's own.
     pub destination: SocketAddr,
     /// The direction and the protocol.
     pub direction: Direction,
@@ -72,7 +71,7 @@ impl Io {
                 let _ = tcp.ready(Interest::ERROR).await;
                 let left = socket2::SockRef::from(&*tcp).peek(&mut [MaybeUninit::uninit()]);
                 if left.is_ok_and(|bytes| bytes > 0) {
-                    // The reset is found after these bytes were read, once it is connected.
+                    // The relay will meet the reset after it has read these bytes, once it is connected.
                     std::future::pending::<()>().await;
                 }
             }
@@ -80,11 +79,11 @@ impl Io {
         }
     }
 
-    /// Ends it before anything was carried: answers a stream with `status`, and resets a TCP connection. It is not
-    /// closed in order, since the client must not take that for an answer.
+    /// Ends it before anything was carried: answers a stream with `status`, and resets a TCP connection. That one is
+    /// not closed in order, since the client must not take it for an answer.
     pub fn refuse(self, status: StatusCode) {
         match self {
-            // Dropping it resets it, as it was made.
+            // Dropping the socket resets it: its linger time is zero.
             Self::Tcp(_) => {}
             Self::Stream(waiting) => waiting.refuse(status),
         }

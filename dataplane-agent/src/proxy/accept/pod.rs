@@ -1,4 +1,4 @@
-//! Enrolled pods, as they are served: what is leased of them, and what is counted and remembered of each.
+//! Enrolled pods, as they are served: what the lease says of each, and what is counted and remembered for it.
 
 use std::collections::HashMap;
 use std::io;
@@ -12,46 +12,47 @@ use crate::seam::{Instance, Lease, Listeners, Stamp};
 use crate::sys::netns::Netns;
 use crate::sys::socket;
 
-/// A pod of this node that is enrolled. Shared by all that serves it.
+/// An enrolled pod of this node, shared by all that serves it.
 #[derive(Debug)]
 pub struct LocalPod {
-    /// This enrolment of it.
+    /// The number of this enrolment.
     pub instance: Instance,
     /// The workload's uid in the mesh.
     pub uid: Arc<str>,
-    /// Its namespace.
+    /// Its Kubernetes namespace.
     pub namespace: Arc<str>,
     /// Its name.
     pub name: Arc<str>,
-    /// Who it is; stamped at enrolment, never derived from an address.
+    /// Its identity, fixed at enrolment and never derived from an address.
     pub identity: Identity,
-    /// Its addresses: those that the mesh knows it by, and all else that its namespace has besides
-    /// those of loopback and of one link. They change as its interfaces do.
+    /// Its addresses: those of the mesh, and all others of its network namespace but loopback and link-local ones.
+    /// They change as its interfaces do.
     pub addresses: RwLock<Arc<[IpAddr]>>,
-    /// Its network namespace; every connection made for it is made there.
+    /// Its network namespace, in which every connection for it is made.
     pub netns: Netns,
-    /// The ports of its listeners: the usual three, unless an app had one of them first.
+    /// The ports of its listeners: 15001, 15006 and 15008, unless an app had one of them first.
     pub ports: [u16; 3],
-    /// Places for handshakes of tunnels to it: one that is attacked does not take another's.
+    /// Places for handshakes of tunnels to it. They are its own, so that an attack on one pod does not take
+    /// another's.
     pub handshakes: Handshakes,
     /// Places for its connections and tunnels.
     pub places: PodPlaces,
-    /// Clients that are connected in clear from a port that the agent might take in their name.
+    /// Clients that are connected in clear from a port that the agent might use in their name.
     pub clients: Clients,
-    /// Which port is taken next in a client's name.
+    /// The next port to use in each client's name.
     pub spoofed: Ports,
-    /// What the agent's own sockets in it are known by.
+    /// The stamp by which the kernel programs know the agent's own sockets in it.
     pub stamp: Arc<Stamp>,
 }
 
-/// Clients of a pod, each with how many connections it has from this port.
+/// Clients of a pod by address and port, with their numbers of connections.
 ///
-/// An established socket is found before any program runs: of a client and of the agent in its name
-/// on one port, the later one would hang.
+/// The kernel finds an established socket before any program runs: if a client and the agent in its name use the same
+/// port, the later connection would hang.
 #[derive(Debug, Default)]
 pub struct Clients(Mutex<HashMap<SocketAddr, usize>>);
 
-/// A client that is connected; no longer when this is dropped.
+/// A connected client; it is forgotten when this is dropped.
 #[derive(Debug)]
 pub struct Connected(Arc<LocalPod>, SocketAddr);
 
@@ -77,10 +78,10 @@ impl Drop for Connected {
 }
 
 impl LocalPod {
-    /// How many ports are tried for one connection in a client's name.
+    /// Number of ports that are tried for one connection in a client's name.
     pub const PORT_TRIES: usize = ports::TRIES;
 
-    /// One that is leased; its listeners are for whoever accepts from them.
+    /// Creates a leased pod. Its listeners are for whoever accepts from them.
     pub fn of(lease: Lease) -> (Arc<Self>, Listeners) {
         let pod = Self {
             instance: lease.instance,
@@ -100,7 +101,7 @@ impl LocalPod {
         (Arc::new(pod), lease.listeners)
     }
 
-    /// One whose namespace is that of the tests.
+    /// Creates a pod in the network namespace of the test.
     #[cfg(test)]
     pub fn example(uid: &str, identity: Identity, addresses: Vec<IpAddr>) -> Arc<Self> {
         Arc::new(Self {
@@ -120,25 +121,25 @@ impl LocalPod {
         })
     }
 
-    /// Whether the address is one of the pod's own.
+    /// Returns true if the address is one of the pod's own.
     pub fn owns(&self, address: IpAddr) -> bool {
         self.addresses().contains(&address)
     }
 
-    /// What the pod has now.
+    /// Returns the pod's current addresses.
     pub fn addresses(&self) -> Arc<[IpAddr]> {
         let addresses = self.addresses.read();
         Arc::clone(&addresses.unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The pod has these now.
+    /// Replaces the pod's addresses.
     pub fn set_addresses(&self, new: Arc<[IpAddr]>) {
         let addresses = self.addresses.write();
         *addresses.unwrap_or_else(PoisonError::into_inner) = new;
     }
 
-    /// Remembers a client that is connected in clear, as long as the answer lives. Nothing is to be
-    /// remembered where its port is none that the agent would take.
+    /// Remembers a client that is connected in clear, as long as the returned value lives. Returns `None` if the
+    /// agent would never use the client's port.
     pub fn connected(self: &Arc<Self>, client: SocketAddr) -> Option<Connected> {
         SPOOFED_PORTS.contains(&client.port()).then(|| {
             *self.clients.lock().entry(client).or_default() += 1;
@@ -146,10 +147,10 @@ impl LocalPod {
         })
     }
 
-    /// The address that a connection to `to` has to be made from, for one that the pod made from
-    /// `client`: what its app has bound its socket to, or has by the interface that it is bound to.
-    /// None where the pod's routes are to choose, as for an app that has bound nothing: that one is
-    /// captured from the pod's first address.
+    /// Returns the address from which to connect to `to` for a connection that the pod made from `client`: the
+    /// address that its app has bound its socket to, or has by the interface that it is bound to. Returns `None` if
+    /// the pod's routes are to choose, as for an app that has bound nothing: its connection is captured from the
+    /// pod's first address.
     pub fn source_of(&self, client: IpAddr, to: SocketAddr) -> Option<IpAddr> {
         let addresses = self.addresses();
         let mut same = addresses
@@ -159,23 +160,24 @@ impl LocalPod {
         (chosen && to.is_ipv4() == client.is_ipv4()).then_some(client)
     }
 
-    /// A new stream socket in the pod's namespace, which connects to `to`: bound to `from` if that is
-    /// given, non-blocking, Nagle off, keepalive on, mark AGENT.
-    /// Connect it with `tokio::net::TcpSocket::from_std_stream`.
+    /// Makes a stream socket in the pod's network namespace for a connection to `to`: bound to `from` if that is
+    /// given, non-blocking, Nagle off, keepalive on, mark AGENT. Connect it with
+    /// `tokio::net::TcpSocket::from_std_stream`.
     ///
     /// # Errors
-    /// The namespace cannot be entered, or the socket cannot be made; the pod no longer has `from`.
+    /// The namespace cannot be entered, the socket cannot be made, or the pod no longer has `from`.
     pub fn socket(&self, from: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
         self.stamped(self.netns.enter(|| socket::client(from, to))?)
     }
 
-    /// As [`LocalPod::socket`], for the pod's app at `to`: bound to the client's own address `from`
-    /// (transparent, a port of a range that clients do not use), to `lo`, and marked RETURN,
-    /// so that the app sees its client. Where `from` is the pod's own address it is a plain socket.
+    /// Makes a socket as [`LocalPod::socket`] does, for the pod's app at `to`: bound to the client's own address
+    /// `from` (transparent, a port of a range that clients do not use), to `lo`, and marked RETURN, so that the app
+    /// sees its client. If `from` is the pod's own address, loopback, or not of the family of `to`, it is a plain
+    /// socket.
     ///
     /// # Errors
-    /// As [`LocalPod::socket`]; no port is free; `to` is not the pod's: the packets would come back
-    /// to the agent for ever.
+    /// Those of [`LocalPod::socket`], no port is free, or `to` is not the pod's: its packets would come back to the
+    /// agent for ever.
     pub fn socket_as(&self, from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
         if !self.owns(to.ip()) {
             let what = format!("{} is not an address of the pod", to.ip());
@@ -188,7 +190,7 @@ impl LocalPod {
             }
             for _ in 0..Self::PORT_TRIES {
                 let client = SocketAddr::new(from, self.spoofed.next(from, to));
-                // A live connection of the client's own is found before any program runs.
+                // The kernel finds a live connection of the client's own before any program runs.
                 if !self.clients.has(client) {
                     match socket::client_as(client) {
                         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
@@ -202,14 +204,14 @@ impl LocalPod {
         self.stamped(made)
     }
 
-    /// A socket of the agent's own, known to the kernel programs as one.
+    /// Stamps a socket, so that the kernel programs know it as the agent's own.
     fn stamped(&self, made: io::Result<TcpStream>) -> io::Result<TcpStream> {
         let socket = made?;
         self.stamp.put(&socket)?;
         Ok(socket)
     }
 
-    /// The kernel had a connection from the port of the last socket: another one is tried elsewhere.
+    /// Continues at a random port: the kernel already had a connection from the port of the last socket.
     pub fn port_was_taken(&self, from: IpAddr, to: SocketAddr) {
         self.spoofed.jump(from, to);
     }

@@ -1,9 +1,9 @@
-//! Which source port the agent takes next when it connects to an app in a client's name.
+//! Source ports for the agent's connections to an app in a client's name.
 //!
-//! A port is free for each pair of client and app's address by itself, and the kernel alone knows which
-//! are: those of live connections, and of some that ended lately. So the next one is tried where the
-//! last one was free, and anywhere at random where it was not. Ports of one burst lie side by side then,
-//! and the first try after it is free as a rule; where most are live, some tries find one.
+//! Whether a port is free depends on the pair of client and app's address, and only the kernel knows: live
+//! connections have ports, and some that ended lately. So the next port to try follows the last free one, or is
+//! random if that was not free. Ports of one burst then lie side by side, and the first try after it is free as a
+//! rule; if most are live, a few tries find one.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -12,13 +12,13 @@ use std::sync::{Mutex, PoisonError};
 
 use rand::Rng;
 
-/// Ports that the agent takes when it connects in a client's name: none that clients take
-/// themselves, since an established socket is found before any program runs.
+/// Ports that the agent uses when it connects in a client's name. They are outside the range that clients use, since
+/// the kernel finds an established socket before any program runs.
 pub(super) const SPOOFED_PORTS: RangeInclusive<u16> = 10000..=32767;
-/// The most ports that are tried for one connection. With 20,000 live ones of a client to one address of an
-/// app, one in ten million million finds none.
+/// Number of ports that are tried for one connection. With 20,000 live ones of a client to one address of an app, one
+/// in ten million million finds none.
 pub(super) const TRIES: usize = 256;
-/// The most pairs that are remembered; when there are more, all are forgotten.
+/// Number of pairs that are remembered; when there are more, all are forgotten.
 const PAIRS: usize = 4096;
 
 /// The next port to try, for each client and address of the app.
@@ -65,7 +65,7 @@ mod tests {
         ("192.0.2.1".parse().expect("an address"), app)
     }
 
-    /// Takes one as `to_app` does, of those that are not live; after how many tries.
+    /// Takes a port that is not live, as `to_app` does. Returns it and the number of tries.
     fn take(ports: &Ports, live: &mut BTreeSet<u16>) -> Option<(u16, usize)> {
         let (from, to) = pair();
         (1..=TRIES).find_map(|tries| {
@@ -96,7 +96,7 @@ mod tests {
         let mut short = VecDeque::new();
         for number in 0..100_000 {
             let (port, _) = take(&ports, &mut live).expect("a port is free");
-            // Of the first 10,000 all stay; of the rest the last 5,000 are live.
+            // The first 10,000 all stay; of the rest the last 5,000 are live.
             if number >= 10_000 {
                 short.push_back(port);
             }

@@ -1,6 +1,6 @@
-//! What was read and is not written yet. What has to wait takes little more memory than its bytes: a
-//! slice of a tunnel keeps all of the buffer that it was read into, and its peer chooses how small a
-//! part of that it is.
+//! Bytes that were read and are not written yet. While they wait they take little more memory than they are long: a
+//! slice of a tunnel keeps all of the buffer that it was read into, and its peer chooses how small a part of that it
+//! is.
 
 use std::collections::VecDeque;
 use std::io::IoSlice;
@@ -9,34 +9,34 @@ use bytes::{Buf, Bytes, BytesMut};
 
 use super::FRAME;
 
-/// Pieces that are written to a socket at once.
+/// Number of pieces that are written to a socket at once.
 pub const SLICES: usize = 32;
-/// A piece smaller than this is copied to the one before it when it has to wait: each costs memory
-/// besides its bytes, and the peer chooses how many there are.
+/// A waiting piece smaller than this, in bytes, is copied to the one before it: each costs memory besides its bytes,
+/// and the peer chooses how many there are.
 const PIECE: usize = 4 << 10;
-/// Up to how much is copied together.
+/// Bytes that are copied together at most; one more small piece may exceed it.
 const TOGETHER: usize = 64 << 10;
-/// A slice of a tunnel that has to wait is copied if it is smaller than this. What it was read into has
-/// room for the largest frame.
+/// A waiting slice of a tunnel smaller than this, in bytes, is copied: the buffer that it was read into has room for
+/// the largest frame.
 const PART: usize = FRAME as usize / 4;
 
-/// Slices in their order.
+/// Slices in the order in which they were read.
 #[derive(Debug, Default)]
 pub struct Batch {
     slices: VecDeque<Bytes>,
-    /// So many of the slices, from the first on, may wait as they are.
+    /// Number of slices, from the first on, that need no copy to wait.
     kept: usize,
-    /// Comes after the slices.
+    /// Small pieces that were copied together; they come after the slices.
     small: BytesMut,
 }
 
 impl Batch {
-    /// Whether there is nothing in it.
+    /// Returns true if nothing waits.
     pub fn is_empty(&self) -> bool {
         self.slices.is_empty() && self.small.is_empty()
     }
 
-    /// Adds what was read of a tunnel.
+    /// Adds bytes that were read from a tunnel.
     pub fn push(&mut self, slice: Bytes) {
         if self.slices.len() < SLICES && self.small.is_empty() {
             self.slices.push_back(slice);
@@ -48,13 +48,13 @@ impl Batch {
         }
     }
 
-    /// Adds to the empty batch what has no memory besides its own.
+    /// Adds bytes that hold no memory besides their own to the empty batch.
     pub fn put(&mut self, own: Bytes) {
         self.slices.push_back(own);
         self.kept = self.slices.len();
     }
 
-    /// What is in it has to wait.
+    /// Prepares the content for waiting: copies small slices out of their buffers.
     pub fn keep(&mut self) {
         for slice in self.slices.iter_mut().skip(self.kept) {
             if slice.len() < PART {
@@ -64,7 +64,7 @@ impl Batch {
         self.kept = self.slices.len();
     }
 
-    /// The first piece.
+    /// Takes the first piece.
     pub fn pop(&mut self) -> Option<Bytes> {
         if self.slices.is_empty() {
             self.take_small();
@@ -73,7 +73,7 @@ impl Batch {
         self.slices.pop_front()
     }
 
-    /// Shows the first pieces; how many.
+    /// Fills `to` with the first pieces and returns how many there are.
     pub fn show<'a>(&'a mut self, to: &mut [IoSlice<'a>; SLICES]) -> usize {
         if self.slices.is_empty() {
             self.take_small();
@@ -86,7 +86,7 @@ impl Batch {
         count
     }
 
-    /// So much was written of what was shown.
+    /// Removes bytes that were written.
     pub fn advance(&mut self, mut written: usize) {
         while let Some(first) = self.slices.front_mut() {
             if written < first.len() {

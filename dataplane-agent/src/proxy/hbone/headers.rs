@@ -1,12 +1,12 @@
-//! The words of a CONNECT request: authority, `forwarded`, `baggage`, `traceparent`. Pure.
+//! Headers of a CONNECT request: authority, `forwarded`, `baggage`, `traceparent`. Pure functions.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
 use crate::mesh::workload::{Workload, WorkloadType};
 
-/// Parses an authority that names one address and port, `192.0.2.1:80` or `[2001:db8::1]:80`, and
-/// nothing else: no host name, no user, no zone, no port 0.
+/// Parses an authority that is one address and port, `192.0.2.1:80` or `[2001:db8::1]:80`. Host names, users, zones
+/// and port 0 are rejected.
 pub fn authority(text: &str) -> Option<SocketAddr> {
     let address: SocketAddr = text.parse().ok()?;
     let (_, port) = text.rsplit_once(':')?;
@@ -17,8 +17,8 @@ pub fn authority(text: &str) -> Option<SocketAddr> {
     Some(address)
 }
 
-/// The `host=` of a `forwarded` header, unquoted: the service that the client asked for. Whom it
-/// is `for` is not read: the peer could write what it likes.
+/// Returns the `host=` of a `forwarded` header, unquoted: the service that the client asked for. `for=` is not read,
+/// since the peer could write anything there.
 pub fn forwarded_host(text: &str) -> Option<&str> {
     text.split(';').find_map(|pair| {
         let (name, value) = pair.split_once('=')?;
@@ -33,7 +33,7 @@ pub fn forwarded_host(text: &str) -> Option<&str> {
     })
 }
 
-/// A `forwarded` header: for whom, and the service that was asked for, if any.
+/// Formats a `forwarded` header with the client and the service that it asked for, if any.
 pub fn forwarded(client: SocketAddr, host: Option<&str>) -> String {
     match host {
         Some(host) => format!("for=\"{client}\";host={host}"),
@@ -41,7 +41,7 @@ pub fn forwarded(client: SocketAddr, host: Option<&str>) -> String {
     }
 }
 
-/// The `baggage` that tells a workload to the other end; keys without a value are left out.
+/// Formats the `baggage` that describes a workload to the other end. Keys without a value are left out.
 pub fn baggage(workload: &Workload) -> String {
     let kind = match workload.workload_type {
         WorkloadType::Deployment => "k8s.deployment.name",
@@ -72,7 +72,7 @@ pub fn baggage(workload: &Workload) -> String {
     text
 }
 
-/// A new `traceparent`, not sampled.
+/// Returns a new `traceparent`, not sampled.
 pub fn traceparent() -> String {
     let mut text = String::with_capacity(55);
     // Writing to a String cannot fail.

@@ -1,4 +1,4 @@
-//! Notices a tunnel whose other end is gone without a word.
+//! Detects tunnels whose other end is gone without having closed them.
 
 use std::time::Duration;
 
@@ -6,14 +6,15 @@ use h2::{Ping, PingPong};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
-/// Between the answer to one PING and the next.
+/// Time between the answer to one PING and the next PING.
 const INTERVAL: Duration = Duration::from_secs(10);
-/// A PING is answered within this, or the tunnel is late: it is left by what can be.
+/// Time after which an unanswered PING makes the tunnel late: no new streams are opened in it, and unanswered ones go
+/// elsewhere.
 const LATE: Duration = Duration::from_secs(2);
-/// A PING is answered within this, or the tunnel counts as dead.
+/// Time after which an unanswered PING means that the tunnel is dead.
 const ANSWER: Duration = Duration::from_secs(20);
 
-/// How a tunnel answers.
+/// State of a tunnel's PINGs.
 #[derive(Debug)]
 pub struct Health {
     late: watch::Sender<bool>,
@@ -30,20 +31,20 @@ impl Default for Health {
 }
 
 impl Health {
-    /// Whether a PING waits for its answer for long.
+    /// Returns true if a PING has waited for its answer for longer than 2 s.
     pub fn is_late(&self) -> bool {
         *self.late.borrow()
     }
 
-    /// Completes when the tunnel is late. Asks it now: whoever calls this waits for an answer.
+    /// Completes when the tunnel is late. Sends a PING now, since the caller waits for the peer.
     pub async fn late(&self) {
         self.doubt.notify_one();
-        // The sender is ours.
+        // It fails only when the sender is gone, and we own the sender.
         let _ = self.late.subscribe().wait_for(|late| *late).await;
     }
 }
 
-/// Pings until the other end does not answer; completes then. Never, if somebody else has the pings.
+/// Sends PINGs, and completes when one is not answered. Never completes if the PINGs are in use elsewhere.
 pub async fn lost(pings: Option<PingPong>, health: &Health) {
     let Some(mut pings) = pings else {
         return std::future::pending().await;

@@ -1,6 +1,6 @@
-//! HBONE on the wire: what both ends of a tunnel share, lent to `accept` (server side) and
-//! `transport` (client side) as `identity` is. Numbers are ztunnel's, since it is our peer; where
-//! it leaves a limit to its library, ours is said here.
+//! HBONE on the wire: code and limits that both ends of a tunnel share, `accept` (server side) and `transport`
+//! (client side). Numbers are ztunnel's, since it is our peer; limits that ztunnel leaves to its library are set
+//! here.
 
 pub mod batch;
 pub mod headers;
@@ -12,83 +12,83 @@ pub mod window;
 
 use std::time::Duration;
 
-/// Where a pod takes tunnels.
+/// Port at which a pod takes tunnels.
 pub const PORT: u16 = 15008;
-/// Where a pod's outbound connections are taken.
+/// Port at which a pod's outbound connections are taken.
 pub const OUTBOUND_PORT: u16 = 15001;
-/// Where a pod's inbound connections in clear are taken.
+/// Port at which a pod's inbound connections in clear are taken.
 pub const INBOUND_PORT: u16 = 15006;
 
-/// The protocol that both ends must choose in the TLS handshake.
+/// ALPN protocol that both ends must choose in the TLS handshake.
 pub const ALPN: &[u8] = b"h2";
 
-/// What a stream's receiver lets be in flight, while little is not delivered: see [`window`].
+/// Receive window of a stream, in bytes, while little is undelivered: see [`window`].
 pub const STREAM_WINDOW: u32 = 4 << 20;
-/// What a tunnel's receiver lets be in flight, besides what is not delivered.
+/// Receive window of a tunnel, in bytes, besides what is undelivered.
 pub const CONNECTION_WINDOW: u32 = 16 << 20;
-/// The largest DATA frame that we take.
+/// Largest DATA frame that we take, in bytes.
 pub const FRAME: u32 = 1 << 20;
-/// Small DATA frames of a tunnel may cost so much memory, besides their bytes, until the connections that
-/// they are for have taken them; more end the tunnel. These take them each time that the tunnel has been
-/// read, and put them together, so that it says nothing about what an app reads.
+/// Memory, in bytes, that small DATA frames of a tunnel may cost besides their content, until the connections that
+/// they are for have taken them; more end the tunnel. Connections take them each time that the tunnel has been read,
+/// and put them together, so the limit does not depend on how fast an app reads.
 pub const FRAME_BUDGET: usize = 64 << 20;
-/// What one stream may have waiting to be written to the tunnel, beyond which it takes no more; bounds
-/// memory, not speed.
+/// Bytes of one stream that may wait to be written to the tunnel before it takes no more. It bounds memory, not
+/// speed.
 pub const SEND_BUFFER: usize = 512 << 10;
-/// The same, while its pod has little memory left.
+/// [`SEND_BUFFER`] while the pod has little memory left.
 pub const SEND_LESS: usize = 64 << 10;
-/// The same, while its pod has none left.
+/// [`SEND_BUFFER`] while the pod has no memory left.
 pub const SEND_LEAST: usize = 16 << 10;
-/// What rustls may have sealed and not yet written.
+/// Bytes that rustls may have encrypted and not yet written.
 pub const TLS_BUFFER: usize = 256 << 10;
 /// Streams that a peer may have open in one tunnel to us.
 pub const SERVER_STREAMS: u32 = 200;
 /// Streams that we open in one tunnel before we make another.
 pub const CLIENT_STREAMS: usize = 100;
-/// Request headers, decoded.
+/// Largest request headers, in decoded bytes.
 pub const SERVER_HEADERS: u32 = 64 << 10;
-/// Response headers, decoded.
+/// Largest response headers, in decoded bytes.
 pub const CLIENT_HEADERS: u32 = 16 << 10;
-/// For so long a stream that we reset is remembered: what its peer sent before it heard of that is no
-/// error. A peer that hears of it later answers no PING either, and its tunnel has ended.
+/// Time for which a stream that we reset is remembered: what its peer sent before it learned of the reset is no
+/// error. A peer that learns of it later answers no PING either, and its tunnel has ended.
 pub const RESET_MEMORY: Duration = Duration::from_secs(30);
-/// Streams that we reset and still remember; each costs about half a KiB.
+/// Number of reset streams that are remembered; each costs about half a KiB.
 pub const RESET_STREAMS: usize = 8192;
-/// Streams that the peer reset before we looked at them (rapid reset); more end the tunnel. All of a
-/// tunnel's may be given up at once, and others after them, while we are busy: several times as many
-/// as there may be.
+/// Streams that the peer may reset before we looked at them (rapid reset); more end the tunnel. All streams of a
+/// tunnel may be given up at once, and others after them, while we are busy, so this is several times
+/// [`SERVER_STREAMS`].
 pub const PENDING_RESETS: usize = 1024;
-/// Streams that we had to reset for the peer's errors in a tunnel's life, and forgotten ones that more
-/// came for; more end the tunnel. A peer that does not read lets as many resets wait in memory.
+/// Streams that we may have to reset for the peer's errors in a tunnel's life, with frames for forgotten streams;
+/// more end the tunnel. A peer that does not read makes as many resets wait in memory.
 pub const LOCAL_ERROR_RESETS: usize = 4096;
-/// A CONNECT that nobody waits for any more is reset when it is answered, or after this. A peer that
-/// has not looked at it might count the reset as one of a flood, and end the tunnel; one that has not
-/// looked for so long has not answered a PING either.
+/// Time after which a CONNECT that nobody waits for any more is reset, if it is not answered before. A peer that has
+/// not looked at it might count the reset as part of a flood, and end the tunnel; one that has not looked for so long
+/// has not answered a PING either.
 pub const ABANDONED: Duration = Duration::from_secs(40);
-/// A peer that connects says its first message of TLS sooner: one that is silent holds a place.
+/// Time within which a peer must send its first TLS message: a silent one holds a place.
 pub const HELLO: Duration = Duration::from_secs(3);
-/// A stream that could send nothing for so long counts as stalled.
+/// Time without progress after which a stream counts as stalled.
 pub const STALLED: Duration = Duration::from_millis(500);
-/// A tunnel with as many stalled streams takes no new ones: a peer that gives credit for the tunnel only
-/// as bytes are delivered has none left for them after one more.
+/// Number of stalled streams from which a tunnel takes no new ones: a peer that gives credit for the tunnel only as
+/// bytes are delivered has none left after one more.
 pub const MOST_STALLED: usize = 3;
-/// Tunnels between two pods, of one worker, that stalled streams may lead to.
+/// Most tunnels between two pods, on one worker, that stalled streams may lead to.
 pub const TUNNELS: usize = 32;
-/// TCP connect, and TLS with HTTP/2, take no longer, each.
+/// Time limit of a TCP connect, and of TLS with HTTP/2, each.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
-/// So long after its pod has begun to drain a tunnel that carries nothing is closed.
+/// Time after the start of a pod's drain at which its tunnels that carry nothing are closed.
 pub const LEAVE: Duration = Duration::from_secs(1);
-/// A tunnel of a peer that carries nothing for as long, or at most twice, is closed: it holds a place. Peers
-/// close theirs sooner, ztunnel as we do after five minutes.
+/// Time after which a peer's tunnel that carries nothing is closed, since it holds a place; it may take twice as
+/// long. Peers close theirs sooner, ztunnel as we do after five minutes.
 pub const UNUSED: Duration = Duration::from_secs(15 * 60);
-/// A tunnel that we have ended waits for its peer's end; of one that takes nothing any more, no longer.
+/// Time for which a tunnel that we have ended waits for its peer's end while the peer takes nothing.
 pub const LINGER: Duration = Duration::from_secs(2);
-/// A CONNECT that is not answered for so long asks whether its tunnel is alive.
+/// Time after which an unanswered CONNECT makes us check by PING whether its tunnel is alive.
 pub const DOUBT: Duration = Duration::from_secs(1);
-/// The answer to CONNECT takes no longer: the peer has [`TIMEOUT`] to reach its app, and says so.
+/// Time limit of the answer to CONNECT. The peer has [`TIMEOUT`] to reach its app, and reports a failure.
 pub const ANSWER: Duration = Duration::from_secs(15);
 
-/// The server side's settings.
+/// Returns the HTTP/2 settings of the server side.
 pub fn server() -> h2::server::Builder {
     let mut builder = h2::server::Builder::new();
     builder
@@ -106,7 +106,7 @@ pub fn server() -> h2::server::Builder {
     builder
 }
 
-/// The client side's settings.
+/// Returns the HTTP/2 settings of the client side.
 pub fn client() -> h2::client::Builder {
     let mut builder = h2::client::Builder::new();
     builder

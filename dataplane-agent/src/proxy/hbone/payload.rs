@@ -1,5 +1,5 @@
-//! What a stream sends. `h2` does not say when it has written something; the buffer that it is
-//! given does.
+//! Bytes that a stream sends. `h2` does not report when it has written something, but the buffers that it is given
+//! notice it.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
@@ -11,24 +11,23 @@ use tokio::time::Instant;
 use super::{SEND_BUFFER, SEND_LEAST, SEND_LESS};
 use crate::proxy::limits::memory::{Hold, Level, Share};
 
-/// What a piece costs besides its bytes. A peer that makes many small ones pays for them.
+/// Bytes that a piece costs besides its content. A peer that makes many small ones pays for them.
 const PIECE: usize = 512;
-/// What each stream may have waiting at least: what [`SEND_LEAST`] lets begin, one piece as large, and the
-/// end.
+/// Bytes that each stream may always have waiting: what [`SEND_LEAST`] lets begin, one piece as large, and the end.
 const FREE: usize = 2 * (SEND_LEAST + PIECE) + PIECE;
 
-/// Bytes of one stream, which tell as they are written to the tunnel.
+/// Bytes of one stream, which count themselves as they are written to the tunnel.
 #[derive(Debug)]
 pub struct Payload {
     bytes: Bytes,
-    /// What it takes of memory, until its last byte is written: a part of it frees nothing.
+    /// Memory that it takes, in bytes, until its last byte is written: writing a part frees nothing.
     cost: usize,
     unsent: Rc<Unsent>,
 }
 
 impl Payload {
-    /// Without bytes it is the end of the stream, and waits as any other: the engine drops it when it has
-    /// written it.
+    /// Creates a piece. One without bytes is the end of the stream; it waits as any other, and the engine drops it
+    /// when it has written it.
     pub(super) fn new(bytes: Bytes, unsent: &Rc<Unsent>) -> Self {
         let cost = bytes.len() + PIECE;
         unsent.more(cost);
@@ -62,7 +61,8 @@ impl Buf for Payload {
 }
 
 impl Drop for Payload {
-    /// What is left was discarded: the stream was reset, or its tunnel has ended. Or it was the end.
+    /// Bytes that are left were discarded, as the stream was reset or its tunnel has ended; or this was the end of
+    /// the stream.
     fn drop(&mut self) {
         if self.cost > 0 {
             self.unsent.less(self.cost);
@@ -70,20 +70,20 @@ impl Drop for Payload {
     }
 }
 
-/// Is told how much was written to the tunnel, each time.
+/// Callback that gets the number of bytes each time that some were written to the tunnel.
 pub type Told = Box<dyn Fn(u64)>;
 
-/// What of one stream waits to be written to the tunnel.
+/// Bytes of one stream that wait to be written to the tunnel.
 pub(super) struct Unsent {
-    /// With what each piece costs besides.
+    /// Number of bytes, with the cost of each piece.
     bytes: Cell<usize>,
-    /// Counts it among what the pod's connections hold.
+    /// Counts `bytes` in the pod's share of memory.
     held: OnceCell<Hold>,
     told: OnceCell<Told>,
     waiting: RefCell<Option<Waker>>,
-    /// At how much the one that waits is woken.
+    /// Number of bytes at which the waiting task is woken.
     enough: Cell<usize>,
-    /// Since when nothing of it was written; it is among the `stalls`.
+    /// Time since which nothing of it was written; it is among the `stalls`.
     since: Cell<Option<Instant>>,
     stalls: Rc<Stalls>,
 }
@@ -105,20 +105,20 @@ impl Unsent {
         self.bytes.get() == 0
     }
 
-    /// Has somebody told; once.
+    /// Sets the callback; only the first call counts.
     pub(super) fn tell(&self, told: Told) {
-        // Who was first stays.
+        // Only the first callback counts.
         let _ = self.told.set(told);
     }
 
-    /// Counts what waits in a pod's share, and keeps to it; once.
+    /// Counts the waiting bytes in a pod's share and keeps to it; only the first call counts.
     pub(super) fn share(&self, share: &Share) {
-        // Who was first stays.
+        // Only the first share counts.
         let held = self.held.get_or_init(|| Hold::new(share, FREE));
         held.set(self.bytes.get());
     }
 
-    /// Completes when one more piece may wait. At the bound of its pod a stream still sends as its own
+    /// Completes when one more piece may wait. When its pod has no memory left a stream can still send, as its own
     /// bytes leave.
     pub(super) fn poll_room(&self, context: &Context<'_>) -> Poll<()> {
         let bytes = self.bytes.get();
@@ -161,7 +161,7 @@ impl Unsent {
         }
     }
 
-    /// Something was written, or discarded, and so much is free by that.
+    /// Some bytes were written or discarded, which frees `cost` bytes.
     fn less(&self, cost: usize) {
         self.hold(self.bytes.get() - cost);
         if let Some(since) = self.since.take() {
@@ -193,15 +193,15 @@ impl std::fmt::Debug for Unsent {
     }
 }
 
-/// The streams of one tunnel that have something to send: since when each could send nothing. What matters
-/// is the peer's window, so it is all the same whether anybody waits to send more.
+/// The streams of one tunnel that have something to send: the time since which each could send nothing. The peer's
+/// window causes a stall, so it does not matter whether anybody waits to send more.
 #[derive(Debug, Default)]
 pub struct Stalls {
     since: RefCell<Vec<Instant>>,
 }
 
 impl Stalls {
-    /// How many wait for longer than [`super::STALLED`].
+    /// Returns how many streams have waited for longer than [`super::STALLED`].
     pub fn count(&self) -> usize {
         let since = self.since.borrow();
         let long = since

@@ -1,7 +1,7 @@
-//! A tunnel's socket. It is read in large pieces: rustls asks for one record at a time, at most, which
-//! would be a system call for each 4 to 16 KiB. It is read on while it cannot be written: `h2` reads
-//! nothing before what it owes its peer (a PING's answer, SETTINGS) is written, and two ends that both
-//! wait for that would wait for each other. And it is closed when its peer has taken what was written.
+//! A tunnel's socket. It is read in large pieces: rustls asks for one record at a time, at most, which would be a
+//! system call for each 4 to 16 KiB. Reading continues while writing is blocked: `h2` reads nothing before it has
+//! written what it owes its peer (a PING's answer, SETTINGS), and two ends that both wait for that would wait for
+//! each other. The socket is closed when its peer has taken what was written.
 
 use std::io;
 use std::pin::Pin;
@@ -16,53 +16,54 @@ use super::LINGER;
 use crate::proxy::limits::memory::{Hold, Level, Share};
 use crate::sys::socket::{close_by_end, read, unacknowledged};
 
-/// The size of a read while little comes.
+/// Size of a read while little comes, in bytes.
 const SMALL: usize = 16 << 10;
-/// The size of a read while each comes back full.
+/// Size of a read while each comes back full, in bytes.
 const LARGE: usize = 256 << 10;
 
-/// After so much the tunnel's task pauses once, even if there is more: what was read is passed on before
-/// the rest comes, however many frames that is.
+/// Bytes after which the tunnel's task pauses once, even if there is more: what was read is passed on before the rest
+/// is read, however many frames that is.
 const TURN: usize = 1 << 20;
 
-/// How much is read while nothing can be written. To Linux a socket can be written again when a third of
-/// what it may hold for sending is free, 1.4 MiB of the 4 MiB that `tcp_wmem` allows by default; so much at
-/// least is to be taken from a peer that reads nothing meanwhile.
+/// Bytes that are read while nothing can be written. Linux reports a socket as writable when a third of its send
+/// buffer is free, 1.4 MiB of the 4 MiB that `tcp_wmem` allows by default; at least that much must be read from a
+/// peer that reads nothing meanwhile.
 pub(crate) const AHEAD: usize = 4 << 20;
 
-/// A socket with what has been read from it and not yet been taken. An idle one holds no buffer.
+/// A socket with bytes that have been read from it and not yet taken. An idle one holds no buffer.
 #[derive(Debug)]
 pub struct ReadAhead {
     tcp: TcpStream,
     buffer: BytesMut,
-    /// Counts what was read while nothing could be written.
+    /// Counts the bytes that were read while nothing could be written.
     ahead: Hold,
-    /// How reading on has failed: the next read tells it.
+    /// Error met while reading ahead: the next read returns it.
     failed: Option<io::Error>,
-    /// What of `buffer` is taken.
+    /// Number of bytes of `buffer` that are taken.
     taken: usize,
-    /// How much the next read asks for.
+    /// Number of bytes that the next read asks for.
     size: usize,
-    /// How much has been read in this turn.
+    /// Number of bytes that have been read in this turn.
     turn: usize,
-    /// We have said our end.
+    /// Set when we have ended our direction.
     linger: Option<Linger>,
 }
 
-/// The wait for the peer's end, after ours. Closing the socket before that would have the kernel answer
-/// what the peer still sends, if only credit, by a reset, and discard what the peer has not taken.
+/// The wait for the peer's end, after ours. If the socket were closed before that, the kernel would answer what the
+/// peer still sends, if only credit, by a reset, and discard what the peer has not taken.
 #[derive(Debug)]
 struct Linger {
     look: Pin<Box<Sleep>>,
-    /// What was not acknowledged at the last look.
+    /// Number of bytes that were not acknowledged at the last look.
     unacknowledged: usize,
 }
 
 impl ReadAhead {
-    /// Around a socket of a pod that has this share of the memory for what is not delivered. Closing it ends the tunnel without a reset, which would discard what was written
-    /// and is not sent: that a tunnel was cut is told by the TLS in it, which has not said its end.
+    /// Wraps a socket of a pod with this share of the memory for undelivered bytes. Closing the socket ends the
+    /// tunnel without a reset, which would discard what was written and is not sent: TLS shows the peer that the
+    /// tunnel was cut, as it has not said its end.
     pub fn new(tcp: TcpStream, share: &Share) -> Self {
-        // Fails for no socket.
+        // This cannot fail for a socket.
         let _ = close_by_end(&tcp);
         Self {
             tcp,
@@ -117,20 +118,20 @@ impl ReadAhead {
 }
 
 impl ReadAhead {
-    /// What became of a write; one that has to wait reads on.
+    /// Passes on the result of a write. If the write has to wait, reads ahead.
     fn or_read<T>(
         &mut self,
         context: &mut Context<'_>,
         written: Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         if written.is_pending() && self.read_on(context) {
-            // Whoever waits to read finds it, and is not woken by the socket any more.
+            // The reading task finds these bytes; the socket will not wake it for them any more.
             context.waker().wake_by_ref();
         }
         written
     }
 
-    /// Reads what there is, up to a bound; whether there was anything.
+    /// Reads what there is, up to a bound. Returns true if there was anything.
     fn read_on(&mut self, context: &mut Context<'_>) -> bool {
         let before = (self.buffer.len() - self.taken, self.failed.is_some());
         self.buffer.advance(std::mem::take(&mut self.taken));
@@ -162,7 +163,7 @@ impl Linger {
     /// Completes when the peer has taken nothing for a while.
     fn poll_over(&mut self, tcp: &TcpStream, context: &mut Context<'_>) -> Poll<()> {
         while self.look.as_mut().poll(context).is_ready() {
-            // Fails only where the socket is broken.
+            // This fails only if the socket is broken.
             let left = unacknowledged(tcp).unwrap_or(0);
             if left == 0 || left >= self.unacknowledged {
                 return Poll::Ready(());
@@ -232,7 +233,7 @@ impl AsyncWrite for ReadAhead {
         }
         loop {
             match this.fill(context) {
-                // Nobody wants it any more.
+                // Nobody reads these bytes any more.
                 Poll::Ready(Ok(true)) => {}
                 Poll::Ready(Ok(false) | Err(_)) => return Poll::Ready(Ok(())),
                 Poll::Pending => break,

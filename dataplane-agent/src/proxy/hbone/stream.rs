@@ -1,5 +1,4 @@
-//! One stream of a tunnel, as both ends of it use it: nothing else of the house knows the engine's own
-//! types for it.
+//! One stream of a tunnel, as both ends use it. Only this file knows the engine's types for it.
 
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -14,17 +13,17 @@ use super::payload::{Payload, Stalls, Told, Unsent};
 use super::window::Undelivered;
 use crate::proxy::limits::memory::Share;
 
-/// What the streams of one tunnel share.
+/// State that the streams of one tunnel share.
 #[derive(Clone, Debug)]
 pub struct Shared {
-    /// What has come and is not delivered.
+    /// Bytes that were received and are not delivered.
     pub undelivered: Rc<Undelivered>,
-    /// Who cannot send.
+    /// Streams that cannot send.
     pub stalls: Rc<Stalls>,
 }
 
 impl Shared {
-    /// Of a tunnel of a pod that has this share for what is not delivered.
+    /// Creates the state for a tunnel of a pod with this share of memory for undelivered bytes.
     pub fn new(share: &Share) -> Self {
         Self {
             undelivered: Rc::new(Undelivered::new(share)),
@@ -33,17 +32,17 @@ impl Shared {
     }
 }
 
-/// A stream that is connected.
+/// A connected stream.
 #[derive(Debug)]
 pub struct Stream {
-    /// To the peer.
+    /// The direction to the peer.
     pub outgoing: Outgoing,
-    /// From the peer.
+    /// The direction from the peer.
     pub incoming: Incoming,
 }
 
 impl Stream {
-    /// Of the engine's halves.
+    /// Combines the engine's halves.
     pub fn new(send: SendStream<Payload>, receive: RecvStream, shared: &Shared) -> Self {
         Self {
             outgoing: Outgoing::new(send, &shared.stalls),
@@ -52,8 +51,8 @@ impl Stream {
     }
 }
 
-/// What goes to the peer. The stream is reset when this is dropped before it is [done](Self::done): a cut
-/// stream must not look like one that came to its end.
+/// The direction to the peer. If this is dropped before it is [done](Self::done) the stream is reset: a cut stream
+/// must not look like one that came to its end.
 #[derive(Debug)]
 pub struct Outgoing {
     send: SendStream<Payload>,
@@ -70,7 +69,8 @@ impl Outgoing {
         }
     }
 
-    /// Counts what waits to be written in a pod's share of memory, and keeps to it; once.
+    /// Counts the bytes that wait to be written in a pod's share of memory, and keeps to it; only the first call
+    /// counts.
     pub fn share(&self, share: &Share) {
         self.unsent.share(share);
     }
@@ -80,8 +80,7 @@ impl Outgoing {
         self.unsent.poll_room(context)
     }
 
-    /// Sends after what was sent before. What the peer's window does not take yet waits here; ask
-    /// [`Self::poll_room`] first.
+    /// Sends bytes. They wait here until the peer's window takes them; ask [`Self::poll_room`] first.
     ///
     /// # Errors
     /// The stream was reset, or its tunnel has ended.
@@ -91,17 +90,17 @@ impl Outgoing {
         sent.map_err(|error| self.why(error))
     }
 
-    /// Says the end, after what was sent before.
+    /// Ends this direction, after all that was sent.
     ///
     /// # Errors
-    /// As [`Self::send`].
+    /// The same as those of [`Self::send`].
     pub fn finish(&mut self) -> Result<(), h2::Error> {
         let end = Payload::new(Bytes::new(), &self.unsent);
         let sent = self.send.send_data(end, true);
         sent.map_err(|error| self.why(error))
     }
 
-    /// The engine's error of a stream that is closed does not say why it is.
+    /// Returns why the stream is closed, if that is known: the engine's `error` does not say it.
     fn why(&mut self, error: h2::Error) -> h2::Error {
         match self.poll_broken(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(why) => why,
@@ -109,18 +108,19 @@ impl Outgoing {
         }
     }
 
-    /// Completes when nothing waits to be written to the tunnel any more, also not the end: a reset
-    /// would discard it.
+    /// Completes when nothing waits to be written to the tunnel any more, including the end: a reset would discard
+    /// it.
     pub fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
         self.unsent.poll_flushed(context)
     }
 
-    /// Whether nothing waits to be written to the tunnel.
+    /// Returns true if nothing waits to be written to the tunnel.
     pub fn is_flushed(&self) -> bool {
         self.unsent.is_empty()
     }
 
-    /// Has somebody told how much is written to the tunnel, each time; once.
+    /// Sets the callback that gets the number of bytes each time that some are written to the tunnel; only the first
+    /// call counts.
     pub fn tell(&self, told: Told) {
         self.unsent.tell(told);
     }
@@ -131,13 +131,13 @@ impl Outgoing {
         reset.map(|reset| reset.map_or_else(|error| error, h2::Error::from))
     }
 
-    /// Ends both directions at once; what is not written is discarded.
+    /// Resets the stream: ends both directions at once, and discards what is not written.
     pub fn reset(&mut self, reason: Reason) {
         self.done = true;
         self.send.send_reset(reason);
     }
 
-    /// Both directions have ended: dropping it is no cut.
+    /// Marks both directions as ended: dropping this does not reset the stream.
     pub fn done(&mut self) {
         self.done = true;
     }
@@ -151,13 +151,13 @@ impl Drop for Outgoing {
     }
 }
 
-/// What comes from the peer.
+/// The direction from the peer.
 #[derive(Debug)]
 pub struct Incoming {
     receive: RecvStream,
     undelivered: Rc<Undelivered>,
     held: usize,
-    /// What was read before anybody could take it.
+    /// Bytes that were read before the stream was connected.
     early: Batch,
 }
 
@@ -171,7 +171,7 @@ impl Incoming {
         }
     }
 
-    /// Takes over what has come, as long as nobody can take it: the engine would hold it uncounted.
+    /// Reads what has come, while nobody can take it: the engine would hold it uncounted.
     fn hold(&mut self, context: &mut Context<'_>) {
         while let Poll::Ready(Some(Ok(bytes))) = self.receive(context) {
             if !bytes.is_empty() {
@@ -181,8 +181,8 @@ impl Incoming {
         self.early.keep();
     }
 
-    /// The next bytes; `None` at the end, and only if the peer has said it. What the peer sent before
-    /// it reset the stream comes before the error.
+    /// Returns the next bytes, or `None` at the end, if the peer has sent it. Bytes that the peer sent before it
+    /// reset the stream come before the error.
     pub fn poll_read(
         &mut self,
         context: &mut Context<'_>,
@@ -202,11 +202,11 @@ impl Incoming {
         read
     }
 
-    /// So much was delivered: the peer may send as much again.
+    /// Counts bytes as delivered: the peer may send as many again.
     pub fn delivered(&mut self, bytes: usize) {
         self.held -= bytes;
         self.undelivered.less(bytes);
-        // Fails only for more than was read.
+        // This fails only for more bytes than were read.
         let _ = self.receive.flow_control().release_capacity(bytes);
     }
 }
@@ -226,7 +226,7 @@ pub struct Waiting {
 }
 
 impl Waiting {
-    /// Of the engine's halves.
+    /// Combines the engine's halves.
     pub fn new(respond: SendResponse<Payload>, receive: RecvStream, shared: &Shared) -> Self {
         Self {
             respond,
@@ -235,9 +235,9 @@ impl Waiting {
         }
     }
 
-    /// Completes when the peer does not wait any more. Meanwhile what it sends is counted.
+    /// Completes when the peer does not wait any more. Meanwhile the bytes that it sends are counted.
     pub async fn gone(&mut self) {
-        // Either way: it was reset, or the tunnel has ended.
+        // The result does not matter: the stream was reset, or the tunnel has ended.
         let _ = std::future::poll_fn(|context| {
             self.incoming.hold(context);
             self.respond.poll_reset(context)
@@ -248,10 +248,10 @@ impl Waiting {
     /// Tells the peer that it is connected.
     ///
     /// # Errors
-    /// It is gone.
+    /// The peer is gone.
     pub fn connected(mut self, baggage: Option<&str>) -> Result<Stream, h2::Error> {
         let mut response = Response::new(());
-        // What the mesh says of a workload need not be fit for a header; then it is not told.
+        // The mesh may describe a workload in text that is not fit for a header; then it is left out.
         if let Some(baggage) = baggage.and_then(|baggage| baggage.parse().ok()) {
             response.headers_mut().insert("baggage", baggage);
         }

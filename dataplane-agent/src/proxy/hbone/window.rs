@@ -1,21 +1,21 @@
-//! How much a peer may send. A stream that nobody reads must hold back itself alone, though `h2` gives
-//! credit for stream and tunnel together, as bytes are delivered. So the tunnel's window grows with
-//! what is not delivered, and as that becomes much the windows of its streams become small: what all
-//! of them can still send never exceeds what the tunnel may hold, and none waits for another.
+//! The receive windows of a tunnel and its streams. A stream that nobody reads must hold back itself alone, though
+//! `h2` gives credit for stream and tunnel together, as bytes are delivered. So the tunnel's window grows with the
+//! undelivered bytes, and as these become many the windows of its streams shrink: the bytes that all of them can
+//! still send never exceed the tunnel's window, and no stream waits for another.
 //!
-//! | not delivered, of one tunnel | window of each of its streams |
+//! | undelivered, of one tunnel | window of each of its streams |
 //! |---|---|
 //! | less than 16 MiB | 4 MiB |
 //! | less than 32 MiB | 1 MiB |
 //! | more | 64 KiB |
 //!
-//! What was under way before the peer heard of the smaller window is at most the tunnel's window. So a
-//! tunnel holds at most 32 MiB, 16 MiB that were under way, and 64 KiB of each of 200 streams: 61 MiB.
+//! Bytes that the peer sent before it learned of the smaller window are at most the tunnel's window. So a tunnel
+//! holds at most 32 MiB, 16 MiB that were under way, and 64 KiB of each of 200 streams: 61 MiB.
 //!
-//! All tunnels of a pod together have a bound as well, their share of the node's memory for it. From half
-//! of it on, every stream's window is 64 KiB; at it no tunnel's window grows any more, so that streams of
-//! one tunnel may wait for each other, but the daemon is not killed for its memory. What was not granted
-//! is looked at again, until it is granted or not needed any more.
+//! All tunnels of a pod together have a bound as well: its share of the node's memory for undelivered bytes. From
+//! half of it on, every stream's window is 64 KiB. At the bound no tunnel's window grows any more, so streams of one
+//! tunnel may wait for each other, but the daemon is not killed for its memory. A window that could not grow is tried
+//! again until it can, or need not any more.
 
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
@@ -28,12 +28,12 @@ use tokio::time::{Sleep, sleep};
 use super::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::proxy::limits::memory::{Hold, Level, Share};
 
-/// By how much what is not delivered must change before the tunnel's window follows.
+/// Change of the undelivered bytes after which the tunnel's window follows.
 const STEP: usize = 1 << 20;
-/// When what was not granted is looked at again. Others' memory becomes free on other threads, and a look
-/// is cheaper than word of it.
+/// Interval at which a window that could not grow is tried again. Memory is freed on other threads, and polling is
+/// cheaper than a message from them.
 const AGAIN: Duration = Duration::from_millis(100);
-/// From how many bytes that are not delivered a stream's window is how large.
+/// Window of a stream from each number of undelivered bytes on.
 const WINDOWS: [(usize, u32); 3] = [
     (0, STREAM_WINDOW),
     (16 << 20, 1 << 20),
@@ -41,19 +41,19 @@ const WINDOWS: [(usize, u32); 3] = [
 ];
 const SMALLEST: u32 = 64 << 10;
 
-/// What has come by a tunnel, of all its streams, and is not delivered.
+/// Bytes of all streams of a tunnel that were received and are not delivered.
 #[derive(Debug)]
 pub struct Undelivered {
     bytes: Cell<usize>,
-    /// Counts it among what the pod's tunnels hold.
+    /// Counts `bytes` in the pod's share of memory.
     held: Hold,
-    /// What it was as it was last looked at.
+    /// Value of `bytes` at the last look.
     seen: Cell<usize>,
     driver: RefCell<Option<Waker>>,
 }
 
 impl Undelivered {
-    /// Of a tunnel of a pod that has this share.
+    /// Creates the count for a tunnel of a pod with this share of memory.
     pub fn new(share: &Share) -> Self {
         Self {
             bytes: Cell::new(0),
@@ -84,12 +84,12 @@ impl Undelivered {
 
 /// A connection of either side, whose windows can be changed.
 pub trait Connection {
-    /// What all streams together may send.
+    /// Sets the receive window of all streams together, in bytes.
     fn set_tunnel(&mut self, size: u32);
-    /// What each stream may send, those included that are open.
+    /// Sets the receive window of each stream, in bytes, also of open ones.
     ///
     /// # Errors
-    /// The peer has not yet heard of the last change.
+    /// The peer has not yet acknowledged the last change.
     fn set_streams(&mut self, size: u32) -> Result<(), h2::Error>;
 }
 
@@ -119,19 +119,19 @@ where
     }
 }
 
-/// Keeps the windows of one tunnel; who drives the connection calls it each time before.
+/// The windows of one tunnel. The task that drives the connection calls [`Self::keep`] before each poll.
 #[derive(Debug)]
 pub struct Windows {
     undelivered: Rc<Undelivered>,
-    /// By how much the tunnel's window was last set to be larger than it is at first.
+    /// Bytes by which the tunnel's window exceeds its first size.
     granted: usize,
-    /// More was wanted than the pod has left.
+    /// Timer of the next attempt; set while the pod has too little memory left for the window.
     again: Option<Pin<Box<Sleep>>>,
     streams: u32,
 }
 
 impl Windows {
-    /// Of a connection with the settings of [`super::client`] or [`super::server`].
+    /// Creates the windows of a connection with the settings of [`super::client`] or [`super::server`].
     pub fn new(undelivered: &Rc<Undelivered>) -> Self {
         Self {
             undelivered: Rc::clone(undelivered),
@@ -141,7 +141,7 @@ impl Windows {
         }
     }
 
-    /// Sets what must be changed, and has the driver woken when more must.
+    /// Adapts the windows, and has the driver woken when they must be adapted again.
     pub fn keep(&mut self, connection: &mut impl Connection, context: &mut Context<'_>) {
         let all = Rc::clone(&self.undelivered);
         let bytes = all.bytes.get();
@@ -154,7 +154,7 @@ impl Windows {
         let denied = wanted > self.granted && level == Level::Nothing;
         if wanted != self.granted && !denied {
             self.granted = wanted;
-            // 61 MiB at most, besides: far from where it would not fit.
+            // It is at most 61 MiB, far below the limit of the type.
             let wanted = u32::try_from(wanted).unwrap_or(u32::MAX >> 2);
             connection.set_tunnel(CONNECTION_WINDOW + wanted.min(u32::MAX >> 2));
         }
@@ -172,7 +172,7 @@ impl Windows {
 }
 
 impl Windows {
-    /// Has the driver woken for another look, as long as it is `denied` what it wants.
+    /// Has the driver woken for another attempt, as long as the window is `denied` to grow.
     fn look_again(&mut self, denied: bool, context: &mut Context<'_>) {
         if !denied {
             self.again = None;
@@ -185,8 +185,8 @@ impl Windows {
     }
 }
 
-/// The window of a stream when so much is not delivered, and of the pod's tunnels together `much`. It
-/// grows again only when half of what made it small is gone: each change is a message to the peer.
+/// Returns the window of a stream for a number of undelivered bytes. `much`: the pod has little memory left. The
+/// window grows again only when half of what made it small is gone, since each change is a message to the peer.
 fn stream_window(undelivered: usize, much: bool, now: u32) -> u32 {
     if much {
         return SMALLEST;
@@ -227,15 +227,15 @@ mod tests {
         assert_eq!(stream_window(0, false, SMALLEST), STREAM_WINDOW);
     }
 
-    /// A peer that sends what it may, on as many streams as it may, of which none is ever read; and how
-    /// the engine gives it credit.
+    /// A peer that sends as much as it may, on as many streams as it may, none of which is ever read; it models how
+    /// the engine gives credit.
     #[derive(Default)]
     struct Peer {
         tunnel: u32,
         streams: u32,
-        /// What it has sent.
+        /// Bytes that it has sent.
         sent: usize,
-        /// What it may still send by the tunnel, as far as it has heard.
+        /// Bytes that it may still send by the tunnel, as far as it has learned.
         credit: usize,
     }
 
@@ -254,7 +254,7 @@ mod tests {
             self.credit -= bytes;
         }
 
-        /// The engine tells of new credit when it is at least half of what the peer has.
+        /// The engine sends new credit when it is at least half of what the peer has.
         fn hear(&mut self) {
             let may = (self.tunnel as usize).saturating_sub(self.sent);
             if may.saturating_sub(self.credit) >= self.credit / 2 {
@@ -309,7 +309,7 @@ mod tests {
         greedy.less(40 * mib);
         windows.keep(&mut peer, &mut none);
         assert_eq!(memory.held(), 9 * mib);
-        // Nothing happens in that tunnel, and its driver is woken all the same.
+        // Nothing happens in that tunnel; its driver must be woken all the same.
         let granted = std::future::poll_fn(|context| {
             late_windows.keep(&mut late_peer, context);
             let grown = CONNECTION_WINDOW + (4 << 20);
@@ -340,7 +340,7 @@ mod tests {
                 false => Poll::Pending,
             }
         });
-        // As a worker does that this one knows nothing of.
+        // This acts as another worker, of which this one knows nothing.
         let released = std::thread::spawn(move || {
             std::thread::sleep(AGAIN * 3);
             drop(greedy);
@@ -362,7 +362,7 @@ mod tests {
             let undelivered = Rc::new(Undelivered::new(&Share::default()));
             let mut windows = Windows::new(&undelivered);
             let mut peer = Peer::new();
-            // What the peer has heard of, some turns later.
+            // Windows that the peer learns of some turns later.
             let mut heard = std::collections::VecDeque::from(vec![STREAM_WINDOW; late]);
             let mut sent = vec![0; 200];
             for (stream, bytes) in turns {

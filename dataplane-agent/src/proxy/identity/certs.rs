@@ -1,12 +1,12 @@
 //! The current certificate of each pod's identity, renewed at half of its life.
 //!
-//! Only identities that a pod of this node holds have one. [`Certs::rotate`] alone issues, one
-//! certificate of an identity at a time, and whoever needs one waits for it: who waits no longer
-//! stops nothing. Keys are in memory alone, and overwritten when they go.
+//! Only identities that a pod of this node has get a certificate. [`Certs::rotate`] alone issues them, one at a time
+//! for each identity. Whoever needs one waits for it, and stops nothing by giving up. Keys are only in memory, and
+//! overwritten when they go.
 //!
-//! The clock may be wrong, and set in either direction. What it says is asked of certificates alone: one
-//! that is not valid by it, also since its time has not begun, is issued anew. Pauses go by the time
-//! since the machine has started.
+//! The clock may be wrong, and may be set in either direction. It is used only for the validity of certificates: one
+//! that is not valid by it, also one whose time has not begun, is issued anew. Pauses are measured by the monotonic
+//! clock.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -27,41 +27,41 @@ use zeroize::Zeroizing;
 use super::{IdentityError, tls};
 use crate::mesh::Identity;
 
-/// How many sets of expected peers a certificate remembers the settings for.
+/// Number of sets of expected peers for which a certificate remembers the settings.
 const CLIENTS: usize = 256;
-/// The first pause after a failure; doubled up to [`LAST_PAUSE`].
+/// First pause after a failure; doubled up to [`LAST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest pause.
+/// Longest pause after a failure.
 const LAST_PAUSE: Duration = Duration::from_secs(150);
-/// How many certificates are issued at once.
+/// Number of certificates that are issued at once.
 const ISSUING: usize = 8;
-/// An issuer that takes longer has failed.
+/// Time after which an issuer has failed.
 const ISSUE: Duration = Duration::from_secs(30);
-/// How often the clock is looked at for the end of a peer's certificate.
+/// Interval at which the clock is read while waiting for the end of a certificate.
 const LOOK: Duration = Duration::from_secs(600);
-/// How long a connection waits for the first certificate.
+/// Time for which a connection waits for the first certificate.
 const WAIT: Duration = Duration::from_secs(10);
 
-/// Where certificates come from.
+/// A source of certificates.
 pub trait Issuer: Send + Sync + 'static {
-    /// A new certificate, with a new key.
+    /// Issues a new certificate, with a new key.
     fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, IdentityError>>;
 }
 
-/// What was issued.
+/// A certificate as it was issued.
 pub struct Issued {
-    /// The leaf first.
+    /// The certificate chain, the leaf first.
     pub chain: Vec<CertificateDer<'static>>,
     /// The leaf's key, PKCS #8.
     pub key: Zeroizing<Vec<u8>>,
-    /// Who is trusted.
+    /// The trusted root certificates.
     pub roots: Vec<CertificateDer<'static>>,
 }
 
 /// A certificate of a workload, ready to be used.
 pub struct WorkloadCertificate {
     identity: Identity,
-    /// Settings of its tunnel server.
+    /// TLS settings of the workload's tunnel server.
     pub server: Arc<ServerConfig>,
     clients: Mutex<HashMap<Vec<Identity>, Arc<ClientConfig>>>,
     chain: Vec<CertificateDer<'static>>,
@@ -111,7 +111,7 @@ impl WorkloadCertificate {
         })
     }
 
-    /// Settings for connecting to any of `expected`; made once for each such set.
+    /// Returns the TLS settings for connecting to any of `expected`. They are made once for each such set.
     ///
     /// # Errors
     /// The certificate cannot be used.
@@ -130,28 +130,29 @@ impl WorkloadCertificate {
         Ok(client)
     }
 
-    /// Whose it is.
+    /// The identity that it is for.
     pub fn identity(&self) -> &Identity {
         &self.identity
     }
-    /// The leaf first.
+    /// The certificate chain, the leaf first.
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.chain
     }
-    /// Who is trusted.
+    /// The trusted root certificates.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
     }
-    /// When it expires.
+    /// The time at which it expires.
     pub fn not_after(&self) -> SystemTime {
         self.not_after
     }
 
-    /// Whether others take it.
+    /// Returns true if `now` is in its validity period.
     pub fn is_valid(&self, now: SystemTime) -> bool {
         self.not_before <= now && now < self.not_after
     }
-    /// In half of the life that is left, more or less: not all pods of a node at one moment.
+    /// Returns the time until renewal: about half of the life that is left, so that the pods of a node do not all
+    /// renew at one moment.
     fn renew_in(&self, now: SystemTime) -> Duration {
         let left = self.not_after.duration_since(now).unwrap_or_default();
         jitter(left / 2).max(FIRST_PAUSE)
@@ -163,7 +164,7 @@ fn copy_of(key: &[u8]) -> PrivateKeyDer<'static> {
     PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.to_vec()))
 }
 
-/// When the leaf's life begins, and when it ends.
+/// Returns when the leaf becomes valid, and when it expires.
 fn validity(chain: &[CertificateDer<'_>]) -> Result<(SystemTime, SystemTime), IdentityError> {
     let leaf = chain.first().map_or(&[][..], |leaf| leaf.as_ref());
     let (_, leaf) = X509Certificate::from_der(leaf)
@@ -178,15 +179,15 @@ fn validity(chain: &[CertificateDer<'_>]) -> Result<(SystemTime, SystemTime), Id
     ))
 }
 
-/// When the leaf of a chain ends.
+/// Returns when the leaf of a chain expires.
 ///
 /// # Errors
-/// It cannot be read.
+/// The leaf cannot be parsed.
 pub fn end_of(chain: &[CertificateDer<'_>]) -> Result<SystemTime, IdentityError> {
     validity(chain).map(|(_, end)| end)
 }
 
-/// Waits until a certificate has ended. The clock may be set meanwhile: it is looked at now and then.
+/// Waits until a certificate has expired. The clock may be set meanwhile, so it is read now and then.
 pub async fn ended(at: SystemTime) {
     while let Ok(left) = at.duration_since(SystemTime::now())
         && !left.is_zero()
@@ -195,21 +196,21 @@ pub async fn ended(at: SystemTime) {
     }
 }
 
-/// A time, and up to a fifth more or less.
+/// Returns a time that is up to a fifth longer or shorter.
 fn jitter(time: Duration) -> Duration {
     time.mul_f64(rand::rng().random_range(0.8..1.2))
 }
 
-/// Certificates of this node. Clones are the same ones.
+/// The certificates of this node. Clones share them.
 #[derive(Clone)]
 pub struct Certs {
     issuer: Arc<dyn Issuer>,
     held: Arc<Mutex<HashMap<Identity, Entry>>>,
-    /// Something was held, or somebody waits.
+    /// Notified when an identity is retained, and when somebody waits for a certificate.
     changed: Arc<Notify>,
-    /// How long one waits for a certificate.
+    /// Time for which a connection waits for a certificate.
     wait: Duration,
-    /// What the time of day is.
+    /// Returns the time of day.
     clock: fn() -> SystemTime,
 }
 
@@ -218,17 +219,17 @@ struct Entry {
     slot: Arc<Slot>,
 }
 
-/// What is known of one identity's certificate; who waits for it is told of each change.
+/// The state of one identity's certificate; tasks that wait for it are notified of changes.
 type Slot = watch::Sender<State>;
 
 #[derive(Default)]
 struct State {
     certificate: Option<Arc<WorkloadCertificate>>,
     failed: Option<IdentityError>,
-    /// Whether one is being issued.
+    /// True while one is being issued.
     issuing: bool,
     pause: Duration,
-    /// When it is due, if it is not so at once.
+    /// The time at which the next one is due; `None` means at once.
     again: Option<Instant>,
 }
 
@@ -274,14 +275,14 @@ impl State {
     }
 }
 
-/// What is told of an identity.
+/// An identity and the state of its certificate.
 #[derive(Clone, Debug)]
 pub struct Listed {
-    /// Whose.
+    /// The identity.
     pub identity: Identity,
     /// The certificate, if there is one.
     pub certificate: Option<Arc<WorkloadCertificate>>,
-    /// Why there is none, or no new one.
+    /// Why there is no certificate, or no new one.
     pub failed: Option<IdentityError>,
 }
 
@@ -292,7 +293,7 @@ impl fmt::Debug for Certs {
 }
 
 impl Certs {
-    /// From an issuer, which is asked once [`Certs::rotate`] runs.
+    /// Creates an empty set. The issuer is asked once [`Certs::rotate`] runs.
     pub fn new(issuer: Arc<dyn Issuer>) -> Self {
         Self {
             issuer,
@@ -303,7 +304,7 @@ impl Certs {
         }
     }
 
-    /// One more pod of this node has the identity.
+    /// Counts one more pod of this node that has the identity.
     pub fn retain(&self, identity: &Identity) {
         let mut held = lock(&self.held);
         let entry = held.entry(identity.clone());
@@ -316,7 +317,7 @@ impl Certs {
         self.changed.notify_one();
     }
 
-    /// One pod less has it. When none does the certificate goes.
+    /// Counts one pod less that has the identity. When none has it the certificate is dropped.
     pub fn release(&self, identity: &Identity) {
         let mut held = lock(&self.held);
         let Some(entry) = held.get_mut(identity) else {
@@ -326,7 +327,7 @@ impl Certs {
         if entry.pods == 0
             && let Some(entry) = held.remove(identity)
         {
-            // Who waits for it is told.
+            // Waiting tasks get this error.
             entry.slot.send_replace(State {
                 failed: Some(IdentityError::Unknown(identity.clone())),
                 ..State::default()
@@ -334,10 +335,10 @@ impl Certs {
         }
     }
 
-    /// An identity's settings as a client of any of `expected`, and when its certificate ends.
+    /// Returns an identity's TLS settings as a client of any of `expected`, and when its certificate expires.
     ///
     /// # Errors
-    /// As of [`Certs::current`]; the certificate cannot be used.
+    /// The same as those of [`Certs::current`], or the certificate cannot be used.
     pub async fn client(
         &self,
         identity: &Identity,
@@ -347,10 +348,10 @@ impl Certs {
         Ok((own.client(expected)?, own.not_after()))
     }
 
-    /// The certificate of an identity; waits for the first one, for some time.
+    /// Returns the certificate of an identity. Waits up to 10 s for the first one.
     ///
     /// # Errors
-    /// No pod of this node has the identity; there is none, and why.
+    /// No pod of this node has the identity, or there is no valid certificate; the error says why.
     pub async fn current(
         &self,
         identity: &Identity,
@@ -379,8 +380,8 @@ impl Certs {
         }
     }
 
-    /// Renews certificates when it is time, and makes those of pods that have come. Runs until it is
-    /// dropped; without it there are none.
+    /// Renews certificates when it is time, and issues those of new pods. Runs until it is dropped; without it there
+    /// are none.
     pub async fn rotate(self) {
         let mut issuing = FuturesUnordered::new();
         loop {
@@ -410,7 +411,7 @@ impl Certs {
                 true => Ok(made),
                 false => Err(IdentityError::NotValid(identity.clone())),
             });
-        // Under the lock, by which an identity that was forgotten meanwhile stays so.
+        // The lock is held so that an identity that was released meanwhile stays released.
         let held = lock(&self.held);
         if held
             .get(&identity)
@@ -420,7 +421,7 @@ impl Certs {
         }
     }
 
-    /// All identities of this node, in order.
+    /// Returns all identities of this node, in order.
     pub fn list(&self) -> Vec<Listed> {
         let held = lock(&self.held);
         let mut all: Vec<Listed> = held
@@ -438,7 +439,8 @@ impl Certs {
         all
     }
 
-    /// What is to be issued next; from now on it is being issued. Those that have none are first.
+    /// Picks the certificate that is to be issued next, and marks it as being issued. Identities that have none are
+    /// first.
     fn next_due(&self) -> Option<(Identity, Arc<Slot>)> {
         let now = (self.clock)();
         let held = lock(&self.held);
@@ -465,7 +467,7 @@ impl Certs {
             .filter_map(|state| state.again)
             .min();
         let hour = Duration::from_secs(3600);
-        // The clock may be set meanwhile: look now and then.
+        // The clock may be set meanwhile, so look now and then.
         next.map_or(hour, |next| next.saturating_duration_since(Instant::now()))
             .min(hour)
     }

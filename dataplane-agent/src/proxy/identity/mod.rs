@@ -1,4 +1,4 @@
-//! The key cabinet: certificates of the identities that the pods of this node have.
+//! Certificates of the identities that the pods of this node have.
 
 pub mod certs;
 pub mod tls;
@@ -12,30 +12,30 @@ pub use certs::{Certs, Issued, Issuer, WorkloadCertificate};
 
 use crate::mesh::Identity;
 
-/// Why there is no certificate, or a peer's does not count.
+/// Why there is no certificate, or why a peer's is rejected.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum IdentityError {
-    /// It is not held by a pod of this node.
+    /// No pod of this node has the identity.
     #[error("workload is unknown: {0}")]
     Unknown(Identity),
-    /// It could not be had.
+    /// The issuer failed.
     #[error("signing error: {0}")]
     Signing(Arc<str>),
-    /// The one that there is has expired or its time has not begun, and no new one could be had.
+    /// The certificate has expired or is not valid yet, and no new one could be issued.
     #[error("the certificate of {0} is not valid by this machine's clock")]
     NotValid(Identity),
-    /// It is being issued for longer than one waits.
+    /// Issuing takes longer than a connection waits.
     #[error("signing error: no certificate of {0} in time")]
     Slow(Identity),
-    /// What was issued cannot be used.
+    /// The issued certificate cannot be used.
     #[error("unusable certificate: {0}")]
     Unusable(Arc<str>),
-    /// A certificate of a peer.
+    /// The certificate of a peer has no usable identity, or not an expected one.
     #[error("identity verification error: {0}")]
     Peer(Arc<str>),
 }
 
-/// SHA-256, in lower-case hexadecimal digits: a certificate's fingerprint, for one.
+/// Returns the SHA-256 in lower-case hexadecimal digits, for instance a certificate's fingerprint.
 pub fn sha256(bytes: &[u8]) -> String {
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
     let digits = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));

@@ -1,4 +1,4 @@
-//! A certificate authority of tests.
+//! A certificate authority for tests.
 
 use futures_util::future::BoxFuture;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, SanType};
@@ -8,23 +8,23 @@ use time::{Duration, OffsetDateTime};
 use super::{IdentityError, Issued, Issuer};
 use crate::mesh::Identity;
 
-/// A root, and who signs with it.
+/// A root certificate and its signing key.
 pub(crate) struct Ca {
     signer: rcgen::Issuer<'static, KeyPair>,
     pub(super) root: CertificateDer<'static>,
-    /// How long what it issues lives.
+    /// Life of the certificates that it issues.
     life: Duration,
-    /// Whose certificates live for another time.
+    /// An identity whose certificates have another life, and that life.
     except: Option<(Identity, Duration)>,
 }
 
 impl Ca {
-    /// It issues for a day.
+    /// Creates one whose certificates live for a day.
     pub(crate) fn new() -> Self {
         Self::for_seconds(86400)
     }
 
-    /// It issues for so long.
+    /// Creates one whose certificates live for `life` seconds.
     pub(crate) fn for_seconds(life: i64) -> Self {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::default();
@@ -40,18 +40,18 @@ impl Ca {
         }
     }
 
-    /// It issues for so long to this one.
+    /// Sets the life, in seconds, of the certificates of one identity.
     pub(crate) fn for_seconds_of(self, identity: Identity, life: i64) -> Self {
         let except = Some((identity, Duration::seconds(life)));
         Self { except, ..self }
     }
 
-    /// A certificate with these names, from yesterday on, which ends so long from now.
+    /// Issues a certificate with these names, valid from yesterday until `life` from now.
     pub(super) fn sign(&self, names: Vec<SanType>, life: Duration) -> Issued {
         self.sign_at(OffsetDateTime::now_utc(), names, life)
     }
 
-    /// As [`Ca::sign`], at another time.
+    /// Does what [`Ca::sign`] does, as if at another time.
     pub(super) fn sign_at(
         &self,
         now: OffsetDateTime,
@@ -72,7 +72,7 @@ impl Ca {
     }
 }
 
-/// Signs for everybody.
+/// Issues for every identity.
 impl Issuer for Ca {
     fn issue<'a>(&'a self, identity: &'a Identity) -> BoxFuture<'a, Result<Issued, IdentityError>> {
         let life = match &self.except {

@@ -1,7 +1,7 @@
-//! TLS as HBONE wants it: 1.3 alone, `h2`, a certificate on both sides, and peers that are known by
-//! the one SPIFFE URI in their certificate and not by a name.
+//! TLS settings of HBONE: 1.3 only, `h2`, a certificate on both sides. Peers are identified by the one SPIFFE URI in
+//! their certificate and not by a name.
 //!
-//! Sessions are not resumed: what a peer may do is decided by the certificate that it shows now.
+//! Sessions are not resumed: a peer's rights depend on the certificate that it shows now.
 
 use std::sync::Arc;
 
@@ -21,10 +21,10 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::IdentityError;
 use crate::mesh::Identity;
 
-/// The protocol that both ends choose.
+/// ALPN protocol of both ends.
 const ALPN: &[u8] = b"h2";
 
-/// What TLS is made with: ztunnel's two cipher suites, in its order.
+/// Returns the crypto provider, with ztunnel's two cipher suites in its order.
 pub(super) fn provider() -> Arc<CryptoProvider> {
     let mut provider = aws_lc_rs::default_provider();
     provider.cipher_suites = vec![
@@ -34,7 +34,7 @@ pub(super) fn provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
-/// Settings of a pod's tunnel server.
+/// Returns the TLS settings of a pod's tunnel server.
 ///
 /// # Errors
 /// The certificate, its key or the roots cannot be used.
@@ -64,10 +64,10 @@ pub(super) fn server(
     Ok(config)
 }
 
-/// Settings of a pod that connects to any of these.
+/// Returns the TLS settings of a pod that connects to any of `expected`.
 ///
 /// # Errors
-/// As [`server`].
+/// The same as those of [`server`].
 pub(super) fn client(
     expected: &[Identity],
     chain: Vec<CertificateDer<'static>>,
@@ -104,10 +104,10 @@ fn unusable(error: rustls::Error) -> IdentityError {
     IdentityError::Unusable(error.to_string().into())
 }
 
-/// Who a peer is, from the certificates that it showed: the leaf has exactly one URI, an identity.
+/// Returns a peer's identity from the certificates that it showed. The leaf must have exactly one URI, an identity.
 ///
 /// # Errors
-/// There is no certificate; it has no such URI, or more than one.
+/// There is no certificate, or it has no such URI, or more than one.
 pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Result<Identity, IdentityError> {
     let peer = |why: String| IdentityError::Peer(why.into());
     let leaf = chain
@@ -135,7 +135,7 @@ pub fn peer_identity(chain: &[CertificateDer<'_>]) -> Result<Identity, IdentityE
     }
 }
 
-/// Takes a server that is one of those expected.
+/// Accepts a server whose identity is one of those expected.
 #[derive(Debug)]
 struct OfIdentity {
     inner: Arc<WebPkiServerVerifier>,
@@ -197,7 +197,7 @@ impl ServerCertVerifier for OfIdentity {
     }
 }
 
-/// Takes a client of our trust domain.
+/// Accepts a client of our trust domain.
 #[derive(Debug)]
 struct OfTrustDomain {
     inner: Arc<dyn ClientCertVerifier>,

@@ -13,12 +13,12 @@ use crate::proxy::authorize::{Hop, Io, Permit, Revoked};
 use crate::proxy::hbone::headers;
 use crate::proxy::limits::memory::Share;
 
-/// What connections of one worker are carried with.
+/// The means by which one worker carries connections.
 #[derive(Clone)]
 pub struct Carrier {
-    /// Connections from pods' network namespaces.
+    /// Makes connections from pods' network namespaces.
     pub connector: Rc<dyn Connector>,
-    /// Tunnels to other pods.
+    /// The tunnels to other pods.
     pub pool: Rc<Pool>,
 }
 
@@ -37,21 +37,20 @@ impl Meter for Arc<observe::Bytes> {
     }
 }
 
-/// How a connection came to its end.
+/// How a connection that did not fail has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carried {
     /// It was connected, and both ends have finished or one was reset.
     Whole,
-    /// Its client went before it was connected, which is its right.
+    /// The client went before it was connected, which is no failure.
     ClientGone,
 }
 
-/// Connects to the next hop and carries bytes until both ends have finished, one breaks, or policy
-/// no longer allows it. Where nothing could be carried the client is told so: by a status, or by a
-/// reset.
+/// Connects to the next hop and carries bytes until both ends have finished, one breaks, or policy no longer allows
+/// it. If nothing could be carried the client gets a status or a reset.
 ///
 /// # Errors
-/// Why it did not come to its end.
+/// The connection did not come to its end; the error says why.
 pub async fn carry(
     permit: Permit<Io>,
     carrier: &Carrier,
@@ -120,7 +119,7 @@ pub async fn carry(
             let baggage = resolved.target.as_deref().map(headers::baggage);
             match waiting.connected(baggage.as_deref()) {
                 Ok(stream) => End::Stream(stream),
-                // It has gone just now.
+                // The client has gone just now.
                 Err(_) => return Ok(Carried::ClientGone),
             }
         }
@@ -129,8 +128,8 @@ pub async fn carry(
     Ok(Carried::Whole)
 }
 
-/// Waits for the upstream while policy allows it and somebody waits for it; `None` when the client has gone.
-/// What became of the upstream by then counts: a client that gives up must not make it look well.
+/// Waits for the upstream while policy allows it and the client waits; `None` when the client has gone. The result of
+/// the upstream comes first if both are there: a client that gives up must not hide its failure.
 async fn wait<T>(
     revoked: impl Future<Output = ()>,
     gone: impl Future<Output = ()>,

@@ -1,4 +1,4 @@
-//! The connector of a node: it makes sockets of the pods' network namespaces, with the pods' certificates.
+//! The production connector: it makes sockets in the pods' network namespaces, with the pods' certificates.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -15,12 +15,12 @@ use crate::proxy::identity::Certs;
 use crate::proxy::limits::memory::Share;
 use crate::proxy::limits::{Full, NodePlaces, Place};
 
-/// Of this node.
+/// The connector of this node.
 #[derive(Clone, Debug)]
 pub struct NodeConnector {
     /// The pods' certificates.
     pub certs: Certs,
-    /// How many connections there may be.
+    /// The places for connections.
     pub places: NodePlaces,
 }
 

@@ -1,4 +1,4 @@
-//! The two kinds of ends that a relay has, as it reads from one and writes to the other.
+//! The two kinds of ends of a relay: the side that it reads from, and the side that it writes to.
 
 use std::cell::Cell;
 use std::io::{self, IoSlice};
@@ -20,17 +20,17 @@ use crate::proxy::hbone::stream::{Incoming, Outgoing};
 use crate::proxy::limits::memory::{Hold, Level, Share};
 use crate::sys::socket::{close_by_end, read, unacknowledged};
 
-/// The size of a read while little comes.
+/// Size of a read while little comes, in bytes.
 const SMALL: usize = 16 << 10;
-/// The size of a read while each comes back full.
+/// Size of a read while each comes back full, in bytes.
 const LARGE: usize = 256 << 10;
-/// The same, while the pod has little memory left; then it is `SMALL`.
+/// Largest read while the pod has little memory left, in bytes; with none left it is `SMALL`.
 const MEDIUM: usize = 64 << 10;
-/// A socket that is reset when it is dropped before it is [done](Sink::done), as it was made.
+/// A socket that is reset if it is dropped before it is [done](Sink::done): its linger time is zero until then.
 pub(super) struct Socket {
     tcp: TcpStream,
-    /// A write was told how the connection broke, and the kernel tells it once: a read will see an end
-    /// of file that is none.
+    /// True if a write has met the error of the connection. The kernel reports it once, so the end of file that a
+    /// read will see is none.
     told: Cell<bool>,
 }
 
@@ -42,21 +42,21 @@ impl Socket {
         }
     }
 
-    /// Completes when the peer has reset the connection, or does not answer any more, whatever may be
-    /// waiting to be read or written.
+    /// Completes when the peer has reset the connection, or does not answer any more, even if bytes wait to be read
+    /// or written.
     pub(super) async fn broken(&self) {
         // An error means that there is no runtime any more.
         let _ = self.tcp.ready(Interest::ERROR).await;
     }
 
-    /// What was written and is not acknowledged.
+    /// Returns the number of bytes that were written and are not acknowledged.
     pub(super) fn unacknowledged(&self) -> usize {
-        // Fails only where the socket is broken: nothing will go out any more.
+        // This fails only if the socket is broken: nothing will go out any more.
         unacknowledged(&self.tcp).unwrap_or(0)
     }
 }
 
-/// Both directions of an end.
+/// Splits an end into its two directions.
 pub(super) fn halves(end: End, share: &Share) -> (Source, Sink) {
     match end {
         End::Tcp(tcp) => {
@@ -65,7 +65,7 @@ pub(super) fn halves(end: End, share: &Share) -> (Source, Sink) {
                 socket: Rc::clone(&socket),
                 size: SMALL,
                 unwritten: 0,
-                // One small read is what each may always hold.
+                // Each may always hold one small read.
                 held: Hold::new(share, SMALL),
             };
             (source, Sink::Tcp(socket))
@@ -84,7 +84,7 @@ pub(super) enum Source {
     Tcp {
         socket: Rc<Socket>,
         size: usize,
-        /// What was read and is not delivered.
+        /// Number of bytes that were read and are not delivered.
         unwritten: usize,
         held: Hold,
     },
@@ -92,8 +92,8 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Adds to the batch; `false` at the end. Of a socket it reads only as the batch is empty, as the
-    /// kernel holds what waits; of a stream always, as the peer's window bounds it.
+    /// Reads into the batch; `false` at the end. A socket is read only when the batch is empty, as the kernel holds
+    /// what waits; a stream always, as the peer's window bounds it.
     pub(super) fn poll_read(
         &mut self,
         batch: &mut Batch,
@@ -152,8 +152,8 @@ impl Source {
         }
     }
 
-    /// Takes over what waits to be read of a stream, which nobody is going to take: counted as not
-    /// delivered it holds up no other stream of its tunnel. What a socket has waits in the kernel.
+    /// Reads the waiting bytes of a stream, though nobody takes them: counted as undelivered they hold up no other
+    /// stream of its tunnel. The bytes of a socket wait in the kernel.
     pub(super) fn hold(&mut self, batch: &mut Batch, context: &mut Context<'_>) {
         if let Self::Stream(_) = self {
             while let Poll::Ready(Ok(true)) = self.poll_read(batch, context) {}
@@ -161,7 +161,7 @@ impl Source {
         }
     }
 
-    /// How it broke, of one whose reads were not told.
+    /// Returns the error of a broken end if no read has returned it.
     pub(super) fn error(&self) -> Broken {
         let kind = io::ErrorKind::ConnectionReset;
         let error = match self {
@@ -171,14 +171,14 @@ impl Source {
         error.unwrap_or_else(|| kind.into()).into()
     }
 
-    /// The other end has taken so much of what was read.
+    /// Counts bytes as taken by the other end.
     pub(super) fn delivered(&mut self, bytes: usize) {
         match self {
             Self::Tcp {
                 unwritten, held, ..
             } => {
                 *unwritten -= bytes;
-                // It is one piece: a part of it frees nothing.
+                // The read is one piece, so a part of it frees nothing.
                 if *unwritten == 0 {
                     held.set(0);
                 }
@@ -188,7 +188,7 @@ impl Source {
     }
 }
 
-/// How much of a wanted size may be read, by what the pod has left.
+/// Limits a wanted size by the memory that the pod has left.
 fn may_read(wanted: usize, held: &Hold) -> usize {
     if wanted <= SMALL {
         return wanted;
@@ -200,8 +200,8 @@ fn may_read(wanted: usize, held: &Hold) -> usize {
     })
 }
 
-/// What was read, as what may wait for long: it takes no more than twice its bytes. A client that sends
-/// byte by byte would have us keep a whole buffer for each.
+/// Makes a piece that may wait for long: it takes no more than twice its bytes. Otherwise a client that sends byte by
+/// byte would make us keep a whole buffer for each.
 fn piece(read: BytesMut) -> Bytes {
     if read.len() < read.capacity() / 2 {
         Bytes::copy_from_slice(&read)
@@ -216,7 +216,7 @@ pub(super) enum Sink {
 }
 
 impl Sink {
-    /// Writes some of the batch, which is not empty, and takes it off it; completes with how much.
+    /// Writes some of the batch, which is not empty, and removes it from there; completes with the number of bytes.
     pub(super) fn poll_write(
         &mut self,
         batch: &mut Batch,
@@ -239,7 +239,7 @@ impl Sink {
                             }
                         }
                         Err(error) => {
-                            // EPIPE: the peer had said its end before it broke, and that one is true.
+                            // EPIPE: the peer had said its end before the connection broke, and that end is real.
                             let ended = error.kind() == io::ErrorKind::BrokenPipe;
                             socket.told.set(!ended);
                             return Poll::Ready(Err(error.into()));
@@ -268,7 +268,7 @@ impl Sink {
         }
     }
 
-    /// The socket, if it is one.
+    /// Returns the socket, unless this is a stream.
     pub(super) fn socket(&self) -> Option<Rc<Socket>> {
         match self {
             Self::Tcp(socket) => Some(Rc::clone(socket)),
@@ -276,7 +276,8 @@ impl Sink {
         }
     }
 
-    /// Completes when the end is broken, with how if that is known; `socket` does when its socket is.
+    /// Completes when the end is broken, with the error if that is known. `socket` completes when its socket is
+    /// broken.
     pub(super) fn poll_broken(
         &mut self,
         socket: Pin<&mut impl Future<Output = ()>>,
@@ -290,8 +291,8 @@ impl Sink {
         }
     }
 
-    /// Completes when what was written is on its way and cannot be discarded any more, other than by
-    /// a reset of a socket: see [`Socket::unacknowledged`].
+    /// Completes when the written bytes are on their way and only a reset of a socket can still discard them: see
+    /// [`Socket::unacknowledged`].
     pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
         match self {
             Self::Tcp(_) => Poll::Ready(()),
@@ -299,7 +300,7 @@ impl Sink {
         }
     }
 
-    /// Whether [`Self::poll_flushed`] would complete.
+    /// Returns true if [`Self::poll_flushed`] would complete.
     pub(super) fn is_flushed(&self) -> bool {
         match self {
             Self::Tcp(_) => true,
@@ -307,7 +308,7 @@ impl Sink {
         }
     }
 
-    /// Has somebody told of bytes as they are delivered; who writes tells him of a socket's.
+    /// Sets the callback for delivered bytes. A socket returns it: then the writer has to call it.
     pub(super) fn tell(&self, told: Told) -> Option<Told> {
         match self {
             Self::Tcp(_) => Some(told),
@@ -318,7 +319,7 @@ impl Sink {
         }
     }
 
-    /// Says the end of this direction.
+    /// Ends this direction.
     pub(super) fn finish(&mut self) -> Result<(), Broken> {
         match self {
             Self::Tcp(socket) => Ok(SockRef::from(&socket.tcp).shutdown(Shutdown::Write)?),
@@ -329,26 +330,26 @@ impl Sink {
     /// Resets the end in both directions, with the reason if it is a stream.
     pub(super) fn reset(&mut self, reason: Reason) {
         match self {
-            // Dropping what is not done resets it.
+            // Dropping a socket that is not done resets it.
             Self::Tcp(_) => {}
             Self::Stream(outgoing) => outgoing.reset(reason),
         }
     }
 
-    /// Lets go of the end, which has been told that no more comes: it is not reset, unless it has sent
-    /// what was not read.
+    /// Closes the end, which has been told that no more comes. It is not reset, unless it has sent bytes that were
+    /// not read.
     pub(super) fn close(&mut self) {
         match self {
             Self::Tcp(_) => self.done(),
-            // What it may still send is of no use, and it has done nothing wrong (RFC 9113, 8.1).
+            // Bytes that it may still send are of no use, and it has done nothing wrong (RFC 9113, 8.1).
             Self::Stream(outgoing) => outgoing.reset(Reason::NO_ERROR),
         }
     }
 
-    /// Both directions have ended: dropping it is no cut.
+    /// Marks both directions as ended: dropping this does not reset the end.
     pub(super) fn done(&mut self) {
         match self {
-            // Fails for no socket.
+            // This cannot fail for a socket.
             Self::Tcp(socket) => drop(close_by_end(&socket.tcp)),
             Self::Stream(outgoing) => outgoing.done(),
         }

@@ -1,4 +1,4 @@
-//! Client side of HBONE: one tunnel, and one CONNECT in it.
+//! Client side of HBONE: opens tunnels, and CONNECT streams in them.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
@@ -28,10 +28,10 @@ use crate::proxy::hbone::{self, headers};
 use crate::proxy::identity::certs;
 use crate::proxy::limits::{Idle, IdleTunnels, Place};
 
-/// What a CONNECT says.
+/// The content of a CONNECT request.
 #[derive(Clone, Debug)]
 pub struct ConnectRequest {
-    /// The pod's own address and port, or what the waypoint shall resolve.
+    /// The address and port of the destination pod, or those that the waypoint is to resolve.
     pub authority: SocketAddr,
     /// The client.
     pub client: SocketAddr,
@@ -44,21 +44,22 @@ pub struct ConnectRequest {
 /// A tunnel to one peer.
 #[derive(Debug)]
 pub struct ClientTunnel {
-    /// Until it is closed: the connection ends when nobody has this.
+    /// `None` once the tunnel is closed: the connection ends when nobody holds this.
     send: RefCell<Option<SendRequest<Payload>>>,
     shared: Shared,
     health: Rc<Health>,
     streams: Cell<usize>,
-    /// No longer used for new streams.
+    /// True if it is no longer used for new streams.
     pub(super) closed: Cell<bool>,
-    /// When the first of the two ends' certificates ends: from then on neither is who it was, and what is new
-    /// goes elsewhere.
+    /// The time at which the first of the two ends' certificates expires. From then on neither end is authenticated,
+    /// and new streams go elsewhere.
     until: SystemTime,
-    /// To be closed when it carries nothing.
+    /// True if it is to be closed when it carries nothing.
     leaving: Cell<bool>,
-    /// When the last stream ended.
+    /// The time at which the last stream ended.
     pub(super) idle_since: Cell<Instant>,
-    /// Its place among the pod's connections. It is given back before the tunnel is idle no more.
+    /// Its place among the pod's connections. It is a field before `idle`, so that it is given back before the tunnel
+    /// stops being counted as idle.
     _place: Place,
     idle: RefCell<Option<Idle>>,
     idle_tunnels: IdleTunnels,
@@ -67,7 +68,7 @@ pub struct ClientTunnel {
 /// Why a stream was not opened.
 #[derive(Debug)]
 pub enum OpenError {
-    /// The tunnel is no good, and no byte of the connection was sent: try another tunnel.
+    /// The tunnel is unusable, and no byte of the connection was sent: try another tunnel.
     Tunnel(TransportError),
     /// Anything else.
     Final(TransportError),
@@ -76,7 +77,7 @@ pub enum OpenError {
 /// Connects, shakes hands, and leaves a task in `group` that drives the tunnel.
 ///
 /// # Errors
-/// Each step has its own, and its own time.
+/// Each step has its own errors and its own time limit.
 pub async fn dial(
     connector: &dyn Connector,
     pod: &LocalPod,
@@ -97,7 +98,7 @@ pub async fn dial(
             }
             error => error,
         })?;
-    // Nobody looks at it: SNI is off, and peers are known by their identity.
+    // The name is not used: SNI is off, and peers are known by their identity.
     let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
     let share = connector.undelivered(pod);
     let handshake = async {
@@ -137,7 +138,7 @@ pub async fn dial(
         idle: RefCell::new(Some(pod.places.idle.rest())),
         idle_tunnels: pod.places.idle.clone(),
     });
-    // Weak: the connection ends also when nobody has the tunnel.
+    // The reference is weak: the connection also ends when nobody holds the tunnel.
     let driven = Rc::downgrade(&tunnel);
     let mut windows = Windows::new(&tunnel.shared.undelivered);
     let health = Rc::clone(&tunnel.health);
@@ -149,7 +150,7 @@ pub async fn dial(
     let leaving = async move {
         let drains = async {
             closing.await;
-            // Who waited for it takes it first: a pod that drains may go on to connect.
+            // A connection that waited for this tunnel takes it first: a pod that drains may go on to connect.
             sleep(hbone::LEAVE).await;
         };
         tokio::select! {
@@ -183,24 +184,24 @@ pub async fn dial(
 }
 
 impl ClientTunnel {
-    /// Streams that it carries now.
+    /// Returns the number of streams that it carries now.
     pub fn streams(&self) -> usize {
         self.streams.get()
     }
 
-    /// Whether one more stream should be opened here: there may be, the peer answers, and the tunnel's
-    /// window is not used up by streams that it does not read.
+    /// Returns true if one more stream should be opened here: its number is allowed, the peer answers, and the
+    /// tunnel's window is not used up by streams that the peer does not read.
     pub fn has_room(&self) -> bool {
         let stalled = self.shared.stalls.count() >= hbone::MOST_STALLED;
         self.may_carry() && !self.health.is_late() && !stalled
     }
 
-    /// Whether it takes no more streams, whatever becomes of those that it has.
+    /// Returns true if it takes no more streams, even when those that it has end.
     pub fn is_over(&self) -> bool {
         self.closed.get() || self.until <= SystemTime::now()
     }
 
-    /// Whether one more stream may be opened.
+    /// Returns true if the limits allow one more stream.
     pub fn may_carry(&self) -> bool {
         let send = self.send.borrow();
         let peer = send
@@ -224,7 +225,7 @@ impl ClientTunnel {
     }
 }
 
-/// A stream's place in a tunnel; given back when dropped.
+/// A stream's place in a tunnel, given back when this is dropped.
 #[derive(Debug)]
 pub struct StreamSlot(Rc<ClientTunnel>);
 
@@ -240,8 +241,8 @@ impl Drop for StreamSlot {
 }
 
 impl StreamSlot {
-    /// Asks the peer to connect, and waits for its answer. If this is dropped before, a task in `group`
-    /// waits for it.
+    /// Asks the peer to connect, and waits for its answer. If this is dropped before, a task in `group` waits for the
+    /// answer.
     ///
     /// # Errors
     /// The peer refuses, the tunnel fails, or there is no answer in time.
@@ -303,8 +304,8 @@ impl StreamSlot {
     }
 }
 
-/// A CONNECT that is not answered. When nobody waits for it any more it keeps its place in the tunnel,
-/// as it does in the peer's, and is reset when it is answered: see [`hbone::ABANDONED`].
+/// A CONNECT that is not answered yet. When nobody waits for it any more it keeps its place in the tunnel, as it does
+/// in the peer's, and is reset when it is answered: see [`hbone::ABANDONED`].
 struct PendingConnect<'a> {
     slot: &'a StreamSlot,
     group: &'a TaskGroup,
@@ -346,7 +347,7 @@ fn request(connect: &ConnectRequest) -> Result<Request<()>, TransportError> {
             )
             .header(header::FORWARDED, headers::forwarded(connect.client, host))
             .header("traceparent", headers::traceparent());
-        // What the mesh says of a workload need not be fit for a header; then it is not told.
+        // The mesh may describe a workload in text that is not fit for a header; then it is left out.
         if let Some(baggage) = &connect.baggage
             && let Ok(baggage) = HeaderValue::from_str(baggage)
         {

@@ -1,4 +1,4 @@
-//! Room 5: moves bytes. [`carry()`] accepts nothing without a `Permit`.
+//! Room 5: moves bytes. [`carry()`] takes only connections with a `Permit`.
 
 pub mod carry;
 pub mod connector;
@@ -27,9 +27,9 @@ use crate::proxy::authorize::LocalPod;
 use crate::proxy::limits::memory::Share;
 use crate::proxy::limits::{Full, Place};
 
-/// What transport borrows: connections from a pod's network namespace, and TLS in its name.
+/// The means that transport needs of others: connections from a pod's network namespace, TLS in its name, and places.
 pub trait Connector {
-    /// Connects from the pod: from this address of it, or from the one that its routes choose.
+    /// Connects from the pod, from the address `from` or, without one, from the address that the pod's routes choose.
     fn connect<'a>(
         &'a self,
         pod: &'a LocalPod,
@@ -43,24 +43,25 @@ pub trait Connector {
         from: IpAddr,
         to: SocketAddr,
     ) -> LocalBoxFuture<'a, io::Result<tokio::net::TcpStream>>;
-    /// The pod's settings as a client of any of these; an error is its words.
+    /// Returns the pod's TLS settings as a client of any of `expected`, and when its certificate expires. An error is
+    /// a text.
     fn client_tls<'a>(
         &'a self,
         pod: &'a LocalPod,
         expected: &'a [Identity],
     ) -> LocalBoxFuture<'a, Result<(Arc<rustls::ClientConfig>, SystemTime), String>>;
-    /// A place for one more tunnel of the pod.
+    /// Takes a place for one more tunnel of the pod.
     ///
     /// # Errors
-    /// There are as many connections as may be.
+    /// A bound of connections is reached.
     fn place(&self, pod: &LocalPod) -> Result<Place, Full>;
-    /// What the pod's connections may have waiting to be sent.
+    /// Returns the pod's share of the memory for bytes that wait to be sent.
     fn unsent(&self, pod: &LocalPod) -> Share;
-    /// What the pod's tunnels may have brought that is not delivered.
+    /// Returns the pod's share of the memory for bytes that tunnels have received and that are not delivered.
     fn undelivered(&self, pod: &LocalPod) -> Share;
 }
 
-/// Why a connection was not carried to its end. Cloned to all that waited for the same tunnel.
+/// Why a connection was not carried to its end. All that waited for the same tunnel get a clone.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum TransportError {
     /// The next hop refuses or cannot be reached.
@@ -69,28 +70,28 @@ pub enum TransportError {
     /// Nothing answered on a peer's tunnel port.
     #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {0}")]
     Blocked(Arc<io::Error>),
-    /// The TLS handshake failed; also the peer's identity is not one of those expected.
+    /// The TLS handshake failed, or the peer's identity is not one of those expected.
     #[error("tls error: tls handshake error: {0:?}")]
     Tls(Arc<io::Error>),
     /// There is no certificate to connect with.
     #[error("identity error: {0}")]
     Identity(Arc<str>),
-    /// The tunnel's first frames failed.
+    /// The HTTP/2 handshake failed.
     #[error("http2 handshake failed: {0}")]
     Handshake(Arc<str>),
     /// The tunnel failed later.
     #[error("h2 failed: {0}")]
     H2(Arc<h2::Error>),
-    /// The peer answered, and not 200.
+    /// The peer answered with a status other than 200.
     #[error("http status: {0}")]
     Status(http::StatusCode),
-    /// Bytes stopped moving for another reason than a reset.
+    /// An end broke, other than by a reset from its peer.
     #[error(transparent)]
     Relay(Arc<relay::RelayError>),
-    /// There are as many connections as may be, so that there is no place for a tunnel.
+    /// A bound of connections is reached, so there is no place for a tunnel.
     #[error(transparent)]
     Full(#[from] Full),
-    /// Policy no longer allows it.
+    /// Policy no longer allows the connection.
     #[error("connection closed due to policy change")]
     Revoked,
 }

@@ -10,10 +10,11 @@ use super::{Connector, TransportError};
 use crate::proxy::authorize::LocalPod;
 use crate::proxy::hbone::TIMEOUT;
 
-/// To a peer, from the pod: from this address of it, or from the one that its routes choose.
+/// Connects from the pod to a peer, from the address `from` or, without one, from the address that the pod's routes
+/// choose.
 ///
 /// # Errors
-/// It refuses, cannot be reached or does not answer in time.
+/// The peer refuses, cannot be reached or does not answer in time.
 pub async fn to_peer(
     connector: &dyn Connector,
     pod: &LocalPod,
@@ -23,17 +24,17 @@ pub async fn to_peer(
     in_time(connector.connect(pod, from, to)).await
 }
 
-/// To the pod's app, from the client's own address.
+/// Connects to the pod's app, from the client's own address.
 ///
 /// # Errors
-/// As [`to_peer`].
+/// The same as those of [`to_peer`].
 pub async fn to_app(
     connector: &dyn Connector,
     pod: &LocalPod,
     from: IpAddr,
     to: SocketAddr,
 ) -> Result<TcpStream, TransportError> {
-    // The port is one of ours, but a live connection of the client may have the same.
+    // The port is from our range, but a live connection of the client may have the same.
     let mut end = in_time(connector.connect_as(pod, from, to)).await;
     for _ in 1..LocalPod::PORT_TRIES {
         match &end {

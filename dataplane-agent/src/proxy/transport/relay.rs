@@ -1,15 +1,14 @@
 //! Two-way copy between two ends, each a TCP connection or a stream of a tunnel.
 //!
-//! A connection through the mesh ends as it would end without. Each direction ends by itself (half
-//! close). An end that breaks is noticed whatever the relay waits for; what it had sent before is
-//! delivered, and then the other end is reset. An end that said its end and is gone later, as a server
-//! that has closed, is no news to the other end until that writes: it is closed, and its kernel is
-//! answered by ours. A relay that is dropped, because it was revoked or its worker stops, resets both:
-//! a cut connection must never look like one that came to its end.
+//! A connection through the mesh ends as it would end without the mesh. Each direction ends by itself (half close).
+//! An end that breaks is noticed whatever the relay waits for; bytes that it had sent before are delivered, and then
+//! the other end is reset. If an end said its end and goes later, as a server that has closed, the other end learns
+//! of it only when it writes: it is closed, and the kernel answers what it sends. A relay that is dropped, because it
+//! was revoked or its worker stops, resets both ends: a cut connection must never look like one that came to its end.
 //!
-//! What is in memory for one direction is one read (at most 256 KiB), or what a stream's window lets
-//! its peer send, besides what waits in a stream's send buffer (512 KiB). Reads and send buffers are
-//! smaller, down to 16 KiB, the less memory the pod has left. An idle relay holds no buffer.
+//! One direction holds in memory one read (at most 256 KiB), or as much as a stream's window lets its peer send,
+//! besides the bytes that wait in a stream's send buffer (512 KiB). Reads and send buffers shrink, down to 16 KiB, as
+//! the pod's memory runs out. An idle relay holds no buffer.
 
 use std::future::poll_fn;
 use std::io;
@@ -29,12 +28,12 @@ use crate::proxy::hbone::payload::Told;
 use crate::proxy::hbone::stream::Stream;
 use crate::proxy::limits::memory::Share;
 
-/// An end that broke has left something to deliver: it takes no longer, then the other end is reset.
+/// Time limit for delivering the bytes that an end had sent before it broke; then the other end is reset.
 pub const FLUSH: Duration = Duration::from_secs(2);
-/// How often a direction reads and writes before others have their turn: the other one, and all else on the
-/// worker. Between sockets that is a MiB at most.
+/// Number of times that a direction reads and writes before the other one, and all else on the worker, has its turn.
+/// Between sockets that is a MiB at most.
 const TURN: usize = 4;
-/// Between two looks whether a socket's peer has acknowledged all; doubles up to 64 of it.
+/// Pause between two checks whether a socket's peer has acknowledged all; doubles up to 64 times this.
 const LOOK: Duration = Duration::from_millis(1);
 
 /// One end of a relay.
@@ -46,15 +45,15 @@ pub enum End {
     Stream(Stream),
 }
 
-/// Is told of bytes as they are delivered.
+/// Counts bytes as they are delivered.
 pub trait Meter {
-    /// Bytes of the client have gone to the upstream.
+    /// Counts bytes that went from the client to the upstream.
     fn upward(&self, bytes: u64);
-    /// Bytes of the upstream have gone to the client.
+    /// Counts bytes that went from the upstream to the client.
     fn downward(&self, bytes: u64);
 }
 
-/// How a relay failed; a reset by a peer is not a failure.
+/// Why a relay failed. A reset by a peer is not a failure.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
     /// The client broke.
@@ -65,20 +64,20 @@ pub enum RelayError {
     Receive(Broken),
 }
 
-/// What broke.
+/// The error of an end that broke.
 #[derive(Debug, thiserror::Error)]
 pub enum Broken {
-    /// A socket.
+    /// A socket broke.
     #[error("io error: {0}")]
     Io(#[from] io::Error),
-    /// A tunnel or its stream.
+    /// A tunnel or its stream broke.
     #[error("h2 failed: {0}")]
     H2(#[from] h2::Error),
 }
 
 impl Broken {
-    /// Whether it is the ordinary end of a peer that did not say goodbye: a reset of a connection, or
-    /// of a stream. A tunnel that is lost is none, nor is a peer that does not answer.
+    /// Returns true if the peer has reset its connection or stream, which is an ordinary end. The loss of a tunnel is
+    /// none, nor is a peer that does not answer.
     fn is_reset(&self) -> bool {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
         match self {
@@ -98,13 +97,13 @@ impl Broken {
         }
     }
 
-    /// Itself, unless it is an ordinary end.
+    /// Returns the error, unless it is an ordinary end.
     fn failure(self) -> Option<Self> {
         (!self.is_reset()).then_some(self)
     }
 
-    /// Whether it may be that the peer has said its end, and its kernel has forgotten the connection
-    /// since: then nobody need be told before he writes.
+    /// Returns true if the peer may have said its end, and its kernel may have forgotten the connection since. Then
+    /// the other end need not learn of it before it writes.
     fn may_be_forgotten(&self) -> bool {
         match self {
             Self::Io(_) => self.is_reset(),
@@ -113,11 +112,11 @@ impl Broken {
     }
 }
 
-/// Copies both ways until both directions have ended, or one end breaks. What waits to be sent keeps to
-/// the pod's `share` of memory.
+/// Copies both ways until both directions have ended, or one end breaks. Bytes that wait to be sent keep to the pod's
+/// `share` of memory.
 ///
 /// # Errors
-/// An end broke, other than by its peer's reset.
+/// An end broke, other than by a reset from its peer.
 pub async fn relay(
     client: End,
     upstream: End,
@@ -154,14 +153,14 @@ pub async fn relay(
     }
 }
 
-/// Which end broke, and how if that is known yet.
+/// The end that broke, with its error if that is known yet.
 enum At {
     Client(Option<Broken>),
     Upstream(Option<Broken>),
 }
 
-/// Moves bytes both ways; `None` when both have ended. `client` and `upstream` complete when these
-/// sockets break.
+/// Moves bytes both ways. Returns `None` when both have ended. `client` and `upstream` complete when these sockets
+/// break.
 async fn both(
     up: &mut OneWay,
     down: &mut OneWay,
@@ -212,12 +211,12 @@ async fn error(socket: Option<Rc<Socket>>) {
     }
 }
 
-/// An end broke. Delivers what it had sent, by `last`, and tells the other end; `back` went to it.
-/// Says how it broke.
+/// Delivers the bytes that a broken end had sent, by `last`, and then closes or resets the other end; `back` went to
+/// the broken one. Returns the error of the broken end.
 async fn wind_up(broken: Option<Broken>, last: &mut OneWay, back: &mut OneWay) -> Broken {
     let deadline = Instant::now() + FLUSH;
     let mut met = None;
-    // What takes longer is discarded.
+    // Bytes that take longer are discarded.
     let _ = timeout_at(deadline, last.rest(back, &mut met)).await;
     let broken = broken.or(met).unwrap_or_else(|| last.source.error());
     if last.over && broken.may_be_forgotten() && !back.moved_late() {
@@ -235,30 +234,30 @@ async fn wind_up(broken: Option<Broken>, last: &mut OneWay, back: &mut OneWay) -
     broken
 }
 
-/// At which end of a way it broke.
+/// The end of a direction that broke.
 enum Cut {
-    /// Where it reads.
+    /// The end that it reads from.
     Source(Broken),
-    /// Where it writes.
+    /// The end that it writes to.
     Sink(Broken),
 }
 
-/// One direction.
+/// One direction of a relay.
 struct OneWay {
     source: Source,
     sink: Sink,
     batch: Batch,
-    /// No more comes: the source has said its end, or is broken.
+    /// True if no more comes: the source has said its end, or is broken.
     read_all: bool,
-    /// The source has said its end.
+    /// True if the source has said its end.
     ended: bool,
-    /// That was passed on.
+    /// True if that end was passed on.
     finished: bool,
-    /// All before it has been delivered as well.
+    /// True if all bytes before the end have been delivered as well.
     over: bool,
-    /// Something was written after the sink had said the end of the other direction.
+    /// True if something was written after the sink had said the end of the other direction.
     late: bool,
-    /// Is told of what is written, if it is not told elsewhere.
+    /// Callback for written bytes, unless the sink calls it.
     told: Option<Told>,
 }
 
@@ -278,9 +277,9 @@ impl OneWay {
         }
     }
 
-    /// Moves what can be moved in a [`TURN`]; completes at the end. What comes after an error of the source is
-    /// what was read before it; then it completes as well. `late`: the other direction has been read to its
-    /// end.
+    /// Moves the bytes that can be moved in a [`TURN`]; completes at the end. After an error of the source, further
+    /// calls move the bytes that were read before it, and complete as well. `late`: the other direction has been read
+    /// to its end.
     fn poll(&mut self, late: bool, context: &mut Context<'_>) -> Poll<Result<(), Cut>> {
         for _ in 0..TURN {
             let mut moved = false;
@@ -328,13 +327,13 @@ impl OneWay {
                 return Poll::Pending;
             }
         }
-        // It is woken when all else has had its turn, and the kernel was asked what is new.
+        // The task is woken when all else has had its turn and the kernel was asked for new events.
         let _: Poll<()> = pin!(yield_now()).poll(context);
         Poll::Pending
     }
 
-    /// Moves what is left to move, though the source is broken, and says how it broke. Meanwhile what comes
-    /// `back` has nowhere to go.
+    /// Moves the remaining bytes, though the source is broken, and stores its error. Bytes that come `back` meanwhile
+    /// have nowhere to go.
     async fn rest(&mut self, back: &mut Self, broken: &mut Option<Broken>) {
         let mut step = |context: &mut Context<'_>| {
             back.source.hold(&mut back.batch, context);
@@ -348,12 +347,12 @@ impl OneWay {
         }
     }
 
-    /// Whether it waits for its source, and so hears of it if that breaks.
+    /// Returns true if it waits for its source, and so notices if that breaks.
     fn listens(&self) -> bool {
         !self.read_all && self.batch.is_empty()
     }
 
-    /// Whether something was, or would have been, written after the sink had said the end of the other
+    /// Returns true if something was, or would have been, written after the sink had said the end of the other
     /// direction.
     fn moved_late(&self) -> bool {
         self.late || !self.batch.is_empty() || !self.sink.is_flushed()
