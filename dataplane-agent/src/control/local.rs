@@ -1,4 +1,4 @@
-//! ztunnel's LOCAL_XDS file → the same store types, so that both can run on one configuration.
+//! Translates ztunnel's LOCAL_XDS file into the same store types, so that both can run on one configuration.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -24,12 +24,12 @@ use file::{
     TunnelProtocol, Visibility,
 };
 
-/// Reads the file; `node` is this node's name: its HBONE workloads are the pods here. `network` is
-/// this node's: pods here of another one are told of.
+/// Reads the file. `node` is this node's name: its HBONE workloads are the pods here. `network` is this node's:
+/// pods here of another network are reported.
 ///
 /// # Errors
-/// The file cannot be read; it is not as ztunnel wants it; a pod here is not of `trust_domain`, the
-/// mesh's: it would have no certificate.
+/// The file cannot be read or is not valid for ztunnel; a pod here is not of the mesh's `trust_domain`, so that
+/// it would have no certificate.
 pub fn read(
     file: &Path,
     node: &str,
@@ -69,10 +69,10 @@ pub fn read(
     Ok(read)
 }
 
-/// As [`read`], of the file's text.
+/// Like [`read`], for the file's text.
 ///
 /// # Errors
-/// As [`read`].
+/// See [`read`].
 pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, ManifestError> {
     let fault = |error: NodeError| ManifestError::at(file, error);
     let mut documents: Vec<Document<Config>> = node::documents_1_2(text).map_err(fault)?;
@@ -92,7 +92,7 @@ pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, Manifes
         ..ManifestError::of_file(file, what)
     };
     told_apart(&made.workloads).map_err(|twice| fault("workloads", twice))?;
-    // One of them would be lost, and with it whom it denies.
+    // One of the two policies would be lost, and with it the peers that it denies.
     let mut first = HashMap::new();
     for (at, policy) in made.policies.iter().enumerate() {
         if let Some(other) = first.insert(policy.key(), at) {
@@ -103,8 +103,8 @@ pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, Manifes
     Ok(made)
 }
 
-/// Refuses a workload that could be taken for another: what is kept of one is kept by its uid, and
-/// who it is by an identity, of which a name with a slash in it would make another one.
+/// Refuses a workload that could be taken for another: records about a workload go by its uid, and a name with a
+/// slash in it would change its identity.
 fn told_apart(workloads: &[Workload]) -> Result<(), (usize, String)> {
     let mut first = HashMap::new();
     for (at, workload) in workloads.iter().enumerate() {
@@ -164,7 +164,7 @@ fn in_field<C>(name: &str, Each(list): Each<C>) -> Result<C, NodeError> {
     list.map_err(|error| error.below(name))
 }
 
-/// Workloads as they are read, and what is wrong with them.
+/// Workloads as they are read, and the problems found.
 #[derive(Default)]
 struct Workloads {
     workloads: Vec<Workload>,
@@ -303,7 +303,7 @@ impl RawService {
             };
             let health = endpoint.status.health().min(workload.health);
             let services = Arc::make_mut(&mut workload.services);
-            // What the workload itself says of its ports holds.
+            // The workload's own ports take precedence.
             let of = services.entry(key.clone()).or_insert_with(|| Endpoint {
                 ports: endpoint.port.into(),
                 health,
@@ -317,7 +317,7 @@ impl RawService {
         if passthrough {
             report("loadBalancer.mode Passthrough: is not carried yet, traffic to it is refused");
         }
-        // Any name will do: what is behind a waypoint is refused.
+        // Any name will do, since traffic to a service with a waypoint is refused.
         let weighted = (!self.weighted_waypoints.is_empty()).then_some("weighted");
         Service {
             name: self.name.into(),

@@ -1,5 +1,4 @@
-//! What is in ztunnel's file, as it is written: names and forms are ztunnel's, and a field that it
-//! does not have is refused.
+//! The content of ztunnel's file as it is written: names and forms are ztunnel's, and unknown fields are refused.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -246,7 +245,7 @@ pub(super) struct RawService {
     pub(super) visibility: Visibility,
 }
 
-/// `network/ip`, each.
+/// Reads a list of `network/ip`.
 fn network_addresses<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Vec<NetworkAddress>, D::Error> {
@@ -261,7 +260,7 @@ fn network_addresses<'de, D: serde::Deserializer<'de>>(
     Ok(all.into_iter().map(|One(address)| address).collect())
 }
 
-/// `network/ip/length`.
+/// A block in the form `network/ip/length`.
 pub(super) struct NetworkRange(pub(super) Arc<str>, pub(super) IpNet);
 
 impl<'de> Deserialize<'de> for NetworkRange {

@@ -112,7 +112,7 @@ fn the_pods_here_are_the_hbone_workloads_of_the_node() {
     );
 }
 
-/// What is told of a workload or service with these fields, and what becomes of it.
+/// Translates a file with a workload and a service that have these fields.
 fn with(workload: &str, service: &str) -> Translation {
     parsed(&format!(
         "workloads:\n- {{uid: w, name: w, namespace: a, workloadIps: [10.0.0.1], services: {{a/s: {{80: 80}}}}{workload}}}\n\

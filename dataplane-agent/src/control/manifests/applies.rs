@@ -1,6 +1,6 @@
-//! Whom manifests are for: tells of policies that are for nobody, and of pods whose namespace nobody has
-//! put into the mesh or kept out of it. A slip in a name leaves these, and they are no fault of a file:
-//! what is missing may come later.
+//! Checks to whom manifests apply: reports policies that apply to nobody, and namespaces with pods that nobody
+//! has put into the mesh or kept out of it. Both are signs of a slip in a name, but no error of a file: what is
+//! missing may come later.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,12 +8,12 @@ use super::object::{Key, Meta, Objects, all_in, selects};
 use super::pod::MODE_LABEL;
 use super::spelling::nearest;
 
-/// So many names are shown where none is near.
+/// Number of names shown if none is similar.
 const SHOWN: usize = 5;
 
 type Labels = BTreeMap<String, String>;
 
-/// A line for each policy that applies to nobody, and for each namespace that has pods and no manifest.
+/// Returns a line for each policy that applies to nobody, and for each namespace with pods but no manifest.
 /// `root`: the namespace whose policies are for the whole mesh.
 pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
     let pods = || objects.pods.values().map(|pod| &*pod.meta);
@@ -30,7 +30,7 @@ pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
             ));
             continue;
         }
-        // A PeerAuthentication that selects has no effect there; its translation tells that.
+        // A PeerAuthentication with a selector has no effect there; its translation reports that.
         let is_selected = |labels| match namespace == root {
             true => pods().any(|pod| selects(labels, &pod.labels)),
             false => {
@@ -66,7 +66,7 @@ pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
     problems
 }
 
-/// Policies of both kinds, each with the labels that it selects by, if it does.
+/// Returns policies of both kinds, each with the labels of its selector, if it has one.
 fn policies(objects: &Objects) -> impl Iterator<Item = (&'static str, &Key, Option<&Labels>)> {
     let authorization = objects.authorization_policies.iter();
     let authorization =
@@ -76,7 +76,7 @@ fn policies(objects: &Objects) -> impl Iterator<Item = (&'static str, &Key, Opti
     authorization.chain(peer)
 }
 
-/// What a namespace that is not known was likely meant to be.
+/// Returns a hint at the namespace that was likely meant.
 fn meant(namespace: &str, known: &[&str]) -> String {
     let only = || (known.len() == 1).then(|| known[0]);
     match nearest(namespace, known).or_else(only) {

@@ -1,9 +1,9 @@
-//! AuthorizationPolicy: strict about what is written, and its L4 part as the nodes enforce it.
+//! AuthorizationPolicy: strict parsing, and the translation of the L4 part that nodes enforce.
 //!
-//! What L4 cannot tell is dropped, and told. A rule of an ALLOW goes as a whole, so that it lets nobody
-//! through. Of a DENY only the field goes, which then denies more; but a rule with a `to`, a `from` or a
-//! `when` that asks for HTTP alone denies nobody. Only a waypoint can enforce it; with istiod and ztunnel it
-//! is without effect as well.
+//! Fields that L4 cannot decide are dropped and reported. With such a field, a rule of an ALLOW is dropped as a
+//! whole, so that it lets nobody through; a rule of a DENY loses only the field, and then denies more. But a rule
+//! with a `to`, a `from` or a `when` that is only about HTTP denies nobody: only a waypoint can enforce it. It has
+//! no effect with istiod and ztunnel either.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ use crate::mesh::policy::{
 
 pub(super) const DRY_RUN_ANNOTATION: &str = "istio.io/dry-run";
 
-/// What is read of an AuthorizationPolicy; its values were checked.
+/// The fields of an AuthorizationPolicy that are read; the values are checked.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AuthorizationPolicy {
@@ -38,11 +38,11 @@ pub struct AuthorizationPolicy {
     dry_run: bool,
 }
 
-/// Which pods a policy is for.
+/// The pods that a policy applies to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Selector {
-    /// Labels that they have.
+    /// Labels that the pods have.
     #[serde(default)]
     pub match_labels: BTreeMap<String, String>,
 }
@@ -94,10 +94,10 @@ struct To {
     operation: Operation,
 }
 
-/// A list that, where it is written, has values.
+/// A list of values; not empty if it is present.
 type Values = Option<Vec<String>>;
 
-/// The lists of one place, each with its name.
+/// The lists of one object, each with its name.
 type Lists<'a> = Vec<(&'static str, &'a Values, Sort)>;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -140,13 +140,13 @@ struct Condition {
     not_values: Values,
 }
 
-/// What a list's values are.
+/// The form of a list's values.
 #[derive(Clone, Copy, PartialEq)]
 enum Sort {
     Text,
     /// A text with at most one `*`, at its beginning or its end.
     Pattern,
-    /// Such a text, of a principal.
+    /// A pattern of a principal.
     Principal,
     Account,
     Ip,
@@ -160,8 +160,8 @@ impl AuthorizationPolicy {
             spec: AuthorizationPolicy,
         }
         let Raw { mut spec } = node.read()?;
-        // Kubernetes takes `from:` with nothing behind it for no `from` at all, which in an ALLOW
-        // means anybody. It is what a half-written file looks like.
+        // Kubernetes reads `from:` without a value as no `from` at all, which in an ALLOW means anybody. A
+        // half-written file looks like this.
         if let Some(path) = node.field("spec").and_then(Node::null) {
             return Err(wrong(node, &format!("spec.{path}"), "no value"));
         }
@@ -175,7 +175,7 @@ impl AuthorizationPolicy {
                     format_args!("{DRY_RUN_ANNOTATION}: {what}"),
                 )
             };
-            // As Go's ParseBool has them, by which istiod reads it.
+            // These are the values of Go's ParseBool, with which istiod reads it.
             spec.dry_run = match value {
                 "1" | "t" | "T" | "true" | "TRUE" | "True" => true,
                 "0" | "f" | "F" | "false" | "FALSE" | "False" => false,
@@ -188,7 +188,7 @@ impl AuthorizationPolicy {
         Ok(spec)
     }
 
-    /// The labels of the pods that it is for, if it names any. An empty selector selects all.
+    /// Returns the labels of the pods that it applies to, if it has a selector. An empty selector selects all.
     pub fn selector(&self) -> Option<&BTreeMap<String, String>> {
         self.selector
             .as_ref()
@@ -236,7 +236,7 @@ impl RawRule {
         Ok(())
     }
 
-    /// Its lists of values, with the path of where each few of them stand.
+    /// Returns its lists of values, each group with the path of the object they are in.
     fn lists(&self) -> Vec<(String, Lists<'_>)> {
         let mut lists = Vec::new();
         for (at, from) in self.from.iter().flatten().enumerate() {
@@ -254,7 +254,7 @@ impl RawRule {
         lists
     }
 
-    /// The principals that no workload of the mesh can be, with their paths.
+    /// Returns the principals that no workload of the mesh can have, with their paths.
     fn strangers(&self, trust_domain: &str) -> Vec<(String, &str)> {
         let mut strangers = Vec::new();
         for (path, lists) in self.lists() {
@@ -284,7 +284,7 @@ fn check_lists(path: &str, lists: &Lists<'_>) -> Result<(), (String, String)> {
         for (at, value) in values.iter().enumerate() {
             let what = match sort {
                 Sort::Text | Sort::Pattern | Sort::Principal if value.is_empty() => "is empty",
-                // It would be compared as it stands, and match nobody: a DENY would let all pass.
+                // It would be compared literally and match nobody, so a DENY would let all pass.
                 Sort::Pattern | Sort::Principal if !is_pattern(value) => {
                     "has a `*` that is neither at its beginning nor at its end"
                 }
@@ -346,7 +346,7 @@ impl Operation {
     }
 }
 
-/// What a `when` asks about.
+/// The attribute that a `when` is about.
 #[derive(Clone, Copy, PartialEq)]
 enum Attribute {
     SourceIp,
@@ -398,7 +398,7 @@ impl Attribute {
     }
 }
 
-/// The L4 policy, if the node is to enforce any; what was dropped goes to `problems`.
+/// Returns the L4 policy, if the node is to enforce one. Dropped parts are reported in `problems`.
 pub(crate) fn translate(
     policy: &Resource<AuthorizationPolicy>,
     mesh: &MeshConfig,
@@ -433,7 +433,7 @@ pub(crate) fn translate(
     } else {
         PolicyScope::Namespace
     };
-    // An ALLOW without rules is how one denies all.
+    // An ALLOW without rules is the usual way to deny all, so only the DENY is reported.
     if action == Action::Deny && spec.rules.is_empty() {
         report("is a DENY without rules, which denies nothing");
     }
@@ -477,7 +477,7 @@ pub(crate) fn translate(
     })
 }
 
-/// Whether nothing is left of one of its clauses. It is then without effect, as it is with istiod.
+/// Returns `true` if nothing is left of a clause. The rule then has no effect, as with istiod.
 fn never_matches(rule: &Rule) -> bool {
     let nothing = |found: &Match| *found == Match::default();
     let empty = |clause: &Clause| !clause.matches.is_empty() && clause.matches.iter().all(nothing);
@@ -502,7 +502,7 @@ impl RawRule {
                 .iter()
                 .map(|from| from.source.translate(names, dropped))
                 .collect();
-            // One of them cannot be told at all: then the clause is one that always matches.
+            // If L4 cannot decide one of the sources at all, the clause always matches.
             let matches = matches
                 .into_iter()
                 .collect::<Option<_>>()
@@ -530,7 +530,7 @@ impl Operation {
 }
 
 impl Source {
-    /// None where a trust domain cannot be told and nothing else is asked: it may be any source.
+    /// Returns `None` if it is only about a trust domain that L4 cannot decide: it may be any source.
     fn translate(&self, names: Names<'_>, dropped: &mut Vec<String>) -> Option<Match> {
         const L4: [&str; 10] = [
             "principals",
@@ -558,8 +558,8 @@ impl Source {
             not_source_ips: each(&self.not_ip_blocks, ip),
             ..Match::default()
         };
-        // istiod forgets these two without a word. A trust domain is how a principal begins, so
-        // most can be told exactly; one more condition on `principals` cannot.
+        // istiod drops these two silently. A principal begins with its trust domain, so most have an exact
+        // form; a further condition besides `principals` has none.
         let mut untold = false;
         if let Some(domains) = &self.trust_domains {
             match trust_domains(domains).filter(|_| self.principals.is_none()) {
@@ -605,7 +605,7 @@ impl Condition {
                 (made.principals, made.not_principals) =
                     (each(values, principal), each(nots, principal));
             }
-            // istiod has no L4 form for this one, though there is one.
+            // istiod does not translate this one to L4, although it could.
             Some(Attribute::SourceAccount) => {
                 made.service_accounts = each(values, |value| account(namespace, value));
                 made.not_service_accounts = each(nots, |value| account(namespace, value));
@@ -640,7 +640,7 @@ fn is_pattern(value: &str) -> bool {
     !rest.unwrap_or(value).contains('*')
 }
 
-/// A text in which one `*` may stand at its beginning or at its end.
+/// Parses a text with at most one `*`, at its beginning or its end.
 pub(super) fn text(value: &str) -> StringMatch {
     if value == "*" {
         StringMatch::Presence
@@ -657,7 +657,7 @@ fn pattern(value: &str) -> Option<StringMatch> {
     Some(text(value))
 }
 
-/// Principals of these trust domains; none if one of them is given by its end.
+/// Returns the principals of these trust domains; `None` if one is a suffix (`*…`).
 fn trust_domains(values: &[String]) -> Option<Vec<StringMatch>> {
     let principal = |value: &String| match text(value) {
         StringMatch::Exact(domain) => Some(StringMatch::Prefix(format!("{domain}/").into())),
@@ -667,7 +667,7 @@ fn trust_domains(values: &[String]) -> Option<Vec<StringMatch>> {
     values.iter().map(principal).collect()
 }
 
-/// `name`, or `namespace/name`.
+/// Parses `name` or `namespace/name`.
 fn account(namespace: &str, value: &str) -> Option<ServiceAccountMatch> {
     let (namespace, name) = value.split_once('/').unwrap_or((namespace, value));
     let bad = name.is_empty() || name.contains(['/', '*']) || namespace.contains('*');

@@ -1,29 +1,29 @@
-//! What became of policies as the folder was read again: each that was added, changed or removed is told,
-//! since a connection that is let in by then would look the same as ever.
+//! Changes of policies found by a reload. Each policy that was added, changed or removed is logged, since a
+//! connection that it lets in looks the same as any other.
 
 use std::fmt;
 
 use super::object::{Body, Item, Key};
 
-/// A policy that is other than before.
+/// A change of a policy.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PolicyChange {
     /// AuthorizationPolicy or PeerAuthentication.
     pub kind: &'static str,
-    /// What became of it.
+    /// The kind of change.
     pub what: PolicyChangeKind,
-    /// Which one.
+    /// The policy's namespace and name.
     pub key: Key,
 }
 
-/// What became of a policy.
+/// The kind of a policy's change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum PolicyChangeKind {
-    /// It is gone.
+    /// It was removed.
     Removed,
-    /// It is new.
+    /// It was added.
     Added,
-    /// It says something else.
+    /// Its content changed.
     Changed,
 }
 
@@ -38,7 +38,7 @@ impl fmt::Display for PolicyChangeKind {
 }
 
 impl PolicyChange {
-    /// What became of an object, if it is a policy and another one than before.
+    /// Returns the change between two versions of an object, if it is a policy and they differ.
     pub(super) fn of(before: Option<&Item>, now: Option<&Item>) -> Option<Self> {
         let item = now.or(before)?;
         let is = matches!(
@@ -49,7 +49,7 @@ impl PolicyChange {
             (None, _) => PolicyChangeKind::Added,
             (_, None) => PolicyChangeKind::Removed,
             (Some(before), Some(now)) => {
-                // Of two PeerAuthentications for the same pods the oldest holds.
+                // The timestamp decides which of two PeerAuthentications for the same pods holds.
                 let ages = matches!(item.body, Body::PeerAuthentication(_));
                 let aged = ages && before.meta.created != now.meta.created;
                 (aged || before.body != now.body).then_some(PolicyChangeKind::Changed)?
@@ -59,7 +59,7 @@ impl PolicyChange {
         is.then_some(Self { kind, key, what })
     }
 
-    /// Writes its line.
+    /// Writes its log line.
     pub(crate) fn log(&self) {
         let Self { kind, key, what } = self;
         let Key { namespace, name } = key;

@@ -1,5 +1,4 @@
-//! The objects that the files of a folder have together. A change costs what the files say that changed,
-//! whatever else there is.
+//! The objects of all files of a folder. The cost of a change depends only on the content of the changed files.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -12,12 +11,12 @@ use super::changes::PolicyChange;
 use super::object::{Identity, Item, Objects, Parsed};
 use crate::mesh::service::Age;
 
-/// The objects, and which file each is of.
+/// The objects, and the file of each.
 #[derive(Debug, Default)]
 pub(super) struct Collection {
     objects: Objects,
     owners: HashMap<Identity, Owner>,
-    /// How many objects there were without a creation timestamp.
+    /// Number of objects without a creation timestamp so far.
     undated: u64,
 }
 
@@ -28,7 +27,7 @@ struct Owner {
     age: Age,
 }
 
-/// What a file said, and what it says.
+/// The old and the new content of a file.
 #[derive(Debug)]
 pub(super) struct Change {
     pub(super) file: Arc<Path>,
@@ -36,7 +35,7 @@ pub(super) struct Change {
     pub(super) now: Arc<Parsed>,
 }
 
-/// What is another than before.
+/// The objects and policies that have changed.
 #[derive(Debug, Default)]
 pub(super) struct Touched {
     pub(super) objects: Vec<Identity>,
@@ -48,8 +47,8 @@ impl Collection {
         &self.objects
     }
 
-    /// The objects that would be in two files, if these said this and some were gone: an error of each of
-    /// the two, which names the other.
+    /// Finds objects that would be in two files if `files` had this content and those of `gone` were removed.
+    /// Returns an error for each of the two files, which names the other.
     pub(super) fn conflicts(
         &self,
         files: &BTreeMap<&PathBuf, &Parsed>,
@@ -87,7 +86,7 @@ impl Collection {
         found
     }
 
-    /// Takes what files say now in the place of what they said. No object is in two of them.
+    /// Replaces the old content of files by the new one. No object may be in two files.
     pub(super) fn take(&mut self, changes: &[Change]) -> Touched {
         let now = OffsetDateTime::now_utc();
         let mut removed: BTreeMap<Identity, (&Item, Age)> = BTreeMap::new();
@@ -107,7 +106,7 @@ impl Collection {
                 let before = removed.remove(&identity);
                 let age = match (item.meta.created, before) {
                     (Some(created), _) => Age::new(created, 0),
-                    // Since it was first seen.
+                    // Its age counts from when it was first seen.
                     (None, Some((before, age))) if before.meta.created.is_none() => age,
                     (None, _) => {
                         self.undated += 1;
@@ -139,7 +138,7 @@ impl Collection {
         touched
     }
 
-    /// Takes what is passed over, and why; whether that is another than before.
+    /// Sets the warnings. Returns `true` if they have changed.
     pub(super) fn warn(&mut self, warnings: Vec<String>) -> bool {
         let changed = self.objects.warnings != warnings;
         self.objects.warnings = warnings;

@@ -1,4 +1,4 @@
-//! Endpoint slices: the endpoints of services without a selector, and those that are no pods.
+//! EndpointSlices: the endpoints of services without a selector, and those that are not pods.
 
 use std::net::IpAddr;
 use std::num::NonZeroU16;
@@ -11,13 +11,13 @@ use super::service::Protocol;
 use crate::control::address::Address;
 use crate::mesh::workload::Health;
 
-/// The label that says whose endpoints they are.
+/// The label with the name of the slice's service.
 pub const SERVICE_LABEL: &str = "kubernetes.io/service-name";
 
-/// What is read of an endpoint slice.
+/// The fields of an EndpointSlice that are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointSlice {
-    /// The endpoints; none if they are given by host name.
+    /// The endpoints; none if they are host names.
     pub endpoints: Vec<Endpoint>,
     /// TCP ports: name, and number at the endpoint.
     pub ports: Vec<(String, u16)>,
@@ -28,24 +28,24 @@ pub struct EndpointSlice {
 pub struct Endpoint {
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
-    /// Whether it takes load.
+    /// Its readiness.
     pub health: Health,
-    /// The pod that it is.
+    /// The pod that it refers to.
     pub pod: Option<PodRef>,
-    /// Whether it is an object other than a pod.
+    /// `true` if it refers to an object other than a pod.
     pub other_object: bool,
     /// Its node.
     pub node: Option<String>,
 }
 
-/// A pod, named.
+/// A reference to a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodRef {
-    /// Its namespace; the slice's if it is empty.
+    /// Its namespace; empty for the slice's.
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// Its uid; any if it is empty.
+    /// Its uid; empty if any will do.
     pub uid: String,
 }
 
@@ -119,7 +119,7 @@ struct Conditions {
 }
 
 impl EndpointSlice {
-    /// Whether it has endpoints that are not pods of its namespace by their names: they may be pods of any
+    /// Returns `true` if it has endpoints that do not refer to pods of its namespace: they may be pods of any
     /// namespace, by their addresses.
     pub(crate) fn is_by_hand(&self, namespace: &str) -> bool {
         let is = |endpoint: &Endpoint| match &endpoint.pod {
@@ -131,7 +131,8 @@ impl EndpointSlice {
 }
 
 impl Conditions {
-    /// What is not said of readiness counts as ready, of serving as what is said of readiness.
+    /// Derives the health. `ready` counts as true if it is missing, except for a terminating endpoint; `serving`
+    /// counts as `ready` then.
     fn health(&self) -> Health {
         let terminating = self.terminating == Some(true);
         let ready = self.ready.unwrap_or(!terminating);

@@ -1,5 +1,5 @@
-//! Gateways and the labels that ask for them. Waypoints are not carried yet: what must pass one is
-//! marked with it, so that the data path refuses rather than goes round it.
+//! Gateways, and the labels that refer to them. Waypoints are not supported yet: what must pass through one is
+//! marked with it, so that the data path refuses it rather than bypass the waypoint.
 
 use std::sync::Arc;
 
@@ -14,10 +14,10 @@ const FOR_LABEL: &str = "istio.io/waypoint-for";
 
 const CARRIED: [&str; 4] = ["service", "workload", "all", "none"];
 
-/// What is read of a gateway.
+/// The fields of a Gateway that are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gateway {
-    /// Its class.
+    /// Its class name.
     pub class: String,
 }
 
@@ -35,7 +35,7 @@ impl Gateway {
         let Raw { spec } = node.read()?;
         let labels = node.field("metadata").and_then(|meta| meta.field("labels"));
         let carries = labels.and_then(|labels| labels.field(FOR_LABEL)?.text());
-        // What asks for a waypoint that carries nothing goes round it.
+        // With an unknown value the waypoint would carry nothing, and its users would bypass it.
         if let Some(other) = carries.filter(|word| !CARRIED.contains(word)) {
             let what = format_args!("{FOR_LABEL}: `{other}` is none of {}", CARRIED.join(", "));
             return Err(wrong(node, "metadata.labels", what));
@@ -46,17 +46,17 @@ impl Gateway {
     }
 }
 
-/// What asks for a waypoint.
+/// The kind of object that uses a waypoint.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum WaypointUser {
     Service,
     Workload,
 }
 
-/// The waypoint that an object must be reached through, as `namespace/hostname`.
+/// Returns the waypoint that an object must be reached through, as `namespace/hostname`.
 ///
-/// By istiod's rule a waypoint that is not ready is no waypoint. Here it is one all the same when
-/// the object itself asks for it, since what was asked for is that nothing goes round it.
+/// By istiod's rule a waypoint that is not ready does not count. Here it does if the object itself asks for
+/// it, since nothing may bypass what was asked for.
 pub(crate) fn waypoint(
     user: WaypointUser,
     meta: &Meta,
@@ -95,7 +95,7 @@ pub(crate) fn waypoint(
     Some(format!("{in_namespace}/{name}.{in_namespace}.svc.{cluster_domain}").into())
 }
 
-/// A gateway's own service and pods are never behind one.
+/// Returns `true` for a gateway's own service and pods, which are never behind one.
 fn is_gateway(user: WaypointUser, meta: &Meta) -> bool {
     match user {
         WaypointUser::Service => meta

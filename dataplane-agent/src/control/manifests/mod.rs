@@ -1,9 +1,9 @@
 //! A folder of ordinary Kubernetes manifests as a source of configuration.
 //!
-//! [`ManifestFolder`] reads it and keeps the last good state of every file; [`Watch`] says when to read
-//! again; [`translate()`] is pure and makes the store types of what was read. The rules are istiod's,
-//! so that a mesh from manifests behaves as one from a cluster. Where istiod would let more through
-//! than was written, we do not; each such place says so.
+//! [`ManifestFolder`] reads it and keeps the last accepted state of every file; [`Watch`] decides when to read
+//! again; [`translate()`] is pure and makes store types of the objects. The rules are istiod's, so that a mesh
+//! from manifests behaves as one from a cluster. Where istiod would let more through than was written, we do
+//! not; each such place has a comment.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -36,21 +36,21 @@ pub use translate::{LocalPodSpec, MeshConfig, PodKey, Translation, Wanted, trans
 pub use translated::{Stale, Translated};
 pub use watch::Watch;
 
-/// What is wrong with a file, and where.
+/// An error in a file, and its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestError {
     /// The file, below the folder.
     pub file: PathBuf,
-    /// Its line, if it is one line's fault.
+    /// The line, if one line is at fault.
     pub line: Option<u64>,
     /// The field's path in its object; empty if no field is at fault.
     pub field: String,
-    /// What is wrong.
+    /// The fault.
     pub what: String,
 }
 
 impl ManifestError {
-    /// Of a whole file.
+    /// Creates an error about a whole file.
     pub fn of_file(file: impl Into<PathBuf>, what: impl fmt::Display) -> Self {
         Self {
             file: file.into(),
@@ -85,7 +85,7 @@ impl fmt::Display for ManifestError {
 
 impl std::error::Error for ManifestError {}
 
-/// All that is wrong with a folder, a line each.
+/// All errors of a folder, a line each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestErrors(pub Vec<ManifestError>);
 

@@ -1,7 +1,7 @@
-//! A YAML document as a tree that remembers lines and tags, and serde over it with the path kept.
+//! A YAML document as a tree that keeps lines and tags, and a serde deserializer over it that keeps the path.
 //!
-//! Serde alone says what is wrong, not where. Here every error names line and field path, also
-//! those that a check finds after parsing ([`Node::line_at`]).
+//! Serde alone tells what is wrong, but not where. Here every error has the line and the field path, also those
+//! of checks after parsing ([`Node::line_at`]).
 
 use std::fmt;
 
@@ -18,7 +18,7 @@ pub(crate) mod each;
 /// One YAML node.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Node {
-    /// Where it begins; 0 if unknown.
+    /// The line at which it begins; 0 if unknown.
     pub(crate) line: u64,
     tag: Option<String>,
     value: Value,
@@ -36,7 +36,7 @@ enum Value {
     Map(Vec<(String, Node)>),
 }
 
-/// What is wrong, and where in the document.
+/// An error, and its place in the document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct NodeError {
     pub(crate) line: Option<u64>,
@@ -44,13 +44,13 @@ pub(crate) struct NodeError {
     pub(crate) what: String,
 }
 
-/// All documents of a YAML (or JSON) text, as Kubernetes reads it: `no` and `off` are booleans. Empty
+/// Parses all documents of a YAML (or JSON) text as Kubernetes does: `no` and `off` are booleans. Empty
 /// documents are left out.
 pub(crate) fn documents(text: &str) -> Result<Vec<Node>, NodeError> {
     read_documents(text, false)
 }
 
-/// As [`documents`], by YAML 1.2: only `true` and `false` are booleans.
+/// Like [`documents`], by YAML 1.2: only `true` and `false` are booleans.
 pub(crate) fn documents_1_2<T: DeserializeOwned>(text: &str) -> Result<Vec<T>, NodeError> {
     read_documents(text, true)
 }
@@ -60,7 +60,7 @@ fn read_documents<T: DeserializeOwned>(
     strict_booleans: bool,
 ) -> Result<Vec<T>, NodeError> {
     let options = serde_saphyr::options! {
-        // What the objects of a whole cluster take; alias bombs still end early.
+        // Enough for the objects of a large cluster; alias bombs are still stopped early.
         budget: serde_saphyr::budget! {
             max_documents: 65_536,
             max_nodes: 8_000_000,
@@ -82,7 +82,7 @@ fn read_documents<T: DeserializeOwned>(
     })
 }
 
-/// What the reader says, without what it says to programmers.
+/// Returns the parser's message without its hints to programmers.
 fn told(what: &str) -> String {
     let end = what.find(", set DuplicateKeyPolicy").unwrap_or(what.len());
     what[..end].to_owned()
@@ -93,7 +93,7 @@ fn one_line(text: &str) -> String {
 }
 
 impl Node {
-    /// The value of a map's field.
+    /// Returns the value of a map's field.
     pub(crate) fn field(&self, name: &str) -> Option<&Node> {
         match &self.value {
             Value::Map(fields) => fields
@@ -104,13 +104,13 @@ impl Node {
         }
     }
 
-    /// An object's annotation.
+    /// Returns an annotation of an object.
     pub(crate) fn annotation(&self, name: &str) -> Option<&str> {
         let annotations = self.field("metadata")?.field("annotations")?;
         annotations.field(name)?.text()
     }
 
-    /// Its text, if it is one.
+    /// Returns its text, if it is a scalar text.
     pub(crate) fn text(&self) -> Option<&str> {
         match &self.value {
             Value::Text(text) => Some(text),
@@ -118,7 +118,7 @@ impl Node {
         }
     }
 
-    /// Its elements, if it is a list.
+    /// Returns its elements, if it is a list.
     pub(crate) fn list(&self) -> Option<&[Node]> {
         match &self.value {
             Value::List(nodes) => Some(nodes),
@@ -126,7 +126,7 @@ impl Node {
         }
     }
 
-    /// The first `null` below it, as a path: what a half-written line leaves.
+    /// Returns the path of the first `null` below it: a half-written line leaves one.
     pub(crate) fn null(&self) -> Option<String> {
         match &self.value {
             Value::Null => Some(String::new()),
@@ -141,7 +141,7 @@ impl Node {
         }
     }
 
-    /// The line of the deepest part of `path` that is there.
+    /// Returns the line of the deepest part of `path` that exists.
     pub(crate) fn line_at(&self, path: &str) -> u64 {
         let mut line = self.line;
         let mut node = self;
@@ -162,7 +162,7 @@ impl Node {
         line
     }
 
-    /// It as a `T`, in which a `null` field counts as absent, as it does in Kubernetes.
+    /// Reads it as a `T`. A `null` field counts as absent, as in Kubernetes.
     pub(crate) fn read<'de, T: Deserialize<'de>>(&'de self) -> Result<T, NodeError> {
         T::deserialize(Reader {
             node: self,
@@ -171,7 +171,7 @@ impl Node {
         .map_err(|e| e.at(self.line))
     }
 
-    /// As [`Node::read`]; unquoted numbers and booleans are taken where a text belongs.
+    /// Like [`Node::read`], and takes unquoted numbers and booleans as text.
     pub(crate) fn read_lenient<'de, T: Deserialize<'de>>(&'de self) -> Result<T, NodeError> {
         T::deserialize(Reader {
             node: self,
@@ -182,7 +182,7 @@ impl Node {
 }
 
 impl Node {
-    /// The names of a map's fields.
+    /// Returns the names of a map's fields.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         let fields: &[(String, Node)] = match &self.value {
             Value::Map(fields) => fields,
@@ -200,7 +200,7 @@ impl NodeError {
         self
     }
 
-    /// The error as seen from the node above.
+    /// Adds the step from the parent node to the error's path.
     pub(crate) fn below(mut self, step: &str) -> Self {
         self.field = join(step, &self.field);
         self
@@ -232,7 +232,7 @@ impl de::Error for NodeError {
         }
     }
 
-    /// The names of our types say nothing to people.
+    /// Leaves out the names of our types, which mean nothing to users.
     fn invalid_type(is: Unexpected<'_>, expected: &dyn Expected) -> Self {
         let expected = expected.to_string();
         let expected = match expected.starts_with("struct ") {
@@ -251,7 +251,7 @@ impl de::Error for NodeError {
     }
 }
 
-/// Any value with its line and its tag.
+/// A value with its line and its tag.
 #[derive(Deserialize)]
 struct Wrapped<T>(serde_saphyr::Spanned<serde_saphyr::Tagged<T>>);
 
@@ -277,7 +277,7 @@ impl<'de> Deserialize<'de> for Value {
     }
 }
 
-/// A visitor's methods for what is neither a list nor a map.
+/// A visitor's methods for scalars.
 macro_rules! scalars {
     () => {
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -332,7 +332,7 @@ impl<'de> Visitor<'de> for AnyValue {
     }
 }
 
-/// Serde's view of a node.
+/// A serde deserializer over a node.
 #[derive(Clone, Copy)]
 struct Reader<'a> {
     node: &'a Node,
@@ -344,7 +344,7 @@ impl<'a> Reader<'a> {
         Self { node, ..self }
     }
 
-    /// The name in `!Name`; the core schema's own tags say nothing new.
+    /// Returns the name in `!Name`. Tags of YAML's core schema are left out.
     fn tag(self) -> Option<&'a str> {
         let tag = self.node.tag.as_deref()?;
         let name = tag.strip_prefix('!')?;
@@ -403,8 +403,8 @@ impl<'de> Deserializer<'de> for Reader<'de> {
         visitor.visit_newtype_struct(self)
     }
 
-    /// A list is no struct: serde would take its elements for the fields in their order. Of fields
-    /// that are not read most are passed over, but not one that is a slip of the pen.
+    /// Refuses a list, since serde would take its elements for the fields in order. Unknown fields are passed
+    /// over, except for near misses of known ones.
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _name: &'static str,
@@ -438,7 +438,7 @@ impl<'de> Deserializer<'de> for Reader<'de> {
         self.as_text(visitor)
     }
 
-    /// A bare word is a variant without content; one with content is told by a tag.
+    /// A plain word is a variant without content; a variant with content is a tagged value.
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         _name: &'static str,
@@ -526,7 +526,7 @@ impl<'de> MapAccess<'de> for Fields<'de> {
     }
 }
 
-/// A map's key: a text, or the number that it spells.
+/// A map's key: a text, or a number if one is asked for.
 struct Key<'a>(&'a str);
 
 impl<'de> Deserializer<'de> for Key<'de> {
@@ -568,7 +568,7 @@ impl<'de> EnumAccess<'de> for Variant<'de> {
 }
 
 impl<'de> Variant<'de> {
-    /// The tagged content, its tag taken off.
+    /// Reads the content without its tag.
     fn content<T>(
         self,
         read: impl FnOnce(Reader<'_>) -> Result<T, NodeError>,
@@ -604,7 +604,7 @@ impl<'de> VariantAccess<'de> for Variant<'de> {
     }
 
     fn newtype_variant_seed<S: DeserializeSeed<'de>>(self, seed: S) -> Result<S::Value, NodeError> {
-        // Only texts are tagged in the files that we read: an owned copy loses no borrow.
+        // Only texts are tagged in the files that we read, so an owned copy will do.
         self.content(|reader| match reader.node.text() {
             Some(text) => Ok(text.to_owned()),
             None => String::deserialize(reader),

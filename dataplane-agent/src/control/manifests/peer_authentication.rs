@@ -1,4 +1,4 @@
-//! PeerAuthentication: the DENY policies that keep out who comes in clear.
+//! PeerAuthentication, translated to DENY policies against peers without mTLS.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,7 +13,7 @@ use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, Stri
 
 const STATIC_STRICT: &str = "istio_converted_static_strict";
 
-/// What is read of a PeerAuthentication.
+/// The fields of a PeerAuthentication that are read.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PeerAuthentication {
@@ -41,7 +41,7 @@ enum Mode {
 }
 
 impl Mode {
-    /// Strict or not; none if it leaves that to the level above.
+    /// Returns `true` for strict; `None` if the level above decides.
     fn strict(self) -> Option<bool> {
         match self {
             Mode::Unset => None,
@@ -75,7 +75,7 @@ impl PeerAuthentication {
         Ok(spec)
     }
 
-    /// The labels of the pods that it is for; none if it is for all.
+    /// Returns the labels of the pods that it applies to; `None` if it applies to all.
     pub(crate) fn labels(&self) -> Option<&BTreeMap<String, String>> {
         self.selector
             .as_ref()
@@ -88,7 +88,7 @@ impl PeerAuthentication {
     }
 }
 
-/// All of them, ready to be asked about a pod.
+/// All PeerAuthentications, prepared for queries by pod.
 pub(crate) struct PeerAuthentications<'a> {
     all: &'a ByKey<PeerAuthentication>,
     root: &'a str,
@@ -109,7 +109,7 @@ impl<'a> PeerAuthentications<'a> {
         this
     }
 
-    /// The one that holds for a whole namespace.
+    /// Returns the one that applies to a whole namespace.
     fn level(&self, namespace: &str) -> Option<&'a Resource<PeerAuthentication>> {
         first(self.level_all(namespace), self.mesh)
     }
@@ -119,7 +119,7 @@ impl<'a> PeerAuthentications<'a> {
         all.filter(|found| found.body.labels().is_none()).collect()
     }
 
-    /// Those for a pod alone.
+    /// Returns those that select a pod.
     fn of_pod(&self, pod: &Meta) -> Vec<&'a Resource<PeerAuthentication>> {
         let namespace = &*pod.key.namespace;
         let all = all_in(self.all, namespace).map(|(_, found)| &**found);
@@ -130,7 +130,7 @@ impl<'a> PeerAuthentications<'a> {
         selected.collect()
     }
 
-    /// Says where several are for the same pods, and which of them holds.
+    /// Reports where several are for the same pods, and which of them holds.
     pub(crate) fn tell<'p>(
         &self,
         pods: impl Iterator<Item = &'p Meta>,
@@ -165,14 +165,14 @@ impl<'a> PeerAuthentications<'a> {
         problems.extend(told);
     }
 
-    /// What holds in a namespace for pods of which nothing else is said.
+    /// Returns `true` if a namespace's pods are strict as long as nothing selects them.
     fn inherited(&self, namespace: &str) -> bool {
         self.level(namespace)
             .and_then(|found| found.body.mode().strict())
             .unwrap_or(self.mesh)
     }
 
-    /// The key of the policy that a pod is to be given.
+    /// Returns the key of the policy that a pod gets.
     pub(crate) fn key(&self, pod: &Meta) -> Option<Arc<str>> {
         let namespace = &*pod.key.namespace;
         let parent = self.inherited(namespace);
@@ -188,7 +188,7 @@ impl<'a> PeerAuthentications<'a> {
             };
             let converted = match mode {
                 Mode::Strict => port_is(&[Mode::Permissive, Mode::Disable]),
-                // As istiod has it: DISABLE alone does not loosen what is inherited.
+                // istiod does the same: DISABLE alone does not loosen what is inherited.
                 Mode::Unset if parent => port_is(&[Mode::Permissive]),
                 _ => port_is(&[Mode::Strict]),
             };
@@ -199,8 +199,8 @@ impl<'a> PeerAuthentications<'a> {
         strict.then(|| format!("{}/{STATIC_STRICT}", self.root).into())
     }
 
-    /// The policies that they make, and what of them is without effect. `others`: whether there are more
-    /// than these.
+    /// Returns the policies, and reports those without effect. `others`: there are PeerAuthentications besides
+    /// these.
     pub(crate) fn translate(&self, others: bool, problems: &mut Vec<String>) -> Vec<Policy> {
         let mut policies = Vec::new();
         if others || !self.all.is_empty() {
@@ -230,8 +230,8 @@ impl<'a> PeerAuthentications<'a> {
         policies
     }
 
-    /// What a policy with ports denies. UNSET inherits, through an UNSET namespace too (istiod makes
-    /// no policy there, and so leaves all ports open).
+    /// Returns the rules for one with ports. UNSET inherits, also through an UNSET namespace; istiod makes no policy
+    /// there, and so leaves all ports open.
     fn rules(&self, found: &Resource<PeerAuthentication>) -> Vec<Rule> {
         let own = found.body.mode().strict();
         let ports = |strict| {
@@ -258,15 +258,15 @@ impl<'a> PeerAuthentications<'a> {
         if clauses.is_empty() {
             return Vec::new();
         }
-        // The order is istiod's; it does not matter to the meaning.
+        // The order is istiod's; it does not change the meaning.
         clauses.insert(if own.is_some() { 0 } else { clauses.len() }, in_clear());
         vec![rule(clauses)]
     }
 }
 
-/// Of those for the same pods the one that holds: the oldest. Which that is nobody can say where a
-/// manifest has no creation timestamp (when it was first seen is forgotten with a restart): then it is the
-/// one that lets in the least in clear.
+/// Returns the one that holds among several for the same pods: the oldest. If one has no creation timestamp, age
+/// cannot decide, since the time at which it was first seen is lost in a restart; then the one that lets in
+/// the least in clear holds.
 fn first<'a>(
     found: impl IntoIterator<Item = &'a Resource<PeerAuthentication>>,
     inherited: bool,
@@ -297,7 +297,7 @@ fn converted_name(found: &Resource<PeerAuthentication>) -> String {
     format!("converted_peer_authentication_{}", found.meta.key.name)
 }
 
-/// Who has no identity.
+/// Matches peers without an identity.
 fn in_clear() -> Match {
     Match {
         not_principals: vec![StringMatch::Presence],

@@ -1,4 +1,4 @@
-//! Pods: what is read of them, whether they join the mesh, and the workloads they become.
+//! Pods: the fields that are read, the rule by which they join the mesh, and parts of their workloads.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -17,30 +17,30 @@ use crate::mesh::workload::Health;
 
 /// The annotation that names a pod's network namespace by path.
 pub const NETNS_ANNOTATION: &str = "ambient.dataplane/netns";
-/// The kubelet's own uid of a pod that it has from a file; in the API the object has another one.
+/// The annotation with the kubelet's own uid of a static pod; the API object has another uid.
 const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
-/// Says the same of the object that the kubelet makes for such a pod. The API server lets nobody add it to
-/// a pod, or change it; the hash alone is anybody's who may annotate the pod.
+/// The same uid, on the API object that the kubelet makes for a static pod. The API server lets nobody add it
+/// to a pod or change it, whereas whoever may annotate a pod can set the hash alone.
 const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 pub(super) const MODE_LABEL: &str = "istio.io/dataplane-mode";
 const SIDECAR_ANNOTATION: &str = "sidecar.istio.io/status";
 
-/// What is read of a pod.
+/// The fields of a Pod that are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
-    /// The node it runs on; empty if none yet.
+    /// The node it runs on; empty if it has none yet.
     pub node: Arc<str>,
     /// Its service account.
     pub service_account: Arc<str>,
-    /// Whether it shares its node's network namespace.
+    /// `true` if it shares its node's network namespace.
     pub host_network: bool,
-    /// Ports that its containers name: name and TCP port.
+    /// Named TCP ports of its containers: name and number.
     pub named_ports: Vec<(String, u16)>,
     /// Its addresses.
     pub addresses: Vec<IpAddr>,
-    /// Whether its containers have ended for good.
+    /// `true` if its containers have ended for good.
     pub ended: bool,
-    /// Whether it takes load; unless its status says otherwise it does.
+    /// `true` if it takes connections; also if its status does not tell.
     pub ready: bool,
 }
 
@@ -48,7 +48,7 @@ impl Pod {
     pub(crate) fn read(node: &Node) -> Result<Self, NodeError> {
         let Raw { spec, status } = node.read()?;
         let status = status.unwrap_or_default();
-        // The second is an older name of the field, which the API server still takes.
+        // `serviceAccount` is the older name of the field, which the API server still takes.
         let accounts = [&spec.service_account_name, &spec.service_account];
         let account = accounts
             .into_iter()
@@ -91,7 +91,7 @@ impl Pod {
         })
     }
 
-    /// The TCP port that its containers give this name.
+    /// Returns the TCP port with this name in its containers.
     pub fn named_port(&self, name: &str) -> Option<u16> {
         self.named_ports
             .iter()
@@ -100,7 +100,7 @@ impl Pod {
     }
 }
 
-/// Whether it takes load.
+/// Returns if it takes connections.
 pub(crate) fn health(pod: &Resource<Pod>) -> Health {
     match (pod.body.ready, pod.meta.deleting) {
         (true, false) => Health::Healthy,
@@ -109,15 +109,15 @@ pub(crate) fn health(pod: &Resource<Pod>) -> Health {
     }
 }
 
-/// What is wrong with the label that asks for enrolment, if something is.
+/// Returns a message if the value of the label for enrolment is not known.
 pub(crate) fn mode_fault(meta: &Meta) -> Option<String> {
     let mode = meta.label(MODE_LABEL)?;
     let known = ["ambient", "none", "sidecar"].contains(&mode);
     (!known).then(|| format!("label {MODE_LABEL}: `{mode}` is not known; ambient and none are"))
 }
 
-/// Whether a pod is to be enrolled: istio-cni's rule. A pod that is being deleted is not enrolled
-/// any more, but stays so if it is: taking it out would send its last words in clear.
+/// Decides if a pod is to be enrolled, by istio-cni's rule. A pod that is being deleted is not enrolled any
+/// more, but stays enrolled if it is: otherwise its last words would be sent in clear.
 pub(crate) fn wanted(pod: &Resource<Pod>, objects: &Objects, enrolled: bool) -> Wanted {
     let mode = pod.meta.label(MODE_LABEL);
     let namespace_mode = objects.namespace_label(&pod.meta.key.namespace, MODE_LABEL);
@@ -139,19 +139,19 @@ pub(crate) fn wanted(pod: &Resource<Pod>, objects: &Objects, enrolled: bool) -> 
     Wanted::No(no.into())
 }
 
-/// Where its network namespace is, if it says so.
+/// Returns the path of its network namespace, if the annotation has one.
 pub(crate) fn netns_path(meta: &Meta) -> Option<PathBuf> {
     meta.annotations.get(NETNS_ANNOTATION).map(PathBuf::from)
 }
 
-/// The uid that the kubelet knows it by, if it is one of a file.
+/// Returns the uid by which the kubelet knows it, if it is a static pod.
 pub(crate) fn config_hash(meta: &Meta) -> Option<Arc<str>> {
     let hash = meta.annotations.get(HASH_ANNOTATION)?;
     let is_mirror = meta.annotations.get(MIRROR_ANNOTATION) == Some(hash);
     is_mirror.then(|| hash.as_str().into())
 }
 
-/// The name of what owns the pod, or its own.
+/// Returns the name of the pod's owner, or its own.
 pub(crate) fn workload_name(meta: &Meta) -> String {
     if let Some(name) = meta.label("service.istio.io/workload-name") {
         return name.to_owned();
@@ -170,7 +170,7 @@ pub(crate) fn workload_name(meta: &Meta) -> String {
     }
 }
 
-/// The CronJob of a Job that carries its time as a suffix.
+/// Returns the CronJob of a Job with a time as suffix.
 fn cron_job(job: &str) -> Option<&str> {
     let (name, suffix) = job.rsplit_once('-')?;
     let is_time = (8..=10).contains(&suffix.len()) && suffix.bytes().all(|b| b.is_ascii_digit());

@@ -1,14 +1,14 @@
-//! Principals in a policy: `<trust domain>/ns/<namespace>/sa/<account>`, or the beginning or the end of
-//! one with a `*` for the rest.
+//! Principals in a policy: `<trust domain>/ns/<namespace>/sa/<account>`, or a prefix or suffix of one with a
+//! `*` for the rest.
 
 use super::authorization_policy::text;
 use crate::mesh::policy::StringMatch;
 
-/// In a policy this is the mesh's own trust domain, whatever that is called:
+/// The name that stands for the mesh's own trust domain in policies, whatever it is called:
 /// <https://istio.io/latest/docs/tasks/security/authorization/authz-td-migration/>.
 const OWN: &str = "cluster.local";
 
-/// A principal as it is compared: without its scheme, and with the name of the mesh's own trust domain.
+/// Returns a principal as it is compared: without scheme, and with the real name of the own trust domain.
 pub(super) fn principal(value: &str, trust_domain: &str) -> StringMatch {
     let value = value.strip_prefix("spiffe://").unwrap_or(value);
     match value.split_once('/') {
@@ -17,7 +17,7 @@ pub(super) fn principal(value: &str, trust_domain: &str) -> StringMatch {
     }
 }
 
-/// Whether some workload of the mesh may have it.
+/// Returns `true` if a workload of the mesh may have the principal.
 pub(super) fn may_be_here(principal: &StringMatch, trust_domain: &str) -> bool {
     let form = [Some(trust_domain), Some("ns"), None, Some("sa"), None];
     let backwards = [None, Some("sa"), None, Some("ns"), Some(trust_domain)];
@@ -35,8 +35,8 @@ pub(super) fn may_be_here(principal: &StringMatch, trust_domain: &str) -> bool {
     }
 }
 
-/// Whether these are the first parts of the form, the last of them by `is_cut`; a part of which the form
-/// says nothing is any text.
+/// Returns `true` if `parts` are the first parts of the form. The last one is compared with `is_cut`; where the
+/// form has `None`, any text will do.
 fn fits<'a>(
     parts: impl Iterator<Item = &'a str>,
     form: [Option<&str>; 5],

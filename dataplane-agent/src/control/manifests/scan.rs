@@ -1,4 +1,4 @@
-//! Which manifests are in a folder, as far as its file system says.
+//! Lists the manifests in a folder, by names and metadata alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
@@ -9,22 +9,22 @@ use std::time::SystemTime;
 
 use super::ManifestError;
 
-/// Deeper folders are not looked into: a loop of mounts ends here.
+/// Depth below which folders are not read: this ends a loop of mounts.
 const DEPTH: usize = 8;
 
-/// What is there; paths are below the folder, and its own is empty.
+/// The entries found. Paths are relative to the folder, whose own path is empty.
 #[derive(Debug, Default)]
 pub(super) struct Scan {
     pub(super) files: BTreeMap<PathBuf, Stamp>,
-    /// Folders that were looked into.
+    /// Folders that were read.
     folders: BTreeSet<PathBuf>,
-    /// Those of them that have nothing at all in them.
+    /// Folders without any entry.
     pub(super) empty: Vec<PathBuf>,
-    /// What could not be looked at: of it, and of what is below it, nothing is known.
+    /// Paths that could not be inspected. Nothing is known of them, nor of anything below them.
     pub(super) faults: Vec<(PathBuf, ManifestError)>,
-    /// What is passed over, and why.
+    /// Entries that are passed over, and why.
     pub(super) notes: Vec<String>,
-    /// Files whose names' endings are not read, by inode.
+    /// Files with an ending that is not read, by inode.
     unread: BTreeMap<u64, PathBuf>,
 }
 
@@ -33,12 +33,12 @@ impl Scan {
         self.faults.iter().any(|(path, _)| name.starts_with(path))
     }
 
-    /// Where a file that was read is now, if it has got a name that is not.
+    /// Returns the new path of a file that was renamed to an ending that is not read.
     pub(super) fn renamed(&self, stamp: Stamp) -> Option<&Path> {
         self.unread.get(&stamp.inode).map(PathBuf::as_path)
     }
 
-    /// The uppermost folder above `name` that is there and has no manifest in it.
+    /// Returns the uppermost folder above `name` that exists and has no manifest in it.
     pub(super) fn emptied<'a>(&self, name: &'a Path) -> Option<&'a Path> {
         let has_none = |folder: &&Path| !self.files.keys().any(|file| file.starts_with(folder));
         let above = name.ancestors().skip(1);
@@ -49,7 +49,7 @@ impl Scan {
     }
 }
 
-/// Where a folder below `dir` is; `dir` itself is shown as it was given.
+/// Returns the path of a folder below `dir`; for an empty `below`, `dir` as it was given.
 pub(super) fn at(dir: &Path, below: &Path) -> PathBuf {
     match below.as_os_str().is_empty() {
         true => dir.to_owned(),
@@ -59,8 +59,9 @@ pub(super) fn at(dir: &Path, below: &Path) -> PathBuf {
 
 const ENDINGS: [&str; 3] = ["yaml", "yml", "json"];
 
-/// The manifests below `dir`. `was_read`: whether a file of this name was. What begins with a dot is not one; neither are a mounted ConfigMap's
-/// `..data` folders, whose files are there as links.
+/// Lists the manifests below `dir`. `was_read`: returns `true` if a file of this name was read before. Names that
+/// begin with a dot are left out, and with them a mounted ConfigMap's `..data` folders: their files are also there
+/// as links.
 pub(super) fn scan(dir: &Path, was_read: &dyn Fn(&Path) -> bool) -> Scan {
     let mut found = Scan::default();
     let mut folders = vec![(PathBuf::new(), 0)];
@@ -84,7 +85,7 @@ pub(super) fn scan(dir: &Path, was_read: &dyn Fn(&Path) -> bool) -> Scan {
                     }
                 }
             }
-            // It went while it was looked for.
+            // The folder was removed during the scan.
             Err(error) if error.kind() == io::ErrorKind::NotFound && depth > 0 => {}
             Err(error) => {
                 let told = ManifestError::of_file(at(dir, &below), error);
@@ -110,7 +111,7 @@ impl Scan {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             own => own?,
         };
-        // Of what is not a file nothing is known, where a file was: that it is gone is not said by it.
+        // If a file with this name was read before, this does not count as its removal.
         let mut note = |why: &str| match was_read {
             true => Err(io::Error::other(format!(
                 "{why} now; to remove what it said as a file, delete it first"
@@ -143,7 +144,7 @@ impl Scan {
                 Ok(())
             };
         }
-        // A link to nothing is an error: it may lead to something again.
+        // A link to nothing is an error, since its target may come back.
         let metadata = fs::metadata(&path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => io::Error::other("is a link that leads nowhere"),
             _ => error,
@@ -159,7 +160,7 @@ impl Scan {
     }
 }
 
-/// Changes whenever the file does.
+/// Identity and version of a file: differs after each change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Stamp {
     inode: u64,

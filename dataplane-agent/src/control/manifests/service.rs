@@ -1,4 +1,4 @@
-//! Services: what is read of them, and the store type they become.
+//! Kubernetes Services: the fields that are read, and parts of the store type.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,20 +14,20 @@ use super::spelling::{DISTRIBUTION, is_distribution};
 use crate::control::address::Address;
 use crate::mesh::service::{Family, LoadBalancing, Scope};
 
-/// What is read of a service.
+/// The fields of a Service that are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// Only a name for another one, outside: not carried.
+    /// `true` for a Service of type ExternalName, a mere alias: it is not supported.
     pub external: bool,
     /// Its addresses; none if it is headless.
     pub vips: Vec<IpAddr>,
-    /// Whether it says itself that it has no address.
+    /// `true` if its `clusterIP` is `None`.
     pub headless: bool,
     /// Labels of its pods; empty if its EndpointSlices name its endpoints.
     pub selector: BTreeMap<String, String>,
     /// Its TCP ports.
     pub ports: Vec<ServicePort>,
-    /// Whether endpoints that are not ready take load too.
+    /// `true` if endpoints that are not ready get connections too.
     pub publish_not_ready: bool,
     /// `internalTrafficPolicy: Local`.
     pub node_local: bool,
@@ -37,17 +37,17 @@ pub struct Service {
     pub ingress: Vec<IpAddr>,
     /// `externalIPs`.
     pub external_ips: Vec<IpAddr>,
-    /// The one family in which its endpoints are reached, if it is one.
+    /// The address family of its endpoints; `None` if it may have both.
     pub family: Option<Family>,
-    /// What it says and is not honoured, and what is done instead.
+    /// Settings that are not honoured, and what happens instead.
     pub notes: Vec<String>,
 }
 
-/// What a port is of.
+/// The protocol of a port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Protocol {
-    /// TCP, the only one that is carried.
+    /// TCP, the only one that is supported.
     #[default]
     Tcp,
     /// UDP.
@@ -61,18 +61,18 @@ pub enum Protocol {
 pub struct ServicePort {
     /// Its name; empty if it is the only one.
     pub name: String,
-    /// What clients connect to.
+    /// The port that clients connect to.
     pub port: u16,
-    /// What the pod listens on.
+    /// The port that the pod listens on.
     pub target: Target,
 }
 
 /// A port of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// By number.
+    /// A port number.
     Number(u16),
-    /// By the name that its containers give it.
+    /// A port's name in the pod's containers.
     Name(String),
 }
 
@@ -124,7 +124,7 @@ impl Service {
         })
     }
 
-    /// Where each of its ports leads in a pod; a name that the pod does not know leads nowhere.
+    /// Returns the pod's port for each of its ports, without those whose target name the pod does not have.
     pub fn ports_in(&self, pod: &Pod) -> BTreeMap<u16, u16> {
         let target = |port: &ServicePort| match &port.target {
             Target::Number(number) => Some(*number),
@@ -136,7 +136,7 @@ impl Service {
             .collect()
     }
 
-    /// Its ports as the store has them.
+    /// Returns its ports as the store has them: the target port of each port, or 0 for a name.
     pub fn port_map(&self) -> BTreeMap<u16, u16> {
         let target = |port: &ServicePort| match port.target {
             Target::Number(number) => number,
@@ -149,7 +149,7 @@ impl Service {
     }
 }
 
-/// How a service is reached from outside.
+/// Addresses at which a service is reached from outside the cluster.
 struct Outside {
     ingress: Vec<IpAddr>,
     external_ips: Vec<IpAddr>,
@@ -218,7 +218,7 @@ impl Outside {
     }
 }
 
-/// As the API server has it: what means this machine, this link or many is nobody's from outside.
+/// Refuses an unspecified, loopback, multicast or link-local address, as the API server does.
 fn special(node: &Node, path: &str, address: &IpAddr) -> Result<(), NodeError> {
     let link_local = match address {
         IpAddr::V4(v4) => v4.is_link_local(),
@@ -231,7 +231,7 @@ fn special(node: &Node, path: &str, address: &IpAddr) -> Result<(), NodeError> {
     Ok(())
 }
 
-/// Where its endpoints are looked for first.
+/// Returns the scopes in which a service's endpoints are preferred.
 pub(crate) fn load_balancing(service: &Resource<Service>, objects: &Objects) -> LoadBalancing {
     if service.body.node_local {
         return LoadBalancing {
@@ -257,7 +257,7 @@ pub(crate) fn load_balancing(service: &Resource<Service>, objects: &Objects) -> 
         .as_ref()
         .or_else(|| service.meta.annotations.get(DISTRIBUTION))
         .or_else(of_namespace);
-    // In other letters than Kubernetes' own it is the annotation's: see `spelling`.
+    // A word in other letter case than Kubernetes' own is valid in the annotation: see `spelling`.
     let mut preferences = Vec::new();
     if distribution.is_some_and(|word| is_distribution(word)) {
         preferences.extend([Scope::Network, Scope::Region, Scope::Zone]);
@@ -293,8 +293,8 @@ struct Spec {
     #[serde(default)]
     publish_not_ready_addresses: bool,
     internal_traffic_policy: Option<TrafficPolicy>,
-    /// Says where load from outside goes. From inside, by whichever address, it goes to all
-    /// endpoints, as with kube-proxy.
+    /// Only concerns traffic from outside. Traffic from inside goes to all endpoints, at whichever address, as
+    /// with kube-proxy.
     #[serde(rename = "externalTrafficPolicy")]
     _external_traffic_policy: Option<TrafficPolicy>,
     traffic_distribution: Option<String>,

@@ -1,24 +1,24 @@
-//! Near misses of the words that are read. What nobody reads is passed over, so a word that is written
-//! almost as one that matters would take away what it says without a trace: a policy with another group, a
-//! pod with another account. It is a fault of the file instead, told with the word that was likely meant.
+//! Finds near misses of the words that are read. What is not read is passed over, so a slip in a word that
+//! matters would drop its meaning silently: a policy with a wrong group, a pod with a wrong account. Such a slip
+//! is an error of the file instead, which suggests the word that was likely meant.
 //!
-//! Specs of policies are strict by themselves: they deny what they do not know. Others have many fields
-//! that are not modelled here, so of them only slips are refused, by the reader of [`super::node`].
+//! Specs of policies refuse unknown fields by themselves. Others have many fields that are not modelled here, so
+//! only slips are refused in them, by the reader of [`super::node`].
 
 use strsim::{jaro_winkler, osa_distance};
 
 use super::node::{Node, NodeError};
 use super::object::wrong;
 
-/// An API group of which something is read.
+/// An API group with kinds that are read.
 struct Group {
     name: &'static str,
     versions: &'static [&'static str],
     /// Kinds that are read.
     read: &'static [&'static str],
-    /// Kinds that there are besides.
+    /// Other kinds of the group.
     others: &'static [&'static str],
-    /// Whether these are all.
+    /// `true` if these are all kinds of the group.
     all: bool,
 }
 
@@ -61,7 +61,7 @@ const GROUPS: [Group; 4] = [
         name: "gateway.networking.k8s.io",
         versions: &["v1", "v1beta1", "v1alpha2"],
         read: &["Gateway", "HTTPRoute"],
-        // Those whose names are near ours; more come with every release.
+        // Only kinds with names close to ours; more come with every release.
         others: &[
             "GatewayClass",
             "GRPCRoute",
@@ -73,20 +73,21 @@ const GROUPS: [Group; 4] = [
     },
 ];
 
-/// A list of any kind is one of objects.
+/// The kind of a list of objects; other kinds of list end in it.
 pub(crate) const LIST: &str = "List";
 
-/// Whether a kind is one that is read.
+/// Returns `true` if objects of this kind are read.
 ///
 /// # Errors
-/// It is likely meant to be one: the field that is wrong, and what was meant.
+/// The kind or the group is likely a slip, or the version is not one that is read. The error has the field at
+/// fault, and a suggestion.
 pub(crate) fn kind(api_version: &str, kind: &str) -> Result<bool, (&'static str, String)> {
     let (name, version) = api_version.rsplit_once('/').unwrap_or(("", api_version));
     if kind == LIST {
         return Ok(false);
     }
     let group = GROUPS.iter().find(|group| group.name == name);
-    // A group without a version is what is written where there is no slash.
+    // Without a slash the text may also be a group without its version.
     let Some(group) = group.filter(|group| {
         !group.name.is_empty() || GROUPS[1].versions.contains(&version) || is_version(version)
     }) else {
@@ -133,7 +134,7 @@ pub(crate) fn kind(api_version: &str, kind: &str) -> Result<bool, (&'static str,
     Ok(false)
 }
 
-/// The group that was meant by another name, for a kind that is one of its.
+/// Returns the group that was likely meant by `name`, if it has this kind.
 fn meant_group(name: &str, kind: &str) -> Option<&'static Group> {
     GROUPS.iter().find(|group| {
         let has_kind = group.read.iter().any(|known| near(kind, known));
@@ -161,28 +162,28 @@ fn is_version(text: &str) -> bool {
     digits.starts_with(|c: char| c.is_ascii_digit())
 }
 
-/// The label by which namespaces and pods join the mesh, and what it may say.
+/// The label by which namespaces and pods join the mesh, and its values.
 const MODE: (&str, &[&str]) = ("istio.io/dataplane-mode", &["ambient", "none"]);
 
-/// The annotation that says of a service, or of those of a namespace, what `spec.trafficDistribution` says.
+/// The annotation of a service or a namespace with the meaning of `spec.trafficDistribution`.
 pub(crate) const DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 
-/// What these may say.
+/// The values of both.
 const DISTRIBUTIONS: [&str; 3] = ["PreferClose", "PreferSameZone", "PreferSameNode"];
 
-/// Whether that is one of these, in any letters, as istiod reads the annotation.
+/// Returns `true` for one of these, in any case of letters: istiod reads the annotation so.
 pub(crate) fn is_distribution(word: &str) -> bool {
     let mut all = DISTRIBUTIONS.iter();
     all.any(|is| is.eq_ignore_ascii_case(word))
 }
 
-/// Checks an object of a kind that is read, as far as the types that it is read into do not.
+/// Checks the parts of an object that the types do not check.
 ///
 /// # Errors
-/// A field, or the word in one, is likely meant to be another.
+/// A field or a value is likely a slip.
 pub(crate) fn check(node: &Node, kind: &str) -> Result<(), NodeError> {
     match kind {
-        // What stands beside the spec, and not in it, was meant to be in it.
+        // A field beside the spec was meant to be in it.
         "AuthorizationPolicy" | "PeerAuthentication" => {
             let known = ["apiVersion", "kind", "metadata", "spec", "status"];
             match node.keys().find(|key| !known.contains(key)) {
@@ -220,7 +221,7 @@ fn distribution_annotation(node: &Node) -> Result<(), NodeError> {
     })
 }
 
-/// Checks the name of a label or an annotation, and its word by `slip`, which tells what is wrong with it.
+/// Checks the name of a label or an annotation, and its value with `slip`, which describes what is wrong.
 fn named(
     node: &Node,
     field: &str,
@@ -240,26 +241,26 @@ fn named(
     }
 }
 
-/// What to say of a word that is none of these, and likely meant to be.
+/// Returns the message for a word that is none of `known`, but likely one of them misspelt.
 fn slip(what: &str, word: &str, known: &[&str]) -> Option<String> {
     let slip = !known.contains(&word) && known.iter().any(|known| near(word, known));
     slip.then(|| unknown(what, word, known))
 }
 
-/// Whether a field's name is another one in other letters, or a long one with one letter more, less,
-/// changed, or swapped with its neighbour.
+/// Returns `true` if the names differ only in the case of letters, or, if they are long, in one letter that was
+/// added, removed, changed, or swapped with its neighbour.
 pub(crate) fn is_slip(name: &str, meant: &str) -> bool {
     let (name, meant) = (name.to_lowercase(), meant.to_lowercase());
     name == meant || (meant.len() >= 6 && osa_distance(&name, &meant) <= 1)
 }
 
-/// Whether a word was likely meant to be another one, of a few.
+/// Returns `true` if `word` is likely meant to be `known`.
 fn near(word: &str, known: &str) -> bool {
     let (word, known) = (word.to_ascii_lowercase(), known.to_ascii_lowercase());
     osa_distance(&word, &known) <= (known.len() / 6).max(1)
 }
 
-/// Which of these a word is most like, if it is like one.
+/// Returns the known word that is most similar, if any is similar.
 pub(crate) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     let lower = word.to_ascii_lowercase();
     let likeness = |known: &str| jaro_winkler(&lower, &known.to_ascii_lowercase());
@@ -270,7 +271,7 @@ pub(crate) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
         .filter(|nearest| likeness(nearest) > 0.7)
 }
 
-/// What to say of a word that is not one of these.
+/// Returns the message for a word that is none of `known`.
 pub(crate) fn unknown(what: &str, word: &str, known: &[&str]) -> String {
     match nearest(word, known) {
         Some(nearest) => format!("unknown {what} `{word}`, did you mean `{nearest}`?"),

@@ -1,9 +1,9 @@
-//! What the objects mean, kept as they change: a change is translated anew with what shares its namespace,
-//! and the mesh is told of what is another by it.
+//! The translation of all objects, updated as they change: a changed object's namespace is translated again,
+//! and the mesh gets the differences.
 //!
-//! What a namespace means depends on its own objects, on the policies of the mesh's root namespace, and on
-//! what is the whole cluster's: nodes, gateways, networks. Endpoints that are written by hand may be pods of
-//! any namespace; where there are such, all is one.
+//! The translation of a namespace depends on its own objects, on the policies of the mesh's root namespace, and
+//! on cluster-wide facts: nodes, gateways, networks. Endpoints that are written by hand may be pods of any
+//! namespace; if there are any, all namespaces are one part.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -13,25 +13,25 @@ use super::object::{Identity, Key, Objects};
 use super::translate::{LocalPodSpec, MeshConfig, MeshContext, Translation, translate_part};
 use crate::mesh::{Delta, Mesh};
 
-/// The part that is of all namespaces: no namespace is named so.
+/// The key of the part that has all namespaces. No namespace has this name.
 const ALL_NAMESPACES: &str = "";
 
-/// What objects mean.
+/// The translation of all objects.
 #[derive(Debug)]
 pub struct Translated {
     config: MeshConfig,
-    /// By namespace, or one for all.
+    /// The parts by namespace, or one part with all.
     parts: BTreeMap<Arc<str>, Part>,
-    /// The networks that workloads have been in.
+    /// The networks that workloads are or have been in.
     networks: BTreeSet<Arc<str>>,
-    /// Slices that have endpoints which are written by hand.
+    /// The slices with endpoints that are written by hand.
     manual_slices: BTreeSet<Key>,
 }
 
 /// The pods that are enrolled, and the uids of those that are captured on this node.
 pub type Enrolment<'a> = (&'a Enrolled, &'a BTreeSet<Arc<str>>);
 
-/// What the objects of a namespace mean.
+/// The results of one namespace: uids and keys of what is in the mesh, and the rest in full.
 #[derive(Debug, Default)]
 struct Part {
     workloads: Vec<Arc<str>>,
@@ -48,7 +48,7 @@ impl Part {
     }
 }
 
-/// What is to be translated anew.
+/// The namespaces that must be translated again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stale {
     all: bool,
@@ -56,7 +56,7 @@ pub struct Stale {
 }
 
 impl Stale {
-    /// All that there is.
+    /// Everything is stale.
     pub fn all() -> Self {
         Self {
             all: true,
@@ -64,12 +64,12 @@ impl Stale {
         }
     }
 
-    /// Whether nothing is.
+    /// Returns `true` if nothing is stale.
     pub fn is_empty(&self) -> bool {
         !self.all && self.namespaces.is_empty()
     }
 
-    /// What shares a namespace with the pod of this workload is, besides.
+    /// Marks the namespace of this workload's pod as stale; all, if the uid is not a pod's.
     pub fn pod(&mut self, uid: &str) {
         // `<cluster>//Pod/<namespace>/<name>`
         match uid.rsplit('/').nth(1) {
@@ -78,14 +78,14 @@ impl Stale {
         }
     }
 
-    /// What is of a namespace is, besides.
+    /// Marks a namespace as stale.
     pub fn namespace(&mut self, namespace: &Arc<str>) {
         self.namespaces.insert(Arc::clone(namespace));
     }
 }
 
 impl Translated {
-    /// Of nothing yet.
+    /// Creates an empty translation.
     pub fn new(config: MeshConfig) -> Self {
         Self {
             config,
@@ -95,37 +95,37 @@ impl Translated {
         }
     }
 
-    /// The names of the mesh.
+    /// Returns the names of the mesh.
     pub fn config(&self) -> &MeshConfig {
         &self.config
     }
 
-    /// The pods of this node.
+    /// Returns the pods of this node.
     pub fn local(&self) -> impl Iterator<Item = &LocalPodSpec> {
         self.parts.values().flat_map(|part| &part.local)
     }
 
-    /// What was written and cannot be carried, and what is done instead.
+    /// Returns the configuration that is not supported, and what happens instead.
     pub fn problems(&self) -> impl Iterator<Item = &String> {
         self.parts.values().flat_map(|part| &part.problems)
     }
 
-    /// Whether the objects say a workload of this uid.
+    /// Returns `true` if the objects contain a workload with this uid.
     pub fn has_workload(&self, uid: &str) -> bool {
         let mut all = self.parts.values().flat_map(|part| &part.workloads);
         all.any(|own| **own == *uid)
     }
 
-    /// Whether the objects say a policy of this key.
+    /// Returns `true` if the objects contain a policy with this key.
     pub fn has_policy(&self, key: &str) -> bool {
         let mut all = self.parts.values().flat_map(|part| &part.policies);
         all.any(|own| **own == *key)
     }
 
-    /// Takes objects of which these are others than before. `stale`: what is to be translated anew for
-    /// another reason. `here`: as for [`super::translate()`].
+    /// Updates the translation after `touched` objects have changed. `stale`: what must be translated again for
+    /// other reasons. `here`: see [`super::translate()`].
     ///
-    /// Returns what is another in `mesh` by that.
+    /// Returns the differences from `mesh`.
     pub fn update(
         &mut self,
         (objects, touched): (&Objects, &[Identity]),
@@ -162,7 +162,7 @@ impl Translated {
             if self.networks.len() == known {
                 return self.take(objects, made, before, here, mesh);
             }
-            // Services of all namespaces are known in a network that is new.
+            // The services of all namespaces get addresses in a new network.
             if self.manual_slices.is_empty() {
                 parts = self.every_namespace(objects);
                 before = self.parts.keys().cloned().collect();
@@ -170,7 +170,7 @@ impl Translated {
         }
     }
 
-    /// What an object that is another makes stale.
+    /// Marks as stale what depends on a changed object.
     fn mark_stale(&mut self, objects: &Objects, (kind, key): (&str, &Key), stale: &mut Stale) {
         let root = *key.namespace == *self.config.root_namespace;
         match kind {
@@ -183,7 +183,7 @@ impl Translated {
             "AuthorizationPolicy" => stale.all |= root,
             "PeerAuthentication" => {
                 stale.all |= root;
-                // The root namespace has the policy that STRICT is made of as long as anybody asks.
+                // The policy for STRICT is in the root namespace as long as there is any PeerAuthentication.
                 stale.namespace(&self.config.root_namespace.as_str().into());
             }
             "EndpointSlice" => {
@@ -200,12 +200,12 @@ impl Translated {
 
     fn every_namespace(&self, objects: &Objects) -> BTreeSet<Arc<str>> {
         let mut all = objects.all_namespaces();
-        // It has the policy that STRICT is made of, whether it has objects or not.
+        // It has the policy for STRICT, even if it has no objects.
         all.insert(self.config.root_namespace.as_str().into());
         all
     }
 
-    /// Takes what parts mean in the place of what some meant before.
+    /// Replaces the parts `before` by new ones. Returns the differences from `mesh`.
     fn take(
         &mut self,
         objects: &Objects,
@@ -227,7 +227,7 @@ impl Translated {
                 .policies
                 .extend(old.policies.into_iter().map(|key| (key, None)));
         }
-        // What is wrong with the root namespace's policies is told with each namespace's.
+        // Problems of the root namespace's policies come with each namespace's; they are kept for the root only.
         let root: Arc<str> = self.config.root_namespace.as_str().into();
         made.sort_by_key(|(part, _)| *part != root);
         let mut of_root: Option<HashSet<String>> = None;
@@ -272,7 +272,7 @@ impl Translated {
         delta
     }
 
-    /// What the objects of one part mean.
+    /// Translates the objects of one part.
     fn translate_namespace(
         &self,
         objects: &Objects,
@@ -293,7 +293,7 @@ impl Translated {
     }
 }
 
-/// Says of one that it is so, unless it is so already.
+/// Adds a value to the delta, unless the mesh already has it so.
 fn put_if_changed<'a, T: PartialEq + 'a>(
     delta: &mut BTreeMap<Arc<str>, Option<T>>,
     key: Arc<str>,

@@ -1,6 +1,6 @@
-//! Says when to look at the folder again: shortly after the kernel reports a change in it, and every
-//! few seconds in any case, since not every file system reports, nothing reports what a link leads to,
-//! and a folder that was replaced reports of the one that it was.
+//! Decides when to read a folder again: shortly after the kernel reports a change in it, and every few seconds
+//! in any case. For not every file system reports, changes behind a link are not reported, and after a folder
+//! was replaced the reports are still about the old one.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -15,37 +15,36 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
-/// What comes within this time of a change is one change.
+/// Changes within this time count as one.
 const DEBOUNCE: Duration = Duration::from_millis(50);
-/// How often to look without having been told.
+/// Time between reads without a report.
 const RESYNC: Duration = Duration::from_secs(3);
 
 /// A watch on a folder and what is below it.
 pub struct Watch {
     dir: PathBuf,
     told: Arc<Notify>,
-    /// When to look without having been told. It is kept here: who waits may be called away, and comes
-    /// back for the rest of the time.
+    /// Time of the next read without a report. It is kept here so that a wait goes on after it was cancelled.
     next: Instant,
-    /// Reports as long as it lives, of the folder with this device and inode; none where the kernel has no
-    /// more of them to give.
+    /// Reports changes until dropped, of the folder with this device and inode; `None` if the kernel has no
+    /// watches left.
     watcher: Option<(Identity, notify::RecommendedWatcher)>,
-    /// Whether it was said that there is none.
+    /// `true` if the failure was logged.
     warned: bool,
-    /// What names of files end in that nobody reads.
+    /// Ending of files whose changes do not matter.
     unread: Option<&'static str>,
 }
 
 type Identity = (u64, u64);
 
 impl Watch {
-    /// Watches what is at `dir`, also when it is another folder later. Where that is not possible the
-    /// regular look has to do.
+    /// Watches the folder at `dir`, also after it was replaced. If that is not possible, the regular read has to
+    /// do.
     pub fn new(dir: &Path) -> Self {
         Self::of(dir, None)
     }
 
-    /// As [`Watch::new`]; files with this ending tell nothing.
+    /// Like [`Watch::new`], but ignores files with this ending.
     pub fn without(dir: &Path, ending: &'static str) -> Self {
         Self::of(dir, Some(ending))
     }
@@ -63,8 +62,8 @@ impl Watch {
         watch
     }
 
-    /// Waits until it is worth looking. Cancelling it loses nothing: neither what was told nor how long it
-    /// has waited.
+    /// Waits until the folder should be read again. Cancelling it loses neither a report nor the time it has
+    /// waited.
     pub async fn changed(&mut self) {
         struct Again<'a>(Option<&'a Notify>);
         impl Drop for Again<'_> {
@@ -83,7 +82,7 @@ impl Watch {
         self.follow();
     }
 
-    /// Watches the folder that is there now, if it is another one.
+    /// Watches the folder that is at the path now, if it is another one.
     fn follow(&mut self) {
         let Ok(found) = fs::metadata(&self.dir) else {
             return; // it is away; who looks will say so
@@ -98,7 +97,7 @@ impl Watch {
         }
         let (teller, unread) = (Arc::clone(&self.told), self.unread);
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Reading the folder is reported too, and would keep us reading.
+            // Our own reading is reported too; it must not make us read again.
             if !event.is_ok_and(|event| is_of_readers(&event) || is_unread(&event, unread)) {
                 teller.notify_one();
             }
@@ -123,13 +122,13 @@ impl Watch {
     }
 }
 
-/// Whether an event is what whoever reads does. One who closes what it has written does not.
+/// Returns `true` for events that readers cause. Closing a written file is not one.
 fn is_of_readers(event: &notify::Event) -> bool {
     let closed = EventKind::Access(AccessKind::Close(AccessMode::Write));
     event.kind.is_access() && event.kind != closed
 }
 
-/// Whether an event is of nothing but files with this ending. One without a path is of everything.
+/// Returns `true` if all files of an event have this ending. An event without a path is about everything.
 fn is_unread(event: &notify::Event, ending: Option<&str>) -> bool {
     let has_ending = |path: &PathBuf| {
         path.extension()
@@ -153,7 +152,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder");
         let begin = Instant::now();
         let mut watch = Watch::new(dir.path());
-        // As whoever looks at the machine in between. Counted, not timed: the machine may be busy.
+        // A caller that looks at the machine in between cancels the wait. Counted, not timed: the machine may be busy.
         for _ in 0..60 {
             let looked = tokio::time::timeout(RESYNC / 6, watch.changed()).await;
             if looked.is_ok() {

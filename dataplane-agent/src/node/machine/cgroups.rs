@@ -26,7 +26,7 @@ pub(super) struct CgroupQuery<'a> {
 /// Why a pod has no cgroup yet.
 #[derive(Debug)]
 pub(super) enum CgroupError {
-    /// Its processes are in the wrong place, for this reason.
+    /// Its processes do not lead to cgroups of its own, for this reason.
     Wrong(String),
     /// The machine could not be inspected.
     Failed(io::Error),
@@ -101,7 +101,7 @@ impl CgroupQuery<'_> {
     }
 
     /// Finds the pod's among cgroups without a known name: the lowest that has them all, if it has no other
-    /// processes. Otherwise those that have no processes of the host. One that has some, such as a shell that
+    /// processes. Otherwise those that have no processes of the host. One that has some, since a shell of the host
     /// entered the pod, is taken only if it is the only one and nothing else was found.
     fn unnamed(&self, folders: BTreeSet<PathBuf>, only: bool) -> io::Result<BTreeSet<PathBuf>> {
         let common = folders

@@ -88,7 +88,7 @@ mod tests {
             resolved["victim"],
             Err(Unresolved::Shared(2, "thief".into()))
         );
-        // The thief is gone, so both namespaces may be the victim's.
+        // No other pod claims either of the namespaces.
         let resolved = resolve(claims(&[("victim", &[1, 2])]));
         assert_eq!(resolved["victim"], Err(Unresolved::Several(vec![1, 2])));
         assert_eq!(

@@ -25,7 +25,7 @@ pub(super) struct ScanSchedule {
     /// Time of the last event.
     event: Instant,
     last: Instant,
-    /// Saved time, at the last look; each look that comes early costs [`POLL_INTERVAL`].
+    /// Time saved up at the last look; each look costs [`POLL_INTERVAL`].
     saved: Duration,
 }
 

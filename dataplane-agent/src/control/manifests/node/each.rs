@@ -1,5 +1,5 @@
-//! A document of long lists, of which each element is read before the next one: the tree of all of them
-//! takes many times the memory of what it says.
+//! Reads a document of long lists element by element: the tree of the whole would take many times the memory of
+//! the result.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -9,12 +9,12 @@ use serde::{Deserialize, Deserializer};
 
 use super::{AnyValue, Node, NodeError, Value, Wrapped, scalars};
 
-/// What the elements of a list are put into.
+/// A collection that the elements of a list are added to.
 pub(crate) trait Collect: Default {
-    /// One of them, as it is written.
+    /// The type of an element in the file.
     type Element: DeserializeOwned;
 
-    /// Adds one.
+    /// Adds an element.
     fn add(&mut self, element: Self::Element);
 }
 
@@ -26,7 +26,7 @@ impl<T: DeserializeOwned> Collect for Vec<T> {
     }
 }
 
-/// A list whose elements are read one by one, as by [`Node::read_lenient`]; or what is wrong with it.
+/// A list whose elements are read one by one, with [`Node::read_lenient`]; or the first error in it.
 pub(crate) struct Each<C>(pub(crate) Result<C, NodeError>);
 
 /// The fields of a map that are long lists.
@@ -34,24 +34,24 @@ pub(crate) trait Lists: Default {
     /// All fields that the map may have.
     type Names: DeserializeOwned;
 
-    /// Takes the value of a field, if it is such a list.
+    /// Takes the value of a field if it is one of these lists; returns `false` otherwise.
     fn take<'de, A: MapAccess<'de>>(&mut self, name: &str, map: &mut A) -> Result<bool, A::Error>;
 }
 
 /// A map of long lists.
 pub(crate) struct Document<L> {
     lists: L,
-    /// It without them.
+    /// The map without the lists.
     rest: Node,
 }
 
 impl<L: Lists> Document<L> {
-    /// Where it begins; 0 if unknown.
+    /// Returns the line at which it begins; 0 if unknown.
     pub(crate) fn line(&self) -> u64 {
         self.rest.line
     }
 
-    /// The lists, if nothing else is in it.
+    /// Returns the lists, if the map has no unknown fields.
     pub(crate) fn lists(self) -> Result<L, NodeError> {
         self.rest.read_lenient::<L::Names>()?;
         Ok(self.lists)
@@ -87,7 +87,7 @@ impl<'de, L: Lists> Deserialize<'de> for Document<L> {
     }
 }
 
-/// What is where a list belongs.
+/// The value found in the place of a list.
 enum Found<C> {
     List(Result<C, NodeError>),
     Other(Value),
@@ -108,7 +108,7 @@ impl<'de, C: Collect> Deserialize<'de> for Found<C> {
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Found<C>, A::Error> {
                 let mut found = Ok(C::default());
                 let mut at = 0;
-                // Also after one that is wrong: what is no YAML is told before it.
+                // Go on after a wrong element, since errors of YAML syntax take precedence.
                 while let Some(node) = seq.next_element::<Node>()? {
                     if let Ok(made) = &mut found {
                         match node.read_lenient() {

@@ -10,7 +10,7 @@ use super::super::watch::Watch;
 
 const POLICY: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: gate\nspec:\n  action: DENY\n  rules:\n  - from:\n    - source:\n        namespaces: [a]\n";
 
-/// What says that nothing is meant.
+/// An empty List: the file is empty on purpose.
 const NOTHING: &str = "apiVersion: v1\nkind: List\nitems: []\n";
 
 fn namespace(name: &str) -> String {
@@ -163,7 +163,7 @@ fn what_is_not_read_takes_nothing_away_in_whose_place_it_comes() {
     let (dir, mut folder) = folder(&[("gate.yaml", &both)]);
     put(&dir, "gate.yaml", &deployment.replace("web", "other"));
     assert!(!folder.reload().changed);
-    // What was not read before either says nothing about what is removed beside it.
+    // An object that was not read before either has nothing to do with a removal beside it.
     put(&dir, "gate.yaml", &format!("{POLICY}---\n{deployment}"));
     let reload = folder.reload();
     assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
@@ -182,7 +182,7 @@ async fn a_file_that_is_being_written_counts_when_it_is_closed() {
     let mut folder = ManifestFolder::open_settling(dir.path(), settle).expect("good files");
     let mut watch = Watch::new(dir.path());
     let before = folder.objects().clone();
-    // Its first document, and for long nothing more.
+    // Only the first document is written, and for long nothing more.
     let mut writing = fs::File::create(dir.path().join("gate.yaml")).expect("a file");
     writing
         .write_all(namespace("shop").as_bytes())
@@ -241,7 +241,7 @@ fn a_folder_that_is_suddenly_empty_keeps_what_was_in_it_until_that_is_said() {
     assert!(!reload.changed);
     let whole = format!("{}: has no manifests any more", dir.path().display());
     assert!(told(&reload)[0].starts_with(&whole), "{:?}", told(&reload));
-    // Which is no way to say it: nothing could be read.
+    // The hint would not help, since nothing could be read.
     assert!(!told(&reload)[0].contains("remove the folder"));
     assert_eq!(*folder.objects(), before);
     // It is there again, and one was removed meanwhile.
@@ -561,7 +561,7 @@ fn policies_that_come_change_and_go_are_told() {
         told(&|| put(&dir, "p.yaml", strict)),
         ["PeerAuthentication a/p added"]
     );
-    // Of two the oldest holds.
+    // Of two for the same pods the oldest holds.
     let older = strict.replace(
         "namespace: a",
         "namespace: a, creationTimestamp: 2020-01-01T00:00:00Z",

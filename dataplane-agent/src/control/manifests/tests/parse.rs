@@ -212,7 +212,7 @@ fn a_near_miss_of_a_field_that_is_read_is_a_fault() {
         "Service",
         "networking.istio.io/traffic-distribution: preferclose",
     ));
-    // What there is besides is nobody's fault.
+    // Kubernetes' other fields are accepted.
     objects(&pod(
         "spec: {hostname: a, serviceAccount: a, nodeSelector: {}, hostPID: true, containers: [{name: a, image: b, ports: [{containerPort: 1, hostPort: 2}]}]}\nstatus: {hostIP: 10.0.0.1, hostIPs: [], qosClass: x}\n",
     ));

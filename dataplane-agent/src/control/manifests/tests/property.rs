@@ -10,7 +10,7 @@ use super::super::super::enrolled::Enrolled;
 use super::super::object::{self, Objects};
 use super::super::translate::{MeshConfig, PodKey, translate};
 
-/// One of a few, so that they meet.
+/// One of a few words, so that objects meet.
 pub(super) fn word() -> impl Strategy<Value = &'static str> {
     prop::sample::select(vec!["a", "b", "istio-system", "ambient", "none"])
 }

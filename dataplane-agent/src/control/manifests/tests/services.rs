@@ -1,4 +1,4 @@
-//! How services are reached, and which of their endpoints take load.
+//! Checks how services are reached, and which of their endpoints take connections.
 
 use std::net::SocketAddr;
 
@@ -23,7 +23,7 @@ fn pod(name: &str, meta: &str, status: &str) -> String {
     )
 }
 
-/// Who is meant at an address by the pod of this name.
+/// Returns who is meant at an address by the pod of this name.
 fn meant(made: &Translation, by: &str, to: &str) -> String {
     let mesh = Mesh::of(made.workloads.clone(), made.services.clone(), Vec::new());
     let is = |workload: &&Workload| *workload.name == *by;
@@ -259,7 +259,7 @@ fn a_service_that_claims_what_is_anothers_does_not_get_it_and_both_are_told() {
             "{told}"
         );
     }
-    // Of two with one address the oldest has it.
+    // If two services have the same address, the older one gets it.
     let young = ", creationTimestamp: '2026-02-01T00:00:00Z'";
     let made = translation(
         &(service("a-young", young, "clusterIP: 10.96.0.9", "")
@@ -329,7 +329,7 @@ fn an_endpoints_conditions_say_whether_it_takes_load() {
             made.workloads[0].services[key].health, expected,
             "{conditions}"
         );
-        // One that names a pod, or has its address, is no better than the pod.
+        // An endpoint that names a pod, or has its address, is no better than the pod.
         for how in [
             "addresses: [10.0.0.9]",
             "addresses: ['::ffff:10.0.0.9']",
@@ -407,7 +407,7 @@ fn a_slip_of_the_pen_is_refused_and_other_fields_are_passed_over() {
         let said = refusal(&text);
         assert!(said.contains(told), "{said}\nis not\n{told}");
     }
-    // What Kubernetes prints besides.
+    // These are fields that Kubernetes prints as well.
     let all = "schedulerName: s, hostname: h, hostPID: true, hostIPC: false, hostUsers: true, nodeSelector: {}, restartPolicy: Always, \
                serviceAccount: web, dnsPolicy: ClusterFirst, ephemeralContainers: [], \
                containers: [{name: c, image: i, ports: [{containerPort: 80, hostPort: 80, hostIP: 10.0.0.1}]}]";

@@ -1,4 +1,4 @@
-//! That what is translated as it changes is what is translated at once.
+//! Checks that translating step by step gives the same as translating at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -14,7 +14,7 @@ use super::property::{object, word};
 use crate::control::enrolled::Enrolled;
 use crate::mesh::{Delta, Mesh};
 
-/// What is in a mesh.
+/// Returns all content of a mesh.
 fn everything(mesh: &Mesh) -> Vec<String> {
     let workloads = mesh.workloads().map(|of| format!("{of:?}"));
     let services = mesh.services().map(|(_, of)| format!("{of:?}"));

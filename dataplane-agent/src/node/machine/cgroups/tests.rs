@@ -3,8 +3,8 @@ use super::*;
 const UID: &str = "0f8fad5b-d9cb-469f-a165-70867728950e";
 const ID: &str = "5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef";
 
-/// Where processes are: a number for each, of the pod from 1 on, of the host from 100 on, of other
-/// namespaces from 200 on.
+/// Finds the pod's cgroups from the place of each process. Processes from 1 on are the pod's, from 100 on the
+/// host's, from 200 on those of other namespaces.
 fn of(machine: &[(u32, &str)]) -> Result<Vec<String>, String> {
     let members = |folder: &Path| {
         let of = machine
