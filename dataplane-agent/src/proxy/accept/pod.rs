@@ -176,8 +176,8 @@ impl LocalPod {
     /// socket.
     ///
     /// # Errors
-    /// Those of [`LocalPod::socket`], no port is free, or `to` is not the pod's: its packets would come back to the
-    /// agent for ever.
+    /// It fails as [`LocalPod::socket`] does, or no port is free, or `to` is not the pod's: its packets would come
+    /// back to the agent for ever.
     pub fn socket_as(&self, from: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
         if !self.owns(to.ip()) {
             let what = format!("{} is not an address of the pod", to.ip());

@@ -1,4 +1,4 @@
-//! What policies say of a connection, as a pure function.
+//! Checks a connection against policies, as a pure function.
 
 use std::sync::Arc;
 
@@ -12,11 +12,11 @@ use crate::mesh::{Mesh, Workload};
 #[cfg(test)]
 mod tests;
 
-/// Decides for a workload: DENY first, then ALLOW, as Istio does. Unlike ztunnel a policy that is
-/// named and not there refuses.
+/// Decides for a workload: DENY first, then ALLOW, as Istio does. Unlike in ztunnel, a policy that is named and does
+/// not exist refuses.
 ///
 /// # Errors
-/// It is refused, and by what.
+/// The connection is refused; the error says by what.
 pub fn check(applicable: &Applicable<'_>, question: &Question<'_>) -> Result<Allowed, Denied> {
     if let Some(unknown) = applicable.unknown.first() {
         return Err(Denied::UnknownPolicy(Arc::clone(unknown)));
@@ -43,10 +43,10 @@ pub fn check(applicable: &Applicable<'_>, question: &Question<'_>) -> Result<All
     }
 }
 
-/// As [`check`], for a workload that may be gone.
+/// Decides as [`check`] does, for a workload that may be gone.
 ///
 /// # Errors
-/// As [`check`]; there is no workload.
+/// It fails as [`check`] does, or there is no workload.
 pub fn check_workload(
     mesh: &Mesh,
     workload: Option<&Workload>,
@@ -112,7 +112,7 @@ fn match_matches(one: &Match, question: &Question<'_>) -> bool {
         })
 }
 
-/// Any positive value, where there is one, and no negative one.
+/// Returns true if a positive value matches, or there are none, and no negative one matches.
 fn field<T>(positive: &[T], negative: &[T], is: impl Fn(&T) -> bool) -> bool {
     (positive.is_empty() || positive.iter().any(&is)) && !negative.iter().any(&is)
 }

@@ -1,8 +1,8 @@
-//! Room 4: may it.
+//! Room 4: decides whether a connection is allowed.
 //!
-//! Door out: a [`Permit`], which only this room makes. A connection that leaves a pod is permitted:
-//! the node of its destination decides. One that comes to a pod is decided by the policies of that
-//! pod, now and again whenever the mesh changes.
+//! Door out: a [`Permit`], which only this room makes. A connection that leaves a pod is permitted: the node of its
+//! destination decides. The policies of a pod decide on connections to it, when they come and again whenever the mesh
+//! changes.
 
 pub mod check;
 pub mod watch;
@@ -27,21 +27,21 @@ pub use watch::{Authorizer, Revoked};
 pub struct Permit<I> {
     /// The connection.
     pub resolved: Resolved<I>,
-    /// Why.
+    /// The rule that allowed it.
     pub rule: Rule,
-    /// Fires when policy no longer allows it.
+    /// Completes when policy no longer allows it.
     pub revoked: Revoked,
     _private: (),
 }
 
-/// What allowed a connection.
+/// The rule that allowed a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// It leaves the pod; its destination's node decides.
+    /// The connection leaves the pod; its destination's node decides.
     Destination,
-    /// No policy allows anything in particular.
+    /// There is no ALLOW policy.
     NoPolicy,
-    /// This ALLOW policy, by its key.
+    /// An ALLOW policy matches; this is its key.
     Allowed(Arc<str>),
 }
 
@@ -51,10 +51,10 @@ pub enum Denied {
     /// A DENY policy matches.
     #[error("connection closed due to policy rejection: explicitly denied by: {0}")]
     Denied(Arc<str>),
-    /// No ALLOW policy matches, and there are some.
+    /// There are ALLOW policies, and none matches.
     #[error("connection closed due to policy rejection: allow policies exist, but none allowed")]
     NotAllowed,
-    /// The pod names a policy that is not there: what it says is not known.
+    /// The pod names a policy that does not exist, so its rules are not known.
     #[error("connection closed due to policy rejection: unknown policy: {0}")]
     UnknownPolicy(Arc<str>),
     /// The pod itself is not in the mesh any more.
@@ -79,7 +79,7 @@ impl Failure for Denied {
     }
 }
 
-/// What policy is asked about a connection.
+/// Returns the properties of a connection on which policies decide.
 fn question<I>(accepted: &Accepted<I>) -> Question<'_> {
     Question {
         source: match &accepted.direction {

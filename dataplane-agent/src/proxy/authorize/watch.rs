@@ -1,4 +1,4 @@
-//! Permits that are in use, asked about again whenever the mesh changes.
+//! Permits that are in use. They are checked again whenever the mesh changes.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ use super::{Denied, Direction, Permit, Resolved, Rule, question};
 use crate::mesh::policy::Question;
 use crate::mesh::{Identity, Mesh, MeshReader};
 
-/// The room. Clones are the same one.
+/// Authorizes connections, and checks permits again. Clones share the permits.
 #[derive(Clone, Debug)]
 pub struct Authorizer {
     mesh: MeshReader,
@@ -21,11 +21,11 @@ pub struct Authorizer {
 #[derive(Debug, Default)]
 struct Live {
     next: u64,
-    /// By the workload that they are for, since a change is one of some workloads.
+    /// Permits by the workload that they are for, since a change is about some workloads.
     permits: HashMap<Arc<str>, HashMap<u64, Arc<LivePermit>>>,
 }
 
-/// What is asked about a permit, again and again.
+/// The properties of a permitted connection that are checked again, and the means to revoke it.
 #[derive(Debug)]
 struct LivePermit {
     workload: Arc<str>,
@@ -36,7 +36,7 @@ struct LivePermit {
     revoke: watch::Sender<bool>,
 }
 
-/// Fires when policy no longer allows a connection. The permit counts as in use until it is dropped.
+/// Completes when policy no longer allows a connection. The permit counts as in use until this is dropped.
 #[derive(Debug)]
 pub struct Revoked(Option<Registration>);
 
@@ -49,7 +49,7 @@ struct Registration {
 }
 
 impl Authorizer {
-    /// Over the mesh.
+    /// Creates an authorizer with the policies of the mesh.
     pub fn new(mesh: MeshReader) -> Self {
         Self {
             mesh,
@@ -57,10 +57,10 @@ impl Authorizer {
         }
     }
 
-    /// Whether a connection may be.
+    /// Permits a connection if policy allows it.
     ///
     /// # Errors
-    /// It may not; it is given back.
+    /// Policy does not allow it; the connection is given back.
     pub fn authorize<I>(&self, resolved: Resolved<I>) -> Result<Permit<I>, (Resolved<I>, Denied)> {
         let accepted = &resolved.accepted;
         if accepted.direction == Direction::Outbound {
@@ -72,7 +72,7 @@ impl Authorizer {
             });
         }
         let asked = question(accepted);
-        // Registered before it is decided: a change that comes meanwhile finds it.
+        // It is registered before the decision, so that a change that comes meanwhile finds it.
         let revoked = self.register(&accepted.pod.uid, &asked);
         let mesh = self.mesh.current();
         let target = mesh.workload(&accepted.pod.uid).map(Arc::as_ref);
@@ -87,8 +87,7 @@ impl Authorizer {
         }
     }
 
-    /// Asks about permits again whenever the mesh says something else of their workloads. Runs until it is
-    /// dropped.
+    /// Checks permits again whenever the mesh changes for their workloads. Runs until it is dropped.
     pub async fn watch(self) {
         let mut mesh = self.mesh.clone();
         let mut checked = 0;
@@ -99,10 +98,10 @@ impl Authorizer {
         }
     }
 
-    /// Asks about the permits of workloads of which policy says something else since a generation.
+    /// Checks the permits of workloads whose policies have changed since a generation.
     fn check_since(&self, checked: u64, mesh: &Mesh) {
-        // Asked without the lock, for which connections would wait: one that comes meanwhile is
-        // decided by this mesh or a newer one.
+        // The check runs without the lock, since connections wait for that. A permit that comes meanwhile is decided
+        // by this mesh or a newer one.
         let all: Vec<Arc<str>> = lock(&self.live).permits.keys().cloned().collect();
         let changed = |uid: &Arc<str>| mesh.policy_since(uid).is_none_or(|since| since > checked);
         for held in all
@@ -120,7 +119,7 @@ impl Authorizer {
                 let target = mesh.workload(&held.workload).map(Arc::as_ref);
                 check_workload(mesh, target, &asked)
             };
-            // A permit that is newer than this mesh must not fall with it: the newest decides.
+            // A permit that is newer than this mesh must not be revoked by it: the newest mesh decides.
             if check(mesh).is_err()
                 && let Err(denied) = check(&self.mesh.current())
                 && !held.revoke.send_replace(true)
@@ -273,7 +272,7 @@ mod tests {
         );
     }
 
-    /// A permit-to-be of the pod at 10.0.0.1, which is reached in clear or connects itself.
+    /// Returns a connection of the pod at 10.0.0.1, which is reached in clear or connects itself.
     fn resolved(reader: &MeshReader, direction: Direction) -> Resolved<()> {
         let pod = workload(&[]);
         let accepted = Accepted {
@@ -299,7 +298,7 @@ mod tests {
         }
     }
 
-    /// What STRICT is made of: whoever has no identity is refused.
+    /// Returns a policy as STRICT makes it: peers without an identity are refused.
     fn strict() -> Policy {
         let only = Match {
             not_principals: vec![StringMatch::Presence],
@@ -329,7 +328,7 @@ mod tests {
         let mut tunnelled = permit(hbone());
         let mut outbound = permit(Direction::Outbound);
         assert_eq!(outbound.rule, Rule::Destination);
-        // The policy was there before; it is the workload that changes.
+        // The policy was there before; the workload changes.
         let named = vec![workload(&["ns/deny-all"])];
         writer.replace(Delta::of(named, Vec::new(), vec![strict()]));
         tokio::select! {
@@ -360,7 +359,7 @@ mod tests {
         assert!(permit.revoked.wait().now_or_never().is_none());
     }
 
-    /// However a permit and a change meet: what the last mesh denies does not stay.
+    /// A permit does not stay if the last mesh denies it, however permit and change meet.
     #[test]
     fn no_permit_survives_a_change_that_it_was_made_beside() {
         for _ in 0..200 {

@@ -1,4 +1,4 @@
-//! One stream of a tunnel, as both ends use it. Only this file knows the engine's types for it.
+//! Streams of a tunnel, as both ends use them. The engine's types are wrapped here once a stream is open.
 
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -93,7 +93,7 @@ impl Outgoing {
     /// Ends this direction, after all that was sent.
     ///
     /// # Errors
-    /// The same as those of [`Self::send`].
+    /// It fails as [`Self::send`] does.
     pub fn finish(&mut self) -> Result<(), h2::Error> {
         let end = Payload::new(Bytes::new(), &self.unsent);
         let sent = self.send.send_data(end, true);

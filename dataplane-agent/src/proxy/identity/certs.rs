@@ -338,7 +338,7 @@ impl Certs {
     /// Returns an identity's TLS settings as a client of any of `expected`, and when its certificate expires.
     ///
     /// # Errors
-    /// The same as those of [`Certs::current`], or the certificate cannot be used.
+    /// It fails as [`Certs::current`] does, or the certificate cannot be used.
     pub async fn client(
         &self,
         identity: &Identity,

@@ -67,7 +67,7 @@ pub(super) fn server(
 /// Returns the TLS settings of a pod that connects to any of `expected`.
 ///
 /// # Errors
-/// The same as those of [`server`].
+/// It fails as [`server`] does.
 pub(super) fn client(
     expected: &[Identity],
     chain: Vec<CertificateDer<'static>>,

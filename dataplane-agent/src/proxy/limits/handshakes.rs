@@ -1,9 +1,9 @@
-//! Places for handshakes of tunnels, of peers that have not shown yet who they are: of one pod, so that
-//! one that is attacked takes nothing from another, and of the node, for its memory.
+//! Places for handshakes of tunnels with peers that are not authenticated yet: of each pod, so that an attack on one
+//! takes nothing from another, and of the node, for its memory.
 //!
-//! Anybody can connect and be silent, so a new handshake is never refused for want of a place: the
-//! oldest one of the source that has the most gives way. Who holds many loses its own; a peer, which
-//! has a few for as long as a round trip, keeps them.
+//! Anybody can connect and be silent, so a new handshake is never refused for want of a place: the oldest one of the
+//! source that has the most gives way. A source that holds many loses its own; a peer, which has a few for as long as
+//! a round trip, keeps them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -13,12 +13,12 @@ use tokio::sync::oneshot;
 
 use super::source;
 
-/// How many there are at once with one pod.
+/// Number of handshakes at once with one pod.
 pub const OF_POD: usize = 256;
-/// How many there are at once with all pods.
+/// Number of handshakes at once with all pods.
 pub const OF_NODE: usize = 2048;
 
-/// The handshakes of one pod, or of all, of all workers. Clones are the same.
+/// The handshakes of one pod, or of all pods, on all workers. Clones share them.
 #[derive(Clone, Debug)]
 pub struct Handshakes {
     most: usize,
@@ -29,11 +29,11 @@ pub struct Handshakes {
 struct Going {
     next: u64,
     count: usize,
-    /// By source, the oldest first. Who drops a sender tells that handshake to give way.
+    /// Handshakes by source, the oldest first. Dropping the sender tells a handshake to give way.
     of: HashMap<IpAddr, BTreeMap<u64, oneshot::Sender<()>>>,
 }
 
-/// A handshake's place; free again when dropped.
+/// A handshake's place, free again when this is dropped.
 #[derive(Debug)]
 pub struct Turn {
     going: Arc<Mutex<Going>>,
@@ -43,7 +43,7 @@ pub struct Turn {
 }
 
 impl Handshakes {
-    /// Of so many places.
+    /// Creates `most` places.
     pub fn new(most: usize) -> Self {
         Self {
             most,
@@ -51,7 +51,7 @@ impl Handshakes {
         }
     }
 
-    /// Begins one, in place of another if there are as many as may be.
+    /// Begins a handshake, in place of another if there are too many.
     pub fn begin(&self, peer: IpAddr) -> Turn {
         let source = source(peer);
         let mut going = lock(&self.going);
@@ -79,8 +79,8 @@ impl Default for Handshakes {
 }
 
 impl Going {
-    /// Ends the oldest of the source that has the most; of two such sources the one that has waited
-    /// for longer.
+    /// Ends the oldest handshake of the source that has the most; of two such sources, the one whose oldest is older
+    /// loses it.
     fn make_room(&mut self) {
         let oldest = |of: &BTreeMap<u64, _>| of.keys().next().copied().unwrap_or(u64::MAX);
         let greediest = self
@@ -114,7 +114,7 @@ pub struct Turns {
 }
 
 impl Turns {
-    /// Completes when it has to give way to another one.
+    /// Completes when the handshake has to give way to another one.
     pub async fn over(&mut self) {
         tokio::select! {
             () = self.of_pod.over() => {}
@@ -124,9 +124,9 @@ impl Turns {
 }
 
 impl Turn {
-    /// Completes when it has to give way to another one.
+    /// Completes when the handshake has to give way to another one.
     pub async fn over(&mut self) {
-        // Never answered: the sender is dropped.
+        // Nothing is sent: the sender is dropped.
         let _ = (&mut self.over).await;
     }
 }
@@ -164,7 +164,7 @@ mod tests {
         let mut late = all.begin(address(3));
         assert!(is_over(&mut greedy[0]));
         assert!(!is_over(&mut greedy[1]) && !is_over(&mut peer) && !is_over(&mut late));
-        // Its next one is at its own cost.
+        // The greedy source pays for its next one itself.
         greedy.push(all.begin(address(2)));
         assert!(is_over(&mut greedy[1]) && !is_over(&mut peer));
         drop((greedy, peer, late));
@@ -173,8 +173,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes and goes: never more than the bound, and a source that holds fewer than
-        /// any other loses nothing to it.
+        /// There are never more than the bound, and a source that holds fewer than any other loses nothing to it.
         #[test]
         fn the_bound_holds_and_only_the_greediest_loses(
             steps in proptest::collection::vec((1_u8..5, any::<bool>()), 1..200)

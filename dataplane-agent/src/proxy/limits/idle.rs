@@ -1,10 +1,10 @@
-//! The idle tunnels of a pod, on all workers: they have places that its connections may need.
+//! The idle tunnels of a pod, on all workers. They hold places that its connections may need.
 
 use std::sync::Arc;
 
 use tokio::sync::{Notify, watch};
 
-/// The idle tunnels of one pod. Clones are the same ones.
+/// The idle tunnels of one pod. Clones share the count.
 #[derive(Clone, Debug, Default)]
 pub struct IdleTunnels(Arc<Shared>);
 

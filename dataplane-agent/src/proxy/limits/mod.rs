@@ -1,11 +1,11 @@
 //! Bounds on the connections that are open at once: to and from each pod, and of the node.
 //!
-//! A connection is one that a pod makes, one that comes to it in clear or as a stream of a tunnel, and
-//! a tunnel itself, idle ones included: each takes memory and descriptors. The node's bound keeps the
-//! daemon from being killed for its memory. Nobody can take all of it: what a pod has of one kind is
-//! never more than what is left for all others, so one greedy pod gets half, two get a third each, and
-//! whoever has nothing yet gets in. It is so with the [`memory`] that connections need while they are busy;
-//! and among the [`peers`] that connect to one pod, though one may have several times what it leaves.
+//! A connection is one that a pod makes, one that comes to it in clear or as a stream of a tunnel, and a tunnel
+//! itself, idle ones included: each takes memory and descriptors. The node's bound keeps the daemon from being killed
+//! for its memory. Nobody can take all of it: a pod's connections of one kind are never more than the places left for
+//! all others, so one greedy pod gets half, two get a third each, and a pod that has nothing yet gets in. The
+//! [`memory`] that busy connections need is shared in the same way, and so are the places of one pod among its
+//! [`peers`], though a peer may have several times what it leaves.
 
 pub mod handshakes;
 mod idle;
@@ -25,19 +25,19 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::mesh::Identity;
 
-/// The most connections of one pod and one kind.
+/// Most connections of one pod and one kind.
 pub const EACH: usize = 16_384;
 
 /// A peer may have at most this many times as many connections as are left to its pod for other peers. A single peer
 /// gets seven eighths of what the pod may have.
 const TIMES: usize = 7;
 
-/// The bytes that are planned for one connection: an idle one takes some 20 KiB, and each may always hold up to 48 KiB
-/// to be sent and 64 KiB received by a tunnel. What busy ones hold beyond that has its own bound ([`memory`]).
+/// Bytes that are planned for one connection: an idle one takes some 20 KiB, and each may always hold up to 48 KiB to
+/// be sent and 64 KiB received by a tunnel. What busy ones hold beyond that has its own bound ([`memory`]).
 const MEMORY: u64 = 128 << 10;
 /// The descriptors of one connection: its two ends.
 const DESCRIPTORS: u64 = 2;
-/// The least bytes for what waits to be sent, and for what is not delivered, however little memory there is.
+/// Least bytes for what waits to be sent, and for what is not delivered, however little memory there is.
 const LEAST: u64 = 64 << 20;
 /// Descriptors that are kept for other things: listeners, programs, maps, namespaces.
 const OTHERS: u64 = 1024;
@@ -222,7 +222,7 @@ impl NodePlaces {
     /// Takes a place for one more connection of a peer to a pod, or for a tunnel of the peer.
     ///
     /// # Errors
-    /// As [`Self::take`]; the places that are left to the pod are kept for other peers.
+    /// It fails as [`Self::take`] does, or the places that are left to the pod are kept for other peers.
     pub fn take_for(&self, pod: &PodPlaces, peer: &Peer) -> Result<Place, Full> {
         let kind = if peer.is_known() {
             Kind::Tunnelled

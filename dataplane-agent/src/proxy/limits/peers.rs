@@ -1,8 +1,8 @@
-//! Who connects to a pod, and how many connections each has there: one that takes all it can must leave
-//! something for the others.
+//! The peers of each pod and their numbers of connections: a peer that takes all it can must leave something for the
+//! others.
 //!
-//! A peer of the mesh is known by its identity and its address, so that two pods of one identity are two;
-//! anybody else by the address alone.
+//! A peer of the mesh is known by its identity and address, so two pods of one identity are two peers; anybody else
+//! is known by the address alone.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -14,11 +14,11 @@ use crate::mesh::Identity;
 
 type Name = (Option<Identity>, IpAddr);
 
-/// The peers of one pod that have a connection to it. Clones are the same ones.
+/// The peers of one pod that have a connection to it. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Peers(Arc<Mutex<HashMap<Name, Weak<Taken>>>>);
 
-/// A peer of one pod. It is forgotten when nobody has it any more.
+/// A peer of one pod. It is forgotten when nobody holds it any more.
 #[derive(Clone, Debug)]
 pub struct Peer(Arc<Taken>);
 
@@ -51,12 +51,12 @@ impl Peers {
 }
 
 impl Peer {
-    /// Whether it has shown who it is.
+    /// Returns true if it is authenticated.
     pub(super) fn is_known(&self) -> bool {
         self.0.name.0.is_some()
     }
 
-    /// How many connections it has.
+    /// The number of its connections.
     pub(super) fn count(&self) -> &AtomicUsize {
         &self.0.count
     }
@@ -65,7 +65,7 @@ impl Peer {
 impl Drop for Taken {
     fn drop(&mut self) {
         let mut peers = self.of.lock();
-        // Another one may have come under its name meanwhile.
+        // Another peer may have come under its name meanwhile.
         if peers
             .get(&self.name)
             .is_some_and(|peer| peer.strong_count() == 0)

@@ -1,4 +1,4 @@
-//! Room 3: who is it, where does it go.
+//! Room 3: finds who each end of a connection is, and where it goes.
 //!
 //! Door out: a [`Resolved`], made from one [`Accepted`] and one snapshot of the mesh.
 
@@ -14,15 +14,15 @@ use crate::observe::{Failure, Flag};
 pub use crate::proxy::accept::{Accepted, Clients, Direction, Instance, Io, LocalPod};
 pub use route::resolve;
 
-/// Who each end is, and where the connection goes next.
+/// A connection with the workloads at its ends and its next hop.
 #[derive(Debug)]
 pub struct Resolved<I> {
     /// The connection.
     pub accepted: Accepted<I>,
-    /// Who connects; none if it is in no mesh. Of an inbound connection it is told by the address,
-    /// for logs: what counts there is the peer's certificate.
+    /// The workload that connects; `None` if it is not in the mesh. For an inbound connection it is found by address
+    /// and only for logs: policy uses the peer's certificate.
     pub source: Option<Arc<Workload>>,
-    /// Who is connected to; none if it is in no mesh.
+    /// The workload that is connected to; `None` if it is not in the mesh.
     pub target: Option<Arc<Workload>>,
     /// The service that was asked for.
     pub service: Option<Arc<Service>>,
@@ -30,22 +30,22 @@ pub struct Resolved<I> {
     pub hop: Hop,
 }
 
-/// Where a connection goes next.
+/// The next hop of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Hop {
-    /// To the pod's own app.
+    /// The pod's own app.
     App(SocketAddr),
-    /// In clear.
+    /// A peer, in clear.
     Plain(SocketAddr),
-    /// Through a tunnel.
+    /// A peer, through a tunnel.
     Hbone {
         /// The tunnel's other end.
         to: SocketAddr,
-        /// What it is asked to connect to.
+        /// The address and port that the CONNECT request asks for.
         authority: SocketAddr,
-        /// The workload there.
+        /// The workload at the other end.
         target: Arc<Workload>,
-        /// Any of these it has to be.
+        /// The identities of which the other end must have one.
         expected: Vec<Identity>,
     },
 }
@@ -74,25 +74,25 @@ impl Failure for ResolveError {
     }
 }
 
-/// Why a connection goes nowhere.
+/// Why a connection has no next hop.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResolveError {
     /// The pod is not in the mesh (yet).
     #[error("failed to fetch information about local workload: {0}")]
     UnknownLocal(Arc<str>),
-    /// A service has nobody to go to.
+    /// The service has no endpoint that takes connections.
     #[error("no healthy upstream: {0}")]
     NoHealthyUpstream(SocketAddr),
-    /// The destination wants its waypoint passed, and waypoints cannot be reached yet.
+    /// The destination requires its waypoint, and waypoints are not supported yet.
     #[error("unknown waypoint: {0}")]
     UnknownWaypoint(Arc<str>),
-    /// A service that clients of other namespaces may not use.
+    /// The service is not visible to the client's namespace.
     #[error("no service for target address: {0}")]
     NotVisible(SocketAddr),
-    /// The destination wants something that cannot be done yet, and nothing else instead.
+    /// The destination requires something that is not supported yet and has no substitute.
     #[error("unsupported feature: {0}")]
     Unsupported(Arc<str>),
-    /// A workload that cannot be reached by an address.
+    /// The workload has no address at which it can be reached.
     #[error("no valid routing destination for workload: {0}")]
     NoAddress(Arc<str>),
     /// The peer asks for another address than the pod's.
@@ -103,7 +103,7 @@ pub enum ResolveError {
         /// The address that it asked for.
         asked: IpAddr,
     },
-    /// It would come back to the agent.
+    /// The connection would come back to the agent.
     #[error("attempted recursive call to ourselves")]
     SelfCall,
 }

@@ -1,4 +1,4 @@
-//! Where a connection goes, as a pure function of one snapshot of the mesh.
+//! Routes a connection, as a pure function of one snapshot of the mesh.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -11,13 +11,13 @@ use crate::proxy::hbone;
 #[cfg(test)]
 mod tests;
 
-/// Ports of the agent's own in a pod.
+/// The agent's own ports in a pod.
 const OWN: [u16; 3] = [hbone::OUTBOUND_PORT, hbone::INBOUND_PORT, hbone::PORT];
 
-/// Finds out who each end of a connection is and where it goes, in the mesh as it is now.
+/// Finds who each end of a connection is and where it goes, in the current mesh.
 ///
 /// # Errors
-/// It goes nowhere; the connection is given back.
+/// The connection has no next hop; it is given back.
 pub fn resolve<I>(
     mesh: &MeshReader,
     accepted: Accepted<I>,
@@ -53,8 +53,7 @@ struct Route {
 
 fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Route, ResolveError> {
     let to = accepted.destination;
-    // A tunnel is for the address that it came to: of another family the app would see itself as
-    // its client.
+    // A tunnel is only for the address that it came to: with another family the app would see itself as its client.
     let (pod, meant) = match &accepted.direction {
         Direction::InboundHbone { at, .. } => (*at, *at == to.ip()),
         _ => {
@@ -100,8 +99,8 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Route, ResolveError
 
 fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Route, ResolveError> {
     let to = accepted.destination;
-    // The kernel takes neither loopback nor the pod's own addresses. Somebody in the pod connected
-    // to the listener itself, on whichever port it is, and would come back to it for ever.
+    // The kernel captures neither loopback nor the pod's own addresses. So somebody in the pod connected to the
+    // listener itself, whatever its port, and the connection would come back to it for ever.
     let ip = to.ip().to_canonical();
     let itself = accepted.peer.ip().to_canonical() == ip;
     if ip.is_loopback() || accepted.pod.owns(ip) || itself {
@@ -136,8 +135,8 @@ fn outbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Route, ResolveErro
 
 type Next = (Option<Arc<Workload>>, Option<Arc<Service>>, Hop);
 
-/// To one of a service's endpoints. `external`: the service was asked for by an address from
-/// outside.
+/// Routes to one of a service's endpoints. `external`: the client used an address of the service from outside the
+/// cluster.
 fn by_service(
     mesh: &Mesh,
     service: &Arc<Service>,
@@ -161,7 +160,7 @@ fn by_service(
     Ok((Some(Arc::clone(target)), Some(Arc::clone(service)), hop))
 }
 
-/// Why nobody takes a connection to a service.
+/// Returns why no endpoint takes a connection to a service.
 fn nobody(mesh: &Mesh, service: &Service, source: &Workload, to: SocketAddr) -> ResolveError {
     let elsewhere = |endpoint: &&Arc<Workload>| endpoint.network != source.network;
     let found = mesh
@@ -178,7 +177,7 @@ fn nobody(mesh: &Mesh, service: &Service, source: &Workload, to: SocketAddr) -> 
     }
 }
 
-/// The pod as the mesh knows it. By its uid: an address may have been another pod's before.
+/// Returns the pod's workload. It is found by uid, since an address may have been another pod's before.
 fn local<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Arc<Workload>, ResolveError> {
     let pod = &accepted.pod;
     let found = mesh
@@ -191,8 +190,8 @@ fn local<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Arc<Workload>, Resolv
     })
 }
 
-/// Whether `source`, which connects from `address`, is that waypoint: what it has let through goes
-/// on to the workload. By identity and by address in its network, as others may have the same service
+/// Returns true if `source`, which connects from `address`, is that waypoint: connections that it has let through go
+/// on to the workload. It is compared by identity and by address in its network, as others may have the same service
 /// account.
 fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) -> bool {
     let address = address.to_canonical();
@@ -211,7 +210,7 @@ fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) 
         Some((network, name)) => match name.parse::<IpAddr>() {
             Ok(at) => match mesh.workload_at(network, at) {
                 Some(workload) => is_source(workload),
-                // Of several services with the address nobody knows which one is meant.
+                // If several services have the address, nobody knows which one is meant.
                 None => match mesh.services_at(network, at) {
                     [service] => serves(service),
                     _ => false,
@@ -223,8 +222,8 @@ fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) 
     }
 }
 
-/// The hop to a workload's port; at an address of the family that was asked for, if it has one and
-/// the service allows it.
+/// Returns the hop to a workload's port. It uses an address of the requested family if the workload has one and the
+/// service allows it.
 fn next(
     target: &Arc<Workload>,
     port: u16,
@@ -245,7 +244,7 @@ fn next(
         Protocol::Tcp => Ok(Hop::Plain(authority)),
         Protocol::Hbone => {
             let mut expected = vec![target.identity()];
-            // One that is not an identity could not be presented either.
+            // A name that is not an identity could not be presented either.
             let names = service.map_or(&[][..], |service| &service.subject_alt_names);
             expected.extend(
                 names
@@ -262,8 +261,8 @@ fn next(
     }
 }
 
-/// Of the endpoints that take load on a port the healthiest, of these the nearest, and of these one at random
-/// by weight; with the port that it has for the service's one.
+/// Picks an endpoint that takes load on a port: of the healthiest the nearest, of these one at random by weight.
+/// Returns it with its port for the service's port.
 fn draw<'a>(
     mesh: &'a Mesh,
     service: &Service,
@@ -278,12 +277,12 @@ fn draw<'a>(
         let port = own.copied().filter(|&port| port != 0).unwrap_or(target);
         (port != 0).then_some(port)
     };
-    // Who comes by an address from outside is not bound to its node (as with kube-proxy).
+    // A client of an address from outside is not bound to its node (as with kube-proxy).
     let near = service.load_balancing.strict && !external;
     mesh.endpoints(service)?.draw(source, near, port_of)
 }
 
-/// A service of the workload that has this port as a target; for logs.
+/// Returns a service of the workload that has this target port; for logs.
 fn service_by_port(mesh: &Mesh, workload: &Workload, port: u16) -> Option<Arc<Service>> {
     workload.services.iter().find_map(|(key, endpoint)| {
         let service = mesh.service(key)?;

@@ -37,7 +37,7 @@ impl Meter for Arc<observe::Bytes> {
     }
 }
 
-/// How a connection that did not fail has ended.
+/// The end of a connection that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carried {
     /// It was connected, and both ends have finished or one was reset.

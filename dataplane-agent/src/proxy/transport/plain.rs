@@ -27,7 +27,7 @@ pub async fn to_peer(
 /// Connects to the pod's app, from the client's own address.
 ///
 /// # Errors
-/// The same as those of [`to_peer`].
+/// It fails as [`to_peer`] does.
 pub async fn to_app(
     connector: &dyn Connector,
     pod: &LocalPod,

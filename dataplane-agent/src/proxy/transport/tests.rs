@@ -1,4 +1,4 @@
-//! Bytes between sockets and streams, over loopback; and tunnels between peers with real certificates.
+//! Relays between sockets and streams, over loopback, and tunnels between peers with real certificates.
 
 mod breaks;
 mod frames;
@@ -54,7 +54,7 @@ fn run<T>(test: impl Future<Output = T>) -> T {
     LocalSet::new().block_on(&runtime.expect("a runtime"), in_time)
 }
 
-/// What a test comes to while its tunnel, or its peer, goes on.
+/// Runs a test beside its tunnel or its peer, which must not end before, and returns its result.
 async fn beside<T>(tunnel: impl Future<Output = ()>, test: impl Future<Output = T>) -> T {
     tokio::select! {
         outcome = test => outcome,
@@ -62,7 +62,7 @@ async fn beside<T>(tunnel: impl Future<Output = ()>, test: impl Future<Output = 
     }
 }
 
-/// Two ends of one TCP connection.
+/// Returns both ends of a TCP connection.
 async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
     let address = listener.local_addr().expect("an address");
@@ -70,8 +70,8 @@ async fn pair() -> (TcpStream, TcpStream) {
     (near.expect("connected"), far.expect("accepted").0)
 }
 
-/// Streams of one tunnel from a peer that gives credit for the tunnel as bytes are delivered, as
-/// ztunnel does: our ends of them, and the peer's; and what drives both.
+/// Opens streams of one tunnel to a peer that gives credit for the tunnel as bytes are delivered, as ztunnel does.
+/// Returns our ends with the peer's, and the future that drives both.
 async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = ()>) {
     let (near, far) = tokio::io::duplex(1 << 20);
     let client = crate::proxy::hbone::client().handshake::<_, Payload>(near);
@@ -107,14 +107,14 @@ async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = (
     (all, drive)
 }
 
-/// The only stream of a tunnel.
+/// Opens the only stream of a tunnel, as [`streams`] does.
 async fn stream() -> (Stream, Stream, impl Future<Output = ()>) {
     let (mut all, drive) = streams(1).await;
     let (near, far) = all.pop().expect("a stream");
     (near, far, drive)
 }
 
-/// Of sockets as they come to a relay, and of a pod that has plenty of memory.
+/// Relays with sockets made as the agent's are, which a drop resets, and with a pod that has plenty of memory.
 async fn relay(
     client: End,
     upstream: End,
@@ -128,7 +128,7 @@ async fn relay(
     relay::relay(client, upstream, &Share::default(), meter).await
 }
 
-/// What one relay counted, and how it ended.
+/// The bytes that one relay counted, and its result.
 struct Relayed {
     counted: Rc<Counted>,
     end: Result<(), RelayError>,
@@ -142,7 +142,7 @@ impl Relayed {
     }
 }
 
-/// client ═ relay ═ stream, with the ends that are not the relay's.
+/// Runs client ═ relay ═ stream. `talk` gets the outer ends.
 async fn into_stream<T>(talk: impl AsyncFnOnce(TcpStream, Stream) -> T) -> (T, Relayed) {
     let (client, one) = pair().await;
     let (near, far, drive) = stream().await;
@@ -150,7 +150,7 @@ async fn into_stream<T>(talk: impl AsyncFnOnce(TcpStream, Stream) -> T) -> (T, R
     beside(drive, async { tokio::join!(talk(client, far), relayed) }).await
 }
 
-/// client ═ relay ═ stream ═ relay ═ server, with the ends that are not the relays'.
+/// Runs client ═ relay ═ stream ═ relay ═ server. `talk` gets the outer ends.
 async fn through_stream<T>(talk: impl AsyncFnOnce(TcpStream, TcpStream) -> T) -> (T, [Relayed; 2]) {
     let (client, one) = pair().await;
     let (two, server) = pair().await;
@@ -162,12 +162,12 @@ async fn through_stream<T>(talk: impl AsyncFnOnce(TcpStream, TcpStream) -> T) ->
     (talked, [first, second])
 }
 
-/// What comes next by a stream.
+/// Returns what a stream reads next.
 async fn next(stream: &mut Stream) -> Option<Result<Bytes, h2::Error>> {
     poll_fn(|context| stream.incoming.poll_read(context)).await
 }
 
-/// Completes when the peer has said its end, or is broken; nothing comes before.
+/// Completes when the peer has ended its direction, or is broken. No bytes may come before.
 async fn ends(stream: &mut Stream) -> Result<(), h2::Error> {
     loop {
         match next(stream).await {
@@ -177,7 +177,7 @@ async fn ends(stream: &mut Stream) -> Result<(), h2::Error> {
     }
 }
 
-/// Sends, and waits for room only.
+/// Sends bytes; waits for room, but not until they are written.
 async fn send(far: &mut Stream, bytes: usize) {
     send_in(far, bytes, 1 << 16).await;
 }
@@ -198,7 +198,7 @@ async fn flushed(stream: &Stream) {
     poll_fn(|context| stream.outgoing.poll_flushed(context)).await;
 }
 
-/// What is read until the other side ends, and how it does.
+/// Returns the bytes that come until the other side ends, and the error if it breaks.
 async fn rest(tcp: &mut TcpStream) -> (Vec<u8>, Option<ErrorKind>) {
     let mut all = Vec::new();
     let end = tcp.read_to_end(&mut all).await;

@@ -1,4 +1,4 @@
-//! Tunnels of a real peer, over loopback.
+//! Tunnels with a real peer, over loopback.
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -21,7 +21,7 @@ fn who(account: &str) -> Identity {
 fn a_tunnel_that_carries_nothing_is_closed_and_no_other() {
     let lasted = run(tunnel(Ca::new(), UNUSED, async |send| {
         let stream = open(send).await.expect("a stream");
-        // A little after it was looked at.
+        // The stream ends a little after the tunnel's use was checked.
         sleep(UNUSED * 4 + UNUSED / 8).await;
         end(stream).await.expect("it is there still");
     }));
@@ -82,14 +82,14 @@ async fn open(send: &mut SendRequest<Bytes>) -> Result<Both, h2::Error> {
     Ok((stream, response.await?.into_body()))
 }
 
-/// Says the end, and waits until the peer has let go.
+/// Ends our direction, and waits until the peer has ended its own.
 async fn end((mut stream, mut body): Both) -> Result<(), h2::Error> {
     stream.send_data(Bytes::new(), true)?;
     while let Some(Ok(_)) = body.data().await {}
     Ok(())
 }
 
-/// What a client that reads nothing of GOAWAY and PING has of its tunnel.
+/// Returns a tunnel's bytes for a client that never sees GOAWAY or PING.
 fn deaf(tls: Tls, tasks: &TaskGroup) -> DuplexStream {
     let (near, far) = tokio::io::duplex(1 << 16);
     let ((mut from, mut to), (mut far_from, mut far_to)) =
@@ -116,7 +116,7 @@ fn deaf(tls: Tls, tasks: &TaskGroup) -> DuplexStream {
 
 type Tls = tokio_rustls::client::TlsStream<TcpStream>;
 
-/// How long a tunnel lasts that a peer with a certificate of this CA has used.
+/// Returns for how long a tunnel of a peer with a certificate of this CA lasts after its use.
 async fn tunnel(
     ca: Ca,
     unused: Duration,
@@ -125,7 +125,7 @@ async fn tunnel(
     tunnel_by(ca, unused, |tls, _| tls, use_it).await
 }
 
-/// As [`tunnel`], of a peer that speaks HTTP/2 over what this makes of TLS.
+/// Does what [`tunnel`] does, with a peer that speaks HTTP/2 over the stream that `over` makes of TLS.
 async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
     ca: Ca,
     unused: Duration,
@@ -173,7 +173,7 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
         let (mut send, connection) = h2.expect("HTTP/2");
         let use_it = async {
             use_it(&mut send).await;
-            // Whoever has it may send more: the peer does not leave of itself.
+            // The peer does not leave by itself while the sender exists, since that may send more.
             (send, Instant::now())
         };
         let (ended, (_send, used)) = tokio::join!(connection, use_it);

@@ -102,7 +102,7 @@ fn address() -> impl Strategy<Value = IpAddr> {
     ]
 }
 
-/// Word for word what Istio's documentation says, one sentence after the other.
+/// The rules of Istio's documentation word for word, one sentence after the other.
 mod reference {
     use super::*;
 
@@ -245,7 +245,7 @@ proptest! {
         identity in prop::option::of(("td|ud", "[ab]", "[st]")),
         (source_ip, destination_ip, destination_port) in (address(), address(), 80..82_u16),
     ) {
-        // A key is one policy's.
+        // Each key belongs to one policy.
         let mut unique: Vec<Policy> = Vec::new();
         for policy in policies {
             if !unique.iter().any(|other| other.key() == policy.key()) {
@@ -292,7 +292,7 @@ fn named(key: &str, scope: PolicyScope, action: Action, rules: Vec<Rule>) -> Pol
     }
 }
 
-/// A rule of one clause of these matches.
+/// Returns a rule with one clause of these matches.
 fn rule(matches: Vec<Match>) -> Rule {
     Rule {
         clauses: vec![Clause { matches }],

@@ -1,4 +1,4 @@
-//! Who gets a certificate, how often it is asked for, and what holds when it cannot be had.
+//! Tests which identities get a certificate, how often it is requested, and which one is used while the issuer fails.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use super::*;
 const DAY: time::Duration = time::Duration::DAY;
 
 thread_local! {
-    /// By how much the clock of a test is wrong; each test has a thread of its own.
+    /// Time by which the clock of a test is ahead; each test has a thread of its own.
     static AHEAD: Cell<Duration> = const { Cell::new(Duration::ZERO) };
 }
 
@@ -22,7 +22,7 @@ fn now() -> SystemTime {
     SystemTime::now() + AHEAD.get()
 }
 
-/// An issuer that answers as often as it is let, counts how often it is asked, and can refuse.
+/// An issuer that answers as often as it is permitted, counts its requests, and can refuse.
 struct Gate {
     ca: Ca,
     life: time::Duration,
@@ -77,7 +77,7 @@ fn held(gate: &Arc<Gate>, count: usize) -> Certs {
     certs
 }
 
-/// Runs a test beside the task that issues.
+/// Runs a test beside the task that issues certificates.
 async fn beside_rotate(certs: &Certs, test: impl Future<Output = ()>) {
     tokio::select! {
         () = certs.clone().rotate() => {}
@@ -85,7 +85,7 @@ async fn beside_rotate(certs: &Certs, test: impl Future<Output = ()>) {
     }
 }
 
-/// Lets all others run until `is` holds.
+/// Lets other tasks run until `is` holds.
 async fn eventually(is: impl Fn() -> bool) {
     while !is() {
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -124,7 +124,7 @@ async fn a_waiter_is_not_who_issues() {
     let gate = Gate::new(DAY, 0);
     let certs = held(&gate, 1);
     let who = pod(0);
-    // Nobody issues yet; who comes and goes leaves nothing half done.
+    // Nothing is issued yet; a waiter that comes and goes leaves nothing half done.
     assert!(certs.current(&who).now_or_never().is_none());
     gate.open.add_permits(100);
     let test = async {
@@ -196,7 +196,7 @@ async fn what_is_forgotten_while_it_is_issued_does_not_come_back() {
         gate.open.add_permits(1);
         eventually(|| gate.open.available_permits() == 0).await;
         assert!(certs.list().is_empty());
-        // Held again it is another one's.
+        // An identity that is retained again gets a new certificate.
         certs.retain(&who);
         gate.open.add_permits(1);
         certs.current(&who).await.expect("a certificate");
@@ -243,7 +243,7 @@ async fn a_certificate_whose_time_has_not_begun_is_issued_anew() {
     let gate = Gate::new(DAY, 100);
     let certs = held(&gate, 1);
     let who = pod(0);
-    // Before anybody issues: who of the two begins is chance.
+    // The clock is set before anything is issued, since the order of the two tasks is chance.
     AHEAD.set(YEARS);
     let test = async {
         let first = certs.current(&who).await.expect("a certificate");
@@ -251,7 +251,7 @@ async fn a_certificate_whose_time_has_not_begun_is_issued_anew() {
         assert!(!first.is_valid(now()), "nobody else takes it");
         let second = certs.current(&who).await.expect("a new one");
         assert!(second.is_valid(now()));
-        // And once more, as the clock is set forward.
+        // The same holds when the clock is set forward.
         AHEAD.set(YEARS);
         let third = certs.current(&who).await.expect("a new one");
         assert!(third.is_valid(now()));

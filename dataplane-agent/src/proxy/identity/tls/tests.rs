@@ -1,5 +1,5 @@
-//! Real handshakes with peers that are not what they say. Each time one end alone is ours, and the
-//! other takes anybody: what refuses is what is tested.
+//! Real handshakes with peers that are not who they claim to be. One end is ours, and the other accepts anybody, so
+//! it is our end that refuses.
 
 use std::sync::Mutex;
 
@@ -42,20 +42,20 @@ impl Ca {
         self.shown(vec![uri(&identity.to_string())], Duration::DAY)
     }
 
-    /// Our settings of a server with this certificate.
+    /// Returns our settings of a server with a certificate of this identity.
     fn server(&self, identity: &Identity) -> ServerConfig {
         let shown = self.of(identity);
         server(identity, shown.chain.clone(), shown.key(), self.roots()).expect("settings")
     }
 
-    /// Our settings of a client that expects one of these.
+    /// Returns our settings of a client that expects one of these identities.
     fn client(&self, identity: &Identity, expected: &[Identity]) -> ClientConfig {
         let shown = self.of(identity);
         client(expected, shown.chain.clone(), shown.key(), self.roots()).expect("settings")
     }
 }
 
-/// What a peer that knows this suite alone makes TLS with.
+/// Returns a crypto provider with this suite alone.
 fn with(suite: SupportedCipherSuite) -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
         cipher_suites: vec![suite],
@@ -63,7 +63,7 @@ fn with(suite: SupportedCipherSuite) -> Arc<CryptoProvider> {
     })
 }
 
-/// What a peer shows: a certificate, and a key that may be another's.
+/// The certificate that a peer shows, and its key, which may be another's.
 #[derive(Debug)]
 struct Shown {
     chain: Vec<CertificateDer<'static>>,
@@ -80,7 +80,7 @@ impl Shown {
         Arc::new(CertifiedKey::new(self.chain.clone(), key.expect("a key")))
     }
 
-    /// Settings of a server that asks nobody who they are, and resumes sessions.
+    /// Returns settings of a server that authenticates nobody, and resumes sessions.
     fn server(&self, suite: SupportedCipherSuite) -> ServerConfig {
         let mut config = ServerConfig::builder_with_provider(with(suite))
             .with_safe_default_protocol_versions()
@@ -91,7 +91,7 @@ impl Shown {
         config
     }
 
-    /// Settings of a client that takes any server, and resumes sessions.
+    /// Returns settings of a client that accepts any server, and resumes sessions.
     fn client(&self, suite: SupportedCipherSuite) -> ClientConfig {
         self.client_by(suite, Arc::new(SingleCertAndKey::from(self.certified())))
     }
@@ -110,7 +110,7 @@ impl Shown {
     }
 }
 
-/// Takes any server.
+/// Accepts any server.
 #[derive(Debug)]
 struct Anybody;
 
@@ -151,7 +151,7 @@ impl ServerCertVerifier for Anybody {
     }
 }
 
-/// What two ends agreed on.
+/// The parameters that two ends agreed on.
 #[derive(Debug)]
 struct Agreed {
     version: ProtocolVersion,
@@ -173,10 +173,10 @@ impl Agreed {
     }
 }
 
-/// What each end says: the client, and the server.
+/// The results of the client and the server.
 type Told = (Result<(), String>, Result<Agreed, String>);
 
-/// Connects the two and carries a byte each way.
+/// Connects the two and sends a byte each way.
 async fn shake(client: &Arc<ClientConfig>, server: &Arc<ServerConfig>) -> Told {
     let (near, far) = tokio::io::duplex(64 << 10);
     let connect = async {
@@ -203,29 +203,29 @@ async fn shake(client: &Arc<ClientConfig>, server: &Arc<ServerConfig>) -> Told {
 
 /// A suite of TLS 1.3.
 static TLS13: SupportedCipherSuite = cipher_suite::TLS13_AES_256_GCM_SHA384;
-/// One of TLS 1.2.
+/// A suite of TLS 1.2.
 static TLS12: SupportedCipherSuite = cipher_suite::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384;
 
-/// What our client says of a server.
+/// Returns the result of our client with a server.
 async fn client_of(ca: &Ca, server: ServerConfig) -> Result<(), String> {
     let client = ca.client(&alice(), &[bob()]);
     shake(&client.into(), &server.into()).await.0
 }
 
-/// What our server says of a client.
+/// Returns the result of our server with a client.
 async fn server_of(ca: &Ca, client: ClientConfig) -> Result<Agreed, String> {
     let server = ca.server(&bob());
     shake(&client.into(), &server.into()).await.1
 }
 
-/// Peers that are not to be taken: what is wrong with each, and the word for it.
+/// Returns peers that must be refused, each with a part of the error.
 fn impostors(ca: &Ca, who: &Identity) -> Vec<(Shown, &'static str)> {
     let name = || uri(&who.to_string());
     let stolen = Shown {
         key: ca.of(who).key,
         ..ca.of(who)
     };
-    // The second certificate is for the first one's issuer, and says nothing of the peer.
+    // The second certificate is only there for the first one's issuer; it does not identify the peer.
     let other = ca.of(&Identity::new("other", "c", "c"));
     let beside = Shown {
         chain: [other.chain, ca.of(who).chain].concat(),
@@ -234,7 +234,7 @@ fn impostors(ca: &Ca, who: &Identity) -> Vec<(Shown, &'static str)> {
     vec![
         (beside, "did not present the expected"),
         (stolen, "BadSignature"),
-        // Of a root that has the name of ours.
+        // It is signed by a root that has the name of ours.
         (Ca::new().of(who), "BadSignature"),
         (ca.shown(vec![name()], -Duration::HOUR), "xpired"),
         (
@@ -358,7 +358,7 @@ async fn no_session_is_resumed_by_a_client_or_a_server_that_would() {
     assert_eq!(kinds, [Resumed, Full, Full], "others do");
 }
 
-/// Remembers which roots the server says that it takes.
+/// Stores the roots that the server says it accepts.
 #[derive(Debug)]
 struct Hinted(Arc<CertifiedKey>, Mutex<Vec<Vec<u8>>>);
 

@@ -1,4 +1,4 @@
-//! Where connections go, and that they never go to an endpoint that must not have them.
+//! Connections go to the right hop, and never to an endpoint that must not have them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -32,13 +32,13 @@ fn endpoint(name: &str, address: &str) -> Workload {
     }
 }
 
-/// As an endpoint of the service, at a port.
+/// Returns the services of an endpoint of the service, at a port.
 fn serves(port: u16, health: Health) -> Arc<Services> {
     let ports = BTreeMap::from([(80, port)]).into();
     BTreeMap::from([(KEY.into(), Endpoint { ports, health })]).into()
 }
 
-/// Addresses in the network without a name.
+/// Returns addresses in the network without a name.
 fn here(addresses: &[&str]) -> Vec<NetworkAddress> {
     let one = |text: &&str| NetworkAddress {
         network: "".into(),
@@ -199,7 +199,7 @@ fn a_tunnel_reaches_the_address_that_it_came_to_and_no_other_of_the_pods() {
         let (pod, asked) = (ip(other), ip(own));
         let refused = Err(ResolveError::IpMismatch { pod, asked });
         assert_eq!(go(came_to(other), &to), refused);
-        // In clear it came to where it goes.
+        // A connection in clear has no other address that could differ.
         assert_eq!(go(Direction::InboundPlain, &to), Ok(Hop::App(at(&to))));
     }
 }
@@ -236,7 +236,7 @@ fn the_service_that_a_peer_asked_for_is_told_if_the_pod_serves_it() {
         vips: Vec::new(),
         ..service()
     };
-    // One has the port that the service says, two has one of its own.
+    // `one` has the target port of the service, `two` has its own.
     let serves = |name: &str, own: &[(u16, u16)]| {
         let ports = Arc::new(own.iter().copied().collect());
         let health = Health::Healthy;
@@ -261,7 +261,7 @@ fn the_service_that_a_peer_asked_for_is_told_if_the_pod_serves_it() {
     };
     assert_eq!(told(Some("one"), 8080).as_deref(), Some("one"));
     assert_eq!(told(Some("two"), 8080).as_deref(), Some("two"));
-    // What it asked for of another pod says nothing: the port tells.
+    // The name of another pod's service does not count; the port decides.
     assert_eq!(told(Some("other"), 8080).as_deref(), Some("one"));
     assert_eq!(told(None, 8080).as_deref(), Some("one"));
     assert_eq!(told(None, 9191).as_deref(), Some("two"));
@@ -283,9 +283,8 @@ fn a_pod_that_is_not_in_the_mesh_or_is_somebody_else_there_goes_nowhere() {
 
 #[test]
 fn what_a_pod_says_to_the_agents_own_listener_goes_nowhere() {
-    // The kernel takes neither loopback nor the pod's own address: what arrives with either as its
-    // destination was meant for the listener, and would come back to it for ever. The listener has
-    // another port where an app has 15001.
+    // The kernel captures neither loopback nor the pod's own address: a connection to either was meant for the
+    // listener, and would come back to it for ever. The listener has another port if an app has 15001.
     for protocol in [Protocol::Hbone, Protocol::Tcp] {
         let pod = Workload {
             protocol,
@@ -311,7 +310,7 @@ fn a_waypoint_reaches_the_workload_behind_it_and_nobody_else_does() {
         waypoint: Some(waypoint.into()),
         ..endpoint("behind", "10.0.0.2")
     };
-    // The pod that connects is 10.0.0.1, the endpoint of a service, from whichever address.
+    // The pod that connects is 10.0.0.1, an endpoint of a service, whichever address it connects from.
     let pod = || Workload {
         services: serves(8080, Health::Healthy),
         ..workload(&[])
@@ -348,7 +347,7 @@ fn a_pod_is_not_the_waypoint_that_has_its_address_on_another_network() {
         waypoint: Some(waypoint.into()),
         ..endpoint("behind", "10.0.0.2")
     };
-    // Of the same service account as the pod that connects, which is no waypoint.
+    // It has the same service account as the pod that connects, which is no waypoint.
     let waypoint = Workload {
         uid: "c//Pod/ns/waypoint".into(),
         network: "far".into(),
@@ -405,7 +404,7 @@ fn who_has_a_waypoints_address_and_is_somebody_else_is_not_the_waypoint() {
         waypoint: Some(waypoint.into()),
         ..endpoint("behind", "10.0.0.2")
     };
-    // It had the address before the pod that connects.
+    // This workload had the address before the pod that connects.
     let former = Workload {
         uid: "c//Pod/ns/former".into(),
         service_account: "waypoint".into(),
@@ -439,7 +438,7 @@ fn who_has_a_waypoints_address_and_is_somebody_else_is_not_the_waypoint() {
 
 #[test]
 fn a_connection_to_the_address_that_it_comes_from_goes_nowhere() {
-    // An address that the pod got a moment ago: it is not known as its own yet.
+    // The pod got this address a moment ago, so it is not known as its own yet.
     for peer in ["10.0.0.9:4000", "[::ffff:10.0.0.9]:4000"] {
         for to in ["10.0.0.9:80", "[::ffff:10.0.0.9]:80"] {
             let (writer, reader) = store();
@@ -631,12 +630,12 @@ fn what_another_network_has_at_an_address_is_not_who_is_meant_by_it_here() {
             Ok(Hop::Hbone { target, .. }) => assert_eq!(*target.name, *"near"),
             other => panic!("{other:?}"),
         }
-        // Of nobody here, it is as any other address.
+        // If nobody in this network has the address, it is as any other address.
         let all = vec![workload(&[]), remote(protocol)];
         let out = go(all, Vec::new(), Direction::Outbound, "10.0.0.2:80");
         assert_eq!(out, Ok(Hop::Plain(at("10.0.0.2:80"))));
     }
-    // A service of another network has no address here either.
+    // A service of another network has no address in this one either.
     let service = Service {
         vips: vec![NetworkAddress {
             network: "far".into(),
@@ -672,7 +671,7 @@ fn an_endpoint_on_another_network_is_refused_with_its_word_and_never_dialled() {
             error.to_string(),
             "unsupported feature: double HBONE by network gateway far/10.9.9.9"
         );
-        // One that is near takes it all, and a port that is none is none.
+        // An endpoint in the network gets all connections, and a port that the service lacks has no endpoint.
         let near = endpoint("near", "10.0.0.3");
         for _ in 0..50 {
             match out(vec![remote(protocol, None), near.clone()], "10.96.0.1:80") {
@@ -708,7 +707,7 @@ fn an_endpoint_that_terminates_takes_load_only_where_no_other_does() {
     assert_eq!(names(&[ends(), ill()], &service), ["ends"]);
     assert_eq!(names(&[ends(), ill(), well.clone()], &service), ["well"]);
     assert_eq!(names(&[ill()], &service), [""; 0]);
-    // By its own address it is reached all the same.
+    // It can still be reached by its own address.
     let all = vec![workload(&[]), ends()];
     assert!(go(all, Vec::new(), Direction::Outbound, "10.0.0.2:80").is_ok());
     let unready = Service {
@@ -719,7 +718,7 @@ fn an_endpoint_that_terminates_takes_load_only_where_no_other_does() {
         names(&[ends(), ill(), well], &unready),
         ["ends", "ill", "well"]
     );
-    // What is here and ends is taken before what is not here, where it has to be here.
+    // A terminating endpoint on the node comes before any on other nodes if the service is node-local.
     let node_local = Service {
         load_balancing: LoadBalancing {
             preferences: vec![Scope::Node],
@@ -745,7 +744,7 @@ fn an_address_from_outside_is_the_services_for_its_own_ports() {
         },
         ..service()
     };
-    // On another node: `internalTrafficPolicy: Local` is for the service's own address.
+    // The endpoint is on another node. `internalTrafficPolicy: Local` is only for the service's own address.
     let away = || Workload {
         node: "away".into(),
         ..endpoint("away", "10.0.0.2")
@@ -817,7 +816,7 @@ fn what_asks_for_something_that_cannot_be_done_is_refused_with_its_word() {
         out(private, "10.96.0.1:80"),
         Err("no service for target address: 10.96.0.1:80".into())
     );
-    // An app that wants to be told of its client first gets no connection without it.
+    // An app that requires the PROXY protocol gets no connection without it.
     let wants = Workload {
         unsupported: Some("applicationTunnel PROXY".into()),
         ..workload(&[])
@@ -863,7 +862,7 @@ fn a_service_of_one_family_reaches_its_endpoints_in_no_other() {
     }
 }
 
-/// Who may be drawn: of a few that weigh the same each is, in so many draws.
+/// Returns the endpoints that may be drawn: so many draws find each of a few with equal weights.
 fn drawn(mesh: &Mesh, service: &Service, source: &Workload, external: bool) -> BTreeSet<Arc<str>> {
     let one = |_| draw(mesh, service, source, 80, external);
     let all = (0..300).filter_map(one);
@@ -904,8 +903,8 @@ fn health() -> impl Strategy<Value = Health> {
 }
 
 proptest! {
-    /// The slow way: an endpoint is taken only if no other one that is able is in better health, or
-    /// in the same and shares more.
+    /// Compares with a slow reference: an endpoint is a candidate only if no other usable one is healthier, or
+    /// equally healthy with more in common.
     #[test]
     fn the_preferred_endpoints_are_the_candidates(
         own in place(),

@@ -1,4 +1,4 @@
-//! Ends that break: what they had sent is delivered, and the other end is told.
+//! Ends that break: the bytes that they had sent are delivered, and the other end is reset.
 
 use h2::Reason;
 
@@ -13,7 +13,7 @@ fn reset(tcp: TcpStream) {
     drop(tcp);
 }
 
-/// Envoy ends streams with this reason, also such as are not at their end.
+/// Envoy resets streams with this reason, also such as are not at their end.
 #[test]
 fn a_stream_that_is_reset_before_its_end_is_reset_whatever_the_reason() {
     for reason in [Reason::NO_ERROR, Reason::CANCEL, Reason::CONNECT_ERROR] {
@@ -38,11 +38,11 @@ fn what_an_end_sent_before_it_broke_is_delivered_and_counted_before_the_reset() 
         client.write_all(&[1; 100]).await.expect("written");
         server.read_u8().await.expect("a byte");
         server.write_all(&[2; 300_000]).await.expect("written");
-        // Its kernel would discard what is not on its way.
+        // The server's kernel would discard bytes that are not acknowledged.
         while unacknowledged(&server).expect("it is connected") > 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        // With something unread.
+        // Bytes are unread, so this is a reset.
         drop(server);
         rest(&mut client).await
     };
@@ -92,8 +92,8 @@ fn a_reset_of_one_end_resets_the_other_through_a_tunnel() {
     }
 }
 
-/// As a server that answers early and closes: the rest of the request meets a closed socket. Often, as it
-/// depends on who is polled first.
+/// A server that answers early and closes does this: the rest of the request meets a closed socket. It is repeated
+/// since it depends on which side is polled first.
 #[test]
 fn an_end_is_passed_on_though_the_connection_breaks_at_once() {
     for _ in 0..50 {
@@ -116,7 +116,7 @@ fn a_reset_that_is_met_by_a_write_is_told_as_the_reset_that_it_is() {
         client.write_all(b"late").await.expect("written");
         far.outgoing.reset(Reason::CONNECT_ERROR);
         let broken = async {
-            // Until both are there: who writes first does not know of the reset.
+            // Wait until both have arrived, so that the relay's first write meets the reset.
             tokio::time::sleep(Duration::from_millis(50)).await;
             Relayed::between(End::Tcp(one), End::Stream(near)).await
         };
@@ -126,7 +126,7 @@ fn a_reset_that_is_met_by_a_write_is_told_as_the_reset_that_it_is() {
     });
 }
 
-/// Of both sides of a tunnel: the engine has another reason of its own for each.
+/// It is checked on both sides of a tunnel, since the engine has a different reason for each.
 #[test]
 fn a_relay_that_is_cut_after_one_direction_has_ended_resets_its_stream_as_cut() {
     for swapped in [false, true] {

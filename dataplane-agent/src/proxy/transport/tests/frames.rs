@@ -1,10 +1,10 @@
-//! What a peer may send to our end of a tunnel, frame by frame.
+//! Frames that a peer may send to our end of a tunnel.
 
 use h2::Reason;
 
 use super::*;
 
-/// An h2 client that reads nothing by itself: each call is a frame.
+/// An HTTP/2 client that reads nothing by itself: each call is a frame.
 struct Frames(tokio::io::DuplexStream);
 
 impl Frames {
@@ -16,14 +16,14 @@ impl Frames {
         self.0.write_all(&frame).await.expect("written");
     }
 
-    /// Asks for a connection, by the stream of this number.
+    /// Sends CONNECT in the stream with this number.
     async fn connect(&mut self, stream: u32) {
-        // Literals of the names 2 and 1 of HPACK's table.
+        // The values are literals for the names 2 and 1 of HPACK's table.
         let request = [b"\x02\x07CONNECT\x01\x0c", &b"192.0.2.1:80"[..]].concat();
         self.write(1, 4, stream, &request).await;
     }
 
-    /// The kinds of what comes, up to the answer to a PING.
+    /// Returns the types of the frames that come, up to the answer to a PING.
     async fn until_pong(&mut self) -> Vec<u8> {
         self.write(6, 0, 0, b"12345678").await;
         let mut kinds = Vec::new();
@@ -34,7 +34,7 @@ impl Frames {
             let mut payload = vec![0; length as usize];
             self.0.read_exact(&mut payload).await.expect("a frame");
             kinds.push(head[3]);
-            // GOAWAY, or a PING's answer.
+            // This is GOAWAY, or a PING's answer.
             if head[3] == 7 || (head[3], head[4]) == (6, 1) {
                 return kinds;
             }
@@ -42,7 +42,7 @@ impl Frames {
     }
 }
 
-/// A tunnel's server end with our settings, and a client of frames.
+/// Returns a tunnel's server end with our settings, and the client that sends frames to it.
 async fn framed() -> (
     h2::server::Connection<tokio::io::DuplexStream, Payload>,
     Frames,

@@ -21,7 +21,7 @@ use crate::proxy::limits::{Full, NodePlaces, Place};
 
 const IDLE: Duration = Duration::from_secs(60);
 
-/// A pod with tunnels of its own.
+/// A pod with its own tunnels.
 pub(super) struct Client {
     pub(super) pool: Rc<Pool>,
     pub(super) pod: Arc<LocalPod>,
@@ -30,7 +30,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// Of a node with so many places, and the peer that it connects to.
+    /// Returns a pod on a node with this number of places, and the peer that it connects to.
     pub(super) async fn new(places: usize) -> (Self, Peer) {
         Self::with_certificates_of(Ca::new(), places).await
     }
@@ -55,7 +55,7 @@ impl Client {
         (client, Peer::new(listener, certs))
     }
 
-    /// The tunnels of another worker of its node.
+    /// Returns the pool of another worker of its node.
     pub(super) fn another_worker(&self) -> Rc<Pool> {
         Pool::new(self.connector.clone(), IDLE)
     }
@@ -73,7 +73,7 @@ impl Client {
         self.connect_in(&self.pool, pod, key).await
     }
 
-    /// Connects by the tunnels of a worker.
+    /// Connects by the pool of a worker.
     pub(super) async fn connect_in(
         &self,
         pool: &Rc<Pool>,
@@ -89,7 +89,7 @@ impl Client {
         pool.connect(key, pod, &self.group, &connect).await
     }
 
-    /// Connects so often at once.
+    /// Makes `count` connections at once.
     pub(super) async fn connect_all(
         &self,
         count: usize,
@@ -97,7 +97,7 @@ impl Client {
         join_all((0..count).map(|_| self.connect())).await
     }
 
-    /// How many tunnels it has asked for.
+    /// Returns the number of tunnels that it has dialled.
     pub(super) fn dials(&self) -> usize {
         self.connector.dials.get()
     }
@@ -107,7 +107,7 @@ pub(super) fn pod() -> Arc<LocalPod> {
     LocalPod::example("c//Pod/ns/client", who("client"), Vec::new())
 }
 
-/// From this pod to the server.
+/// Returns the key of a tunnel from this pod to the server.
 pub(super) fn key(pod: &LocalPod) -> TunnelKey {
     TunnelKey {
         source: pod.instance,
@@ -122,7 +122,7 @@ pub(super) fn who(account: &str) -> Identity {
     Identity::new("td", "ns", account)
 }
 
-/// Connects by loopback, whatever address is asked for.
+/// A connector that connects by loopback, whatever the address.
 struct Loopback {
     certs: Certs,
     peer: SocketAddr,
@@ -169,7 +169,7 @@ impl Connector for Loopback {
     }
 }
 
-/// Where the server's tunnels come to.
+/// The server, which accepts the tunnels.
 pub(super) struct Peer {
     listener: TcpListener,
     certs: Certs,
@@ -187,7 +187,7 @@ impl Peer {
         }
     }
 
-    /// The next connection, and its handshake, which may fail.
+    /// Accepts the next connection. Returns its handshake, which may fail.
     pub(super) async fn accept(
         &self,
     ) -> impl Future<Output = std::io::Result<TlsStream<ReadAhead>>> + 'static {
@@ -197,7 +197,7 @@ impl Peer {
         tokio_rustls::TlsAcceptor::from(server).accept(ReadAhead::new(tcp, &Share::default()))
     }
 
-    /// Says its end with its last message of each handshake; does not return.
+    /// Ends its direction with its last message of each handshake. Does not return.
     pub(super) async fn close_at_once(self) {
         let own = self.certs.current(&who("server")).await;
         let server = own.expect("a certificate").server.clone();
@@ -225,7 +225,7 @@ impl Peer {
         }
     }
 
-    /// Answers all CONNECTs; does not return.
+    /// Answers all CONNECTs. Does not return.
     pub(super) async fn serve(self, answers: Answers) {
         let mut dead = answers.dead_at_first;
         loop {
@@ -257,15 +257,15 @@ impl Peer {
     }
 }
 
-/// What a peer answers to CONNECTs.
+/// The way in which a peer answers CONNECTs.
 #[derive(Clone, Copy)]
 pub(super) struct Answers {
     pub(super) status: http::StatusCode,
-    /// After so many a tunnel says GOAWAY.
+    /// Number of CONNECTs after which a tunnel sends GOAWAY.
     pub(super) each: usize,
-    /// Its first tunnel takes none.
+    /// True if its first tunnel answers none.
     pub(super) dead_at_first: bool,
-    /// Of the node that connects to it.
+    /// Number of places of the node that connects to it.
     pub(super) places: usize,
 }
 
@@ -280,7 +280,7 @@ impl Default for Answers {
     }
 }
 
-/// Runs a test of a client whose peer answers like this.
+/// Runs a test of a client whose peer answers in this way.
 pub(super) fn with_peer(answers: Answers, test: impl AsyncFnOnce(&Client)) {
     run(async {
         let (client, peer) = Client::new(answers.places).await;

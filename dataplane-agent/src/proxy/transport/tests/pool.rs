@@ -33,7 +33,7 @@ fn more_streams_than_a_tunnel_has_room_for_get_another_one() {
 
 #[test]
 fn an_idle_tunnel_gives_its_place_to_a_new_one_and_a_busy_one_does_not() {
-    // Of six a pod has two where another one has two: as many as are left.
+    // The pod gets two of the six places, since the other pod has two and two must be left.
     let answers = Answers {
         places: 6,
         ..Answers::default()
@@ -66,7 +66,7 @@ fn an_idle_tunnel_gives_its_place_to_a_new_one_and_a_busy_one_does_not() {
     });
 }
 
-/// Two workers on one thread: a pool each, of one pod.
+/// The two workers run on one thread, with a pool each for one pod.
 #[test]
 fn an_idle_tunnel_of_another_worker_gives_its_place_as_well() {
     let answers = Answers {
@@ -83,7 +83,7 @@ fn an_idle_tunnel_of_another_worker_gives_its_place_as_well() {
         for pool in [&client.pool, &elsewhere] {
             workers.spawn(Rc::clone(pool).close_idle_when_wanted(Arc::clone(pod)));
         }
-        // Of four places the pod has two.
+        // The pod gets two of the four places.
         let busy = client.connect_by(pod, &to(1)).await.expect("connected");
         let idle = client.connect_in(&elsewhere, pod, &to(2)).await;
         drop(idle.expect("connected"));
@@ -119,7 +119,7 @@ fn a_peer_that_closes_its_tunnels_at_once_is_not_dialled_without_end() {
         let (client, peer) = Client::new(100).await;
         let (client, (told, connected)) = (Rc::new(client), tokio::sync::oneshot::channel());
         let connects = Rc::clone(&client);
-        // By itself, as a connection is: its tunnel is driven before it hears of it.
+        // It is a task of its own, as a connection is: its tunnel is driven before it learns of it.
         client.group.spawn(async move {
             let _ = told.send(connects.connect().await.map(drop));
         });
@@ -182,7 +182,7 @@ fn a_tunnel_whose_peer_is_dead_is_left_by_what_is_not_connected_yet() {
     });
 }
 
-/// Whether streams end in the middle of a piece, and whether anybody waits to send more.
+/// It does not matter whether streams end in the middle of a piece, nor whether anybody waits to send more.
 #[test]
 fn a_tunnel_whose_window_is_used_up_by_what_its_peer_does_not_read_gets_no_new_streams() {
     let window = crate::proxy::hbone::STREAM_WINDOW as usize;
@@ -194,7 +194,7 @@ fn a_tunnel_whose_window_is_used_up_by_what_its_peer_does_not_read_gets_no_new_s
         with_peer(Answers::default(), async |client| {
             for _ in 0..3 {
                 let (mut stream, slot) = client.connect().await.expect("connected");
-                // By itself, as a relay is: it is polled when it is woken.
+                // It is a task of its own, as a relay is: it is polled when it is woken.
                 client.group.spawn(async move {
                     send_in(&mut stream, bytes, piece).await;
                     std::future::pending::<()>().await;
@@ -222,7 +222,7 @@ fn a_pod_that_drains_keeps_no_tunnel_that_carries_nothing() {
     });
 }
 
-/// A pod that drains goes on to connect, and each time a tunnel may be made for it.
+/// A pod that drains still connects, and a tunnel may be made for each connection.
 #[test]
 fn what_connects_while_its_pod_drains_leaves_no_tunnel_behind() {
     with_peer(Answers::default(), async |client| {
@@ -236,8 +236,8 @@ fn what_connects_while_its_pod_drains_leaves_no_tunnel_behind() {
     });
 }
 
-/// Opens a connection by the pool and then `count` at once, and gives them up while the peer, which has
-/// h2's own settings, is busy. What the peer saw of those, and what the first one got afterwards.
+/// Opens a connection by the pool and then `count` at once, and gives these up while the peer, which has h2's own
+/// settings, is busy. Returns how many of these the peer saw, and what the first one read afterwards.
 async fn give_up(count: usize) -> (usize, Option<Result<Bytes, h2::Error>>) {
     let (client, peer) = Client::new(100).await;
     let busy = tokio::sync::Notify::new();
@@ -256,7 +256,7 @@ async fn give_up(count: usize) -> (usize, Option<Result<Bytes, h2::Error>>) {
             tokio::time::timeout(Duration::from_secs(1), connection.accept()).await
         {
             seen += 1;
-            // It may be reset already.
+            // The stream may be reset already.
             let _ = respond.send_response(http::Response::new(()), true);
         }
         let _ = live.send_data(Bytes::from_static(b"still"), false);

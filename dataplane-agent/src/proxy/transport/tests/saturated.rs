@@ -8,7 +8,7 @@ use super::*;
 use crate::proxy::hbone::readahead::{AHEAD, ReadAhead};
 use crate::proxy::limits::memory::{Memory, PodMemory};
 
-/// How much is to go through: some times what both sockets hold.
+/// Bytes that are to go through: several times what both sockets hold.
 const ENOUGH: usize = 300 << 20;
 
 async fn send(mut stream: SendStream<Bytes>) {
@@ -105,7 +105,7 @@ fn two_ends_that_send_all_they_can_do_not_stop_each_other() {
     });
 }
 
-/// What is read of a peer that reads nothing is bounded, counts as what is not delivered, and is not lost.
+/// Bytes read from a peer that reads nothing are bounded, count as undelivered, and are not lost.
 #[test]
 fn what_is_read_while_nothing_can_be_written_is_bounded_and_counted() {
     const SENT: usize = 32 << 20;
@@ -131,7 +131,7 @@ fn what_is_read_while_nothing_can_be_written_is_bounded_and_counted() {
             () = stuck => panic!("the peer does not read"),
             () = flood => {}
         }
-        // What was written of the flood is what is read, and then the end.
+        // The part of the flood that was written is read, and then the end.
         far.shutdown().await.expect("ended");
         let mut read = Vec::new();
         let end = near.read_to_end(&mut read).await;

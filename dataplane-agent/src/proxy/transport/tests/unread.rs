@@ -1,10 +1,10 @@
-//! Connections that nobody reads: what they hold is bounded, and others go on.
+//! Connections that nobody reads: the memory that they hold is bounded, and others go on.
 
 use super::*;
 use crate::proxy::hbone::stream::Waiting;
 use crate::proxy::limits::memory::{Memory, PodMemory};
 
-/// A relay to a client that reads nothing and has little room; runs for ever.
+/// Relays to a client that reads nothing and has small buffers; runs for ever.
 async fn unread(near: Stream) {
     let (client, one) = pair().await;
     socket2::SockRef::from(&client)
@@ -23,7 +23,7 @@ async fn endless(mut tcp: TcpStream) {
     while tcp.write_all(&[7; 64 << 10]).await.is_ok() {}
 }
 
-/// Writes until nothing goes.
+/// Writes until no more bytes are taken.
 async fn fill(tcp: &mut TcpStream) {
     let endless = async { while tcp.write_all(&[7; 64 << 10]).await.is_ok() {} };
     let full = tokio::time::timeout(Duration::from_millis(300), endless).await;
@@ -58,7 +58,7 @@ fn a_relay_moves_a_bounded_amount_in_a_turn_and_both_ways() {
     });
 }
 
-/// Reads so many bytes, and looks after each piece.
+/// Reads `bytes` bytes, and calls `look` after each piece.
 async fn read(stream: &mut Stream, bytes: usize, look: impl Fn()) {
     let mut got = 0;
     while got < bytes {
@@ -78,7 +78,7 @@ fn streams_that_nobody_reads_hold_back_no_other_of_their_tunnel() {
             tokio::join!(unread(near), send(&mut far, 8 << 20));
         });
         let talk = async {
-            // Until they are full.
+            // Wait until they are full.
             tokio::time::sleep(Duration::from_secs(3)).await;
             tokio::join!(read(&mut near, 20 << 20, || {}), send(&mut far, 20 << 20));
         };
@@ -95,7 +95,7 @@ fn streams_whose_clients_broke_hold_back_no_other_of_their_tunnel() {
         let (mut all, drive) = streams(6).await;
         let (mut near, mut far) = all.pop().expect("a stream");
         let counted = Rc::<Counted>::default();
-        // What they had sent waits for a server that does not read, and meanwhile that one sends.
+        // The bytes that they had sent wait for a server that does not read but still sends.
         let broken = all.into_iter().map(|(near, mut far)| {
             let counted = Rc::clone(&counted);
             async move {
@@ -135,11 +135,11 @@ fn what_connections_that_nobody_reads_hold_is_bounded_and_others_go_on() {
         let most = 4 << 20;
         let (memory, pods) = (Memory::new(most), [(); 2].map(|()| PodMemory::default()));
         let (all, drive) = streams(60).await;
-        // By another tunnel: they use up the window of theirs.
+        // The other connection has its own tunnel, since they use up the window of theirs.
         let (near, mut far, drive_other) = stream().await;
         let (greedy, other) = (memory.share(&pods[0]), memory.share(&pods[1]));
         let counted = Rc::<Counted>::default();
-        // To streams that get no credit, and to sockets.
+        // Half of them go to streams that get no credit, half to sockets.
         let into_streams = all.into_iter().map(|(near, far)| async {
             let (client, one) = pair().await;
             let carried = relay::relay(End::Tcp(one), End::Stream(near), &greedy, &counted);
@@ -153,7 +153,7 @@ fn what_connections_that_nobody_reads_hold_is_bounded_and_others_go_on() {
             drop(server);
         });
         let talk = async {
-            // Until they are full.
+            // Wait until they are full.
             tokio::time::sleep(Duration::from_secs(2)).await;
             let held = memory.held();
             assert!(held > most as usize / 4, "they hold {held}");
@@ -162,7 +162,7 @@ fn what_connections_that_nobody_reads_hold_is_bounded_and_others_go_on() {
             let sent = vec![7; 20 << 20];
             let bounded = || {
                 let held = memory.held();
-                // One read more, of the one that looked last.
+                // The connection that checked last may have made one read more.
                 assert!(held <= most as usize + (256 << 10), "they hold {held}");
             };
             let read = read(&mut far, sent.len(), bounded);
@@ -183,7 +183,7 @@ fn what_connections_that_nobody_reads_hold_is_bounded_and_others_go_on() {
 #[test]
 fn what_is_sent_byte_by_byte_fills_the_send_buffer_by_what_it_costs() {
     run(async {
-        // Nobody drives the tunnel: nothing leaves.
+        // Nobody drives the tunnel, so nothing leaves.
         let (mut near, _far, _drive) = stream().await;
         let mut pieces = 0;
         let room = |stream: &Stream| {
@@ -225,7 +225,7 @@ fn small_frames_that_nobody_reads_do_not_end_their_tunnel() {
     });
 }
 
-/// And however little of a tunnel: a pod has many of them.
+/// Even few bytes of a tunnel count, since a pod may have many tunnels.
 #[test]
 fn what_comes_for_a_connection_that_is_not_made_yet_is_counted_and_delivered() {
     const SENT: usize = 300_000;

@@ -1,11 +1,11 @@
-//! What connections carry and how they end: bytes unchanged, in order, each direction by itself.
+//! Connections deliver bytes unchanged and in order, and each direction ends by itself.
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::proxy::hbone::readahead::ReadAhead;
 
-/// Writes pieces and ends; what comes back until the other side ends.
+/// Writes pieces and ends its direction. Returns what comes until the other side ends.
 async fn exchange(mut tcp: TcpStream, pieces: &[Vec<u8>]) -> Vec<u8> {
     let (mut read, mut write) = tcp.split();
     let writing = async {
@@ -29,7 +29,6 @@ fn pieces() -> impl Strategy<Value = Vec<Vec<u8>>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
-    /// Whole, in order, and each way ends by itself.
     #[test]
     fn what_goes_in_comes_out_and_each_direction_ends_by_itself(up in pieces(), down in pieces()) {
         let talk = async |client, server| tokio::join!(exchange(client, &up), exchange(server, &down));
@@ -44,8 +43,8 @@ proptest! {
     }
 }
 
-/// A peer that refuses an upload answers to the end, and resets what it does not read (RFC 9113,
-/// 8.1). Its answer reaches the client all the same.
+/// A peer that refuses an upload answers to the end, and resets what it does not read (RFC 9113, 8.1). The client
+/// must get the answer all the same.
 #[test]
 fn an_answer_is_passed_on_though_its_peer_reads_no_more() {
     run(into_stream(async |mut client, mut far| {
@@ -67,7 +66,7 @@ fn an_answer_is_passed_on_though_its_peer_reads_no_more() {
     }));
 }
 
-/// RFC 9113, 8.1. The client is told when it writes, as by the kernel of a server that has closed.
+/// RFC 9113, 8.1. The client learns of it when it writes, as from the kernel of a server that has closed.
 #[test]
 fn a_peer_that_has_said_its_end_may_stop_reading() {
     run(async {
@@ -90,8 +89,8 @@ fn a_peer_that_has_said_its_end_may_stop_reading() {
     });
 }
 
-/// A peer that has yet to read still sends, if only a PING: closing the socket at once would have it
-/// answered by a reset, and discard what is left.
+/// A peer that has not read everything still sends, if only a PING. If the socket were closed at once, the kernel
+/// would answer it by a reset, and discard what is left.
 #[test]
 fn what_a_tunnel_sent_before_it_ended_is_delivered() {
     const SENT: usize = 1 << 20;
@@ -125,7 +124,7 @@ fn what_a_tunnel_sent_before_it_ended_is_delivered() {
         answered
             .send_data(Bytes::from(vec![7; SENT]), true)
             .expect("sent");
-        // All is written, and nobody reads it yet.
+        // All bytes are written, and nobody reads them yet.
         let early = tokio::time::timeout(Duration::from_millis(300), &mut server).await;
         let closed = early.is_ok();
         drop(early);
