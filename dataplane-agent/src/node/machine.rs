@@ -146,7 +146,7 @@ pub struct Scan {
 pub struct OutsideProcesses {
     /// All of them.
     pub processes: usize,
-    /// Those that are outside of all pods' cgroup too: their traffic is not captured.
+    /// The part of them that is outside of all pods' cgroup too: its traffic is not captured.
     pub in_clear: usize,
 }
 

@@ -1,4 +1,4 @@
-//! The CA's files, and real handshakes between the certificates that it issues.
+//! Tests of the CA's files, and of real handshakes with the certificates that it issues.
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ fn certs(ca: EmbeddedCa, identities: &[Identity]) -> Certs {
     certs
 }
 
-/// A certificate, with the task running that issues it.
+/// Returns a certificate, and runs the task that issues it meanwhile.
 async fn current(
     certs: &Certs,
     identity: &Identity,
@@ -46,8 +46,7 @@ async fn current(
     }
 }
 
-/// Connects `client` to `server`, and carries a byte each way. An error is what the client, or else
-/// the server, says.
+/// Connects `client` to `server`, and sends a byte each way. Returns the client's error, or else the server's.
 async fn shake(client: rustls::ClientConfig, server: rustls::ServerConfig) -> Result<(), String> {
     let (near, far) = tokio::io::duplex(64 << 10);
     let name = rustls_pki_types::ServerName::try_from("0.0.0.0").expect("a name");
@@ -268,7 +267,7 @@ fn files_that_are_not_right_are_refused_by_name() {
     assert!(refused("td").contains("root.pem"));
 }
 
-/// Everything below a folder, with what is in it.
+/// Returns all paths below a folder, with the content of files.
 fn all_of(folder: &Path) -> Vec<(PathBuf, Option<Vec<u8>>)> {
     let entries = fs::read_dir(folder).expect("a folder");
     let mut all: Vec<_> = entries
@@ -343,7 +342,7 @@ fn an_empty_folder_gets_a_new_ca() {
     assert_eq!(key.permissions().mode() & 0o777, 0o600);
 }
 
-/// Puts a root with this life in place of the CA's, of the same key.
+/// Replaces the CA's root by one with the same key and this life.
 fn with_life(state: &Path, from: time::Duration, until: time::Duration) {
     ca(state);
     let key = fs::read_to_string(state.join("ca/key.pem")).expect("a key");
@@ -398,7 +397,7 @@ fn a_root_that_ends_is_told_as_long_as_the_agent_runs() {
     );
     let ended = told(time::Duration::ZERO).expect("it has ended");
     assert!(ended.contains("has ended"), "{ended}");
-    // Sooner than that no certificate lives for as long as it should.
+    // In the last 60 days certificates live shorter than they should.
     let long = EmbeddedCa::open(state.path(), "td", 60 * DAY).expect("a CA");
     let end = long.root_end();
     assert!(end.problem_at(end.at - time::Duration::days(59)).is_some());

@@ -210,7 +210,7 @@ pub(super) struct RawAccount {
     pub(super) service_account: String,
 }
 
-/// `!Exact x`, `!Prefix x`, `!Suffix x`, `!Presence []`.
+/// A text match: `!Exact x`, `!Prefix x`, `!Suffix x` or `!Presence []`.
 #[derive(Deserialize)]
 pub(super) enum Text {
     Exact(String),

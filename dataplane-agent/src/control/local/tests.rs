@@ -362,7 +362,7 @@ fn a_long_list_is_read_one_by_one() {
     let text = format!("workloads:\n{}", (0..MANY).map(one).collect::<String>());
     let (most, made) = most(|| parsed(&text));
     assert_eq!(made.workloads.len(), MANY);
-    // The tree of all of it takes more than 2 kB for each.
+    // A tree of the whole document would take more than 2 kB for each.
     let each = most / MANY;
     assert!(each < 1000, "{each} bytes for each");
 }

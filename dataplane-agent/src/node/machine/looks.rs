@@ -18,7 +18,7 @@ pub struct Scanner {
     machine: PodLocator,
     events: MachineEvents,
     due: ScanSchedule,
-    /// What the events since the last look were about.
+    /// Subjects of the events since the last look, for the log.
     told: BTreeSet<&'static str>,
     /// The pods and the state of capture at the last look, and its result.
     last: Option<(Vec<LocalPodSpec>, Status, Arc<Scan>)>,

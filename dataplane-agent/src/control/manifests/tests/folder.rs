@@ -23,7 +23,7 @@ fn put(dir: &TempDir, name: &str, text: &str) {
     fs::write(path, text).expect("write");
 }
 
-/// A folder for which every change has settled at once.
+/// Opens a folder in which every change settles at once.
 fn folder(files: &[(&str, &str)]) -> (TempDir, ManifestFolder) {
     let dir = tempfile::tempdir().expect("a folder");
     for (name, text) in files {
@@ -72,7 +72,7 @@ fn a_bad_half_or_empty_file_leaves_what_it_said() {
     let (dir, mut folder) = folder(&[("gate.yaml", POLICY), ("other.txt", "not one of ours")]);
     let before = folder.objects().clone();
     for at in 0..POLICY.len() {
-        // A cut that is a policy of its own cannot be told from an edit; settling is for that.
+        // A cut that leaves a valid policy looks like an edit; that is what settling is for.
         put(&dir, "gate.yaml", &POLICY[..at]);
         let reload = folder.reload();
         assert!(
@@ -159,7 +159,7 @@ fn what_is_not_read_takes_nothing_away_in_whose_place_it_comes() {
             assert_eq!(*folder.objects(), good);
         }
     }
-    // All that is left, by whatever name.
+    // An object of any name is refused if it is all that is left.
     let (dir, mut folder) = folder(&[("gate.yaml", &both)]);
     put(&dir, "gate.yaml", &deployment.replace("web", "other"));
     assert!(!folder.reload().changed);
@@ -223,7 +223,7 @@ fn a_folder_that_is_suddenly_empty_keeps_what_was_in_it_until_that_is_said() {
     let (dir, mut folder) = folder(&files);
     let before = folder.objects().clone();
     let remove = |name: &str| fs::remove_file(dir.path().join(name)).expect("a file");
-    // A mount below that is gone.
+    // The files of a folder disappear, as if a mount was gone.
     remove("below/a.yaml");
     remove("below/deep/b.yaml");
     for _ in 0..3 {
@@ -235,16 +235,16 @@ fn a_folder_that_is_suddenly_empty_keeps_what_was_in_it_until_that_is_said() {
         assert!(told[0].ends_with("or remove the folder"), "{told:?}");
         assert_eq!(*folder.objects(), before);
     }
-    // All of it.
+    // All files disappear.
     remove("gate.yaml");
     let reload = folder.reload();
     assert!(!reload.changed);
     let whole = format!("{}: has no manifests any more", dir.path().display());
     assert!(told(&reload)[0].starts_with(&whole), "{:?}", told(&reload));
-    // The hint would not help, since nothing could be read.
+    // To remove the top folder would not confirm it, since then it cannot be read.
     assert!(!told(&reload)[0].contains("remove the folder"));
     assert_eq!(*folder.objects(), before);
-    // It is there again, and one was removed meanwhile.
+    // The folder is back, without one that was removed meanwhile.
     for (name, text) in &files[..2] {
         put(&dir, name, text);
     }
@@ -252,7 +252,7 @@ fn a_folder_that_is_suddenly_empty_keeps_what_was_in_it_until_that_is_said() {
     let reload = folder.reload();
     assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
     assert_eq!(folder.objects().namespaces.len(), 1);
-    // Meant.
+    // This time the removal is meant.
     remove("gate.yaml");
     fs::remove_dir_all(dir.path().join("below")).expect("a folder");
     assert!(!folder.reload().changed);
@@ -277,7 +277,7 @@ fn what_cannot_be_looked_at_keeps_what_it_said_and_nothing_else() {
         ("linked/a.yaml", &namespace("a")),
         ("b.yaml", &namespace("b")),
     ]);
-    // A link into a folder that is away, and one to itself.
+    // One link leads into a folder that is away, and one to itself.
     let away = dir.path().join("away");
     fs::rename(dir.path().join("gate.yaml"), dir.path().join("gate.txt")).expect("a file");
     std::os::unix::fs::symlink(&away, dir.path().join("gate.yaml")).expect("a link");
@@ -356,7 +356,7 @@ async fn a_folder_in_its_place_and_what_a_link_leads_to_are_looked_at() {
     swap("two");
     assert!(folder.next(&mut watch).await.changed);
     assert_eq!(name(&folder).as_deref(), Some("b"));
-    // A file that is a link, to where nobody watches.
+    // The file becomes a link to a place that is not watched.
     let elsewhere = dir.path().join("elsewhere.yaml");
     fs::write(&elsewhere, namespace("c")).expect("a file");
     fs::remove_file(dir.path().join("two/a.yaml")).expect("a file");
@@ -508,7 +508,7 @@ fn what_is_no_file_any_more_keeps_what_it_said_as_one() {
         put(&dir, "gate.yaml", POLICY);
         assert!(folder.reload().problems.is_empty());
     }
-    // Deleted first, it may come as what it likes.
+    // If the file was deleted first, anything may have its name.
     fs::remove_file(&path).expect("a file");
     assert!(folder.reload().changed);
     put(&dir, "gate.yaml/gate.yaml", POLICY);
@@ -561,7 +561,7 @@ fn policies_that_come_change_and_go_are_told() {
         told(&|| put(&dir, "p.yaml", strict)),
         ["PeerAuthentication a/p added"]
     );
-    // Of two for the same pods the oldest holds.
+    // The age matters: of two for the same pods the oldest holds.
     let older = strict.replace(
         "namespace: a",
         "namespace: a, creationTimestamp: 2020-01-01T00:00:00Z",
@@ -596,7 +596,7 @@ fn policies_that_come_change_and_go_are_told() {
     );
 }
 
-/// The objects, without what depends on when they were first seen.
+/// Returns the objects without their ages, which depend on when they were first seen.
 fn undated(objects: &super::super::Objects) -> Vec<String> {
     let namespaces = objects.namespaces.values();
     let namespaces = namespaces.map(|of| format!("{:?}", of.meta));
@@ -609,7 +609,7 @@ fn undated(objects: &super::super::Objects) -> Vec<String> {
 proptest::proptest! {
     #![proptest_config(proptest::test_runner::Config::with_cases(64))]
 
-    /// However files have changed: what holds is what a start would read, as long as that would be good.
+    /// After any changes of files, the objects are those that a start would read, if it would succeed.
     #[test]
     fn what_holds_is_what_a_start_would_read(
         steps in proptest::collection::vec(

@@ -1,5 +1,5 @@
-//! istiod's own pairs of policies and what it makes of them. They are its own and not kept here:
-//! `ISTIOD_PAIRS` names their folder, a file `X-in.yaml` and what istiod makes of it, `X.yaml`.
+//! Compares our policies with istiod's, on istiod's own test files. These are not kept here: `ISTIOD_PAIRS` names
+//! their folder, with a file `X-in.yaml` and istiod's result `X.yaml` for each case.
 
 use std::fs;
 use std::path::Path;
@@ -61,7 +61,7 @@ struct Text {
     presence: Option<serde::de::IgnoredAny>,
 }
 
-/// Base64 of four bytes, and a length.
+/// An address: Base64 of four bytes, and a prefix length.
 #[derive(Deserialize)]
 struct Address {
     address: String,
@@ -121,7 +121,7 @@ impl Authorization {
         };
         Policy {
             name: self.name.into(),
-            // Their cases have no namespace where Kubernetes would say `default`.
+            // istiod's cases have no namespace where Kubernetes would say `default`.
             namespace: self.namespace.as_deref().unwrap_or("default").into(),
             scope: match self.scope.as_deref() {
                 None => PolicyScope::Global,

@@ -173,7 +173,7 @@ fn a_near_miss_of_what_is_read_is_a_fault_and_not_passed_over() {
     }
 }
 
-/// An object with an annotation.
+/// Returns the text of an object with an annotation.
 fn distributed(kind: &str, annotation: &str) -> String {
     format!(
         "apiVersion: v1\nkind: {kind}\nmetadata:\n  name: a\n  annotations: {{{annotation}}}\nspec: {{}}\n"

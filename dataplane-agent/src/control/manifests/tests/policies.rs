@@ -19,7 +19,7 @@ fn peer(name: &str, namespace: &str, spec: &str) -> String {
 const POD: &str = "apiVersion: v1\nkind: Pod\nmetadata: {name: till, namespace: shop, labels: {app: till}}\n\
                    spec: {}\nstatus: {podIP: 10.0.0.1}\n---\n";
 
-/// The policies that a pod of these objects is given.
+/// Returns the keys of the policies that a pod of these objects gets.
 fn given(text: &str) -> Vec<String> {
     let made = translation(&format!("{text}{POD}"));
     made.workloads[0]
@@ -242,7 +242,7 @@ fn trust_domains_that_cannot_be_told_let_nothing_more_through() {
         "{:?}",
         deny.problems
     );
-    // Next to principals it is one more condition: the DENY is enforced without it.
+    // Besides principals it would be a further condition, so the DENY is enforced without it.
     let both = "{action: DENY, rules: [{from: [{source: {trustDomains: [b], principals: [p]}}]}]}";
     let both = translation(&authorization("shop", both));
     let expected = Match {
@@ -315,7 +315,7 @@ fn of_two_for_the_same_pods_the_oldest_holds_or_else_the_strict_one() {
             let namespaced = format!("namespace: {namespace}");
             peer(name, namespace, &spec).replace(&namespaced, &format!("{namespaced}{created}"))
         };
-        // Strict or not, and which one is told to be without effect.
+        // Each case has the timestamps of the strict and of the open one, and if the pod is strict then.
         for (strict, open, is_strict) in [
             ("", "", true),
             ("02", "", true),
@@ -393,7 +393,7 @@ fn strict_is_inherited_and_overridden() {
             mesh("STRICT") + &own("portLevelMtls: {80: {mode: PERMISSIVE}}"),
             Some(CONVERTED),
         ),
-        // istiod names a policy here that it does not make; ours is there.
+        // istiod refers to a policy here that it does not make; we make it.
         (
             mesh("STRICT") + &space("UNSET") + &own("portLevelMtls: {80: {mode: PERMISSIVE}}"),
             Some(CONVERTED),

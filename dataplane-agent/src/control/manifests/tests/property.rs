@@ -1,4 +1,4 @@
-//! Whatever is in the folder, it is read or refused, and translated, without a panic.
+//! Checks that any folder is read or refused, and translated, without a panic.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -76,7 +76,7 @@ proptest! {
     ) {
         let mut objects = Objects::default();
         for (order, text) in (0..).zip(&texts) {
-            // A port or an address out of range is refused, which is as good.
+            // A port or an address out of range is refused, which is fine too.
             for item in object::parse(Path::new("p.yaml"), text).into_iter().flat_map(|p| p.items) {
                 objects.insert(item, crate::mesh::service::Age::new(time::OffsetDateTime::UNIX_EPOCH, order));
             }

@@ -320,7 +320,7 @@ fn an_endpoints_conditions_say_whether_it_takes_load() {
         ),
         ("ready: false, terminating: true", Health::Unhealthy),
         ("terminating: true", Health::Terminating),
-        // With publishNotReadyAddresses.
+        // Kubernetes writes this with publishNotReadyAddresses.
         ("ready: true, terminating: true", Health::Healthy),
     ] {
         let bare = format!("addresses: [192.0.2.1], conditions: {{{conditions}}}");

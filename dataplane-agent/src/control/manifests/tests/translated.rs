@@ -26,7 +26,7 @@ fn sorted<'a>(all: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
     all.cloned().collect()
 }
 
-/// A file of one object, or none.
+/// A file's number, its object if it has one, and a pod whose enrolment changes.
 type Step = (usize, Option<String>, Option<(&'static str, &'static str)>);
 
 fn step() -> impl Strategy<Value = Step> {
@@ -51,7 +51,7 @@ proptest! {
         for (file, text, enrols) in steps {
             let parsed = text.and_then(|text| object::parse(Path::new("p.yaml"), &text).ok());
             let now = Arc::new(parsed.unwrap_or_default());
-            // An object that is in another file is refused by the folder.
+            // The folder refuses an object that is in another file.
             let others = files.iter().filter(|(other, _)| **other != file);
             let others: Vec<_> = others.flat_map(|(_, of)| &of.items).collect();
             if now.items.iter().any(|new| others.iter().any(|old| old.identity() == new.identity())) {
@@ -80,7 +80,7 @@ proptest! {
             let at_once = at_once.from(&Mesh::default());
             let mut whole = Mesh::default();
             whole.apply(at_once);
-            // Networks that nobody is in any more are no fault: nobody asks there.
+            // Networks without workloads may stay, since nobody looks anything up in them.
             let networks: BTreeSet<_> = whole.workloads().map(|of| Arc::clone(&of.network)).collect();
             let mut now = mesh.clone();
             let mut pruned = Delta::default();

@@ -161,7 +161,7 @@ fn an_endpoint_without_a_pod_is_a_workload_without_identity_of_its_address() {
 
 #[test]
 fn an_endpoint_that_is_written_by_hand_for_a_pod_is_that_pod() {
-    // Dialled as an address without an identity, it would be in clear.
+    // Dialled as an address without an identity, it would get traffic in clear.
     let made = translation(&SHOP.replace("192.0.2.1", "10.0.0.1"));
     assert_eq!(made.workloads.len(), 1);
     let till = &made.workloads[0];
