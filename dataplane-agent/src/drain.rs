@@ -10,6 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -124,6 +125,15 @@ impl TaskGroup {
         self.abort.cancel();
         self.tasks.wait().await;
     }
+}
+
+/// Runs work that may wait for a disk on a thread of its own. It can be neither cut nor waited for: the process
+/// may end before it does.
+#[expect(clippy::disallowed_methods, reason = "this is the one that is allowed")]
+pub fn spawn_blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> JoinHandle<T> {
+    tokio::task::spawn_blocking(work)
 }
 
 /// Returns a tracker whose `wait` completes whenever no task runs.

@@ -63,7 +63,10 @@ fn run(halves: Halves, options: RunOptions) -> ExitCode {
     }
     let ended = agent::privileges(halves).and_then(|()| {
         let runtime = runtime().map_err(anyhow::Error::from)?;
-        runtime.block_on(agent::run(halves, options, level))
+        let ended = runtime.block_on(agent::run(halves, options, level));
+        // Whoever waits for a disk on a thread of its own may do so for ever.
+        runtime.shutdown_background();
+        ended
     });
     log::flush();
     match ended {

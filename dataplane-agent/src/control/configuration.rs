@@ -126,13 +126,18 @@ impl<S> Configuration<S> {
         let mut look = interval(RECORDS_POLL_INTERVAL);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
-                () = changed(&mut self.source, &mut self.problems) => {}
-                _ = look.tick() => {}
-                () = self.records_changed.notified() => {}
-                told = self.status.changed() => if told.is_err() { return },
-            }
-            if let Source::Manifests { records, .. } = &mut self.source {
+            let look_again = tokio::select! {
+                look_again = changed(&mut self.source, &mut self.problems) => may_tell,
+                _ = look.tick() => true,
+                () = self.records_changed.notified() => true,
+                told = self.status.changed() => match told {
+                    Ok(()) => true,
+                    Err(_) => return,
+                },
+            };
+            if let Source::Manifests { records, .. } = &mut self.source
+                && look_again
+            {
                 records.look();
             }
             self.publish();
@@ -282,11 +287,13 @@ impl<S> Configuration<S> {
     }
 }
 
-/// Waits until there is something new to read, and reads it.
-async fn changed(source: &mut Source, problems: &mut Vec<String>) {
+/// Waits until there is something new to read, and reads it. Whether records may say another thing than was
+/// read of them.
+async fn changed(source: &mut Source, problems: &mut Vec<String>) -> bool {
     let Source::Manifests {
         folder,
         watch,
+        records,
         records_watch,
         ..
     } = source
@@ -306,7 +313,9 @@ async fn changed(source: &mut Source, problems: &mut Vec<String>) {
             reload.policies.iter().for_each(PolicyChange::log);
         }
         () = records_watch.changed() => {}
+        () = records.looked() => return false,
     }
+    true
 }
 
 /// Takes what is wrong now in the place of what was, and tells of what is new.

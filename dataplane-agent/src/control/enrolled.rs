@@ -3,17 +3,20 @@
 //! last and removed first, so that nobody dials a tunnel port that does not listen.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
 use super::manifests::{LocalPodSpec, PodKey, Stale};
+use super::record_cache::RecordCache;
 use super::state::{self, SharedState};
 use crate::proxy::identity;
 
@@ -73,6 +76,33 @@ pub struct RecordsSnapshot {
     pub namesakes: BTreeSet<PodKey>,
     /// The records that cannot be read, and why.
     pub problems: Vec<String>,
+    /// How many times this process had written or removed a record before the read began.
+    pub writes: u64,
+}
+
+impl RecordsSnapshot {
+    /// Adds the content of the record with this file name.
+    pub(super) fn add(&mut self, name: &OsStr, content: &Content) {
+        let (pod, author) = match content {
+            Content::Enrolled(pod, author) => (pod, author),
+            Content::Unreadable(why) => {
+                let name = name.to_string_lossy().into_owned();
+                self.enrolled.unreadable.insert(name);
+                return self.problems.push(why.clone());
+            }
+        };
+        let of_this_name = match author {
+            Author::Own => Some(&mut self.own),
+            Author::Unsigned => {
+                self.unsigned.insert(pod.clone());
+                Some(&mut self.own)
+            }
+            Author::Namesakes => Some(&mut self.namesakes),
+            Author::Others => None,
+        };
+        of_this_name.map(|pods| pods.insert(pod.clone()));
+        self.enrolled.pods.insert(pod.clone());
+    }
 }
 
 /// The folder of records, as this node reads and writes it.
@@ -82,6 +112,29 @@ pub struct EnrolmentRecords {
     folder: PathBuf,
     node: String,
     machine: String,
+    writes: Arc<AtomicU64>,
+}
+
+/// The content of a record.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// A pod is enrolled.
+    Enrolled(PodKey, Author),
+    /// The record cannot be read: the problem.
+    Unreadable(String),
+}
+
+/// The author of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Author {
+    /// This node.
+    Own,
+    /// This node, without the name of its machine.
+    Unsigned,
+    /// A node of the same name, on another machine.
+    Namesakes,
+    /// Another node.
+    Others,
 }
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -109,6 +162,7 @@ impl EnrolmentRecords {
                 .chars()
                 .take(16)
                 .collect(),
+            writes: Arc::default(),
         }
     }
 
@@ -117,14 +171,12 @@ impl EnrolmentRecords {
         &self.folder
     }
 
-    /// Returns the time at which a record was last written or removed.
+    /// Checks that the state is the one that was opened.
     ///
     /// # Errors
-    /// The folder's metadata cannot be read, or the state is not the one that was opened.
-    pub fn changed(&self) -> io::Result<SystemTime> {
-        self.state.look()?;
-        let folder = fs::metadata(&self.folder).and_then(|folder| folder.modified());
-        folder.map_err(|error| with_path(&self.folder, &error))
+    /// It is not there, or it is another one.
+    pub(super) fn look(&self) -> io::Result<()> {
+        self.state.look()
     }
 
     /// Reads all records.
@@ -132,43 +184,34 @@ impl EnrolmentRecords {
     /// # Errors
     /// The folder cannot be read, or the state is not the one that was opened.
     pub fn read(&self) -> io::Result<RecordsSnapshot> {
-        let mut said = RecordsSnapshot::default();
-        self.state.look()?;
-        let listed = fs::read_dir(&self.folder).map_err(|error| with_path(&self.folder, &error))?;
-        for entry in listed {
-            let path = entry?.path();
-            if path.extension().is_none_or(|extension| extension != "json") {
-                continue; // one that is being written
+        let mut cache = RecordCache::new(self.clone());
+        cache.look(SystemTime::now())?;
+        Ok(RecordsSnapshot::clone(cache.said()))
+    }
+
+    /// Reads one record. Returns `None` if the file is gone.
+    pub(super) fn content(&self, path: &Path) -> Option<Content> {
+        match read(path) {
+            Ok(record) => {
+                let author = match (self.is_own(&record), record.node == self.node) {
+                    (true, _) if record.machine.is_empty() => Author::Unsigned,
+                    (true, _) => Author::Own,
+                    (false, true) => Author::Namesakes,
+                    (false, false) => Author::Others,
+                };
+                Some(Content::Enrolled(key(&record), author))
             }
-            match read(&path) {
-                Ok(record) => {
-                    let key = key(&record);
-                    if self.is_own(&record) {
-                        if record.machine.is_empty() {
-                            said.unsigned.insert(key.clone());
-                        }
-                        said.own.insert(key.clone());
-                    } else if record.node == self.node {
-                        said.namesakes.insert(key.clone());
-                    }
-                    said.enrolled.pods.insert(key);
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    let name = path.file_name().unwrap_or_default();
-                    let name = name.to_string_lossy().into_owned();
-                    said.enrolled.unreadable.insert(name);
-                    said.problems.push(format!(
-                        "{}; its pod counts as enrolled",
-                        with_path(&path, &error)
-                    ));
-                }
-            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => Some(Content::Unreadable(format!(
+                "{}; its pod counts as enrolled",
+                with_path(path, &error)
+            ))),
         }
-        // The state may have been unmounted while it was read.
-        self.state.look()?;
-        said.problems.sort();
-        Ok(said)
+    }
+
+    /// Returns how many times this process has written or removed a record.
+    pub fn writes(&self) -> u64 {
+        self.writes.load(Ordering::Acquire)
     }
 
     /// Writes a pod's record: it can be dialled by HBONE from now on.
@@ -196,7 +239,9 @@ impl EnrolmentRecords {
             fs::rename(&new, &path)?;
             self.sync()
         };
-        write().map_err(|error| {
+        let written = write();
+        self.writes.fetch_add(1, Ordering::Release);
+        written.map_err(|error| {
             let _ = fs::remove_file(&new);
             with_path(&path, &error)
         })
@@ -218,6 +263,7 @@ impl EnrolmentRecords {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         };
+        self.writes.fetch_add(1, Ordering::Release);
         removed.map_err(|error| with_path(&path, &error))
     }
 
@@ -275,7 +321,8 @@ fn file_name(stem: &str, ending: &str) -> String {
     }
 }
 
-fn with_path(path: &Path, error: &io::Error) -> io::Error {
+/// Returns the error with the name of the file.
+pub(super) fn with_path(path: &Path, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 

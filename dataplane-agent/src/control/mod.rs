@@ -11,6 +11,7 @@ mod lints;
 pub mod local;
 pub mod manifests;
 mod ownership;
+mod record_cache;
 pub mod recorded;
 mod retained;
 pub mod state;

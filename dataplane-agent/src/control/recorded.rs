@@ -1,29 +1,31 @@
-//! Reads the records of enrolled pods again when their folder has changed. If that fails, the last snapshot
-//! stays in effect.
+//! Follows the records of enrolled pods. They are read on a thread of their own, since the folder may be large
+//! or on a slow disk. If that fails, the last snapshot stays in effect.
 
+use std::future::pending;
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::time::Instant;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
 
 use super::enrolled::{Enrolled, EnrolmentRecords, RecordsSnapshot};
 use super::manifests::Stale;
+use super::record_cache::{Change, RecordCache};
+use crate::drain;
 
-/// Age from which a folder's modification time can be trusted. A younger folder may change again with the
-/// same time, since the clocks of file systems are coarse.
-const MTIME_GRANULARITY: Duration = Duration::from_secs(2);
-/// Interval at which records are read although their folder has not changed: one may be written in place.
-const REREAD_INTERVAL: Duration = Duration::from_secs(10);
+/// Time after which a look that has not ended is reported, and the state counts as away. The look goes on.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reader of the records, with the last snapshot.
 #[derive(Debug)]
 pub struct RecordReader {
     records: EnrolmentRecords,
+    /// `None` while a look uses it.
+    cache: Option<RecordCache>,
+    look: Option<Look>,
     said: Arc<RecordsSnapshot>,
-    /// The modification time of the folder and the time of the last complete read. `None` if the records are
-    /// to be read again whatever the folder's time is.
-    read: Option<(SystemTime, Instant)>,
     /// True if the records cannot be read now.
     away: bool,
     /// Problems with the records, for `status`.
@@ -32,22 +34,36 @@ pub struct RecordReader {
     stale: Stale,
 }
 
+/// A look that is running.
+#[derive(Debug)]
+struct Look {
+    found: JoinHandle<(RecordCache, Found)>,
+    /// When it is reported.
+    long: Instant,
+    /// True if another look is to follow: this one may have missed what has changed since it began.
+    again: bool,
+}
+
+type Found = io::Result<Option<Change>>;
+
 impl RecordReader {
     /// Reads the records for the first time.
     ///
     /// # Errors
     /// The folder cannot be read.
     pub fn new(records: EnrolmentRecords) -> io::Result<Self> {
-        let said = records.read()?;
+        let mut cache = RecordCache::new(records.clone());
+        cache.look(SystemTime::now())?;
         let mut new = Self {
             records,
-            said: Arc::default(),
-            read: None,
+            said: Arc::clone(cache.said()),
+            cache: Some(cache),
+            look: None,
             away: false,
             problems: Vec::new(),
             stale: Stale::all(),
         };
-        new.accept(said);
+        new.set_problems(new.found_problems());
         Ok(new)
     }
 
@@ -76,45 +92,80 @@ impl RecordReader {
         &self.problems
     }
 
-    /// Reads the records again if they may have changed.
+    /// Starts a look at the records, or one more after the look that is running. [`RecordReader::looked`] takes
+    /// the result.
     pub fn look(&mut self) {
-        let changed = self.records.changed();
-        if let (Ok(changed), Some((as_read, when))) = (&changed, self.read)
-            && *changed == as_read
-            && when.elapsed() < REREAD_INTERVAL
-        {
-            return;
+        if let Some(look) = &mut self.look {
+            look.again = true;
+        } else if let Some(mut cache) = self.cache.take() {
+            let look = move || {
+                let found = cache.look(SystemTime::now());
+                (cache, found)
+            };
+            self.look = Some(Look {
+                found: drain::spawn_blocking(look),
+                long: Instant::now() + LOOK_TIMEOUT,
+                again: false,
+            });
         }
-        let said = self.records.read();
-        self.away = said.is_err();
-        let is_settled = |at: &SystemTime| at.elapsed().is_ok_and(|age| age > MTIME_GRANULARITY);
-        let whole = said.as_ref().is_ok_and(|said| said.problems.is_empty());
-        self.read = match changed {
-            Ok(at) if whole && is_settled(&at) => Some((at, Instant::now())),
-            _ => None,
+    }
+
+    /// Waits until the running look ends, and takes its result; or until it has taken too long. Waits for ever if
+    /// no look is running. Cancelling the wait loses nothing.
+    pub async fn looked(&mut self) {
+        let Some(look) = &mut self.look else {
+            return pending().await;
         };
-        match said {
-            Ok(said) => self.accept(said),
+        match timeout_at(look.long, &mut look.found).await {
+            Ok(Ok((cache, found))) => {
+                let again = look.again;
+                (self.cache, self.look) = (Some(cache), None);
+                self.accept(found);
+                if again {
+                    self.look();
+                }
+            }
+            Ok(Err(ended)) => match ended.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                Err(_) => pending().await, // the runtime ends
+            },
+            Err(_) => {
+                look.long = Instant::now() + LOOK_TIMEOUT;
+                let folder = self.records.folder().display();
+                self.accept(Err(io::Error::other(format!(
+                    "{folder}: has been read for longer than {LOOK_TIMEOUT:?}"
+                ))));
+            }
+        }
+    }
+
+    fn accept(&mut self, found: Found) {
+        self.away = found.is_err();
+        match found {
+            Ok(change) => {
+                if let Some(change) = change {
+                    self.said = change.said;
+                    self.stale.add(change.stale);
+                }
+                self.set_problems(self.found_problems());
+            }
             Err(error) => self.set_problems(vec![format!("{error}; what they said last holds")]),
         }
     }
 
-    fn accept(&mut self, said: RecordsSnapshot) {
-        let mut problems = said.problems.clone();
-        if let Some(some) = said.namesakes.first() {
-            problems.push(format!(
+    /// Returns the problems with the last snapshot.
+    fn found_problems(&self) -> Vec<String> {
+        let mut wrong = self.said.problems.clone();
+        if let Some(some) = self.said.namesakes.first() {
+            wrong.push(format!(
                 "{}: a node of this name wrote it on another machine, and {} others: they stay; give one of \
                  the two another --node, or, if this machine was another one before (/etc/machine-id and \
                  the firmware's serial numbers say so), remove them",
                 self.records.path_of(some).display(),
-                said.namesakes.len() - 1,
+                self.said.namesakes.len() - 1,
             ));
         }
-        said.enrolled.differ(&self.said.enrolled, &mut self.stale);
-        if said != *self.said {
-            self.said = Arc::new(said);
-        }
-        self.set_problems(problems);
+        wrong
     }
 
     fn set_problems(&mut self, problems: Vec<String>) {
@@ -132,6 +183,15 @@ impl RecordReader {
 }
 
 #[cfg(test)]
+impl RecordReader {
+    /// Looks at the records as if at this time, and takes the result.
+    pub(crate) fn look_at(&mut self, now: SystemTime) {
+        let found = self.cache.as_mut().expect("nobody looks").look(now);
+        self.accept(found);
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use std::fs;
     use std::path::Path;
@@ -141,6 +201,10 @@ mod tests {
 
     fn recorded(state: &Path) -> RecordReader {
         RecordReader::new(tests::records(state, "one")).expect("a folder")
+    }
+
+    fn in_seconds(seconds: u64) -> SystemTime {
+        SystemTime::now() + Duration::from_secs(seconds)
     }
 
     #[test]
@@ -153,7 +217,7 @@ mod tests {
         // The same at a start as later.
         let mut recorded = recorded(state.path());
         two.write(&pod("b", "2")).expect("a record");
-        recorded.look();
+        recorded.look_at(SystemTime::now());
         for (name, uid) in [("a", "1"), ("b", "2"), ("bad", "3"), ("bad", "")] {
             assert!(
                 recorded.enrolled().contains(&key_of(name, uid)),
@@ -167,40 +231,69 @@ mod tests {
             "{problems:?}"
         );
         two.write(&pod("bad", "3")).expect("a record");
-        recorded.look();
+        recorded.look_at(SystemTime::now());
         assert!(recorded.enrolled().contains(&key_of("bad", "3")));
         assert!(!recorded.enrolled().contains(&key_of("bad", "")));
         assert_eq!(recorded.problems(), [""; 0]);
     }
 
     #[test]
-    fn records_are_read_again_when_their_folder_has_changed() -> io::Result<()> {
+    fn records_are_looked_at_when_their_folder_has_changed_and_now_and_then() -> io::Result<()> {
         let state = tempfile::tempdir()?;
         let (mut recorded, two) = (recorded(state.path()), tests::records(state.path(), "two"));
         let folder = state.path().join("enrolled");
-        let long_ago = SystemTime::now() - Duration::from_secs(3600);
         two.write(&pod("a", "1"))?;
-        fs::File::open(&folder)?.set_modified(long_ago)?;
-        recorded.look();
+        recorded.look_at(in_seconds(3));
         assert!(recorded.enrolled().contains(&key_of("a", "1")));
         fs::write(folder.join("ns.a.json"), "{")?;
-        recorded.look();
-        assert_eq!(recorded.problems(), [""; 0], "it is not read again");
-        two.write(&pod("b", "2"))?;
-        recorded.look();
-        assert!(recorded.enrolled().contains(&key_of("b", "2")));
+        recorded.look_at(in_seconds(12));
+        assert_eq!(recorded.problems(), [""; 0], "nothing tells of it");
+        recorded.look_at(in_seconds(14));
         assert_eq!(recorded.problems().len(), 1);
-        // Incomplete reads are repeated at every look.
-        fs::File::open(&folder)?.set_modified(long_ago)?;
-        fs::remove_file(folder.join("ns.a.json"))?;
-        fs::File::open(&folder)?.set_modified(long_ago)?;
-        recorded.look();
+        // An incomplete snapshot is looked at each time.
+        two.write(&pod("a", "1"))?;
+        recorded.look_at(in_seconds(15));
         assert_eq!(recorded.problems(), [""; 0]);
         // A missing state is reported at once.
-        recorded.look();
+        recorded.look_at(in_seconds(16));
         fs::rename(&folder, state.path().join("away"))?;
-        recorded.look();
+        recorded.look_at(in_seconds(17));
         assert!(recorded.is_away());
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_look_that_does_not_end_is_told_of_and_keeps_nobody_waiting() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        tests::records(state.path(), "two").write(&pod("a", "1"))?;
+        let mut recorded = recorded(state.path());
+        // Whoever opens it waits for who writes to it.
+        let fifo = state.path().join("enrolled/ns.b.json");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
+        recorded.look();
+        recorded.look.as_mut().expect("it looks").long = Instant::now();
+        recorded.looked().await;
+        assert!(recorded.is_away() && recorded.enrolled().contains(&key_of("a", "1")));
+        let problems = recorded.problems().to_vec();
+        assert!(
+            problems[0].contains("has been read for longer"),
+            "{problems:?}"
+        );
+        recorded.look();
+        drop(fs::File::options().write(true).open(&fifo)?);
+        fs::remove_file(&fifo)?;
+        recorded.looked().await;
+        assert!(!recorded.is_away());
+        assert!(
+            recorded.enrolled().contains(&key_of("b", "")),
+            "it is not whole"
+        );
+        recorded.looked().await;
+        assert!(
+            !recorded.enrolled().contains(&key_of("b", "")),
+            "as asked meanwhile"
+        );
+        assert_eq!(recorded.problems(), [""; 0]);
         Ok(())
     }
 
@@ -212,7 +305,7 @@ mod tests {
         let mut recorded = recorded(state.path());
         let key = key_of("a", "");
         fs::rename(state.path().join("enrolled"), state.path().join("away")).expect("a folder");
-        recorded.look();
+        recorded.look_at(SystemTime::now());
         assert!(recorded.enrolled().contains(&key) && recorded.is_away());
         let problems = recorded.problems();
         assert!(

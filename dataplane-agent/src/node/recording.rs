@@ -53,11 +53,14 @@ impl RecordWriter {
         }
     }
 
-    /// Takes a new snapshot of all records.
+    /// Takes a new snapshot of all records. One that was read while this node wrote or removed a record does not
+    /// count for this node's own.
     pub fn set_snapshot(&mut self, said: &Arc<RecordsSnapshot>) {
         if !Arc::ptr_eq(said, &self.said) {
             self.said = Arc::clone(said);
-            (self.own, self.unsigned) = (said.own.clone(), said.unsigned.clone());
+            if said.writes == self.records.writes() {
+                (self.own, self.unsigned) = (said.own.clone(), said.unsigned.clone());
+            }
         }
     }
 
@@ -164,6 +167,7 @@ fn named(key: &PodKey) -> String {
 mod tests {
     use std::fs;
     use std::path::Path;
+    use std::time::SystemTime;
 
     use super::*;
     use crate::control::enrolled::tests::{self, key_of, pod};
@@ -188,7 +192,7 @@ mod tests {
             self.recording.set_snapshot(self.recorded.said());
             let served = served.iter().map(|(key, pod)| ((*key).clone(), *pod));
             if self.recording.update(&served.collect(), |_| false, now) {
-                self.recorded.look();
+                self.recorded.look_at(SystemTime::now());
             }
         }
     }
@@ -226,6 +230,24 @@ mod tests {
         both.update(&served, at(3));
         assert_eq!(both.recording.write_failure(&key), None);
         assert!(both.recorded.enrolled().contains(&key));
+    }
+
+    #[test]
+    fn records_that_were_read_before_one_was_removed_do_not_say_that_it_is_there() {
+        let state = tempfile::tempdir().expect("a folder");
+        let mut both = WriterAndReader::of(state.path());
+        let (key, pod) = (key_of("a", ""), pod("a", ""));
+        let (served, now) = (BTreeMap::from([(key.clone(), &pod)]), Instant::now());
+        both.update(&[(&key, &pod)], now);
+        let stale = Arc::clone(both.recorded.said());
+        let mut update = |served| both.recording.update(served, |_| false, now);
+        assert!(update(&BTreeMap::new()));
+        // A look that had begun before.
+        both.recording
+            .set_snapshot(&Arc::new(RecordsSnapshot::clone(&stale)));
+        let mut update = |served| both.recording.update(served, |_| false, now);
+        assert!(update(&served), "it is written again");
+        assert!(both.recording.records.path_of(&key).exists());
     }
 
     #[test]

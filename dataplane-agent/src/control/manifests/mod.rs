@@ -32,6 +32,7 @@ mod tests;
 
 pub use folder::{ManifestFolder, Reload};
 pub use object::Objects;
+pub(super) use scan::Stamp;
 pub use translate::{LocalPodSpec, MeshConfig, PodKey, Translation, Wanted, translate};
 pub use translated::{Stale, Translated};
 pub use watch::Watch;

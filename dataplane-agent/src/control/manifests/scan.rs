@@ -5,7 +5,7 @@ use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::ManifestError;
 
@@ -162,7 +162,7 @@ impl Scan {
 
 /// Identity and version of a file: differs after each change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Stamp {
+pub(in crate::control) struct Stamp {
     inode: u64,
     size: u64,
     pub(super) modified: Option<SystemTime>,
@@ -177,5 +177,16 @@ impl From<&Metadata> for Stamp {
             modified: of.modified().ok(),
             changed: (of.ctime(), of.ctime_nsec()),
         }
+    }
+}
+
+impl Stamp {
+    /// Returns true if the file was last changed longer ago than `age`, by the clock of its file system.
+    pub(in crate::control) fn is_older(&self, age: Duration, now: SystemTime) -> bool {
+        let (seconds, nanos) = self.changed;
+        let changed = u64::try_from(seconds).ok().zip(u32::try_from(nanos).ok());
+        let changed = changed.map(|(seconds, nanos)| UNIX_EPOCH + Duration::new(seconds, nanos));
+        let is_older = |at: SystemTime| now.duration_since(at).is_ok_and(|since| since > age);
+        changed.is_some_and(is_older) && self.modified.is_some_and(is_older)
     }
 }

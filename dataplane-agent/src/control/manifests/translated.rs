@@ -78,6 +78,12 @@ impl Stale {
         }
     }
 
+    /// Adds everything that another value marks as stale.
+    pub fn add(&mut self, other: Self) {
+        self.all |= other.all;
+        self.namespaces.extend(other.namespaces);
+    }
+
     /// Marks a namespace as stale.
     pub fn namespace(&mut self, namespace: &Arc<str>) {
         self.namespaces.insert(Arc::clone(namespace));
