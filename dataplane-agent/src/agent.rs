@@ -255,7 +255,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         scanner,
     } = prepared.open(&options, state.as_ref())?;
 
-    let (mesh_writer, _) = mesh::store();
+    let mesh_writer = mesh::store_of_node(options.node.as_str());
     let (control, to_capture) = Control::new(scanner, status, configured, mesh_writer);
     let view = control.view.clone();
     let (lender, serving) = Lender::new(options.node.as_str(), reconciler.stamp());

@@ -81,6 +81,8 @@ pub struct Configuration<S> {
     records_changed: Arc<Notify>,
     /// The pods of this node.
     local: Arc<[LocalPodSpec]>,
+    /// The number of policies in a file that is read once.
+    policies: usize,
     /// What is wrong with the files.
     problems: Vec<String>,
     /// What was written and cannot be carried, and what is done instead.
@@ -110,14 +112,16 @@ impl<S> Configuration<S> {
             configured: sender,
             records_changed,
             local: Arc::default(),
+            policies: 0,
             problems: Vec::new(),
             unsupported: Vec::new(),
             lints: Lints::default(),
             retained: RetainedPods::default(),
             captured: BTreeSet::new(),
         };
-        new.publish();
-        new.warn_of_no_local_pods();
+        let delta = new.delta();
+        new.warn_of_no_local_pods(&delta);
+        new.publish(delta);
         (new, configured)
     }
 
@@ -127,7 +131,7 @@ impl<S> Configuration<S> {
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let look_again = tokio::select! {
-                look_again = changed(&mut self.source, &mut self.problems) => may_tell,
+                look_again = changed(&mut self.source, &mut self.problems) => look_again,
                 _ = look.tick() => true,
                 () = self.records_changed.notified() => true,
                 told = self.status.changed() => match told {
@@ -140,13 +144,13 @@ impl<S> Configuration<S> {
             {
                 records.look();
             }
-            self.publish();
+            let delta = self.delta();
+            self.publish(delta);
         }
     }
 
-    /// Makes the mesh what is configured, as far as that has changed; then tells of the pods of this node,
-    /// which so are in the mesh before they are looked for.
-    fn publish(&mut self) {
+    /// Returns the changes of the mesh by what is configured and by which pods are here.
+    fn delta(&mut self) -> Delta {
         let LocalPods { captured, served } = (self.local_pods)(&self.status.borrow_and_update());
         let mesh = self.mesh.current();
         let mut delta = self.read(captured, &mesh);
@@ -155,7 +159,12 @@ impl<S> Configuration<S> {
         self.retained
             .keep(&served, (workload, policy), &mesh, &mut delta);
         self.warn_of_moved_pods(&served, &mesh, &delta);
-        drop(mesh);
+        delta
+    }
+
+    /// Makes the mesh what is configured; then tells of the pods of this node, which so are in the mesh before
+    /// they are looked for.
+    fn publish(&mut self, delta: Delta) {
         let changes = delta.len();
         if changes > 0 {
             self.mesh.apply(delta);
@@ -202,6 +211,7 @@ impl<S> Configuration<S> {
             }
             Source::Local(said) => said.take().map_or_else(Delta::default, |said| {
                 self.local = said.local.into();
+                self.policies = said.policies.len();
                 replace_problems(&mut self.unsupported, said.problems);
                 Delta::of(said.workloads, said.services, said.policies)
             }),
@@ -227,7 +237,7 @@ impl<S> Configuration<S> {
                 configured.recorded = Some(Arc::clone(records.said()));
                 configured.away = records.is_away();
             }
-            Source::Local(_) => configured.policies = self.mesh.current().policies().len(),
+            Source::Local(_) => configured.policies = self.policies,
         }
         configured.problems = problems;
         configured
@@ -273,9 +283,9 @@ impl<S> Configuration<S> {
     }
 
     /// A node of another name than its pods' would serve nobody, without a word.
-    fn warn_of_no_local_pods(&self) {
-        let mesh = self.mesh.current();
-        let nodes: BTreeSet<&str> = mesh.workloads().map(|pod| &*pod.node).collect();
+    fn warn_of_no_local_pods(&self, all: &Delta) {
+        let pods = all.workloads.values().flatten();
+        let nodes: BTreeSet<&str> = pods.map(|pod| &*pod.node).collect();
         if self.local.is_empty() && !nodes.is_empty() {
             let some: Vec<&str> = nodes.into_iter().take(3).collect();
             let some = some.join(", ");
@@ -287,8 +297,7 @@ impl<S> Configuration<S> {
     }
 }
 
-/// Waits until there is something new to read, and reads it. Whether records may say another thing than was
-/// read of them.
+/// Waits until there is something new to read, and reads it. Returns true if the records are to be looked at.
 async fn changed(source: &mut Source, problems: &mut Vec<String>) -> bool {
     let Source::Manifests {
         folder,

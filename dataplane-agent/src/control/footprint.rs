@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
+use crate::mesh::service::tests::service;
 use crate::mesh::workload::tests::workload;
 use crate::mesh::workload::{Endpoint, Locality, Workload};
-use crate::mesh::{Delta, Destination, store};
+use crate::mesh::{Delta, Destination, store, store_of_node};
 use crate::sys::memory::counted::taken;
 
 /// A pod of a deployment with 20 pods and a service. Each text is an allocation of its own, as after reading.
@@ -55,6 +56,36 @@ fn a_workload_takes_less_than_a_kilobyte() {
     let (after, _) = taken();
     let each = (after - before) / MANY as usize;
     assert!(each < 1000, "{each} bytes for each");
+}
+
+#[test]
+fn the_mesh_of_one_node_has_its_workloads_and_takes_the_memory_of_those() {
+    const MANY: u32 = 20_000;
+    let writer = store_of_node("node-7");
+    let (before, _) = taken();
+    writer.apply(delta(0..MANY));
+    let (after, _) = taken();
+    let own = || {
+        writer
+            .current()
+            .workloads()
+            .map(|of| of.name.to_string())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(own().len(), MANY as usize / 100);
+    // The whole mesh takes some 18 MB.
+    assert!(after - before < 1 << 20, "{} bytes", after - before);
+    // One that is on another node, and comes back.
+    let moved = |node: &str| {
+        let moved = Workload {
+            node: node.into(),
+            ..deployed(7)
+        };
+        writer.apply(Delta::of(vec![moved], vec![service("s")], Vec::new()));
+        own().contains(&"pod-7".to_owned())
+    };
+    assert!(!moved("node-8") && moved("node-7"));
+    assert_eq!(writer.current().services().count(), 0);
 }
 
 #[test]

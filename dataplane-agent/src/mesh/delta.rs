@@ -31,6 +31,15 @@ impl Delta {
         }
     }
 
+    /// Keeps only the workloads of one node, and removes from the mesh those that are now on another one.
+    pub fn retain_node(&mut self, node: &str) {
+        self.services.clear();
+        self.policies.clear();
+        for workload in self.workloads.values_mut() {
+            workload.take_if(|workload| *workload.node != *node);
+        }
+    }
+
     /// Returns `true` if it changes nothing.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

@@ -18,5 +18,5 @@ pub use delta::Delta;
 pub use identity::{Identity, NotAnIdentity};
 pub use service::Service;
 pub use snapshot::{Destination, Mesh};
-pub use store::{MeshReader, MeshWriter, store};
+pub use store::{MeshReader, MeshWriter, store, store_of_node};
 pub use workload::Workload;

@@ -13,6 +13,8 @@ use super::snapshot::Mesh;
 pub struct MeshWriter {
     now: watch::Sender<Arc<Mesh>>,
     interner: Mutex<Interner>,
+    /// The node whose workloads alone are kept. `None` if all of the mesh is kept.
+    node: Option<Box<str>>,
 }
 
 /// Reads the mesh; for rooms.
@@ -22,13 +24,29 @@ pub struct MeshReader(watch::Receiver<Arc<Mesh>>);
 /// Returns the writer and a reader of a new, empty mesh.
 pub fn store() -> (MeshWriter, MeshReader) {
     let (now, reader) = watch::channel(Arc::default());
-    let interner = Mutex::default();
-    (MeshWriter { now, interner }, MeshReader(reader))
+    let writer = MeshWriter {
+        now,
+        interner: Mutex::default(),
+        node: None,
+    };
+    (writer, MeshReader(reader))
+}
+
+/// Returns the writer of a mesh that keeps only the workloads of one node, and no service or policy.
+pub fn store_of_node(node: &str) -> MeshWriter {
+    let (writer, _) = store();
+    MeshWriter {
+        node: Some(node.into()),
+        ..writer
+    }
 }
 
 impl MeshWriter {
     /// Changes the mesh. The cost depends on the size of the change, not on that of the mesh.
     pub fn apply(&self, mut delta: Delta) {
+        if let Some(node) = &self.node {
+            delta.retain_node(node);
+        }
         let interner = self.interner.lock();
         let mut interner = interner.unwrap_or_else(PoisonError::into_inner);
         interner.delta(&mut delta);
