@@ -239,11 +239,15 @@ fn c1_what_cannot_be_taken_over_is_refused_by_name_and_left_as_it_was() {
     let _theirs = outsider.serve(PORT);
     pair.one.kill();
     let away = pair.world.bpffs().join("away");
-    for (name, why) in [("INSIDE", "cannot be read"), ("PODS", "has room for")] {
+    for (name, why) in [
+        ("INSIDE", "cannot be read"),
+        ("AGENT", "cannot be read"),
+        ("PODS", "has room for"),
+    ] {
         let pin = map(&pair, name);
         fs::rename(&pin, &away).expect("a pin");
         match name {
-            "INSIDE" => bpf::hash(&pin, 4),
+            "INSIDE" | "AGENT" => bpf::hash(&pin, 4),
             _ => {
                 bpf::hash(&pin, 2000);
                 bpf::fill(&pin);

@@ -37,7 +37,8 @@ pub const LISTENERS: &str = "LISTENERS";
 pub enum MapContents {
     /// What keeps pods captured: must be copied.
     Pods,
-    /// Sockets that stay inside, which only the kernel can read.
+    /// Sockets, which only the kernel can list: those that stay inside, and those of the agent, of which a proxy
+    /// process that goes on has some.
     Sockets,
     /// Counts, and connections that are beginning: copied if possible.
     Transient,
@@ -49,7 +50,7 @@ pub enum MapContents {
 pub fn contents(map: &str) -> MapContents {
     match map {
         "PODS" | "LEAVING" | "CGROUPS" | "ADDRESSES" => MapContents::Pods,
-        "INSIDE" => MapContents::Sockets,
+        "INSIDE" | "AGENT" => MapContents::Sockets,
         "COUNTERS" | "BEGUN" => MapContents::Transient,
         _ => MapContents::Rewritten,
     }
