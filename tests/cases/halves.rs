@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dataplane_tests::agent::{CAPABILITIES, PROXY_CAPABILITIES, Setup};
 use dataplane_tests::process::Process;
-use dataplane_tests::{Agent, Node, Pod, World, eventually, program, scaled};
+use dataplane_tests::{Agent, Node, Pod, Taps, World, eventually, program, scaled};
 
 const PORT: u16 = 7000;
 
@@ -128,6 +128,7 @@ fn without_any_one_of_its_privileges_a_half_says_which_and_does_not_start() {
 fn c1_what_begins_while_no_proxy_runs_waits_and_is_refused_by_nobody() {
     let mut halves = Halves::new();
     let (_theirs, _own) = (halves.server.serve(PORT), halves.client.serve(PORT));
+    let taps = Taps::between(&halves.nodes, (&halves.client, &halves.server));
     halves.proxy.as_mut().expect("it runs").kill();
     eventually("that is told", 10, || {
         halves.node.get("/healthz/ready").contains("proxy")
@@ -139,6 +140,7 @@ fn c1_what_begins_while_no_proxy_runs_waits_and_is_refused_by_nobody() {
     halves.proxy.as_mut().expect("it was started").restart();
     assert_eq!(out.line(), format!("{} out", halves.client.v4));
     assert_eq!(into.line(), format!("{} in", halves.server.v4));
+    taps.saw_nothing_of(PORT..PORT + 1);
 }
 
 /// Connections from the node's pod, a thousand a second where the machine is as fast as this one.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{Pair, Wire};
+use crate::{Node, Pair, Pod, Wire};
 
 /// Captures of both pods' veths, and of the wire between the nodes.
 #[derive(Debug)]
@@ -12,16 +12,15 @@ pub struct Taps([(&'static str, Wire); 3]);
 impl Taps {
     /// Starts the captures.
     pub fn of(pair: &Pair) -> Self {
-        let (one, two) = (&pair.nodes.0.netns, &pair.nodes.1.netns);
+        Self::between(&pair.nodes, (&pair.client, &pair.server))
+    }
+
+    /// On what is between a pod of the first node and one of the second, from now on.
+    pub fn between(nodes: &(Node, Node), (client, server): (&Pod, &Pod)) -> Self {
+        let (one, two) = (&nodes.0.netns, &nodes.1.netns);
         Self([
-            (
-                "the client's veth",
-                Wire::tap(one.file(), &pair.client.veth),
-            ),
-            (
-                "the server's veth",
-                Wire::tap(two.file(), &pair.server.veth),
-            ),
+            ("the client's veth", Wire::tap(one.file(), &client.veth)),
+            ("the server's veth", Wire::tap(two.file(), &server.veth)),
             ("the wire", Wire::tap(one.file(), "wire")),
         ])
     }
