@@ -6,7 +6,6 @@ mod config_source;
 mod node;
 mod proxy;
 
-use std::fs;
 use std::future::pending;
 use std::path::Path;
 use std::sync::Arc;
@@ -152,7 +151,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let view = control.view.clone();
 
     let socket = options.places.socket(&options.node);
-    let listener = open_socket(&socket)?;
+    let listener = open_socket(&socket).await?;
     let admin = AdminState {
         node: options.node.to_string(),
         configured: control.configured.clone(),
@@ -165,6 +164,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
             mesh,
             certs: proxy.certs.clone(),
             root_end: proxy.root_end.clone(),
+            lent: None,
         }),
     };
     let sources = admin.sources(level, Arc::clone(&proxy.metrics));
@@ -222,7 +222,6 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let ended = ended.await;
     // However it ends, what is cut is told of.
     proxy.end().await;
-    let _ = fs::remove_file(socket);
     tracing::info!("ended");
     ended
 }
@@ -264,7 +263,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         .with_context(|| format!("socket for proxies {}", seam.display()))?;
 
     let socket = options.places.socket(&options.node);
-    let listener = open_socket(&socket)?;
+    let listener = open_socket(&socket).await?;
     let (kernel, repairs) = counted(&handle);
     let metrics = Arc::new(Metrics::new(metrics::Sources {
         kernel,
@@ -322,7 +321,6 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         Ok(())
     };
     let ended = ended.await;
-    let _ = fs::remove_file(socket);
     tracing::info!("ended");
     ended
 }
@@ -351,7 +349,7 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
         Configuration::new(source, told_here, mesh_writer, Arc::new(Notify::new()));
 
     let socket = options.places.proxy_socket(&options.node);
-    let listener = open_socket(&socket)?;
+    let listener = open_socket(&socket).await?;
     let admin = AdminState {
         node: options.node.to_string(),
         configured,
@@ -360,6 +358,7 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
             mesh,
             certs: proxy.certs.clone(),
             root_end: proxy.root_end.clone(),
+            lent: Some(borrower.lent()),
         }),
     };
     let sources = admin.sources(level, Arc::clone(&proxy.metrics));
@@ -418,9 +417,9 @@ fn raise_files() {
     }
 }
 
-fn open_socket(path: &Path) -> Result<Socket, AgentError> {
-    let config = Socket::open(path);
-    Ok(config.with_context(|| format!("admin socket {}", path.display()))?)
+async fn open_socket(path: &Path) -> Result<Socket, AgentError> {
+    let socket = Socket::open(path).await;
+    Ok(socket.with_context(|| format!("admin socket {}", path.display()))?)
 }
 
 fn open_state(

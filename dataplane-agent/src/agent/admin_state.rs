@@ -42,6 +42,8 @@ pub(super) struct ProxyState {
     pub(super) mesh: MeshReader,
     pub(super) certs: Certs,
     pub(super) root_end: RootEnd,
+    /// Whether the node has lent all its pods, if it is another process.
+    pub(super) lent: Option<watch::Receiver<bool>>,
 }
 
 /// Why connections wait, where somebody else is to serve them.
@@ -69,14 +71,22 @@ impl AdminState {
     }
 
     /// Ready is a node that has captured and serves every pod of its own that is here, and of which other
-    /// nodes know that. One that may not run yet does not count: it may never.
+    /// nodes know that. One that may not run yet does not count: it may never. A proxy process
+    /// is ready once the node has lent it all its pods.
     ///
     /// # Errors
-    /// What is waited for: the first look at the machine, the state that nodes share, who serves, an
-    /// enrolment, or a capture that is broken.
+    /// What is waited for: the first look at the machine, the state that nodes share, who serves, the node,
+    /// an enrolment, or a capture that is broken.
     fn ready(&self) -> Result<(), String> {
         if self.configured.borrow().away {
             return Err("state".into());
+        }
+        let lent = self
+            .proxy_half
+            .as_ref()
+            .and_then(|proxy| proxy.lent.as_ref());
+        if lent.is_some_and(|lent| !*lent.borrow()) {
+            return Err("node".into());
         }
         let Some(node) = &self.node_half else {
             return Ok(());

@@ -2,10 +2,9 @@
 
 use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Query, State};
@@ -13,14 +12,13 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::sleep;
 
 use super::log::Level;
 use super::metrics::Metrics;
 use super::status::StatusReport;
-
-/// The interval between checks that the socket is still at its path.
-const CHECK_INTERVAL: Duration = Duration::from_secs(3);
+use crate::sys::bound::{self, BoundPath};
 
 /// The values that the socket serves, and the settings that it changes.
 #[derive(Clone)]
@@ -41,57 +39,86 @@ pub struct Sources {
 
 /// The admin socket, and where it is.
 pub struct Socket {
-    listener: UnixListener,
     path: PathBuf,
-    /// Device and inode of the socket file, to notice its removal.
-    inode: (u64, u64),
+    /// None while another process has it.
+    open: Option<(UnixListener, BoundPath)>,
 }
 
 impl Socket {
-    /// Opens it, in place of a predecessor's.
+    /// Opens it, in place of one that a predecessor left. While another process accepts connections there,
+    /// that one keeps it.
     ///
     /// # Errors
-    /// The socket cannot be created.
-    pub fn open(path: &Path) -> io::Result<Self> {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+    /// It cannot be made.
+    pub async fn open(path: &Path) -> io::Result<Self> {
+        let open = match answers(path).await {
+            true => None,
+            false => bind(path)?,
+        };
+        if open.is_none() {
+            tracing::info!(path = %path.display(), "another process has the admin socket, until it ends");
         }
-        let listener = UnixListener::bind(path)?;
-        fs::set_permissions(path, Permissions::from_mode(0o600))?;
         Ok(Self {
-            listener,
             path: path.to_owned(),
-            inode: inode(path)?,
+            open,
         })
     }
+}
 
-    /// Waits until the socket is gone from its path, and creates it again there.
-    async fn reopened(path: &Path, expected: (u64, u64)) -> Self {
-        let mut told = false;
-        loop {
-            tokio::time::sleep(CHECK_INTERVAL).await;
-            if inode(path).is_ok_and(|there| there == expected) {
-                continue;
-            }
-            match Self::open(path) {
-                Ok(again) => {
-                    tracing::warn!(path = %path.display(), "the admin socket was gone, and is made again");
-                    return again;
+/// Opens the socket as soon as its path is free. `bound` is the path of the socket that is open now, if one is.
+async fn again(path: &Path, bound: Option<&BoundPath>) -> Socket {
+    let mut told = false;
+    loop {
+        match bound {
+            Some(bound) => bound.removed().await,
+            None => sleep(bound::POLL).await,
+        }
+        if answers(path).await {
+            continue;
+        }
+        match bind(path) {
+            Ok(Some(open)) => {
+                match bound {
+                    Some(_) => {
+                        tracing::warn!(path = %path.display(), "the admin socket was gone, and is made again");
+                    }
+                    None => tracing::info!(path = %path.display(), "has the admin socket now"),
                 }
-                Err(error) if !told => {
-                    tracing::error!(path = %path.display(), %error, "the admin socket is gone, and cannot be made again");
-                    told = true;
-                }
-                Err(_) => {}
+                return Socket {
+                    path: path.to_owned(),
+                    open: Some(open),
+                };
             }
+            Err(error) if !told => {
+                tracing::error!(path = %path.display(), %error, "the admin socket is gone, and cannot be made again");
+                told = true;
+            }
+            Ok(None) | Err(_) => {}
         }
     }
 }
 
-fn inode(path: &Path) -> io::Result<(u64, u64)> {
-    let found = fs::symlink_metadata(path)?;
-    Ok((found.dev(), found.ino()))
+/// Binds the path, in place of a dead socket. Returns none if another process has been quicker.
+fn bind(path: &Path) -> io::Result<Option<(UnixListener, BoundPath)>> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(None),
+        listener => listener?,
+    };
+    let bound = BoundPath::at(path)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok(Some((listener, bound)))
+}
+
+/// Returns whether a process listens there, also one whose queue is full.
+async fn answers(path: &Path) -> bool {
+    match UnixStream::connect(path).await {
+        Ok(_) => true,
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    }
 }
 
 /// Serves requests. Runs until it is dropped.
@@ -105,20 +132,19 @@ pub async fn serve(mut socket: Socket, sources: Sources) {
         .route("/logging", post(logging))
         .with_state(sources);
     loop {
-        let Socket {
-            listener,
-            path,
-            inode,
-        } = socket;
+        let Socket { path, open } = socket;
+        let (listener, bound) = open.unzip();
         let answers = async {
-            if let Err(error) = axum::serve(listener, router.clone()).await {
+            if let Some(listener) = listener
+                && let Err(error) = axum::serve(listener, router.clone()).await
+            {
                 tracing::error!(%error, "the admin socket is closed");
             }
             std::future::pending::<()>().await;
         };
         socket = tokio::select! {
             () = answers => return,
-            again = Socket::reopened(&path, inode) => again,
+            again = again(&path, bound.as_ref()) => again,
         };
     }
 }
@@ -175,5 +201,39 @@ async fn logging(State(sources): State<Sources>, Query(asked): Query<Logging>) -
     match set() {
         Ok(()) => format!("current log level is {}\n", sources.level.now()).into_response(),
         Err(error) => (StatusCode::BAD_REQUEST, format!("{error}\n")).into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_of_another_process_stays_until_that_ends() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let open = async || Socket::open(&path).await.expect("a folder");
+        let first = open().await;
+        assert!(first.open.is_some());
+        let second = open().await;
+        assert!(second.open.is_none());
+        let long = bound::POLL * 10;
+        let waits = tokio::time::timeout(long, again(&path, None)).await;
+        assert!(waits.is_err() && answers(&path).await);
+        drop(first);
+        assert!(!path.exists());
+        let second = again(&path, None).await;
+        assert!(second.open.is_some() && answers(&path).await);
+        // A third one has replaced it.
+        let third = bind(&path).expect("a folder");
+        let bound = second.open.as_ref().map(|(_, bound)| bound);
+        let waits = tokio::time::timeout(long, again(&path, bound)).await;
+        assert!(waits.is_err());
+        drop(second);
+        assert!(answers(&path).await, "it is another's to remove");
+        drop(third);
+        // A process that was killed has left its socket.
+        drop(std::os::unix::net::UnixListener::bind(&path).expect("a socket"));
+        assert!(open().await.open.is_some());
     }
 }

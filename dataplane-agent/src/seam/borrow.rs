@@ -14,7 +14,7 @@ use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
 use prost::Message;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
@@ -38,6 +38,8 @@ pub struct Borrower {
     /// Says that nothing new is accepted any more.
     leaving: CancellationToken,
     held: BTreeSet<Instance>,
+    /// Whether a node has lent all its pods.
+    lent: watch::Sender<bool>,
     draining: FuturesUnordered<LocalBoxFuture<'static, Drained>>,
 }
 
@@ -65,8 +67,14 @@ impl Borrower {
             events,
             leaving,
             held: BTreeSet::new(),
+            lent: watch::Sender::default(),
             draining: FuturesUnordered::new(),
         }
+    }
+
+    /// Returns whether a node has lent all its pods since the start.
+    pub fn lent(&self) -> watch::Receiver<bool> {
+        self.lent.subscribe()
     }
 
     /// Serves what the node lends, and comes again when it is gone. Returns when nobody hears of it any more.
@@ -181,6 +189,8 @@ impl Borrower {
                 for instance in lost {
                     self.drain(instance, true).await;
                 }
+                self.lent.send_replace(true);
+                tracing::info!(pods = self.held.len(), "all pods of the node are lent");
             }
             NodeMessage::Addresses(of) => {
                 let instance = Instance(of.instance);

@@ -1,6 +1,7 @@
 //! System calls, and the only unsafe code of the agent.
 #![allow(unsafe_code, reason = "this is the one place for it")]
 
+pub mod bound;
 pub mod bpffs;
 pub mod caps;
 pub mod cgroup;

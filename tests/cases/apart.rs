@@ -1,0 +1,127 @@
+//! The two halves of the agent as neighbours: the places that they share, which of them starts first, and what
+//! they leave.
+
+#![allow(missing_docs, reason = "tests are named for what they show")]
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dataplane_tests::agent::PROXY_CAPABILITIES;
+use dataplane_tests::one::tree;
+use dataplane_tests::world::Mounted;
+use dataplane_tests::{Agent, Node, Pod, Taps, World, eventually, scaled};
+
+const PORT: u16 = 7000;
+
+/// The pods `client`, on a node whose agent is two processes, and `server`, on another node.
+struct Apart {
+    client: Pod,
+    server: Pod,
+    proxy: Agent,
+    node: Agent,
+    _two: Agent,
+    nodes: (Node, Node),
+    world: World,
+}
+
+impl Apart {
+    fn new() -> Self {
+        let world = World::new();
+        let nodes = world.two_nodes();
+        let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
+        let two = world.agent(&nodes.1);
+        two.up(&["server"]);
+        let node = half(&world, &nodes.0, "node", "node");
+        let proxy = half(&world, &nodes.0, "proxy", "proxy-1");
+        node.up(&["client"]);
+        let apart = Self {
+            client,
+            server,
+            proxy,
+            node,
+            _two: two,
+            nodes,
+            world,
+        };
+        apart.serves();
+        apart
+    }
+
+    /// Waits until the client's proxy dials the server in HBONE.
+    fn serves(&self) {
+        eventually("the server is in the mesh", 20, || {
+            self.proxy.tunnelled() >= 2
+        });
+    }
+
+    /// What the client is answered by an app of the server.
+    fn asks(&self, word: &str) {
+        let answer = self.client.ask(self.server.at(PORT), word);
+        assert_eq!(answer, Ok(format!("{} {word}", self.client.v4)));
+    }
+
+    fn taps(&self) -> Taps {
+        Taps::between(&self.nodes, (&self.client, &self.server))
+    }
+
+    /// What of the first node is in the run folder.
+    fn left(&self) -> Vec<PathBuf> {
+        let run = self.world.folder().join("run");
+        let all = tree(&run).into_keys();
+        all.filter(|path| {
+            let below = path.strip_prefix(&run).expect("it is below");
+            below.display().to_string().starts_with("one")
+        })
+        .collect()
+    }
+}
+
+fn half(world: &World, node: &Node, which: &'static str, log: &str) -> Agent {
+    let mut setup = world.setup(node);
+    setup.halves = which;
+    if which == "proxy" {
+        setup.place.capabilities = Some(PROXY_CAPABILITIES.to_vec());
+    }
+    setup.log = setup.log.with_file_name(format!("{log}.log"));
+    Agent::start(setup)
+}
+
+/// How it is refused that an agent is started again.
+fn refused(agent: &mut Agent) -> String {
+    fs::remove_file(agent.log_file()).expect("a log");
+    agent.restart();
+    is_refused(agent)
+}
+
+fn is_refused(agent: &mut Agent) -> String {
+    eventually("it ends by itself", 20, || !agent.runs());
+    assert_eq!(agent.wait().code(), Some(2), "{}", agent.log());
+    agent.log()
+}
+
+fn inode(path: &Path) -> Option<u64> {
+    fs::symlink_metadata(path).ok().map(|found| found.ino())
+}
+
+#[test]
+fn of_two_proxies_the_second_has_the_admin_socket_when_the_first_has_ended() {
+    let mut apart = Apart::new();
+    let socket = apart.proxy.socket();
+    let first = inode(&socket);
+    let second = half(&apart.world, &apart.nodes.0, "proxy", "proxy-2");
+    second.logs(&["all pods of the node are lent"]);
+    second.logs(&["another process has the admin socket"]);
+    // Each looks after its own every three seconds.
+    std::thread::sleep(scaled(Duration::from_secs(7)));
+    assert_eq!(inode(&socket), first);
+    for agent in [&apart.proxy, &second] {
+        let log = agent.log();
+        assert!(!log.contains("is made again"), "{log}");
+    }
+    apart.proxy.kill();
+    second.logs(&["has the admin socket now"]);
+    let ready = second.get("/healthz/ready");
+    assert!(ready.contains(" 200 "), "{ready}");
+}
