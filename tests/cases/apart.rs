@@ -125,3 +125,18 @@ fn of_two_proxies_the_second_has_the_admin_socket_when_the_first_has_ended() {
     let ready = second.get("/healthz/ready");
     assert!(ready.contains(" 200 "), "{ready}");
 }
+
+#[test]
+fn a_socket_between_the_halves_that_is_removed_is_made_again() {
+    let mut apart = Apart::new();
+    let _theirs = apart.server.serve(PORT);
+    let seam = apart.world.folder().join("run/one/zds.sock");
+    fs::remove_file(&seam).expect("a socket");
+    apart.proxy.kill();
+    apart.proxy.restart();
+    apart.proxy.logs(&["the node cannot be reached"]);
+    apart
+        .node
+        .logs(&["\twarn\t", "the socket for proxies", "made again"]);
+    apart.asks("again");
+}

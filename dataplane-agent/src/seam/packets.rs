@@ -1,12 +1,14 @@
 //! Packets between the two halves: a Unix socket of sequenced packets, each with the descriptors that belong
 //! to it. Only the user of the agent, and root, may connect.
 
+use std::cell::RefCell;
 use std::fs::{self, Permissions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::rc::Rc;
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -15,6 +17,7 @@ use rustix::net::{
 };
 use tokio::io::unix::AsyncFd;
 
+use crate::sys::bound::BoundPath;
 use crate::sys::readiness;
 
 /// The longest packet, in bytes: a pod with the longest names and as many addresses as are known takes half.
@@ -40,7 +43,30 @@ pub struct Channel(AsyncFd<OwnedFd>);
 
 /// The socket that proxies connect to.
 #[derive(Debug)]
-pub struct SeamListener(AsyncFd<OwnedFd>);
+pub struct SeamListener(RefCell<Rc<Open>>);
+
+/// The socket, until somebody removes its path.
+#[derive(Debug)]
+struct Open {
+    socket: AsyncFd<OwnedFd>,
+    bound: BoundPath,
+}
+
+impl Open {
+    fn new(path: &Path) -> io::Result<Rc<Self>> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
+        bind(&socket, &SocketAddrUnix::new(path)?)?;
+        let bound = BoundPath::at(path)?;
+        fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        listen(&socket, BACKLOG)?;
+        let socket = readiness::readable(socket)?;
+        Ok(Rc::new(Self { socket, bound }))
+    }
+}
 
 impl SeamListener {
     /// Makes it, in place of one that a predecessor left.
@@ -48,15 +74,31 @@ impl SeamListener {
     /// # Errors
     /// It cannot be made.
     pub fn open(path: &Path) -> io::Result<Self> {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+        Open::new(path).map(|open| Self(RefCell::new(open)))
+    }
+
+    /// Accepts the next connection. Makes the socket again if somebody has removed its path.
+    async fn connection(&self) -> io::Result<OwnedFd> {
+        let mut told = false;
+        loop {
+            let open = Rc::clone(&self.0.borrow());
+            tokio::select! {
+                came = ready(&open.socket, |socket| Ok(accept_with(socket, FLAGS)?)) => return came,
+                () = open.bound.removed() => {}
+            }
+            let path = open.bound.path();
+            match Open::new(path) {
+                Ok(again) => {
+                    tracing::warn!(path = %path.display(), "the socket for proxies was gone, and is made again");
+                    *self.0.borrow_mut() = again;
+                }
+                Err(error) if !told => {
+                    tracing::error!(path = %path.display(), %error, "the socket for proxies is gone, and cannot be made again");
+                    told = true;
+                }
+                Err(_) => {}
+            }
         }
-        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
-        bind(&socket, &SocketAddrUnix::new(path)?)?;
-        fs::set_permissions(path, Permissions::from_mode(0o600))?;
-        listen(&socket, BACKLOG)?;
-        Ok(Self(readiness::readable(socket)?))
     }
 
     /// Accepts the next connection.
@@ -64,7 +106,7 @@ impl SeamListener {
     /// # Errors
     /// There are no descriptors left; it is another user's.
     pub async fn accept(&self) -> io::Result<Channel> {
-        let socket = ready(&self.0, |socket| Ok(accept_with(socket, FLAGS)?)).await?;
+        let socket = self.connection().await?;
         let peer = sockopt::socket_peercred(&socket)?.uid;
         if !peer.is_root() && peer != rustix::process::geteuid() {
             let what = format!("user {} may not be a half of the agent", peer.as_raw());
@@ -164,6 +206,7 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+    use crate::sys::bound;
 
     fn pair() -> (Channel, Channel) {
         let (one, other) =
@@ -225,5 +268,22 @@ mod tests {
         one.send(b"hello", &[]).expect("there is room");
         let hello = other.receive().await.expect("a packet").expect("one");
         assert_eq!(hello.bytes, b"hello");
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_is_removed_is_made_again_however_busy_its_owner_is() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let entry = SeamListener::open(&path).expect("a socket");
+        fs::remove_file(&path).expect("a socket");
+        for _ in 0..20 {
+            // As where something else comes first each time.
+            let other = tokio::time::timeout(bound::POLL / 4, entry.accept()).await;
+            assert!(other.is_err(), "nobody has come");
+        }
+        let _one = Channel::connect(&path).expect("somebody listens");
+        entry.accept().await.expect("who has connected");
+        drop(entry);
+        assert!(!path.exists());
     }
 }
