@@ -232,17 +232,14 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let mut signals = Signals::new()?;
     let config = ConfigSource::new(&options)?;
     let prepared = Prepared::new(&options, &config).await?;
+    let known = prepared.known_root();
     let state = match config.has_records() {
         true => tokio::select! {
-            state = wait_for_state(&options.state) => Some(state?),
+            state = wait_for_state(&options.state, known.as_deref()) => Some(state?),
             _ = signals.next() => return Ok(()),
         },
         false => None,
     };
-    let known = prepared.known_root();
-    if let (Some(state), Some(known)) = (&state, &known) {
-        state.is(known).map_err(state_error)?;
-    }
     let configured = config.into_source(&options, state.clone())?;
     let Node {
         reconciler,
@@ -431,11 +428,11 @@ fn open_state(
 }
 
 /// Waits for the state that nodes share, which proxies make: who has no key makes none.
-async fn wait_for_state(folder: &Path) -> Result<SharedState, AgentError> {
+async fn wait_for_state(folder: &Path, known: Option<&str>) -> Result<SharedState, AgentError> {
     let mut told = false;
     loop {
-        let found = SharedState::found(folder).map_err(|error| AgentError::Other(error.into()));
-        if let Some(state) = found? {
+        let found = SharedState::open_existing(folder, known).map_err(state_error)?;
+        if let Some(state) = found {
             return Ok(state);
         }
         if !told {

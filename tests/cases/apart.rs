@@ -140,3 +140,19 @@ fn a_socket_between_the_halves_that_is_removed_is_made_again() {
         .logs(&["\twarn\t", "the socket for proxies", "made again"]);
     apart.asks("again");
 }
+
+#[test]
+fn a_node_does_not_start_with_a_state_that_others_may_write_to() {
+    let mut apart = Apart::new();
+    apart.node.kill();
+    let mode = |mode| {
+        let state = &apart.world.state;
+        fs::set_permissions(state, Permissions::from_mode(mode)).expect("a mode");
+    };
+    mode(0o777);
+    let said = refused(&mut apart.node);
+    assert!(said.contains("mode 777 (chmod go-w)"), "{said}");
+    mode(0o755);
+    apart.node.restart();
+    apart.node.up(&["client"]);
+}

@@ -177,7 +177,8 @@ impl Prepared {
         state: Option<&SharedState>,
     ) -> Result<Node, AgentError> {
         self.mark.state = canonical(&options.state);
-        self.mark.root = state.map(|state| state.root().to_owned());
+        let root = state.map(|state| state.root().to_owned());
+        self.mark.root = root.or_else(|| self.known_root());
         self.folder.write_mark(&self.mark)?;
         self.mounted.keep();
         let (events, told) = mpsc::channel(64);

@@ -90,33 +90,8 @@ impl SharedState {
         trust_domain: &str,
         ttl: Duration,
     ) -> Result<(Self, EmbeddedCa), StateError> {
-        let (root, records) = (ca::root_of(folder), folder.join(RECORDS));
-        for part in [folder, &folder.join("ca"), &root, &records] {
-            guard(part)?;
-        }
-        let missing = |missing: &Path, why: String, remedy: &str| StateError::Missing {
-            missing: missing.to_owned(),
-            why,
-            remedy: remedy.into(),
-        };
-        let has_records = has_records(&records).map_err(of_file(&records))?;
-        if ca::is_there(folder).map_err(of_file(&root))? {
-            let mark = records.join(MARK);
-            // Before there were marks there were records.
-            if !is_there(&mark).map_err(of_file(&mark))? && !has_records {
-                let why = format!("{} is there", root.display());
-                let remedy = "bring it back, or make it, empty, if no pod of the mesh is enrolled";
-                return Err(missing(&mark, why, remedy));
-            }
-        } else if let Some(known) = known {
-            let why = format!("this node had a root of it, with the SHA-256 fingerprint {known}");
-            let remedy = "bring it back, or, for a new root, uninstall the node first";
-            return Err(missing(&root, why, remedy));
-        } else if has_records {
-            let why = format!("{} has records of pods", records.display());
-            let remedy = "bring it back, or, for a new root, uninstall all nodes first";
-            return Err(missing(&root, why, remedy));
-        }
+        let records = folder.join(RECORDS);
+        refuse_incomplete(folder, known)?;
         let mut made = CreatedPaths::missing(folder);
         let first = || {
             make(&records).map_err(|error| CaError::File {
@@ -132,6 +107,20 @@ impl SharedState {
             state.is(known)?;
         }
         Ok((state, ca))
+    }
+
+    /// Opens it without its CA, for a process that has no key and makes nothing. Returns none if nobody has
+    /// made it yet.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    pub fn open_existing(folder: &Path, known: Option<&str>) -> Result<Option<Self>, StateError> {
+        refuse_incomplete(folder, known)?;
+        let found = Self::found(folder).map_err(of_file(&ca::root_of(folder)))?;
+        if let (Some(state), Some(known)) = (&found, known) {
+            state.is(known)?;
+        }
+        Ok(found)
     }
 
     /// That it is the one of which a node has known the root.
@@ -201,6 +190,38 @@ impl SharedState {
             )),
         }
     }
+}
+
+/// Refuses a state that others may write to, or of which a part is missing that must have been there.
+fn refuse_incomplete(folder: &Path, known: Option<&str>) -> Result<(), StateError> {
+    let (root, records) = (ca::root_of(folder), folder.join(RECORDS));
+    for part in [folder, &folder.join("ca"), &root, &records] {
+        guard(part)?;
+    }
+    let missing = |missing: &Path, why: String, remedy: &str| StateError::Missing {
+        missing: missing.to_owned(),
+        why,
+        remedy: remedy.into(),
+    };
+    let has_records = has_records(&records).map_err(of_file(&records))?;
+    if ca::is_there(folder).map_err(of_file(&root))? {
+        let mark = records.join(MARK);
+        // Before there were marks there were records.
+        if !is_there(&mark).map_err(of_file(&mark))? && !has_records {
+            let why = format!("{} is there", root.display());
+            let remedy = "bring it back, or make it, empty, if no pod of the mesh is enrolled";
+            return Err(missing(&mark, why, remedy));
+        }
+    } else if let Some(known) = known {
+        let why = format!("this node had a root of it, with the SHA-256 fingerprint {known}");
+        let remedy = "bring it back, or, for a new root, uninstall the node first";
+        return Err(missing(&root, why, remedy));
+    } else if has_records {
+        let why = format!("{} has records of pods", records.display());
+        let remedy = "bring it back, or, for a new root, uninstall all nodes first";
+        return Err(missing(&root, why, remedy));
+    }
+    Ok(())
 }
 
 /// Makes the records' folder, with its mark, to the disk. Whoever finds a CA finds this as well.
