@@ -4,6 +4,7 @@
 mod admin_state;
 mod config_source;
 mod node;
+mod peer_node;
 mod proxy;
 
 use std::future::pending;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use self::admin_state::{AdminState, NodeState, ProxyState};
 use self::config_source::ConfigSource;
 use self::node::{Control, Node, Prepared, counted};
+use self::peer_node::PeerNode;
 use self::proxy::Proxy;
 use crate::config::RunOptions;
 use crate::control::ca::{CaError, EmbeddedCa};
@@ -75,7 +77,9 @@ impl AgentError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Settings(_) => Exit::Settings,
-            Self::Capture(CaptureError::Held(_) | CaptureError::Attached { .. }) => Exit::Held,
+            Self::Capture(
+                CaptureError::Held(_) | CaptureError::Serves(_) | CaptureError::Attached { .. },
+            ) => Exit::Held,
             Self::Capture(CaptureError::NotOurs { .. } | CaptureError::OtherPlace(_)) => {
                 Exit::Settings
             }
@@ -328,7 +332,9 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     raise_files();
     let mut signals = Signals::new()?;
     let config = ConfigSource::new(&options)?;
+    let mut peer = PeerNode::new(&options)?;
     let (state, ca) = open_state(&options, None)?;
+    peer.keep();
     let (source, _) = config.into_source(&options, Some(state))?;
     let (mesh_writer, mesh) = mesh::store();
     let mut proxy = Proxy::start(

@@ -135,7 +135,7 @@ impl Places {
 
     /// Returns the path of a node's admin socket.
     pub fn socket(&self, node: &NodeName) -> PathBuf {
-        self.of_node(node).join("admin.sock")
+        self.of_node(node).join(ADMIN_SOCKET)
     }
 
     /// Returns the path of a proxy half's admin socket. It is outside of the node's folder, as the proxy may start
@@ -144,9 +144,14 @@ impl Places {
         self.run_dir.join(format!("{node}.proxy.sock"))
     }
 
+    /// Returns the path of the file that each proxy half of a node locks.
+    pub fn proxy_lock(&self, node: &NodeName) -> PathBuf {
+        self.run_dir.join(format!("{node}.proxy.lock"))
+    }
+
     /// Returns the path of the socket by which a node half lends its pods to proxy halves.
     pub fn seam(&self, node: &NodeName) -> PathBuf {
-        self.of_node(node).join("zds.sock")
+        self.of_node(node).join(SEAM_SOCKET)
     }
 
     /// Checks that the path of the admin socket is not too long for the kernel.
@@ -166,6 +171,11 @@ impl Places {
         ))
     }
 }
+
+/// The file name of the admin socket in a node's folder.
+pub const ADMIN_SOCKET: &str = "admin.sock";
+/// The file name of the socket between the two halves there.
+pub const SEAM_SOCKET: &str = "zds.sock";
 
 /// Most bytes in `sun_path` of `struct sockaddr_un`, without the final zero.
 const SOCKET_PATH: usize = 107;

@@ -106,6 +106,45 @@ fn inode(path: &Path) -> Option<u64> {
 }
 
 #[test]
+fn c1_a_node_is_not_uninstalled_while_a_proxy_carries_its_connections() {
+    let mut apart = Apart::new();
+    let _theirs = apart.server.serve(PORT);
+    let mut live = apart.client.talk(apart.server.at(PORT));
+    live.say("before");
+    assert_eq!(live.line(), format!("{} before", apart.client.v4));
+    let taps = apart.taps();
+    assert!(apart.node.terminate().success());
+    let (status, _, said) = apart.node.uninstall();
+    live.say("after");
+    let after = live.line_within(Duration::from_secs(5));
+    taps.saw_nothing_of(PORT..PORT + 1);
+    assert_eq!(after, Some(format!("{} after", apart.client.v4)));
+    assert_eq!(status.code(), Some(4), "{said}");
+    assert!(said.contains("a proxy of this node runs"), "{said}");
+    drop(live);
+    assert!(apart.proxy.terminate().success());
+    let (status, out, said) = apart.node.uninstall();
+    assert!(status.success(), "{said}");
+    assert!(out.contains("1 pods let go, nothing is left"), "{out}");
+    assert_eq!(apart.left(), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn c7_nothing_is_left_of_two_halves_that_were_killed() {
+    let mut apart = Apart::new();
+    apart.node.kill();
+    apart.proxy.kill();
+    let run = apart.world.folder().join("run");
+    for left in ["one/zds.sock", "one/admin.sock", "one.proxy.sock"] {
+        assert!(run.join(left).exists(), "{left}");
+    }
+    let (status, out, said) = apart.node.uninstall();
+    assert!(status.success(), "{said}");
+    assert!(out.contains("1 pods let go, nothing is left"), "{out}");
+    assert_eq!(apart.left(), Vec::<PathBuf>::new());
+}
+
+#[test]
 fn of_two_proxies_the_second_has_the_admin_socket_when_the_first_has_ended() {
     let mut apart = Apart::new();
     let socket = apart.proxy.socket();

@@ -67,9 +67,10 @@ pub enum Command {
     /// Removes everything that the daemon of a node left: pods are no longer captured.
     ///
     /// It wants the places that `run` was given, and touches nothing where they are others, where the
-    /// daemon still runs, or where a privilege is missing. What cannot be taken back is told, a line
-    /// each, and can be tried again. Where nothing of the node is there that is good as well, unless
-    /// an agent's programs or rules are on the machine, which it may have been asked to remove.
+    /// daemon or a half of it still runs, or where a privilege is missing. What cannot be taken back is
+    /// told, a line each, and can be tried again. Where nothing of the node is there that is good as
+    /// well, unless an agent's programs or rules are on the machine, which it may have been asked to
+    /// remove.
     Uninstall(UninstallOptions),
 }
 

@@ -184,6 +184,7 @@ fn outside(pod: &PodStatus) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Places;
     use crate::node::capture::node_folder::{Mark, NodeFolder};
     use crate::node::capture::uninstall::StoppedNode;
 
@@ -254,7 +255,11 @@ mod tests {
         };
         assert!(said().contains("agent of node one runs"), "{}", said());
         drop(agent);
-        let ended = StoppedNode::find(run.path(), &mark.bpffs, &mark.state, &mark.node);
+        let places = Places {
+            run_dir: run.path().to_owned(),
+            bpffs: mark.bpffs.clone(),
+        };
+        let ended = StoppedNode::find(&places, &mark.state, &mark.node);
         let ended = ended.expect("it has ended");
         assert!(
             said().contains("node one: it is being uninstalled"),

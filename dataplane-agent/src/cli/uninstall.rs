@@ -22,13 +22,13 @@ const NOTICE: Duration = Duration::from_secs(1);
 /// Removes what can be removed; returns `None` if there is nothing of the node.
 ///
 /// # Errors
-/// A privilege is missing; nothing of the node is known, but something may be there; an agent runs. Nothing was
-/// changed then.
+/// A privilege is missing; nothing of the node is known, but something may be there; an agent or a proxy runs.
+/// Nothing was changed then.
 pub async fn run(options: &UninstallOptions) -> Result<Option<Outcome>, AgentError> {
     agent::privileges(agent::Halves::Node)?;
     let node = &options.node;
     let (run_dir, bpffs) = (&options.places.run_dir, &options.places.bpffs);
-    let ended = match StoppedNode::find(run_dir, bpffs, &options.state, node) {
+    let ended = match StoppedNode::find(&options.places, &options.state, node) {
         Err(unknown @ CaptureError::UnknownNode { .. }) => {
             refuse_unless_clean(unknown, run_dir, bpffs, node)?;
             refuse_records(options)?;

@@ -6,6 +6,7 @@ pub mod borrow;
 mod leases;
 pub mod lend;
 mod packets;
+mod serving;
 mod stamp;
 #[cfg(test)]
 mod tests;
@@ -22,6 +23,7 @@ use tokio::sync::oneshot;
 
 pub use self::leases::Leases;
 pub use self::packets::SeamListener;
+pub use self::serving::ServingLock;
 pub use self::stamp::Stamp;
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;

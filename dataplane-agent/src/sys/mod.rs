@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod elements;
 pub mod hooks;
 pub mod limits;
+pub mod locked;
 pub mod machine_id;
 pub mod made;
 pub mod memory;

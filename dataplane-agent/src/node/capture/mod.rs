@@ -76,6 +76,11 @@ pub enum CaptureError {
     /// Another agent serves this node.
     #[error("another dataplane agent already runs for this node: it holds {0}")]
     Held(PathBuf),
+    /// A proxy of this node runs. Without capture its connections would leave in clear.
+    #[error(
+        "a proxy of this node runs (`dataplane proxy`), and its connections need capture: it holds {0}"
+    )]
+    Serves(PathBuf),
     /// Another agent's programs are attached where this one's would be.
     #[error(
         "{count} programs of another dataplane agent are attached to {to}, and not pinned in {pins}: end \
@@ -172,6 +177,7 @@ impl CaptureError {
             Self::Map { .. } => "map",
             Self::OtherLayout { .. } => "other_layout",
             Self::Held(_) => "held",
+            Self::Serves(_) => "serves",
             Self::Attached { .. } => "attached",
             Self::Detach { .. } => "detach",
             Self::NotOurs { .. } => "not_ours",

@@ -1,4 +1,4 @@
-//! The node's run folder, `<run-dir>/<node>/`: the mark that says whose it is, the lock, the admin socket,
+//! The node's run folder, `<run-dir>/<node>/`: the mark that says whose it is, the lock, the sockets,
 //! and the undo records (`pods/`, see [`super::undo`]).
 //!
 //! Whoever removes something reads the mark first: the node's name, and the places with which its agent was
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::undo::{UndoRecord, UndoRecords};
 use super::{CaptureError, pins};
-use crate::config::{DEFAULT_CLUSTER, NodeName};
+use crate::config::{self, DEFAULT_CLUSTER, NodeName};
 use crate::sys::made::CreatedPaths;
 
 /// The file name of the mark.
@@ -22,7 +22,8 @@ const NEW_MARK: &str = "node.new";
 const LOCK: &str = "lock";
 /// The content of the lock file while a node is uninstalled.
 const UNINSTALL: &[u8] = b"uninstall\n";
-const SOCKET: &str = "admin.sock";
+/// The sockets that an agent listens on.
+const SOCKETS: [&str; 2] = [config::ADMIN_SOCKET, config::SEAM_SOCKET];
 const PODS: &str = "pods";
 
 /// Whose folder it is, and with which places its agent was started.
@@ -178,13 +179,7 @@ impl NodeFolder {
             run_dir: run_dir.to_owned(),
             known: known(run_dir),
         };
-        let mark = match read(&path) {
-            Ok(mark) => mark.ok_or_else(unknown)?,
-            Err(CaptureError::File { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(unknown());
-            }
-            Err(error) => return Err(error),
-        };
+        let mark = read_mark(run_dir, node)?.ok_or_else(unknown)?;
         Ok((Self::lock(path, CreatedPaths::default())?, mark))
     }
 
@@ -212,7 +207,7 @@ impl NodeFolder {
             pins::remove(&record)?;
         }
         pins::remove_if_empty(&self.path.join(PODS))?;
-        for file in [SOCKET, NEW_MARK] {
+        for file in SOCKETS.iter().chain([&NEW_MARK]) {
             pins::remove(&self.path.join(file))?;
         }
         let mut left = unknown_entries(&self.path)?;
@@ -273,6 +268,19 @@ fn lock_text(lock: &Path) -> Vec<u8> {
     fs::read(lock).unwrap_or_default()
 }
 
+/// Reads the mark of a node; none if no agent of it has started.
+///
+/// # Errors
+/// The folder is not an agent's; it cannot be read.
+pub fn read_mark(run_dir: &Path, node: &NodeName) -> Result<Option<Mark>, CaptureError> {
+    match read(&run_dir.join(node.as_str())) {
+        Err(CaptureError::File { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        mark => mark,
+    }
+}
+
 /// Returns the number of pods that an agent has left captured, by their records.
 pub fn captured(run_dir: &Path, node: &NodeName) -> usize {
     let pods = entries(&run_dir.join(node.as_str()).join(PODS)).unwrap_or_default();
@@ -324,12 +332,16 @@ fn read(path: &Path) -> Result<Option<Mark>, CaptureError> {
 
 /// Returns the entries that are not an agent's.
 fn unknown_entries(path: &Path) -> Result<Vec<PathBuf>, CaptureError> {
-    let known = [MARK, NEW_MARK, LOCK, SOCKET, PODS];
-    let all = entries(path).map_err(CaptureError::file(path))?;
-    Ok(all
-        .into_iter()
-        .filter(|path| !known.iter().any(|known| path.ends_with(known)))
-        .collect())
+    let known = [MARK, NEW_MARK, LOCK, PODS];
+    let is_known = |path: &PathBuf| {
+        known
+            .iter()
+            .chain(&SOCKETS)
+            .any(|name| path.ends_with(name))
+    };
+    let mut all = entries(path).map_err(CaptureError::file(path))?;
+    all.retain(|path| !is_known(path));
+    Ok(all)
 }
 
 fn entries(path: &Path) -> io::Result<Vec<PathBuf>> {
@@ -407,6 +419,9 @@ mod tests {
         let (path, pods) = (folder.path().to_owned(), folder.path().join("pods"));
         folder.records().expect("a folder");
         fs::write(pods.join("7.new"), "{").expect("a file");
+        for socket in SOCKETS {
+            fs::write(path.join(socket), "").expect("a file");
+        }
         fs::write(path.join("precious"), "").expect("a file");
         fs::write(pods.join("8.json"), "{").expect("a file");
         drop(folder);

@@ -11,7 +11,6 @@ use std::fs::{self, DirBuilder, File, Metadata, Permissions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use aya::maps::MapInfo;
 use nix::unistd::geteuid;
@@ -20,7 +19,7 @@ use super::CaptureError;
 use super::link::Link;
 use super::undo::UndoRecords;
 use crate::config::NodeName;
-use crate::sys::bpffs;
+use crate::sys::{bpffs, locked};
 
 /// The pin folders of one node.
 #[derive(Clone, Debug)]
@@ -312,9 +311,6 @@ impl Pins {
     }
 }
 
-/// How long a process that only tests a lock may hold it.
-const PROBE_TIME: Duration = Duration::from_millis(100);
-
 const MAPS: &str = "maps";
 const LINKS: &str = "links";
 const PODS: &str = "pods";
@@ -459,25 +455,8 @@ pub fn is_locked(path: &Path) -> bool {
 /// # Errors
 /// Another process has the lock; the file cannot be opened.
 pub fn lock(path: &Path, open: impl Fn() -> io::Result<File>) -> Result<File, CaptureError> {
-    let deadline = Instant::now() + PROBE_TIME;
-    loop {
-        let file = open().map_err(CaptureError::file(path))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::sleep(PROBE_TIME / 10);
-                continue;
-            }
-            Err(TryLockError::WouldBlock) => return Err(CaptureError::Held(path.to_owned())),
-            Err(TryLockError::Error(error)) => return Err(CaptureError::file(path)(error)),
-        }
-        // An uninstall removes the file that it has locked; a lock on a removed file excludes nobody.
-        let locked = file.metadata().map_err(CaptureError::file(path))?;
-        let there = fs::symlink_metadata(path);
-        if there.is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino())) {
-            return Ok(file);
-        }
-    }
+    let locked = locked::lock(path, open, File::try_lock).map_err(CaptureError::file(path))?;
+    locked.ok_or_else(|| CaptureError::Held(path.to_owned()))
 }
 
 #[cfg(test)]

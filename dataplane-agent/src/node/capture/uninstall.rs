@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf, absolute};
 use aya::programs::links::LinkType;
 
 use super::node_folder::{self, NodeFolder};
-use super::pins::Pins;
+use super::pins::{self, Pins};
 use super::{CaptureError, attached, enrol, routes};
-use crate::config::NodeName;
+use crate::config::{NodeName, Places};
 use crate::mesh::workload::named;
+use crate::seam::ServingLock;
 use crate::sys::hooks;
 
 /// A node whose agent has stopped, locked so that nobody else can start or uninstall it.
@@ -22,7 +23,10 @@ pub struct StoppedNode {
     pins: Pins,
     cgroup: PathBuf,
     root: Option<String>,
-    _lock: Option<std::fs::File>,
+    /// The admin socket of its proxies, which one that was killed has left.
+    proxy_socket: PathBuf,
+    _lock: Option<File>,
+    _no_proxy: ServingLock,
 }
 
 /// The result of an uninstall.
@@ -38,17 +42,13 @@ impl StoppedNode {
     /// Finds a node with the places that its agent was given. Nothing but the lock file is changed.
     ///
     /// # Errors
-    /// No such node is known here, or it has other places; an agent runs.
-    pub fn find(
-        run_dir: &Path,
-        bpffs: &Path,
-        state: &Path,
-        node: &NodeName,
-    ) -> Result<Self, CaptureError> {
-        let (mut folder, mark) = NodeFolder::open(run_dir, node)?;
+    /// No such node is known here, or it has other places; an agent runs; a proxy runs: without capture its
+    /// connections would leave in clear.
+    pub fn find(places: &Places, state: &Path, node: &NodeName) -> Result<Self, CaptureError> {
+        let (mut folder, mark) = NodeFolder::open(&places.run_dir, node)?;
         let mut others = Vec::new();
         for (setting, given, there) in [
-            ("--bpffs", bpffs, &mark.bpffs),
+            ("--bpffs", places.bpffs.as_path(), &mark.bpffs),
             ("--state", state, &mark.state),
         ] {
             if canonical(given) != *there {
@@ -63,6 +63,9 @@ impl StoppedNode {
         }
         let mut pins = Pins::new(&mark.bpffs, node);
         let _lock = pins.lock()?;
+        let path = places.proxy_lock(node);
+        let no_proxy = ServingLock::exclude(&path).map_err(CaptureError::file(&path))?;
+        let _no_proxy = no_proxy.ok_or(CaptureError::Serves(path))?;
         pins.refuse_unrecorded(&folder.records()?)?;
         // Programs that are not pinned here would stay, without their routes.
         if mark.cgroup.exists() {
@@ -74,7 +77,9 @@ impl StoppedNode {
             pins,
             cgroup: mark.cgroup,
             root: mark.root,
+            proxy_socket: places.proxy_socket(node),
             _lock,
+            _no_proxy,
         })
     }
 
@@ -129,6 +134,7 @@ impl StoppedNode {
         for path in self.pins.remove_all()? {
             leave(&format_args!("{}: {stays}", path.display()));
         }
+        pins::remove(&self.proxy_socket)?;
         for path in self.folder.remove(done.left.is_empty())? {
             if !kept.contains(&path) {
                 done.left.push(format!("{}: {stays}", path.display()));
