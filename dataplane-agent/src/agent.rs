@@ -332,10 +332,10 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     raise_files();
     let mut signals = Signals::new()?;
     let config = ConfigSource::new(&options)?;
-    let mut peer = PeerNode::new(&options)?;
-    let (state, ca) = open_state(&options, None)?;
+    let mut peer = PeerNode::new(&options, &config)?;
+    let (state, ca) = open_state(&options, peer.known_root())?;
     peer.keep();
-    let (source, _) = config.into_source(&options, Some(state))?;
+    let (source, _) = config.into_source(&options, Some(state.clone()))?;
     let (mesh_writer, mesh) = mesh::store();
     let mut proxy = Proxy::start(
         &options,
@@ -376,11 +376,15 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let background = async {
         tokio::select! {
             () = besides => {}
-            () = borrower.run() => {}
             () = admin::serve(listener, sources) => {}
         }
     };
-    let rooms = first_to_end(pending(), configuration.run(), background);
+    let borrows = async {
+        peer.wait_until_started(&state).await?;
+        borrower.run().await;
+        Ok::<(), AgentError>(())
+    };
+    let rooms = first_to_end(borrows, configuration.run(), background);
     tokio::pin!(rooms);
     let ended = async {
         let apply = |proxy: &mut Proxy, event| {
@@ -449,9 +453,10 @@ async fn wait_for_state(folder: &Path, known: Option<&str>) -> Result<SharedStat
     }
 }
 
-/// Waits until a room ends. None does as long as the agent runs, but for capture if it fails.
-async fn first_to_end(
-    capture: impl Future<Output = Result<(), CaptureError>>,
+/// Waits until a room ends. None does as long as the agent runs, but for capture if it fails, or what a
+/// proxy has in its place.
+async fn first_to_end<E: Into<AgentError>>(
+    capture: impl Future<Output = Result<(), E>>,
     control: impl Future<Output = ()>,
     background: impl Future<Output = ()>,
 ) -> AgentError {

@@ -145,6 +145,91 @@ fn c7_nothing_is_left_of_two_halves_that_were_killed() {
 }
 
 #[test]
+fn c1_a_proxy_does_not_start_without_what_its_node_had() {
+    let mut apart = Apart::new();
+    let _theirs = apart.server.serve(PORT);
+    let taps = apart.taps();
+    apart.proxy.kill();
+    let state = Mounted::empty_over(&apart.world.state);
+    for agent in [&mut apart.proxy, &mut apart.node] {
+        agent.end();
+        let said = refused(agent);
+        assert!(said.contains("ca/root.pem is missing, as if"), "{said}");
+        assert!(tree(state.path()).is_empty(), "nothing is made there");
+    }
+    drop(state);
+    apart.node.restart();
+    apart.node.up(&["client"]);
+    let manifests = Mounted::empty_over(&apart.world.manifests.folder);
+    let said = refused(&mut apart.proxy);
+    assert!(said.contains("--manifests: there are none"), "{said}");
+    drop(manifests);
+    let own = apart.proxy.setup().state.clone();
+    apart.proxy.setup().state = apart.world.folder().join("other");
+    let said = refused(&mut apart.proxy);
+    assert!(said.contains("node one was started with --state"), "{said}");
+    assert!(!apart.world.folder().join("other").exists());
+    apart.proxy.setup().state = own;
+    let arguments = apart.proxy.setup().arguments.clone();
+    let other = ["--cluster-id".into(), "other".into()];
+    apart.proxy.setup().arguments.extend(other);
+    let said = refused(&mut apart.proxy);
+    assert!(
+        said.contains("node one was started with --cluster-id Kubernetes"),
+        "{said}"
+    );
+    apart.proxy.setup().arguments = arguments;
+    apart.proxy.restart();
+    apart.node.up(&["client"]);
+    apart.asks("again");
+    taps.saw_nothing_of(PORT..PORT + 1);
+}
+
+#[test]
+fn c1_a_proxy_whose_root_is_not_that_of_its_node_ends() {
+    let world = World::new();
+    let node = world.node("one");
+    let _client = node.pod(&world, "client");
+    fs::create_dir(&world.state).expect("a folder");
+    // It has found an empty folder, and the state is mounted later.
+    let below = Mounted::empty_over(&world.state);
+    let first = half(&world, &node, "proxy", "proxy-1");
+    first.logs(&["waits for the node"]);
+    drop(below);
+    let second = half(&world, &node, "proxy", "proxy-2");
+    second.logs(&["waits for the node"]);
+    // In the order in which they are ended.
+    let mut all = [first, second, half(&world, &node, "node", "node")];
+    let said = is_refused(&mut all[0]);
+    assert!(said.contains("ca/root.pem: has the SHA-256"), "{said}");
+    assert!(!said.contains("serves the pods of the node"), "{said}");
+    all[2].up(&["client"]);
+    all[1].logs(&["all pods of the node are lent"]);
+}
+
+#[test]
+fn a_proxy_that_starts_first_makes_its_folder_and_is_ready_once_it_is_lent_all_pods() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    let _app = client.serve(PORT);
+    let proxy = half(&world, &node, "proxy", "proxy");
+    proxy.logs(&["waits for the node"]);
+    let ready = |proxy: &Agent| proxy.get("/healthz/ready");
+    let said = ready(&proxy);
+    assert!(said.contains("not ready, pending: node"), "{said}");
+    // In the order in which they are ended.
+    let both = [proxy, half(&world, &node, "node", "node")];
+    both[1].up(&["client"]);
+    eventually("the proxy is ready", 10, || {
+        ready(&both[0]).contains(" 200 ")
+    });
+    let outsider = node.bare(&world, "outside", "outsider");
+    let answer = outsider.ask(client.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", outsider.v4)));
+}
+
+#[test]
 fn of_two_proxies_the_second_has_the_admin_socket_when_the_first_has_ended() {
     let mut apart = Apart::new();
     let socket = apart.proxy.socket();

@@ -46,6 +46,21 @@ impl ConfigSource {
         })
     }
 
+    /// Refuses an empty folder while this many pods of the node are captured.
+    pub(super) fn refuse_empty(&self, captured: usize) -> Result<(), AgentError> {
+        if captured > 0
+            && let Self::Manifests { folder, .. } = self
+            && folder.is_empty()
+        {
+            return Err(AgentError::Settings(format!(
+                "--manifests: there are none, as if the folder were not mounted, and {captured} pods of \
+                 this node are captured; to say that they shall be let go put a manifest in it, if only an \
+                 empty List"
+            )));
+        }
+        Ok(())
+    }
+
     /// Whether other nodes are told of pods by records in the state.
     pub(super) fn has_records(&self) -> bool {
         matches!(self, Self::Manifests { .. })

@@ -126,16 +126,7 @@ impl Prepared {
         let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
         room::refuse(&config, &folder)?;
         let captured = node_folder::captured(&options.places.run_dir, &options.node);
-        if captured > 0
-            && let ConfigSource::Manifests { folder, .. } = opened
-            && folder.is_empty()
-        {
-            return Err(AgentError::Settings(format!(
-                "--manifests: there are none, as if the folder were not mounted, and {captured} pods of \
-                 this node are captured; to say that they shall be let go put a manifest in it, if only an \
-                 empty List"
-            )));
-        }
+        opened.refuse_empty(captured)?;
         let bpffs = &options.places.bpffs;
         let mounted = bpffs::ensure(bpffs).map_err(|error| {
             AgentError::Machine(format!(

@@ -1,32 +1,90 @@
-//! The node process, as a proxy process finds it in the run folder.
+//! The node process, as a proxy process finds it in the run folder: the places and the state of the node.
+//! A proxy with other ones would dial pods of the mesh in clear.
 
-use super::AgentError;
+use std::time::Duration;
+
+use super::config_source::ConfigSource;
+use super::{AgentError, state_error};
 use crate::config::RunOptions;
+use crate::control::state::SharedState;
 use crate::node::capture::CaptureError;
+use crate::node::capture::node_folder::{self, Mark};
+use crate::node::capture::uninstall::canonical;
 use crate::seam::ServingLock;
 use crate::sys::made::CreatedPaths;
 
+/// How often a proxy checks whether the node has started.
+const POLL: Duration = Duration::from_millis(200);
+
 /// A node that a proxy serves. It cannot be uninstalled while this lives.
 pub(super) struct PeerNode {
+    options: RunOptions,
+    /// The node's mark at the start; none if the node had not started yet.
+    mark: Option<Mark>,
     _lock: ServingLock,
     made: CreatedPaths,
 }
 
 impl PeerNode {
-    /// Refuses where the node is being uninstalled. The folder that is made here is removed when this is dropped,
-    /// unless [`PeerNode::keep`] is called.
-    pub(super) fn new(options: &RunOptions) -> Result<Self, AgentError> {
+    /// Refuses where the node itself would refuse to start. The folder that is made here is removed when this
+    /// is dropped, unless [`PeerNode::keep`] is called.
+    pub(super) fn new(options: &RunOptions, config: &ConfigSource) -> Result<Self, AgentError> {
         let (places, node) = (&options.places, &options.node);
         places.socket_fits(node).map_err(AgentError::Settings)?;
+        config.refuse_empty(node_folder::captured(&places.run_dir, node))?;
         let path = places.proxy_lock(node);
         let locked = ServingLock::share(&path).map_err(CaptureError::file(&path))?;
         let (lock, made) =
             locked.ok_or_else(|| anyhow::anyhow!("node {node} is being uninstalled"))?;
-        Ok(Self { _lock: lock, made })
+        let mut peer = Self {
+            options: options.clone(),
+            mark: None,
+            _lock: lock,
+            made,
+        };
+        peer.mark = peer.read_mark()?;
+        Ok(peer)
+    }
+
+    /// Returns the fingerprint of the root of the node's state, if it is known.
+    pub(super) fn known_root(&self) -> Option<&str> {
+        self.mark.as_ref()?.root.as_deref()
     }
 
     /// Keeps the folder that was made.
     pub(super) fn keep(&mut self) {
         self.made.keep();
+    }
+
+    /// Waits until the node has started. It writes its mark before it accepts proxies.
+    ///
+    /// # Errors
+    /// The node has other places, or another root than `state`.
+    pub(super) async fn wait_until_started(&self, state: &SharedState) -> Result<(), AgentError> {
+        let mut told = false;
+        let mark = loop {
+            if let Some(mark) = self.read_mark()? {
+                break mark;
+            }
+            if !told {
+                tracing::info!("waits for the node (`dataplane node`)");
+            }
+            told = true;
+            tokio::time::sleep(POLL).await;
+        };
+        match mark.root {
+            Some(root) => state.is(&root).map_err(state_error),
+            None => Ok(()),
+        }
+    }
+
+    fn read_mark(&self) -> Result<Option<Mark>, AgentError> {
+        let options = &self.options;
+        let mark = node_folder::read_mark(&options.places.run_dir, &options.node)?;
+        if let Some(mark) = &mark {
+            // What it leads to may be mounted meanwhile.
+            mark.refuse_proxy(&canonical(&options.state), &options.cluster_id)?;
+        }
+        Ok(mark)
     }
 }

@@ -78,6 +78,26 @@ impl Mark {
         (!differ.is_empty()).then_some(told)
     }
 
+    /// Refuses a proxy with another state or cluster than the node: its pods would be other pods, or pods of
+    /// another mesh.
+    ///
+    /// # Errors
+    /// One of the two differs.
+    pub fn refuse_proxy(&self, state: &Path, cluster_id: &str) -> Result<(), CaptureError> {
+        let state = (self.state != state).then(|| format!("--state {}", self.state.display()));
+        let cluster =
+            (self.cluster_id != cluster_id).then(|| format!("--cluster-id {}", self.cluster_id));
+        let others: Vec<String> = state.into_iter().chain(cluster).collect();
+        match others.is_empty() {
+            true => Ok(()),
+            false => Err(CaptureError::OtherPlace(format!(
+                "node {} was started with {}: start its proxy so, or the node anew",
+                self.node,
+                others.join(" and "),
+            ))),
+        }
+    }
+
     /// Refuses another state than the node has. If the node's own state is not mounted, an agent would find
     /// an empty folder there and make a CA in it, whose root nobody trusts.
     fn refuse_other_state(&self, found: &Self) -> Result<(), CaptureError> {
