@@ -4,11 +4,12 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dataplane_tests::agent::{CAPABILITIES, PROXY_CAPABILITIES, Setup};
-use dataplane_tests::process::Process;
-use dataplane_tests::{Agent, Node, Pod, Taps, World, eventually, program, scaled};
+use dataplane_tests::{Agent, Node, Pod, Process, Taps, World, eventually, program, scaled};
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
 
 const PORT: u16 = 7000;
 
@@ -49,6 +50,39 @@ impl Halves {
     /// Starts another proxy of the first node.
     fn another(&self, log: &str) -> Agent {
         half(&self.world, &self.nodes.0, "proxy", log)
+    }
+
+    /// A connection of the client to the server, which was carried so far.
+    fn live(&self) -> Process {
+        let mut live = self.client.talk(self.server.at(PORT));
+        self.carries(&mut live, "before");
+        live
+    }
+
+    fn carries(&self, live: &mut Process, word: &str) {
+        live.say(word);
+        assert_eq!(live.line(), format!("{} {word}", self.client.v4));
+    }
+
+    /// The client has another service account from now on.
+    fn changes_account(&self) {
+        let mut object = self.nodes.0.object(&self.client);
+        object.account = "another";
+        self.world.manifests.pod(&object);
+    }
+
+    /// The node half is killed, comes back, and has taken the pod over.
+    fn restart_node(&mut self) {
+        self.node.kill();
+        self.node.restart();
+        self.node.up(&["client"]);
+    }
+
+    /// Signals the proxy.
+    fn signal(&self, signal: Signal) {
+        let pid = self.proxy.as_ref().expect("it runs").pid();
+        let pid = Pid::from_raw(pid.try_into().expect("a number"));
+        signal::kill(pid, signal).expect("it runs");
     }
 
     /// Waits until the node's pods are served, and dialled by HBONE.
@@ -285,4 +319,131 @@ fn c7_what_leaves_the_mesh_while_its_proxy_drains_is_cut_when_its_time_is_over()
     let end = live.line_within(scaled(Duration::from_secs(10)));
     assert!(end.is_some_and(|end| end.starts_with("closed")));
     proxy.kill();
+}
+
+fn is_cut(live: &Process) {
+    let end = live.line_within(scaled(Duration::from_secs(10)));
+    assert!(
+        end.as_ref().is_some_and(|end| end.starts_with("closed")),
+        "{end:?}"
+    );
+}
+
+#[test]
+fn what_runs_since_before_the_node_half_came_back_is_cut_as_its_pod_becomes_another() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.live();
+    halves.restart_node();
+    halves.carries(&mut live, "again");
+    halves.changes_account();
+    is_cut(&live);
+}
+
+#[test]
+fn what_runs_is_cut_if_its_pod_became_another_while_the_node_half_was_away() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let live = halves.live();
+    halves.node.kill();
+    halves.changes_account();
+    halves.node.restart();
+    is_cut(&live);
+}
+
+#[test]
+fn c7_what_runs_since_before_the_node_half_came_back_has_its_time_to_drain_and_is_cut() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.live();
+    halves.restart_node();
+    halves.world.manifests.remove_pod("demo", "client");
+    halves.node.logs(&["pod leaves the mesh"]);
+    std::thread::sleep(scaled(Duration::from_secs(2)));
+    halves.carries(&mut live, "while it drains");
+    halves.node.logs(&["pod left the mesh"]);
+    is_cut(&live);
+}
+
+#[test]
+fn c7_what_runs_is_cut_if_its_pod_has_left_while_the_node_half_was_away() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let live = halves.live();
+    halves.node.kill();
+    halves.world.manifests.remove_pod("demo", "client");
+    halves.node.restart();
+    halves.node.logs(&["pod left the mesh"]);
+    is_cut(&live);
+}
+
+#[test]
+fn a_pod_that_is_idle_refuses_nobody_while_the_node_half_comes_back() {
+    let mut halves = Halves::new();
+    let _own = halves.client.serve(PORT);
+    let outsider = halves.nodes.0.bare(&halves.world, "outside", "outsider");
+    for round in 0..3 {
+        halves.node.kill();
+        halves.node.restart();
+        let mut up = None::<Instant>;
+        while up.is_none_or(|up| up.elapsed() < scaled(Duration::from_secs(3))) {
+            for who in [&outsider, &halves.server] {
+                let answer = who.ask(halves.client.at(PORT), "x");
+                assert_eq!(answer, Ok(format!("{} x", who.v4)), "{round}");
+            }
+            if up.is_none() && halves.node.pod("client").0 == "up" {
+                up = Some(Instant::now());
+            }
+        }
+    }
+}
+
+#[test]
+fn what_drains_goes_on_while_its_proxy_stands_still_for_a_while() {
+    let mut halves = Halves::new();
+    halves.node.terminate();
+    let drain = halves.node.setup().arguments.last_mut();
+    *drain.expect("a time to drain") = "300s".into();
+    halves.node.restart();
+    halves.node.up(&["client"]);
+    halves.serves();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.live();
+    halves.world.manifests.remove_pod("demo", "client");
+    halves.node.logs(&["pod leaves the mesh"]);
+    std::thread::sleep(scaled(Duration::from_secs(2)));
+    halves.signal(Signal::SIGSTOP);
+    let _other = halves.nodes.0.pod(&halves.world, "other");
+    eventually("that is told", 20, || {
+        halves.node.get("/healthz/ready").contains("proxy")
+    });
+    halves.signal(Signal::SIGCONT);
+    eventually("it serves again", 20, || {
+        !halves.node.get("/healthz/ready").contains("proxy")
+    });
+    halves.carries(&mut live, "after");
+    assert!(!halves.node.log().contains("pod left the mesh"));
+}
+
+#[test]
+fn a_proxy_that_stands_still_keeps_no_other_pod_waiting() {
+    let halves = Halves::new();
+    let other = halves.nodes.0.bare(&halves.world, "demo", "other");
+    halves.signal(Signal::SIGSTOP);
+    halves.changes_account();
+    halves.node.logs(&["pod is another than it was"]);
+    let manifests = &halves.world.manifests;
+    manifests.pod(&halves.nodes.0.object(&other));
+    halves.node.up(&["client", "other"]);
+    let log = halves.node.log();
+    let enrolled = |name| {
+        let lines: Vec<&str> = log.lines().collect();
+        let of = |line: &&str| line.contains("pod enrolled") && line.contains(name);
+        lines.iter().rposition(of).expect("it is up")
+    };
+    assert!(enrolled("demo/other") < enrolled("demo/client"), "{log}");
+    halves.signal(Signal::SIGCONT);
+    let _app = other.serve(PORT);
+    let asks = || halves.server.ask(other.at(PORT), "x");
+    eventually("they are served", 20, || asks().is_ok());
 }

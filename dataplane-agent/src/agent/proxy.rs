@@ -105,7 +105,11 @@ impl Proxy {
                     self.certs.release(&identity);
                 }
             }
-            PodEvent::Addresses(..) | PodEvent::Drain(..) | PodEvent::Revive(_) => {}
+            PodEvent::Addresses(..)
+            | PodEvent::Drain(..)
+            | PodEvent::Revive(_)
+            | PodEvent::Clear(..)
+            | PodEvent::Snapshot => {}
         }
         self.workers.apply(event);
     }

@@ -198,6 +198,8 @@ impl Workers {
                 self.homes.remove(&instance);
                 self.all(instance, told, Command::Down);
             }
+            // What earlier node processes have leased is known to who outlives them: `seam::borrow`.
+            PodEvent::Clear(..) | PodEvent::Snapshot => {}
         }
     }
 

@@ -1,8 +1,13 @@
-//! The end of who serves pods, between two processes: connects to the node, and hands on what it says of the
-//! pods that it lends. Where the node is gone what is served goes on, and who serves comes again; a pod that
-//! is not lent any more then is let go once nothing runs of it.
+//! The proxy's end between two processes: connects to the node, and hands on what it says of the pods that it
+//! lends.
+//!
+//! While the node is gone, its pods are served as before. What the next node process lends replaces what its
+//! predecessor lent in the same network namespace: the old connections go on, and then the old listeners are
+//! closed. If the pod is another one now, or has another identity, its old connections are cut first. Pods that
+//! the next node process does not lend are cut: they may no longer be captured, and then no packet of theirs
+//! arrives here.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -30,6 +35,8 @@ use crate::sys::netns::Netns;
 const FIRST_RETRY: Duration = Duration::from_millis(10);
 /// and after twice as long each time that it fails again, up to this.
 const LONGEST_RETRY: Duration = Duration::from_secs(1);
+/// How long replaced listeners are served as before, so that handshakes in progress can finish.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// What is borrowed.
 pub struct Borrower {
@@ -37,25 +44,49 @@ pub struct Borrower {
     events: mpsc::Sender<PodEvent>,
     /// Says that nothing new is accepted any more.
     leaving: CancellationToken,
-    held: BTreeSet<Instance>,
+    held: BTreeMap<Instance, Held>,
     /// Whether a node has lent all its pods.
     lent: watch::Sender<bool>,
-    draining: FuturesUnordered<LocalBoxFuture<'static, Drained>>,
+    later: FuturesUnordered<LocalBoxFuture<'static, Later>>,
+    /// The number of drains that were begun.
+    drains: u64,
 }
 
-/// Nothing runs of a pod any more.
-struct Drained {
-    instance: Instance,
-    /// Whether no node lends it any more.
-    lost: bool,
+/// An enrolment that is served, of this or an earlier node process.
+struct Held {
+    /// The cookie of its network namespace.
+    netns: u64,
+    uid: Arc<str>,
+    identity: Identity,
+    /// Whether a later enrolment has replaced it: it is given back when it has no connections left.
+    replaced: bool,
+    stage: Stage,
 }
 
-/// What one node has said since it was connected to.
-#[derive(Default)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Serving,
+    /// With the number of its drain: one that was cancelled says nothing about the next.
+    Draining(u64),
+    /// Draining, with no connections left.
+    Idle,
+}
+
+/// Something that is due for an enrolment.
+enum Later {
+    /// It was replaced, and its listeners have lingered.
+    Lingered(Instance),
+    /// The drain of this number has found no connections left.
+    Idle(Instance, u64),
+}
+
+/// What one node process has said since it was connected to.
 struct Conversation {
     stamp: Option<Arc<Stamp>>,
-    /// What it has lent before it had lent all; none once it has.
-    listed: Option<BTreeSet<Instance>>,
+    /// The network namespaces that it has named before [`NodeMessage::SnapshotSent`]; none after it.
+    named: Option<BTreeSet<u64>>,
+    /// The network namespaces for which it waits for [`ProxyMessage::Idle`].
+    awaited: BTreeSet<u64>,
 }
 
 impl Borrower {
@@ -66,9 +97,10 @@ impl Borrower {
             path,
             events,
             leaving,
-            held: BTreeSet::new(),
+            held: BTreeMap::new(),
             lent: watch::Sender::default(),
-            draining: FuturesUnordered::new(),
+            later: FuturesUnordered::new(),
+            drains: 0,
         }
     }
 
@@ -97,7 +129,7 @@ impl Borrower {
             }
             tokio::select! {
                 () = sleep(wait) => {}
-                Some(drained) = self.draining.next() => self.after_drain(&drained).await,
+                Some(later) = self.later.next() => self.do_later(later).await,
             }
             wait = LONGEST_RETRY.min(wait * 2);
         }
@@ -109,47 +141,43 @@ impl Borrower {
             lease: VERSION,
         };
         channel.send(&hello.encode_to_vec(), &[])?;
+        let say = |told| channel.send(&Response { told: Some(told) }.encode_to_vec(), &[]);
         let mut conversation = Conversation {
-            listed: Some(BTreeSet::new()),
-            ..Conversation::default()
+            stamp: None,
+            named: Some(BTreeSet::new()),
+            awaited: BTreeSet::new(),
         };
         let mut leaves = false;
         loop {
-            let told = tokio::select! {
+            tokio::select! {
                 () = self.leaving.cancelled(), if !leaves => {
                     leaves = true;
-                    ProxyMessage::Leaving(Empty {})
+                    say(ProxyMessage::Leaving(Empty {}))?;
                 }
                 packet = channel.receive() => {
                     let Some(packet) = packet? else { return Ok(()) };
-                    let done = self.handle(packet, &mut conversation).await;
-                    let error = done.err().map_or_else(String::new, |error| error.to_string());
-                    ProxyMessage::Ack(Ack { error })
+                    match self.handle(packet, &mut conversation).await {
+                        Ok(ack) => say(ProxyMessage::Ack(ack))?,
+                        Err(error) => {
+                            say(ProxyMessage::Ack(Ack { error: error.to_string() }))?;
+                            return Err(error);
+                        }
+                    }
                 }
-                Some(drained) = self.draining.next() => {
-                    self.after_drain(&drained).await;
-                    let (uid, instance) = (String::new(), drained.instance.0);
-                    ProxyMessage::Idle(PodRef { uid, instance })
-                }
-            };
-            let failed = match &told {
-                ProxyMessage::Ack(ack) if !ack.error.is_empty() => {
-                    Some(io::Error::other(ack.error.clone()))
-                }
-                _ => None,
-            };
-            channel.send(&Response { told: Some(told) }.encode_to_vec(), &[])?;
-            if let Some(error) = failed {
-                return Err(error);
+                Some(later) = self.later.next() => self.do_later(later).await,
+            }
+            for netns in self.take_idle(&mut conversation.awaited) {
+                let uid = String::new();
+                say(ProxyMessage::Idle(PodRef { uid, netns }))?;
             }
         }
     }
 
-    /// Does what a node says.
+    /// Does what the node says; the answer may be that one pod cannot be served.
     ///
     /// # Errors
-    /// It cannot be: it says what no node of this version does.
-    async fn handle(&mut self, packet: Packet, conversation: &mut Conversation) -> io::Result<()> {
+    /// It says what no node of this version does.
+    async fn handle(&mut self, packet: Packet, conversation: &mut Conversation) -> io::Result<Ack> {
         let Packet { bytes, descriptors } = packet;
         let said = Request::decode(&*bytes).map_err(io::Error::other)?.said;
         match said.ok_or_else(|| wrong("a word that is not known"))? {
@@ -166,73 +194,167 @@ impl Borrower {
                 let stamp = conversation.stamp.clone();
                 let stamp = stamp.ok_or_else(|| wrong("a pod before its welcome"))?;
                 let lease = lease(add, descriptors, stamp)?;
-                let instance = lease.instance;
-                conversation
-                    .listed
-                    .as_mut()
-                    .map(|listed| listed.insert(instance));
-                if self.leaving.is_cancelled() {
-                    return Ok(()); // it is another's to serve
-                }
-                match self.held.insert(instance) {
-                    true => self.tell(PodEvent::Up(Box::new(lease))).await,
-                    false => {
-                        self.tell(PodEvent::Addresses(instance, lease.addresses))
-                            .await;
-                    }
-                }
+                conversation.name(lease.cookie);
+                conversation.awaited.remove(&lease.cookie);
+                return Ok(self.take(Box::new(lease)).await);
             }
             NodeMessage::SnapshotSent(_) => {
-                let listed = conversation.listed.take();
-                let listed = listed.ok_or_else(|| wrong("its snapshot twice"))?;
-                let lost: Vec<Instance> = self.held.difference(&listed).copied().collect();
-                for instance in lost {
-                    self.drain(instance, true).await;
-                }
+                let named = conversation.named.take();
+                let named = named.ok_or_else(|| wrong("its snapshot twice"))?;
+                self.give_back(|held| !named.contains(&held.netns)).await;
                 self.lent.send_replace(true);
-                tracing::info!(pods = self.held.len(), "all pods of the node are lent");
+                tracing::info!(pods = named.len(), "all pods of the node are lent");
             }
             NodeMessage::Addresses(of) => {
-                let instance = Instance(of.instance);
-                if self.held.contains(&instance) {
-                    let addresses = addresses(&of.addresses)?;
+                let addresses = addresses(&of.addresses)?;
+                if let Some(instance) = self.current(of.netns) {
                     self.tell(PodEvent::Addresses(instance, addresses)).await;
                 }
             }
-            NodeMessage::Drain(of) => self.drain(Instance(of.instance), false).await,
-            NodeMessage::Revive(of) => {
-                if self.held.contains(&Instance(of.instance)) {
-                    self.tell(PodEvent::Revive(Instance(of.instance))).await;
+            NodeMessage::Drain(of) => {
+                conversation.name(of.netns);
+                conversation.awaited.insert(of.netns);
+                for instance in self.instances(|held| held.netns == of.netns) {
+                    self.drain(instance).await;
                 }
             }
-            NodeMessage::Del(of) => self.give_back(Instance(of.instance)).await,
+            NodeMessage::Revive(of) => {
+                conversation.awaited.remove(&of.netns);
+                if let Some(instance) = self.current(of.netns) {
+                    self.revive(instance).await;
+                }
+            }
+            NodeMessage::Del(of) => {
+                conversation.awaited.remove(&of.netns);
+                self.give_back(|held| held.netns == of.netns).await;
+            }
         }
-        Ok(())
+        Ok(Ack::default())
     }
 
-    async fn drain(&mut self, instance: Instance, lost: bool) {
-        let (told, idle) = oneshot::channel();
-        if self.held.contains(&instance) {
-            self.tell(PodEvent::Drain(instance, told)).await;
+    /// Serves a pod that is lent; the answer may be that it cannot be served.
+    async fn take(&mut self, lease: Box<Lease>) -> Ack {
+        let (instance, netns) = (lease.instance, lease.cookie);
+        let (uid, identity) = (Arc::clone(&lease.uid), lease.identity.clone());
+        // No connection goes on under an identity that the pod no longer has.
+        let is_other = |held: &Held| held.uid != uid || held.identity != identity;
+        self.give_back(|held| held.netns == netns && is_other(held))
+            .await;
+        if self.leaving.is_cancelled() {
+            return Ack::default(); // another proxy serves it; connections go on here
         }
-        self.draining.push(Box::pin(async move {
+        if self.held.contains_key(&instance) {
+            self.revive(instance).await;
+            self.tell(PodEvent::Addresses(instance, lease.addresses))
+                .await;
+            return Ack::default();
+        }
+        if !lease.listeners.alive() {
+            // Whoever may administer the pod's network can end a socket in it. The node makes others.
+            let error = "a listener of it does not listen any more".into();
+            return Ack { error };
+        }
+        let before = self.current(netns);
+        self.tell(PodEvent::Up(lease)).await;
+        let held = Held {
+            netns,
+            uid,
+            identity,
+            replaced: false,
+            stage: Stage::Serving,
+        };
+        self.held.insert(instance, held);
+        if let Some(before) = before {
+            if let Some(held) = self.held.get_mut(&before) {
+                held.replaced = true;
+            }
+            self.later.push(Box::pin(async move {
+                sleep(LINGER).await;
+                Later::Lingered(before)
+            }));
+        }
+        Ack::default()
+    }
+
+    /// Returns the enrolment in a network namespace that no other one has replaced.
+    fn current(&self, netns: u64) -> Option<Instance> {
+        let current = |(_, held): &(&Instance, &Held)| held.netns == netns && !held.replaced;
+        self.held
+            .iter()
+            .find(current)
+            .map(|(instance, _)| *instance)
+    }
+
+    fn instances(&self, which: impl Fn(&Held) -> bool) -> Vec<Instance> {
+        let those = self.held.iter().filter(|(_, held)| which(held));
+        those.map(|(instance, _)| *instance).collect()
+    }
+
+    async fn drain(&mut self, instance: Instance) {
+        let Some(held) = self.held.get_mut(&instance) else {
+            return;
+        };
+        if held.stage != Stage::Serving {
+            return;
+        }
+        self.drains += 1;
+        let number = self.drains;
+        held.stage = Stage::Draining(number);
+        let (told, idle) = oneshot::channel();
+        self.tell(PodEvent::Drain(instance, told)).await;
+        self.later.push(Box::pin(async move {
             // Who hears of nothing runs nothing.
             let _ = idle.await;
-            Drained { instance, lost }
+            Later::Idle(instance, number)
         }));
     }
 
-    async fn after_drain(&mut self, drained: &Drained) {
-        if drained.lost {
-            self.give_back(drained.instance).await;
+    async fn revive(&mut self, instance: Instance) {
+        if let Some(held) = self.held.get_mut(&instance)
+            && held.stage != Stage::Serving
+        {
+            held.stage = Stage::Serving;
+            self.tell(PodEvent::Revive(instance)).await;
         }
     }
 
-    /// Cuts what runs of a pod, and keeps nothing of it.
-    async fn give_back(&mut self, instance: Instance) {
-        if self.held.remove(&instance) {
+    async fn do_later(&mut self, later: Later) {
+        match later {
+            Later::Lingered(instance) => self.drain(instance).await,
+            Later::Idle(instance, number) => {
+                if let Some(held) = self.held.get_mut(&instance)
+                    && held.stage == Stage::Draining(number)
+                {
+                    held.stage = Stage::Idle;
+                }
+            }
+        }
+        self.give_back(|held| held.replaced && held.stage == Stage::Idle)
+            .await;
+    }
+
+    /// Takes the network namespaces without connections out of those that the node waits for.
+    fn take_idle(&self, awaited: &mut BTreeSet<u64>) -> Vec<u64> {
+        if awaited.is_empty() {
+            return Vec::new();
+        }
+        let busy = self.held.values().filter(|held| held.stage != Stage::Idle);
+        let busy: BTreeSet<u64> = busy.map(|held| held.netns).collect();
+        let idle: Vec<u64> = awaited.difference(&busy).copied().collect();
+        awaited.retain(|netns| busy.contains(netns));
+        idle
+    }
+
+    /// Cuts the connections of these enrolments, and keeps nothing of them.
+    async fn give_back(&mut self, which: impl Fn(&Held) -> bool) {
+        let mut cut = Vec::new();
+        for instance in self.instances(which) {
+            self.held.remove(&instance);
             let (told, done) = oneshot::channel();
             self.tell(PodEvent::Down(instance, told)).await;
+            cut.push(done);
+        }
+        for done in cut {
             let _ = done.await;
         }
     }
@@ -240,6 +362,14 @@ impl Borrower {
     async fn tell(&self, event: PodEvent) {
         // Who does not hear any more ends, and all of this with it.
         let _ = self.events.send(event).await;
+    }
+}
+
+impl Conversation {
+    fn name(&mut self, netns: u64) {
+        if let Some(named) = &mut self.named {
+            named.insert(netns);
+        }
     }
 }
 
@@ -255,9 +385,6 @@ fn lease(add: Add, descriptors: Vec<OwnedFd>, stamp: Arc<Stamp>) -> io::Result<L
         inbound: TcpListener::from(inbound),
         hbone: TcpListener::from(hbone),
     };
-    if !listeners.alive() {
-        return Err(wrong("a pod without listeners"));
-    }
     let identity = Identity::new(&add.trust_domain, &who.namespace, &who.service_account);
     Ok(Lease {
         instance: Instance(add.instance),
@@ -267,6 +394,7 @@ fn lease(add: Add, descriptors: Vec<OwnedFd>, stamp: Arc<Stamp>) -> io::Result<L
         identity,
         addresses: addresses(&add.addresses)?,
         netns: Netns::of(netns)?.ok_or_else(|| wrong("a pod without its namespace"))?,
+        cookie: add.netns,
         listeners,
         stamp,
     })

@@ -4,6 +4,7 @@
 
 pub mod borrow;
 mod leases;
+mod ledger;
 pub mod lend;
 mod packets;
 mod serving;
@@ -65,6 +66,8 @@ pub struct Lease {
     pub addresses: Arc<[IpAddr]>,
     /// Its network namespace; every connection made for it is made there.
     pub netns: Netns,
+    /// That namespace's cookie: what earlier enrolments of the same namespace still run is found by it.
+    pub cookie: u64,
     /// Its listeners; the node has them too.
     pub listeners: Listeners,
     /// What the agent's own sockets in it are known by.
@@ -125,4 +128,10 @@ pub enum PodEvent {
     Revive(Instance),
     /// Cut what still runs, and drop everything of the pod; answered when that is done.
     Down(Instance, oneshot::Sender<()>),
+    /// Cut what still runs in the network namespace with this cookie, which an earlier node process has leased
+    /// and this one has not; answered when that is done.
+    Clear(u64, oneshot::Sender<()>),
+    /// Each pod that was captured when the node process began, and is to stay so, has been leased, or could not
+    /// be enrolled.
+    Snapshot,
 }

@@ -1,8 +1,9 @@
 //! Both ends of the seam, over a socket.
 
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prost::Message;
@@ -14,12 +15,18 @@ use tokio_util::sync::CancellationToken;
 use super::borrow::Borrower;
 use super::lend::Lender;
 use super::packets::{Channel, SeamListener};
-use super::wire::{Hello, ProxyMessage, Response, VERSION};
+use super::wire::{Ack, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, VERSION};
 use super::{Instance, Lease, Listeners, PodEvent, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
 
-fn lease() -> Box<Lease> {
+/// A pod in a network namespace of its own, as far as its cookie goes.
+pub(super) fn lease() -> Box<Lease> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    lease_in(NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn lease_in(netns: u64) -> Box<Lease> {
     let listener = || TcpListener::bind("127.0.0.1:0").expect("a port");
     Box::new(Lease {
         instance: Instance::next(),
@@ -29,6 +36,7 @@ fn lease() -> Box<Lease> {
         identity: Identity::new("td", "ns", "sa"),
         addresses: [IpAddr::from([10, 0, 0, 1])].into(),
         netns: Netns::own().expect("/proc is there"),
+        cookie: netns,
         listeners: Listeners {
             outbound: listener(),
             inbound: listener(),
@@ -110,6 +118,22 @@ impl Proxy {
 
     async fn hears(&mut self) -> PodEvent {
         soon(self.events.recv()).await.expect("the proxy runs")
+    }
+
+    /// Hears that a pod drains: how to answer.
+    async fn drains(&mut self, instance: Instance) -> oneshot::Sender<()> {
+        match self.hears().await {
+            PodEvent::Drain(of, told) if of == instance => told,
+            event => panic!("{event:?}"),
+        }
+    }
+
+    /// Hears that a pod is taken back, and gives it.
+    async fn gives_back(&mut self, instance: Instance) {
+        match self.hears().await {
+            PodEvent::Down(of, told) if of == instance => told.send(()).expect("somebody waits"),
+            event => panic!("{event:?}"),
+        }
     }
 
     async fn is_lent(&mut self) -> Box<Lease> {
@@ -258,40 +282,157 @@ async fn of_who_is_gone_nothing_runs() {
     .await;
 }
 
+/// One node process has lent a pod and is gone; the next one runs, and a proxy has both.
+async fn after_a_restart(path: &Path) -> (Node, Proxy, Instance, u64) {
+    let (first, mut proxy) = (Node::at(path), Proxy::of(path));
+    let own = lease();
+    let (before, netns) = (own.instance, own.cookie);
+    first.say(PodEvent::Up(own)).await;
+    proxy.is_lent().await;
+    drop(first);
+    let mut second = Node::at(path);
+    second.serves(1).await;
+    (second, proxy, before, netns)
+}
+
 #[tokio::test]
-async fn what_another_node_process_does_not_lend_any_more_goes_once_nothing_runs_of_it() {
+async fn what_the_next_node_process_lends_takes_the_place_of_what_its_predecessor_did() {
     with_a_path(async |path| {
-        let (first, mut proxy) = (Node::at(&path), Proxy::of(&path));
-        let own = lease();
-        let before = own.instance;
-        first.say(PodEvent::Up(own)).await;
-        proxy.is_lent().await;
-        drop(first);
-        let second = Node::at(&path);
+        let (second, mut proxy, before, netns) = after_a_restart(&path).await;
+        let own = lease_in(netns);
+        let after = own.instance;
+        second.say(PodEvent::Up(own)).await;
+        second.say(PodEvent::Snapshot).await;
+        assert_eq!(proxy.is_lent().await.instance, after);
+        // What runs goes on, and then the old listeners go.
+        let running = proxy.drains(before).await;
+        running.send(()).expect("somebody waits");
+        proxy.gives_back(before).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_runs_of_a_pod_is_cut_before_it_is_served_as_another_one() {
+    with_a_path(async |path| {
+        let (second, mut proxy, before, netns) = after_a_restart(&path).await;
+        let mut own = lease_in(netns);
+        own.identity = Identity::new("td", "ns", "another");
+        let after = own.instance;
+        second.say(PodEvent::Up(own)).await;
+        proxy.gives_back(before).await;
+        assert_eq!(proxy.is_lent().await.instance, after);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_no_node_lends_any_more_is_cut_once_all_is_lent_and_not_before() {
+    with_a_path(async |path| {
+        let (second, mut proxy, before, _) = after_a_restart(&path).await;
         let own = lease();
         let after = own.instance;
         second.say(PodEvent::Up(own)).await;
-        // In whichever order: it may have come before the second node was told of its pod.
-        let mut running = None;
-        for _ in 0..2 {
-            match proxy.hears().await {
-                PodEvent::Up(lease) => assert_eq!(lease.instance, after),
-                PodEvent::Drain(of, told) => {
-                    assert_eq!(of, before);
-                    running = Some(told);
-                }
-                event => panic!("{event:?}"),
-            }
-        }
-        running
-            .expect("it drains")
-            .send(())
-            .expect("somebody waits");
+        assert_eq!(proxy.is_lent().await.instance, after);
+        let early = timeout(Duration::from_millis(100), proxy.events.recv()).await;
+        assert!(early.is_err(), "{early:?}");
+        second.say(PodEvent::Snapshot).await;
+        proxy.gives_back(before).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_leaves_is_drained_and_cut_whichever_node_process_has_lent_it() {
+    with_a_path(async |path| {
+        let (second, mut proxy, before, netns) = after_a_restart(&path).await;
+        let own = lease_in(netns);
+        let after = own.instance;
+        second.say(PodEvent::Up(own)).await;
+        proxy.is_lent().await;
+        let mut idle = second.drain(after).await;
+        let running = [proxy.drains(before).await, proxy.drains(after).await];
+        let [old, new] = running;
+        new.send(()).expect("somebody waits");
+        let early = timeout(Duration::from_millis(100), &mut idle).await;
+        assert!(early.is_err(), "the old one still runs");
+        old.send(()).expect("somebody waits");
+        proxy.gives_back(before).await;
+        soon(idle).await.expect("it is told");
+        let (told, down) = oneshot::channel();
+        second.say(PodEvent::Down(after, told)).await;
+        proxy.gives_back(after).await;
+        soon(down).await.expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_a_node_process_has_never_lent_is_taken_back_as_well() {
+    with_a_path(async |path| {
+        let (second, mut proxy, before, netns) = after_a_restart(&path).await;
+        let (told, mut clear) = oneshot::channel();
+        second.say(PodEvent::Clear(netns, told)).await;
         let PodEvent::Down(of, told) = proxy.hears().await else {
-            panic!("it goes");
+            panic!("it is taken back");
         };
         assert_eq!(of, before);
+        assert!(clear.try_recv().is_err(), "it is not cut yet");
         told.send(()).expect("somebody waits");
+        soon(clear).await.expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_pod_that_is_lent_while_it_drains_goes_on() {
+    with_a_path(async |path| {
+        let (first, mut proxy) = (Node::at(&path), Proxy::of(&path));
+        let own = lease();
+        let (instance, netns) = (own.instance, own.cookie);
+        first.say(PodEvent::Up(own)).await;
+        proxy.is_lent().await;
+        let _idle = first.drain(instance).await;
+        let before = proxy.drains(instance).await;
+        drop(first);
+        let second = Node::at(&path);
+        let mut again = lease_in(netns);
+        again.instance = instance;
+        second.say(PodEvent::Up(again)).await;
+        let heard = proxy.hears().await;
+        assert!(
+            matches!(heard, PodEvent::Revive(of) if of == instance),
+            "{heard:?}"
+        );
+        assert!(matches!(proxy.hears().await, PodEvent::Addresses(..)));
+        // That nothing ran before is no answer to what is asked now.
+        before.send(()).expect("somebody waits");
+        let mut idle = second.drain(instance).await;
+        let running = proxy.drains(instance).await;
+        let early = timeout(Duration::from_millis(100), &mut idle).await;
+        assert!(early.is_err(), "something runs");
+        running.send(()).expect("somebody waits");
+        soon(idle).await.expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_pod_that_cannot_be_served_is_refused_alone() {
+    with_a_path(async |path| {
+        let (mut node, mut proxy) = (Node::at(&path), Proxy::of(&path));
+        let (ended, own) = (lease(), lease());
+        let listener = socket2::SockRef::from(&ended.listeners.inbound);
+        listener.shutdown(Shutdown::Both).expect("it listens");
+        let next = own.instance;
+        node.say(PodEvent::Up(ended)).await;
+        node.say(PodEvent::Up(own)).await;
+        assert_eq!(proxy.is_lent().await.instance, next);
+        node.serves(1).await;
+        let idle = node.drain(next).await;
+        let running = proxy.drains(next).await;
+        running.send(()).expect("somebody waits");
+        soon(idle).await.expect("it is told");
     })
     .await;
 }
@@ -314,37 +455,96 @@ async fn who_speaks_another_version_is_not_let_in() {
     .await;
 }
 
-#[tokio::test]
-async fn who_does_not_answer_is_let_go_and_keeps_nobody_waiting() {
-    with_a_path(async |path| {
-        let mut node = Node::at(&path);
-        let channel = Channel::connect(&path).expect("somebody listens");
+/// A proxy of which each word is said by hand.
+struct ByHand(Channel);
+
+impl ByHand {
+    fn at(path: &Path) -> Self {
+        let new = Self(Channel::connect(path).expect("somebody listens"));
         let hello = Hello {
             version: 1,
             lease: VERSION,
         };
-        channel
+        new.0
             .send(&hello.encode_to_vec(), &[])
             .expect("there is room");
-        node.serves(1).await;
-        let welcome = channel.receive().await.expect("a welcome");
-        assert!(welcome.is_some());
-        node.serves(0).await;
-        // Nor is one that answers what it was not asked.
-        let channel = Channel::connect(&path).expect("somebody listens");
-        channel
-            .send(&hello.encode_to_vec(), &[])
+        new
+    }
+
+    fn say(&self, told: ProxyMessage) {
+        let response = Response { told: Some(told) };
+        self.0
+            .send(&response.encode_to_vec(), &[])
             .expect("there is room");
-        let ack = Response {
-            told: Some(ProxyMessage::Ack(super::wire::Ack::default())),
-        };
-        for _ in 0..3 {
-            channel
-                .send(&ack.encode_to_vec(), &[])
-                .expect("there is room");
+    }
+
+    fn acks(&self) {
+        self.say(ProxyMessage::Ack(Ack::default()));
+    }
+
+    /// What the node says next, if it has not let go.
+    async fn hears(&self) -> Option<NodeMessage> {
+        let packet = soon(self.0.receive()).await.expect("a packet, or the end");
+        let request = packet.map(|packet| Request::decode(&*packet.bytes).expect("a request"));
+        request.and_then(|request| request.said)
+    }
+
+    /// Answers until it has heard this.
+    async fn answers_until(&self, what: fn(&NodeMessage) -> bool) {
+        loop {
+            let said = self.hears().await.expect("it is not let go");
+            if what(&said) {
+                return;
+            }
+            self.acks();
         }
+    }
+}
+
+#[tokio::test]
+async fn who_does_not_answer_does_not_count_and_what_it_carries_is_waited_for() {
+    with_a_path(async |path| {
+        let mut node = Node::at(&path);
+        let proxy = ByHand::at(&path);
+        proxy
+            .answers_until(|said| matches!(said, NodeMessage::Welcome(_)))
+            .await;
+        let early = timeout(Duration::from_millis(100), node.serving.changed()).await;
+        assert!(early.is_err(), "it has answered nothing");
+        proxy.acks();
         node.serves(1).await;
+        let own = lease();
+        let (instance, netns) = (own.instance, own.cookie);
+        node.say(PodEvent::Up(own)).await;
+        let mut idle = node.drain(instance).await;
+        proxy
+            .answers_until(|said| matches!(said, NodeMessage::Drain(_)))
+            .await;
         node.serves(0).await;
+        assert!(
+            idle.try_recv().is_err(),
+            "what it carries is not known to have ended"
+        );
+        proxy.acks();
+        node.serves(1).await;
+        let uid = String::new();
+        proxy.say(ProxyMessage::Idle(PodRef { uid, netns }));
+        soon(idle).await.expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_answers_what_it_was_not_asked_is_let_go() {
+    with_a_path(async |path| {
+        let _node = Node::at(&path);
+        let proxy = ByHand::at(&path);
+        proxy
+            .answers_until(|said| matches!(said, NodeMessage::Welcome(_)))
+            .await;
+        proxy.acks();
+        proxy.acks();
+        assert_eq!(proxy.hears().await, None);
     })
     .await;
 }

@@ -1,13 +1,14 @@
 //! The messages of the seam between two processes: ztunnel's node protocol (ZDS) with our own additions.
 //! The node lends a pod with its listeners, where istio-cni hands its namespace over alone, and says
-//! what happens to it by its instance.
+//! what happens to it by its network namespace: a proxy outlives node processes, and may have been lent the
+//! same namespace by several of them.
 //!
 //! Field numbers up to 99 are ZDS's, as istio-cni and ztunnel have them; ours begin at 100.
 
 use std::net::IpAddr;
 
 /// The version of our additions that this agent speaks.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The first packet of a proxy.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
@@ -34,10 +35,10 @@ pub enum NodeMessage {
     /// Serve this pod; with its network namespace and its three listeners.
     #[prost(message, tag = "1")]
     Add(Add),
-    /// Abort the pod's connections, and give it back.
+    /// Abort all connections in the pod's network namespace, and give back all that was lent of it.
     #[prost(message, tag = "2")]
     Del(PodRef),
-    /// All current pods have been added.
+    /// All current pods have been added, and those that drain have been named: give back all others.
     #[prost(message, tag = "3")]
     SnapshotSent(Empty),
     /// The node's first packet, with the descriptor of the map that stamps the proxy's sockets.
@@ -46,7 +47,8 @@ pub enum NodeMessage {
     /// A pod has these addresses now.
     #[prost(message, tag = "101")]
     Addresses(Addresses),
-    /// Open nothing new for the pod, and send [`ProxyMessage::Idle`] when none of its connections runs.
+    /// Open nothing new in the pod's network namespace, and send [`ProxyMessage::Idle`] when no connection in
+    /// it runs. Each one is answered, also if nothing of the pod was lent.
     #[prost(message, tag = "102")]
     Drain(PodRef),
     /// Cancel the pod's drain.
@@ -87,6 +89,9 @@ pub struct Add {
     /// The trust domain of its identity.
     #[prost(string, tag = "102")]
     pub trust_domain: String,
+    /// The cookie of its network namespace.
+    #[prost(fixed64, tag = "103")]
+    pub netns: u64,
 }
 
 /// The name, namespace and service account of a pod.
@@ -103,23 +108,23 @@ pub struct WorkloadInfo {
     pub service_account: String,
 }
 
-/// A reference to a pod that was added.
+/// A reference to all enrolments of a network namespace, by whichever node process.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct PodRef {
     /// The workload's uid, for ZDS.
     #[prost(string, tag = "2")]
     pub uid: String,
-    /// Which enrolment of it.
+    /// The namespace's cookie.
     #[prost(fixed64, tag = "100")]
-    pub instance: u64,
+    pub netns: u64,
 }
 
 /// A pod's addresses.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Addresses {
-    /// Which enrolment of it.
+    /// The cookie of its network namespace.
     #[prost(fixed64, tag = "1")]
-    pub instance: u64,
+    pub netns: u64,
     /// Of 4 or 16 bytes each.
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub addresses: Vec<Vec<u8>>,
@@ -139,10 +144,11 @@ pub enum ProxyMessage {
     /// The answer to the last request.
     #[prost(message, tag = "1")]
     Ack(Ack),
-    /// No connection of a draining pod runs any more; not an answer to a request.
+    /// No connection in a draining network namespace runs any more; not an answer to a request.
     #[prost(message, tag = "100")]
     Idle(PodRef),
-    /// The proxy is about to end: it accepts nothing any more, and must not be lent more pods. Not an answer either.
+    /// The proxy is about to end: it accepts nothing any more, and ignores pods that it is lent. Not an answer
+    /// either.
     #[prost(message, tag = "101")]
     Leaving(Empty),
 }
@@ -150,7 +156,8 @@ pub enum ProxyMessage {
 /// The result of a request.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Ack {
-    /// The error, or empty if the request was done.
+    /// The error, or empty if the request was done. An error of an [`Add`] concerns that pod alone; any other
+    /// ends the conversation.
     #[prost(string, tag = "1")]
     pub error: String,
 }

@@ -49,6 +49,8 @@ pub enum Phase {
     Serving,
     /// No longer captured; its connections go on.
     Draining,
+    /// Its connections are being cut; it is unserved after that.
+    Cutting,
 }
 
 /// A step that the reconciler takes for one pod.
@@ -58,11 +60,11 @@ pub enum Step {
     Enrol(u64),
     /// Captures a leaving pod again.
     Revive(u64),
-    /// Cuts the connections of a pod that is to be served as something else. It stays captured.
+    /// Cuts the connections of a pod that is to be served as something else. It stays captured, unserved.
     StopServing(u64),
     /// Stops capturing the pod, and lets its connections go on.
     Leave(u64),
-    /// Cuts what is left of a pod whose namespace is gone, and undoes what was changed.
+    /// Cuts what is left of a pod whose namespace is gone. It is unserved then.
     ForceRemove(u64),
     /// Undoes what was changed for an unserved pod.
     Undo(u64),
@@ -91,7 +93,7 @@ pub fn diff(want: &Want, have: &BTreeMap<u64, Has>) -> Vec<Step> {
             Phase::Serving if wanted || unlocated => {}
             Phase::Serving => steps.push(Step::Leave(cookie)),
             Phase::Draining if wanted => steps.push(Step::Revive(cookie)),
-            Phase::Draining => {}
+            Phase::Draining | Phase::Cutting => {}
         }
     }
     let new = want.pods.keys();
@@ -131,7 +133,8 @@ mod tests {
         let phase = prop_oneof![
             Just(Phase::Unserved),
             Just(Phase::Serving),
-            Just(Phase::Draining)
+            Just(Phase::Draining),
+            Just(Phase::Cutting)
         ];
         btree_map(0..6_u64, (0..4_u64, phase, any::<bool>()), 0..5).prop_map(|have| {
             have.into_iter()
@@ -174,13 +177,21 @@ mod tests {
                     },
                 );
             }
-            Step::StopServing(cookie) => {
-                have.get_mut(cookie).expect("it is there").phase = Phase::Unserved;
+            Step::StopServing(cookie) | Step::ForceRemove(cookie) => {
+                have.get_mut(cookie).expect("it is there").phase = Phase::Cutting;
             }
             Step::Leave(cookie) => {
                 have.get_mut(cookie).expect("it is there").phase = Phase::Draining;
             }
-            Step::ForceRemove(cookie) | Step::Undo(cookie) => _ = have.remove(cookie),
+            Step::Undo(cookie) => _ = have.remove(cookie),
+        }
+    }
+
+    /// Nobody serves any more what was in one of these phases.
+    fn end(have: &mut BTreeMap<u64, Has>, phases: &[Phase]) {
+        let all = have.values_mut();
+        for has in all.filter(|has| phases.contains(&has.phase)) {
+            has.phase = Phase::Unserved;
         }
     }
 
@@ -257,6 +268,10 @@ mod tests {
             (Draining, Gone, Some(Step::ForceRemove(1))),
             (Draining, GoneAndWanted, Some(Step::ForceRemove(1))),
             (Draining, NotWanted, None),
+            (Cutting, Wanted, None),
+            (Cutting, WantedAsAnother, None),
+            (Cutting, Gone, None),
+            (Cutting, NotWanted, None),
         ] {
             let expected: Vec<Step> = step.into_iter().collect();
             assert_eq!(next(phase, is), expected, "{phase:?}, {is:?}");
@@ -264,14 +279,14 @@ mod tests {
     }
 
     proptest! {
-        /// Draining pods end by themselves; then nothing is left to do, and all is as wanted.
+        /// Draining and cutting end by themselves; then nothing is left to do, and all is as wanted.
         #[test]
         fn it_comes_to_rest_where_it_was_told_to((want, mut have) in want_and_have()) {
             for _ in 0..4 {
                 for step in diff(&want, &have) {
                     apply(&mut have, &want, &step);
                 }
-                have.retain(|_, has| has.phase != Phase::Draining);
+                end(&mut have, &[Phase::Draining, Phase::Cutting]);
             }
             prop_assert_eq!(diff(&want, &have), vec![]);
             for (cookie, has) in &have {
@@ -305,6 +320,7 @@ mod tests {
                 for step in diff(&want, &have) {
                     apply(&mut have, &want, &step);
                 }
+                end(&mut have, &[Phase::Cutting]);
             }
             for (cookie, uid) in &want.pods {
                 let (uid, phase) = (uid.clone(), Phase::Serving);

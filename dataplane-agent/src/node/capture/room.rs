@@ -40,6 +40,8 @@ use crate::sys::netns::{Changes, Interfaces, Netns};
 
 /// How long a pod's listeners stay open after it stopped being captured, so that handshakes in progress can finish.
 const LINGER: Duration = Duration::from_secs(1);
+/// How long a proxy may take to cut a pod's connections before the node goes on without its answer.
+const CUT: Duration = Duration::from_secs(5);
 /// Delay before a failed step is tried again; the upper bound for failed enrolments.
 const RETRY: Duration = Duration::from_secs(5);
 /// First delay after a failed enrolment. It doubles with each further failure, up to [`RETRY`].
@@ -102,6 +104,8 @@ pub struct Reconciler {
     handle: CaptureHandle,
     pods: BTreeMap<u64, Pod>,
     failed: BTreeMap<u64, Failure>,
+    /// Whether [`PodEvent::Snapshot`] has been sent.
+    snapshot_sent: bool,
     /// When a failed undo is tried again.
     undo_retry: Option<Instant>,
     events: mpsc::Sender<PodEvent>,
@@ -137,6 +141,9 @@ struct Pod {
     /// The capture of a pod that nobody serves, kept in repair; `None` if the pod is served, or is not to be
     /// captured.
     held: Option<HeldPod>,
+    /// Whether its connections have been cut since it was last served. A proxy outlives node processes, and
+    /// may still carry connections of a pod that a predecessor left.
+    cleared: bool,
 }
 
 enum PodPhase {
@@ -147,6 +154,13 @@ enum PodPhase {
     Draining {
         served: Box<ServedPod>,
         idle: oneshot::Receiver<()>,
+        until: Instant,
+    },
+    /// Its connections are being cut. When that is done, or at `until`, it is unserved.
+    Cutting {
+        /// `None` if this process has not served the pod.
+        served: Option<Box<ServedPod>>,
+        done: oneshot::Receiver<()>,
         until: Instant,
     },
 }
@@ -173,16 +187,13 @@ struct ServedPod {
 }
 
 impl Pod {
-    /// Takes the pod from the proxy, if it is served, and returns the ended enrolment. The pod is held from then on.
-    fn take_back(&mut self) -> Option<Instance> {
-        let served = match std::mem::replace(&mut self.phase, PodPhase::Unserved) {
-            PodPhase::Unserved => return None,
-            PodPhase::Serving(served)
-            | PodPhase::Lingering(served, _)
-            | PodPhase::Draining { served, .. } => served,
-        };
-        self.held = Some(HeldPod::with_program(served.program));
-        Some(served.instance)
+    /// Ends [`PodPhase::Cutting`]: nobody serves the pod any more. It is held from then on.
+    fn finish_cutting(&mut self) {
+        let phase = std::mem::replace(&mut self.phase, PodPhase::Unserved);
+        if let Some(served) = phase.into_served() {
+            self.held = Some(HeldPod::with_program(served.program));
+        }
+        self.cleared = true;
     }
 
     /// Returns the id of the program that steers in the pod, pinned or not, if this agent knows it.
@@ -228,6 +239,7 @@ impl PodPhase {
             Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
                 Some(served)
             }
+            Self::Cutting { served, .. } => served.as_deref(),
         }
     }
 
@@ -237,6 +249,17 @@ impl PodPhase {
             Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
                 Some(served)
             }
+            Self::Cutting { served, .. } => served.as_deref_mut(),
+        }
+    }
+
+    fn into_served(self) -> Option<Box<ServedPod>> {
+        match self {
+            Self::Unserved => None,
+            Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
+                Some(served)
+            }
+            Self::Cutting { served, .. } => served,
         }
     }
 
@@ -245,6 +268,7 @@ impl PodPhase {
             Self::Unserved => Phase::Unserved,
             Self::Serving(_) => Phase::Serving,
             Self::Lingering(..) | Self::Draining { .. } => Phase::Draining,
+            Self::Cutting { .. } => Phase::Cutting,
         }
     }
 }
@@ -330,6 +354,7 @@ impl Reconciler {
             handle: handle.clone(),
             pods,
             failed: BTreeMap::new(),
+            snapshot_sent: false,
             undo_retry: None,
             events,
             status,
@@ -450,24 +475,42 @@ impl Reconciler {
                         self.revive((*desired).clone()).await?;
                     }
                 }
-                Step::StopServing(cookie) => {
-                    self.stop_serving(cookie).await?;
-                    more = true;
-                }
+                Step::StopServing(cookie) => self.stop_serving(cookie).await?,
                 Step::Leave(cookie) => self.leave(cookie),
                 Step::ForceRemove(cookie) => {
                     self.stop_capture(cookie);
-                    self.cut_and_undo(cookie).await?;
-                    more |= !self.pods.contains_key(&cookie);
+                    self.cut_connections(cookie).await?;
                 }
                 Step::Undo(cookie) => {
                     self.stop_capture(cookie);
+                    if self.pods.get(&cookie).is_some_and(|pod| !pod.cleared) {
+                        self.cut_connections(cookie).await?;
+                        continue;
+                    }
                     self.undo(cookie).await;
                     more |= !self.pods.contains_key(&cookie);
                 }
             }
         }
+        if !more {
+            self.send_snapshot(&want).await?;
+        }
         Ok(more)
+    }
+
+    /// Tells the proxy, once, that every pod that was captured when this process began has been leased, or
+    /// cannot be. Pods that are not found yet hold this up: the proxy goes on to serve them from before.
+    async fn send_snapshot(&mut self, want: &Want) -> Result<(), CaptureError> {
+        let open = self.pods.iter().any(|(cookie, pod)| {
+            let unserved = matches!(pod.phase.phase(), Phase::Unserved | Phase::Cutting);
+            let tried = self.failed.contains_key(cookie);
+            unserved && !tried && want.keeps_captured(*cookie, &pod.uid)
+        });
+        if open || self.snapshot_sent {
+            return Ok(());
+        }
+        self.snapshot_sent = true;
+        self.send(PodEvent::Snapshot).await
     }
 
     /// Captures pods that are to be served and that nobody serves yet. An undo record does not prove that a
@@ -475,6 +518,9 @@ impl Reconciler {
     /// was leaving.
     fn capture_unserved(&mut self, want: &Want) {
         for (cookie, pod) in &mut self.pods {
+            if let PodPhase::Cutting { .. } = pod.phase {
+                continue; // as it was until then
+            }
             let adopted = matches!(pod.phase, PodPhase::Unserved);
             if !adopted || !want.keeps_captured(*cookie, &pod.uid) {
                 pod.held = None;
@@ -510,22 +556,11 @@ impl Reconciler {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
         };
-        if let Some(instance) = pod.take_back() {
-            tracing::info!(
-                pod = %named(&pod.uid),
-                "pod is another than it was; its connections are cut"
-            );
-            self.cut_connections(instance).await?;
-        }
-        Ok(())
-    }
-
-    /// Has the proxy cut the connections of an enrolment, and waits until it has.
-    async fn cut_connections(&self, instance: Instance) -> Result<(), CaptureError> {
-        let (told, done) = oneshot::channel();
-        self.send(PodEvent::Down(instance, told)).await?;
-        let _ = done.await;
-        Ok(())
+        tracing::info!(
+            pod = %named(&pod.uid),
+            "pod is another than it was; its connections are cut"
+        );
+        self.cut_connections(cookie).await
     }
 
     async fn enrol(&mut self, desired: Desired) -> Result<(), CaptureError> {
@@ -561,6 +596,7 @@ impl Reconciler {
                     identity: desired.identity.clone(),
                     addresses: Arc::clone(&prepared.addresses),
                     netns: desired.netns.clone(),
+                    cookie,
                     listeners: prepared.listeners,
                     stamp: Arc::clone(&self.stamp),
                 };
@@ -582,6 +618,7 @@ impl Reconciler {
                         schedule: LookSchedule::staggered(cookie),
                     })),
                     held: None,
+                    cleared: false,
                 };
                 self.pods.insert(cookie, pod);
                 self.send(PodEvent::Up(Box::new(lease))).await
@@ -609,6 +646,7 @@ impl Reconciler {
                             netns: Some(desired.netns.clone()),
                             phase: PodPhase::Unserved,
                             held: None,
+                            cleared: true,
                             record,
                         };
                         self.pods.insert(cookie, half);
@@ -676,6 +714,10 @@ impl Reconciler {
                     None => PodState::Up,
                 },
                 (Phase::Draining, _) => PodState::Draining,
+                (Phase::Cutting, _) => match self.captures(cookie) {
+                    true => PodState::Unserved { captured: true },
+                    false => PodState::Draining,
+                },
                 (Phase::Unserved, failed) => {
                     let captured = self.captures(cookie);
                     match failed.map(|failed| failed.why.clone()).or(lost) {
@@ -729,7 +771,9 @@ impl Reconciler {
     /// Returns the time of the next thing to do without an event.
     fn next_due(&self) -> Option<Instant> {
         let leaving = self.pods.values().filter_map(|pod| match &pod.phase {
-            PodPhase::Lingering(_, until) | PodPhase::Draining { until, .. } => Some(*until),
+            PodPhase::Lingering(_, until)
+            | PodPhase::Draining { until, .. }
+            | PodPhase::Cutting { until, .. } => Some(*until),
             PodPhase::Unserved | PodPhase::Serving(_) => None,
         });
         let failed = self.failed.values().map(|failed| failed.retry_at);
@@ -814,6 +858,7 @@ fn unserved_pods(records: Vec<UndoRecord>) -> BTreeMap<u64, Pod> {
             netns,
             phase: PodPhase::Unserved,
             held: None,
+            cleared: false,
             record,
         };
         (pod.record.cookie, pod)

@@ -5,13 +5,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
 use tokio::time::Instant;
 
 use super::super::repair::LostParts;
 use super::super::undo::UndoRecord;
 use super::super::wanted::Desired;
 use super::super::{CaptureError, enrol};
-use super::{LINGER, Pod, PodPhase, RETRY, Reconciler, ServedPod, look};
+use super::{CUT, LINGER, Pod, PodPhase, RETRY, Reconciler, ServedPod, look};
 use crate::mesh::workload::named;
 use crate::seam::PodEvent;
 use crate::sys::netns::Netns;
@@ -120,7 +121,13 @@ impl Reconciler {
                     self.send(PodEvent::Drain(instance, told)).await?;
                 }
                 PodPhase::Draining { until, .. } if *until <= now => {
-                    self.cut_and_undo(cookie).await?;
+                    self.cut_connections(cookie).await?;
+                }
+                PodPhase::Cutting { done, until, .. } if *until <= now => {
+                    if done.try_recv() == Err(TryRecvError::Empty) {
+                        tracing::warn!(pod = %named(&pod.uid), "a proxy has not confirmed that the pod's connections are cut; it is not waited for any longer");
+                    }
+                    pod.finish_cutting();
                 }
                 _ => {}
             }
@@ -128,15 +135,25 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Cuts the remaining connections of a pod that is no longer captured, and undoes what was changed.
-    pub(super) async fn cut_and_undo(&mut self, cookie: u64) -> Result<(), CaptureError> {
-        if let Some(pod) = self.pods.get(&cookie)
-            && let Some(served) = pod.phase.served()
-        {
-            self.cut_connections(served.instance).await?;
-        }
-        self.undo(cookie).await;
-        Ok(())
+    /// Has the connections of a pod cut: those of this enrolment, and those that a proxy still has from an
+    /// earlier node process. Does not wait for it: the pod's next step is decided when they are cut.
+    pub(super) async fn cut_connections(&mut self, cookie: u64) -> Result<(), CaptureError> {
+        let Some(pod) = self.pods.get_mut(&cookie) else {
+            return Ok(());
+        };
+        let phase = std::mem::replace(&mut pod.phase, PodPhase::Unserved);
+        let served = phase.into_served();
+        let (told, done) = oneshot::channel();
+        let event = match &served {
+            Some(served) => PodEvent::Down(served.instance, told),
+            None => PodEvent::Clear(cookie, told),
+        };
+        pod.phase = PodPhase::Cutting {
+            served,
+            done,
+            until: Instant::now() + CUT,
+        };
+        self.send(event).await
     }
 
     pub(super) async fn undo(&mut self, cookie: u64) {
@@ -169,10 +186,13 @@ impl Reconciler {
     }
 }
 
-/// Is ready when a draining pod has no connections left.
+/// Is ready when a draining pod has no connections left, or a pod's connections have been cut.
 pub(super) fn idle(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
     for pod in pods.values_mut() {
-        if let PodPhase::Draining { idle, until, .. } = &mut pod.phase
+        if let PodPhase::Draining { idle, until, .. }
+        | PodPhase::Cutting {
+            done: idle, until, ..
+        } = &mut pod.phase
             && Pin::new(idle).poll(context).is_ready()
         {
             *until = Instant::now();

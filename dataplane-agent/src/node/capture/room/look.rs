@@ -163,11 +163,9 @@ impl Reconciler {
         );
         self.handle.repairs.count(&lost_parts);
         served.schedule.done(broken);
-        if lost_parts.has(Part::Listener)
-            && let Some(instance) = pod.take_back()
-        {
+        if lost_parts.has(Part::Listener) {
             // The pod is enrolled anew with other listeners; its connections are cut.
-            self.cut_connections(instance).await?;
+            self.cut_connections(cookie).await?;
         }
         Ok(())
     }

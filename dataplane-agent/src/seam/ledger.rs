@@ -1,0 +1,459 @@
+//! Which pods the node lends, what each proxy has been told of them, and what it is to be told next. It only
+//! decides; `lend` has the conversations.
+//!
+//! The next message follows from what the proxy was told last and from what is lent now. So what waits for a slow
+//! proxy is bounded by the number of pods, however often they change, and a pod that is to be given back does not
+//! wait for others.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
+use super::wire::{
+    self, Add, Addresses, Empty, NodeMessage, PodRef, VERSION, Welcome, WorkloadInfo,
+};
+use super::{Instance, Lease, PodEvent, Stamp};
+use crate::drain::CompletionGuard;
+
+/// A connected proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct ProxyId(u64);
+
+/// A message to a proxy.
+#[derive(Debug)]
+pub(super) struct Order<'a> {
+    /// What it says.
+    pub(super) said: NodeMessage,
+    /// The descriptors that are lent with it.
+    pub(super) lent: Vec<BorrowedFd<'a>>,
+    /// To be dropped when the proxy has done it, or is gone.
+    pub(super) done: Vec<CompletionGuard>,
+}
+
+/// What is lent, and to whom. Pods are keyed by the cookies of their network namespaces: each has one pod.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    node: String,
+    stamp: Arc<Stamp>,
+    leased: BTreeMap<u64, Leased>,
+    proxies: BTreeMap<ProxyId, Proxy>,
+    /// Whether [`PodEvent::Snapshot`] has come.
+    complete: bool,
+    /// The number of proxies that have connected so far.
+    connected: u64,
+}
+
+#[derive(Debug)]
+struct Leased {
+    lease: Lease,
+    /// Whether nothing new is to be opened for it.
+    drains: bool,
+}
+
+#[derive(Debug, Default)]
+struct Proxy {
+    welcomed: bool,
+    /// Whether it was told [`NodeMessage::SnapshotSent`]. Until then it may have pods of an earlier node process.
+    snapshot: bool,
+    /// What it was last told of each pod.
+    told: BTreeMap<u64, LastTold>,
+    /// Pods of which there may be something to say.
+    changed: BTreeSet<u64>,
+    /// Pods that it is to give back: the uid, and who waits for that.
+    give_back: BTreeMap<u64, (Arc<str>, Vec<CompletionGuard>)>,
+    /// Who waits until a draining pod has no connections left.
+    idle: BTreeMap<u64, CompletionGuard>,
+    /// Whether it has been told all that there was to say since it connected, and has answered.
+    caught_up: bool,
+    /// Whether its answer is overdue.
+    late: bool,
+    /// Whether it accepts nothing any more.
+    leaves: bool,
+}
+
+#[derive(Debug)]
+struct LastTold {
+    /// The enrolment that it was lent; `None` if it was only told to drain what it may have.
+    instance: Option<Instance>,
+    addresses: Arc<[IpAddr]>,
+    drains: bool,
+    /// Whether it is to be told to drain once more, since it may have answered the last time already.
+    drain_again: bool,
+}
+
+impl Ledger {
+    /// Lends nothing yet.
+    pub(super) fn new(node: &str, stamp: Arc<Stamp>) -> Self {
+        Self {
+            node: node.to_owned(),
+            stamp,
+            leased: BTreeMap::new(),
+            proxies: BTreeMap::new(),
+            complete: false,
+            connected: 0,
+        }
+    }
+
+    /// Takes in what the node says of a pod.
+    pub(super) fn apply(&mut self, event: PodEvent) {
+        match event {
+            PodEvent::Up(lease) => {
+                let netns = lease.cookie;
+                let (lease, drains) = (*lease, false);
+                self.leased.insert(netns, Leased { lease, drains });
+                self.has_changed(netns);
+            }
+            PodEvent::Addresses(instance, addresses) => {
+                if let Some(netns) =
+                    self.change(instance, |leased| leased.lease.addresses = addresses)
+                {
+                    self.has_changed(netns);
+                }
+            }
+            PodEvent::Drain(instance, told) => {
+                if let Some(netns) = self.change(instance, |leased| leased.drains = true) {
+                    let answer = CompletionGuard::new(told);
+                    for proxy in self.having(netns) {
+                        if let Some(last) = proxy.told.get_mut(&netns) {
+                            last.drain_again = true;
+                        }
+                        proxy.idle.insert(netns, answer.clone());
+                    }
+                    self.has_changed(netns);
+                }
+            }
+            PodEvent::Revive(instance) => {
+                if let Some(netns) = self.change(instance, |leased| leased.drains = false) {
+                    for proxy in self.proxies.values_mut() {
+                        proxy.idle.remove(&netns);
+                    }
+                    self.has_changed(netns);
+                }
+            }
+            PodEvent::Down(instance, told) => {
+                if let Some(netns) = self.change(instance, |_| ()) {
+                    self.take_back(netns, told);
+                }
+            }
+            PodEvent::Clear(netns, told) => self.take_back(netns, told),
+            PodEvent::Snapshot => self.complete = true,
+        }
+    }
+
+    /// Adds a proxy that has connected. It is to be lent all that there is.
+    pub(super) fn meet(&mut self) -> ProxyId {
+        self.connected += 1;
+        let id = ProxyId(self.connected);
+        let proxy = Proxy {
+            changed: self.leased.keys().copied().collect(),
+            ..Proxy::default()
+        };
+        self.proxies.insert(id, proxy);
+        id
+    }
+
+    /// Removes a proxy that is gone, and its connections with it: nobody waits for it any more.
+    pub(super) fn forget(&mut self, id: ProxyId) {
+        self.proxies.remove(&id);
+    }
+
+    /// Returns what a proxy that has answered all before is to be told next, and takes it as told.
+    pub(super) fn next(&mut self, id: ProxyId) -> Option<Order<'_>> {
+        let proxy = self.proxies.get_mut(&id)?;
+        if !proxy.welcomed {
+            proxy.welcomed = true;
+            let (lease, node) = (VERSION, self.node.clone());
+            return Some(Order {
+                lent: self.stamp.descriptor().into_iter().collect(),
+                ..Order::of(NodeMessage::Welcome(Welcome { lease, node }))
+            });
+        }
+        if let Some((netns, (uid, done))) = proxy.give_back.pop_first() {
+            proxy.told.remove(&netns);
+            let uid = uid.to_string();
+            return Some(Order {
+                done,
+                ..Order::of(NodeMessage::Del(PodRef { uid, netns }))
+            });
+        }
+        while let Some(&netns) = proxy.changed.first() {
+            let leased = self.leased.get(&netns);
+            if let Some(order) = leased.and_then(|leased| proxy.next_of(netns, leased)) {
+                return Some(order);
+            }
+            proxy.changed.remove(&netns);
+        }
+        if self.complete && !proxy.snapshot {
+            proxy.snapshot = true;
+            return Some(Order::of(NodeMessage::SnapshotSent(Empty {})));
+        }
+        proxy.caught_up = true;
+        None
+    }
+
+    /// Takes in [`ProxyMessage::Idle`](super::wire::ProxyMessage::Idle).
+    pub(super) fn idle(&mut self, id: ProxyId, netns: u64) {
+        let Some(proxy) = self.proxies.get_mut(&id) else {
+            return;
+        };
+        // If the drain was cancelled meanwhile, or is to begin anew, this is no answer to it.
+        let last = proxy.told.get(&netns);
+        if last.is_some_and(|last| last.drains && !last.drain_again) {
+            proxy.idle.remove(&netns);
+        }
+    }
+
+    /// Takes in [`ProxyMessage::Leaving`](super::wire::ProxyMessage::Leaving).
+    pub(super) fn leaves(&mut self, id: ProxyId) {
+        if let Some(proxy) = self.proxies.get_mut(&id) {
+            proxy.leaves = true;
+        }
+    }
+
+    /// Sets whether a proxy's answer is overdue; returns whether it was.
+    pub(super) fn set_late(&mut self, id: ProxyId, late: bool) -> bool {
+        let proxy = self.proxies.get_mut(&id);
+        proxy.is_some_and(|proxy| std::mem::replace(&mut proxy.late, late))
+    }
+
+    /// Returns the number of proxies that serve: they answer, have been lent all there is, and are not about to end.
+    pub(super) fn serving(&self) -> usize {
+        let proxies = self.proxies.values();
+        let serve = proxies.filter(|proxy| proxy.caught_up && !proxy.late && !proxy.leaves);
+        serve.count()
+    }
+
+    /// Takes a network namespace back from all proxies that may have something of it; `told` hears when they have
+    /// given it back.
+    fn take_back(&mut self, netns: u64, told: oneshot::Sender<()>) {
+        let answer = CompletionGuard::new(told);
+        let leased = self.leased.remove(&netns);
+        let uid = leased.map_or_else(Arc::default, |leased| leased.lease.uid);
+        for proxy in self.having(netns) {
+            let (_, waiting) = proxy
+                .give_back
+                .entry(netns)
+                .or_insert_with(|| (Arc::clone(&uid), Vec::new()));
+            waiting.push(answer.clone());
+        }
+        for proxy in self.proxies.values_mut() {
+            proxy.idle.remove(&netns);
+        }
+    }
+
+    /// The proxies that may have something of a network namespace.
+    fn having(&mut self, netns: u64) -> impl Iterator<Item = &mut Proxy> {
+        let proxies = self.proxies.values_mut();
+        proxies.filter(move |proxy| !proxy.snapshot || proxy.told.contains_key(&netns))
+    }
+
+    /// Changes a leased pod; returns its network namespace, or `None` if the enrolment is not leased.
+    fn change(&mut self, instance: Instance, change: impl FnOnce(&mut Leased)) -> Option<u64> {
+        let mut leased = self.leased.iter_mut();
+        let (netns, leased) = leased.find(|(_, leased)| leased.lease.instance == instance)?;
+        change(leased);
+        Some(*netns)
+    }
+
+    fn has_changed(&mut self, netns: u64) {
+        for proxy in self.proxies.values_mut() {
+            proxy.changed.insert(netns);
+        }
+    }
+}
+
+impl Proxy {
+    /// Returns what it is to be told of a leased pod, if anything.
+    fn next_of<'a>(&mut self, netns: u64, leased: &'a Leased) -> Option<Order<'a>> {
+        let (lease, drains) = (&leased.lease, leased.drains);
+        let of = || PodRef {
+            uid: lease.uid.to_string(),
+            netns,
+        };
+        let last = self.told.get_mut(&netns);
+        if drains {
+            match last {
+                Some(last) if last.drains && !last.drain_again => return None,
+                Some(last) => (last.drains, last.drain_again) = (true, false),
+                None if self.snapshot => return None, // it has nothing of it
+                None => {
+                    let last = LastTold {
+                        instance: None,
+                        addresses: Arc::default(),
+                        drains,
+                        drain_again: false,
+                    };
+                    self.told.insert(netns, last);
+                }
+            }
+            return Some(Order::of(NodeMessage::Drain(of())));
+        }
+        match last {
+            Some(last) if last.instance == Some(lease.instance) => {
+                last.drain_again = false;
+                if last.drains {
+                    last.drains = false;
+                    Some(Order::of(NodeMessage::Revive(of())))
+                } else if last.addresses != lease.addresses {
+                    last.addresses = Arc::clone(&lease.addresses);
+                    let addresses = lease.addresses.iter().map(wire::bytes).collect();
+                    let said = Addresses { netns, addresses };
+                    Some(Order::of(NodeMessage::Addresses(said)))
+                } else {
+                    None
+                }
+            }
+            _ => {
+                let last = LastTold {
+                    instance: Some(lease.instance),
+                    addresses: Arc::clone(&lease.addresses),
+                    drains,
+                    drain_again: false,
+                };
+                self.told.insert(netns, last);
+                Some(Order::lending(lease))
+            }
+        }
+    }
+}
+
+impl<'a> Order<'a> {
+    fn of(said: NodeMessage) -> Self {
+        Self {
+            said,
+            lent: Vec::new(),
+            done: Vec::new(),
+        }
+    }
+
+    /// Lends a pod.
+    fn lending(lease: &'a Lease) -> Self {
+        let add = Add {
+            uid: lease.uid.to_string(),
+            workload_info: Some(WorkloadInfo {
+                name: lease.name.to_string(),
+                namespace: lease.namespace.to_string(),
+                service_account: lease.identity.service_account().to_owned(),
+            }),
+            instance: lease.instance.0,
+            addresses: lease.addresses.iter().map(wire::bytes).collect(),
+            trust_domain: lease.identity.trust_domain().to_owned(),
+            netns: lease.cookie,
+        };
+        let listeners = &lease.listeners;
+        let lent = vec![
+            lease.netns.as_fd(),
+            listeners.outbound.as_fd(),
+            listeners.inbound.as_fd(),
+            listeners.hbone.as_fd(),
+        ];
+        Self {
+            lent,
+            ..Self::of(NodeMessage::Add(add))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::lease;
+    use super::*;
+
+    fn drain(ledger: &mut Ledger, instance: Instance) -> oneshot::Receiver<()> {
+        let (told, idle) = oneshot::channel();
+        ledger.apply(PodEvent::Drain(instance, told));
+        idle
+    }
+
+    /// All that a proxy is to be told, in short.
+    fn told(ledger: &mut Ledger, id: ProxyId) -> Vec<&'static str> {
+        let mut told = Vec::new();
+        while let Some(order) = ledger.next(id) {
+            told.push(match order.said {
+                NodeMessage::Welcome(_) => "welcome",
+                NodeMessage::Add(_) => "add",
+                NodeMessage::Addresses(_) => "addresses",
+                NodeMessage::Drain(_) => "drain",
+                NodeMessage::Revive(_) => "revive",
+                NodeMessage::Del(_) => "del",
+                NodeMessage::SnapshotSent(_) => "snapshot",
+            });
+        }
+        told
+    }
+
+    #[test]
+    fn what_waits_for_a_slow_proxy_does_not_grow_with_what_happens() {
+        let mut ledger = Ledger::new("one", Arc::default());
+        let (own, id) = (lease(), ledger.meet());
+        let instance = own.instance;
+        ledger.apply(PodEvent::Up(own));
+        assert_eq!(told(&mut ledger, id), ["welcome", "add"]);
+        for number in 0..100 {
+            let addresses = [IpAddr::from([10, 0, 1, number])].into();
+            ledger.apply(PodEvent::Addresses(instance, addresses));
+            drop(drain(&mut ledger, instance));
+            ledger.apply(PodEvent::Revive(instance));
+        }
+        ledger.apply(PodEvent::Snapshot);
+        assert_eq!(told(&mut ledger, id), ["addresses", "snapshot"]);
+        assert_eq!(told(&mut ledger, id), [""; 0]);
+    }
+
+    #[test]
+    fn what_is_given_back_waits_for_no_other_pod() {
+        let mut ledger = Ledger::new("one", Arc::default());
+        let (own, id) = (lease(), ledger.meet());
+        let (instance, netns) = (own.instance, own.cookie);
+        ledger.apply(PodEvent::Up(own));
+        assert_eq!(told(&mut ledger, id), ["welcome", "add"]);
+        for _ in 0..100 {
+            ledger.apply(PodEvent::Up(lease()));
+        }
+        let (told, mut down) = oneshot::channel();
+        ledger.apply(PodEvent::Down(instance, told));
+        let order = ledger.next(id).expect("there is much to tell");
+        assert!(matches!(&order.said, NodeMessage::Del(of) if of.netns == netns));
+        assert!(down.try_recv().is_err(), "it has not been done");
+        drop(order);
+        down.try_recv().expect("it has");
+    }
+
+    #[test]
+    fn an_answer_to_what_was_asked_before_is_none_to_what_is_asked_now() {
+        let mut ledger = Ledger::new("one", Arc::default());
+        let (own, id) = (lease(), ledger.meet());
+        let (instance, netns) = (own.instance, own.cookie);
+        ledger.apply(PodEvent::Up(own));
+        drop(drain(&mut ledger, instance));
+        assert_eq!(told(&mut ledger, id), ["welcome", "drain"]);
+        ledger.apply(PodEvent::Revive(instance));
+        let mut idle = drain(&mut ledger, instance);
+        ledger.idle(id, netns);
+        assert!(idle.try_recv().is_err(), "it has not been asked");
+        assert_eq!(told(&mut ledger, id), ["drain"]);
+        ledger.idle(id, netns);
+        idle.try_recv().expect("it has been, and has answered");
+    }
+
+    #[test]
+    fn who_has_been_lent_all_is_asked_for_what_it_has_alone() {
+        let mut ledger = Ledger::new("one", Arc::default());
+        let (own, early) = (lease(), ledger.meet());
+        let netns = own.cookie;
+        ledger.apply(PodEvent::Snapshot);
+        assert_eq!(told(&mut ledger, early), ["welcome", "snapshot"]);
+        // This one may have what an earlier node process has lent it.
+        let late = ledger.meet();
+        let (told_of, mut clear) = oneshot::channel();
+        ledger.apply(PodEvent::Clear(netns, told_of));
+        assert_eq!(told(&mut ledger, early), [""; 0]);
+        assert!(clear.try_recv().is_err(), "another one may have it");
+        assert_eq!(told(&mut ledger, late), ["welcome", "del", "snapshot"]);
+        clear.try_recv().expect("it has answered");
+        assert_eq!(ledger.serving(), 2);
+    }
+}
