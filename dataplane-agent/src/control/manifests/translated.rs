@@ -299,7 +299,7 @@ impl Translated {
     }
 }
 
-/// Adds a value to the delta, unless the mesh already has it so.
+/// Adds a value to the delta; if the mesh has it already, drops its removal instead.
 fn put_if_changed<'a, T: PartialEq + 'a>(
     delta: &mut BTreeMap<Arc<str>, Option<T>>,
     key: Arc<str>,
