@@ -30,7 +30,7 @@ use crate::proxy::limits::{Full, NodePlaces, Peer, Place, Turns};
 #[cfg(test)]
 mod tests;
 
-/// Time for which a peer that was told to open no more streams may not know it yet.
+/// Time after which a peer that was told to open no more streams must know it.
 const HEED: Duration = Duration::from_secs(2);
 
 /// Why a tunnel, or a request in it, is refused.
@@ -104,7 +104,7 @@ pub struct AcceptedTunnel {
     connection: server::Connection<TlsStream<ReadAhead>, Payload>,
     /// The peer's identity.
     pub identity: Identity,
-    /// The peer of whose share of places its requests take.
+    /// The peer in whose share its requests take places.
     pub peer: Peer,
     /// The time at which the first of the two ends' certificates expires. From then on neither end is authenticated.
     until: SystemTime,

@@ -29,8 +29,8 @@ const MEDIUM: usize = 64 << 10;
 /// A socket that is reset if it is dropped before it is [done](Sink::done): its linger time is zero until then.
 pub(super) struct Socket {
     tcp: TcpStream,
-    /// True if a write has met the error of the connection. The kernel reports it once, so the end of file that a
-    /// read will see is none.
+    /// True if a write has met the error of the connection. The kernel reports it once, so a later read sees an end
+    /// of file that the peer has not sent.
     told: Cell<bool>,
 }
 
