@@ -280,3 +280,26 @@ fn a_node_does_not_start_with_a_state_that_others_may_write_to() {
     apart.node.restart();
     apart.node.up(&["client"]);
 }
+
+#[test]
+fn status_of_a_node_tells_what_only_its_proxy_knows() {
+    let mut apart = Apart::new();
+    let problems = |node: &Agent| node.status().unwrap_or_default()["problems"].to_string();
+    assert_eq!(problems(&apart.node), "[]");
+    let service = |name: &str| {
+        format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: demo}}\n\
+             spec: {{clusterIP: 10.96.7.7, ports: [{{port: 80}}]}}\n"
+        )
+    };
+    let services = format!("{}---\n{}", service("first"), service("second"));
+    apart.world.manifests.write("same.yaml", &services);
+    eventually("the address that two have is told", 20, || {
+        problems(&apart.node).contains("proxy: address 10.96.7.7")
+    });
+    apart.proxy.kill();
+    eventually("a proxy that is gone is told instead", 20, || {
+        let problems = problems(&apart.node);
+        problems.contains("no proxy serves") && !problems.contains("proxy: ")
+    });
+}

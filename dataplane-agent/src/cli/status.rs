@@ -45,13 +45,35 @@ pub fn run(options: &StatusOptions) -> Result<String> {
         Some(node) => options.places.socket(node),
         None => only_socket(&options.places.run_dir)?,
     };
-    let body = get(&socket, "/status")?;
-    if options.json {
-        return Ok(body + "\n");
+    let mut report = parse(&get(&socket, "/status")?)?;
+    if let Ok(node) = report.node.parse() {
+        let proxy = options.places.proxy_socket(&node);
+        // The file is left behind by a proxy that was killed; the node reports that none serves.
+        if UnixStream::connect(&proxy).is_ok() {
+            add_proxy(&mut report, get(&proxy, "/status"));
+        }
     }
-    let report: StatusReport =
-        serde_json::from_str(&body).context("the daemon is of another version")?;
-    Ok(table(&report))
+    match options.json {
+        true => Ok(serde_json::to_string(&report)? + "\n"),
+        false => Ok(table(&report)),
+    }
+}
+
+fn parse(body: &str) -> Result<StatusReport> {
+    serde_json::from_str(body).context("the daemon is of another version")
+}
+
+/// Adds the problems that only the proxy half reports, where the halves are two processes.
+fn add_proxy(report: &mut StatusReport, answer: Result<String>) {
+    let problems = match answer.and_then(|body| parse(&body)) {
+        Ok(proxy) => proxy.problems,
+        Err(error) => vec![format!("{error:#}")],
+    };
+    for problem in problems {
+        if !report.problems.contains(&problem) {
+            report.problems.push(format!("proxy: {problem}"));
+        }
+    }
 }
 
 /// Returns the socket of the only daemon that runs here.
