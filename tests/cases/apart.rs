@@ -8,84 +8,15 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dataplane_tests::agent::PROXY_CAPABILITIES;
+use dataplane_tests::halves::PORT;
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Node, Pod, Taps, World, eventually, scaled};
+use dataplane_tests::{Agent, Halves, World, eventually, scaled};
 
-const PORT: u16 = 7000;
-
-/// The pods `client`, on a node whose agent is two processes, and `server`, on another node.
-struct Apart {
-    client: Pod,
-    server: Pod,
-    proxy: Agent,
-    node: Agent,
-    _two: Agent,
-    nodes: (Node, Node),
-    world: World,
-}
-
-impl Apart {
-    fn new() -> Self {
-        let world = World::new();
-        let nodes = world.two_nodes();
-        let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
-        let two = world.agent(&nodes.1);
-        two.up(&["server"]);
-        let node = half(&world, &nodes.0, "node", "node");
-        let proxy = half(&world, &nodes.0, "proxy", "proxy-1");
-        node.up(&["client"]);
-        let apart = Self {
-            client,
-            server,
-            proxy,
-            node,
-            _two: two,
-            nodes,
-            world,
-        };
-        apart.serves();
-        apart
-    }
-
-    /// Waits until the client's proxy dials the server in HBONE.
-    fn serves(&self) {
-        eventually("the server is in the mesh", 20, || {
-            self.proxy.tunnelled() >= 2
-        });
-    }
-
-    /// What the client is answered by an app of the server.
-    fn asks(&self, word: &str) {
-        let answer = self.client.ask(self.server.at(PORT), word);
-        assert_eq!(answer, Ok(format!("{} {word}", self.client.v4)));
-    }
-
-    fn taps(&self) -> Taps {
-        Taps::between(&self.nodes, (&self.client, &self.server))
-    }
-
-    /// What of the first node is in the run folder.
-    fn left(&self) -> Vec<PathBuf> {
-        let run = self.world.folder().join("run");
-        let all = tree(&run).into_keys();
-        all.filter(|path| {
-            let below = path.strip_prefix(&run).expect("it is below");
-            below.display().to_string().starts_with("one")
-        })
-        .collect()
-    }
-}
-
-fn half(world: &World, node: &Node, which: &'static str, log: &str) -> Agent {
-    let mut setup = world.setup(node);
-    setup.halves = which;
-    if which == "proxy" {
-        setup.place.capabilities = Some(PROXY_CAPABILITIES.to_vec());
-    }
-    setup.log = setup.log.with_file_name(format!("{log}.log"));
-    Agent::start(setup)
+/// Asks an app of the server from the client, which is to be answered.
+fn asks(halves: &Halves, word: &str) {
+    let answer = halves.client.ask(halves.server.at(PORT), word);
+    assert_eq!(answer, Ok(format!("{} {word}", halves.client.v4)));
 }
 
 /// How it is refused that an agent is started again.
@@ -107,81 +38,81 @@ fn inode(path: &Path) -> Option<u64> {
 
 #[test]
 fn c1_a_node_is_not_uninstalled_while_a_proxy_carries_its_connections() {
-    let mut apart = Apart::new();
-    let _theirs = apart.server.serve(PORT);
-    let mut live = apart.client.talk(apart.server.at(PORT));
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.client.talk(halves.server.at(PORT));
     live.say("before");
-    assert_eq!(live.line(), format!("{} before", apart.client.v4));
-    let taps = apart.taps();
-    assert!(apart.node.terminate().success());
-    let (status, _, said) = apart.node.uninstall();
+    assert_eq!(live.line(), format!("{} before", halves.client.v4));
+    let taps = halves.taps();
+    assert!(halves.node.terminate().success());
+    let (status, _, said) = halves.node.uninstall();
     live.say("after");
     let after = live.line_within(Duration::from_secs(5));
     taps.saw_nothing_of(PORT..PORT + 1);
-    assert_eq!(after, Some(format!("{} after", apart.client.v4)));
+    assert_eq!(after, Some(format!("{} after", halves.client.v4)));
     assert_eq!(status.code(), Some(4), "{said}");
     assert!(said.contains("a proxy of this node runs"), "{said}");
     drop(live);
-    assert!(apart.proxy.terminate().success());
-    let (status, out, said) = apart.node.uninstall();
+    assert!(halves.proxy.terminate().success());
+    let (status, out, said) = halves.node.uninstall();
     assert!(status.success(), "{said}");
     assert!(out.contains("1 pods let go, nothing is left"), "{out}");
-    assert_eq!(apart.left(), Vec::<PathBuf>::new());
+    assert_eq!(halves.left(), Vec::<PathBuf>::new());
 }
 
 #[test]
 fn c7_nothing_is_left_of_two_halves_that_were_killed() {
-    let mut apart = Apart::new();
-    apart.node.kill();
-    apart.proxy.kill();
-    let run = apart.world.folder().join("run");
+    let mut halves = Halves::new();
+    halves.node.kill();
+    halves.proxy.kill();
+    let run = halves.world.folder().join("run");
     for left in ["one/zds.sock", "one/admin.sock", "one.proxy.sock"] {
         assert!(run.join(left).exists(), "{left}");
     }
-    let (status, out, said) = apart.node.uninstall();
+    let (status, out, said) = halves.node.uninstall();
     assert!(status.success(), "{said}");
     assert!(out.contains("1 pods let go, nothing is left"), "{out}");
-    assert_eq!(apart.left(), Vec::<PathBuf>::new());
+    assert_eq!(halves.left(), Vec::<PathBuf>::new());
 }
 
 #[test]
 fn c1_a_proxy_does_not_start_without_what_its_node_had() {
-    let mut apart = Apart::new();
-    let _theirs = apart.server.serve(PORT);
-    let taps = apart.taps();
-    apart.proxy.kill();
-    let state = Mounted::empty_over(&apart.world.state);
-    for agent in [&mut apart.proxy, &mut apart.node] {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let taps = halves.taps();
+    halves.proxy.kill();
+    let state = Mounted::empty_over(&halves.world.state);
+    for agent in [&mut halves.proxy, &mut halves.node] {
         agent.end();
         let said = refused(agent);
         assert!(said.contains("ca/root.pem is missing, as if"), "{said}");
         assert!(tree(state.path()).is_empty(), "nothing is made there");
     }
     drop(state);
-    apart.node.restart();
-    apart.node.up(&["client"]);
-    let manifests = Mounted::empty_over(&apart.world.manifests.folder);
-    let said = refused(&mut apart.proxy);
+    halves.node.restart();
+    halves.node.up(&["client"]);
+    let manifests = Mounted::empty_over(&halves.world.manifests.folder);
+    let said = refused(&mut halves.proxy);
     assert!(said.contains("--manifests: there are none"), "{said}");
     drop(manifests);
-    let own = apart.proxy.setup().state.clone();
-    apart.proxy.setup().state = apart.world.folder().join("other");
-    let said = refused(&mut apart.proxy);
+    let own = halves.proxy.setup().state.clone();
+    halves.proxy.setup().state = halves.world.folder().join("other");
+    let said = refused(&mut halves.proxy);
     assert!(said.contains("node one was started with --state"), "{said}");
-    assert!(!apart.world.folder().join("other").exists());
-    apart.proxy.setup().state = own;
-    let arguments = apart.proxy.setup().arguments.clone();
+    assert!(!halves.world.folder().join("other").exists());
+    halves.proxy.setup().state = own;
+    let arguments = halves.proxy.setup().arguments.clone();
     let other = ["--cluster-id".into(), "other".into()];
-    apart.proxy.setup().arguments.extend(other);
-    let said = refused(&mut apart.proxy);
+    halves.proxy.setup().arguments.extend(other);
+    let said = refused(&mut halves.proxy);
     assert!(
         said.contains("node one was started with --cluster-id Kubernetes"),
         "{said}"
     );
-    apart.proxy.setup().arguments = arguments;
-    apart.proxy.restart();
-    apart.node.up(&["client"]);
-    apart.asks("again");
+    halves.proxy.setup().arguments = arguments;
+    halves.proxy.restart();
+    halves.node.up(&["client"]);
+    asks(&halves, "again");
     taps.saw_nothing_of(PORT..PORT + 1);
 }
 
@@ -193,13 +124,17 @@ fn c1_a_proxy_whose_root_is_not_that_of_its_node_ends() {
     fs::create_dir(&world.state).expect("a folder");
     // It has found an empty folder, and the state is mounted later.
     let below = Mounted::empty_over(&world.state);
-    let first = half(&world, &node, "proxy", "proxy-1");
+    let first = Agent::start(world.half(&node, "proxy", "proxy-1"));
     first.logs(&["waits for the node"]);
     drop(below);
-    let second = half(&world, &node, "proxy", "proxy-2");
+    let second = Agent::start(world.half(&node, "proxy", "proxy-2"));
     second.logs(&["waits for the node"]);
     // In the order in which they are ended.
-    let mut all = [first, second, half(&world, &node, "node", "node")];
+    let mut all = [
+        first,
+        second,
+        Agent::start(world.half(&node, "node", "node")),
+    ];
     let said = is_refused(&mut all[0]);
     assert!(said.contains("ca/root.pem: has the SHA-256"), "{said}");
     assert!(!said.contains("serves the pods of the node"), "{said}");
@@ -213,13 +148,13 @@ fn a_proxy_that_starts_first_makes_its_folder_and_is_ready_once_it_is_lent_all_p
     let node = world.node("one");
     let client = node.pod(&world, "client");
     let _app = client.serve(PORT);
-    let proxy = half(&world, &node, "proxy", "proxy");
+    let proxy = Agent::start(world.half(&node, "proxy", "proxy"));
     proxy.logs(&["waits for the node"]);
     let ready = |proxy: &Agent| proxy.get("/healthz/ready");
     let said = ready(&proxy);
     assert!(said.contains("not ready, pending: node"), "{said}");
     // In the order in which they are ended.
-    let both = [proxy, half(&world, &node, "node", "node")];
+    let both = [proxy, Agent::start(world.half(&node, "node", "node"))];
     both[1].up(&["client"]);
     eventually("the proxy is ready", 10, || {
         ready(&both[0]).contains(" 200 ")
@@ -231,20 +166,20 @@ fn a_proxy_that_starts_first_makes_its_folder_and_is_ready_once_it_is_lent_all_p
 
 #[test]
 fn of_two_proxies_the_second_has_the_admin_socket_when_the_first_has_ended() {
-    let mut apart = Apart::new();
-    let socket = apart.proxy.socket();
+    let mut halves = Halves::new();
+    let socket = halves.proxy.socket();
     let first = inode(&socket);
-    let second = half(&apart.world, &apart.nodes.0, "proxy", "proxy-2");
+    let second = halves.another("proxy-2");
     second.logs(&["all pods of the node are lent"]);
     second.logs(&["another process has the admin socket"]);
     // Each looks after its own every three seconds.
     std::thread::sleep(scaled(Duration::from_secs(7)));
     assert_eq!(inode(&socket), first);
-    for agent in [&apart.proxy, &second] {
+    for agent in [&halves.proxy, &second] {
         let log = agent.log();
         assert!(!log.contains("is made again"), "{log}");
     }
-    apart.proxy.kill();
+    halves.proxy.kill();
     second.logs(&["has the admin socket now"]);
     let ready = second.get("/healthz/ready");
     assert!(ready.contains(" 200 "), "{ready}");
@@ -252,40 +187,40 @@ fn of_two_proxies_the_second_has_the_admin_socket_when_the_first_has_ended() {
 
 #[test]
 fn a_socket_between_the_halves_that_is_removed_is_made_again() {
-    let mut apart = Apart::new();
-    let _theirs = apart.server.serve(PORT);
-    let seam = apart.world.folder().join("run/one/zds.sock");
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let seam = halves.world.folder().join("run/one/zds.sock");
     fs::remove_file(&seam).expect("a socket");
-    apart.proxy.kill();
-    apart.proxy.restart();
-    apart.proxy.logs(&["the node cannot be reached"]);
-    apart
+    halves.proxy.kill();
+    halves.proxy.restart();
+    halves.proxy.logs(&["the node cannot be reached"]);
+    halves
         .node
         .logs(&["\twarn\t", "the socket for proxies", "made again"]);
-    apart.asks("again");
+    asks(&halves, "again");
 }
 
 #[test]
 fn a_node_does_not_start_with_a_state_that_others_may_write_to() {
-    let mut apart = Apart::new();
-    apart.node.kill();
+    let mut halves = Halves::new();
+    halves.node.kill();
     let mode = |mode| {
-        let state = &apart.world.state;
+        let state = &halves.world.state;
         fs::set_permissions(state, Permissions::from_mode(mode)).expect("a mode");
     };
     mode(0o777);
-    let said = refused(&mut apart.node);
+    let said = refused(&mut halves.node);
     assert!(said.contains("mode 777 (chmod go-w)"), "{said}");
     mode(0o755);
-    apart.node.restart();
-    apart.node.up(&["client"]);
+    halves.node.restart();
+    halves.node.up(&["client"]);
 }
 
 #[test]
 fn status_of_a_node_tells_what_only_its_proxy_knows() {
-    let mut apart = Apart::new();
+    let mut halves = Halves::new();
     let problems = |node: &Agent| node.status().unwrap_or_default()["problems"].to_string();
-    assert_eq!(problems(&apart.node), "[]");
+    assert_eq!(problems(&halves.node), "[]");
     let service = |name: &str| {
         format!(
             "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: demo}}\n\
@@ -293,13 +228,13 @@ fn status_of_a_node_tells_what_only_its_proxy_knows() {
         )
     };
     let services = format!("{}---\n{}", service("first"), service("second"));
-    apart.world.manifests.write("same.yaml", &services);
+    halves.world.manifests.write("same.yaml", &services);
     eventually("the address that two have is told", 20, || {
-        problems(&apart.node).contains("proxy: address 10.96.7.7")
+        problems(&halves.node).contains("proxy: address 10.96.7.7")
     });
-    apart.proxy.kill();
+    halves.proxy.kill();
     eventually("a proxy that is gone is told instead", 20, || {
-        let problems = problems(&apart.node);
+        let problems = problems(&halves.node);
         problems.contains("no proxy serves") && !problems.contains("proxy: ")
     });
 }

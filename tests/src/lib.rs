@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod cgroup;
 pub mod claim;
 pub mod command;
+pub mod halves;
 pub mod lacks;
 pub mod left;
 pub mod manifests;
@@ -25,6 +26,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 pub use agent::{Agent, repairs};
+pub use halves::Halves;
 pub use one::SingleNode;
 pub use process::Process;
 pub use taps::Taps;

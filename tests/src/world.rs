@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::mount::MntFlags;
 
-use crate::agent::{Agent, CAPABILITIES, Setup};
+use crate::agent::{Agent, CAPABILITIES, PROXY_CAPABILITIES, Setup};
 use crate::cgroup::{self, Cgroup};
 use crate::manifests::{Manifests, PodObject};
 use crate::netns::{Netns, has_ipv6};
@@ -274,6 +274,17 @@ impl World {
             },
             restriction: None,
         }
+    }
+
+    /// Returns the setup of one half of the node's agent: `node` or `proxy`. It logs to `<log>.log`.
+    pub fn half(&self, node: &Node, which: &'static str, log: &str) -> Setup {
+        let mut setup = self.setup(node);
+        setup.halves = which;
+        if which == "proxy" {
+            setup.place.capabilities = Some(PROXY_CAPABILITIES.to_vec());
+        }
+        setup.log = setup.log.with_file_name(format!("{log}.log"));
+        setup
     }
 
     /// Starts the node's agent.

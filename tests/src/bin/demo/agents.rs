@@ -1,6 +1,5 @@
 //! The agent of a node: one process, or a process for each half.
 
-use dataplane_tests::agent::PROXY_CAPABILITIES;
 use dataplane_tests::{Agent, Node, World};
 use serde_json::Value;
 
@@ -18,18 +17,12 @@ impl NodeAgent {
             return Self { proxy: None, node };
         }
         let half = |which| {
-            let mut setup = world.setup(node);
-            setup.halves = which;
-            setup.log = setup
-                .log
-                .with_file_name(format!("{}.{which}.log", node.name));
-            setup
+            let log = format!("{}.{which}", node.name);
+            Agent::start(world.half(node, which, &log))
         };
-        let mut proxy = half("proxy");
-        proxy.place.capabilities = Some(PROXY_CAPABILITIES.to_vec());
         Self {
-            proxy: Some(Agent::start(proxy)),
-            node: Agent::start(half("node")),
+            proxy: Some(half("proxy")),
+            node: half("node"),
         }
     }
 
