@@ -1,4 +1,4 @@
-//! The tradesmen's entrance: fills the stores that the rooms read. Nothing calls it.
+//! Sources of configuration: they fill the stores that both halves read. No room of the proxy half calls them.
 
 mod address;
 pub mod ca;
