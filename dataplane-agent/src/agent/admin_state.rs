@@ -7,7 +7,7 @@ use tokio::sync::watch;
 use crate::control::ca::RootEnd;
 use crate::control::configuration::Configured;
 use crate::mesh::MeshReader;
-use crate::node::capture::room::CaptureHandle;
+use crate::node::capture::reconciler::CaptureHandle;
 use crate::node::pods::{PodView, State, StatusSnapshot};
 use crate::observe::admin::Sources;
 use crate::observe::dump;

@@ -15,7 +15,7 @@ use crate::control::enrolled::EnrolmentRecords;
 use crate::control::state::SharedState;
 use crate::mesh::MeshWriter;
 use crate::node::capture::node_folder::{self, Mark, NodeFolder};
-use crate::node::capture::room::{self, CaptureHandle, Reports};
+use crate::node::capture::reconciler::{self, CaptureHandle, Reports};
 use crate::node::capture::uninstall::canonical;
 use crate::node::capture::{Reconciler, Status, Wanted};
 use crate::node::machine::Scanner;
@@ -29,7 +29,7 @@ use crate::sys::netns::Netns;
 
 /// What was asked of the machine, and nothing is left of if it is dropped.
 pub(super) struct Prepared {
-    config: room::Config,
+    config: reconciler::Config,
     scanner: Scanner,
     folder: NodeFolder,
     mark: Mark,
@@ -124,7 +124,7 @@ impl Prepared {
             AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
         })?;
         let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
-        room::refuse(&config, &folder)?;
+        reconciler::refuse(&config, &folder)?;
         let captured = node_folder::captured(&options.places.run_dir, &options.node);
         opened.refuse_empty(captured)?;
         let bpffs = &options.places.bpffs;
@@ -188,14 +188,14 @@ impl Prepared {
     }
 }
 
-fn config(options: &RunOptions) -> Result<room::Config, AgentError> {
+fn config(options: &RunOptions) -> Result<reconciler::Config, AgentError> {
     let machine = |error: std::io::Error| AgentError::Machine(error.to_string());
     let fits = options.places.socket_fits(&options.node);
     fits.map_err(AgentError::Settings)?;
     let root = cgroup::root().map_err(machine)?;
     let pods = options.cgroup.as_deref().unwrap_or(&root);
     let pods = config::folder("--cgroup", pods).map_err(AgentError::Settings)?;
-    Ok(room::Config {
+    Ok(reconciler::Config {
         cgroup: pods,
         hosts: Netns::host_cookies().map_err(machine)?,
         bpffs: options.places.bpffs.clone(),

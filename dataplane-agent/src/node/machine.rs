@@ -8,11 +8,11 @@
 
 mod cgroups;
 mod claims;
-mod due;
 mod events;
 mod locate;
-mod looks;
 mod pod_cgroups;
+mod scan_schedule;
+mod scanner;
 mod snapshot;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use self::due::{IDLE_INTERVAL, POLL_INTERVAL, WAITING_INTERVAL};
-pub use self::looks::Scanner;
+use self::scan_schedule::{IDLE_INTERVAL, POLL_INTERVAL, WAITING_INTERVAL};
+pub use self::scanner::Scanner;
 use self::snapshot::MachineSnapshot;
 use crate::control::manifests::{LocalPodSpec, Wanted};
 use crate::node::capture::Status;

@@ -14,7 +14,7 @@ use dataplane_ebpf::pod::ADDRESSES;
 
 use super::pins::{self, Pins};
 use super::programs::{Loader, PodProgram};
-use super::room::CaptureHandle;
+use super::reconciler::CaptureHandle;
 use super::routing::Routing;
 use super::undo::{UndoRecord, UndoRecords};
 use super::wanted::Desired;

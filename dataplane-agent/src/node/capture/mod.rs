@@ -18,8 +18,8 @@ pub mod node_folder;
 pub mod pins;
 pub mod programs;
 pub mod reconcile;
+pub mod reconciler;
 pub mod repair;
-pub mod room;
 pub mod routes;
 pub mod routing;
 pub mod takeover;
@@ -33,7 +33,7 @@ use std::path::PathBuf;
 
 use crate::config::NodeName;
 
-pub use room::Reconciler;
+pub use reconciler::Reconciler;
 pub use wanted::{Desired, PodState, PodStatus, Status, Wanted};
 
 /// Why traffic cannot be captured or released.

@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::due::ScanSchedule;
 use super::events::MachineEvents;
+use super::scan_schedule::ScanSchedule;
 use super::{PodLocator, Scan};
 use crate::control::manifests::LocalPodSpec;
 use crate::node::capture::Status;
