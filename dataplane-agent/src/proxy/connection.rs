@@ -161,7 +161,7 @@ async fn serve_tunnel(
     let (identity, from) = (tunnel.identity.clone(), tunnel.peer.clone());
     let closing = group.draining();
     tunnel
-        .serve(closing, hbone::UNUSED, |request| {
+        .serve(closing, hbone::INBOUND_IDLE_TIMEOUT, |request| {
             let observer = &inputs.observer;
             let mut arrival = observer.arrived(peer, local, Reporter::Destination);
             let accepted = tunnels::accept(request, &pod, (peer, local), &identity);

@@ -31,7 +31,7 @@ use crate::proxy::limits::{Full, NodePlaces, Peer, Place, Turns};
 mod tests;
 
 /// Time after which a peer that was told to open no more streams must know it.
-const HEED: Duration = Duration::from_secs(2);
+const GOAWAY_GRACE: Duration = Duration::from_secs(2);
 
 /// Why a tunnel, or a request in it, is refused.
 #[derive(Debug, thiserror::Error)]
@@ -128,7 +128,7 @@ impl std::fmt::Debug for AcceptedTunnel {
 /// then it takes a place as a connection does.
 ///
 /// # Errors
-/// Each step has its own error. All have [`hbone::TIMEOUT`] together, the first message less. The handshake may also
+/// Each step has its own error. All have [`hbone::CONNECT_TIMEOUT`] together, the first message less. The handshake may also
 /// have to give way to others, or there is no place for one more tunnel.
 pub async fn handshake(
     tcp: TcpStream,
@@ -138,7 +138,7 @@ pub async fn handshake(
     mut turns: Turns,
     places: &NodePlaces,
 ) -> Result<AcceptedTunnel, AcceptError> {
-    let deadline = Instant::now() + hbone::TIMEOUT;
+    let deadline = Instant::now() + hbone::CONNECT_TIMEOUT;
     let share = places.undelivered(&pod.places);
     let (tls, identity, until) = tokio::select! {
         biased;
@@ -172,7 +172,7 @@ async fn authenticate(
     certs: &Certs,
 ) -> Result<(TlsStream<ReadAhead>, Identity, SystemTime), AcceptError> {
     let hello = LazyConfigAcceptor::new(Acceptor::default(), ReadAhead::new(tcp, share));
-    let hello = timeout(hbone::HELLO, hello)
+    let hello = timeout(hbone::CLIENT_HELLO_TIMEOUT, hello)
         .await
         .map_err(|_| AcceptError::Silent)?
         .map_err(AcceptError::Tls)?;
@@ -206,7 +206,7 @@ impl AcceptedTunnel {
         let lost = keepalive::lost(self.connection.ping_pong(), &health);
         let (look, mut used) = (sleep(unused), false);
         let ended = certs::ended(self.until);
-        let heed = sleep(HEED);
+        let heed = sleep(GOAWAY_GRACE);
         tokio::pin!(lost, closing, look, ended, heed);
         let shared = Shared::new(&self.share);
         let mut windows = Windows::new(&shared.undelivered);
@@ -233,7 +233,7 @@ impl AcceptedTunnel {
                         return;
                     }
                     heeds = true;
-                    heed.as_mut().reset(Instant::now() + HEED);
+                    heed.as_mut().reset(Instant::now() + GOAWAY_GRACE);
                     continue;
                 }
                 request = poll_fn(|context| {
@@ -256,7 +256,7 @@ impl AcceptedTunnel {
                 None => {
                     told = true;
                     self.connection.graceful_shutdown();
-                    heed.as_mut().reset(Instant::now() + HEED);
+                    heed.as_mut().reset(Instant::now() + GOAWAY_GRACE);
                 }
                 // A correct peer may open it elsewhere.
                 Some((_, mut respond)) if heeds => respond.send_reset(Reason::REFUSED_STREAM),

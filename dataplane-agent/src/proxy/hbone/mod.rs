@@ -64,29 +64,29 @@ pub const LOCAL_ERROR_RESETS: usize = 4096;
 /// Time after which a CONNECT that nobody waits for any more is reset, if it is not answered before. A peer that has
 /// not looked at it might count the reset as part of a flood, and end the tunnel; one that has not looked for so long
 /// has not answered a PING either.
-pub const ABANDONED: Duration = Duration::from_secs(40);
+pub const ABANDONED_TIMEOUT: Duration = Duration::from_secs(40);
 /// Time within which a peer must send its first TLS message: a silent one holds a place.
-pub const HELLO: Duration = Duration::from_secs(3);
+pub const CLIENT_HELLO_TIMEOUT: Duration = Duration::from_secs(3);
 /// Time without progress after which a stream counts as stalled.
-pub const STALLED: Duration = Duration::from_millis(500);
+pub const STALLED_AFTER: Duration = Duration::from_millis(500);
 /// Number of stalled streams from which a tunnel takes no new ones: a peer that gives credit for the tunnel only as
 /// bytes are delivered has none left after one more.
-pub const MOST_STALLED: usize = 3;
+pub const MAX_STALLED: usize = 3;
 /// Most tunnels between two pods, on one worker, that stalled streams may lead to.
-pub const TUNNELS: usize = 32;
+pub const MAX_TUNNELS: usize = 32;
 /// Time limit of a TCP connect, and of TLS with HTTP/2, each.
-pub const TIMEOUT: Duration = Duration::from_secs(10);
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Time after the start of a pod's drain at which its tunnels that carry nothing are closed.
-pub const LEAVE: Duration = Duration::from_secs(1);
+pub const DRAIN_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time after which a peer's tunnel that carries nothing is closed, since it holds a place; it may take twice as
 /// long. Peers close theirs sooner, ztunnel as we do after five minutes.
-pub const UNUSED: Duration = Duration::from_secs(15 * 60);
+pub const INBOUND_IDLE_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// Time for which a tunnel that we have ended waits for its peer's end while the peer takes nothing.
 pub const LINGER: Duration = Duration::from_secs(2);
 /// Time after which an unanswered CONNECT makes us check by PING whether its tunnel is alive.
-pub const DOUBT: Duration = Duration::from_secs(1);
-/// Time limit of the answer to CONNECT. The peer has [`TIMEOUT`] to reach its app, and reports a failure.
-pub const ANSWER: Duration = Duration::from_secs(15);
+pub const PING_AFTER: Duration = Duration::from_secs(1);
+/// Time limit of the answer to CONNECT. The peer has [`CONNECT_TIMEOUT`] to reach its app, and reports a failure.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Returns the HTTP/2 settings of the server side.
 pub fn server() -> h2::server::Builder {

@@ -201,12 +201,12 @@ pub struct Stalls {
 }
 
 impl Stalls {
-    /// Returns how many streams have waited for longer than [`super::STALLED`].
+    /// Returns how many streams have waited for longer than [`super::STALLED_AFTER`].
     pub fn count(&self) -> usize {
         let since = self.since.borrow();
         let long = since
             .iter()
-            .filter(|since| since.elapsed() > super::STALLED);
+            .filter(|since| since.elapsed() > super::STALLED_AFTER);
         long.count()
     }
 

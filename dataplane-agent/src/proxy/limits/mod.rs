@@ -26,11 +26,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::mesh::Identity;
 
 /// Most connections of one pod and one kind.
-pub const EACH: usize = 16_384;
+pub const MAX_PER_KIND: usize = 16_384;
 
 /// A peer may have at most this many times as many connections as are left to its pod for other peers. A single peer
 /// gets seven eighths of what the pod may have.
-const TIMES: usize = 7;
+const MAX_PEER_RATIO: usize = 7;
 
 /// Bytes that are planned for one connection: an idle one takes some 20 KiB, and each may always hold up to 48 KiB to
 /// be sent and 64 KiB received by a tunnel. What busy ones hold beyond that has its own bound ([`memory`]).
@@ -38,9 +38,9 @@ const MEMORY: u64 = 128 << 10;
 /// The descriptors of one connection: its two ends.
 const DESCRIPTORS: u64 = 2;
 /// Least bytes for what waits to be sent, and for what is not delivered, however little memory there is.
-const LEAST: u64 = 64 << 20;
+const MIN_BUFFERED: u64 = 64 << 20;
 /// Descriptors that are kept for other things: listeners, programs, maps, namespaces.
-const OTHERS: u64 = 1024;
+const RESERVED_FILES: u64 = 1024;
 
 /// The places for connections of the node. Clones share them.
 #[derive(Clone, Debug)]
@@ -160,7 +160,7 @@ impl NodePlaces {
     /// not delivered.
     pub fn fitting(wanted: Option<usize>, memory: u64, descriptors: u64) -> Self {
         // With few descriptors, at most a quarter is kept for other things.
-        let others = OTHERS.min(descriptors / 4);
+        let others = RESERVED_FILES.min(descriptors / 4);
         let fit = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
         let by_descriptors = fit((descriptors - others) / DESCRIPTORS);
         let by_memory = wanted.unwrap_or_else(|| fit(memory / 2 / MEMORY));
@@ -169,7 +169,10 @@ impl NodePlaces {
                 .min(by_descriptors)
                 .clamp(1, Semaphore::MAX_PERMITS),
         )
-        .with_memory((memory / 8).max(LEAST), (memory / 4).max(LEAST))
+        .with_memory(
+            (memory / 8).max(MIN_BUFFERED),
+            (memory / 4).max(MIN_BUFFERED),
+        )
     }
 
     /// Returns the pod's share of the memory for bytes that wait to be sent.
@@ -244,7 +247,7 @@ impl NodePlaces {
             of_peer: peer.cloned(),
             _of_node: of_node,
         };
-        if has >= EACH {
+        if has >= MAX_PER_KIND {
             return Err(match kind {
                 Kind::Outbound => Full::Outbound,
                 Kind::InClear | Kind::Tunnelled => Full::Inbound,
@@ -254,8 +257,8 @@ impl NodePlaces {
             return Err(Full::Node);
         }
         // Each place that the pod takes also leaves the node one less.
-        let others = (EACH - has).min((left - has).div_ceil(2)) - 1;
-        if of_peer.is_some_and(|has| has > 0 && has >= TIMES * others) {
+        let others = (MAX_PER_KIND - has).min((left - has).div_ceil(2)) - 1;
+        if of_peer.is_some_and(|has| has > 0 && has >= MAX_PEER_RATIO * others) {
             return Err(Full::Peer);
         }
         self.peak.fetch_max(self.taken(), Ordering::Relaxed);
@@ -302,37 +305,44 @@ mod tests {
 
     #[test]
     fn each_bound_holds_and_has_its_own_word() {
-        let node = NodePlaces::new(10 * EACH);
+        let node = NodePlaces::new(10 * MAX_PER_KIND);
         let pod = PodPlaces::default();
         let places = fill(&node, &pod, None, usize::MAX);
-        assert_eq!(places.len(), EACH);
+        assert_eq!(places.len(), MAX_PER_KIND);
         assert_eq!(node.take(&pod).expect_err("full"), Full::Outbound);
-        assert_eq!(node.taken(), EACH, "what was refused keeps no place");
+        assert_eq!(
+            node.taken(),
+            MAX_PER_KIND,
+            "what was refused keeps no place"
+        );
         drop(places);
         for tunnelled in [false, true] {
             let mut peers = peers(&pod, tunnelled);
             let places = peers
                 .by_ref()
-                .take(EACH)
+                .take(MAX_PER_KIND)
                 .map(|peer| node.take_for(&pod, &peer));
             let places: Vec<Place> = places.collect::<Result<_, _>>().expect("places");
             let late = peers.next().expect("a peer");
             assert_eq!(node.take_for(&pod, &late).expect_err("full"), Full::Inbound);
             assert_eq!(node.taken(), places.len());
         }
-        assert_eq!((node.peak(), node.peak(), node.taken()), (EACH, 0, 0));
+        assert_eq!(
+            (node.peak(), node.peak(), node.taken()),
+            (MAX_PER_KIND, 0, 0)
+        );
     }
 
     #[test]
     fn a_peer_that_takes_all_it_can_keeps_no_other_out() {
         for tunnelled in [false, true] {
-            for all in [10 * EACH, 120] {
+            for all in [10 * MAX_PER_KIND, 120] {
                 let node = NodePlaces::new(all);
                 let pod = PodPlaces::default();
                 let mut peers = peers(&pod, tunnelled);
                 let (greedy, second) = (peers.next().expect("one"), peers.next().expect("one"));
                 let first = fill(&node, &pod, Some(&greedy), usize::MAX);
-                assert_eq!(first.len(), EACH.min(all / 2) * 7 / 8);
+                assert_eq!(first.len(), MAX_PER_KIND.min(all / 2) * 7 / 8);
                 assert_eq!(node.take_for(&pod, &greedy).expect_err("full"), Full::Peer);
                 let others = fill(&node, &pod, Some(&second), usize::MAX);
                 assert!(others.len() >= first.len() / 8);

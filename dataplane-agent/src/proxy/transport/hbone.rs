@@ -121,10 +121,11 @@ pub async fn dial(
             .map(|made| (made, peers_end))
             .map_err(|error| TransportError::Handshake(error.to_string().into()))
     };
-    let ((send, mut connection), peers_end) =
-        timeout(hbone::TIMEOUT, handshake).await.map_err(|_| {
-            TransportError::Handshake("the peer did not finish the handshake in time".into())
-        })??;
+    let ((send, mut connection), peers_end) = timeout(hbone::CONNECT_TIMEOUT, handshake)
+        .await
+        .map_err(|_| {
+        TransportError::Handshake("the peer did not finish the handshake in time".into())
+    })??;
     let tunnel = Rc::new(ClientTunnel {
         send: RefCell::new(Some(send)),
         shared: Shared::new(&share),
@@ -151,7 +152,7 @@ pub async fn dial(
         let drains = async {
             closing.await;
             // A connection that waited for this tunnel takes it first: a pod that drains may go on to connect.
-            sleep(hbone::LEAVE).await;
+            sleep(hbone::DRAIN_IDLE_TIMEOUT).await;
         };
         tokio::select! {
             () = drains => {}
@@ -192,7 +193,7 @@ impl ClientTunnel {
     /// Returns true if one more stream should be opened here: its number is allowed, the peer answers, and the
     /// tunnel's window is not used up by streams that the peer does not read.
     pub fn has_room(&self) -> bool {
-        let stalled = self.shared.stalls.count() >= hbone::MOST_STALLED;
+        let stalled = self.shared.stalls.count() >= hbone::MAX_STALLED;
         self.may_carry() && !self.health.is_late() && !stalled
     }
 
@@ -269,7 +270,7 @@ impl StreamSlot {
             asked.answer().await.map_err(|error| self.failed(error))
         };
         let late = async {
-            sleep(hbone::DOUBT).await;
+            sleep(hbone::PING_AFTER).await;
             self.0.health.late().await;
         };
         let none = || {
@@ -278,7 +279,7 @@ impl StreamSlot {
         };
         let (response, send) = tokio::select! {
             biased;
-            answer = timeout(hbone::ANSWER, answer) => {
+            answer = timeout(hbone::ANSWER_TIMEOUT, answer) => {
                 answer.map_err(|_| OpenError::Final(none()))??
             }
             () = late => return Err(OpenError::Tunnel(none())),
@@ -305,7 +306,7 @@ impl StreamSlot {
 }
 
 /// A CONNECT that is not answered yet. When nobody waits for it any more it keeps its place in the tunnel, as it does
-/// in the peer's, and is reset when it is answered: see [`hbone::ABANDONED`].
+/// in the peer's, and is reset when it is answered: see [`hbone::ABANDONED_TIMEOUT`].
 struct PendingConnect<'a> {
     slot: &'a StreamSlot,
     group: &'a TaskGroup,
@@ -327,7 +328,7 @@ impl Drop for PendingConnect<'_> {
         if let Some((response, mut send)) = self.asked.take() {
             let slot = Rc::clone(&self.slot.0).reserve();
             self.group.spawn(async move {
-                let answered = timeout(hbone::ABANDONED, response).await;
+                let answered = timeout(hbone::ABANDONED_TIMEOUT, response).await;
                 send.send_reset(h2::Reason::CANCEL);
                 drop((answered, slot));
             });

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::{Connector, TransportError};
 use crate::proxy::authorize::LocalPod;
-use crate::proxy::hbone::TIMEOUT;
+use crate::proxy::hbone::CONNECT_TIMEOUT;
 
 /// Connects from the pod to a peer, from the address `from` or, without one, from the address that the pod's routes
 /// choose.
@@ -51,7 +51,7 @@ pub async fn to_app(
 async fn in_time(
     connect: impl Future<Output = io::Result<TcpStream>>,
 ) -> Result<TcpStream, TransportError> {
-    timeout(TIMEOUT, connect)
+    timeout(CONNECT_TIMEOUT, connect)
         .await
         .map_err(|_| TransportError::Connect(io::Error::from(io::ErrorKind::TimedOut).into()))?
         .map_err(|error| TransportError::Connect(error.into()))

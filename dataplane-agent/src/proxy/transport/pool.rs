@@ -17,7 +17,7 @@ use crate::drain::TaskGroup;
 use crate::mesh::Identity;
 use crate::proxy::authorize::{Instance, LocalPod};
 use crate::proxy::hbone::stream::Stream;
-use crate::proxy::hbone::{CLIENT_STREAMS, TUNNELS};
+use crate::proxy::hbone::{CLIENT_STREAMS, MAX_TUNNELS};
 use crate::proxy::limits::{Full, Place};
 
 /// The most tunnels in which a connection is tried, if each of them fails before it was sent.
@@ -224,7 +224,7 @@ impl Pool {
             return Found::Pending(Rc::clone(pending));
         }
         // Streams that a peer does not read must not lead to tunnels without end.
-        if entry.tunnels.len() >= TUNNELS {
+        if entry.tunnels.len() >= MAX_TUNNELS {
             let least = entry.tunnels.iter().filter(|tunnel| tunnel.may_carry());
             if let Some(tunnel) = least.min_by_key(|tunnel| tunnel.streams()) {
                 return Found::Slot(Rc::clone(tunnel).reserve());

@@ -11,7 +11,7 @@ use super::*;
 use crate::drain::TaskGroup;
 use crate::proxy::identity::test_ca::Ca;
 
-const UNUSED: Duration = Duration::from_millis(300);
+const INBOUND_IDLE_TIMEOUT: Duration = Duration::from_millis(300);
 
 fn who(account: &str) -> Identity {
     Identity::new("td", "ns", account)
@@ -19,13 +19,13 @@ fn who(account: &str) -> Identity {
 
 #[test]
 fn a_tunnel_that_carries_nothing_is_closed_and_no_other() {
-    let lasted = run(tunnel(Ca::new(), UNUSED, async |send| {
+    let lasted = run(tunnel(Ca::new(), INBOUND_IDLE_TIMEOUT, async |send| {
         let stream = open(send).await.expect("a stream");
         // The stream ends a little after the tunnel's use was checked.
-        sleep(UNUSED * 4 + UNUSED / 8).await;
+        sleep(INBOUND_IDLE_TIMEOUT * 4 + INBOUND_IDLE_TIMEOUT / 8).await;
         end(stream).await.expect("it is there still");
     }));
-    assert!(lasted >= UNUSED / 2, "{lasted:?}");
+    assert!(lasted >= INBOUND_IDLE_TIMEOUT / 2, "{lasted:?}");
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn a_peer_that_does_not_heed_the_end_opens_nothing_once_a_good_one_would_have() 
         let running = open(send).await.expect("a stream");
         sleep(Duration::from_secs(3)).await;
         let late = open(send).await.expect("it may not know yet");
-        sleep(HEED).await;
+        sleep(GOAWAY_GRACE).await;
         let error = open(send).await.expect_err("it was told");
         assert_eq!(error.reason(), Some(h2::Reason::REFUSED_STREAM), "{error}");
         for stream in [running, late] {
