@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 use super::kernel::{self, Kernel};
 use super::machine::{self, Accelerator};
-use crate::command::{all_output, workspace};
+use crate::command::{all_output, output, workspace};
 use crate::progress::say;
 use crate::test::{self, Built, Executable, Outcome};
 
@@ -258,6 +258,7 @@ impl Column {
         let mut cells = vec![
             ("Linux".to_owned(), self.release.clone()),
             ("machine".to_owned(), self.machine.to_owned()),
+            ("tested at".to_owned(), commit()),
         ];
         // `connect4   CgroupSockAddr   1049   8181   128  maps…`
         let mut loaded = BTreeMap::new();
@@ -306,6 +307,14 @@ impl Column {
         }
         cells
     }
+}
+
+/// Returns the commit that is checked out, with its date; `-` if git does not tell.
+fn commit() -> String {
+    let mut git = Command::new("git");
+    git.args(["log", "-1", "--format=%h, %cs"])
+        .current_dir(workspace());
+    output(&mut git).map_or_else(|_| "-".into(), |said| said.trim().to_owned())
 }
 
 /// Puts the columns side by side.
@@ -395,10 +404,10 @@ impl Table {
             "# Kernels\n\n\
              Linux {oldest} is the oldest that is tested. This table is written by `cargo xtask vm all\n\
              --write`, which runs the whole suite of `tests/cases` on each of these kernels, or by `cargo\n\
-             xtask vm --kernel 6.1 --write` for one of them; only what passed is written. `instructions` are those that the verifier walked through, of the million\n\
-             that it allows; the stack is of 512 bytes. What is off is what the agent does without, and\n\
-             why. Of modules only veth is loaded, for the tests: the agent needs none, `tcp_diag` among\n\
-             them.\n\n\
+             xtask vm --kernel 6.1 --write` for one of them; only what passed is written, with the commit that\n\
+             was tested. `instructions` are those that the verifier walked through, of the million that it\n\
+             allows; the stack is of 512 bytes. What is off is what the agent does without, and why. Of\n\
+             modules only veth is loaded, for the tests: the agent needs none, `tcp_diag` among them.\n\n\
              `tests/golden/verifier.txt` is what a program may cost on each. The suite also runs the\n\
              agent on kernels that lack a kind of programs (it refuses, and names it) or IPv6 (it\n\
              captures IPv4 alone, and refuses the rest), by a seccomp filter; and CI boots one\n\
