@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use self::admin_state::{AdminState, NodeState, ProxyState};
 use self::config_source::ConfigSource;
 use self::node::{Control, Node, Prepared, counted};
-use self::peer_node::PeerNode;
+use self::peer_node::{PeerNode, exclude_proxies};
 use self::proxy::Proxy;
 use crate::config::RunOptions;
 use crate::control::ca::{CaError, EmbeddedCa};
@@ -137,6 +137,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     // What is configured first: a wrong file stops the start before anything is made or touched.
     let config = ConfigSource::new(&options)?;
     let prepared = Prepared::new(&options, &config).await?;
+    let _no_proxy = exclude_proxies(&options)?;
     let (state, ca) = open_state(&options, prepared.known_root().as_deref())?;
     let configured = config.into_source(&options, Some(state.clone()))?;
     let Node {
@@ -169,6 +170,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
             certs: proxy.certs.clone(),
             root_end: proxy.root_end.clone(),
             lent: None,
+            leaving: None,
         }),
     };
     let sources = admin.sources(level, Arc::clone(&proxy.metrics));
@@ -362,6 +364,7 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
             certs: proxy.certs.clone(),
             root_end: proxy.root_end.clone(),
             lent: Some(borrower.lent()),
+            leaving: Some(leaving.clone()),
         }),
     };
     let sources = admin.sources(level, Arc::clone(&proxy.metrics));
@@ -396,8 +399,8 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
         let (never, signal) = (pending::<()>(), signals.next());
         let hear = |event| apply(&mut proxy, event);
         let signal = forward_events(rooms.as_mut(), never, &mut pod_events, hear, signal).await?;
-        tracing::info!(signal, drain = ?options.drain, "draining; what comes waits for the next proxy");
         leaving.cancel();
+        tracing::info!(signal, drain = ?options.drain, "draining; what comes waits for the next proxy");
         // The node goes on to say what happens to its pods.
         let (idle, again) = (proxy.stop_accepting(options.drain), signals.next());
         let hear = |event| match event {

@@ -238,3 +238,22 @@ fn status_of_a_node_tells_what_only_its_proxy_knows() {
         problems.contains("no proxy serves") && !problems.contains("proxy: ")
     });
 }
+
+#[test]
+fn c1_an_agent_of_one_process_does_not_start_beside_a_proxy() {
+    let mut halves = Halves::new();
+    assert!(halves.node.terminate().success());
+    halves.node.setup().halves = "run";
+    halves.node.restart();
+    eventually("it ends by itself", 20, || !halves.node.runs());
+    assert_eq!(halves.node.wait().code(), Some(4), "{}", halves.node.log());
+    halves.node.logs(&["a proxy of this node runs"]);
+    assert!(halves.proxy.terminate().success());
+    halves.node.restart();
+    halves.node.up(&["client"]);
+    // Nor does a proxy start beside it.
+    halves.proxy.restart();
+    eventually("it ends by itself", 20, || !halves.proxy.runs());
+    assert!(!halves.proxy.wait().success());
+    halves.proxy.logs(&["`dataplane run` serves it"]);
+}

@@ -210,6 +210,7 @@ fn c7_what_leaves_the_mesh_while_its_proxy_drains_is_cut_when_its_time_is_over()
     let live = halves.live();
     halves.proxy.ask_to_end();
     halves.proxy.logs(&["draining"]);
+    assert!(halves.proxy.get("/healthz/ready").contains("pending: end"));
     // The node lets its connections go on for five seconds.
     halves.world.manifests.remove_pod("demo", "client");
     halves.node.logs(&["pod left the mesh"]);
@@ -286,6 +287,7 @@ fn a_pod_that_is_idle_refuses_nobody_while_the_node_half_comes_back() {
     halves.node.up(&["last"]);
     let _own = last.serve(PORT);
     let outsider = halves.nodes.0.bare(&halves.world, "outside", "outsider");
+    let lost = halves.node.counter("no_listener");
     for round in 0..3 {
         halves.node.kill();
         halves.node.restart();
@@ -300,6 +302,8 @@ fn a_pod_that_is_idle_refuses_nobody_while_the_node_half_comes_back() {
             }
         }
     }
+    // What finds no listener is dropped, and sent again a second later.
+    assert_eq!(halves.node.counter("no_listener"), lost);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::control::ca::RootEnd;
 use crate::control::configuration::Configured;
@@ -44,6 +45,8 @@ pub(super) struct ProxyState {
     pub(super) root_end: RootEnd,
     /// Whether the node has lent all its pods, if it is another process.
     pub(super) lent: Option<watch::Receiver<bool>>,
+    /// Cancelled when this process accepts nothing any more, if others do.
+    pub(super) leaving: Option<CancellationToken>,
 }
 
 /// Why connections wait, where somebody else is to serve them.
@@ -81,12 +84,14 @@ impl AdminState {
         if self.configured.borrow().away {
             return Err("state".into());
         }
-        let lent = self
-            .proxy_half
-            .as_ref()
-            .and_then(|proxy| proxy.lent.as_ref());
-        if lent.is_some_and(|lent| !*lent.borrow()) {
-            return Err("node".into());
+        if let Some(proxy) = &self.proxy_half {
+            let leaving = proxy.leaving.as_ref();
+            if leaving.is_some_and(CancellationToken::is_cancelled) {
+                return Err("end".into());
+            }
+            if proxy.lent.as_ref().is_some_and(|lent| !*lent.borrow()) {
+                return Err("node".into());
+            }
         }
         let Some(node) = &self.node_half else {
             return Ok(());

@@ -16,6 +16,16 @@ use crate::sys::made::CreatedPaths;
 /// How often a proxy checks whether the node has started.
 const POLL: Duration = Duration::from_millis(200);
 
+/// Keeps proxies away for as long as the lock lives: they would carry connections of which this process knows nothing.
+///
+/// # Errors
+/// A proxy of the node runs.
+pub(super) fn exclude_proxies(options: &RunOptions) -> Result<ServingLock, AgentError> {
+    let path = options.places.proxy_lock(&options.node);
+    let lock = ServingLock::exclude(&path).map_err(CaptureError::file(&path))?;
+    Ok(lock.ok_or(CaptureError::Serves(path))?)
+}
+
 /// A node that a proxy serves. It cannot be uninstalled while this lives.
 pub(super) struct PeerNode {
     options: RunOptions,
@@ -34,8 +44,9 @@ impl PeerNode {
         config.refuse_empty(node_folder::captured(&places.run_dir, node))?;
         let path = places.proxy_lock(node);
         let locked = ServingLock::share(&path).map_err(CaptureError::file(&path))?;
-        let (lock, made) =
-            locked.ok_or_else(|| anyhow::anyhow!("node {node} is being uninstalled"))?;
+        let (lock, made) = locked.ok_or_else(|| {
+            anyhow::anyhow!("node {node} is being uninstalled, or `dataplane run` serves it")
+        })?;
         let mut peer = Self {
             options: options.clone(),
             mark: None,

@@ -89,6 +89,16 @@ struct Conversation {
     awaited: BTreeSet<u64>,
 }
 
+impl Default for Conversation {
+    fn default() -> Self {
+        Self {
+            stamp: None,
+            named: Some(BTreeSet::new()),
+            awaited: BTreeSet::new(),
+        }
+    }
+}
+
 impl Borrower {
     /// From the node that listens there; `events` hears of its pods. `leaving`: nothing new is accepted any
     /// more.
@@ -115,10 +125,16 @@ impl Borrower {
         while !self.events.is_closed() {
             match Channel::connect(&self.path) {
                 Ok(channel) => {
-                    let end = self.converse(&channel).await;
+                    let mut conversation = Conversation::default();
+                    let end = self.converse(&channel, &mut conversation).await;
                     let error = end.err().map(|error| error.to_string());
-                    tracing::warn!(error, "the node is gone; what runs goes on");
-                    (wait, told) = (FIRST_RETRY, false);
+                    if conversation.stamp.is_some() {
+                        tracing::warn!(error, "the node is gone; what runs goes on");
+                        (wait, told) = (FIRST_RETRY, false);
+                    } else if !told {
+                        tracing::warn!(path = %self.path.display(), error, "the node does not let this proxy in; it is tried again");
+                        told = true;
+                    }
                 }
                 Err(error) => {
                     if !told {
@@ -135,18 +151,17 @@ impl Borrower {
         }
     }
 
-    async fn converse(&mut self, channel: &Channel) -> io::Result<()> {
+    async fn converse(
+        &mut self,
+        channel: &Channel,
+        conversation: &mut Conversation,
+    ) -> io::Result<()> {
         let hello = Hello {
             version: 1,
             lease: VERSION,
         };
         channel.send(&hello.encode_to_vec(), &[])?;
         let say = |told| channel.send(&Response { told: Some(told) }.encode_to_vec(), &[]);
-        let mut conversation = Conversation {
-            stamp: None,
-            named: Some(BTreeSet::new()),
-            awaited: BTreeSet::new(),
-        };
         let mut leaves = false;
         loop {
             tokio::select! {
@@ -156,7 +171,7 @@ impl Borrower {
                 }
                 packet = channel.receive() => {
                     let Some(packet) = packet? else { return Ok(()) };
-                    match self.handle(packet, &mut conversation).await {
+                    match self.handle(packet, conversation).await {
                         Ok(ack) => say(ProxyMessage::Ack(ack))?,
                         Err(error) => {
                             say(ProxyMessage::Ack(Ack { error: error.to_string() }))?;
@@ -183,7 +198,11 @@ impl Borrower {
         match said.ok_or_else(|| wrong("a word that is not known"))? {
             NodeMessage::Welcome(welcome) => {
                 if welcome.lease != VERSION {
-                    return Err(wrong("another version of the seam"));
+                    let what = format!(
+                        "the node speaks version {} of the seam, and this proxy version {VERSION}: run both of one release",
+                        welcome.lease
+                    );
+                    return Err(io::Error::new(io::ErrorKind::Unsupported, what));
                 }
                 let mut lent = descriptors.into_iter();
                 let stamp = lent.next().map(Stamp::of).transpose()?;

@@ -10,11 +10,11 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use prost::Message;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::ledger::{Ledger, ProxyId};
 use super::packets::{Channel, Packet, SeamListener};
-use super::wire::{Hello, NodeMessage, ProxyMessage, Request, Response, VERSION};
+use super::wire::{Hello, NodeMessage, ProxyMessage, Request, Response, VERSION, Welcome};
 use super::{PodEvent, Stamp};
 use crate::drain::CompletionGuard;
 
@@ -57,6 +57,8 @@ impl Lender {
     /// Lends what `events` say to all that connect, until there are no more events.
     pub async fn run(self, entry: SeamListener, mut events: mpsc::Receiver<PodEvent>) {
         let mut conversations = FuturesUnordered::new();
+        // Accepting pauses after an error; the proxies that are connected do not.
+        let mut paused = None;
         loop {
             tokio::select! {
                 event = events.recv() => match event {
@@ -66,13 +68,14 @@ impl Lender {
                     }
                     None => return,
                 },
-                came = entry.accept() => match came {
+                came = entry.accept(), if paused.is_none() => match came {
                     Ok(channel) => conversations.push(self.converse(channel)),
                     Err(error) => {
                         tracing::warn!(%error, "who came to serve pods is not let in");
-                        sleep(ACCEPT_PAUSE).await;
+                        paused = Some(Instant::now() + ACCEPT_PAUSE);
                     }
                 },
+                () = at(paused) => paused = None,
                 Some(()) = conversations.next() => {}
             }
         }
@@ -192,6 +195,12 @@ async fn is_welcome(channel: &Channel) -> io::Result<bool> {
     if hello.lease == VERSION {
         return Ok(true);
     }
+    // It learns why it is not let in.
+    let said = Some(NodeMessage::Welcome(Welcome {
+        lease: VERSION,
+        node: String::new(),
+    }));
+    channel.send(&Request { said }.encode_to_vec(), &[])?;
     let what = format!(
         "it speaks version {} of the seam, and this node version {VERSION}: run both of one release",
         hello.lease

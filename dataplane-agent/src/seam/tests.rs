@@ -4,7 +4,7 @@ use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 use tempfile::TempDir;
@@ -15,7 +15,9 @@ use tokio_util::sync::CancellationToken;
 use super::borrow::Borrower;
 use super::lend::Lender;
 use super::packets::{Channel, SeamListener};
-use super::wire::{Ack, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, VERSION};
+use super::wire::{
+    Ack, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, VERSION, Welcome,
+};
 use super::{Instance, Lease, Listeners, PodEvent, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
@@ -448,9 +450,41 @@ async fn who_speaks_another_version_is_not_let_in() {
             channel
                 .send(&hello.encode_to_vec(), &[])
                 .expect("there is room");
+            let said = soon(channel.receive()).await.expect("an answer");
+            let said = Request::decode(&*said.expect("an answer").bytes).expect("a request");
+            let node = String::new();
+            let welcome = Welcome {
+                lease: VERSION,
+                node,
+            };
+            assert_eq!(said.said, Some(NodeMessage::Welcome(welcome)));
             let said = soon(channel.receive()).await.expect("an end");
             assert!(said.is_none(), "{said:?}");
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_proxy_that_is_not_let_in_comes_again_less_and_less_often() {
+    with_a_path(async |path| {
+        let listener = SeamListener::open(&path).expect("a socket");
+        let started = Instant::now();
+        let refuses = async {
+            for _ in 0..6 {
+                let channel = listener.accept().await.expect("a proxy");
+                let hello = channel.receive().await.expect("a hello");
+                drop((hello, channel));
+            }
+        };
+        let (events, _told) = mpsc::channel(1);
+        let borrower = Borrower::new(path.clone(), events, CancellationToken::new());
+        tokio::select! {
+            () = borrower.run() => panic!("it comes again"),
+            () = refuses => {}
+        }
+        // Of 10, 20, 40, 80 and 160 ms.
+        assert!(started.elapsed() >= Duration::from_millis(310));
     })
     .await;
 }
