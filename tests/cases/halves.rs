@@ -79,7 +79,14 @@ fn load(halves: &Halves, seconds: u32, each: u64) -> Process {
     let each = each / scaled(Duration::from_secs(1)).as_secs();
     let to = halves.server.at(PORT).to_string();
     let mut load = halves.client.command(program("DATAPLANE_TEST_APP"));
-    Process::start(load.args(["rate", &to, &seconds.to_string(), &each.to_string()]))
+    // However many wait.
+    Process::start(load.args([
+        "rate",
+        &to,
+        &seconds.to_string(),
+        &each.to_string(),
+        "10000",
+    ]))
 }
 
 /// Returns the number of connections that a proxy has carried to their end.
@@ -254,6 +261,10 @@ fn c7_what_runs_since_before_the_node_half_came_back_has_its_time_to_drain_and_i
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
     let mut live = halves.live();
+    // The time to drain is as much longer as the test's own.
+    let drain = halves.node.setup().arguments.last_mut();
+    let long = scaled(Duration::from_secs(5)).as_secs();
+    *drain.expect("a time to drain") = format!("{long}s");
     halves.restart_node();
     halves.world.manifests.remove_pod("demo", "client");
     halves.node.logs(&["pod leaves the mesh"]);

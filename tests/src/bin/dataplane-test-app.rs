@@ -23,7 +23,9 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
   script-server PORT STEP...   does the steps of tests/src/script.rs on each connection
   script ADDRESS TIMES STEP... the same as a client, on so many, one after the other
   hold ADDRESS COUNT           opens COUNT connections, asks on each, and counts, with all of them open
-  rate ADDRESS SECONDS EACH    opens EACH connections a second and asks on each; counts
+  rate ADDRESS SECONDS EACH [AT-ONCE]
+                               opens EACH connections a second, and asks on each; counts. While so many
+                               (16) wait for their answer it opens no more, and is late
   many ADDRESS COUNT [silent]  opens COUNT connections and asks on each, unless silent; holds them
 options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
 options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen source=IP[:PORT] device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS
@@ -45,7 +47,8 @@ fn main() {
         ["script-server", port, steps @ ..] => script_server(port, steps),
         ["script", to, times, steps @ ..] => script(to, times, steps),
         ["hold", to, count] => hold(to, count),
-        ["rate", to, seconds, each] => rate(to, seconds, each),
+        ["rate", to, seconds, each] => rate(to, seconds, each, "16"),
+        ["rate", to, seconds, each, at_once] => rate(to, seconds, each, at_once),
         ["many", to, count] => many(to, count, true),
         ["many", to, count, "silent"] => many(to, count, false),
         _ => {
@@ -469,12 +472,12 @@ fn hold(to: &str, count: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens a connection whenever one is due, however many wait for their answer, and asks on each. Prints how
-/// many were answered, and for each way in which others ended how many and when.
-fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
+/// Opens a connection whenever one is due and less than `at_once` wait for their answer, and asks on each. Prints
+/// how many were answered, and for each way in which others ended how many and when.
+fn rate(to: &str, seconds: &str, each: &str, at_once: &str) -> io::Result<()> {
     let to: SocketAddr = parse(to)?;
     let number = |text: &str| text.parse::<u64>().map_err(io::Error::other);
-    let (seconds, each) = (number(seconds)?, number(each)?);
+    let (seconds, each, at_once) = (number(seconds)?, number(each)?, number(at_once)?);
     let once = move || {
         let stream = patient(TcpStream::connect_timeout(&to, patience())?)?;
         (&stream).write_all(b"hello\n")?;
@@ -485,9 +488,27 @@ fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
     };
     let started = std::time::Instant::now();
     let (ended, ends) = std::sync::mpsc::channel();
+    let (mut good, mut bad) = (
+        0,
+        std::collections::BTreeMap::<String, Vec<Duration>>::new(),
+    );
+    let mut count = |(end, at): (Result<(), String>, Duration)| match end {
+        Ok(()) => good += 1,
+        Err(word) => bad.entry(word).or_default().push(at),
+    };
+    let mut waiting = 0;
     for number in 0..seconds * each {
         let due = Duration::from_micros(number * 1_000_000 / each);
         std::thread::sleep(due.saturating_sub(started.elapsed()));
+        while waiting == at_once {
+            count(ends.recv().map_err(io::Error::other)?);
+            waiting -= 1;
+        }
+        for end in ends.try_iter() {
+            count(end);
+            waiting -= 1;
+        }
+        waiting += 1;
         let ended = ended.clone();
         let thread = std::thread::Builder::new().stack_size(1 << 16);
         thread.spawn(move || {
@@ -496,16 +517,7 @@ fn rate(to: &str, seconds: &str, each: &str) -> io::Result<()> {
         })?;
     }
     drop(ended);
-    let (mut good, mut bad) = (
-        0,
-        std::collections::BTreeMap::<String, Vec<Duration>>::new(),
-    );
-    for (end, at) in ends {
-        match end {
-            Ok(()) => good += 1,
-            Err(word) => bad.entry(word).or_default().push(at),
-        }
-    }
+    ends.iter().for_each(&mut count);
     println!(
         "{good} good, {} bad",
         bad.values().map(Vec::len).sum::<usize>()
