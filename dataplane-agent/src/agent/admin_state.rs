@@ -75,11 +75,11 @@ impl AdminState {
 
     /// Ready is a node that has captured and serves every pod of its own that is here, and of which other
     /// nodes know that. One that may not run yet does not count: it may never. A proxy process
-    /// is ready once the node has lent it all its pods.
+    /// is ready once the node has lent it all its pods, and until it is told to end.
     ///
     /// # Errors
     /// What is waited for: the first look at the machine, the state that nodes share, who serves, the node,
-    /// an enrolment, or a capture that is broken.
+    /// an enrolment, a capture that is broken, or the end of a proxy that drains.
     fn ready(&self) -> Result<(), String> {
         if self.configured.borrow().away {
             return Err("state".into());
