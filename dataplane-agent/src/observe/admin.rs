@@ -1,8 +1,6 @@
 //! The admin socket: HTTP over a Unix socket of mode 0600.
 
-use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -100,17 +98,10 @@ async fn again(path: &Path, bound: Option<&BoundPath>) -> Socket {
 
 /// Binds the path, in place of a dead socket. Returns none if another process has been quicker.
 fn bind(path: &Path) -> io::Result<Option<(UnixListener, BoundPath)>> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+    match BoundPath::bind(path, || UnixListener::bind(path)) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),
+        bound => bound.map(Some),
     }
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(None),
-        listener => listener?,
-    };
-    let bound = BoundPath::at(path)?;
-    fs::set_permissions(path, Permissions::from_mode(0o600))?;
-    Ok(Some((listener, bound)))
 }
 
 /// Returns whether a process listens there, also one whose queue is full.

@@ -2,11 +2,9 @@
 //! to it. Only the user of the agent, and root, may connect.
 
 use std::cell::RefCell;
-use std::fs::{self, Permissions};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -54,14 +52,11 @@ struct Open {
 
 impl Open {
     fn new(path: &Path) -> io::Result<Rc<Self>> {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
-        bind(&socket, &SocketAddrUnix::new(path)?)?;
-        let bound = BoundPath::at(path)?;
-        fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        let (socket, bound) = BoundPath::bind(path, || {
+            let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
+            bind(&socket, &SocketAddrUnix::new(path)?)?;
+            Ok(socket)
+        })?;
         listen(&socket, BACKLOG)?;
         let socket = readiness::readable(socket)?;
         Ok(Rc::new(Self { socket, bound }))
@@ -202,8 +197,9 @@ fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
+    use std::fs::{self, File};
     use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
     use crate::sys::bound;

@@ -1,9 +1,9 @@
 //! The name of a Unix socket in the file system, which others may remove or replace.
 
 use std::cell::Cell;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,6 +22,21 @@ pub struct BoundPath {
 }
 
 impl BoundPath {
+    /// Has `bind` make a socket at the path, in place of one that is there, for its user alone.
+    ///
+    /// # Errors
+    /// What is there cannot be removed, or the socket cannot be made.
+    pub fn bind<T>(path: &Path, bind: impl FnOnce() -> io::Result<T>) -> io::Result<(T, Self)> {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let socket = bind()?;
+        let bound = Self::at(path)?;
+        fs::set_permissions(path, Permissions::from_mode(0o600))?;
+        Ok((socket, bound))
+    }
+
     /// Of the socket that is at the path now.
     ///
     /// # Errors
