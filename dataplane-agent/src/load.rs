@@ -5,8 +5,8 @@
 //! come at once are two workers', one that ends at once weighs nothing afterwards, and however many
 //! idle ones there are, they weigh nothing.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::RuntimeMetrics;
@@ -33,17 +33,23 @@ struct Inner {
 /// The current interval.
 #[derive(Debug, Default)]
 struct Interval {
-    /// The time at which it began, in microseconds. The thread that sets it ends the interval before.
-    began: AtomicU64,
+    /// Who has this locked ends the interval before.
+    start: Mutex<Start>,
     /// The time at which something was last begun, in microseconds.
     last: AtomicU64,
-    /// The worker's total busy time at the begin of the interval, in microseconds.
-    before: AtomicU64,
     /// The worker's load in the interval before, in thousandths.
     busy: AtomicU32,
     /// The interval's number in the upper half; the number of things that were begun in it and have not ended in the
     /// lower.
     begun: AtomicU64,
+}
+
+/// The start of an interval.
+#[derive(Debug, Default)]
+struct Start {
+    at: Duration,
+    /// The worker's total busy time until then.
+    busy: Duration,
 }
 
 /// A task, such as a connection or a tunnel, that a worker has begun; it has ended when this is dropped.
@@ -87,22 +93,20 @@ impl Load {
 impl Interval {
     /// Ends the interval if it has lasted long enough. Of threads that call this at once, one does so.
     fn next(&self, now: Duration, busy: impl FnOnce() -> Duration) {
-        let now = micros(now);
-        let began = self.began.load(Ordering::Relaxed);
-        let length = now.saturating_sub(began);
-        let known = now.saturating_sub(self.last.load(Ordering::Relaxed));
-        let is_known = known >= micros(INTERVAL) || length >= micros(LONGEST);
-        if length < micros(INTERVAL) || !is_known {
+        let Ok(mut start) = self.start.try_lock() else {
+            return;
+        };
+        let length = now.saturating_sub(start.at);
+        let last = Duration::from_micros(self.last.load(Ordering::Relaxed));
+        let is_known = now.saturating_sub(last) >= INTERVAL || length >= LONGEST;
+        if length < INTERVAL || !is_known {
             return;
         }
-        let ends = (self.began).compare_exchange(began, now, Ordering::Relaxed, Ordering::Relaxed);
-        if ends.is_err() {
-            return;
-        }
-        let busy = micros(busy());
-        let part = busy.saturating_sub(self.before.swap(busy, Ordering::Relaxed));
-        let part = part.saturating_mul(u64::from(BUSY)) / length;
+        let busy = busy();
+        let part = micros(busy.saturating_sub(start.busy));
+        let part = part.saturating_mul(u64::from(BUSY)) / micros(length);
         let part = u32::try_from(part).map_or(BUSY, |part| part.min(BUSY));
+        *start = Start { at: now, busy };
         self.busy.store(part, Ordering::Relaxed);
         self.change(|number, _| Some((number.wrapping_add(1), 0)));
     }
@@ -217,7 +221,7 @@ mod tests {
                 scope.spawn(|| {
                     for number in 0..20_000 {
                         let begun = of.begin(after(number));
-                        of.next(after(number), || after(number / 2));
+                        of.next(after(number), || after(number) / 2);
                         of.end(begun);
                     }
                 });
