@@ -56,12 +56,18 @@ pub struct Setup {
 pub struct Agent {
     setup: Setup,
     child: Option<std::process::Child>,
+    /// How many bytes the log had when it was last started.
+    logged: usize,
 }
 
 impl Agent {
     /// Starts it.
     pub fn start(setup: Setup) -> Self {
-        let mut agent = Self { setup, child: None };
+        let mut agent = Self {
+            setup,
+            child: None,
+            logged: 0,
+        };
         agent.restart();
         agent
     }
@@ -69,6 +75,8 @@ impl Agent {
     /// Starts it again; the old one must have ended.
     pub fn restart(&mut self) {
         assert!(self.child.is_none(), "it still runs");
+        let before = fs::metadata(&self.setup.log);
+        self.logged = before.map_or(0, |log| log.len().try_into().expect("a length"));
         let log = fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -201,18 +209,19 @@ impl Agent {
         &self.setup.log
     }
 
-    /// Returns all that it has logged.
+    /// Returns all that it has logged, also before it was started again.
     pub fn log(&self) -> String {
         let log = &self.setup.log;
         fs::read_to_string(log).unwrap_or_else(|error| panic!("{}: {error}", log.display()))
     }
 
-    /// Waits for a line of the log that contains all of `parts`, and returns it.
+    /// Waits for a line that it logs since it was last started and that contains all of `parts`, and returns
+    /// the line.
     pub fn logs(&self, parts: &[&str]) -> String {
         let mut found = None;
         self.eventually(&format!("a line with {parts:?}"), || {
             let log = self.log();
-            found = log
+            found = log[self.logged..]
                 .lines()
                 .find(|line| parts.iter().all(|part| line.contains(part)))
                 .map(str::to_owned);
