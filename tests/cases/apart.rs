@@ -193,7 +193,6 @@ fn a_socket_between_the_halves_that_is_removed_is_made_again() {
     fs::remove_file(&seam).expect("a socket");
     halves.proxy.kill();
     halves.proxy.restart();
-    halves.proxy.logs(&["the node cannot be reached"]);
     halves
         .node
         .logs(&["\twarn\t", "the socket for proxies", "made again"]);
