@@ -8,7 +8,7 @@ use aya_log::EbpfLogger;
 use dataplane_ebpf::event::{Event, Reason};
 
 use super::log_limit::LogLimiter;
-use crate::sys::readiness;
+use crate::sys::async_fd;
 
 /// The pause between two reads of the programs' log while it is being written.
 const LOG_INTERVAL: Duration = Duration::from_millis(100);
@@ -18,7 +18,7 @@ const EVENTS_PER_TURN: usize = 64;
 
 /// Logs events as they come, at most one of each reason and pod per second. Runs until it is dropped.
 pub async fn events(ring: RingBuf<MapData>) {
-    let mut ring = match readiness::readable(ring) {
+    let mut ring = match async_fd::readable(ring) {
         Ok(ring) => ring,
         Err(error) => {
             tracing::error!(%error, "the kernel programs' reports cannot be read");
@@ -52,7 +52,7 @@ pub async fn log(logger: Option<EbpfLogger<&'static dyn ::log::Log>>) {
     let Some(logger) = logger else {
         return std::future::pending().await;
     };
-    let mut logger = match readiness::readable(logger) {
+    let mut logger = match async_fd::readable(logger) {
         Ok(logger) => logger,
         Err(error) => {
             tracing::error!(%error, "the kernel programs' log cannot be read");

@@ -15,8 +15,8 @@ use rustix::net::{
 };
 use tokio::io::unix::AsyncFd;
 
+use crate::sys::async_fd;
 use crate::sys::bound::BoundPath;
-use crate::sys::readiness;
 
 /// The longest packet, in bytes: a pod with the longest names and as many addresses as are known takes half.
 const LONGEST: usize = 4096;
@@ -58,7 +58,7 @@ impl Open {
             Ok(socket)
         })?;
         listen(&socket, BACKLOG)?;
-        let socket = readiness::readable(socket)?;
+        let socket = async_fd::readable(socket)?;
         Ok(Rc::new(Self { socket, bound }))
     }
 }
@@ -107,7 +107,7 @@ impl SeamListener {
             let what = format!("user {} may not be a half of the agent", peer.as_raw());
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
         }
-        Ok(Channel(readiness::readable(socket)?))
+        Ok(Channel(async_fd::readable(socket)?))
     }
 }
 
@@ -119,7 +119,7 @@ impl Channel {
     pub fn connect(path: &Path) -> io::Result<Self> {
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
         connect(&socket, &SocketAddrUnix::new(path)?)?;
-        Ok(Self(readiness::readable(socket)?))
+        Ok(Self(async_fd::readable(socket)?))
     }
 
     /// Sends a packet. What was sent before is answered, so that there is room for it.
@@ -208,7 +208,7 @@ mod tests {
         let (one, other) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)
                 .expect("a pair");
-        let channel = |socket| Channel(readiness::readable(socket).expect("a runtime"));
+        let channel = |socket| Channel(async_fd::readable(socket).expect("a runtime"));
         (channel(one), channel(other))
     }
 

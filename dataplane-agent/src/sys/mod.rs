@@ -1,6 +1,7 @@
 //! System calls, and the only unsafe code of the agent.
 #![allow(unsafe_code, reason = "this is the one place for it")]
 
+pub mod async_fd;
 pub mod bound;
 pub mod bpffs;
 pub mod caps;
@@ -14,7 +15,6 @@ pub mod made;
 pub mod memory;
 pub mod netns;
 pub mod processes;
-pub mod readiness;
 pub mod seccomp;
 pub mod socket;
 pub mod verifier;

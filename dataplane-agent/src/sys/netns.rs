@@ -246,7 +246,7 @@ impl Changes {
             bind(socket.as_raw_fd(), &NetlinkAddr::new(0, MULTICAST_GROUPS))?;
             io::Result::Ok(socket)
         })??;
-        super::readiness::readable(socket).map(Self)
+        super::async_fd::readable(socket).map(Self)
     }
 
     /// Ready if something has changed since the last time; it does not tell what.

@@ -17,7 +17,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::cgroups;
-use crate::sys::readiness;
+use crate::sys::async_fd;
 
 /// Most watches that the kernel is asked for.
 const MAX_WATCHES: usize = 32_768;
@@ -44,7 +44,7 @@ impl MachineEvents {
     /// Creates the source for cgroups below `pods`.
     pub(super) fn new(pods: &Path) -> Self {
         let mounts = File::open("/proc/self/mountinfo");
-        let mounts = mounts.and_then(|file| readiness::urgent(file.into()));
+        let mounts = mounts.and_then(|file| async_fd::urgent(file.into()));
         Self {
             pods: pods.to_owned(),
             cgroups: None,
@@ -143,7 +143,7 @@ impl CgroupWatches {
         let limit: usize = limit.trim().parse().map_err(io::Error::other)?;
         let mut cgroups = Self {
             pods: pods.to_owned(),
-            readable: readiness::readable(inotify.as_fd().try_clone_to_owned()?)?,
+            readable: async_fd::readable(inotify.as_fd().try_clone_to_owned()?)?,
             inotify,
             most: MAX_WATCHES.min(limit / 2),
             watches: BTreeMap::new(),

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 
 use crate::observe::log_limit::LogLimiter;
-use crate::sys::{readiness, socket};
+use crate::sys::{async_fd, socket};
 
 /// Pause after an error: one that lasts (no descriptors are left) would make the loop spin.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -27,7 +27,7 @@ impl Listener {
     /// # Errors
     /// The worker cannot watch it.
     pub fn new(listener: TcpListener) -> io::Result<Self> {
-        readiness::readable(listener).map(Self)
+        async_fd::readable(listener).map(Self)
     }
 
     /// Returns the next connection. No connection is lost when it is dropped while waiting.
