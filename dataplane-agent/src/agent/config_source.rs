@@ -8,7 +8,7 @@ use super::AgentError;
 use crate::config::{self, RunOptions};
 use crate::control::configuration::Source;
 use crate::control::enrolled;
-use crate::control::local;
+use crate::control::local_xds;
 use crate::control::manifests::{ManifestFolder, MeshConfig, Translated, Translation, Watch};
 use crate::control::recorded::RecordReader;
 use crate::control::state::SharedState;
@@ -29,7 +29,7 @@ impl ConfigSource {
         let wrong = |error: String| AgentError::Settings(error);
         if let Some(file) = &options.local_xds_path {
             let node = options.node.as_str();
-            let read = local::read(file, node, &options.network, &options.trust_domain);
+            let read = local_xds::read(file, node, &options.network, &options.trust_domain);
             return read
                 .map(Self::Local)
                 .map_err(|error| wrong(error.to_string()));

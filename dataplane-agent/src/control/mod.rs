@@ -8,7 +8,7 @@ pub mod enrolled;
 #[cfg(test)]
 mod footprint;
 mod lints;
-pub mod local;
+pub mod local_xds;
 pub mod manifests;
 mod ownership;
 mod record_cache;

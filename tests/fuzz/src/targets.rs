@@ -7,7 +7,7 @@ use std::{fs, str};
 
 use arbitrary::Unstructured;
 use dataplane_agent::control::enrolled::{self, Enrolled};
-use dataplane_agent::control::local as local_file;
+use dataplane_agent::control::local_xds;
 use dataplane_agent::control::manifests::{MeshConfig, Objects, PodKey, Translation, translate};
 use dataplane_agent::control::state::SharedState;
 use dataplane_agent::mesh::Identity;
@@ -159,7 +159,7 @@ pub fn local(input: &[u8]) {
     let Ok(text) = str::from_utf8(input) else {
         return;
     };
-    match local_file::parse(Path::new("fuzzed"), text, "here") {
+    match local_xds::parse(Path::new("fuzzed"), text, "here") {
         // Here a named policy may be missing, as the file's author named it; it refuses then.
         Ok(made) => sound(&made),
         Err(error) => assert!(error.to_string().starts_with("fuzzed"), "{error}"),

@@ -10,10 +10,10 @@ use std::collections::BTreeMap;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use super::node::{Node, NodeError};
 use super::object::{Resource, wrong};
 use super::principal::{may_be_here, principal};
 use super::translate::MeshConfig;
+use super::yaml::{Node, NodeError};
 use crate::control::address::Block;
 use crate::mesh::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,

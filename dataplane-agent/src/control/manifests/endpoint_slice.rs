@@ -5,9 +5,9 @@ use std::num::NonZeroU16;
 
 use serde::Deserialize;
 
-use super::node::{Node, NodeError};
 use super::object::wrong;
 use super::service::Protocol;
+use super::yaml::{Node, NodeError};
 use crate::control::address::Address;
 use crate::mesh::workload::Health;
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::node::{Node, NodeError};
 use super::object::{Key, Meta, Objects, wrong};
+use super::yaml::{Node, NodeError};
 
 const USE_LABEL: &str = "istio.io/use-waypoint";
 const USE_NAMESPACE_LABEL: &str = "istio.io/use-waypoint-namespace";

@@ -15,7 +15,6 @@ mod collection;
 pub mod endpoint_slice;
 pub mod folder;
 pub mod gateway;
-pub(crate) mod node;
 pub mod object;
 pub mod peer_authentication;
 pub mod pod;
@@ -26,6 +25,7 @@ pub(crate) mod spelling;
 pub mod translate;
 pub mod translated;
 pub mod watch;
+pub(crate) mod yaml;
 
 #[cfg(test)]
 mod tests;
@@ -61,7 +61,7 @@ impl ManifestError {
         }
     }
 
-    pub(crate) fn at(file: impl Into<PathBuf>, error: node::NodeError) -> Self {
+    pub(crate) fn at(file: impl Into<PathBuf>, error: yaml::NodeError) -> Self {
         Self {
             file: file.into(),
             line: error.line,

@@ -13,11 +13,11 @@ use super::ManifestError;
 use super::authorization_policy::AuthorizationPolicy;
 use super::endpoint_slice::EndpointSlice;
 use super::gateway::Gateway;
-use super::node::{self, Node, NodeError};
 use super::peer_authentication::PeerAuthentication;
 use super::pod::Pod;
 use super::service::Service;
 use super::spelling;
+use super::yaml::{self, Node, NodeError};
 use crate::mesh::service::Age;
 
 /// Namespace and name; the namespace is empty for objects of the whole cluster.
@@ -353,7 +353,7 @@ impl Body {
 /// Parses one file's text.
 pub(crate) fn parse(file: &Path, text: &str) -> Result<Parsed, ManifestError> {
     let mut parsed = Parsed::default();
-    let documents = node::documents(text).map_err(|error| ManifestError::at(file, error))?;
+    let documents = yaml::documents(text).map_err(|error| ManifestError::at(file, error))?;
     // kubectl refuses such a file too. A crash or a full disk may have emptied it, and what is commented
     // out may be a policy. To mean "nothing", a file has an empty List.
     if documents.is_empty() {

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::authorization_policy::{DRY_RUN_ANNOTATION, Selector};
-use super::node::{Node, NodeError};
 use super::object::{ByKey, Meta, Resource, all_in, selects, wrong};
+use super::yaml::{Node, NodeError};
 use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, Rule, StringMatch};
 
 const STATIC_STRICT: &str = "istio_converted_static_strict";

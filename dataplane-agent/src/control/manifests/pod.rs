@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
-use super::node::{Node, NodeError};
 use super::object::{Meta, Objects, Resource, is_name, wrong};
 use super::service::Protocol;
 use super::translate::Wanted;
+use super::yaml::{Node, NodeError};
 use crate::control::address::Address;
 use crate::mesh::workload::Health;
 

@@ -7,10 +7,10 @@ use std::num::NonZeroU16;
 
 use serde::{Deserialize, Deserializer, de};
 
-use super::node::{Node, NodeError};
 use super::object::{Objects, Resource, wrong};
 use super::pod::Pod;
 use super::spelling::{DISTRIBUTION, is_distribution};
+use super::yaml::{Node, NodeError};
 use crate::control::address::Address;
 use crate::mesh::service::{Family, LoadBalancing, Scope};
 

@@ -3,12 +3,12 @@
 //! is an error of the file instead, which suggests the word that was likely meant.
 //!
 //! Specs of policies refuse unknown fields by themselves. Others have many fields that are not modelled here, so
-//! only slips are refused in them, by the reader of [`super::node`].
+//! only slips are refused in them, by the reader of [`super::yaml`].
 
 use strsim::{jaro_winkler, osa_distance};
 
-use super::node::{Node, NodeError};
 use super::object::wrong;
+use super::yaml::{Node, NodeError};
 
 /// An API group with kinds that are read.
 struct Group {

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::address::Block;
-use super::manifests::node::each::{Collect, Document, Each};
-use super::manifests::node::{self, NodeError};
+use super::manifests::yaml::each::{Collect, Document, Each};
+use super::manifests::yaml::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
 use crate::mesh::Identity;
 use crate::mesh::interner::Interner;
@@ -75,7 +75,7 @@ pub fn read(
 /// See [`read`].
 pub fn parse(file: &Path, text: &str, node: &str) -> Result<Translation, ManifestError> {
     let fault = |error: NodeError| ManifestError::at(file, error);
-    let mut documents: Vec<Document<Config>> = node::documents_1_2(text).map_err(fault)?;
+    let mut documents: Vec<Document<Config>> = yaml::documents_1_2(text).map_err(fault)?;
     if let Some(second) = documents.get(1) {
         return Err(ManifestError {
             line: Some(second.line()),

@@ -9,7 +9,7 @@ use serde::de::{IgnoredAny, MapAccess};
 
 use super::Workloads;
 use crate::control::address::{Address, Block};
-use crate::control::manifests::node::each::{Each, Lists};
+use crate::control::manifests::yaml::each::{Each, Lists};
 use crate::mesh::policy::{Action, PolicyScope};
 use crate::mesh::service::NetworkAddress;
 use crate::mesh::workload::Health;
