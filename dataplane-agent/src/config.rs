@@ -241,29 +241,29 @@ fn is_subdomain(text: &str) -> bool {
 
 /// The prefix of all variables that only we use.
 const OWN: &str = "DATAPLANE_";
-/// All such variables. The last two are for tests.
-const KNOWN: [&str; 9] = [
-    "DATAPLANE_MANIFESTS",
-    "DATAPLANE_STATE",
-    "DATAPLANE_CGROUP",
-    "DATAPLANE_CONNECTIONS",
-    "DATAPLANE_DRAIN",
-    "DATAPLANE_RUN_DIR",
-    "DATAPLANE_BPFFS",
-    "DATAPLANE_BIN",
-    "DATAPLANE_TEST_APP",
-];
+/// Variables with the prefix that are no settings: they are for the build and the tests.
+const NO_SETTINGS: [&str; 2] = ["DATAPLANE_BIN", "DATAPLANE_EBPF_OBJECTS"];
 
-/// Returns a variable with our prefix that does not exist: a misspelt setting must not be ignored.
-pub fn unknown_variable(names: impl IntoIterator<Item = String>) -> Option<String> {
+/// Returns a variable with our prefix that no option of `program` and its commands is set by: a misspelt setting
+/// must not be ignored.
+pub fn unknown_variable(
+    names: impl IntoIterator<Item = String>,
+    program: &clap::Command,
+) -> Option<String> {
     names.into_iter().find(|name| {
         name.strip_prefix(OWN).is_some_and(|rest| {
-            !KNOWN.contains(&name.as_str())
-                && !rest.starts_with("TEST_")
-                && rest != "EBPF_OBJECTS"
+            !rest.starts_with("TEST_")
+                && !NO_SETTINGS.contains(&name.as_str())
                 && !is_of_a_service(rest)
+                && !sets(name, program)
         })
     })
+}
+
+fn sets(name: &str, command: &clap::Command) -> bool {
+    let mut options = command.get_arguments();
+    options.any(|option| option.get_env().is_some_and(|variable| variable == name))
+        || command.get_subcommands().any(|command| sets(name, command))
 }
 
 /// Returns `true` for variables that Kubernetes sets in every container for a Service whose name begins with
@@ -345,7 +345,7 @@ pub fn folder(setting: &str, path: &Path) -> Result<PathBuf, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
+    use clap::{CommandFactory, Parser};
 
     use super::*;
 
@@ -474,8 +474,9 @@ mod tests {
                 .map(|name| (*name).to_owned())
                 .collect::<Vec<_>>()
         };
-        assert_eq!(unknown_variable(names(&["PATH", "DATAPLANE_STATE"])), None);
-        let wrong = unknown_variable(names(&["DATAPLANE_STAT"]));
+        let unknown = |all: &[&str]| unknown_variable(names(all), &Line::command());
+        assert_eq!(unknown(&["PATH", "DATAPLANE_STATE"]), None);
+        let wrong = unknown(&["DATAPLANE_STAT"]);
         assert_eq!(wrong.as_deref(), Some("DATAPLANE_STAT"));
     }
 
@@ -492,7 +493,7 @@ mod tests {
             "DATAPLANE_METRICS_SERVICE_HOST",
             "DATAPLANE_METRICS_PORT_80_TCP_PORT",
         ] {
-            assert_eq!(unknown_variable([name.to_owned()]), None);
+            assert_eq!(unknown_variable([name.to_owned()], &Line::command()), None);
         }
         for name in [
             "DATAPLANE_SERVICE",
@@ -500,7 +501,8 @@ mod tests {
             "DATAPLANE_PORT_X_TCP",
             "DATAPLANE_HOST",
         ] {
-            assert_eq!(unknown_variable([name.to_owned()]).as_deref(), Some(name));
+            let unknown = unknown_variable([name.to_owned()], &Line::command());
+            assert_eq!(unknown.as_deref(), Some(name));
         }
     }
 

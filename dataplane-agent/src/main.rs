@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use dataplane_agent::agent::{self, AgentError, Halves};
 use dataplane_agent::cli::{self, Cli, Command, UninstallOptions, check, load, status, uninstall};
 use dataplane_agent::config::{RunOptions, unknown_variable};
@@ -14,7 +14,7 @@ use dataplane_agent::observe::{levels, log};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let variables = std::env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-    if let Some(name) = unknown_variable(variables) {
+    if let Some(name) = unknown_variable(variables, &Cli::command()) {
         return fail(
             Exit::Settings,
             &format!("{name} is no setting (see `dataplane run --help`)"),
