@@ -237,6 +237,32 @@ impl Drop for Arrival {
     }
 }
 
+/// The end of a connection.
+#[derive(Clone, Copy)]
+enum End<'a> {
+    Clean,
+    /// Its client left before it was connected.
+    GivenUp,
+    Failed(&'a dyn Failure),
+}
+
+impl<'a> End<'a> {
+    fn failure(self) -> Option<&'a dyn Failure> {
+        match self {
+            Self::Failed(failure) => Some(failure),
+            Self::Clean | Self::GivenUp => None,
+        }
+    }
+
+    fn reason(self) -> Option<&'static str> {
+        match self {
+            Self::Clean => None,
+            Self::GivenUp => Some("client_gone"),
+            Self::Failed(failure) => Some(failure.reason()),
+        }
+    }
+}
+
 impl AccessRecord {
     /// Returns its byte counts, to be added to.
     pub fn bytes(&self) -> Arc<Bytes> {
@@ -245,16 +271,16 @@ impl AccessRecord {
 
     /// Closes it with the end of the connection.
     pub fn close(mut self, end: Result<(), &dyn Failure>) {
-        self.end(end, None);
+        self.end(end.map_or_else(End::Failed, |()| End::Clean));
     }
 
     /// Closes it for a client that left before it was connected: that is no failure, and says nothing about the
     /// server.
     pub fn give_up(mut self) {
-        self.end(Ok(()), Some("client_gone"));
+        self.end(End::GivenUp);
     }
 
-    fn end(&mut self, end: Result<(), &dyn Failure>, word: Option<&'static str>) {
+    fn end(&mut self, end: End<'_>) {
         if std::mem::replace(&mut self.closed, true) {
             return;
         }
@@ -262,13 +288,12 @@ impl AccessRecord {
             self.bytes.up.load(Ordering::Relaxed),
             self.bytes.down.load(Ordering::Relaxed),
         );
-        let failure = end.err();
+        let failure = end.failure();
         self.bytes.series.end(failure.map(Failure::flag));
         if let Some(failure) = failure {
             self.metrics.failed(self.info.reporter, failure);
         }
-        let word = failure.map(Failure::reason).or(word);
-        self.log_complete(failure, word, up, down);
+        self.log_complete(failure, end.reason(), up, down);
     }
 
     fn log_opened(&self) {
@@ -343,7 +368,7 @@ impl AccessRecord {
 
 impl Drop for AccessRecord {
     fn drop(&mut self) {
-        self.end(Err(&Drained), None);
+        self.end(End::Failed(&Drained));
     }
 }
 
