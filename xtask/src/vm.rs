@@ -38,8 +38,9 @@ pub(crate) struct Options {
     /// What to run.
     #[arg(value_enum, default_value = "tests")]
     what: What,
-    /// 6.1, 6.12, or a path: a kernel image with everything built in, a Debian package, or a folder
-    /// as one unpacks into. May be given more than once. 6.1 if not given.
+    /// 6.1, 6.12, `here` for this machine's own, or a path: a kernel image with everything built in,
+    /// a Debian package, or a folder as one unpacks into. May be given more than once. 6.1 if not
+    /// given.
     #[arg(long, value_name = "VERSION|PATH")]
     kernel: Vec<String>,
     /// Words for the kernel's command line, such as `ipv6.disable=1`.
@@ -52,6 +53,9 @@ pub(crate) struct Options {
     #[arg(long)]
     write: bool,
 }
+
+/// The name of the kernel that this machine runs.
+const HERE: &str = "here";
 
 /// What is run in a machine.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -67,14 +71,16 @@ enum What {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let names: Vec<&str> = match options.what {
+    let mut names: Vec<&str> = match options.what {
         What::All if !options.kernel.is_empty() => {
             bail!("`all` is every kernel: leave --kernel out")
         }
-        What::All => kernel::VERSIONS.to_vec(),
+        What::All => [HERE].iter().chain(kernel::VERSIONS).copied().collect(),
         _ if options.kernel.is_empty() => vec![kernel::VERSIONS[0]],
         _ => options.kernel.iter().map(String::as_str).collect(),
     };
+    let here = names.contains(&HERE);
+    names.retain(|name| *name != HERE);
     let suite = matches!(options.what, What::All | What::Tests);
     let whole = suite && options.append.is_empty() && options.only.is_none();
     let known = names.iter().all(|name| kernel::VERSIONS.contains(name));
@@ -87,13 +93,20 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         options.only.is_none() || options.what == What::Tests,
         "--only is for tests on the kernels that are named"
     );
-    if options.what == What::All {
+    ensure!(
+        !here || whole,
+        "only the whole suite runs here: for a part there is `cargo xtask test`"
+    );
+    if here {
         require_root("testing", "network namespaces, cgroups, bpf(2)")?;
     }
     let built = Built::new(false)?;
-    setup::ensure_vm()?;
+    if !names.is_empty() {
+        setup::ensure_vm()?;
+    }
     let kernels: Vec<Kernel> = names.into_iter().map(Kernel::find).collect::<Result<_>>()?;
-    let accelerator = Accelerator::find(&kernels[0], built.program("init")?)?;
+    let accelerator = |first| Accelerator::find(first, built.program("init")?);
+    let accelerator = kernels.first().map(accelerator).transpose()?;
     let cases = match options.what {
         What::Check => Vec::new(),
         What::Tests | What::Invariants | What::All => built.cases(),
@@ -115,10 +128,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         }
     }
     let mut columns = Vec::new();
-    if options.what == What::All {
+    if here {
         columns.push(Column::here(&built, &cases)?);
     }
-    let inside = |kernel: &Kernel| {
+    let inside = |kernel: &Kernel, accelerator: Accelerator| {
         let started = Instant::now();
         let name = &kernel.name;
         say(&format!("{name}: Linux {}, {accelerator}", kernel.release));
@@ -132,9 +145,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     // In parallel: an emulated machine uses one processor.
     let found: Vec<Result<Column>> = thread::scope(|scope| {
         let inside = &inside;
-        let all = kernels
-            .iter()
-            .map(|kernel| scope.spawn(move || inside(kernel)));
+        let all = kernels.iter().zip(accelerator.into_iter().cycle());
+        let all = all.map(|(kernel, by)| scope.spawn(move || inside(kernel, by)));
         let all: Vec<_> = all.collect();
         all.into_iter()
             .map(|one| {
