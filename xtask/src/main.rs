@@ -1,5 +1,6 @@
 //! Chores of the project. One file per chore; its doc comments are the help.
 
+mod bench;
 mod build;
 mod check;
 mod command;
@@ -32,6 +33,7 @@ enum Xtask {
     Load(load::Options),
     Test(test::Options),
     Demo(demo::Options),
+    Bench(bench::Options),
     Check(check::Options),
     Fuzz(fuzz::Options),
     Vm(vm::Options),
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Xtask::Load(options) => load::run(&options),
         Xtask::Test(options) => test::run(&options),
         Xtask::Demo(options) => demo::run(&options),
+        Xtask::Bench(options) => bench::run(&options),
         Xtask::Check(options) => check::run(&options),
         Xtask::Fuzz(options) => fuzz::run(&options),
         Xtask::Vm(options) => vm::run(&options),
