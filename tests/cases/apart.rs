@@ -40,9 +40,7 @@ fn inode(path: &Path) -> Option<u64> {
 fn c1_a_node_is_not_uninstalled_while_a_proxy_carries_its_connections() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
-    let mut live = halves.client.talk(halves.server.at(PORT));
-    live.say("before");
-    assert_eq!(live.line(), format!("{} before", halves.client.v4));
+    let mut live = halves.live();
     let taps = halves.taps();
     assert!(halves.node.terminate().success());
     let (status, _, said) = halves.node.uninstall();

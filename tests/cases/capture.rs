@@ -47,13 +47,11 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
         }
     }
     // Policy cuts the connection, and the server goes away during it.
-    let talk = |to| {
-        let mut talk = pair.client.talk(to);
-        talk.say("hello");
-        talk.line();
-        talk
+    let live = |pair: &Pair| {
+        let (client, server) = (&pair.client, &pair.server);
+        (client.live(server.at(PORT)), client.live(server.at6(PORT)))
     };
-    let cut = (talk(pair.server.at(PORT)), talk(pair.server.at6(PORT)));
+    let cut = live(&pair);
     pair.world.manifests.policy(
         "demo",
         "nobody",
@@ -68,7 +66,7 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
         pair.client.ask(pair.server.at(PORT), "x").is_ok()
     });
     // Either agent is killed, and the apps go on for a while.
-    let mut left = (talk(pair.server.at(PORT)), talk(pair.server.at6(PORT)));
+    let mut left = live(&pair);
     pair.one.kill();
     left.0.say("after the client's agent");
     left.1.say("after the client's agent");
@@ -78,15 +76,7 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
     eventually("served again", 10, || {
         pair.client.ask(pair.server.at(PORT), "x").is_ok()
     });
-    let mut left = {
-        let talk = |to| {
-            let mut talk = pair.client.talk(to);
-            talk.say("hello");
-            talk.line();
-            talk
-        };
-        (talk(pair.server.at(PORT)), talk(pair.server.at6(PORT)))
-    };
+    let mut left = live(&pair);
     pair.two.kill();
     left.0.say("after the server's agent");
     left.1.say("after the server's agent");
@@ -112,7 +102,7 @@ fn c1_a_pod_that_left_and_is_wanted_again_is_captured_before_it_is_served() {
     pair.one.restart();
     pair.one.up(&["client"]);
     // It begins to leave, and its agent is killed before it has left.
-    let _live = pair.client.talk(pair.server.at(PORT));
+    let _live = pair.client.live(pair.server.at(PORT));
     let mut object = pair.nodes.0.object(&pair.client);
     object
         .labels
@@ -418,9 +408,7 @@ fn c7_a_connection_that_is_older_than_the_enrolment_goes_on() {
         two.bare(&world, "demo", "server"),
     );
     let _app = server.serve(PORT);
-    let mut old = client.talk(server.at(PORT));
-    old.say("before");
-    old.line();
+    let mut old = client.live(server.at(PORT));
     world.manifests.pod(&one.object(&client));
     world.manifests.pod(&two.object(&server));
     let agents = (world.agent(&one), world.agent(&two));
@@ -510,12 +498,8 @@ fn c9_a_pod_that_leaves_keeps_inside_what_was_captured() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
     let taps = Taps::of(&pair);
-    let mut talks = [pair.server.at(PORT), pair.server.at6(PORT)].map(|to| {
-        let mut talk = pair.client.talk(to);
-        talk.say("hello");
-        talk.line();
-        talk
-    });
+    let servers = [pair.server.at(PORT), pair.server.at6(PORT)];
+    let mut talks = servers.map(|to| pair.client.live(to));
     pair.world.manifests.namespace("demo", false);
     // From then on the pod is leaving for the kernel programs.
     pair.one.logs(&["pod leaves the mesh", "client"]);

@@ -25,10 +25,10 @@ fn what_begins_while_an_agent_drains_is_not_cut_when_what_ran_before_ends() {
     let _app = server.serve(PORT);
     let mut agent = patient(&world, &node);
     agent.up(&["first", "second"]);
-    let before = first.talk(server.at(PORT));
+    let before = first.live(server.at(PORT));
     agent.ask_to_end();
     agent.logs(&["draining; pods stay captured"]);
-    let mut begun = second.talk(server.at(PORT));
+    let mut begun = second.live(server.at(PORT));
     drop(before);
     std::thread::sleep(Duration::from_secs(1));
     begun.say("still");
@@ -47,7 +47,7 @@ fn an_agent_that_is_told_twice_to_end_cuts_what_runs_and_tells_of_it() {
     let _app = server.serve(PORT);
     let mut agent = patient(&world, &node);
     agent.up(&["client"]);
-    let live: Vec<_> = (0..20).map(|_| client.talk(server.at(PORT))).collect();
+    let live: Vec<_> = (0..20).map(|_| client.live(server.at(PORT))).collect();
     agent.ask_to_end();
     agent.logs(&["draining; pods stay captured"]);
     let told = Instant::now();

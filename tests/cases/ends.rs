@@ -278,9 +278,7 @@ fn a_client_that_gives_up_is_not_dialled_for_any_more() {
 fn a_tunnel_that_is_lost_resets_its_connections_and_that_is_told_as_a_failure() {
     let mut pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    let mut talk = pair.client.talk(pair.server.at(PORT));
-    talk.say("before");
-    assert_eq!(talk.line(), format!("{} before", pair.client.v4));
+    let talk = pair.client.live(pair.server.at(PORT));
     pair.two.kill();
     assert_eq!(
         talk.line_within(scaled(Duration::from_secs(5))).as_deref(),
@@ -475,7 +473,7 @@ fn an_agent_whose_tunnels_are_idle_ends_at_once() {
     assert!(pair.server.ask(pair.client.at(PORT), "x").is_ok());
     // It drains because of this connection, and meanwhile others open tunnels.
     let to = pair.server.at(PORT);
-    let live = pair.client.talk(to);
+    let live = pair.client.live(to);
     pair.one.ask_to_end();
     pair.one.logs(&["draining; pods stay captured"]);
     for _ in 0..3 {

@@ -139,9 +139,7 @@ fn a_proxy_that_is_replaced_under_load_breaks_no_connection() {
 fn a_proxy_that_is_replaced_cuts_nothing_that_drains() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
-    let mut live = halves.client.talk(halves.server.at(PORT));
-    live.say("before");
-    assert_eq!(live.line(), format!("{} before", halves.client.v4));
+    let mut live = halves.live();
     let second = halves.another("proxy-2");
     second.logs(&["serves the pods of the node"]);
     let mut first = mem::replace(&mut halves.proxy, second);
@@ -166,7 +164,7 @@ fn a_proxy_that_is_replaced_cuts_nothing_that_drains() {
 fn what_runs_goes_on_while_the_node_half_is_killed_and_comes_back() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
-    let mut live = halves.client.talk(halves.server.at(PORT));
+    let mut live = halves.live();
     halves.node.kill();
     live.say("without");
     assert_eq!(live.line(), format!("{} without", halves.client.v4));

@@ -98,17 +98,12 @@ fn policy_decides_by_identity_and_a_change_cuts_the_connection_that_it_denies() 
     let _app = pair.server.serve(PORT);
     let to = pair.server.at(PORT);
     eventually("friend is known", 5, || friend.ask(to, "x").is_ok());
-    let (mut talk, mut friends) = (pair.client.talk(to), friend.talk(to));
-    talk.say("before");
-    assert_eq!(talk.line(), format!("{} before", pair.client.v4));
+    let (cut, mut friends) = (pair.client.live(to), friend.live(to));
     let friend_of = "cluster.local/ns/demo/sa/friend";
     pair.world
         .manifests
         .policy("demo", "only-friend", "ALLOW", "server", friend_of);
-    let closed = talk
-        .line_within(Duration::from_secs(3))
-        .expect("cut when the policy comes");
-    assert_eq!(closed, "closed: reset");
+    assert_eq!(cut.line(), "closed: reset", "when the policy comes");
     assert_eq!(pair.client.ask(to, "x"), Err("reset".into()));
     friends.say("still");
     assert_eq!(friends.line(), format!("{} still", friend.v4));
@@ -223,7 +218,7 @@ fn a_namespace_leaves_and_comes_back_while_clients_connect_and_none_fails() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
     let to = pair.server.at(PORT).to_string();
-    let mut live = pair.client.talk(pair.server.at(PORT));
+    let mut live = pair.client.live(pair.server.at(PORT));
     let mut rate = pair.client.app(&["rate", &to, "12", "200"]);
     std::thread::sleep(Duration::from_secs(2));
     pair.world.manifests.namespace("demo", false);
@@ -246,7 +241,7 @@ fn a_namespace_leaves_and_comes_back_while_clients_connect_and_none_fails() {
 fn a_terminated_agent_drains_and_leaves_its_pods_captured() {
     let mut pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    let mut live = pair.client.talk(pair.server.at(PORT));
+    let mut live = pair.client.live(pair.server.at(PORT));
     pair.one.ask_to_end();
     pair.one.logs(&["draining; pods stay captured"]);
     live.say("while it drains");

@@ -53,7 +53,7 @@ fn c1_what_a_pod_sent_before_it_left_never_reaches_its_own_app() {
     let pair = Pair::new();
     let (_app, own) = (pair.server.serve(PORT), own(&pair));
     // A connection stays open, so that the pod has not left before this is over.
-    let _live = pair.client.talk(pair.server.at(PORT));
+    let _live = pair.client.live(pair.server.at(PORT));
     // Without its routes by `lo` captured packets are dropped, and sent again after a second, and after
     // two more.
     pair.client.netns.ip("link set lo down\n");
@@ -85,7 +85,7 @@ fn c1_a_pod_that_leaves_and_comes_back_under_load_reaches_who_it_asks_for() {
     let (_app, own) = (pair.server.serve(PORT), own(&pair));
     let floods = [pair.server.at(PORT), pair.server.at6(PORT)].map(|to| flood(&pair, to, 25));
     // While a connection is open it does not leave entirely, and its open connections go on.
-    let live = pair.client.talk(pair.server.at(PORT));
+    let live = pair.client.live(pair.server.at(PORT));
     for turn in 0..4 {
         let lo = |state: &str| pair.client.netns.ip(&format!("link set lo {state}\n"));
         // Packets that are sent without routes are sent again when it leaves.
@@ -120,7 +120,7 @@ fn a_pod_that_goes_together_with_its_policy_drains_by_what_that_said() {
     let (manifests, client) = (&pair.world.manifests, "cluster.local/ns/demo/sa/client");
     manifests.policy("demo", "gate", "ALLOW", "server", client);
     pair.two.logs(&["policy added", "gate"]);
-    let mut live = pair.client.talk(pair.server.at(PORT));
+    let mut live = pair.client.live(pair.server.at(PORT));
     manifests.remove_pod("demo", "server");
     manifests.remove("policy-demo-gate.yaml");
     for told in ["policy removed", "pod leaves the mesh"] {

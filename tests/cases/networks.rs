@@ -85,9 +85,7 @@ fn the_source_that_an_app_has_bound_is_what_the_server_sees() {
 fn an_interface_and_addresses_that_come_later_are_taken_over() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    let mut old = pair.client.talk(pair.server.at(PORT));
-    old.say("before");
-    old.line();
+    let mut old = pair.client.live(pair.server.at(PORT));
     let second = network(&pair.client, &pair.server, 79);
     for options in [&[][..], &["device=net79"]] {
         eventually(&format!("by the new interface, {options:?}"), 10, || {
@@ -202,12 +200,7 @@ fn c1_without_an_agent_an_address_that_a_pod_has_no_more_is_not_its_own() {
     }
     let _late = pair.client.serve(LATE);
     // A connection that it has with itself, and that goes on.
-    let mut talks = [to, to6].map(|to| {
-        let mut talk = pair.client.talk(to);
-        talk.say("hello");
-        talk.line();
-        talk
-    });
+    let mut talks = [to, to6].map(|to| pair.client.live(to));
     pair.one.kill();
     pair.client.netns.ip("addr del 10.100.0.1/32 dev eth0\n");
     thief.netns.ip("addr add 10.100.0.1/32 dev eth0\n");

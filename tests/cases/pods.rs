@@ -90,13 +90,7 @@ fn what_is_decided_while_the_agent_drains_holds_for_what_runs_and_for_what_comes
     first.up(&["client"]);
     second.up(&["server", "other"]);
     eventually("all are dialled by HBONE", 10, || first.tunnelled() >= 3);
-    let talk = |to| {
-        let mut talk = client.talk(to);
-        talk.say("hello");
-        talk.line();
-        talk
-    };
-    let (live, mut stays) = (talk(server.at(PORT)), talk(other.at(PORT)));
+    let (live, mut stays) = (client.live(server.at(PORT)), client.live(other.at(PORT)));
     second.ask_to_end();
     second.logs(&["draining; pods stay captured"]);
     let asked = || outsider.ask(server.at(PORT), "in clear");
@@ -130,9 +124,7 @@ fn c6_a_pod_of_which_another_identity_is_said_while_it_drains_comes_back_as_that
     first.up(&["client"]);
     second.up(&["server"]);
     eventually("both dial by HBONE", 10, || first.tunnelled() >= 2);
-    let mut live = client.talk(server.at(PORT));
-    live.say("hello");
-    live.line();
+    let live = client.live(server.at(PORT));
     let mut object = one.object(&client);
     let mode = |mode: &str| ("istio.io/dataplane-mode".to_owned(), mode.to_owned());
     object.labels.push(mode("none"));
@@ -160,9 +152,7 @@ fn c7_a_pod_that_is_recreated_is_captured_while_its_namesake_drains() {
     first.up(&["client"]);
     second.up(&["server"]);
     eventually("both dial by HBONE", 10, || first.tunnelled() >= 2);
-    let mut live = client.talk(server.at(PORT));
-    live.say("hello");
-    live.line();
+    let mut live = client.live(server.at(PORT));
     // The same name and uid, in a namespace of its own.
     let again = one.bare(&world, "demo", "again");
     let mut object = one.object(&again);
@@ -190,9 +180,7 @@ fn c7_a_pod_that_is_recreated_is_captured_while_its_namesake_drains() {
 fn c7_an_agent_that_cannot_look_lets_no_pod_go() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
-    let mut live = pair.client.talk(pair.server.at(PORT));
-    live.say("hello");
-    live.line();
+    let mut live = pair.client.live(pair.server.at(PORT));
     let before = limit_files(pair.one.pid(), 3);
     std::thread::sleep(scaled(Duration::from_secs(6)));
     assert!(is_captured(&pair.client), "it stays captured");
@@ -459,7 +447,7 @@ fn a_pod_that_is_half_in_when_its_agent_is_to_end_is_served_to_the_end() {
     let apps: Vec<Process> = others.iter().map(|pod| pod.serve(PORT)).collect();
     let (mut agent, _two) = (patient(&world, &one), world.agent(&two));
     agent.up(&["client"]);
-    let _live = client.talk(server.at(PORT));
+    let _live = client.live(server.at(PORT));
     for pod in &others {
         world.manifests.pod(&one.object(pod));
     }
@@ -496,7 +484,7 @@ fn what_a_pod_that_comes_back_has_lost_is_put_back_told_and_counted() {
     let _app = server.serve(PORT);
     let agent = patient(&world, &node);
     agent.up(&["client"]);
-    let mut live = client.talk(server.at(PORT));
+    let mut live = client.live(server.at(PORT));
     let mut object = node.object(&client);
     let none = ("istio.io/dataplane-mode".into(), "none".into());
     object.labels.push(none);

@@ -100,7 +100,7 @@ fn a_pod_that_terminates_keeps_what_it_has_and_gets_more_only_where_it_is_alone(
         agents.0.tunnelled() >= 3
     });
     let _apps = (ends.serve(PORT), stays.serve(PORT));
-    let mut live = client.talk(ends.at(PORT));
+    let mut live = client.live(ends.at(PORT));
     let (both, alone) = (address("10.96.1.1:80"), address("10.96.1.2:80"));
     // Lines of the log, not of the connection that is open.
     let taken = |pod: &str| {

@@ -44,7 +44,7 @@ fn c1_another_layout_is_taken_over_up_and_down_and_nothing_leaves_meanwhile() {
     let taps = Taps::of(&pair);
     let floods = flood(&pair);
     // It outlives the agents: it is a connection of the pod with itself.
-    let mut live = pair.client.talk(pair.client.at(PORT + 1));
+    let mut live = pair.client.live(pair.client.at(PORT + 1));
     let most = |pair: &Pair| bpf::most(&map(pair, "CGROUPS"));
     let mut before = most(&pair);
     for version in [OTHER, REAL] {

@@ -75,9 +75,7 @@ impl Halves {
 
     /// Connects from the client to the server's app, and waits until that answers.
     pub fn live(&self) -> Process {
-        let mut live = self.client.talk(self.server.at(PORT));
-        self.carries(&mut live, "before");
-        live
+        self.client.live(self.server.at(PORT))
     }
 
     /// Checks that a connection of the client still carries a word and its answer.

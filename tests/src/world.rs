@@ -530,6 +530,16 @@ impl Pod {
         talk
     }
 
+    /// As [`Pod::talk`], and waits until the server has answered. A connection that is only open may still wait
+    /// in a listener's queue, and its agent not know of it.
+    pub fn live(&self, to: SocketAddr) -> Process {
+        let mut live = self.talk(to);
+        live.say("hello");
+        let answer = live.line();
+        assert!(answer.ends_with(" hello"), "{to}: {answer}");
+        live
+    }
+
     /// Runs curl in it; returns its exit code and its output.
     pub fn curl(&self, arguments: &[&str]) -> (i32, String) {
         let (status, out, _) = output(self.command("curl").args(arguments));
