@@ -96,9 +96,7 @@ fn c1_a_pod_that_left_and_is_wanted_again_is_captured_before_it_is_served() {
     // Its connections to others must not reach this app either.
     let _own = pair.client.serve(PORT);
     pair.one.kill();
-    let drain = pair.one.setup().arguments.iter_mut();
-    let mut drain = drain.skip_while(|word| *word != "--drain");
-    *drain.nth(1).expect("it is set") = "60s".into();
+    pair.one.setup().drains_for("60s");
     pair.one.restart();
     pair.one.up(&["client"]);
     // It begins to leave, and its agent is killed before it has left.

@@ -8,8 +8,7 @@ use std::time::Duration;
 use dataplane_tests::process::Process;
 use dataplane_tests::wire::Segment;
 use dataplane_tests::{Agent, Pair, Pod, Wire, eventually, scaled, within};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 const PORT: u16 = 7000;
 
@@ -378,8 +377,7 @@ fn a_connection_that_is_being_made_is_reset_when_its_agent_dies() {
     let opened = format!("dst.addr={nobody}");
     pair.one.logs(&["connection opened", &opened]);
     // From here on only the kernel accepts connections.
-    let agent = Pid::from_raw(pair.one.pid().try_into().expect("a pid"));
-    kill(agent, Signal::SIGSTOP).expect("it runs");
+    pair.one.signal(Signal::SIGSTOP);
     let queued = pair.client.talk(nobody);
     pair.one.kill();
     for (which, client) in [("dialled for", dialled_for), ("queued", queued)] {
@@ -460,9 +458,7 @@ fn an_agent_whose_tunnels_are_idle_ends_at_once() {
         .app(&["script-server", "7001", "read=1", "reset"]);
     assert_eq!(resetting.line(), "ready");
     pair.one.kill();
-    let arguments = &mut pair.one.setup().arguments;
-    let drain = arguments.iter().position(|word| word == "--drain");
-    arguments[drain.expect("it is set") + 1] = "60s".into();
+    pair.one.setup().drains_for("60s");
     pair.one.restart();
     pair.one.up(&["client"]);
     pair.know_each_other();

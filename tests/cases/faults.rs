@@ -280,7 +280,9 @@ fn a_wrong_setting_stops_the_start_and_is_named() {
     ] {
         let (code, log) = start(&world, &node, |arguments, _| {
             if wrong[0] == "--drain" {
-                arguments.retain(|argument| argument != "--drain" && argument != "5s");
+                let drain = arguments.iter().position(|word| word == "--drain");
+                let drain = drain.expect("it is set");
+                arguments.drain(drain..drain + 2);
             }
             arguments.extend(wrong.iter().map(|word| (*word).to_owned()));
         });

@@ -139,6 +139,8 @@ fn a_proxy_that_is_replaced_under_load_breaks_no_connection() {
 fn a_proxy_that_is_replaced_cuts_nothing_that_drains() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
+    // Longer than the test.
+    halves.drains_for("300s");
     let mut live = halves.live();
     let second = halves.another("proxy-2");
     second.logs(&["serves the pods of the node"]);
@@ -206,12 +208,7 @@ fn whichever_half_is_started_first_waits_for_the_other() {
 fn c7_what_leaves_the_mesh_while_its_proxy_drains_is_cut_when_its_time_is_over() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
-    let proxy = &mut halves.proxy;
-    proxy.terminate();
-    let drain = proxy.setup().arguments.last_mut();
-    *drain.expect("a time to drain") = "300s".into();
-    proxy.restart();
-    halves.serves();
+    halves.drains_for("300s");
     let live = halves.live();
     halves.proxy.ask_to_end();
     halves.proxy.logs(&["draining"]);
@@ -259,10 +256,6 @@ fn c7_what_runs_since_before_the_node_half_came_back_has_its_time_to_drain_and_i
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
     let mut live = halves.live();
-    // The time to drain is as much longer as the test's own.
-    let drain = halves.node.setup().arguments.last_mut();
-    let long = scaled(Duration::from_secs(5)).as_secs();
-    *drain.expect("a time to drain") = format!("{long}s");
     halves.restart_node();
     halves.world.manifests.remove_pod("demo", "client");
     halves.node.logs(&["pod leaves the mesh"]);
@@ -319,8 +312,7 @@ fn a_pod_that_is_idle_refuses_nobody_while_the_node_half_comes_back() {
 fn what_drains_goes_on_while_its_proxy_stands_still_for_a_while() {
     let mut halves = Halves::new();
     halves.node.terminate();
-    let drain = halves.node.setup().arguments.last_mut();
-    *drain.expect("a time to drain") = "300s".into();
+    halves.node.setup().drains_for("300s");
     halves.node.restart();
     halves.node.up(&["client"]);
     halves.serves();
@@ -329,12 +321,12 @@ fn what_drains_goes_on_while_its_proxy_stands_still_for_a_while() {
     halves.world.manifests.remove_pod("demo", "client");
     halves.node.logs(&["pod leaves the mesh"]);
     std::thread::sleep(scaled(Duration::from_secs(2)));
-    halves.signal(Signal::SIGSTOP);
+    halves.proxy.signal(Signal::SIGSTOP);
     let _other = halves.nodes.0.pod(&halves.world, "other");
     eventually("that is told", 20, || {
         halves.node.get("/healthz/ready").contains("proxy")
     });
-    halves.signal(Signal::SIGCONT);
+    halves.proxy.signal(Signal::SIGCONT);
     eventually("it serves again", 20, || {
         !halves.node.get("/healthz/ready").contains("proxy")
     });
@@ -346,7 +338,7 @@ fn what_drains_goes_on_while_its_proxy_stands_still_for_a_while() {
 fn a_proxy_that_stands_still_keeps_no_other_pod_waiting() {
     let halves = Halves::new();
     let other = halves.nodes.0.bare(&halves.world, "demo", "other");
-    halves.signal(Signal::SIGSTOP);
+    halves.proxy.signal(Signal::SIGSTOP);
     halves.change_account();
     halves.node.logs(&["pod is another than it was"]);
     let manifests = &halves.world.manifests;
@@ -359,7 +351,7 @@ fn a_proxy_that_stands_still_keeps_no_other_pod_waiting() {
         lines.iter().rposition(of).expect("it is up")
     };
     assert!(enrolled("demo/other") < enrolled("demo/client"), "{log}");
-    halves.signal(Signal::SIGCONT);
+    halves.proxy.signal(Signal::SIGCONT);
     let _app = other.serve(PORT);
     let asks = || halves.server.ask(other.at(PORT), "x");
     eventually("they are served", 20, || asks().is_ok());

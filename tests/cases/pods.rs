@@ -33,8 +33,7 @@ const CONTAINER: &str =
 /// Starts an agent whose drain is longer than the test.
 fn patient(world: &World, node: &Node) -> Agent {
     let mut setup = world.setup(node);
-    let drain = setup.arguments.iter_mut().find(|word| *word == "5s");
-    *drain.expect("a time to drain") = "120s".into();
+    setup.drains_for("120s");
     Agent::start(setup)
 }
 

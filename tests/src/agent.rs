@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::lacks::{Restriction, restrict};
@@ -121,6 +122,13 @@ impl Setup {
         }
         command
     }
+
+    /// Sets how long connections may go on when it, or a pod, drains, as `60s`.
+    pub fn drains_for(&mut self, long: &str) {
+        let words = &mut self.arguments;
+        let drain = words.iter().position(|word| word == "--drain");
+        words[drain.expect("it is set") + 1] = long.into();
+    }
 }
 
 impl Agent {
@@ -152,16 +160,18 @@ impl Agent {
     /// Sends it SIGTERM, and waits for its end.
     pub fn terminate(&mut self) -> std::process::ExitStatus {
         let mut child = self.child.take().expect("it runs");
-        signal(&child, nix::sys::signal::Signal::SIGTERM);
+        signal(&child, Signal::SIGTERM);
         child.wait().expect("a child")
     }
 
     /// Sends it SIGTERM, and does not wait.
     pub fn ask_to_end(&self) {
-        signal(
-            self.child.as_ref().expect("it runs"),
-            nix::sys::signal::Signal::SIGTERM,
-        );
+        self.signal(Signal::SIGTERM);
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, which: Signal) {
+        signal(self.child.as_ref().expect("it runs"), which);
     }
 
     /// Returns `true` if it runs.
@@ -333,7 +343,7 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            signal(&child, nix::sys::signal::Signal::SIGTERM);
+            signal(&child, Signal::SIGTERM);
             let deadline = std::time::Instant::now() + scaled(Duration::from_secs(10));
             while matches!(child.try_wait(), Ok(None)) {
                 if std::time::Instant::now() > deadline {
@@ -369,7 +379,7 @@ fn tail(text: &str, lines: usize) -> String {
     all[all.len().saturating_sub(lines)..].join("\n")
 }
 
-fn signal(child: &std::process::Child, signal: nix::sys::signal::Signal) {
+fn signal(child: &std::process::Child, signal: Signal) {
     let pid = nix::unistd::Pid::from_raw(child.id().try_into().expect("a pid"));
     let _ = nix::sys::signal::kill(pid, signal);
 }

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
+use std::time::Duration;
 
 use crate::agent::Setup;
 use crate::process::{output, place};
-use crate::{Agent, SingleNode, eventually, program};
+use crate::{Agent, SingleNode, eventually, program, scaled};
 
 /// Returns `dataplane` with a subcommand, and without settings from the environment.
 pub fn dataplane(command: &str) -> Command {
@@ -46,8 +47,9 @@ pub fn run(command: &mut Command) -> (ExitStatus, String) {
 /// which on drop would uninstall what has to stay as it is.
 pub fn under(others: &[&str], command: &Command, at: &Setup) -> Command {
     let mut under = Command::new("timeout");
+    let limit = scaled(Duration::from_secs(20)).as_secs();
     under
-        .args(["--signal=KILL", "20"])
+        .args(["--signal=KILL", &limit.to_string()])
         .args(others)
         .arg(command.get_program())
         .args(command.get_args());

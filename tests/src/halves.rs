@@ -2,9 +2,6 @@
 
 use std::path::PathBuf;
 
-use nix::sys::signal::{self, Signal};
-use nix::unistd::Pid;
-
 use crate::one::tree;
 use crate::{Agent, Node, Pod, Process, Taps, World, eventually};
 
@@ -98,10 +95,12 @@ impl Halves {
         self.node.up(&["client"]);
     }
 
-    /// Sends a signal to the proxy.
-    pub fn signal(&self, signal: Signal) {
-        let pid = Pid::from_raw(self.proxy.pid().try_into().expect("a number"));
-        signal::kill(pid, signal).expect("it runs");
+    /// Has the proxy drain for this long, as `300s`.
+    pub fn drains_for(&mut self, long: &str) {
+        self.proxy.terminate();
+        self.proxy.setup().drains_for(long);
+        self.proxy.restart();
+        self.serves();
     }
 
     /// Returns the paths of all that the first node has in the run folder.

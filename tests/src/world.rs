@@ -14,6 +14,7 @@ use std::process::Command;
 use std::rc::Rc;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use nix::mount::MntFlags;
 
@@ -22,7 +23,7 @@ use crate::cgroup::{self, Cgroup};
 use crate::manifests::{Manifests, PodObject};
 use crate::netns::{Netns, has_ipv6};
 use crate::process::{Place, Process, output, place, said};
-use crate::{claim, eventually, left, program, require_root};
+use crate::{claim, eventually, left, program, require_root, scaled};
 
 /// Number of worlds that this process has created.
 static WORLDS: AtomicU32 = AtomicU32::new(0);
@@ -247,7 +248,7 @@ impl World {
         (one, two)
     }
 
-    /// Returns the setup of the node's agent.
+    /// Returns the setup of the node's agent, which drains for five seconds, scaled.
     pub fn setup(&self, node: &Node) -> Setup {
         Setup {
             program: "DATAPLANE_BIN",
@@ -259,7 +260,7 @@ impl World {
                 "--cgroup".into(),
                 node.cgroup.folder.display().to_string(),
                 "--drain".into(),
-                "5s".into(),
+                format!("{}s", scaled(Duration::from_secs(5)).as_secs()),
             ],
             variables: vec![("RUST_LOG".into(), "info,access=debug".into())],
             run_dir: self.folder.path().join("run"),
