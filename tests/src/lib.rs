@@ -72,11 +72,16 @@ pub fn eventually(what: &str, seconds: u64, holds: impl FnMut() -> bool) {
 /// Returns `true` if `holds` does within `seconds`, scaled.
 pub fn within(seconds: u64, mut holds: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + scaled(Duration::from_secs(seconds));
-    while !holds() {
-        if Instant::now() >= deadline {
+    loop {
+        // The last call begins when the time is over: one before may have taken all of it, or this process have
+        // stood still since.
+        let is_last = Instant::now() >= deadline;
+        if holds() {
+            return true;
+        }
+        if is_last {
             return false;
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    true
 }
