@@ -12,6 +12,7 @@ use dataplane_tests::halves::PORT;
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
 use dataplane_tests::{Agent, Halves, World, eventually, scaled};
+use nix::sys::signal::Signal;
 
 /// Asks an app of the server from the client, which is to be answered.
 fn asks(halves: &Halves, word: &str) {
@@ -109,7 +110,7 @@ fn c1_a_proxy_does_not_start_without_what_its_node_had() {
     );
     halves.proxy.setup().arguments = arguments;
     halves.proxy.restart();
-    halves.node.up(&["client"]);
+    halves.serves();
     asks(&halves, "again");
     taps.saw_nothing_of(PORT..PORT + 1);
 }
@@ -188,9 +189,13 @@ fn a_socket_between_the_halves_that_is_removed_is_made_again() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
     let seam = halves.world.folder().join("run/one/zds.sock");
+    // It would make it again before the next proxy comes.
+    halves.node.signal(Signal::SIGSTOP);
     fs::remove_file(&seam).expect("a socket");
     halves.proxy.kill();
     halves.proxy.restart();
+    halves.proxy.logs(&["the node cannot be reached"]);
+    halves.node.signal(Signal::SIGCONT);
     halves
         .node
         .logs(&["\twarn\t", "the socket for proxies", "made again"]);

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use dataplane_tests::process::Process;
+use dataplane_tests::process::{Process, output};
 use dataplane_tests::wire::Segment;
 use dataplane_tests::{Agent, Pair, Pod, Wire, eventually, scaled, within};
 use nix::sys::signal::Signal;
@@ -104,7 +104,7 @@ fn a_connection_ends_as_it_would_without_the_mesh() {
     // The client resets after its FIN.
     let (server, _) = same(
         &["all", "write=x", "hangup"],
-        &["write=x", "fin", "wait=500", "reset"],
+        &["write=x", "fin", "read=1", "reset"],
     );
     assert_eq!(server, "1 bytes, end; sent; broken");
     // The client resets while the server reads nothing.
@@ -113,11 +113,9 @@ fn a_connection_ends_as_it_would_without_the_mesh() {
     // The server has closed; the client, which may not know it, writes.
     let (_, client) = same(
         &["write=bye"],
-        &[
-            "all", "write=x", "wait=500", "write=x", "wait=200", "write=x",
-        ],
+        &["all", "write=x", "hangup", "write=x", "write=x"],
     );
-    assert_eq!(client, "3 bytes, end; sent; EPIPE; EPIPE");
+    assert_eq!(client, "3 bytes, end; sent; broken; EPIPE; EPIPE");
 }
 
 #[test]
@@ -203,25 +201,37 @@ fn what_a_closed_server_leaves_is_given_back_and_what_is_half_closed_goes_on() {
         "write=still",
         "fin",
     ]);
-    // The tunnel is there from here on.
-    std::thread::sleep(Duration::from_secs(1));
+    // The tunnel is there once the server's end has come by it.
+    eventually("the server has ended its half", 10, || {
+        let mut ss = pair.client.command("ss");
+        let (_, ended, _) = output(ss.args(["-Htn", "state", "close-wait", "dport", "=", ":7002"]));
+        !ended.is_empty()
+    });
     let before = (descriptors(&pair.one), descriptors(&pair.two));
-    let steps = ["1", "all", "wait=25000", "write=x", "wait=500", "write=x"];
+    let steps = ["1", "all", "wait=25000", "write=x", "hangup", "write=x"];
     let kept: Vec<_> = (0..20)
         .map(|_| {
             pair.client
                 .app(&[&["script", &at(7001)], &steps[..]].concat())
         })
         .collect();
-    eventually("they are connected", 5, || {
-        descriptors(&pair.one) >= before.0 + 20 && descriptors(&pair.two) >= before.1 + 20
+    // The first may be over before the last begins.
+    let opened = |agent: &Agent| {
+        let log = agent.log();
+        let lines = log.lines().filter(|line| line.contains(":7001"));
+        lines
+            .filter(|line| line.contains("connection opened"))
+            .count()
+    };
+    eventually("they are connected", 20, || {
+        opened(&pair.one) >= 20 && opened(&pair.two) >= 20
     });
     eventually("both agents let go of them", 20, || {
         descriptors(&pair.one) <= before.0 + 2 && descriptors(&pair.two) <= before.1 + 2
     });
     for kept in kept {
         let (_, lines) = kept.end();
-        assert_eq!(lines, ["3 bytes, end; sent; EPIPE"]);
+        assert_eq!(lines, ["3 bytes, end; sent; broken; EPIPE"]);
     }
     let (_, lines) = half.end();
     assert_eq!(lines, ["0 bytes, end; sent; fin"]);
@@ -231,19 +241,11 @@ fn what_a_closed_server_leaves_is_given_back_and_what_is_half_closed_goes_on() {
 #[test]
 fn a_peer_in_clear_that_is_dead_is_noticed() {
     let Place { pair, bare } = Place::new();
-    let app = bare
-        .1
-        .app(&["script-server", "7001", "write=hi", "wait=60000"]);
-    assert_eq!(app.line(), "ready");
-    let to = bare.1.at(7001).to_string();
-    let client = pair.client.app(&[
-        "script", &to, "1", "read=2", "all", "all", "all", "all", "all", "all", "all",
-    ]);
-    std::thread::sleep(Duration::from_secs(1));
+    let _app = bare.1.serve(PORT);
+    let live = pair.client.live(bare.1.at(PORT));
     pair.nodes.1.netns.ip("link set wire down\n");
-    let line = client.line_within(scaled(Duration::from_secs(42)));
-    let line = line.expect("told");
-    assert!(line.contains("ECONNRESET"), "{line}");
+    let line = live.line_within(scaled(Duration::from_secs(42)));
+    assert_eq!(line.as_deref(), Some("closed: reset"));
     pair.one
         .logs(&["direction=\"outbound\"", "Connection timed out"]);
 }
@@ -257,9 +259,8 @@ fn a_client_that_gives_up_is_not_dialled_for_any_more() {
         .0
         .netns
         .ip("route add blackhole 10.255.255.1/32\n");
-    let client = pair
-        .client
-        .app(&["script", nobody, "1", "wait=500", "reset"]);
+    let client = pair.client.app(&["script", nobody, "1", "input", "reset"]);
+    pair.one.logs(&["connection opened", nobody]);
     let (status, _) = client.end();
     assert!(status.success());
     let gone = || {
@@ -295,7 +296,8 @@ fn a_tunnel_that_is_lost_resets_its_connections_and_that_is_told_as_a_failure() 
 struct Living(Vec<(Process, Process)>);
 
 impl Living {
-    fn new((client, server): (&Pod, &Pod), port: u16) -> Self {
+    /// `agent` carries them, and tells of each.
+    fn new((client, server): (&Pod, &Pod), port: u16, agent: &Agent) -> Self {
         const MUCH: &str = "fill=30000000";
         let steps: [(&[&str], &[&str]); 4] = [
             (&["write=hello", "all"], &["read=5", "all"]),
@@ -309,6 +311,7 @@ impl Living {
             assert_eq!(at_server.line(), "ready");
             let to = server.at(port).to_string();
             let at_client = client.app(&[&["script", &to, "1"], at_client].concat());
+            agent.logs(&["connection opened", &format!(":{word}")]);
             (at_server, at_client)
         });
         Self(ends.collect())
@@ -335,8 +338,8 @@ fn whoever_an_agent_leaves_by_dying_sees_a_reset_and_no_end() {
     pair.knows(&near.v4.to_string());
     let settle = || std::thread::sleep(Duration::from_millis(2500));
 
-    let across = Living::new((&pair.client, &pair.server), PORT);
-    let into = Living::new((&bare.0, &pair.server), PORT + 10);
+    let across = Living::new((&pair.client, &pair.server), PORT, &pair.two);
+    let into = Living::new((&bare.0, &pair.server), PORT + 10, &pair.two);
     settle();
     pair.two.kill();
     across.are_reset("the server's agent is killed");
@@ -344,9 +347,9 @@ fn whoever_an_agent_leaves_by_dying_sees_a_reset_and_no_end() {
     pair.two.restart();
     pair.two.up(&["server"]);
 
-    let across = Living::new((&pair.client, &pair.server), PORT + 20);
-    let beside = Living::new((&pair.client, &near), PORT + 30);
-    let out = Living::new((&pair.client, &bare.1), PORT + 40);
+    let across = Living::new((&pair.client, &pair.server), PORT + 20, &pair.two);
+    let beside = Living::new((&pair.client, &near), PORT + 30, &pair.one);
+    let out = Living::new((&pair.client, &bare.1), PORT + 40, &pair.one);
     settle();
     pair.one.kill();
     across.are_reset("the client's agent is killed");
@@ -355,7 +358,7 @@ fn whoever_an_agent_leaves_by_dying_sees_a_reset_and_no_end() {
     pair.one.restart();
     pair.one.up(&["client", "near"]);
 
-    let across = Living::new((&pair.client, &pair.server), PORT + 50);
+    let across = Living::new((&pair.client, &pair.server), PORT + 50, &pair.two);
     settle();
     pair.one.ask_to_end();
     pair.one.logs(&["draining; pods stay captured"]);

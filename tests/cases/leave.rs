@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use dataplane_tests::bpf::{self, steering};
 use dataplane_tests::netns::Netns;
-use dataplane_tests::process::Process;
+use dataplane_tests::process::{Process, output};
 use dataplane_tests::{Pair, eventually, program, scaled};
 
 const PORT: u16 = 7000;
@@ -66,6 +66,11 @@ fn c1_what_a_pod_sent_before_it_left_never_reaches_its_own_app() {
         (pair.client.v6, ask(pair.server.at6(PORT))),
         (pair.client.v4, ask(pair.server.at(PORT))),
     ];
+    eventually("both wait for an answer", 10, || {
+        let mut ss = pair.client.command("ss");
+        let (_, asking, _) = output(ss.args(["-Htn", "state", "syn-sent"]));
+        asking.lines().count() >= 2
+    });
     in_mesh(&pair, false);
     pair.one.logs(&["pod leaves the mesh"]);
     pair.client.netns.ip("link set lo up\n");

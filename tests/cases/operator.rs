@@ -43,8 +43,9 @@ fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
     one.agent.logs(&["\twarn\t", "admin socket", "made again"]);
     fs::remove_file(&away).expect("a socket");
     // Another file in its place does not count either.
-    fs::remove_file(one.agent.socket()).expect("a socket");
-    fs::write(one.agent.socket(), "").expect("a file");
+    let file = one.world.folder().join("file");
+    fs::write(&file, "").expect("a file");
+    fs::rename(&file, one.agent.socket()).expect("in its place");
     eventually("it answers by its own socket again", 10, || {
         status(&[]).0.success()
     });
@@ -157,6 +158,11 @@ fn a_pod_of_which_other_nodes_cannot_be_told_is_not_up_until_they_can() {
         fs::remove_file(agent.log_file()).expect("a log");
         agent.restart();
     }
+    agent.up(&["first"]);
+    agent.logs(&["No space left"]);
+    eventually("the first is dialled by HBONE", 20, || {
+        agent.tunnelled() == 1
+    });
     std::thread::sleep(scaled(Duration::from_secs(5)));
     let log = agent.log();
     let told = log.matches("No space left").count();

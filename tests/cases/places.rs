@@ -110,13 +110,21 @@ fn a_start_that_is_refused_does_not_unmount_what_another_agent_has_begun_to_use(
         fs::read_to_string("/proc/self/mounts")
             .is_ok_and(|mounts| mounts.contains("its\\040own bpf "))
     };
-    while !is_mounted() {
-        assert!(agent.runs(), "{}", agent.log());
-        std::thread::sleep(Duration::from_millis(1));
+    for number in 0.. {
+        while agent.runs() && !is_mounted() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        fs::create_dir(&others).expect("a folder");
+        assert_eq!(agent.wait().code(), Some(2), "{}", agent.log());
+        if is_mounted() {
+            break;
+        }
+        // It was mounted for too short a time, and this is in the folder below.
+        fs::remove_dir(&others).expect("it was not in what was unmounted");
+        assert!(number < 20, "{}", agent.log());
+        agent.restart();
     }
-    fs::create_dir(&others).expect("a folder");
-    assert_eq!(agent.wait().code(), Some(2), "{}", agent.log());
-    assert!(others.exists(), "it is mounted still");
+    assert!(others.exists());
     nix::mount::umount2(&bpf, nix::mount::MntFlags::empty()).expect("nobody uses it");
     fs::remove_dir_all(&world.state).expect("a folder");
 }

@@ -9,21 +9,39 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use dataplane_tests::{Agent, Pair, Pod, bpf, eventually, repairs, scaled, within};
+use nix::sys::signal::Signal;
 
 const PORT: u16 = 7000;
 
 /// Calls `lose`, and waits until the agent has put the part back, and connections work.
 fn put_back(pair: &Pair, agent: &Agent, part: &str, what: &str, lose: impl FnOnce()) {
-    let before = repairs(agent, part);
+    let told = || {
+        let parts = ["what keeps a pod captured was gone", part];
+        let log = agent.log();
+        let lines = log.lines();
+        lines
+            .filter(|line| parts.iter().all(|part| line.contains(part)))
+            .count()
+    };
+    let before = (repairs(agent, part), told());
     lose();
-    eventually(&format!("{part} is put back: {what}"), 10, || {
-        repairs(agent, part) > before
+    eventually(&format!("{part} is put back and told: {what}"), 10, || {
+        repairs(agent, part) > before.0 && told() > before.1
     });
     for to in [pair.server.at(PORT), pair.server.at6(PORT)] {
         let answer = pair.client.ask(to, "x");
         assert!(answer.is_ok(), "{what}: {to}: {answer:?}");
     }
-    agent.logs(&["what keeps a pod captured was gone", part]);
+}
+
+/// Detaches the programs of the first node and of the client. For the agent that happens at once.
+fn detach(pair: &Pair) {
+    pair.one.signal(Signal::SIGSTOP);
+    let inode = |file: fs::File| file.metadata().expect("it is open").ino();
+    let cgroup = fs::File::open(&pair.nodes.0.cgroup.folder).expect("a cgroup");
+    assert_eq!(bpf::detach(inode(cgroup)), 4);
+    assert_eq!(bpf::detach(inode(pair.client.netns.file())), 1);
+    pair.one.signal(Signal::SIGCONT);
 }
 
 fn remove(files: &[PathBuf]) {
@@ -163,10 +181,7 @@ fn c1_programs_are_put_back_where_nothing_can_be_pinned() {
     fs::write(bpffs.join("stranger"), "").expect("a file");
     pair.one.is("client", "broken");
     assert!(is_captured(), "what is attached stays so");
-    let inode = |file: fs::File| file.metadata().expect("it is open").ino();
-    let cgroup = fs::File::open(&pair.nodes.0.cgroup.folder).expect("a cgroup");
-    assert_eq!(bpf::detach(inode(cgroup)), 4);
-    assert_eq!(bpf::detach(inode(pair.client.netns.file())), 1);
+    detach(&pair);
     eventually("it is captured again", 10, is_captured);
     // Still after two more scans.
     std::thread::sleep(scaled(std::time::Duration::from_secs(7)));
@@ -194,11 +209,8 @@ fn c1_a_pin_of_what_was_detached_is_not_one_of_what_is_attached() {
     let blocks = block(&pair, &["links", "pods"]);
     assert_eq!(blocks.len(), 5);
     let before = ["program", "steer"].map(|part| repairs(&pair.one, part));
-    let inode = |file: &fs::File| file.metadata().expect("it is open").ino();
-    let cgroup = fs::File::open(&pair.nodes.0.cgroup.folder).expect("a cgroup");
     let netns = pair.client.netns.file();
-    assert_eq!(bpf::detach(inode(&cgroup)), 4);
-    assert_eq!(bpf::detach(inode(&netns)), 1);
+    detach(&pair);
     pair.one.is("client", "broken");
     eventually("it is attached", 10, || bpf::steering(&netns) == 1);
     eventually("that is counted", 10, || {
@@ -214,7 +226,8 @@ fn c1_a_pin_of_what_was_detached_is_not_one_of_what_is_attached() {
     pair.one.kill();
     std::thread::sleep(scaled(Duration::from_secs(1)));
     assert_eq!(bpf::steering(&netns), 1);
-    assert_eq!(bpf::detach(inode(&cgroup)), 4);
+    let cgroup = fs::metadata(&pair.nodes.0.cgroup.folder).expect("a cgroup");
+    assert_eq!(bpf::detach(cgroup.ino()), 4);
 }
 
 #[test]
@@ -354,8 +367,11 @@ fn used_for_looks(agent: &Agent) -> u64 {
 fn costs_nothing(pair: &Pair, commands: &str) {
     let before = used_for_looks(&pair.one);
     pair.client.netns.ip(commands);
-    // The scan after the change is over.
-    std::thread::sleep(Duration::from_secs(2));
+    eventually("the scan after the change is over", 60, || {
+        let before = ticks(&pair.one);
+        std::thread::sleep(Duration::from_secs(1));
+        ticks(&pair.one) < before + 2
+    });
     let used = used_for_looks(&pair.one);
     assert!(used < 2 * before + 10, "{used} ticks, {before} before");
 }

@@ -52,6 +52,7 @@ impl Halves {
 
     /// Waits until the node is ready and its proxy dials the server by HBONE.
     pub fn serves(&self) {
+        self.proxy.logs(&["started"]);
         eventually("the node is ready", 20, || {
             self.node.get("/healthz/ready").contains(" 200 ")
         });

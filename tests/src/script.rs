@@ -12,7 +12,7 @@ use crate::scaled;
 
 /// The syntax of the steps, for people.
 pub const STEPS: &str = "write=TEXT fill=BYTES urgent=BYTE read=BYTES all fin wait=MILLISECONDS
-  hangup (waits until the connection is broken) reset (ends it by one)";
+  input (a client waits for a line of its input, or the end of that) hangup (waits until the connection is broken) reset (ends it by one)";
 
 const RESET: &str = "ECONNRESET";
 
@@ -64,6 +64,10 @@ pub fn run(stream: &TcpStream, steps: &[String]) -> io::Result<String> {
             "fin" => outcome(stream.shutdown(Shutdown::Write).map(|()| "fin".into())),
             "wait" => {
                 std::thread::sleep(Duration::from_millis(number()? as u64));
+                continue;
+            }
+            "input" => {
+                io::stdin().read_line(&mut String::new())?;
                 continue;
             }
             "hangup" => hangup(stream, patience)?.into(),
