@@ -73,12 +73,15 @@ fn c1_a_manifests_folder_that_is_emptied_lets_nobody_go() {
     let folder = one.world.manifests.folder.clone();
     let away = folder.with_extension("away");
     let empty = |one: &SingleNode| {
+        let told = || one.agent.log().matches("has no manifests any more").count();
+        let before = told();
         // As after an unmount.
         fs::rename(&folder, &away).expect("a folder");
         fs::create_dir(&folder).expect("a folder");
         eventually("it is told", 10, || {
             one.problems().contains("has no manifests any more")
         });
+        eventually("it is logged", 10, || told() > before);
         one.agent
             .logs(&["has no manifests any more", "what it said before holds"]);
         assert!(one.is_captured() && one.denies(PORT));
@@ -217,7 +220,9 @@ fn a_policy_that_comes_changes_or_goes_leaves_a_word() {
     };
     let policies = || one.agent.status().expect("it answers")["policies"].clone();
     told("added", "demo");
-    assert_eq!((policies(), one.problems().as_str()), (1.into(), "[]"));
+    eventually("it is in the status", 5, || {
+        policies() == 1 && one.problems() == "[]"
+    });
     let good = fs::read_to_string(policy(&one)).expect("a policy");
     for (edit, problem) in [
         (
@@ -264,6 +269,7 @@ fn a_pod_that_a_slip_takes_out_of_the_mesh_is_warned_of() {
     replace(pod, "nodeName: one", "nodeName: noe");
     one.agent
         .logs(&["warn", "spec.nodeName", "demo/server", "node=\"noe\""]);
+    one.agent.is("server", "");
     replace(pod, "nodeName: noe", "nodeName: one");
     one.agent.up(&["server"]);
     // One that is removed says no other node.

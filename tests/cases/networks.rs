@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dataplane_tests::bpf::keys;
 use dataplane_tests::wire::Segment;
-use dataplane_tests::{Pair, Pod, Wire, World, eventually, scaled};
+use dataplane_tests::{Pair, Pod, Wire, World, eventually, repairs, scaled};
 
 const PORT: u16 = 7000;
 /// A port without a listener at first.
@@ -394,11 +394,13 @@ fn c2_a_rule_that_was_first_and_would_come_before_capture_is_told() {
     let works = || pair.client.ask(pair.server.at(PORT), "x").is_ok();
     // Rules that match none of the agent's marks do no harm.
     for rule in ["fwmark 0x200/0x200 lookup 77", "iif eth0 lookup 77"] {
+        let before = repairs(&pair.one, "rule");
         netns.ip(&format!("rule add pref 0 {rule}\n"));
         netns.ip("rule del fwmark 0x511/0xfff\nrule del fwmark 0x111/0xfff\n");
         eventually("rules are put back", 10, || {
             let rules = netns.show("rule");
-            ["0x511", "0x111"].iter().all(|mark| rules.contains(mark))
+            let marks = ["0x511", "0x111"];
+            marks.iter().all(|mark| rules.contains(mark)) && repairs(&pair.one, "rule") > before
         });
         assert!(works(), "{rule}");
         assert_eq!(pair.one.pod("client").0, "up", "{rule}");
@@ -437,6 +439,12 @@ fn c2_more_rules_that_were_first_than_are_looked_at_are_told() {
     let rule = |number| format!("rule add pref 0 iif eth0 fwmark {number} lookup 77\n");
     let rules: String = (1..=1025).map(rule).collect();
     netns.ip(&rules);
+    // The scan that mends this sees them too.
+    let before = repairs(&pair.one, "setting");
+    netns.set_sysctl("net.ipv4.fwmark_reflect", "0");
+    eventually("the pod is looked at", 10, || {
+        repairs(&pair.one, "setting") > before
+    });
     assert_eq!(pair.one.pod("client").0, "up", "they come after ours");
     netns.ip("rule del fwmark 0x511/0xfff\n");
     pair.one.is("client", "broken");

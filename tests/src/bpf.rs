@@ -26,10 +26,13 @@ const ARRAY: u64 = 2;
 /// `BPF_MAP_TYPE_LRU_HASH`.
 const LRU: u64 = 9;
 
-/// Returns the keys of a pinned hash table; `None` if something else is pinned there.
+/// Returns the keys of a pinned hash table; `None` if something else is pinned there, or nothing any more.
 pub fn keys(pin: &Path) -> Option<Vec<Vec<u8>>> {
     let read = || {
-        let pinned = open(pin)?;
+        let pinned = match open(pin) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            pinned => pinned?,
+        };
         let Some(size) = key_size(&pinned)? else {
             return Ok(None);
         };
