@@ -190,6 +190,19 @@ mod tests {
         }
     }
 
+    /// Flushes until all is written. One flush waits for a second alone, for which the thread may stand still.
+    fn flush(writer: &Writer) {
+        loop {
+            let begun = std::time::Instant::now();
+            writer.flush();
+            let queue = writer.0.lock();
+            if !queue.writing && queue.bytes.is_empty() {
+                return;
+            }
+            assert!(begun.elapsed() >= FLUSH_TIMEOUT, "all was to be written");
+        }
+    }
+
     #[test]
     fn who_writes_never_waits_for_the_reader_and_each_line_is_written_or_counted() {
         let (go, wait) = channel();
@@ -252,7 +265,7 @@ mod tests {
         };
         let writer = Writer::to(halting, BUFFER_LIMIT).expect("a thread");
         writer.push(b"one line\nanother one\n");
-        writer.flush();
+        flush(&writer);
         assert_eq!(
             *read.lock().expect("not poisoned"),
             b"one line\nanother one\n"
@@ -269,7 +282,7 @@ mod tests {
         };
         let writer = Writer::to(halting, BUFFER_LIMIT).expect("a thread");
         writer.push(b"one line\nanother one\nand one more\n");
-        writer.flush();
+        flush(&writer);
         assert_eq!(writer.lost(), 2);
     }
 
@@ -280,7 +293,7 @@ mod tests {
         let read = Arc::default();
         let writer = Writer::to(Slow(wait, Arc::clone(&read)), BUFFER_LIMIT).expect("a thread");
         writer.push(b"the last words\n");
-        writer.flush();
+        flush(&writer);
         assert_eq!(*read.lock().expect("not poisoned"), b"the last words\n");
     }
 }

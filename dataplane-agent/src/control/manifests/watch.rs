@@ -18,7 +18,7 @@ use tracing::warn;
 /// Changes within this time count as one.
 const DEBOUNCE: Duration = Duration::from_millis(50);
 /// Time between reads without a report.
-const RESYNC: Duration = Duration::from_secs(3);
+pub(super) const RESYNC: Duration = Duration::from_secs(3);
 
 /// A watch on a folder and what is below it.
 pub struct Watch {
@@ -166,16 +166,16 @@ mod tests {
     async fn a_file_that_is_being_written_wakes_nobody_until_it_has_its_name() {
         let dir = tempfile::tempdir().expect("a folder");
         let watch = Watch::without(dir.path(), "new");
-        let told = || tokio::time::timeout(RESYNC / 6, watch.told.notified());
+        let told = |long| tokio::time::timeout(long, watch.told.notified());
         let new = dir.path().join("record.new");
         for _ in 0..3 {
             fs::write(&new, "record").expect("a file");
             fs::remove_file(&new).expect("a file");
         }
-        assert!(told().await.is_err(), "nothing is there to read");
+        assert!(told(RESYNC / 6).await.is_err(), "nothing is there to read");
         fs::write(&new, "record").expect("a file");
         fs::rename(&new, dir.path().join("record.json")).expect("a file");
-        assert!(told().await.is_ok());
+        assert!(told(RESYNC * 10).await.is_ok());
     }
 
     #[tokio::test]
