@@ -5,7 +5,8 @@
 //! pod are counted together on all workers: its listeners still accept meanwhile, so workers that are idle one
 //! after the other do not mean that nothing runs.
 
-use std::future::Future;
+use std::future::{Future, pending};
+use std::panic::resume_unwind;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -134,6 +135,17 @@ pub fn spawn_blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> JoinHandle<T> {
     tokio::task::spawn_blocking(work)
+}
+
+/// Waits for the result of such work. Cancelling the wait loses nothing. Never returns once the runtime ends.
+pub async fn finished<T>(work: &mut JoinHandle<T>) -> T {
+    match work.await {
+        Ok(result) => result,
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => resume_unwind(panic),
+            Err(_) => pending().await,
+        },
+    }
 }
 
 /// Returns a tracker whose `wait` completes whenever no task runs.

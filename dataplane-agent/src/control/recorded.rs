@@ -3,7 +3,6 @@
 
 use std::future::pending;
 use std::io;
-use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -116,8 +115,8 @@ impl RecordReader {
         let Some(look) = &mut self.look else {
             return pending().await;
         };
-        match timeout_at(look.long, &mut look.found).await {
-            Ok(Ok((cache, found))) => {
+        match timeout_at(look.long, drain::finished(&mut look.found)).await {
+            Ok((cache, found)) => {
                 let again = look.again;
                 (self.cache, self.look) = (Some(cache), None);
                 self.accept(found);
@@ -125,10 +124,6 @@ impl RecordReader {
                     self.look();
                 }
             }
-            Ok(Err(ended)) => match ended.try_into_panic() {
-                Ok(panic) => resume_unwind(panic),
-                Err(_) => pending().await, // the runtime ends
-            },
             Err(_) => {
                 look.long = Instant::now() + LOOK_TIMEOUT;
                 let folder = self.records.folder().display();

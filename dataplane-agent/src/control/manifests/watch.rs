@@ -1,6 +1,8 @@
 //! Decides when to read a folder again: shortly after the kernel reports a change in it, and every few seconds
 //! in any case. For not every file system reports, changes behind a link are not reported, and after a folder
 //! was replaced the reports are still about the old one.
+//!
+//! Which folder is at the path now is asked on a thread of its own: its disk may not answer.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -12,8 +14,11 @@ use std::time::Duration;
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecursiveMode, Watcher};
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
+
+use crate::drain;
 
 /// Changes within this time count as one.
 const DEBOUNCE: Duration = Duration::from_millis(50);
@@ -22,10 +27,18 @@ pub(super) const RESYNC: Duration = Duration::from_secs(3);
 
 /// A watch on a folder and what is below it.
 pub struct Watch {
-    dir: PathBuf,
     told: Arc<Notify>,
     /// Time of the next read without a report. It is kept here so that a wait goes on after it was cancelled.
     next: Instant,
+    /// `None` while `following` uses it.
+    follower: Option<Follower>,
+    following: Option<JoinHandle<Follower>>,
+}
+
+/// Watches the folder that is at a path.
+struct Follower {
+    dir: PathBuf,
+    told: Arc<Notify>,
     /// Reports changes until dropped, of the folder with this device and inode; `None` if the kernel has no
     /// watches left.
     watcher: Option<(Identity, notify::RecommendedWatcher)>,
@@ -50,21 +63,45 @@ impl Watch {
     }
 
     fn of(dir: &Path, unread: Option<&'static str>) -> Self {
-        let mut watch = Self {
+        let told = Arc::new(Notify::new());
+        let mut follower = Follower {
             dir: dir.to_owned(),
-            told: Arc::new(Notify::new()),
-            next: Instant::now() + RESYNC,
+            told: Arc::clone(&told),
             watcher: None,
             warned: false,
             unread,
         };
-        watch.follow();
-        watch
+        follower.follow();
+        Self {
+            told,
+            next: Instant::now() + RESYNC,
+            follower: Some(follower),
+            following: None,
+        }
     }
 
-    /// Waits until the folder should be read again. Cancelling it loses neither a report nor the time it has
-    /// waited.
+    /// Waits until the folder should be read again, and as long as the disk does not answer. Cancelling it loses
+    /// neither a report nor the time it has waited.
     pub async fn changed(&mut self) {
+        if self.following.is_none() {
+            self.due().await;
+            self.next = Instant::now() + RESYNC;
+        }
+        if let Some(mut follower) = self.follower.take() {
+            self.following = Some(drain::spawn_blocking(move || {
+                follower.follow();
+                follower
+            }));
+        }
+        // Before the folder is read: what changes in it meanwhile is reported.
+        if let Some(following) = &mut self.following {
+            self.follower = Some(drain::finished(following).await);
+            self.following = None;
+        }
+    }
+
+    /// Waits for a report, or for the time of a read without one.
+    async fn due(&mut self) {
         struct Again<'a>(Option<&'a Notify>);
         impl Drop for Again<'_> {
             fn drop(&mut self) {
@@ -78,10 +115,10 @@ impl Watch {
             tokio::time::sleep(DEBOUNCE).await;
             cancelled.0 = None;
         }
-        self.next = Instant::now() + RESYNC;
-        self.follow();
     }
+}
 
+impl Follower {
     /// Watches the folder that is at the path now, if it is another one.
     fn follow(&mut self) {
         let Ok(found) = fs::metadata(&self.dir) else {
@@ -184,11 +221,34 @@ mod tests {
         let at = dir.path().join("manifests");
         fs::create_dir(&at).expect("a folder");
         let mut watch = Watch::new(&at);
-        let first = watch.watcher.as_ref().map(|(identity, _)| *identity);
+        let watched = |watch: &Watch| {
+            let follower = watch.follower.as_ref().expect("it rests");
+            follower.watcher.as_ref().map(|(identity, _)| *identity)
+        };
+        let first = watched(&watch);
         fs::rename(&at, dir.path().join("old")).expect("a folder");
         fs::create_dir(&at).expect("a folder");
         watch.changed().await;
-        let now = watch.watcher.as_ref().map(|(identity, _)| *identity);
+        let now = watched(&watch);
         assert!(now.is_some() && now != first);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_does_not_answer_keeps_waiting_nobody_but_who_reads() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let mut watch = Watch::new(dir.path());
+        let (answer, waits) = std::sync::mpsc::channel();
+        let follower = watch.follower.take().expect("it rests");
+        watch.following = Some(drain::spawn_blocking(move || {
+            waits.recv().expect("an answer");
+            follower
+        }));
+        for _ in 0..2 {
+            let changed = tokio::time::timeout(DEBOUNCE, watch.changed());
+            assert!(changed.await.is_err());
+        }
+        answer.send(()).expect("it waits");
+        watch.changed().await;
+        assert!(watch.follower.is_some());
     }
 }
