@@ -15,6 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use self::admin_state::{AdminState, NodeState, ProxyState};
@@ -39,8 +40,8 @@ use crate::seam::lend::Lender;
 use crate::seam::{Leases, PodEvent, SeamListener};
 use crate::sys::{caps, limits, processes, seccomp};
 
-/// How long a node that ends goes on to tell other nodes of its pods.
-const LAST_STEP: Duration = Duration::from_millis(100);
+/// How long a node that ends waits for the records that tell other nodes of its pods.
+const LAST_RECORDS: Duration = Duration::from_secs(5);
 /// How often it is looked whether the state has been made that a proxy makes.
 const STATE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -183,6 +184,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     );
     let draining = CancellationToken::new();
     let (rests, at_rest) = oneshot::channel();
+    let (told, others_know) = oneshot::channel();
     let besides = proxy.background();
     let background = async {
         tokio::select! {
@@ -195,7 +197,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     // One for all of the agent's life: none of them may stand still meanwhile.
     let rooms = first_to_end(
         reconciler.run(to_capture, rests),
-        control.run(draining.clone()),
+        control.run(draining.clone(), told),
         background,
     );
     tokio::pin!(rooms);
@@ -219,7 +221,9 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
         // Other nodes are told of what came last. What is configured goes on to hold, for what runs and for
         // what comes.
         draining.cancel();
-        let (idle, again) = (proxy.drain(options.drain), signals.next());
+        let drained = proxy.drain(options.drain);
+        let idle = async { tokio::join!(drained, wait_for_records(others_know)) };
+        let again = signals.next();
         if let Some(name) = forward_events(rooms.as_mut(), idle, &mut events, drop, again).await? {
             tracing::warn!(signal = name, "ending at once");
         }
@@ -289,6 +293,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     tracing::info!(node = %options.node, admin = %socket.display(), seam = %seam.display(), "started");
     let draining = CancellationToken::new();
     let (rests, at_rest) = oneshot::channel();
+    let (told, others_know) = oneshot::channel();
     let background = async {
         tokio::select! {
             () = lender.run(entry, events) => {}
@@ -299,7 +304,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     };
     let rooms = first_to_end(
         reconciler.run(to_capture, rests),
-        control.run(draining.clone()),
+        control.run(draining.clone(), told),
         background,
     );
     tokio::pin!(rooms);
@@ -318,9 +323,8 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
             warn_unfinished(name, &view.borrow());
         }
         draining.cancel();
-        // Other nodes are told of what came last.
-        let step = tokio::time::sleep(LAST_STEP);
-        forward_events(rooms.as_mut(), step, &mut nothing, drop, pending()).await?;
+        let (known, again) = (wait_for_records(others_know), signals.next());
+        forward_events(rooms.as_mut(), known, &mut nothing, drop, again).await?;
         Ok(())
     };
     let ended = ended.await;
@@ -453,6 +457,16 @@ async fn wait_for_state(folder: &Path, known: Option<&str>) -> Result<SharedStat
         }
         told = true;
         tokio::time::sleep(STATE_INTERVAL).await;
+    }
+}
+
+/// Waits until other nodes are told of what came last, as long as the state that nodes share answers.
+async fn wait_for_records(others_know: oneshot::Receiver<()>) {
+    if timeout(LAST_RECORDS, others_know).await.is_err() {
+        tracing::warn!(
+            "ending, and other nodes are not told of what came last: the state that nodes share has not answered \
+             for {LAST_RECORDS:?}"
+        );
     }
 }
 

@@ -9,6 +9,7 @@
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
@@ -368,6 +369,33 @@ impl Mounted {
 impl Drop for Mounted {
     fn drop(&mut self) {
         let _ = nix::mount::umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// A file system that answers nothing, as one of a server that is away: who asks for anything in it waits. Dropping
+/// it ends the waits with errors.
+#[derive(Debug)]
+pub struct Silent {
+    /// Closed before the file system is unmounted.
+    _server: File,
+    _mounted: Mounted,
+}
+
+impl Silent {
+    /// Mounts it over an existing folder.
+    pub fn over(folder: &Path) -> Self {
+        // A FUSE server that does not even answer the first request.
+        let mut options = File::options();
+        let server = options.read(true).write(true).open("/dev/fuse");
+        let server = server.unwrap_or_else(|error| panic!("/dev/fuse: {error}"));
+        let mount = format!(
+            "fd={},rootmode=40000,user_id=0,group_id=0",
+            server.as_raw_fd()
+        );
+        Self {
+            _mounted: Mounted::on("fuse", folder.to_owned(), Some(&mount)),
+            _server: server,
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::AgentError;
@@ -87,11 +87,12 @@ impl Control {
         (new, to_capture)
     }
 
-    /// Runs until capture is gone. Once it drains it follows what is configured alone.
-    pub(super) async fn run(self, draining: CancellationToken) {
+    /// Runs until capture is gone. Once it drains it follows what is configured alone, and `told` hears when other
+    /// nodes are told of what came last.
+    pub(super) async fn run(self, draining: CancellationToken, told: oneshot::Sender<()>) {
         tokio::select! {
             () = self.configuration.run() => {}
-            () = self.pods.run(draining) => {}
+            () = self.pods.run(draining, told) => {}
         }
     }
 }

@@ -3,6 +3,8 @@
 //! Other nodes dial a pod by HBONE only while it is captured: its record is written when capture reports that
 //! it serves the pod, and removed before capture is told to release it.
 
+mod leaving;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -10,12 +12,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dataplane_ebpf::pod::CGROUPS;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
+use self::leaving::LeavingPods;
 use super::machine::{NotFound, OutsideProcesses, Scan, Scanner};
-use super::recording::RecordWriter;
+use super::recording::{Known, RecordWriter};
 use crate::control::configuration::{Configured, LocalPods};
 use crate::control::manifests::{self, LocalPodSpec, PodKey};
 use crate::mesh::Identity;
@@ -24,9 +27,6 @@ use crate::node::capture::{self, Desired, PodState, Status};
 
 /// Interval at which pending work is retried, such as a record that could not be written.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-/// Time between the removal of a pod's record and the end of its capture, in which other nodes stop dialling
-/// it.
-const DEREGISTER_DELAY: Duration = Duration::from_secs(1);
 
 /// The state of this node's pods, for the admin interface.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -103,9 +103,7 @@ pub struct PodController {
     recording: Option<RecordWriter>,
     records_changed: Arc<Notify>,
     view: watch::Sender<StatusSnapshot>,
-    /// Pods whose record is removed, and the time at which they are released. Keyed by the cookie of the
-    /// network namespace, since a new pod of the same name may exist already.
-    leaving: BTreeMap<u64, (Desired, Instant)>,
+    leaving: LeavingPods,
     /// Workload uids of pods that a predecessor captured and that no manifest mentions. They stay captured
     /// until the configuration is complete.
     unconfigured: BTreeSet<Arc<str>>,
@@ -141,7 +139,7 @@ impl PodController {
             recording: channels.recording,
             records_changed: channels.records_changed,
             view: channels.view,
-            leaving: BTreeMap::new(),
+            leaving: LeavingPods::default(),
             unconfigured,
         };
         let configured = pods.configured.borrow().clone();
@@ -154,23 +152,33 @@ impl PodController {
 
     /// Follows the configuration, the machine and capture, until capture is gone. When `draining` is
     /// cancelled capture is at rest; the controller then processes the last status and stops updating,
-    /// because its successor decides which pods are here.
-    pub async fn run(mut self, draining: CancellationToken) {
+    /// because its successor decides which pods are here. `told` hears when other nodes are told of that.
+    pub async fn run(mut self, draining: CancellationToken, told: oneshot::Sender<()>) {
         loop {
             self.step();
             if draining.is_cancelled() {
                 break;
             }
-            let next = self.leaving.values().map(|(_, when)| *when).min();
+            let next = self.leaving.next_release();
             tokio::select! {
                 told = self.configured.changed() => if told.is_err() { return },
                 () = self.machine.due() => {}
                 () = sleep(RETRY_INTERVAL) => {}
                 () = sleep_until_some(next) => {}
                 told = self.status.changed() => if told.is_err() { return },
+                () = settled(&mut self.recording) => {}
                 () = draining.cancelled() => {}
             }
         }
+        if self
+            .recording
+            .as_ref()
+            .is_some_and(|recording| !recording.is_settled())
+        {
+            settled(&mut self.recording).await;
+        }
+        // Whoever waits may have given up.
+        let _ = told.send(());
         std::future::pending::<()>().await;
     }
 
@@ -182,8 +190,8 @@ impl PodController {
         let here: Vec<&LocalPodSpec> = local.iter().filter(wants).collect();
         let status = self.status.borrow_and_update().clone();
         let scan = self.machine.scan(local, &status);
-        let wanted = self.wanted(&here, &scan);
         self.record(&here, &status, &scan, &configured);
+        let wanted = self.wanted(&here, &scan);
         self.publish_status(&configured, &scan, &status);
         self.wanted.send_if_modified(|old| {
             let changed = old.as_ref().is_none_or(|old| !is_same(old, &wanted));
@@ -205,9 +213,9 @@ impl PodController {
         }
     }
 
-    /// Computes what capture is to do: take the pods that were found, and keep leaving ones for a while.
+    /// Computes what capture is to do: take the pods that were found, and keep leaving ones for a while. By then
+    /// it is decided which records are to be removed.
     fn wanted(&mut self, here: &[&LocalPodSpec], scan: &Scan) -> capture::Wanted {
-        let now = Instant::now();
         let mut wanted = capture::Wanted {
             pods: here.iter().filter_map(|pod| desired(pod, scan)).collect(),
             unlocated: scan
@@ -223,20 +231,20 @@ impl PodController {
         for pod in before.pods {
             let stays = again.contains(&pod.cookie) || wanted.unlocated.contains(&pod.uid);
             if !stays && !wanted.gone.contains(&pod.cookie) {
-                let leaves = self.leaving.entry(pod.cookie);
-                leaves.or_insert((pod, now + DEREGISTER_DELAY));
+                self.leaving.add(pod);
             }
         }
-        self.leaving.retain(|cookie, (_, when)| {
-            *when > now && !again.contains(cookie) && !wanted.gone.contains(cookie)
-        });
-        wanted
-            .pods
-            .extend(self.leaving.values().map(|(pod, _)| pod.clone()));
+        let is_over = |cookie| again.contains(&cookie) || wanted.gone.contains(&cookie);
+        let recording = self.recording.as_ref();
+        let is_held = |pod: &Desired| {
+            recording.is_some_and(|recording| recording.holds(&pod.namespace, &pod.name))
+        };
+        self.leaving.release(is_over, is_held, Instant::now());
+        wanted.pods.extend(self.leaving.pods().cloned());
         wanted
     }
 
-    /// Writes the records of pods that are served, and removes all others of this node.
+    /// Has the records of pods that are served written, and all others of this node removed.
     fn record(
         &mut self,
         here: &[&LocalPodSpec],
@@ -247,7 +255,7 @@ impl PodController {
         let (Some(recording), Some(said)) = (&mut self.recording, &configured.recorded) else {
             return;
         };
-        recording.set_snapshot(said);
+        recording.set_snapshot(said, configured.away);
         let (mut served, mut unserved) = (BTreeMap::new(), BTreeSet::new());
         for pod in here {
             let found = scan.found.get(&pod.uid).map(|found| found.cookie);
@@ -301,15 +309,18 @@ impl PodController {
         problems.chain(unrecorded).collect()
     }
 
-    /// Returns why other nodes do not know that a pod is served.
-    fn unrecorded(&self, pod: &LocalPodSpec) -> Option<String> {
-        self.recording.as_ref()?.write_failure(&pod_key(pod))
+    /// Returns whether other nodes know that a pod is served.
+    fn known(&self, pod: &LocalPodSpec) -> Known {
+        match &self.recording {
+            Some(recording) => recording.known(&pod_key(pod)),
+            None => Known::Yes,
+        }
     }
 
     fn publish_status(&self, configured: &Configured, scan: &Scan, status: &Status) {
         let pods = configured.local.iter().map(|pod| {
             let found = scan.found.get(&pod.uid);
-            let (state, reason) = state(pod, scan, status, self.unrecorded(pod));
+            let (state, reason) = state(pod, scan, status, self.known(pod));
             PodView {
                 uid: pod.uid.clone(),
                 namespace: pod.namespace.clone(),
@@ -390,17 +401,17 @@ fn pod_key(pod: &LocalPodSpec) -> PodKey {
     }
 }
 
+const BEING_ENROLLED: &str = "it is being enrolled";
 /// Endings of the reason why a pod waits. They say what is not protected meanwhile.
 const NOT_CAPTURED: &str = "until then it is not captured, and no policy holds";
 const IN_CLEAR: &str = "until then it is captured, and they connect to it in clear";
 
-/// Returns the state of a pod, and why it is not up. `unrecorded`: why other nodes do not know a pod that is
-/// up.
+/// Returns the state of a pod, and why it is not up. `known`: whether other nodes know a pod that is up.
 fn state(
     pod: &LocalPodSpec,
     scan: &Scan,
     status: &Status,
-    unrecorded: Option<String>,
+    known: Known,
 ) -> (State, Option<String>) {
     let of_uid = || status.iter().filter(|(_, of)| of.uid == pod.uid);
     if let manifests::Wanted::No(why) = &pod.wanted {
@@ -424,11 +435,11 @@ fn state(
     });
     let why = match is {
         Some((_, of)) if of.state == PodState::Up => {
-            let Some(why) = unrecorded else {
-                return (State::Up, None);
+            return match known {
+                Known::Yes => (State::Up, None),
+                Known::NotYet => (State::Waiting, Some(BEING_ENROLLED.into())),
+                Known::No(why) => (State::Waiting, Some(format!("{why}; {IN_CLEAR}"))),
             };
-            let why = format!("{why}; {IN_CLEAR}");
-            return (State::Waiting, Some(why));
         }
         Some((_, of)) if let PodState::Broken { why } = &of.state => {
             return (State::Broken, Some(why.clone()));
@@ -437,7 +448,7 @@ fn state(
         _ => scan.waiting.get(&pod.uid).map(NotFound::why),
     };
     let reason = match (why, captured) {
-        (None, _) => "it is being enrolled".into(),
+        (None, _) => BEING_ENROLLED.into(),
         (Some(why), true) => format!("{why}; until then it stays captured, and nothing passes"),
         (Some(why), false) => format!("{why}; {NOT_CAPTURED}"),
     };
@@ -497,6 +508,14 @@ fn is_same(one: &capture::Wanted, other: &capture::Wanted) -> bool {
         && one.pods.iter().all(|pod| has(other, pod))
         && one.unlocated == other.unlocated
         && one.gone == other.gone
+}
+
+/// Waits until this node's records are written and removed as was decided last.
+async fn settled(recording: &mut Option<RecordWriter>) {
+    match recording {
+        Some(recording) => recording.settled().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn sleep_until_some(when: Option<Instant>) {

@@ -1,20 +1,28 @@
-//! Writes the records of enrolled pods: one for each pod of this node that is served, and no others. A
-//! failure is logged once, and retried at growing intervals.
+//! Writes the records of enrolled pods: one for each pod of this node that is served, and no others.
+//!
+//! They are written and removed on a thread of their own, one at a time: the state may be on a disk that does not
+//! answer, and nothing else is to wait for that. A failure is logged once, and retried at growing intervals.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::pending;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::control::enrolled::{EnrolmentRecords, RecordsSnapshot};
 use crate::control::manifests::{LocalPodSpec, PodKey};
+use crate::drain;
 
 /// Delay before the first retry of a failed write or removal. It doubles with each failure.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// Longest delay between retries.
 const MAX_RETRY: Duration = Duration::from_secs(30);
+/// Time after which a write or removal that has not ended is reported. It goes on.
+const OVERDUE: Duration = Duration::from_secs(5);
 
 /// Writer of this node's records.
 #[derive(Debug)]
@@ -22,12 +30,37 @@ pub struct RecordWriter {
     records: EnrolmentRecords,
     /// The records as they were read last.
     said: Arc<RecordsSnapshot>,
+    /// True if the state cannot be read now. Nothing is written or removed then.
+    away: bool,
     /// This node's records: those in `said`, with what was written and removed since.
     own: BTreeSet<PodKey>,
     /// Those of them that do not name this machine.
     unsigned: BTreeSet<PodKey>,
+    /// The write or removal that is running.
+    running: Option<Running>,
+    /// Those that follow, in this order. None is of the pod of `running`.
+    next: VecDeque<Task>,
     /// Records that could not be written or removed.
     failed: BTreeMap<PodKey, Failure>,
+    /// True if a record was written or removed since the last [`RecordWriter::update`].
+    changed: bool,
+}
+
+/// A record that is to be written or removed.
+#[derive(Clone, Debug)]
+enum Task {
+    Write(PodKey, LocalPodSpec),
+    Remove(PodKey),
+}
+
+/// A task that is running.
+#[derive(Debug)]
+struct Running {
+    task: Task,
+    since: Instant,
+    /// True once it was reported that it takes long.
+    overdue: bool,
+    done: JoinHandle<io::Result<()>>,
 }
 
 #[derive(Debug)]
@@ -38,8 +71,20 @@ struct Failure {
     retry_at: Instant,
 }
 
+/// Whether other nodes know that a pod is served.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Known {
+    /// They do.
+    Yes,
+    /// Its record is being written.
+    NotYet,
+    /// Its record cannot be written: why.
+    No(String),
+}
+
 const NOT_WRITTEN: &str = "other nodes cannot be told of it";
 const NOT_REMOVED: &str = "other nodes cannot be told that it leaves";
+const AWAY: &str = "the state that nodes share cannot be read";
 
 impl RecordWriter {
     /// Creates a writer that knows of no record yet.
@@ -47,15 +92,20 @@ impl RecordWriter {
         Self {
             records,
             said: Arc::default(),
+            away: false,
             own: BTreeSet::new(),
             unsigned: BTreeSet::new(),
+            running: None,
+            next: VecDeque::new(),
             failed: BTreeMap::new(),
+            changed: false,
         }
     }
 
-    /// Takes a new snapshot of all records. One that was read while this node wrote or removed a record does not
-    /// count for this node's own.
-    pub fn set_snapshot(&mut self, said: &Arc<RecordsSnapshot>) {
+    /// Takes a new snapshot of all records, and whether the state is away. A snapshot that was read while this node
+    /// wrote or removed a record does not count for this node's own.
+    pub fn set_snapshot(&mut self, said: &Arc<RecordsSnapshot>, away: bool) {
+        self.away = away;
         if !Arc::ptr_eq(said, &self.said) {
             self.said = Arc::clone(said);
             if said.writes == self.records.writes() {
@@ -64,61 +114,148 @@ impl RecordWriter {
         }
     }
 
-    /// Writes the records of `served` pods, and removes all others of this node for which `stays` is false.
-    /// Returns true if any was written or removed.
+    /// Decides what is to be done: to write the records of `served` pods, and to remove all others of this node for
+    /// which `stays` is false. Begins it if nothing is running; [`RecordWriter::settled`] goes on with it. Returns
+    /// true if any record was written or removed since the last call.
     pub fn update(
         &mut self,
         served: &BTreeMap<PodKey, &LocalPodSpec>,
         stays: impl Fn(&PodKey) -> bool,
         now: Instant,
     ) -> bool {
-        let own = &self.own;
-        let is_written = |key: &PodKey| match own.contains(key) {
+        let is_written = |key: &PodKey| match self.own.contains(key) {
             true => !self.unsigned.contains(key),
             // The record of a node of the same name says the same; two that overwrite each other's would
             // never end.
             false => self.said.namesakes.contains(key),
         };
-        let write: Vec<_> = served.iter().filter(|(key, _)| !is_written(key)).collect();
-        let stays = |key: &PodKey| served.contains_key(key) || stays(key);
-        let remove: Vec<PodKey> = own.iter().filter(|key| !stays(key)).cloned().collect();
-        self.failed
-            .retain(|key, _| !is_written(key) && served.contains_key(key) || remove.contains(key));
-        let mut changed = false;
-        for (key, pod) in write {
-            if self.may_retry(key, now) {
-                let written = self.records.write(pod);
-                if written.is_ok() {
-                    changed = true;
+        let unwritten = served.iter().filter(|(key, _)| !is_written(key));
+        let write = unwritten.map(|(key, pod)| Task::Write(key.clone(), (*pod).clone()));
+        let leaves = |key: &&PodKey| !served.contains_key(*key) && !stays(key);
+        let remove = self.own.iter().filter(leaves).cloned().map(Task::Remove);
+        let mut tasks: VecDeque<Task> = write.chain(remove).collect();
+        let keys: BTreeSet<&PodKey> = tasks.iter().map(Task::key).collect();
+        self.failed.retain(|key, _| keys.contains(key));
+        tasks.retain(|task| !self.is_running(task.key()) && self.may_retry(task.key(), now));
+        match self.away {
+            true => {
+                for task in &tasks {
+                    self.note(task, Err(io::Error::other(AWAY)), now);
+                }
+                self.next.clear();
+            }
+            false => self.next = tasks,
+        }
+        self.report_overdue(now);
+        self.start(now);
+        std::mem::take(&mut self.changed)
+    }
+
+    /// Waits until what is to be done is done or has failed. Waits for ever if nothing is running. Cancelling the
+    /// wait loses nothing.
+    pub async fn settled(&mut self) {
+        if self.is_settled() {
+            return pending().await;
+        }
+        while let Some(running) = &mut self.running {
+            let done = drain::finished(&mut running.done).await;
+            self.accept(done, Instant::now());
+        }
+    }
+
+    /// Returns true if no record is being written or removed.
+    pub fn is_settled(&self) -> bool {
+        self.running.is_none()
+    }
+
+    /// Returns true if a pod that leaves has to stay, since other nodes may still be told to dial it: its record is
+    /// being written or removed. A removal that has failed holds no pod, nor does a state that is away.
+    pub fn holds(&self, namespace: &str, name: &str) -> bool {
+        let is_of = |task: &Task| {
+            let key = task.key();
+            (&*key.namespace, &*key.name) == (namespace, name)
+        };
+        let running = self.running.iter().map(|running| &running.task);
+        !self.away && running.chain(&self.next).any(is_of)
+    }
+
+    /// Returns whether other nodes know that a pod is served.
+    pub fn known(&self, pod: &PodKey) -> Known {
+        let is_recorded = self.own.contains(pod) || self.said.namesakes.contains(pod);
+        match (self.failed.get(pod), &self.running) {
+            (Some(failure), _) if failure.what == NOT_WRITTEN => Known::No(failure.told()),
+            (_, running) if is_recorded && !removes(running, pod) => Known::Yes,
+            (_, Some(running)) if running.overdue => {
+                let file = self.records.path_of(running.task.key());
+                Known::No(format!("{NOT_WRITTEN}: {}", unanswered(&file)))
+            }
+            _ => Known::NotYet,
+        }
+    }
+
+    /// Returns one line for each record that could not be written or removed, or for which that takes long.
+    pub fn problems(&self) -> impl Iterator<Item = String> {
+        let of = |key: &PodKey, told: &dyn std::fmt::Display| format!("Pod {}: {told}", named(key));
+        let overdue = self.running.iter().filter(|running| running.overdue);
+        let overdue = overdue.map(move |running| {
+            let path = self.records.path_of(running.task.key());
+            let told = format_args!(
+                "{}: {}: the disk has not answered for {} s",
+                running.task.failure(),
+                path.display(),
+                running.since.elapsed().as_secs()
+            );
+            of(running.task.key(), &told)
+        });
+        let failed = self.failed.iter();
+        failed
+            .map(move |(key, failure)| of(key, &failure.told()))
+            .chain(overdue)
+    }
+
+    /// Begins the next task, unless one is running.
+    fn start(&mut self, now: Instant) {
+        if self.running.is_none()
+            && let Some(task) = self.next.pop_front()
+        {
+            let (records, of_thread) = (self.records.clone(), task.clone());
+            self.running = Some(Running {
+                task,
+                since: now,
+                overdue: false,
+                done: drain::spawn_blocking(move || of_thread.run(&records)),
+            });
+        }
+    }
+
+    /// Takes the result of the running task, and begins the next one.
+    fn accept(&mut self, done: io::Result<()>, now: Instant) {
+        let Some(Running { task, overdue, .. }) = self.running.take() else {
+            return;
+        };
+        if done.is_ok() {
+            self.changed = true;
+            match &task {
+                Task::Write(key, _) => {
                     self.own.insert(key.clone());
                     self.unsigned.remove(key);
                 }
-                self.note(key, NOT_WRITTEN, written, now);
-            }
-        }
-        for key in &remove {
-            if self.may_retry(key, now) {
-                let removed = self.records.remove(key);
-                if removed.is_ok() {
-                    changed = true;
+                Task::Remove(key) => {
                     self.own.remove(key);
                 }
-                self.note(key, NOT_REMOVED, removed, now);
+            }
+            if overdue && !self.failed.contains_key(task.key()) {
+                tracing::info!(pod = %named(task.key()), "other nodes are told");
             }
         }
-        changed
+        self.note(&task, done, now);
+        self.start(now);
     }
 
-    /// Returns why the record of a pod could not be written.
-    pub fn write_failure(&self, pod: &PodKey) -> Option<String> {
-        let failure = self.failed.get(pod)?;
-        (failure.what == NOT_WRITTEN).then(|| failure.told())
-    }
-
-    /// Returns one line for each record that could not be written or removed.
-    pub fn problems(&self) -> impl Iterator<Item = String> {
-        let failed = self.failed.iter();
-        failed.map(|(key, failure)| format!("Pod {}: {}", named(key), failure.told()))
+    fn is_running(&self, key: &PodKey) -> bool {
+        self.running
+            .as_ref()
+            .is_some_and(|running| running.task.key() == key)
     }
 
     fn may_retry(&self, key: &PodKey, now: Instant) -> bool {
@@ -127,7 +264,20 @@ impl RecordWriter {
             .is_none_or(|failure| failure.retry_at <= now)
     }
 
-    fn note(&mut self, key: &PodKey, what: &'static str, done: io::Result<()>, now: Instant) {
+    fn report_overdue(&mut self, now: Instant) {
+        if let Some(running) = &mut self.running
+            && !running.overdue
+            && now.duration_since(running.since) >= OVERDUE
+        {
+            running.overdue = true;
+            let (key, what) = (running.task.key(), running.task.failure());
+            let error = unanswered(&self.records.path_of(key));
+            tracing::error!(pod = %named(key), %error, "{what}; it goes on");
+        }
+    }
+
+    fn note(&mut self, task: &Task, done: io::Result<()>, now: Instant) {
+        let (key, what) = (task.key(), task.failure());
         let before = self.failed.remove(key);
         let Err(error) = done else {
             if before.is_some() {
@@ -153,10 +303,45 @@ impl RecordWriter {
     }
 }
 
+impl Task {
+    fn key(&self) -> &PodKey {
+        match self {
+            Self::Write(key, _) | Self::Remove(key) => key,
+        }
+    }
+
+    /// The consequence if it fails.
+    fn failure(&self) -> &'static str {
+        match self {
+            Self::Write(..) => NOT_WRITTEN,
+            Self::Remove(_) => NOT_REMOVED,
+        }
+    }
+
+    /// Does it. Takes as long as the disk does.
+    fn run(&self, records: &EnrolmentRecords) -> io::Result<()> {
+        match self {
+            Self::Write(_, pod) => records.write(pod),
+            Self::Remove(key) => records.remove(key),
+        }
+    }
+}
+
 impl Failure {
     fn told(&self) -> String {
         format!("{}: {}", self.what, self.why)
     }
+}
+
+fn removes(running: &Option<Running>, pod: &PodKey) -> bool {
+    running
+        .as_ref()
+        .is_some_and(|running| matches!(&running.task, Task::Remove(key) if key == pod))
+}
+
+fn unanswered(file: &Path) -> String {
+    let file = file.display();
+    format!("{file}: the disk has not answered for longer than {OVERDUE:?}")
 }
 
 fn named(key: &PodKey) -> String {
@@ -164,153 +349,4 @@ fn named(key: &PodKey) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-    use std::path::Path;
-    use std::time::SystemTime;
-
-    use super::*;
-    use crate::control::enrolled::tests::{self, key_of, pod};
-    use crate::control::recorded::RecordReader;
-
-    /// The writer of node `one`, and a reader.
-    struct WriterAndReader {
-        recording: RecordWriter,
-        recorded: RecordReader,
-    }
-
-    impl WriterAndReader {
-        fn of(state: &Path) -> Self {
-            let records = tests::records(state, "one");
-            Self {
-                recorded: RecordReader::new(records.clone()).expect("no record yet"),
-                recording: RecordWriter::new(records),
-            }
-        }
-
-        fn update(&mut self, served: &[(&PodKey, &LocalPodSpec)], now: Instant) {
-            self.recording.set_snapshot(self.recorded.said());
-            let served = served.iter().map(|(key, pod)| ((*key).clone(), *pod));
-            if self.recording.update(&served.collect(), |_| false, now) {
-                self.recorded.look_at(SystemTime::now());
-            }
-        }
-    }
-
-    #[test]
-    fn what_cannot_be_written_is_told_and_tried_again_less_and_less_often() {
-        let state = tempfile::tempdir().expect("a folder");
-        let mut both = WriterAndReader::of(state.path());
-        let (key, pod) = (key_of("a", ""), pod("a", ""));
-        let served = [(&key, &pod)];
-        let begin = Instant::now();
-        let at = |seconds| begin + Duration::from_secs(seconds);
-        // A folder where the temporary file would be made.
-        let in_the_way = both.recording.records.unfinished();
-        fs::create_dir(&in_the_way).expect("a folder");
-        both.update(&served, at(0));
-        let why = both
-            .recording
-            .write_failure(&key)
-            .expect("it is not written");
-        assert!(
-            why.contains("enrolled/ns.a.json: ") && why.contains("os error"),
-            "{why}"
-        );
-        let mut problems = both.recording.problems();
-        assert!(problems.any(|problem| problem.contains("Pod ns/a: ")));
-        drop(problems);
-        both.update(&served, at(1));
-        fs::remove_dir(&in_the_way).expect("a folder");
-        both.update(&served, at(2));
-        assert!(
-            both.recording.write_failure(&key).is_some(),
-            "it waits twice as long"
-        );
-        both.update(&served, at(3));
-        assert_eq!(both.recording.write_failure(&key), None);
-        assert!(both.recorded.enrolled().contains(&key));
-    }
-
-    #[test]
-    fn records_that_were_read_before_one_was_removed_do_not_say_that_it_is_there() {
-        let state = tempfile::tempdir().expect("a folder");
-        let mut both = WriterAndReader::of(state.path());
-        let (key, pod) = (key_of("a", ""), pod("a", ""));
-        let (served, now) = (BTreeMap::from([(key.clone(), &pod)]), Instant::now());
-        both.update(&[(&key, &pod)], now);
-        let stale = Arc::clone(both.recorded.said());
-        let mut update = |served| both.recording.update(served, |_| false, now);
-        assert!(update(&BTreeMap::new()));
-        // A look that had begun before.
-        both.recording
-            .set_snapshot(&Arc::new(RecordsSnapshot::clone(&stale)));
-        let mut update = |served| both.recording.update(served, |_| false, now);
-        assert!(update(&served), "it is written again");
-        assert!(both.recording.records.path_of(&key).exists());
-    }
-
-    #[test]
-    fn who_leaves_before_its_record_was_written_is_no_problem_any_more() {
-        let state = tempfile::tempdir().expect("a folder");
-        let mut both = WriterAndReader::of(state.path());
-        let (key, pod) = (key_of("a", ""), pod("a", ""));
-        fs::create_dir(both.recording.records.unfinished()).expect("a folder");
-        both.update(&[(&key, &pod)], Instant::now());
-        assert_eq!(both.recording.problems().count(), 1);
-        both.update(&[], Instant::now());
-        assert_eq!(both.recording.problems().count(), 0);
-    }
-
-    #[test]
-    fn records_of_the_same_node_on_another_machine_stay_and_are_a_problem() {
-        let state = tempfile::tempdir().expect("a folder");
-        let there = tests::of_machine(state.path(), "one", "there");
-        there.write(&pod("a", "1")).expect("a record");
-        let mut both = WriterAndReader::of(state.path());
-        let (key, pod) = (key_of("a", "1"), pod("a", "1"));
-        both.update(&[], Instant::now());
-        assert!(
-            both.recorded.enrolled().contains(&key),
-            "it is not dialled in clear"
-        );
-        let problems = both.recorded.problems();
-        assert!(
-            problems.len() == 1
-                && problems[0].contains("enrolled/ns.a.json: a node of this name wrote it"),
-            "{problems:?}"
-        );
-        // The owner of the record does not alternate.
-        both.update(&[(&key, &pod)], Instant::now());
-        assert_eq!(both.recording.write_failure(&key), None);
-        assert!(there.read().expect("records").own.contains(&key));
-    }
-
-    #[test]
-    fn a_record_that_names_no_machine_is_written_anew() {
-        let state = tempfile::tempdir().expect("a folder");
-        drop(tests::records(state.path(), "one"));
-        let text = r#"{"namespace":"ns","name":"a","uid":"","node":"one","addresses":[]}"#;
-        fs::write(state.path().join("enrolled/ns.a.json"), text).expect("a file");
-        let mut both = WriterAndReader::of(state.path());
-        let (key, pod) = (key_of("a", ""), pod("a", ""));
-        both.update(&[(&key, &pod)], Instant::now());
-        let said = both.recorded.said();
-        assert!(
-            said.own.contains(&key) && said.unsigned.is_empty(),
-            "{said:?}"
-        );
-        assert_eq!(both.recorded.problems(), [""; 0]);
-    }
-
-    #[test]
-    fn what_was_written_is_not_written_again_before_it_is_read() {
-        let state = tempfile::tempdir().expect("a folder");
-        let mut both = WriterAndReader::of(state.path());
-        let (key, pod) = (key_of("a", ""), pod("a", ""));
-        let served = BTreeMap::from([(key, &pod)]);
-        let mut update = |served: &_| both.recording.update(served, |_| false, Instant::now());
-        assert!(update(&served) && !update(&served));
-        assert!(update(&BTreeMap::new()) && !update(&BTreeMap::new()));
-    }
-}
+mod tests;
