@@ -27,6 +27,7 @@ use zeroize::Zeroizing;
 use super::ownership;
 use crate::mesh::Identity;
 use crate::proxy::identity::{IdentityError, Issued, Issuer, sha256};
+use crate::sys::regular_file;
 
 /// Lifetime of the root.
 const ROOT_LIFE: time::Duration = time::Duration::days(3650);
@@ -344,7 +345,8 @@ pub fn is_there(state: &Path) -> io::Result<bool> {
 /// # Errors
 /// The file cannot be read, or has no certificate.
 pub fn fingerprint_of(root: &Path) -> io::Result<String> {
-    let root = CertificateDer::from_pem_slice(&fs::read(root)?).map_err(io::Error::other)?;
+    let root =
+        CertificateDer::from_pem_slice(&regular_file::read(root)?).map_err(io::Error::other)?;
     Ok(sha256(&root))
 }
 
@@ -373,7 +375,7 @@ fn read(
     path: &Path,
     fits: impl Fn(&Metadata) -> Result<(), CaError>,
 ) -> Result<Option<String>, CaError> {
-    let file = match File::open(path) {
+    let file = match regular_file::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(of_file(path)(error)),

@@ -19,6 +19,7 @@ use super::manifests::{LocalPodSpec, PodKey, Stale};
 use super::record_cache::RecordCache;
 use super::state::{self, SharedState};
 use crate::proxy::identity;
+use crate::sys::regular_file;
 
 /// Ending of the file in which a record is written before it is renamed.
 pub const UNFINISHED: &str = "new";
@@ -231,8 +232,10 @@ impl EnrolmentRecords {
         let new = self.unfinished();
         self.state.look()?;
         let write = || {
+            // What is there, such as what a crash has left, is replaced, and not written to.
+            let _ = fs::remove_file(&new);
             let mut options = OpenOptions::new();
-            options.write(true).create(true).truncate(true).mode(0o644);
+            options.write(true).create_new(true).mode(0o644);
             let mut file = options.open(&new)?;
             file.write_all(&serde_json::to_vec(&record)?)?;
             file.sync_all()?;
@@ -295,7 +298,7 @@ impl EnrolmentRecords {
     }
 
     /// Path at which this node writes a record before it is renamed. Each node has its own, so that two which
-    /// write about the same pod do not collide; what a crash leaves is overwritten.
+    /// write about the same pod do not collide; what a crash leaves is replaced.
     pub fn unfinished(&self) -> PathBuf {
         let stem = format!("{}.{}", self.node, self.machine);
         self.folder.join(file_name(&stem, UNFINISHED))
@@ -327,7 +330,7 @@ pub(super) fn with_path(path: &Path, error: &io::Error) -> io::Error {
 }
 
 fn read(path: &Path) -> io::Result<EnrolmentRecord> {
-    let (mut file, mut text) = (File::open(path)?, Vec::new());
+    let (mut file, mut text) = (regular_file::open(path)?, Vec::new());
     if let Some(fault) = state::fault(&file.metadata()?) {
         return Err(io::Error::other(fault));
     }
@@ -462,6 +465,37 @@ pub(crate) mod tests {
         }
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644))?;
         assert_eq!(records.read()?.problems.len(), 0);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_no_file_counts_as_a_record_that_cannot_be_read() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        let records = records(state.path(), "one");
+        let path = records.path("ns", "a");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU)?;
+        let (read, said) = std::sync::mpsc::channel();
+        std::thread::spawn(move || read.send((records.read(), records.remove(&key_of("a", "")))));
+        let answer = said.recv_timeout(std::time::Duration::from_secs(5));
+        let (said, removed) = answer.expect("it waits for nobody");
+        let (said, why) = (said?, removed.expect_err("not a record").to_string());
+        assert!(said.enrolled.contains(&key_of("a", "")) && said.own.is_empty());
+        for told in [&said.problems[0], &why] {
+            assert!(told.contains("ns.a.json: is not a regular file"), "{told}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_where_a_record_is_written_first_is_replaced_and_not_written_to() -> io::Result<()> {
+        let state = tempfile::tempdir()?;
+        let records = records(state.path(), "one");
+        let precious = state.path().join("precious");
+        fs::write(&precious, "text")?;
+        std::os::unix::fs::symlink(&precious, records.unfinished())?;
+        records.write(&pod("a", "1"))?;
+        assert_eq!(fs::read_to_string(&precious)?, "text");
+        assert_eq!(records.read()?.own, [key_of("a", "1")].into());
         Ok(())
     }
 

@@ -14,7 +14,9 @@ use super::manifests::Stale;
 use super::record_cache::{Change, RecordCache};
 use crate::drain;
 
-/// Time after which a look that has not ended is reported, and the state counts as away. The look goes on.
+/// Time after which a look that has not ended is reported.
+const SLOW_LOOK: Duration = Duration::from_secs(5);
+/// Time after which the state counts as away, if a look has not ended. The look goes on.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reader of the records, with the last snapshot.
@@ -37,8 +39,10 @@ pub struct RecordReader {
 #[derive(Debug)]
 struct Look {
     found: JoinHandle<(RecordCache, Found)>,
-    /// When it is reported.
-    long: Instant,
+    /// The time of the next report: at first that it is slow, then that the state is away.
+    report_at: Instant,
+    /// True if it was reported that it is slow.
+    slow: bool,
     /// True if another look is to follow: this one may have missed what has changed since it began.
     again: bool,
 }
@@ -103,7 +107,8 @@ impl RecordReader {
             };
             self.look = Some(Look {
                 found: drain::spawn_blocking(look),
-                long: Instant::now() + LOOK_TIMEOUT,
+                report_at: Instant::now() + SLOW_LOOK,
+                slow: false,
                 again: false,
             });
         }
@@ -115,7 +120,7 @@ impl RecordReader {
         let Some(look) = &mut self.look else {
             return pending().await;
         };
-        match timeout_at(look.long, drain::finished(&mut look.found)).await {
+        match timeout_at(look.report_at, drain::finished(&mut look.found)).await {
             Ok((cache, found)) => {
                 let again = look.again;
                 (self.cache, self.look) = (Some(cache), None);
@@ -124,14 +129,23 @@ impl RecordReader {
                     self.look();
                 }
             }
+            Err(_) if !look.slow => {
+                look.slow = true;
+                look.report_at += LOOK_TIMEOUT - SLOW_LOOK;
+                let mut problems = self.found_problems();
+                problems.push(self.is_read_for(SLOW_LOOK));
+                self.set_problems(problems);
+            }
             Err(_) => {
-                look.long = Instant::now() + LOOK_TIMEOUT;
-                let folder = self.records.folder().display();
-                self.accept(Err(io::Error::other(format!(
-                    "{folder}: has been read for longer than {LOOK_TIMEOUT:?}"
-                ))));
+                look.report_at = Instant::now() + LOOK_TIMEOUT;
+                self.accept(Err(io::Error::other(self.is_read_for(LOOK_TIMEOUT))));
             }
         }
+    }
+
+    fn is_read_for(&self, long: Duration) -> String {
+        let folder = self.records.folder().display();
+        format!("{folder}: has been read for longer than {long:?}")
     }
 
     fn accept(&mut self, found: Found) {
@@ -262,32 +276,38 @@ mod tests {
         let state = tempfile::tempdir()?;
         tests::records(state.path(), "two").write(&pod("a", "1"))?;
         let mut recorded = recorded(state.path());
-        // Whoever opens it waits for who writes to it.
-        let fifo = state.path().join("enrolled/ns.b.json");
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU)?;
+        let (answer, waits) = std::sync::mpsc::channel();
+        let mut cache = recorded.cache.take().expect("nobody looks");
+        recorded.look = Some(Look {
+            found: drain::spawn_blocking(move || {
+                waits.recv().expect("an answer");
+                let found = cache.look(SystemTime::now());
+                (cache, found)
+            }),
+            report_at: Instant::now(),
+            slow: false,
+            again: false,
+        });
+        for (long, away) in [("5s", false), ("30s", true)] {
+            recorded.look.as_mut().expect("it looks").report_at = Instant::now();
+            recorded.looked().await;
+            assert!(recorded.enrolled().contains(&key_of("a", "1")));
+            assert_eq!(recorded.is_away(), away);
+            let problems = recorded.problems().to_vec();
+            let told = format!("enrolled: has been read for longer than {long}");
+            assert!(
+                problems.len() == 1 && problems[0].contains(&told),
+                "{problems:?}"
+            );
+        }
         recorded.look();
-        recorded.look.as_mut().expect("it looks").long = Instant::now();
-        recorded.looked().await;
-        assert!(recorded.is_away() && recorded.enrolled().contains(&key_of("a", "1")));
-        let problems = recorded.problems().to_vec();
-        assert!(
-            problems[0].contains("has been read for longer"),
-            "{problems:?}"
-        );
-        recorded.look();
-        drop(fs::File::options().write(true).open(&fifo)?);
-        fs::remove_file(&fifo)?;
-        recorded.looked().await;
-        assert!(!recorded.is_away());
-        assert!(
-            recorded.enrolled().contains(&key_of("b", "")),
-            "it is not whole"
-        );
+        answer.send(()).expect("it waits");
         recorded.looked().await;
         assert!(
-            !recorded.enrolled().contains(&key_of("b", "")),
+            !recorded.is_away() && recorded.look.is_some(),
             "as asked meanwhile"
         );
+        recorded.looked().await;
         assert_eq!(recorded.problems(), [""; 0]);
         Ok(())
     }

@@ -15,6 +15,7 @@ pub mod made;
 pub mod memory;
 pub mod netns;
 pub mod processes;
+pub mod regular_file;
 pub mod seccomp;
 pub mod socket;
 pub mod verifier;

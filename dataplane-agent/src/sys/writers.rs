@@ -1,9 +1,10 @@
 //! Detection of writers of a file.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+
+use super::regular_file;
 
 /// `F_SETSIG` of `asm-generic/fcntl.h`; the same number on all architectures that we build for.
 const F_SETSIG: libc::c_int = 10;
@@ -17,7 +18,7 @@ const F_SETSIG: libc::c_int = 10;
 /// # Errors
 /// The kernel grants no lease: the file is another user's, or its file system has no leases.
 pub fn has_writers(path: &Path) -> io::Result<bool> {
-    let file = File::open(path)?;
+    let file = regular_file::open(path)?;
     let set = |command, argument: libc::c_int| {
         // SAFETY: the descriptor is open for as long as `file` lives, and neither command takes a pointer.
         match unsafe { libc::fcntl(file.as_raw_fd(), command, argument) } {
@@ -36,6 +37,8 @@ pub fn has_writers(path: &Path) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
 
     #[test]

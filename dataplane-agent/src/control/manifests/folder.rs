@@ -22,6 +22,7 @@ use super::collection::{Change, Collection};
 use super::object::{self, Identity, Objects, Parsed};
 use super::scan::{Scan, Stamp, at, scan};
 use super::{ManifestError, ManifestErrors, Watch};
+use crate::sys::regular_file;
 use crate::sys::writers::has_writers;
 
 /// Time for which a file must not change before it is read again.
@@ -432,7 +433,7 @@ fn read(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
             "has {size} bytes, more than {MAX_FILE_SIZE}"
         )));
     }
-    let text = fs::read_to_string(&path).map_err(|error| fault(&error))?;
+    let text = regular_file::read_to_string(&path).map_err(|error| fault(&error))?;
     object::parse(name, &text)
 }
 

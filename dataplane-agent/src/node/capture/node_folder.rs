@@ -15,6 +15,7 @@ use super::undo::{UndoRecord, UndoRecords};
 use super::{CaptureError, pins};
 use crate::config::{self, DEFAULT_CLUSTER, NodeName};
 use crate::sys::made::CreatedPaths;
+use crate::sys::regular_file;
 
 /// The file name of the mark.
 const MARK: &str = "node.json";
@@ -285,7 +286,7 @@ pub fn holder(folder: &Path) -> Option<Holder> {
 }
 
 fn lock_text(lock: &Path) -> Vec<u8> {
-    fs::read(lock).unwrap_or_default()
+    regular_file::read(lock).unwrap_or_default()
 }
 
 /// Reads the mark of a node; none if no agent of it has started.
@@ -332,7 +333,7 @@ fn read(path: &Path) -> Result<Option<Mark>, CaptureError> {
         return Err(not_ours("it is no folder".into()));
     }
     let file = path.join(MARK);
-    let text = match fs::symlink_metadata(&file).and_then(|_| fs::read(&file)) {
+    let text = match fs::symlink_metadata(&file).and_then(|_| regular_file::read(&file)) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         text => text.map_err(CaptureError::file(&file))?,
     };

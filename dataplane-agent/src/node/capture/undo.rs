@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::CaptureError;
 use super::pins;
 use crate::sys::netns::Netns;
-use crate::sys::processes;
+use crate::sys::{processes, regular_file};
 
 /// The folder of undo records.
 #[derive(Clone, Debug)]
@@ -170,7 +170,7 @@ impl UndoRecord {
 }
 
 fn read(path: &Path, cookie: u64) -> Result<UndoRecord, CaptureError> {
-    let text = fs::read(path).map_err(CaptureError::file(path))?;
+    let text = regular_file::read(path).map_err(CaptureError::file(path))?;
     let record: UndoRecord =
         serde_json::from_slice(&text).map_err(|error| CaptureError::file(path)(error.into()))?;
     if record.cookie != cookie {
