@@ -15,7 +15,7 @@ use crate::setup;
 pub(crate) const VERSIONS: &[&str] = &["6.1", "6.12"];
 /// The modules that the tests need if a kernel has them not built in. No others are loaded: neither the tests
 /// nor the agent may depend on them.
-const MODULES: &[&str] = &["veth"];
+const MODULES: &[&str] = &["fuse", "veth"];
 
 /// A kernel module, uncompressed, as not every kernel can decompress modules.
 pub(crate) struct Module {
