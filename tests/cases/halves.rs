@@ -36,6 +36,19 @@ fn two_halves_serve_as_one_agent_does() {
 }
 
 #[test]
+fn each_half_logs_the_process_of_the_other() {
+    let halves = Halves::new();
+    let of = |agent: &Agent| format!("pid={}", agent.pid());
+    halves.node.logs(&["a proxy serves", &of(&halves.proxy)]);
+    for what in [
+        "serves the pods of the node",
+        "all pods of the node are lent",
+    ] {
+        halves.proxy.logs(&[what, &of(&halves.node)]);
+    }
+}
+
+#[test]
 fn without_any_one_of_its_privileges_a_half_says_which_and_does_not_start() {
     let world = World::new();
     let node = world.node("one");

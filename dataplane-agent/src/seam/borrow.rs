@@ -82,21 +82,13 @@ enum Later {
 
 /// What one node process has said since it was connected to.
 struct Conversation {
+    /// Its process ID.
+    pid: i32,
     stamp: Option<Arc<Stamp>>,
     /// The network namespaces that it has named before [`NodeMessage::SnapshotSent`]; none after it.
     named: Option<BTreeSet<u64>>,
     /// The network namespaces for which it waits for [`ProxyMessage::Idle`].
     awaited: BTreeSet<u64>,
-}
-
-impl Default for Conversation {
-    fn default() -> Self {
-        Self {
-            stamp: None,
-            named: Some(BTreeSet::new()),
-            awaited: BTreeSet::new(),
-        }
-    }
 }
 
 impl Borrower {
@@ -125,14 +117,15 @@ impl Borrower {
         while !self.events.is_closed() {
             match Channel::connect(&self.path) {
                 Ok(channel) => {
-                    let mut conversation = Conversation::default();
+                    let pid = channel.pid();
+                    let mut conversation = Conversation::with(pid);
                     let end = self.converse(&channel, &mut conversation).await;
                     let error = end.err().map(|error| error.to_string());
                     if conversation.stamp.is_some() {
-                        tracing::warn!(error, "the node is gone; what runs goes on");
+                        tracing::warn!(pid, error, "the node is gone; what runs goes on");
                         (wait, told) = (FIRST_RETRY, false);
                     } else if !told {
-                        tracing::warn!(path = %self.path.display(), error, "the node does not let this proxy in; it is tried again");
+                        tracing::warn!(path = %self.path.display(), pid, error, "the node does not let this proxy in; it is tried again");
                         told = true;
                     }
                 }
@@ -193,6 +186,7 @@ impl Borrower {
     /// # Errors
     /// It says what no node of this version does.
     async fn handle(&mut self, packet: Packet, conversation: &mut Conversation) -> io::Result<Ack> {
+        let pid = conversation.pid;
         let Packet { bytes, descriptors } = packet;
         let said = Request::decode(&*bytes).map_err(io::Error::other)?.said;
         match said.ok_or_else(|| wrong("a word that is not known"))? {
@@ -207,7 +201,7 @@ impl Borrower {
                 let mut lent = descriptors.into_iter();
                 let stamp = lent.next().map(Stamp::of).transpose()?;
                 conversation.stamp = Some(Arc::new(stamp.unwrap_or_default()));
-                tracing::info!(node = welcome.node, "serves the pods of the node");
+                tracing::info!(pid, node = welcome.node, "serves the pods of the node");
             }
             NodeMessage::Add(add) => {
                 let stamp = conversation.stamp.clone();
@@ -222,7 +216,7 @@ impl Borrower {
                 let named = named.ok_or_else(|| wrong("its snapshot twice"))?;
                 self.give_back(|held| !named.contains(&held.netns)).await;
                 self.lent.send_replace(true);
-                tracing::info!(pods = named.len(), "all pods of the node are lent");
+                tracing::info!(pid, pods = named.len(), "all pods of the node are lent");
             }
             NodeMessage::Addresses(of) => {
                 let addresses = addresses(&of.addresses)?;
@@ -385,6 +379,15 @@ impl Borrower {
 }
 
 impl Conversation {
+    fn with(pid: i32) -> Self {
+        Self {
+            pid,
+            stamp: None,
+            named: Some(BTreeSet::new()),
+            awaited: BTreeSet::new(),
+        }
+    }
+
     fn name(&mut self, netns: u64) {
         if let Some(named) = &mut self.named {
             named.insert(netns);

@@ -83,17 +83,19 @@ impl Lender {
 
     /// Lends to a proxy that has connected, until it is gone.
     async fn converse(&self, channel: Channel) {
+        let pid = channel.pid();
         match self.talk(&channel).await {
-            Ok(()) => tracing::info!("a proxy has gone"),
-            Err(error) => tracing::warn!(%error, "a proxy is let go; it may come again"),
+            Ok(()) => tracing::info!(pid, "a proxy has gone"),
+            Err(error) => tracing::warn!(pid, %error, "a proxy is let go; it may come again"),
         }
     }
 
     async fn talk(&self, channel: &Channel) -> io::Result<()> {
+        channel.refuse_stranger()?;
         if !is_welcome(channel).await? {
             return Ok(());
         }
-        tracing::info!("a proxy serves");
+        tracing::info!(pid = channel.pid(), "a proxy serves");
         let id = self.ledger.borrow_mut().meet();
         let end = self.tell_and_hear(channel, id).await;
         self.ledger.borrow_mut().forget(id);
@@ -104,6 +106,7 @@ impl Lender {
     /// Sends one request after the other, each when the one before has been answered. A proxy whose answer is
     /// late is kept: as long as it lives, so do the connections that it carries.
     async fn tell_and_hear(&self, channel: &Channel, id: ProxyId) -> io::Result<()> {
+        let pid = channel.pid();
         let mut changed = self.changed.subscribe();
         let mut unanswered: Option<Unanswered> = None;
         loop {
@@ -125,12 +128,12 @@ impl Lender {
                                 _ if ack.error.is_empty() => {}
                                 Some(pod) => {
                                     let reason = ack.error;
-                                    tracing::warn!(pod, reason, "a proxy cannot serve a pod");
+                                    tracing::warn!(pid, pod, reason, "a proxy cannot serve a pod");
                                 }
                                 None => return Err(io::Error::other(ack.error)),
                             }
                             if self.ledger.borrow_mut().set_late(id, false) {
-                                tracing::info!("a proxy answers again");
+                                tracing::info!(pid, "a proxy answers again");
                             }
                         }
                         Some(ProxyMessage::Idle(of)) => self.ledger.borrow_mut().idle(id, of.netns),
@@ -139,7 +142,7 @@ impl Lender {
                     }
                 }
                 () = at(until) => {
-                    tracing::warn!("a proxy does not answer; it does not count as serving until it does");
+                    tracing::warn!(pid, "a proxy does not answer; it does not count as serving until it does");
                     self.ledger.borrow_mut().set_late(id, true);
                     if let Some(order) = &mut unanswered {
                         order.until = None;

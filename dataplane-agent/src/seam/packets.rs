@@ -11,12 +11,13 @@ use std::rc::Rc;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    accept_with, bind, connect, listen, recvmsg, sendmsg, socket_with, sockopt,
+    accept_with, bind, connect, listen, recvmsg, sendmsg, socket_with,
 };
 use tokio::io::unix::AsyncFd;
 
 use crate::sys::async_fd;
 use crate::sys::bound::BoundPath;
+use crate::sys::peer::Peer;
 
 /// The longest packet, in bytes: a pod with the longest names and as many addresses as are known takes half.
 const LONGEST: usize = 4096;
@@ -37,7 +38,10 @@ pub struct Packet {
 
 /// One end of a connection between the halves.
 #[derive(Debug)]
-pub struct Channel(AsyncFd<OwnedFd>);
+pub struct Channel {
+    socket: AsyncFd<OwnedFd>,
+    peer: Peer,
+}
 
 /// The socket that proxies connect to.
 #[derive(Debug)]
@@ -99,15 +103,9 @@ impl SeamListener {
     /// Accepts the next connection.
     ///
     /// # Errors
-    /// There are no descriptors left; it is another user's.
+    /// There are no descriptors left.
     pub async fn accept(&self) -> io::Result<Channel> {
-        let socket = self.connection().await?;
-        let peer = sockopt::socket_peercred(&socket)?.uid;
-        if !peer.is_root() && peer != rustix::process::geteuid() {
-            let what = format!("user {} may not be a half of the agent", peer.as_raw());
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
-        }
-        Ok(Channel(async_fd::readable(socket)?))
+        Channel::of(self.connection().await?)
     }
 }
 
@@ -119,7 +117,32 @@ impl Channel {
     pub fn connect(path: &Path) -> io::Result<Self> {
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)?;
         connect(&socket, &SocketAddrUnix::new(path)?)?;
-        Ok(Self(async_fd::readable(socket)?))
+        Self::of(socket)
+    }
+
+    fn of(socket: OwnedFd) -> io::Result<Self> {
+        Ok(Self {
+            peer: Peer::of(&socket)?,
+            socket: async_fd::readable(socket)?,
+        })
+    }
+
+    /// Returns the process ID of the other end; 0 if this process cannot see it, as from another PID namespace.
+    pub fn pid(&self) -> i32 {
+        self.peer.pid
+    }
+
+    /// Refuses the process of a user who may not be a half of the agent.
+    ///
+    /// # Errors
+    /// It is neither root's nor this process's own user's.
+    pub fn refuse_stranger(&self) -> io::Result<()> {
+        let uid = self.peer.uid;
+        if uid == 0 || uid == rustix::process::geteuid().as_raw() {
+            return Ok(());
+        }
+        let what = format!("user {uid} may not be a half of the agent");
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, what))
     }
 
     /// Sends a packet. What was sent before is answered, so that there is room for it.
@@ -134,9 +157,8 @@ impl Channel {
                 "more than {MAX_DESCRIPTORS} descriptors"
             )));
         }
-        let socket = self.0.get_ref();
         sendmsg(
-            socket,
+            self.socket.get_ref(),
             &[IoSlice::new(bytes)],
             &mut beside,
             SendFlags::NOSIGNAL,
@@ -149,7 +171,7 @@ impl Channel {
     /// # Errors
     /// It is longer than any should be, or has more descriptors; none of these stays open.
     pub async fn receive(&self) -> io::Result<Option<Packet>> {
-        ready(&self.0, receive).await
+        ready(&self.socket, receive).await
     }
 }
 
@@ -208,7 +230,7 @@ mod tests {
         let (one, other) =
             rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, FLAGS, None)
                 .expect("a pair");
-        let channel = |socket| Channel(async_fd::readable(socket).expect("a runtime"));
+        let channel = |socket| Channel::of(socket).expect("a runtime");
         (channel(one), channel(other))
     }
 
@@ -261,6 +283,9 @@ mod tests {
         assert_eq!(mode.mode() & 0o777, 0o600);
         let one = Channel::connect(&path).expect("somebody listens");
         let other = entry.accept().await.expect("who has connected");
+        let own = i32::try_from(std::process::id()).expect("a number");
+        assert_eq!((one.pid(), other.pid()), (own, own));
+        other.refuse_stranger().expect("it is our own");
         one.send(b"hello", &[]).expect("there is room");
         let hello = other.receive().await.expect("a packet").expect("one");
         assert_eq!(hello.bytes, b"hello");

@@ -14,6 +14,7 @@ pub mod machine_id;
 pub mod made;
 pub mod memory;
 pub mod netns;
+pub mod peer;
 pub mod processes;
 pub mod regular_file;
 pub mod seccomp;
