@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use self::admin_state::{AdminState, NodeState, ProxyState};
 use self::config_source::ConfigSource;
 use self::node::{Control, Node, Prepared, counted};
-use self::peer_node::{PeerNode, exclude_proxies};
+use self::peer_node::{PeerNode, exclude_proxies, shared_settings};
 use self::proxy::Proxy;
 use crate::config::RunOptions;
 use crate::control::ca::{CaError, EmbeddedCa};
@@ -149,6 +149,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
         mut events,
         rest,
         scanner,
+        settings: _,
     } = prepared.open(&options, Some(&state))?;
 
     let (mesh_writer, mesh) = mesh::store();
@@ -259,12 +260,13 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         events,
         rest,
         scanner,
+        settings,
     } = prepared.open(&options, state.as_ref())?;
 
     let mesh_writer = mesh::store_of_node(options.node.as_str());
     let (control, to_capture) = Control::new(scanner, status, configured, mesh_writer);
     let view = control.view.clone();
-    let (lender, serving) = Lender::new(options.node.as_str(), reconciler.stamp());
+    let (lender, serving) = Lender::new(options.node.as_str(), &settings, reconciler.stamp());
     let seam = options.places.seam(&options.node);
     let entry = SeamListener::open(&seam)
         .with_context(|| format!("socket for proxies {}", seam.display()))?;
@@ -351,7 +353,12 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     )?;
     let (events, mut pod_events) = mpsc::channel(64);
     let leaving = CancellationToken::new();
-    let borrower = Borrower::new(options.places.seam(&options.node), events, leaving.clone());
+    let settings = {
+        let (options, root) = (options.clone(), state.root().to_owned());
+        Box::new(move || shared_settings(&options, Some(&root)))
+    };
+    let seam = options.places.seam(&options.node);
+    let borrower = Borrower::new(seam, settings, events, leaving.clone());
     let (leases, (here, told_here)) = (Leases::default(), watch::channel(LocalPods::default()));
     let told_here = (told_here, LocalPods::clone as fn(&LocalPods) -> LocalPods);
     let (configuration, configured) =

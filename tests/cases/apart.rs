@@ -116,6 +116,55 @@ fn c1_a_proxy_does_not_start_without_what_its_node_had() {
 }
 
 #[test]
+fn c1_a_proxy_takes_no_pod_of_a_node_that_comes_back_in_another_cluster() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let leaves = |halves: &mut Halves| {
+        // Where pods are captured a node does not start in another cluster.
+        halves.world.manifests.remove_pod("demo", "client");
+        halves.node.logs(&["pod left the mesh"]);
+        assert!(halves.node.terminate().success());
+    };
+    let comes = |halves: &mut Halves| {
+        halves.node.restart();
+        let object = halves.nodes.0.object(&halves.client);
+        halves.world.manifests.pod(&object);
+        halves.node.up(&["client"]);
+    };
+    leaves(&mut halves);
+    let own = halves.node.setup().arguments.clone();
+    let other = ["--cluster-id".into(), "other".into()];
+    halves.node.setup().arguments.extend(other);
+    comes(&mut halves);
+    let why = format!(
+        "node one (pid {}) was started with --cluster-id other, and its proxy (pid {}) with \
+         --cluster-id Kubernetes",
+        halves.node.pid(),
+        halves.proxy.pid()
+    );
+    halves
+        .proxy
+        .logs(&[&why, &format!("pid={}", halves.node.pid())]);
+    halves
+        .node
+        .logs(&[&why, &format!("pid={}", halves.proxy.pid())]);
+    let status = halves.node.status().unwrap_or_default();
+    let problems = status["problems"].to_string();
+    assert!(problems.contains(&why), "{problems}");
+    let ready = halves.proxy.get("/healthz/ready");
+    assert!(ready.contains("pending: node"), "{ready}");
+    let mut waits = halves.client.talk(halves.server.at(PORT));
+    waits.say("x");
+    assert_eq!(waits.line_within(Duration::from_secs(2)), None);
+    leaves(&mut halves);
+    halves.node.setup().arguments = own;
+    comes(&mut halves);
+    halves.serves();
+    asks(&halves, "again");
+    assert!(halves.proxy.get("/healthz/ready").contains(" 200 "));
+}
+
+#[test]
 fn c1_a_proxy_whose_root_is_not_that_of_its_node_ends() {
     let world = World::new();
     let node = world.node("one");

@@ -16,6 +16,7 @@ use crate::observe::log::Level;
 use crate::observe::metrics::Metrics;
 use crate::observe::status::{PodStatus, StatusReport};
 use crate::proxy::identity::Certs;
+use crate::seam::borrow::Lent;
 
 /// What there is to tell of. A half that knows nothing of something says nothing of it.
 #[derive(Clone)]
@@ -43,8 +44,8 @@ pub(super) struct ProxyState {
     pub(super) mesh: MeshReader,
     pub(super) certs: Certs,
     pub(super) root_end: RootEnd,
-    /// Whether the node has lent all its pods, if it is another process.
-    pub(super) lent: Option<watch::Receiver<bool>>,
+    /// What the node has lent, if it is another process.
+    pub(super) lent: Option<watch::Receiver<Lent>>,
     /// Cancelled when this process accepts nothing any more, if others do.
     pub(super) leaving: Option<CancellationToken>,
 }
@@ -89,7 +90,8 @@ impl AdminState {
             if leaving.is_some_and(CancellationToken::is_cancelled) {
                 return Err("end".into());
             }
-            if proxy.lent.as_ref().is_some_and(|lent| !*lent.borrow()) {
+            let lent = proxy.lent.as_ref();
+            if lent.is_some_and(|lent| *lent.borrow() != Lent::All) {
                 return Err("node".into());
             }
         }
@@ -134,6 +136,10 @@ impl AdminState {
         }
         if let Some(proxy) = &self.proxy_half {
             report.problems.extend(proxy.root_end.problem());
+            let lent = proxy.lent.as_ref().map(|lent| lent.borrow().clone());
+            if let Some(Lent::Refused(why)) = lent {
+                report.problems.push(why);
+            }
         }
         report
     }

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::AgentError;
 use super::config_source::ConfigSource;
+use super::peer_node::shared_settings;
 use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::configuration::{Configuration, Configured, LocalPods, Source};
@@ -22,7 +23,7 @@ use crate::node::machine::Scanner;
 use crate::node::pods::{self, Channels, PodController, StatusSnapshot};
 use crate::node::recording::RecordWriter;
 use crate::observe::metrics::ReadCounters;
-use crate::seam::PodEvent;
+use crate::seam::{PodEvent, SharedSettings};
 use crate::sys::bpffs::{self, Mounted};
 use crate::sys::cgroup;
 use crate::sys::netns::Netns;
@@ -46,6 +47,8 @@ pub(super) struct Node {
     /// Has capture rest.
     pub(super) rest: CancellationToken,
     pub(super) scanner: Scanner,
+    /// What proxies must have too.
+    pub(super) settings: SharedSettings,
 }
 
 /// What says which pods capture is to take, and follows what is configured.
@@ -171,6 +174,7 @@ impl Prepared {
         self.mark.state = canonical(&options.state);
         let root = state.map(|state| state.root().to_owned());
         self.mark.root = root.or_else(|| self.known_root());
+        let settings = shared_settings(options, self.mark.root.as_deref());
         self.folder.write_mark(&self.mark)?;
         self.mounted.keep();
         let (events, told) = mpsc::channel(64);
@@ -185,6 +189,7 @@ impl Prepared {
             events: told,
             rest,
             scanner: self.scanner,
+            settings,
         })
     }
 }

@@ -1,5 +1,6 @@
 //! The node process, as a proxy process finds it in the run folder: the places and the state of the node.
-//! A proxy with other ones would dial pods of the mesh in clear.
+//! A proxy with other ones would dial pods of the mesh in clear. So it does not start with them; a node that is
+//! started with others later says so when the proxy connects to it (`seam::borrow`).
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use crate::control::state::SharedState;
 use crate::node::capture::CaptureError;
 use crate::node::capture::node_folder::{self, Mark};
 use crate::node::capture::uninstall::canonical;
-use crate::seam::ServingLock;
+use crate::seam::{ServingLock, SharedSettings};
 use crate::sys::made::CreatedPaths;
 
 /// How often a proxy checks whether the node has started.
@@ -24,6 +25,16 @@ pub(super) fn exclude_proxies(options: &RunOptions) -> Result<ServingLock, Agent
     let path = options.places.proxy_lock(&options.node);
     let lock = ServingLock::exclude(&path).map_err(CaptureError::file(&path))?;
     Ok(lock.ok_or(CaptureError::Serves(path))?)
+}
+
+/// The settings that both halves must share, of a process with these options and this root.
+pub(super) fn shared_settings(options: &RunOptions, root: Option<&str>) -> SharedSettings {
+    SharedSettings {
+        state: Some(canonical(&options.state)),
+        cluster_id: Some(options.cluster_id.clone()),
+        trust_domain: Some(options.trust_domain.clone()),
+        root: root.map(str::to_owned),
+    }
 }
 
 /// A node that a proxy serves. It cannot be uninstalled while this lives.
@@ -93,8 +104,14 @@ impl PeerNode {
         let options = &self.options;
         let mark = node_folder::read_mark(&options.places.run_dir, &options.node)?;
         if let Some(mark) = &mark {
-            // What it leads to may be mounted meanwhile.
-            mark.refuse_proxy(&canonical(&options.state), &options.cluster_id)?;
+            let own = shared_settings(options, None);
+            if let Some(differ) = own.difference(&mark.shared_settings()) {
+                return Err(CaptureError::OtherPlace(format!(
+                    "node {} was started with {}, and this proxy with {}: start its proxy so, or the node anew",
+                    options.node, differ.node, differ.proxy
+                ))
+                .into());
+            }
         }
         Ok(mark)
     }

@@ -27,7 +27,7 @@ use super::packets::{Channel, Packet};
 use super::wire::{
     self, Ack, Add, Empty, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, VERSION,
 };
-use super::{Instance, Lease, Listeners, PodEvent, Stamp};
+use super::{Instance, Lease, Listeners, PodEvent, SharedSettings, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
 
@@ -38,15 +38,28 @@ const LONGEST_RETRY: Duration = Duration::from_secs(1);
 /// How long replaced listeners are served as before, so that handshakes in progress can finish.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// What the node has lent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Lent {
+    /// Not all of its pods yet.
+    #[default]
+    NotAll,
+    /// All of its pods.
+    All,
+    /// Nothing, for this reason: the node and this proxy cannot work together.
+    Refused(String),
+}
+
 /// What is borrowed.
 pub struct Borrower {
     path: PathBuf,
+    /// This proxy's own settings, as they are now: what a path leads to may be mounted later.
+    settings: Box<dyn Fn() -> SharedSettings>,
     events: mpsc::Sender<PodEvent>,
     /// Says that nothing new is accepted any more.
     leaving: CancellationToken,
     held: BTreeMap<Instance, Held>,
-    /// Whether a node has lent all its pods.
-    lent: watch::Sender<bool>,
+    lent: watch::Sender<Lent>,
     later: FuturesUnordered<LocalBoxFuture<'static, Later>>,
     /// The number of drains that were begun.
     drains: u64,
@@ -92,11 +105,17 @@ struct Conversation {
 }
 
 impl Borrower {
-    /// From the node that listens there; `events` hears of its pods. `leaving`: nothing new is accepted any
-    /// more.
-    pub fn new(path: PathBuf, events: mpsc::Sender<PodEvent>, leaving: CancellationToken) -> Self {
+    /// From the node that listens there and has the same `settings`; `events` hears of its pods. `leaving`: nothing
+    /// new is accepted any more.
+    pub fn new(
+        path: PathBuf,
+        settings: Box<dyn Fn() -> SharedSettings>,
+        events: mpsc::Sender<PodEvent>,
+        leaving: CancellationToken,
+    ) -> Self {
         Self {
             path,
+            settings,
             events,
             leaving,
             held: BTreeMap::new(),
@@ -106,14 +125,15 @@ impl Borrower {
         }
     }
 
-    /// Returns whether a node has lent all its pods since the start.
-    pub fn lent(&self) -> watch::Receiver<bool> {
+    /// Returns what the node has lent. Where it is gone, that is what it had lent.
+    pub fn lent(&self) -> watch::Receiver<Lent> {
         self.lent.subscribe()
     }
 
     /// Serves what the node lends, and comes again when it is gone. Returns when nobody hears of it any more.
     pub async fn run(mut self) {
-        let (mut wait, mut told) = (FIRST_RETRY, false);
+        let (mut wait, mut told) = (FIRST_RETRY, None::<String>);
+        let path = self.path.display().to_string();
         while !self.events.is_closed() {
             match Channel::connect(&self.path) {
                 Ok(channel) => {
@@ -123,17 +143,40 @@ impl Borrower {
                     let error = end.err().map(|error| error.to_string());
                     if conversation.stamp.is_some() {
                         tracing::warn!(pid, error, "the node is gone; what runs goes on");
-                        (wait, told) = (FIRST_RETRY, false);
-                    } else if !told {
-                        tracing::warn!(path = %self.path.display(), pid, error, "the node does not let this proxy in; it is tried again");
-                        told = true;
+                        (wait, told) = (FIRST_RETRY, None);
+                    } else {
+                        if let Some(error) = &error {
+                            self.lent.send_replace(Lent::Refused(error.clone()));
+                        }
+                        let error = error.unwrap_or_default();
+                        if told.as_ref() != Some(&error) {
+                            tracing::warn!(
+                                path,
+                                pid,
+                                error,
+                                "nothing is borrowed of the node; it is tried again"
+                            );
+                        }
+                        told = Some(error);
                     }
                 }
                 Err(error) => {
-                    if !told {
-                        tracing::warn!(path = %self.path.display(), %error, "the node cannot be reached; it is tried again");
+                    self.lent.send_if_modified(|lent| {
+                        let refused = matches!(lent, Lent::Refused(_));
+                        if refused {
+                            *lent = Lent::NotAll;
+                        }
+                        refused
+                    });
+                    let error = error.to_string();
+                    if told.as_ref() != Some(&error) {
+                        tracing::warn!(
+                            path,
+                            error,
+                            "the node cannot be reached; it is tried again"
+                        );
                     }
-                    told = true;
+                    told = Some(error);
                 }
             }
             tokio::select! {
@@ -198,10 +241,22 @@ impl Borrower {
                     );
                     return Err(io::Error::new(io::ErrorKind::Unsupported, what));
                 }
+                let node = welcome.node.clone();
+                let theirs = SharedSettings::said(welcome);
+                if let Some(differ) = (self.settings)().difference(&theirs) {
+                    self.retire();
+                    let what = format!(
+                        "node {node} (pid {pid}) was started with {}, and its proxy (pid {}) with {}: start one of them anew",
+                        differ.node,
+                        std::process::id(),
+                        differ.proxy
+                    );
+                    return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+                }
                 let mut lent = descriptors.into_iter();
                 let stamp = lent.next().map(Stamp::of).transpose()?;
                 conversation.stamp = Some(Arc::new(stamp.unwrap_or_default()));
-                tracing::info!(pid, node = welcome.node, "serves the pods of the node");
+                tracing::info!(pid, node, "serves the pods of the node");
             }
             NodeMessage::Add(add) => {
                 let stamp = conversation.stamp.clone();
@@ -215,7 +270,7 @@ impl Borrower {
                 let named = conversation.named.take();
                 let named = named.ok_or_else(|| wrong("its snapshot twice"))?;
                 self.give_back(|held| !named.contains(&held.netns)).await;
-                self.lent.send_replace(true);
+                self.lent.send_replace(Lent::All);
                 tracing::info!(pid, pods = named.len(), "all pods of the node are lent");
             }
             NodeMessage::Addresses(of) => {
@@ -278,15 +333,27 @@ impl Borrower {
         };
         self.held.insert(instance, held);
         if let Some(before) = before {
-            if let Some(held) = self.held.get_mut(&before) {
-                held.replaced = true;
-            }
-            self.later.push(Box::pin(async move {
-                sleep(LINGER).await;
-                Later::Lingered(before)
-            }));
+            self.replace(before);
         }
         Ack::default()
+    }
+
+    /// Has the connections of an enrolment end by themselves, and then gives it back.
+    fn replace(&mut self, before: Instance) {
+        if let Some(held) = self.held.get_mut(&before) {
+            held.replaced = true;
+        }
+        self.later.push(Box::pin(async move {
+            sleep(LINGER).await;
+            Later::Lingered(before)
+        }));
+    }
+
+    /// Has nothing new begin that an earlier node process has lent: the one that runs now is to say who a pod is.
+    fn retire(&mut self) {
+        for instance in self.instances(|held| !held.replaced) {
+            self.replace(instance);
+        }
     }
 
     /// Returns the enrolment in a network namespace that no other one has replaced.

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use super::wire::{
     self, Add, Addresses, Empty, NodeMessage, PodRef, VERSION, Welcome, WorkloadInfo,
 };
-use super::{Instance, Lease, PodEvent, Stamp};
+use super::{Instance, Lease, PodEvent, SharedSettings, Stamp};
 use crate::drain::CompletionGuard;
 
 /// A connected proxy.
@@ -36,7 +36,7 @@ pub(super) struct Order<'a> {
 /// What is lent, and to whom. Pods are keyed by the cookies of their network namespaces: each has one pod.
 #[derive(Debug)]
 pub(super) struct Ledger {
-    node: String,
+    welcome: Welcome,
     stamp: Arc<Stamp>,
     leased: BTreeMap<u64, Leased>,
     proxies: BTreeMap<ProxyId, Proxy>,
@@ -86,9 +86,14 @@ struct LastTold {
 
 impl Ledger {
     /// Lends nothing yet.
-    pub(super) fn new(node: &str, stamp: Arc<Stamp>) -> Self {
-        Self {
+    pub(super) fn new(node: &str, settings: &SharedSettings, stamp: Arc<Stamp>) -> Self {
+        let welcome = Welcome {
+            lease: VERSION,
             node: node.to_owned(),
+            ..Welcome::default()
+        };
+        Self {
+            welcome: settings.say(welcome),
             stamp,
             leased: BTreeMap::new(),
             proxies: BTreeMap::new(),
@@ -165,10 +170,9 @@ impl Ledger {
         let proxy = self.proxies.get_mut(&id)?;
         if !proxy.welcomed {
             proxy.welcomed = true;
-            let (lease, node) = (VERSION, self.node.clone());
             return Some(Order {
                 lent: self.stamp.descriptor().into_iter().collect(),
-                ..Order::of(NodeMessage::Welcome(Welcome { lease, node }))
+                ..Order::of(NodeMessage::Welcome(self.welcome.clone()))
             });
         }
         if let Some((netns, (uid, done))) = proxy.give_back.pop_first() {
@@ -362,6 +366,10 @@ mod tests {
     use super::super::tests::lease;
     use super::*;
 
+    fn ledger() -> Ledger {
+        Ledger::new("one", &SharedSettings::default(), Arc::default())
+    }
+
     fn drain(ledger: &mut Ledger, instance: Instance) -> oneshot::Receiver<()> {
         let (told, idle) = oneshot::channel();
         ledger.apply(PodEvent::Drain(instance, told));
@@ -387,7 +395,7 @@ mod tests {
 
     #[test]
     fn what_waits_for_a_slow_proxy_does_not_grow_with_what_happens() {
-        let mut ledger = Ledger::new("one", Arc::default());
+        let mut ledger = ledger();
         let (own, id) = (lease(), ledger.meet());
         let instance = own.instance;
         ledger.apply(PodEvent::Up(own));
@@ -405,7 +413,7 @@ mod tests {
 
     #[test]
     fn what_is_given_back_waits_for_no_other_pod() {
-        let mut ledger = Ledger::new("one", Arc::default());
+        let mut ledger = ledger();
         let (own, id) = (lease(), ledger.meet());
         let (instance, netns) = (own.instance, own.cookie);
         ledger.apply(PodEvent::Up(own));
@@ -424,7 +432,7 @@ mod tests {
 
     #[test]
     fn an_answer_to_what_was_asked_before_is_none_to_what_is_asked_now() {
-        let mut ledger = Ledger::new("one", Arc::default());
+        let mut ledger = ledger();
         let (own, id) = (lease(), ledger.meet());
         let (instance, netns) = (own.instance, own.cookie);
         ledger.apply(PodEvent::Up(own));
@@ -441,7 +449,7 @@ mod tests {
 
     #[test]
     fn who_has_been_lent_all_is_asked_for_what_it_has_alone() {
-        let mut ledger = Ledger::new("one", Arc::default());
+        let mut ledger = ledger();
         let (own, early) = (lease(), ledger.meet());
         let netns = own.cookie;
         ledger.apply(PodEvent::Snapshot);

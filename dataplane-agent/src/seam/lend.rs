@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::ledger::{Ledger, ProxyId};
 use super::packets::{Channel, Packet, SeamListener};
 use super::wire::{Hello, NodeMessage, ProxyMessage, Request, Response, VERSION, Welcome};
-use super::{PodEvent, Stamp};
+use super::{PodEvent, SharedSettings, Stamp};
 use crate::drain::CompletionGuard;
 
 /// How long a proxy may take to say hello; and to answer, before it no longer counts as serving.
@@ -30,6 +30,8 @@ pub struct Lender {
     changed: watch::Sender<()>,
     /// The number of proxies that serve.
     serving: watch::Sender<usize>,
+    /// The last proxy that was let go for an error, and the error.
+    let_go: RefCell<Option<(i32, String)>>,
 }
 
 /// A request that a proxy has not answered.
@@ -44,12 +46,17 @@ struct Unanswered {
 
 impl Lender {
     /// Lends nothing yet. The receiver has the number of proxies that serve.
-    pub fn new(node: &str, stamp: Arc<Stamp>) -> (Self, watch::Receiver<usize>) {
+    pub fn new(
+        node: &str,
+        settings: &SharedSettings,
+        stamp: Arc<Stamp>,
+    ) -> (Self, watch::Receiver<usize>) {
         let (serving, told) = watch::channel(0);
         let new = Self {
-            ledger: RefCell::new(Ledger::new(node, stamp)),
+            ledger: RefCell::new(Ledger::new(node, settings, stamp)),
             changed: watch::Sender::new(()),
             serving,
+            let_go: RefCell::default(),
         };
         (new, told)
     }
@@ -86,7 +93,13 @@ impl Lender {
         let pid = channel.pid();
         match self.talk(&channel).await {
             Ok(()) => tracing::info!(pid, "a proxy has gone"),
-            Err(error) => tracing::warn!(pid, %error, "a proxy is let go; it may come again"),
+            Err(error) => {
+                // One that is not let in comes again each second.
+                let last = (pid, error.to_string());
+                if self.let_go.replace(Some(last.clone())) != Some(last) {
+                    tracing::warn!(pid, %error, "a proxy is let go; it may come again");
+                }
+            }
         }
     }
 
@@ -95,7 +108,6 @@ impl Lender {
         if !is_welcome(channel).await? {
             return Ok(());
         }
-        tracing::info!(pid = channel.pid(), "a proxy serves");
         let id = self.ledger.borrow_mut().meet();
         let end = self.tell_and_hear(channel, id).await;
         self.ledger.borrow_mut().forget(id);
@@ -109,6 +121,7 @@ impl Lender {
         let pid = channel.pid();
         let mut changed = self.changed.subscribe();
         let mut unanswered: Option<Unanswered> = None;
+        let mut serves = false;
         loop {
             changed.borrow_and_update();
             if unanswered.is_none() {
@@ -125,7 +138,12 @@ impl Lender {
                                 return Err(io::Error::other("it answers what was not asked"));
                             };
                             match order.pod {
-                                _ if ack.error.is_empty() => {}
+                                _ if ack.error.is_empty() => {
+                                    // The first that it answers is its welcome.
+                                    if !std::mem::replace(&mut serves, true) {
+                                        tracing::info!(pid, "a proxy serves");
+                                    }
+                                }
                                 Some(pod) => {
                                     let reason = ack.error;
                                     tracing::warn!(pid, pod, reason, "a proxy cannot serve a pod");
@@ -201,7 +219,7 @@ async fn is_welcome(channel: &Channel) -> io::Result<bool> {
     // It learns why it is not let in.
     let said = Some(NodeMessage::Welcome(Welcome {
         lease: VERSION,
-        node: String::new(),
+        ..Welcome::default()
     }));
     channel.send(&Request { said }.encode_to_vec(), &[])?;
     let what = format!(

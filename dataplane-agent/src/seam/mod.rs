@@ -8,6 +8,7 @@ mod ledger;
 pub mod lend;
 mod packets;
 mod serving;
+mod settings;
 mod stamp;
 #[cfg(test)]
 mod tests;
@@ -25,6 +26,7 @@ use tokio::sync::oneshot;
 pub use self::leases::Leases;
 pub use self::packets::SeamListener;
 pub use self::serving::ServingLock;
+pub use self::settings::SharedSettings;
 pub use self::stamp::Stamp;
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;

@@ -19,8 +19,9 @@ use crate::sys::async_fd;
 use crate::sys::bound::BoundPath;
 use crate::sys::peer::Peer;
 
-/// The longest packet, in bytes: a pod with the longest names and as many addresses as are known takes half.
-const LONGEST: usize = 4096;
+/// The longest packet, in bytes: the longest path of a state takes half, and a pod with the longest names and as many
+/// addresses as are known a quarter.
+const LONGEST: usize = 8192;
 /// The most descriptors of one packet.
 const MAX_DESCRIPTORS: usize = 8;
 /// The number of connections that may wait to be accepted.

@@ -12,13 +12,13 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::borrow::Borrower;
+use super::borrow::{Borrower, Lent};
 use super::lend::Lender;
 use super::packets::{Channel, SeamListener};
 use super::wire::{
     Ack, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, VERSION, Welcome,
 };
-use super::{Instance, Lease, Listeners, PodEvent, Stamp};
+use super::{Instance, Lease, Listeners, PodEvent, SharedSettings, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
 
@@ -48,6 +48,13 @@ fn lease_in(netns: u64) -> Box<Lease> {
     })
 }
 
+fn of_cluster(name: &str) -> SharedSettings {
+    SharedSettings {
+        cluster_id: Some(name.into()),
+        ..SharedSettings::default()
+    }
+}
+
 /// A node, in a task that ends with it.
 struct Node {
     events: mpsc::Sender<PodEvent>,
@@ -59,6 +66,7 @@ struct Node {
 struct Proxy {
     events: mpsc::Receiver<PodEvent>,
     leaving: CancellationToken,
+    lent: tokio::sync::watch::Receiver<Lent>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -75,11 +83,15 @@ impl Drop for Proxy {
 }
 
 impl Node {
-    #[expect(clippy::disallowed_methods, reason = "a test stands for its process")]
     fn at(path: &Path) -> Self {
+        Self::with(path, &of_cluster("own"))
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "a test stands for its process")]
+    fn with(path: &Path, settings: &SharedSettings) -> Self {
         let entry = SeamListener::open(path).expect("a socket");
         let (events, inbox) = mpsc::channel(8);
-        let (lender, serving) = Lender::new("one", Arc::<Stamp>::default());
+        let (lender, serving) = Lender::new("one", settings, Arc::<Stamp>::default());
         let task = tokio::task::spawn_local(lender.run(entry, inbox));
         Self {
             events,
@@ -109,11 +121,14 @@ impl Proxy {
     fn of(path: &Path) -> Self {
         let (events, inbox) = mpsc::channel(8);
         let leaving = CancellationToken::new();
-        let borrower = Borrower::new(path.to_owned(), events, leaving.clone());
+        let settings = Box::new(|| of_cluster("own"));
+        let borrower = Borrower::new(path.to_owned(), settings, events, leaving.clone());
+        let lent = borrower.lent();
         let task = tokio::task::spawn_local(borrower.run());
         Self {
             events: inbox,
             leaving,
+            lent,
             task,
         }
     }
@@ -136,6 +151,11 @@ impl Proxy {
             PodEvent::Down(of, told) if of == instance => told.send(()).expect("somebody waits"),
             event => panic!("{event:?}"),
         }
+    }
+
+    async fn lent(&mut self, what: fn(&Lent) -> bool) -> Lent {
+        let lent = self.lent.wait_for(what);
+        soon(lent).await.expect("the proxy runs").clone()
     }
 
     async fn is_lent(&mut self) -> Box<Lease> {
@@ -452,15 +472,52 @@ async fn who_speaks_another_version_is_not_let_in() {
                 .expect("there is room");
             let said = soon(channel.receive()).await.expect("an answer");
             let said = Request::decode(&*said.expect("an answer").bytes).expect("a request");
-            let node = String::new();
             let welcome = Welcome {
                 lease: VERSION,
-                node,
+                ..Welcome::default()
             };
             assert_eq!(said.said, Some(NodeMessage::Welcome(welcome)));
             let said = soon(channel.receive()).await.expect("an end");
             assert!(said.is_none(), "{said:?}");
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_proxy_takes_nothing_of_a_node_that_comes_back_with_other_settings() {
+    with_a_path(async |path| {
+        let (first, mut proxy) = (Node::at(&path), Proxy::of(&path));
+        let own = lease();
+        let (before, netns) = (own.instance, own.cookie);
+        first.say(PodEvent::Up(own)).await;
+        first.say(PodEvent::Snapshot).await;
+        proxy.is_lent().await;
+        proxy.lent(|lent| *lent == Lent::All).await;
+        drop(first);
+        let second = Node::with(&path, &of_cluster("other"));
+        second.say(PodEvent::Up(lease_in(netns))).await;
+        second.say(PodEvent::Snapshot).await;
+        let refused = proxy.lent(|lent| matches!(lent, Lent::Refused(_))).await;
+        let own = std::process::id();
+        let why = format!(
+            "node one (pid {own}) was started with --cluster-id other, and its proxy (pid {own}) with \
+             --cluster-id own: start one of them anew"
+        );
+        assert_eq!(refused, Lent::Refused(why));
+        assert_eq!(*second.serving.borrow(), 0);
+        // What runs goes on without anything new, and is given back when it has ended.
+        let running = proxy.drains(before).await;
+        let early = timeout(Duration::from_millis(100), proxy.events.recv()).await;
+        assert!(early.is_err(), "{early:?}");
+        running.send(()).expect("somebody waits");
+        proxy.gives_back(before).await;
+        drop(second);
+        let third = Node::at(&path);
+        third.say(PodEvent::Up(lease_in(netns))).await;
+        third.say(PodEvent::Snapshot).await;
+        proxy.is_lent().await;
+        proxy.lent(|lent| *lent == Lent::All).await;
     })
     .await;
 }
@@ -478,7 +535,8 @@ async fn a_proxy_that_is_not_let_in_comes_again_less_and_less_often() {
             }
         };
         let (events, _told) = mpsc::channel(1);
-        let borrower = Borrower::new(path.clone(), events, CancellationToken::new());
+        let settings = Box::new(SharedSettings::default);
+        let borrower = Borrower::new(path.clone(), settings, events, CancellationToken::new());
         tokio::select! {
             () = borrower.run() => panic!("it comes again"),
             () = refuses => {}

@@ -60,7 +60,7 @@ pub enum NodeMessage {
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Empty {}
 
-/// The node's name and version.
+/// The node's name and version, and the settings that a proxy must share; see [`SharedSettings`](super::SharedSettings).
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Welcome {
     /// The version of our additions that the node speaks.
@@ -69,6 +69,18 @@ pub struct Welcome {
     /// The node's name.
     #[prost(string, tag = "2")]
     pub node: String,
+    /// The path of its state folder. This and what follows is absent in the words of older nodes.
+    #[prost(bytes = "vec", optional, tag = "3")]
+    pub state: Option<Vec<u8>>,
+    /// The cluster of its pods.
+    #[prost(string, optional, tag = "4")]
+    pub cluster_id: Option<String>,
+    /// The trust domain of their identities.
+    #[prost(string, optional, tag = "5")]
+    pub trust_domain: Option<String>,
+    /// The SHA-256 fingerprint of the state's root.
+    #[prost(string, optional, tag = "6")]
+    pub root: Option<String>,
 }
 
 /// A pod.

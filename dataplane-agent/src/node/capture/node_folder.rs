@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::undo::{UndoRecord, UndoRecords};
 use super::{CaptureError, pins};
 use crate::config::{self, DEFAULT_CLUSTER, NodeName};
+use crate::seam::SharedSettings;
 use crate::sys::made::CreatedPaths;
 use crate::sys::regular_file;
 
@@ -79,23 +80,12 @@ impl Mark {
         (!differ.is_empty()).then_some(told)
     }
 
-    /// Refuses a proxy with another state or cluster than the node: its pods would be other pods, or pods of
-    /// another mesh.
-    ///
-    /// # Errors
-    /// One of the two differs.
-    pub fn refuse_proxy(&self, state: &Path, cluster_id: &str) -> Result<(), CaptureError> {
-        let state = (self.state != state).then(|| format!("--state {}", self.state.display()));
-        let cluster =
-            (self.cluster_id != cluster_id).then(|| format!("--cluster-id {}", self.cluster_id));
-        let others: Vec<String> = state.into_iter().chain(cluster).collect();
-        match others.is_empty() {
-            true => Ok(()),
-            false => Err(CaptureError::OtherPlace(format!(
-                "node {} was started with {}: start its proxy so, or the node anew",
-                self.node,
-                others.join(" and "),
-            ))),
+    /// Returns the settings that a proxy of the node must share, as far as they are known without its state.
+    pub fn shared_settings(&self) -> SharedSettings {
+        SharedSettings {
+            state: Some(self.state.clone()),
+            cluster_id: Some(self.cluster_id.clone()),
+            ..SharedSettings::default()
         }
     }
 
