@@ -6,7 +6,7 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dataplane_tests::halves::PORT;
 use dataplane_tests::one::tree;
@@ -231,6 +231,38 @@ fn of_two_proxies_the_second_has_the_admin_socket_when_the_first_has_ended() {
     second.logs(&["has the admin socket now"]);
     let ready = second.get("/healthz/ready");
     assert!(ready.contains(" 200 "), "{ready}");
+}
+
+#[test]
+fn the_next_proxy_has_the_admin_socket_at_once_while_the_first_drains() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    halves.proxy.terminate();
+    let drain = halves.proxy.setup().arguments.last_mut();
+    *drain.expect("a time to drain") = "300s".into();
+    halves.proxy.restart();
+    halves.serves();
+    let mut live = halves.live();
+    let mut second = halves.another("proxy-2");
+    second.logs(&["all pods of the node are lent"]);
+    second.logs(&["another process has the admin socket"]);
+    let begun = Instant::now();
+    halves.proxy.ask_to_end();
+    second.logs(&["has the admin socket now"]);
+    assert!(begun.elapsed() < scaled(Duration::from_secs(2)));
+    let ready = second.get("/healthz/ready");
+    assert!(ready.contains(" 200 "), "{ready}");
+    assert!(second.tunnelled() >= 2);
+    // Where nobody else wants it, the one that drains answers.
+    halves
+        .proxy
+        .logs(&["another process has taken the admin socket over"]);
+    second.kill();
+    halves.proxy.logs(&["has the admin socket now"]);
+    let ready = halves.proxy.get("/healthz/ready");
+    assert!(ready.contains("pending: end"), "{ready}");
+    halves.carries(&mut live, "after");
+    halves.proxy.kill();
 }
 
 #[test]

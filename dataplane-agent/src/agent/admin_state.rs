@@ -10,7 +10,7 @@ use crate::control::configuration::Configured;
 use crate::mesh::MeshReader;
 use crate::node::capture::reconciler::CaptureHandle;
 use crate::node::pods::{PodView, State, StatusSnapshot};
-use crate::observe::admin::Sources;
+use crate::observe::admin::{self, Sources};
 use crate::observe::dump;
 use crate::observe::log::Level;
 use crate::observe::metrics::Metrics;
@@ -82,14 +82,17 @@ impl AdminState {
     /// What is waited for: the first look at the machine, the state that nodes share, who serves, the node,
     /// an enrolment, a capture that is broken, or the end of a proxy that drains.
     fn ready(&self) -> Result<(), String> {
+        let leaving = self
+            .proxy_half
+            .as_ref()
+            .and_then(|proxy| proxy.leaving.as_ref());
+        if leaving.is_some_and(CancellationToken::is_cancelled) {
+            return Err(admin::END.into());
+        }
         if self.configured.borrow().away {
             return Err("state".into());
         }
         if let Some(proxy) = &self.proxy_half {
-            let leaving = proxy.leaving.as_ref();
-            if leaving.is_some_and(CancellationToken::is_cancelled) {
-                return Err("end".into());
-            }
             let lent = proxy.lent.as_ref();
             if lent.is_some_and(|lent| *lent.borrow() != Lent::All) {
                 return Err("node".into());

@@ -1,8 +1,12 @@
 //! The admin socket: HTTP over a Unix socket of mode 0600.
+//!
+//! Of several processes one has it. One that is about to end keeps it until another one wants it: that one asks
+//! whether its owner is ready.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Query, State};
@@ -10,13 +14,21 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use super::log::Level;
 use super::metrics::Metrics;
 use super::status::StatusReport;
-use crate::sys::bound::{self, BoundPath};
+use crate::sys::bound::BoundPath;
+
+/// What a process waits for that serves nothing new: its end. See [`Sources::ready`].
+pub const END: &str = "end";
+/// How often a process without the socket checks whether it can have it; tests do not wait so long.
+const RETRY: Duration = Duration::from_millis(if cfg!(test) { 30 } else { 500 });
+/// How long the owner of the socket may take to say whether it is ready.
+const ASK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The values that the socket serves, and the settings that it changes.
 #[derive(Clone)]
@@ -35,6 +47,21 @@ pub struct Sources {
     pub metrics: Arc<Metrics>,
 }
 
+impl Sources {
+    /// Whether this process serves nothing new.
+    fn leaves(&self) -> bool {
+        (self.ready)().is_err_and(|pending| pending == END)
+    }
+}
+
+/// The process that accepts connections at a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    Nobody,
+    Leaving,
+    Staying,
+}
+
 /// The admin socket, and where it is.
 pub struct Socket {
     path: PathBuf,
@@ -43,15 +70,15 @@ pub struct Socket {
 }
 
 impl Socket {
-    /// Opens it, in place of one that a predecessor left. While another process accepts connections there,
-    /// that one keeps it.
+    /// Opens it, in place of one that a predecessor left, or of one whose process is about to end. While another
+    /// process accepts connections there, that one keeps it.
     ///
     /// # Errors
     /// It cannot be made.
     pub async fn open(path: &Path) -> io::Result<Self> {
-        let open = match answers(path).await {
-            true => None,
-            false => bind(path)?,
+        let open = match owner(path).await {
+            Owner::Staying => None,
+            Owner::Nobody | Owner::Leaving => bind(path)?,
         };
         if open.is_none() {
             tracing::info!(path = %path.display(), "another process has the admin socket, until it ends");
@@ -63,16 +90,27 @@ impl Socket {
     }
 }
 
-/// Opens the socket as soon as its path is free. `bound` is the path of the socket that is open now, if one is.
-async fn again(path: &Path, bound: Option<&BoundPath>) -> Socket {
+/// Opens the socket as soon as its path is free. `bound` is the path of the socket that is open now, if one is: it is
+/// given up if another process has the path. `leaves`: whether this process is about to end; then it takes the path
+/// from nobody.
+async fn again(path: &Path, bound: Option<&BoundPath>, leaves: impl Fn() -> bool) -> Socket {
     let mut told = false;
     loop {
         match bound {
             Some(bound) => bound.removed().await,
-            None => sleep(bound::POLL).await,
+            None => sleep(RETRY).await,
         }
-        if answers(path).await {
-            continue;
+        match owner(path).await {
+            Owner::Nobody => {}
+            Owner::Leaving if !leaves() => {}
+            Owner::Leaving | Owner::Staying if bound.is_none() => continue,
+            Owner::Leaving | Owner::Staying => {
+                tracing::info!(path = %path.display(), "another process has taken the admin socket over");
+                return Socket {
+                    path: path.to_owned(),
+                    open: None,
+                };
+            }
         }
         match bind(path) {
             Ok(Some(open)) => {
@@ -104,12 +142,30 @@ fn bind(path: &Path) -> io::Result<Option<(UnixListener, BoundPath)>> {
     }
 }
 
-/// Returns whether a process listens there, also one whose queue is full.
-async fn answers(path: &Path) -> bool {
-    match UnixStream::connect(path).await {
-        Ok(_) => true,
-        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+/// Returns who has the path. One that does not answer in time stays.
+async fn owner(path: &Path) -> Owner {
+    let stream = match UnixStream::connect(path).await {
+        Ok(stream) => stream,
+        // Its queue is full.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Owner::Staying,
+        Err(_) => return Owner::Nobody,
+    };
+    match timeout(ASK_TIMEOUT, ask_ready(stream)).await {
+        Ok(Ok(answer)) if answer.ends_with(&not_ready(END)) => Owner::Leaving,
+        _ => Owner::Staying,
     }
+}
+
+async fn ask_ready(mut stream: UnixStream) -> io::Result<String> {
+    let request = b"GET /healthz/ready HTTP/1.0\r\nhost: dataplane\r\n\r\n";
+    stream.write_all(request).await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer)
+}
+
+fn not_ready(pending: &str) -> String {
+    format!("not ready, pending: {pending}\n")
 }
 
 /// Serves requests. Runs until it is dropped.
@@ -121,7 +177,7 @@ pub async fn serve(mut socket: Socket, sources: Sources) {
         .route("/stats/prometheus", get(metrics))
         .route("/healthz/ready", get(ready))
         .route("/logging", post(logging))
-        .with_state(sources);
+        .with_state(sources.clone());
     loop {
         let Socket { path, open } = socket;
         let (listener, bound) = open.unzip();
@@ -135,7 +191,7 @@ pub async fn serve(mut socket: Socket, sources: Sources) {
         };
         socket = tokio::select! {
             () = answers => return,
-            again = again(&path, bound.as_ref()) => again,
+            again = again(&path, bound.as_ref(), || sources.leaves()) => again,
         };
     }
 }
@@ -160,10 +216,7 @@ async fn metrics(State(sources): State<Sources>) -> Response {
 async fn ready(State(sources): State<Sources>) -> Response {
     match (sources.ready)() {
         Ok(()) => "ready\n".into_response(),
-        Err(pending) => {
-            let text = format!("not ready, pending: {pending}\n");
-            (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
-        }
+        Err(pending) => (StatusCode::INTERNAL_SERVER_ERROR, not_ready(&pending)).into_response(),
     }
 }
 
@@ -198,6 +251,12 @@ async fn logging(State(sources): State<Sources>, Query(asked): Query<Logging>) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::bound;
+
+    async fn waits(path: &Path, bound: Option<&BoundPath>, leaves: bool) -> bool {
+        let long = bound::POLL * 10 + ASK_TIMEOUT;
+        timeout(long, again(path, bound, || leaves)).await.is_err()
+    }
 
     #[tokio::test]
     async fn a_socket_of_another_process_stays_until_that_ends() {
@@ -208,23 +267,57 @@ mod tests {
         assert!(first.open.is_some());
         let second = open().await;
         assert!(second.open.is_none());
-        let long = bound::POLL * 10;
-        let waits = tokio::time::timeout(long, again(&path, None)).await;
-        assert!(waits.is_err() && answers(&path).await);
+        assert!(waits(&path, None, false).await);
+        assert_eq!(owner(&path).await, Owner::Staying);
         drop(first);
         assert!(!path.exists());
-        let second = again(&path, None).await;
-        assert!(second.open.is_some() && answers(&path).await);
+        let second = again(&path, None, || false).await;
+        assert!(second.open.is_some());
+        assert_eq!(owner(&path).await, Owner::Staying);
         // A third one has replaced it.
         let third = bind(&path).expect("a folder");
         let bound = second.open.as_ref().map(|(_, bound)| bound);
-        let waits = tokio::time::timeout(long, again(&path, bound)).await;
-        assert!(waits.is_err());
+        let given_up = again(&path, bound, || false).await;
+        assert!(given_up.open.is_none());
         drop(second);
-        assert!(answers(&path).await, "it is another's to remove");
+        assert_eq!(
+            owner(&path).await,
+            Owner::Staying,
+            "it is another's to remove"
+        );
         drop(third);
         // A process that was killed has left its socket.
         drop(std::os::unix::net::UnixListener::bind(&path).expect("a socket"));
         assert!(open().await.open.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_process_that_is_about_to_end_has_the_socket_until_another_one_that_is_not_wants_it()
+    {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let first = Socket::open(&path).await.expect("a folder");
+        let (listener, bound) = first.open.expect("it is free");
+        let leaves = async {
+            let router = Router::new().route("/healthz/ready", get(async || not_ready(END)));
+            axum::serve(listener, router).await
+        };
+        let takes = async {
+            assert_eq!(owner(&path).await, Owner::Leaving);
+            assert!(waits(&path, None, true).await, "it is about to end as well");
+            let second = again(&path, None, || false).await;
+            assert!(second.open.is_some());
+            // Nor does the first one take it back.
+            let first = again(&path, Some(&bound), || true).await;
+            assert!(first.open.is_none());
+            drop(bound);
+            assert!(path.exists());
+            drop(second);
+            assert!(again(&path, None, || true).await.open.is_some());
+        };
+        tokio::select! {
+            end = leaves => panic!("{end:?}"),
+            () = takes => {}
+        }
     }
 }
