@@ -89,8 +89,9 @@ enum Command {
     /// Serve a connection that another worker has accepted. It already counts in this worker's load and among the
     /// pod's tasks.
     Handoff(Arc<LocalPod>, Box<Admitted>, (Begun, TaskTrackerToken)),
-    /// Begin no new work for the pod. The guard is dropped when no task of the pod runs on any worker.
-    Drain(Instance, CompletionGuard),
+    /// Begin no new work for the pod. The guard, if there is one, is dropped when no task of the pod runs on any worker,
+    /// and nothing is accepted for it any more.
+    Drain(Instance, Option<CompletionGuard>),
     /// Cancel the pod's drain.
     Revive(Instance),
     /// Abort the pod's tasks. The guard is dropped when they have ended.
@@ -188,7 +189,11 @@ impl Workers {
                     home.pod.set_addresses(addresses);
                 }
             }
-            PodEvent::Drain(instance, told) => self.all(instance, told, Command::Drain),
+            PodEvent::Drain(instance, told) => {
+                self.all(instance, told, |pod, guard| {
+                    Command::Drain(pod, Some(guard))
+                });
+            }
             PodEvent::Revive(instance) => {
                 for handle in &self.handles {
                     handle.send(Command::Revive(instance));
@@ -221,9 +226,10 @@ impl Workers {
     /// `long`.
     pub fn drain(&self, long: Duration) -> impl Future<Output = ()> + use<> {
         for instance in self.homes.keys() {
-            // The answer is ignored: an idle pod can get new tasks while others drain.
-            let (told, _) = oneshot::channel();
-            self.all(*instance, told, Command::Drain);
+            for handle in &self.handles {
+                // Without a guard: an idle pod is accepted for while others drain.
+                handle.send(Command::Drain(*instance, None));
+            }
         }
         let homes = self.homes.values().map(|home| home.tasks.clone());
         let homes: Vec<TaskTracker> = homes.collect();
@@ -314,8 +320,12 @@ struct PodState {
     pod: Arc<LocalPod>,
     /// The tasks of its connections and tunnels.
     group: TaskGroup,
-    /// The tasks that accept for it, if this is its home worker.
+    /// Its listeners, if this is its home worker.
+    listeners: Vec<(ListenerKind, Rc<Listener>)>,
+    /// The tasks that accept for it.
     accept_tasks: TaskGroup,
+    /// Cancelled when they are to end.
+    stop_accepting: CancellationToken,
     /// The task that closes its idle tunnels when their places are wanted.
     close_idle_task: TaskGroup,
 }
@@ -364,11 +374,7 @@ impl Worker {
                     None => drop(admitted),
                 },
                 Command::Drain(instance, guard) => self.drain(instance, guard),
-                Command::Revive(instance) => {
-                    if let Some(state) = self.pods.get(&instance) {
-                        state.group.cancel_drain();
-                    }
-                }
+                Command::Revive(instance) => self.revive(instance),
                 Command::Down(instance, guard) => self.down(instance, guard),
                 Command::StopAccepting(guard) => self.stop_accepting(guard),
                 Command::Stop => break,
@@ -379,10 +385,12 @@ impl Worker {
 
     fn up(&mut self, pod: &Arc<LocalPod>, tasks: &TaskTracker, listeners: Option<Listeners>) {
         let load = self.handles[self.number].load.clone();
-        let state = PodState {
+        let mut state = PodState {
             pod: Arc::clone(pod),
             group: TaskGroup::new(Some(load)).counted_in(tasks),
+            listeners: Vec::new(),
             accept_tasks: TaskGroup::new(None),
+            stop_accepting: self.stop_accepting.child_token(),
             close_idle_task: TaskGroup::new(None),
         };
         let pool = Rc::clone(&self.inputs.carrier.pool);
@@ -396,19 +404,27 @@ impl Worker {
                 (ListenerKind::Hbone, listeners.hbone),
             ] {
                 match Listener::new(listener) {
-                    Ok(listener) => self.open(&state, kind, listener),
+                    Ok(listener) => state.listeners.push((kind, Rc::new(listener))),
                     Err(error) => tracing::error!(pod = %named(&pod.uid), %error, "cannot listen"),
                 }
             }
         }
+        self.accept(&state);
         self.pods.insert(pod.instance, state);
     }
 
+    /// Accepts from the listeners of a pod.
+    fn accept(&self, state: &PodState) {
+        for (kind, listener) in &state.listeners {
+            self.open(state, *kind, Rc::clone(listener));
+        }
+    }
+
     /// Accepts for a pod, and gives each connection to this worker or to a less loaded one.
-    fn open(&self, state: &PodState, kind: ListenerKind, listener: Listener) {
+    fn open(&self, state: &PodState, kind: ListenerKind, listener: Rc<Listener>) {
         let (inputs, group) = (self.inputs.clone(), state.group.clone());
         let (pod, handles, number) = (Arc::clone(&state.pod), self.handles.clone(), self.number);
-        let stop_accepting = self.stop_accepting.clone();
+        let stop_accepting = state.stop_accepting.clone();
         state.accept_tasks.spawn(async move {
             let mut turn = number;
             loop {
@@ -448,17 +464,39 @@ impl Worker {
         });
     }
 
-    fn drain(&self, instance: Instance, guard: CompletionGuard) {
+    fn drain(&self, instance: Instance, guard: Option<CompletionGuard>) {
         let Some(state) = self.pods.get(&instance) else {
             return;
         };
         state.group.start_drain();
         self.inputs.carrier.pool.forget(instance);
-        let group = state.group.clone();
+        let Some(guard) = guard else {
+            return;
+        };
+        let (group, accept_tasks) = (state.group.clone(), state.accept_tasks.clone());
+        let stop_accepting = state.stop_accepting.clone();
         self.background_tasks.spawn(async move {
             group.idle().await;
+            // Others may have the listeners, and still accept: once nothing runs here, nothing is to begin here.
+            if group.is_draining() {
+                stop_accepting.cancel();
+                accept_tasks.idle().await;
+                group.idle().await;
+            }
             drop(guard);
         });
+    }
+
+    fn revive(&mut self, instance: Instance) {
+        let Some(mut state) = self.pods.remove(&instance) else {
+            return;
+        };
+        state.group.cancel_drain();
+        if state.stop_accepting.is_cancelled() {
+            state.stop_accepting = self.stop_accepting.child_token();
+            self.accept(&state);
+        }
+        self.pods.insert(instance, state);
     }
 
     fn down(&mut self, instance: Instance, guard: CompletionGuard) {
@@ -470,6 +508,8 @@ impl Worker {
             state.accept_tasks.abort_and_wait().await;
             state.close_idle_task.abort_and_wait().await;
             state.group.abort_and_wait().await;
+            // The listeners are closed by then.
+            drop(state);
             drop(guard);
         });
     }
@@ -508,3 +548,6 @@ fn start_connection(
     let connection = serve_connection(inputs.clone(), group.clone(), Arc::clone(pod), admitted);
     group.spawn(connection);
 }
+
+#[cfg(test)]
+mod tests;

@@ -81,7 +81,7 @@ enum Stage {
     Serving,
     /// With the number of its drain: one that was cancelled says nothing about the next.
     Draining(u64),
-    /// Draining, with no connections left.
+    /// Draining, with no connections left. None is accepted until it is revived, so it stays idle.
     Idle,
 }
 

@@ -124,7 +124,8 @@ pub enum PodEvent {
     /// It has these addresses now.
     Addresses(Instance, Arc<[IpAddr]>),
     /// No longer in the mesh: take what is still in the accept queues, open no new tunnel streams
-    /// (GOAWAY), let what runs go on. Answered when nothing runs any more.
+    /// (GOAWAY), let what runs go on. Answered when nothing runs any more, and nothing is accepted until it is
+    /// revived.
     Drain(Instance, oneshot::Sender<()>),
     /// It was draining and is enrolled again: the same listeners serve on.
     Revive(Instance),
