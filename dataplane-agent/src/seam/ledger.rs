@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::wire::{
     self, Add, Addresses, Empty, NodeMessage, PodRef, VERSION, Welcome, WorkloadInfo,
@@ -62,8 +63,8 @@ struct Proxy {
     told: BTreeMap<u64, LastTold>,
     /// Pods of which there may be something to say.
     changed: BTreeSet<u64>,
-    /// Pods that it is to give back: the uid, and who waits for that.
-    give_back: BTreeMap<u64, (Arc<str>, Vec<CompletionGuard>)>,
+    /// Pods that it is to give back, and has not been told of yet.
+    give_back: BTreeMap<u64, GiveBack>,
     /// Who waits until a draining pod has no connections left.
     idle: BTreeMap<u64, CompletionGuard>,
     /// Whether it has been told all that there was to say since it connected, and has answered.
@@ -72,6 +73,15 @@ struct Proxy {
     late: bool,
     /// Whether it accepts nothing any more.
     leaves: bool,
+}
+
+#[derive(Debug)]
+struct GiveBack {
+    uid: Arc<str>,
+    /// When the node has said so first.
+    said: Instant,
+    /// Who waits for it.
+    waiting: Vec<CompletionGuard>,
 }
 
 #[derive(Debug)]
@@ -175,11 +185,11 @@ impl Ledger {
                 ..Order::of(NodeMessage::Welcome(self.welcome.clone()))
             });
         }
-        if let Some((netns, (uid, done))) = proxy.give_back.pop_first() {
+        if let Some((netns, GiveBack { uid, waiting, .. })) = proxy.give_back.pop_first() {
             proxy.told.remove(&netns);
             let uid = uid.to_string();
             return Some(Order {
-                done,
+                done: waiting,
                 ..Order::of(NodeMessage::Del(PodRef { uid, netns }))
             });
         }
@@ -223,6 +233,29 @@ impl Ledger {
         proxy.is_some_and(|proxy| std::mem::replace(&mut proxy.late, late))
     }
 
+    /// Returns when the node has said what a proxy has waited for longest of all that it is to give back and has not
+    /// been told of.
+    pub(super) fn oldest_give_back(&self, id: ProxyId) -> Option<Instant> {
+        let waiting = self.proxies.get(&id)?.give_back.values();
+        let waiting = waiting.filter(|of| !of.waiting.is_empty());
+        waiting.map(|of| of.said).min()
+    }
+
+    /// Has nobody wait any longer for what a proxy was to give back since this time and has not been told of. It is
+    /// told all the same. Returns the uids.
+    pub(super) fn give_up(&mut self, id: ProxyId, since: Instant) -> Vec<Arc<str>> {
+        let Some(proxy) = self.proxies.get_mut(&id) else {
+            return Vec::new();
+        };
+        let late = proxy.give_back.values_mut();
+        let late = late.filter(|of| of.said <= since && !of.waiting.is_empty());
+        late.map(|of| {
+            of.waiting.clear();
+            Arc::clone(&of.uid)
+        })
+        .collect()
+    }
+
     /// Returns the number of proxies that serve: they answer, have been lent all there is, and are not about to end.
     pub(super) fn serving(&self) -> usize {
         let proxies = self.proxies.values();
@@ -237,11 +270,12 @@ impl Ledger {
         let leased = self.leased.remove(&netns);
         let uid = leased.map_or_else(Arc::default, |leased| leased.lease.uid);
         for proxy in self.having(netns) {
-            let (_, waiting) = proxy
-                .give_back
-                .entry(netns)
-                .or_insert_with(|| (Arc::clone(&uid), Vec::new()));
-            waiting.push(answer.clone());
+            let of = proxy.give_back.entry(netns).or_insert_with(|| GiveBack {
+                uid: Arc::clone(&uid),
+                said: Instant::now(),
+                waiting: Vec::new(),
+            });
+            of.waiting.push(answer.clone());
         }
         for proxy in self.proxies.values_mut() {
             proxy.idle.remove(&netns);

@@ -17,8 +17,10 @@ use super::packets::{Channel, Packet, SeamListener};
 use super::wire::{Hello, NodeMessage, ProxyMessage, Request, Response, VERSION, Welcome};
 use super::{PodEvent, SharedSettings, Stamp};
 use crate::drain::CompletionGuard;
+use crate::mesh::workload::named;
 
-/// How long a proxy may take to say hello; and to answer, before it no longer counts as serving.
+/// How long a proxy may take to say hello; and to answer, before it no longer counts as serving, and what it is to give
+/// back is not waited for.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Delay after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -38,10 +40,12 @@ pub struct Lender {
 struct Unanswered {
     /// When the answer is late; `None` if it is.
     until: Option<Instant>,
-    /// Dropped when the request is answered.
-    _done: Vec<CompletionGuard>,
-    /// The uid of the pod that was lent with it, if one was.
+    /// Dropped when the request is answered, or late.
+    done: Vec<CompletionGuard>,
+    /// The uid of the pod that was lent with it, or is to be given back.
     pod: Option<String>,
+    /// Whether an error concerns that pod alone.
+    lends: bool,
 }
 
 impl Lender {
@@ -116,7 +120,8 @@ impl Lender {
     }
 
     /// Sends one request after the other, each when the one before has been answered. A proxy whose answer is
-    /// late is kept: as long as it lives, so do the connections that it carries.
+    /// late is kept: as long as it lives, so do the connections that it carries. What it is to give back is waited for
+    /// as long as it answers, however much is asked before.
     async fn tell_and_hear(&self, channel: &Channel, id: ProxyId) -> io::Result<()> {
         let pid = channel.pid();
         let mut changed = self.changed.subscribe();
@@ -127,9 +132,15 @@ impl Lender {
             if unanswered.is_none() {
                 unanswered = self.tell(channel, id)?;
             }
-            let until = unanswered.as_ref().and_then(|order| order.until);
+            let until = unanswered.as_ref().and_then(|order| match order.until {
+                Some(until) => Some(until),
+                None => {
+                    let said = self.ledger.borrow().oldest_give_back(id);
+                    said.map(|said| said + ANSWER_TIMEOUT)
+                }
+            });
             tokio::select! {
-                _ = changed.changed(), if unanswered.is_none() => {}
+                _ = changed.changed() => {}
                 packet = channel.receive() => {
                     let Some(Packet { bytes, .. }) = packet? else { return Ok(()) };
                     match Response::decode(&*bytes).map_err(io::Error::other)?.told {
@@ -144,11 +155,11 @@ impl Lender {
                                         tracing::info!(pid, "a proxy serves");
                                     }
                                 }
-                                Some(pod) => {
+                                Some(pod) if order.lends => {
                                     let reason = ack.error;
                                     tracing::warn!(pid, pod, reason, "a proxy cannot serve a pod");
                                 }
-                                None => return Err(io::Error::other(ack.error)),
+                                _ => return Err(io::Error::other(ack.error)),
                             }
                             if self.ledger.borrow_mut().set_late(id, false) {
                                 tracing::info!(pid, "a proxy answers again");
@@ -160,10 +171,19 @@ impl Lender {
                     }
                 }
                 () = at(until) => {
-                    tracing::warn!(pid, "a proxy does not answer; it does not count as serving until it does");
-                    self.ledger.borrow_mut().set_late(id, true);
-                    if let Some(order) = &mut unanswered {
-                        order.until = None;
+                    if let Some(order) = &mut unanswered
+                        && order.until.take().is_some()
+                    {
+                        tracing::warn!(pid, "a proxy does not answer; it does not count as serving until it does");
+                        self.ledger.borrow_mut().set_late(id, true);
+                        if !std::mem::take(&mut order.done).is_empty() {
+                            warn_not_confirmed(pid, order.pod.as_deref().unwrap_or_default());
+                        }
+                    }
+                    let since = Instant::now() - ANSWER_TIMEOUT;
+                    let given_up = self.ledger.borrow_mut().give_up(id, since);
+                    for uid in given_up {
+                        warn_not_confirmed(pid, &uid);
                     }
                 }
             }
@@ -179,16 +199,18 @@ impl Lender {
             self.count();
             return Ok(None);
         };
-        let pod = match &order.said {
-            NodeMessage::Add(add) => Some(add.uid.clone()),
-            _ => None,
+        let (pod, lends) = match &order.said {
+            NodeMessage::Add(add) => (Some(add.uid.clone()), true),
+            NodeMessage::Del(of) => (Some(of.uid.clone()), false),
+            _ => (None, false),
         };
         let said = Some(order.said);
         channel.send(&Request { said }.encode_to_vec(), &order.lent)?;
         Ok(Some(Unanswered {
             until: Some(Instant::now() + ANSWER_TIMEOUT),
-            _done: order.done,
+            done: order.done,
             pod,
+            lends,
         }))
     }
 
@@ -200,6 +222,10 @@ impl Lender {
             changed
         });
     }
+}
+
+fn warn_not_confirmed(pid: i32, uid: &str) {
+    tracing::warn!(pid, pod = %named(uid), "a proxy has not confirmed that the pod's connections are cut; it is not waited for any longer");
 }
 
 /// Whether a peer says hello as a proxy of this version does; false if it closes instead.

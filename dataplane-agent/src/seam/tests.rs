@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use prost::Message;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::borrow::{Borrower, Lent};
@@ -622,6 +622,71 @@ async fn who_does_not_answer_does_not_count_and_what_it_carries_is_waited_for() 
         let uid = String::new();
         proxy.say(ProxyMessage::Idle(PodRef { uid, netns }));
         soon(idle).await.expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_cut_is_waited_for_from_when_the_proxy_is_told_as_long_as_it_answers() {
+    with_a_path(async |path| {
+        let node = Node::at(&path);
+        let proxy = ByHand::at(&path);
+        let pods = [lease(), lease()];
+        let instances = pods.each_ref().map(|pod| pod.instance);
+        for pod in pods {
+            node.say(PodEvent::Up(pod)).await;
+        }
+        node.say(PodEvent::Snapshot).await;
+        proxy
+            .answers_until(|said| matches!(said, NodeMessage::SnapshotSent(_)))
+            .await;
+        proxy.acks();
+        let mut cuts = Vec::new();
+        for instance in instances {
+            let (told, done) = oneshot::channel();
+            node.say(PodEvent::Down(instance, told)).await;
+            cuts.push(done);
+        }
+        // It takes four seconds for the first one, and stands still at the second.
+        let (busy, mut cuts) = (Duration::from_secs(4), cuts.into_iter());
+        let (mut first, mut second) = (cuts.next().expect("two"), cuts.next().expect("two"));
+        let said = proxy.hears().await;
+        assert!(matches!(said, Some(NodeMessage::Del(_))), "{said:?}");
+        sleep(busy).await;
+        assert!(first.try_recv().is_err(), "it has not answered");
+        proxy.acks();
+        soon(first).await.expect("it is told");
+        let said = proxy.hears().await;
+        assert!(matches!(said, Some(NodeMessage::Del(_))), "{said:?}");
+        sleep(busy).await;
+        assert!(second.try_recv().is_err(), "it has 5 s");
+        soon(second).await.expect("it is not waited for any longer");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_a_proxy_that_does_not_answer_is_to_give_back_is_waited_for_for_5_s() {
+    with_a_path(async |path| {
+        let mut node = Node::at(&path);
+        let proxy = ByHand::at(&path);
+        let own = lease();
+        let instance = own.instance;
+        node.say(PodEvent::Up(own)).await;
+        node.say(PodEvent::Snapshot).await;
+        proxy
+            .answers_until(|said| matches!(said, NodeMessage::SnapshotSent(_)))
+            .await;
+        proxy.acks();
+        node.serves(1).await;
+        node.say(PodEvent::Up(lease())).await;
+        // It stands still from here on.
+        node.serves(0).await;
+        let (told, mut cut) = oneshot::channel();
+        node.say(PodEvent::Down(instance, told)).await;
+        sleep(Duration::from_secs(4)).await;
+        assert!(cut.try_recv().is_err(), "it has 5 s");
+        soon(cut).await.expect("it is not waited for any longer");
     })
     .await;
 }

@@ -40,8 +40,6 @@ use crate::sys::netns::{Changes, Interfaces, Netns};
 
 /// How long a pod's listeners stay open after it stopped being captured, so that handshakes in progress can finish.
 const LINGER: Duration = Duration::from_secs(1);
-/// How long a proxy may take to cut a pod's connections before the node goes on without its answer.
-const CUT: Duration = Duration::from_secs(5);
 /// Delay before a failed step is tried again; the upper bound for failed enrolments.
 const RETRY: Duration = Duration::from_secs(5);
 /// First delay after a failed enrolment. It doubles with each further failure, up to [`RETRY`].
@@ -156,12 +154,12 @@ enum PodPhase {
         idle: oneshot::Receiver<()>,
         until: Instant,
     },
-    /// Its connections are being cut. When that is done, or at `until`, it is unserved.
+    /// Its connections are being cut. When that is done it is unserved.
     Cutting {
         /// `None` if this process has not served the pod.
         served: Option<Box<ServedPod>>,
-        done: oneshot::Receiver<()>,
-        until: Instant,
+        /// `None` once it is done.
+        done: Option<oneshot::Receiver<()>>,
     },
 }
 
@@ -771,10 +769,8 @@ impl Reconciler {
     /// Returns the time of the next thing to do without an event.
     fn next_due(&self) -> Option<Instant> {
         let leaving = self.pods.values().filter_map(|pod| match &pod.phase {
-            PodPhase::Lingering(_, until)
-            | PodPhase::Draining { until, .. }
-            | PodPhase::Cutting { until, .. } => Some(*until),
-            PodPhase::Unserved | PodPhase::Serving(_) => None,
+            PodPhase::Lingering(_, until) | PodPhase::Draining { until, .. } => Some(*until),
+            PodPhase::Unserved | PodPhase::Serving(_) | PodPhase::Cutting { .. } => None,
         });
         let failed = self.failed.values().map(|failed| failed.retry_at);
         let schedule = self

@@ -5,14 +5,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
-use tokio::sync::oneshot::error::TryRecvError;
 use tokio::time::Instant;
 
 use super::super::repair::LostParts;
 use super::super::undo::UndoRecord;
 use super::super::wanted::Desired;
 use super::super::{CaptureError, enrol};
-use super::{CUT, LINGER, Pod, PodPhase, RETRY, Reconciler, ServedPod, look};
+use super::{LINGER, Pod, PodPhase, RETRY, Reconciler, ServedPod, look};
 use crate::mesh::workload::named;
 use crate::seam::PodEvent;
 use crate::sys::netns::Netns;
@@ -109,13 +108,15 @@ impl Reconciler {
                 PodPhase::Lingering(served, until) if *until <= now => {
                     let (told, idle) = oneshot::channel();
                     let instance = served.instance;
+                    // From when it was due, however long other pods have kept this one waiting.
+                    let until = *until + self.config.drain;
                     if let PodPhase::Lingering(served, _) =
                         std::mem::replace(&mut pod.phase, PodPhase::Unserved)
                     {
                         pod.phase = PodPhase::Draining {
                             served,
                             idle,
-                            until: now + self.config.drain,
+                            until,
                         };
                     }
                     self.send(PodEvent::Drain(instance, told)).await?;
@@ -123,12 +124,7 @@ impl Reconciler {
                 PodPhase::Draining { until, .. } if *until <= now => {
                     self.cut_connections(cookie).await?;
                 }
-                PodPhase::Cutting { done, until, .. } if *until <= now => {
-                    if done.try_recv() == Err(TryRecvError::Empty) {
-                        tracing::warn!(pod = %named(&pod.uid), "a proxy has not confirmed that the pod's connections are cut; it is not waited for any longer");
-                    }
-                    pod.finish_cutting();
-                }
+                PodPhase::Cutting { done: None, .. } => pod.finish_cutting(),
                 _ => {}
             }
         }
@@ -136,7 +132,8 @@ impl Reconciler {
     }
 
     /// Has the connections of a pod cut: those of this enrolment, and those that a proxy still has from an
-    /// earlier node process. Does not wait for it: the pod's next step is decided when they are cut.
+    /// earlier node process. Does not wait for it: the pod's next step is decided when they are cut. That is
+    /// answered in any case: who lends the pod waits for no proxy longer than it may take.
     pub(super) async fn cut_connections(&mut self, cookie: u64) -> Result<(), CaptureError> {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
@@ -150,8 +147,7 @@ impl Reconciler {
         };
         pod.phase = PodPhase::Cutting {
             served,
-            done,
-            until: Instant::now() + CUT,
+            done: Some(done),
         };
         self.send(event).await
     }
@@ -189,15 +185,20 @@ impl Reconciler {
 /// Is ready when a draining pod has no connections left, or a pod's connections have been cut.
 pub(super) fn idle(pods: &mut BTreeMap<u64, Pod>, context: &mut Context<'_>) -> Poll<()> {
     for pod in pods.values_mut() {
-        if let PodPhase::Draining { idle, until, .. }
-        | PodPhase::Cutting {
-            done: idle, until, ..
-        } = &mut pod.phase
-            && Pin::new(idle).poll(context).is_ready()
-        {
-            *until = Instant::now();
-            return Poll::Ready(());
+        let told = match &mut pod.phase {
+            PodPhase::Draining { idle, .. } => Some(idle),
+            PodPhase::Cutting { done, .. } => done.as_mut(),
+            _ => None,
+        };
+        if told.is_none_or(|told| Pin::new(told).poll(context).is_pending()) {
+            continue;
         }
+        match &mut pod.phase {
+            PodPhase::Draining { until, .. } => *until = Instant::now(),
+            PodPhase::Cutting { done, .. } => *done = None,
+            _ => {}
+        }
+        return Poll::Ready(());
     }
     Poll::Pending
 }
