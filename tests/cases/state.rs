@@ -1,5 +1,5 @@
-//! The state that nodes share: if it is not available, nothing is dialled in clear because of that, and no CA is
-//! created.
+//! The state that nodes share, and disks that do not answer: if the state is not available, nothing is dialled in
+//! clear because of that, and no CA is created.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
@@ -106,6 +106,19 @@ fn a_state_that_does_not_answer_holds_up_neither_capture_nor_status_nor_the_end(
     eventually("all is well", 10, || one.problems() == "[]");
     let records = one.world.state.join("enrolled");
     assert!(!records.join("demo.server.json").exists());
+}
+
+#[test]
+fn manifests_on_a_disk_that_does_not_answer_are_told_and_what_they_said_holds() {
+    let one = SingleNode::new();
+    let silent = Silent::over(&one.world.folder().join("manifests"));
+    let told = "manifests: the disk has not answered for longer than 5s; what they said last holds";
+    eventually("that is told", 20, || one.problems().contains(told));
+    assert_eq!(one.agent.pod("server").0, "up");
+    drop(silent);
+    let _late = one.node.pod(&one.world, "late");
+    one.agent.up(&["late"]);
+    assert_eq!(one.problems(), "[]");
 }
 
 #[test]

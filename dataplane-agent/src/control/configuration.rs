@@ -85,6 +85,8 @@ pub struct Configuration<S> {
     policies: usize,
     /// What is wrong with the files.
     problems: Vec<String>,
+    /// Why the folder of manifests cannot be read now.
+    silent: Vec<String>,
     /// What was written and cannot be carried, and what is done instead.
     unsupported: Vec<String>,
     /// What is likely a slip.
@@ -114,6 +116,7 @@ impl<S> Configuration<S> {
             local: Arc::default(),
             policies: 0,
             problems: Vec::new(),
+            silent: Vec::new(),
             unsupported: Vec::new(),
             lints: Lints::default(),
             retained: RetainedPods::default(),
@@ -171,6 +174,11 @@ impl<S> Configuration<S> {
             self.lints.expire();
         }
         self.lint();
+        if let Source::Manifests { watch, .. } = &self.source {
+            let silent = watch.problem().into_iter();
+            let silent = silent.map(|problem| format!("{problem}; what they said last holds"));
+            replace_problems(&mut self.silent, silent.collect());
+        }
         if changes >= TRIM_THRESHOLD {
             memory::give_back();
         }
@@ -219,7 +227,8 @@ impl<S> Configuration<S> {
     }
 
     fn configured(&self) -> Configured {
-        let problems = self.problems.iter().chain(&self.unsupported);
+        let problems = self.problems.iter().chain(&self.silent);
+        let problems = problems.chain(&self.unsupported);
         let mut problems: Vec<String> = problems.chain(self.lints.found()).cloned().collect();
         let mut configured = Configured {
             local: Arc::clone(&self.local),

@@ -25,14 +25,20 @@ const DEBOUNCE: Duration = Duration::from_millis(50);
 /// Time between reads without a report.
 pub(super) const RESYNC: Duration = Duration::from_secs(3);
 
+/// Time after which a disk that has not answered is reported.
+const SILENT: Duration = Duration::from_secs(5);
+
 /// A watch on a folder and what is below it.
 pub struct Watch {
+    dir: PathBuf,
     told: Arc<Notify>,
     /// Time of the next read without a report. It is kept here so that a wait goes on after it was cancelled.
     next: Instant,
     /// `None` while `following` uses it.
     follower: Option<Follower>,
     following: Option<JoinHandle<Follower>>,
+    /// When `following` began.
+    asked: Instant,
 }
 
 /// Watches the folder that is at a path.
@@ -73,10 +79,12 @@ impl Watch {
         };
         follower.follow();
         Self {
+            dir: dir.to_owned(),
             told,
             next: Instant::now() + RESYNC,
             follower: Some(follower),
             following: None,
+            asked: Instant::now(),
         }
     }
 
@@ -88,6 +96,7 @@ impl Watch {
             self.next = Instant::now() + RESYNC;
         }
         if let Some(mut follower) = self.follower.take() {
+            self.asked = Instant::now();
             self.following = Some(drain::spawn_blocking(move || {
                 follower.follow();
                 follower
@@ -98,6 +107,15 @@ impl Watch {
             self.follower = Some(drain::finished(following).await);
             self.following = None;
         }
+    }
+
+    /// Returns a problem if the folder's disk has not answered for some time.
+    pub fn problem(&self) -> Option<String> {
+        let is_silent = self.following.is_some() && self.asked.elapsed() >= SILENT;
+        is_silent.then(|| {
+            let dir = self.dir.display();
+            format!("{dir}: the disk has not answered for longer than {SILENT:?}")
+        })
     }
 
     /// Waits for a report, or for the time of a read without one.
@@ -247,8 +265,15 @@ mod tests {
             let changed = tokio::time::timeout(DEBOUNCE, watch.changed());
             assert!(changed.await.is_err());
         }
+        assert_eq!(watch.problem(), None);
+        watch.asked -= SILENT;
+        let told = watch.problem().expect("it is silent");
+        assert!(
+            told.contains("has not answered for longer than 5s"),
+            "{told}"
+        );
         answer.send(()).expect("it waits");
         watch.changed().await;
-        assert!(watch.follower.is_some());
+        assert!(watch.follower.is_some() && watch.problem().is_none());
     }
 }
