@@ -56,6 +56,8 @@ pub fn run(stream: &TcpStream, steps: &[String]) -> io::Result<String> {
                     match both.read(&mut buffer) {
                         Ok(0) => break "end".to_owned(),
                         Ok(read) => bytes += read,
+                        // This process was stopped, and goes on.
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                         Err(error) => break word(&error),
                     }
                 };
