@@ -180,8 +180,6 @@ async fn a_file_that_is_being_written_counts_when_it_is_closed() {
     let (dir, _) = folder(&[("gate.yaml", &both)]);
     let settle = Duration::from_millis(20);
     let mut folder = ManifestFolder::open_settling(dir.path(), settle).expect("good files");
-    let begin = Instant::now();
-    let mut watch = Watch::new(dir.path());
     let before = folder.objects().clone();
     // Only the first document is written, and for long nothing more.
     let mut writing = fs::File::create(dir.path().join("gate.yaml")).expect("a file");
@@ -206,6 +204,8 @@ async fn a_file_that_is_being_written_counts_when_it_is_closed() {
     writing.write_all(second.as_bytes()).expect("a file");
     std::thread::sleep(settle * 2);
     assert!(!folder.reload().changed);
+    let begin = Instant::now();
+    let mut watch = Watch::new(dir.path());
     drop(writing);
     let reload = folder.next(&mut watch).await;
     assert!(reload.changed && reload.problems.is_empty(), "{reload:?}");
