@@ -278,16 +278,33 @@ fn c7_what_runs_since_before_the_node_half_came_back_has_its_time_to_drain_and_i
     is_cut(&live);
 }
 
-#[test]
-fn c7_what_runs_is_cut_if_its_pod_has_left_while_the_node_half_was_away() {
+/// A connection is cut if its pod leaves while the node half is away, and the proxy comes back to it late.
+fn is_cut_after(leaves: impl FnOnce(&Halves)) {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
     let live = halves.live();
     halves.node.kill();
-    halves.world.manifests.remove_pod("demo", "client");
+    leaves(&halves);
+    // The proxy tries again less and less often, up to once a second.
+    std::thread::sleep(scaled(Duration::from_secs(2)));
     halves.node.restart();
     halves.node.logs(&["pod left the mesh"]);
     is_cut(&live);
+}
+
+#[test]
+fn c7_what_runs_is_cut_if_its_pod_has_left_while_the_node_half_was_away() {
+    is_cut_after(|halves| halves.world.manifests.remove_pod("demo", "client"));
+}
+
+#[test]
+fn c7_what_runs_is_cut_if_its_pod_left_the_mesh_and_lives_on_while_the_node_half_was_away() {
+    is_cut_after(|halves| {
+        let mut object = halves.nodes.0.object(&halves.client);
+        let none = ("istio.io/dataplane-mode".into(), "none".into());
+        object.labels.push(none);
+        halves.world.manifests.pod(&object);
+    });
 }
 
 #[test]

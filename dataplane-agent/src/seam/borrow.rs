@@ -34,7 +34,7 @@ use crate::sys::netns::Netns;
 /// How long after the first failure the node is tried again,
 const FIRST_RETRY: Duration = Duration::from_millis(10);
 /// and after twice as long each time that it fails again, up to this.
-const LONGEST_RETRY: Duration = Duration::from_secs(1);
+pub(super) const LONGEST_RETRY: Duration = Duration::from_secs(1);
 /// How long replaced listeners are served as before, so that handshakes in progress can finish.
 const LINGER: Duration = Duration::from_secs(1);
 

@@ -19,7 +19,7 @@ use super::wire::{
 use super::{Instance, Lease, PodEvent, SharedSettings, Stamp};
 use crate::drain::CompletionGuard;
 
-/// A connected proxy.
+/// A proxy that is connected, or waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct ProxyId(u64);
 
@@ -41,10 +41,13 @@ pub(super) struct Ledger {
     stamp: Arc<Stamp>,
     leased: BTreeMap<u64, Leased>,
     proxies: BTreeMap<ProxyId, Proxy>,
+    /// The uids of the pods that were taken back before the snapshot. A proxy that connects before it may still
+    /// have something of them.
+    taken_back: BTreeMap<u64, Arc<str>>,
     /// Whether [`PodEvent::Snapshot`] has come.
     complete: bool,
-    /// The number of proxies that have connected so far.
-    connected: u64,
+    /// The number of proxies so far.
+    met: u64,
 }
 
 #[derive(Debug)]
@@ -56,6 +59,8 @@ struct Leased {
 
 #[derive(Debug, Default)]
 struct Proxy {
+    /// Whether it is not connected, and is waited for.
+    absent: bool,
     welcomed: bool,
     /// Whether it was told [`NodeMessage::SnapshotSent`]. Until then it may have pods of an earlier node process.
     snapshot: bool,
@@ -107,8 +112,9 @@ impl Ledger {
             stamp,
             leased: BTreeMap::new(),
             proxies: BTreeMap::new(),
+            taken_back: BTreeMap::new(),
             complete: false,
-            connected: 0,
+            met: 0,
         }
     }
 
@@ -154,18 +160,52 @@ impl Ledger {
                 }
             }
             PodEvent::Clear(netns, told) => self.take_back(netns, told),
-            PodEvent::Snapshot => self.complete = true,
+            PodEvent::Snapshot => {
+                self.complete = true;
+                self.taken_back.clear();
+            }
         }
     }
 
-    /// Adds a proxy that has connected. It is to be lent all that there is.
+    /// Adds a proxy that has connected. It is to be lent all that there is. It may be one that was waited for: what
+    /// that one was to give back, or to answer, it has to as well.
     pub(super) fn meet(&mut self) -> ProxyId {
-        self.connected += 1;
-        let id = ProxyId(self.connected);
-        let proxy = Proxy {
+        let taken_back = self.taken_back.iter().map(|(netns, uid)| {
+            let of = GiveBack {
+                uid: Arc::clone(uid),
+                said: Instant::now(),
+                waiting: Vec::new(),
+            };
+            (*netns, of)
+        });
+        let mut proxy = Proxy {
             changed: self.leased.keys().copied().collect(),
+            give_back: taken_back.collect(),
             ..Proxy::default()
         };
+        for absent in self.proxies.values().filter(|proxy| proxy.absent) {
+            for (netns, of) in &absent.give_back {
+                proxy.gives_back(*netns, of);
+            }
+            let idle = absent.idle.iter();
+            proxy
+                .idle
+                .extend(idle.map(|(netns, waiting)| (*netns, waiting.clone())));
+        }
+        self.add(proxy)
+    }
+
+    /// Waits for proxies that an earlier node process has lent something to, until they are forgotten.
+    pub(super) fn expect(&mut self) -> ProxyId {
+        self.add(Proxy {
+            absent: true,
+            ..Proxy::default()
+        })
+    }
+
+    fn add(&mut self, proxy: Proxy) -> ProxyId {
+        self.met += 1;
+        let id = ProxyId(self.met);
         self.proxies.insert(id, proxy);
         id
     }
@@ -268,14 +308,16 @@ impl Ledger {
     fn take_back(&mut self, netns: u64, told: oneshot::Sender<()>) {
         let answer = CompletionGuard::new(told);
         let leased = self.leased.remove(&netns);
-        let uid = leased.map_or_else(Arc::default, |leased| leased.lease.uid);
+        let of = GiveBack {
+            uid: leased.map_or_else(Arc::default, |leased| leased.lease.uid),
+            said: Instant::now(),
+            waiting: vec![answer],
+        };
         for proxy in self.having(netns) {
-            let of = proxy.give_back.entry(netns).or_insert_with(|| GiveBack {
-                uid: Arc::clone(&uid),
-                said: Instant::now(),
-                waiting: Vec::new(),
-            });
-            of.waiting.push(answer.clone());
+            proxy.gives_back(netns, &of);
+        }
+        if !self.complete {
+            self.taken_back.insert(netns, of.uid);
         }
         for proxy in self.proxies.values_mut() {
             proxy.idle.remove(&netns);
@@ -304,6 +346,16 @@ impl Ledger {
 }
 
 impl Proxy {
+    /// Has it give a pod back, too.
+    fn gives_back(&mut self, netns: u64, of: &GiveBack) {
+        let entry = self.give_back.entry(netns).or_insert_with(|| GiveBack {
+            uid: Arc::clone(&of.uid),
+            said: of.said,
+            waiting: Vec::new(),
+        });
+        entry.waiting.extend_from_slice(&of.waiting);
+    }
+
     /// Returns what it is to be told of a leased pod, if anything.
     fn next_of<'a>(&mut self, netns: u64, leased: &'a Leased) -> Option<Order<'a>> {
         let (lease, drains) = (&leased.lease, leased.drains);
@@ -497,5 +549,54 @@ mod tests {
         assert_eq!(told(&mut ledger, late), ["welcome", "del", "snapshot"]);
         clear.try_recv().expect("it has answered");
         assert_eq!(ledger.serving(), 2);
+    }
+
+    #[test]
+    fn a_proxy_that_has_not_come_back_yet_is_waited_for_and_told_what_it_is_to_give_back() {
+        let mut ledger = ledger();
+        let before = ledger.expect();
+        let (own, again) = (lease(), lease());
+        let (instance, drains, netns) = (own.instance, own.cookie, again.cookie);
+        ledger.apply(PodEvent::Up(own));
+        let mut idle = drain(&mut ledger, instance);
+        let (told_of, mut clear) = oneshot::channel();
+        ledger.apply(PodEvent::Clear(netns, told_of));
+        // What it has of a pod that is enrolled anew is cut all the same.
+        ledger.apply(PodEvent::Up(again));
+        ledger.apply(PodEvent::Snapshot);
+        let all = ["welcome", "del", "drain", "add", "snapshot"];
+        let of = |ledger: &mut Ledger| {
+            let id = ledger.meet();
+            assert_eq!(told(ledger, id), all);
+            id
+        };
+        // More than one may have been there.
+        let proxies = [of(&mut ledger), of(&mut ledger)];
+        assert_eq!(ledger.serving(), 2);
+        ledger.forget(before);
+        clear.try_recv().expect("they have answered");
+        assert!(idle.try_recv().is_err(), "something runs");
+        for id in proxies {
+            ledger.idle(id, drains);
+        }
+        idle.try_recv().expect("they have answered");
+    }
+
+    #[test]
+    fn nobody_waits_for_ever_for_a_proxy_that_does_not_come() {
+        let mut ledger = ledger();
+        let before = ledger.expect();
+        let (told_of, mut clear) = oneshot::channel();
+        ledger.apply(PodEvent::Clear(lease().cookie, told_of));
+        assert!(clear.try_recv().is_err(), "one may come");
+        ledger.forget(before);
+        clear.try_recv().expect("none has come");
+        // If one comes later all the same, it may have to wait for the snapshot.
+        let late = ledger.meet();
+        assert_eq!(told(&mut ledger, late), ["welcome", "del"]);
+        ledger.apply(PodEvent::Snapshot);
+        assert_eq!(told(&mut ledger, late), ["snapshot"]);
+        let later = ledger.meet();
+        assert_eq!(told(&mut ledger, later), ["welcome", "snapshot"]);
     }
 }

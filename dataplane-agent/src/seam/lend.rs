@@ -6,12 +6,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use prost::Message;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use super::borrow::LONGEST_RETRY;
 use super::ledger::{Ledger, ProxyId};
 use super::packets::{Channel, Packet, SeamListener};
 use super::wire::{Hello, NodeMessage, ProxyMessage, Request, Response, VERSION, Welcome};
@@ -22,6 +23,9 @@ use crate::mesh::workload::named;
 /// How long a proxy may take to say hello; and to answer, before it no longer counts as serving, and what it is to give
 /// back is not waited for.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after the start a proxy that served the node before is waited for. A pod that it may have is not undone
+/// meanwhile: no packet of its connections would arrive at the proxy any more.
+const RETURN_TIMEOUT: Duration = LONGEST_RETRY.saturating_mul(2);
 /// Delay after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -68,6 +72,8 @@ impl Lender {
     /// Lends what `events` say to all that connect, until there are no more events.
     pub async fn run(self, entry: SeamListener, mut events: mpsc::Receiver<PodEvent>) {
         let mut conversations = FuturesUnordered::new();
+        let before = self.ledger.borrow_mut().expect();
+        conversations.push(self.wait_for(before).boxed_local());
         // Accepting pauses after an error; the proxies that are connected do not.
         let mut paused = None;
         loop {
@@ -80,7 +86,7 @@ impl Lender {
                     None => return,
                 },
                 came = entry.accept(), if paused.is_none() => match came {
-                    Ok(channel) => conversations.push(self.converse(channel)),
+                    Ok(channel) => conversations.push(self.converse(channel).boxed_local()),
                     Err(error) => {
                         tracing::warn!(%error, "who came to serve pods is not let in");
                         paused = Some(Instant::now() + ACCEPT_PAUSE);
@@ -90,6 +96,12 @@ impl Lender {
                 Some(()) = conversations.next() => {}
             }
         }
+    }
+
+    /// Waits for proxies that have not connected, for a while.
+    async fn wait_for(&self, id: ProxyId) {
+        sleep(RETURN_TIMEOUT).await;
+        self.ledger.borrow_mut().forget(id);
     }
 
     /// Lends to a proxy that has connected, until it is gone.

@@ -407,6 +407,45 @@ async fn what_a_node_process_has_never_lent_is_taken_back_as_well() {
 }
 
 #[tokio::test]
+async fn what_a_node_process_takes_back_at_its_start_waits_for_the_proxy_that_is_about_to_come() {
+    with_a_path(async |path| {
+        let node = Node::at(&path);
+        let netns = lease().cookie;
+        let (told, mut clear) = oneshot::channel();
+        node.say(PodEvent::Clear(netns, told)).await;
+        node.say(PodEvent::Snapshot).await;
+        let early = timeout(Duration::from_millis(100), &mut clear).await;
+        assert!(early.is_err(), "a proxy may come");
+        let proxy = ByHand::at(&path);
+        let said = proxy.hears().await;
+        assert!(matches!(said, Some(NodeMessage::Welcome(_))), "{said:?}");
+        proxy.acks();
+        let said = proxy.hears().await;
+        assert!(
+            matches!(&said, Some(NodeMessage::Del(of)) if of.netns == netns),
+            "{said:?}"
+        );
+        let early = timeout(Duration::from_secs(3), &mut clear).await;
+        assert!(early.is_err(), "it is not cut yet");
+        proxy.acks();
+        soon(clear).await.expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_a_node_process_takes_back_at_its_start_waits_for_nobody_for_long() {
+    with_a_path(async |path| {
+        let node = Node::at(&path);
+        let (told, clear) = oneshot::channel();
+        node.say(PodEvent::Clear(lease().cookie, told)).await;
+        let end = timeout(Duration::from_secs(10), clear).await;
+        end.expect("no proxy comes").expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_pod_that_is_lent_while_it_drains_goes_on() {
     with_a_path(async |path| {
         let (first, mut proxy) = (Node::at(&path), Proxy::of(&path));
