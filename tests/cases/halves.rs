@@ -308,6 +308,28 @@ fn c7_what_runs_is_cut_if_its_pod_left_the_mesh_and_lives_on_while_the_node_half
 }
 
 #[test]
+fn a_pod_that_is_not_decided_goes_on_and_keeps_no_proxy_from_being_ready() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.live();
+    let team = halves.world.manifests.folder.join("team");
+    halves.node.kill();
+    // A folder that may be filled later, with the pod in it.
+    fs::create_dir(&team).expect("a folder");
+    halves.world.manifests.remove_pod("demo", "client");
+    halves.node.restart();
+    halves.node.logs(&["demo/client", "stays so for now"]);
+    let second = halves.another("proxy-2");
+    second.logs(&["all pods of the node are lent"]);
+    halves.carries(&mut live, "undecided");
+    let ready = halves.node.get("/healthz/ready");
+    assert!(ready.contains("not ready, pending: enrolment"), "{ready}");
+    fs::remove_dir(&team).expect("it is empty");
+    halves.node.logs(&["pod left the mesh"]);
+    is_cut(&live);
+}
+
+#[test]
 fn a_pod_that_is_idle_refuses_nobody_while_the_node_half_comes_back() {
     let mut halves = Halves::new();
     let idle = halves.nodes.0.pod(&halves.world, "idle");
@@ -322,7 +344,7 @@ fn a_pod_that_is_idle_refuses_nobody_while_the_node_half_comes_back() {
     };
     let lost = halves.node.counter("no_listener");
     halves.node.kill();
-    // Until a manifest says the pod again, the node half has not leased all that it found captured.
+    // Until a manifest says the pod again it is not decided whether the node half leases it.
     halves.world.manifests.remove_pod("demo", "idle");
     halves.node.restart();
     let pid = format!("pid={}", halves.node.pid());
@@ -331,13 +353,9 @@ fn a_pod_that_is_idle_refuses_nobody_while_the_node_half_comes_back() {
         asks(&halves.server);
         std::thread::sleep(Duration::from_millis(500));
     }
-    let log = halves.proxy.log();
-    let mut lines = log.lines();
-    assert!(
-        !lines.any(|line| line.contains("all pods of the node are lent") && line.contains(&pid))
-    );
+    let lent = ["all pods of the node are lent", &pid, "undecided=1"];
+    halves.proxy.logs(&lent);
     halves.world.manifests.pod(&halves.nodes.0.object(&idle));
-    halves.proxy.logs(&["all pods of the node are lent", &pid]);
     halves.node.up(&["idle"]);
     for _ in 0..3 {
         asks(&halves.server);

@@ -131,6 +131,8 @@ fn c1_a_captured_pod_that_nothing_says_at_a_start_stays_until_manifests_are_whol
         "{}",
         one.problems()
     );
+    let ready = one.agent.get("/healthz/ready");
+    assert!(ready.contains("not ready, pending: enrolment"), "{ready}");
     fs::rename(one.world.folder().join("pod.yaml"), team.join("pod.yaml")).expect("a file");
     one.agent.up(&["server"]);
     assert_eq!(one.problems(), "[]");

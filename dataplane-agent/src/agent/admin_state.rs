@@ -107,7 +107,7 @@ impl AdminState {
             Err("pods".into())
         } else if node.is_unserved() {
             Err("proxy".into())
-        } else if any(State::Waiting) {
+        } else if any(State::Waiting) || view.undecided {
             Err("enrolment".into())
         } else if any(State::Broken) {
             Err("capture".into())

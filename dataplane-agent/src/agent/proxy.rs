@@ -109,7 +109,7 @@ impl Proxy {
             | PodEvent::Drain(..)
             | PodEvent::Revive(_)
             | PodEvent::Clear(..)
-            | PodEvent::Snapshot => {}
+            | PodEvent::Snapshot(_) => {}
         }
         self.workers.apply(event);
     }

@@ -35,6 +35,8 @@ pub struct StatusSnapshot {
     pub pods: Vec<PodView>,
     /// Problems with the machine, with pods that are to be enrolled, and with this node's records.
     pub problems: Vec<String>,
+    /// True if a pod that a predecessor captured is in no manifest, and stays captured and unserved for now.
+    pub undecided: bool,
     /// True once the machine has been scanned.
     pub scanned: bool,
 }
@@ -349,6 +351,7 @@ impl PodController {
         let view = StatusSnapshot {
             pods: pods.collect(),
             problems: self.problems(scan, configured.partial.as_deref()),
+            undecided: !self.unconfigured.is_empty(),
             scanned: true,
         };
         self.view.send_if_modified(|old| {

@@ -266,12 +266,14 @@ impl Borrower {
                 conversation.awaited.remove(&lease.cookie);
                 return Ok(self.take(Box::new(lease)).await);
             }
-            NodeMessage::SnapshotSent(_) => {
+            NodeMessage::SnapshotSent(of) => {
                 let named = conversation.named.take();
-                let named = named.ok_or_else(|| wrong("its snapshot twice"))?;
+                let mut named = named.ok_or_else(|| wrong("its snapshot twice"))?;
+                let (pods, undecided) = (named.len(), of.undecided.len());
+                named.extend(of.undecided);
                 self.give_back(|held| !named.contains(&held.netns)).await;
                 self.lent.send_replace(Lent::All);
-                tracing::info!(pid, pods = named.len(), "all pods of the node are lent");
+                tracing::info!(pid, pods, undecided, "all pods of the node are lent");
             }
             NodeMessage::Addresses(of) => {
                 let addresses = addresses(&of.addresses)?;

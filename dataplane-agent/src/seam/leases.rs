@@ -29,7 +29,7 @@ impl Leases {
             PodEvent::Down(instance, _) => {
                 leases.remove(instance);
             }
-            PodEvent::Addresses(..) | PodEvent::Clear(..) | PodEvent::Snapshot => {}
+            PodEvent::Addresses(..) | PodEvent::Clear(..) | PodEvent::Snapshot(_) => {}
         }
     }
 

@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::wire::{
-    self, Add, Addresses, Empty, NodeMessage, PodRef, VERSION, Welcome, WorkloadInfo,
+    self, Add, Addresses, NodeMessage, PodRef, Snapshot, VERSION, Welcome, WorkloadInfo,
 };
 use super::{Instance, Lease, PodEvent, SharedSettings, Stamp};
 use crate::drain::CompletionGuard;
@@ -44,8 +44,9 @@ pub(super) struct Ledger {
     /// The uids of the pods that were taken back before the snapshot. A proxy that connects before it may still
     /// have something of them.
     taken_back: BTreeMap<u64, Arc<str>>,
-    /// Whether [`PodEvent::Snapshot`] has come.
-    complete: bool,
+    /// Set when [`PodEvent::Snapshot`] has come: the pods that are not decided yet. A proxy may have something of
+    /// them.
+    undecided: Option<BTreeSet<u64>>,
     /// The number of proxies so far.
     met: u64,
 }
@@ -89,9 +90,9 @@ struct GiveBack {
     waiting: Vec<CompletionGuard>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct LastTold {
-    /// The enrolment that it was lent; `None` if it was only told to drain what it may have.
+    /// The enrolment that it was lent; `None` if it may have something of an earlier node process alone.
     instance: Option<Instance>,
     addresses: Arc<[IpAddr]>,
     drains: bool,
@@ -113,7 +114,7 @@ impl Ledger {
             leased: BTreeMap::new(),
             proxies: BTreeMap::new(),
             taken_back: BTreeMap::new(),
-            complete: false,
+            undecided: None,
             met: 0,
         }
     }
@@ -125,6 +126,7 @@ impl Ledger {
                 let netns = lease.cookie;
                 let (lease, drains) = (*lease, false);
                 self.leased.insert(netns, Leased { lease, drains });
+                self.has_decided(netns);
                 self.has_changed(netns);
             }
             PodEvent::Addresses(instance, addresses) => {
@@ -160,8 +162,8 @@ impl Ledger {
                 }
             }
             PodEvent::Clear(netns, told) => self.take_back(netns, told),
-            PodEvent::Snapshot => {
-                self.complete = true;
+            PodEvent::Snapshot(undecided) => {
+                self.undecided = Some(undecided);
                 self.taken_back.clear();
             }
         }
@@ -240,9 +242,15 @@ impl Ledger {
             }
             proxy.changed.remove(&netns);
         }
-        if self.complete && !proxy.snapshot {
+        if let Some(undecided) = &self.undecided
+            && !proxy.snapshot
+        {
             proxy.snapshot = true;
-            return Some(Order::of(NodeMessage::SnapshotSent(Empty {})));
+            for netns in undecided {
+                proxy.told.entry(*netns).or_default();
+            }
+            let undecided = undecided.iter().copied().collect();
+            return Some(Order::of(NodeMessage::SnapshotSent(Snapshot { undecided })));
         }
         proxy.caught_up = true;
         None
@@ -316,7 +324,8 @@ impl Ledger {
         for proxy in self.having(netns) {
             proxy.gives_back(netns, &of);
         }
-        if !self.complete {
+        self.has_decided(netns);
+        if self.undecided.is_none() {
             self.taken_back.insert(netns, of.uid);
         }
         for proxy in self.proxies.values_mut() {
@@ -336,6 +345,12 @@ impl Ledger {
         let (netns, leased) = leased.find(|(_, leased)| leased.lease.instance == instance)?;
         change(leased);
         Some(*netns)
+    }
+
+    fn has_decided(&mut self, netns: u64) {
+        if let Some(undecided) = &mut self.undecided {
+            undecided.remove(&netns);
+        }
     }
 
     fn has_changed(&mut self, netns: u64) {
@@ -371,10 +386,8 @@ impl Proxy {
                 None if self.snapshot => return None, // it has nothing of it
                 None => {
                     let last = LastTold {
-                        instance: None,
-                        addresses: Arc::default(),
                         drains,
-                        drain_again: false,
+                        ..LastTold::default()
                     };
                     self.told.insert(netns, last);
                 }
@@ -492,7 +505,7 @@ mod tests {
             drop(drain(&mut ledger, instance));
             ledger.apply(PodEvent::Revive(instance));
         }
-        ledger.apply(PodEvent::Snapshot);
+        ledger.apply(PodEvent::Snapshot(BTreeSet::new()));
         assert_eq!(told(&mut ledger, id), ["addresses", "snapshot"]);
         assert_eq!(told(&mut ledger, id), [""; 0]);
     }
@@ -538,7 +551,7 @@ mod tests {
         let mut ledger = ledger();
         let (own, early) = (lease(), ledger.meet());
         let netns = own.cookie;
-        ledger.apply(PodEvent::Snapshot);
+        ledger.apply(PodEvent::Snapshot(BTreeSet::new()));
         assert_eq!(told(&mut ledger, early), ["welcome", "snapshot"]);
         // This one may have what an earlier node process has lent it.
         let late = ledger.meet();
@@ -563,7 +576,7 @@ mod tests {
         ledger.apply(PodEvent::Clear(netns, told_of));
         // What it has of a pod that is enrolled anew is cut all the same.
         ledger.apply(PodEvent::Up(again));
-        ledger.apply(PodEvent::Snapshot);
+        ledger.apply(PodEvent::Snapshot(BTreeSet::new()));
         let all = ["welcome", "del", "drain", "add", "snapshot"];
         let of = |ledger: &mut Ledger| {
             let id = ledger.meet();
@@ -583,6 +596,36 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_decided_at_the_snapshot_is_lent_or_taken_back_later() {
+        let mut ledger = ledger();
+        let early = ledger.meet();
+        let (own, other) = (lease(), lease().cookie);
+        let instance = own.instance;
+        ledger.apply(PodEvent::Snapshot([own.cookie, other].into()));
+        let welcome = ledger.next(early).expect("a welcome").said;
+        assert!(matches!(welcome, NodeMessage::Welcome(_)));
+        let undecided = vec![own.cookie, other];
+        let said = ledger.next(early).expect("the snapshot").said;
+        assert_eq!(said, NodeMessage::SnapshotSent(Snapshot { undecided }));
+        assert_eq!(told(&mut ledger, early), [""; 0]);
+        assert_eq!(ledger.serving(), 1);
+        // It may have something of both.
+        ledger.apply(PodEvent::Up(own));
+        let mut idle = drain(&mut ledger, instance);
+        assert!(idle.try_recv().is_err(), "something may run");
+        let (told_of, mut clear) = oneshot::channel();
+        ledger.apply(PodEvent::Clear(other, told_of));
+        assert!(clear.try_recv().is_err(), "something may run");
+        assert_eq!(told(&mut ledger, early), ["del", "drain"]);
+        clear.try_recv().expect("it has answered");
+        let late = ledger.meet();
+        ledger.next(late).expect("a welcome");
+        ledger.next(late).expect("a drain");
+        let said = ledger.next(late).expect("the snapshot").said;
+        assert_eq!(said, NodeMessage::SnapshotSent(Snapshot::default()));
+    }
+
+    #[test]
     fn nobody_waits_for_ever_for_a_proxy_that_does_not_come() {
         let mut ledger = ledger();
         let before = ledger.expect();
@@ -594,7 +637,7 @@ mod tests {
         // If one comes later all the same, it may have to wait for the snapshot.
         let late = ledger.meet();
         assert_eq!(told(&mut ledger, late), ["welcome", "del"]);
-        ledger.apply(PodEvent::Snapshot);
+        ledger.apply(PodEvent::Snapshot(BTreeSet::new()));
         assert_eq!(told(&mut ledger, late), ["snapshot"]);
         let later = ledger.meet();
         assert_eq!(told(&mut ledger, later), ["welcome", "snapshot"]);

@@ -14,6 +14,7 @@ mod stamp;
 mod tests;
 pub mod wire;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -135,6 +136,6 @@ pub enum PodEvent {
     /// and this one has not; answered when that is done.
     Clear(u64, oneshot::Sender<()>),
     /// Each pod that was captured when the node process began, and is to stay so, has been leased, or could not
-    /// be enrolled.
-    Snapshot,
+    /// be enrolled; but for those in the network namespaces with these cookies, which are not decided yet.
+    Snapshot(BTreeSet<u64>),
 }

@@ -19,9 +19,9 @@ use crate::sys::async_fd;
 use crate::sys::bound::BoundPath;
 use crate::sys::peer::Peer;
 
-/// The longest packet, in bytes: the longest path of a state takes half, and a pod with the longest names and as many
-/// addresses as are known a quarter.
-const LONGEST: usize = 8192;
+/// The longest packet, in bytes: the cookies of as many pods as a node may have take half, the longest path of a state a
+/// quarter, and a pod with the longest names and as many addresses as are known an eighth.
+const LONGEST: usize = 16384;
 /// The most descriptors of one packet.
 const MAX_DESCRIPTORS: usize = 8;
 /// The number of connections that may wait to be accepted.

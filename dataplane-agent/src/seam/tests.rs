@@ -1,5 +1,6 @@
 //! Both ends of the seam, over a socket.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -324,7 +325,7 @@ async fn what_the_next_node_process_lends_takes_the_place_of_what_its_predecesso
         let own = lease_in(netns);
         let after = own.instance;
         second.say(PodEvent::Up(own)).await;
-        second.say(PodEvent::Snapshot).await;
+        second.say(PodEvent::Snapshot(BTreeSet::new())).await;
         assert_eq!(proxy.is_lent().await.instance, after);
         // What runs goes on, and then the old listeners go.
         let running = proxy.drains(before).await;
@@ -358,8 +359,26 @@ async fn what_no_node_lends_any_more_is_cut_once_all_is_lent_and_not_before() {
         assert_eq!(proxy.is_lent().await.instance, after);
         let early = timeout(Duration::from_millis(100), proxy.events.recv()).await;
         assert!(early.is_err(), "{early:?}");
-        second.say(PodEvent::Snapshot).await;
+        second.say(PodEvent::Snapshot(BTreeSet::new())).await;
         proxy.gives_back(before).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_not_decided_goes_on_until_it_is() {
+    with_a_path(async |path| {
+        let (second, mut proxy, before, netns) = after_a_restart(&path).await;
+        // As many as a node may have.
+        let undecided = (netns..netns + 1024).collect();
+        second.say(PodEvent::Snapshot(undecided)).await;
+        let early = timeout(Duration::from_millis(100), proxy.events.recv()).await;
+        assert!(early.is_err(), "{early:?}");
+        proxy.lent(|lent| *lent == Lent::All).await;
+        let (told, clear) = oneshot::channel();
+        second.say(PodEvent::Clear(netns, told)).await;
+        proxy.gives_back(before).await;
+        soon(clear).await.expect("it is told");
     })
     .await;
 }
@@ -413,7 +432,7 @@ async fn what_a_node_process_takes_back_at_its_start_waits_for_the_proxy_that_is
         let netns = lease().cookie;
         let (told, mut clear) = oneshot::channel();
         node.say(PodEvent::Clear(netns, told)).await;
-        node.say(PodEvent::Snapshot).await;
+        node.say(PodEvent::Snapshot(BTreeSet::new())).await;
         let early = timeout(Duration::from_millis(100), &mut clear).await;
         assert!(early.is_err(), "a proxy may come");
         let proxy = ByHand::at(&path);
@@ -530,13 +549,13 @@ async fn a_proxy_takes_nothing_of_a_node_that_comes_back_with_other_settings() {
         let own = lease();
         let (before, netns) = (own.instance, own.cookie);
         first.say(PodEvent::Up(own)).await;
-        first.say(PodEvent::Snapshot).await;
+        first.say(PodEvent::Snapshot(BTreeSet::new())).await;
         proxy.is_lent().await;
         proxy.lent(|lent| *lent == Lent::All).await;
         drop(first);
         let second = Node::with(&path, &of_cluster("other"));
         second.say(PodEvent::Up(lease_in(netns))).await;
-        second.say(PodEvent::Snapshot).await;
+        second.say(PodEvent::Snapshot(BTreeSet::new())).await;
         let refused = proxy.lent(|lent| matches!(lent, Lent::Refused(_))).await;
         let own = std::process::id();
         let why = format!(
@@ -554,7 +573,7 @@ async fn a_proxy_takes_nothing_of_a_node_that_comes_back_with_other_settings() {
         drop(second);
         let third = Node::at(&path);
         third.say(PodEvent::Up(lease_in(netns))).await;
-        third.say(PodEvent::Snapshot).await;
+        third.say(PodEvent::Snapshot(BTreeSet::new())).await;
         proxy.is_lent().await;
         proxy.lent(|lent| *lent == Lent::All).await;
     })
@@ -675,7 +694,7 @@ async fn a_cut_is_waited_for_from_when_the_proxy_is_told_as_long_as_it_answers()
         for pod in pods {
             node.say(PodEvent::Up(pod)).await;
         }
-        node.say(PodEvent::Snapshot).await;
+        node.say(PodEvent::Snapshot(BTreeSet::new())).await;
         proxy
             .answers_until(|said| matches!(said, NodeMessage::SnapshotSent(_)))
             .await;
@@ -712,7 +731,7 @@ async fn what_a_proxy_that_does_not_answer_is_to_give_back_is_waited_for_for_5_s
         let own = lease();
         let instance = own.instance;
         node.say(PodEvent::Up(own)).await;
-        node.say(PodEvent::Snapshot).await;
+        node.say(PodEvent::Snapshot(BTreeSet::new())).await;
         proxy
             .answers_until(|said| matches!(said, NodeMessage::SnapshotSent(_)))
             .await;

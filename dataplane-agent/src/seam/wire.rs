@@ -40,7 +40,7 @@ pub enum NodeMessage {
     Del(PodRef),
     /// All current pods have been added, and those that drain have been named: give back all others.
     #[prost(message, tag = "3")]
-    SnapshotSent(Empty),
+    SnapshotSent(Snapshot),
     /// The node's first packet, with the descriptor of the map that stamps the proxy's sockets.
     #[prost(message, tag = "100")]
     Welcome(Welcome),
@@ -54,6 +54,15 @@ pub enum NodeMessage {
     /// Cancel the pod's drain.
     #[prost(message, tag = "103")]
     Revive(PodRef),
+}
+
+/// What is left open when all current pods have been added.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Snapshot {
+    /// The cookies of network namespaces of which it is not decided yet whether the node lends them: what runs in
+    /// them goes on. A proxy that does not know this field gives them back.
+    #[prost(fixed64, repeated, tag = "100")]
+    pub undecided: Vec<u64>,
 }
 
 /// A message without content.

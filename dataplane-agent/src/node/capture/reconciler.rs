@@ -497,18 +497,20 @@ impl Reconciler {
     }
 
     /// Tells the proxy, once, that every pod that was captured when this process began has been leased, or
-    /// cannot be. Pods that are not found yet hold this up: the proxy goes on to serve them from before.
+    /// cannot be. Pods that are not found yet, or that no manifest says yet, are not decided: the proxy goes on to
+    /// serve them from before.
     async fn send_snapshot(&mut self, want: &Want) -> Result<(), CaptureError> {
-        let open = self.pods.iter().any(|(cookie, pod)| {
-            let unserved = matches!(pod.phase.phase(), Phase::Unserved | Phase::Cutting);
-            let tried = self.failed.contains_key(cookie);
-            unserved && !tried && want.keeps_captured(*cookie, &pod.uid)
-        });
-        if open || self.snapshot_sent {
+        if self.snapshot_sent {
             return Ok(());
         }
         self.snapshot_sent = true;
-        self.send(PodEvent::Snapshot).await
+        let undecided = self.pods.iter().filter(|(cookie, pod)| {
+            let tried = self.failed.contains_key(cookie);
+            let unserved = matches!(pod.phase, PodPhase::Unserved);
+            unserved && !tried && want.keeps_captured(**cookie, &pod.uid)
+        });
+        let undecided = undecided.map(|(cookie, _)| *cookie).collect();
+        self.send(PodEvent::Snapshot(undecided)).await
     }
 
     /// Captures pods that are to be served and that nobody serves yet. An undo record does not prove that a
