@@ -26,6 +26,8 @@ const USAGE: &str = "usage: dataplane-load COMMAND
 
 /// How long a connection may take.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The longest time that is told apart from longer ones, in microseconds.
+const LONGEST: u64 = 60_000_000;
 
 fn main() {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -126,7 +128,7 @@ struct Times {
 impl Default for Times {
     fn default() -> Self {
         Self {
-            answered: Histogram::new(3).expect("three digits"),
+            answered: Histogram::new_with_bounds(1, LONGEST, 3).expect("three digits"),
             failed: BTreeMap::new(),
         }
     }

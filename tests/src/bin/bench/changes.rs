@@ -73,6 +73,11 @@ impl Mesh {
         let world = World::new();
         let nodes = world.two_nodes();
         let (client, server) = (nodes.0.pod(&world, "client"), nodes.1.pod(&world, "server"));
+        // Who closes a connection keeps its port for a minute: there are not enough by default.
+        for pod in [&client, &server] {
+            let all = "1024 65535";
+            pod.netns.set_sysctl("net.ipv4.ip_local_port_range", all);
+        }
         let few = Manifests::new(&world.folder().join("few"));
         few.namespace("demo", true);
         for (node, pod) in [(&nodes.0, &client), (&nodes.1, &server)] {
@@ -141,8 +146,10 @@ impl Mesh {
                     }
                 }
             });
+            // Also if the load fails: the writer would go on for ever.
+            let end = End(&over);
             let numbers = self.load(seconds);
-            over.store(true, Ordering::Relaxed);
+            drop(end);
             writer.join().expect("it writes in time");
             numbers
         });
@@ -155,6 +162,15 @@ impl Mesh {
         eventually("the last change is known", 60, || {
             self.one.get("/config_dump").contains(&account)
         });
+    }
+}
+
+/// Sets a flag when it is dropped.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
