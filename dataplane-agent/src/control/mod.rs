@@ -14,4 +14,5 @@ mod ownership;
 mod record_cache;
 pub mod recorded;
 mod retained;
+pub mod slow_disk;
 pub mod state;

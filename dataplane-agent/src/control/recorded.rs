@@ -12,10 +12,9 @@ use tokio::time::{Instant, timeout_at};
 use super::enrolled::{Enrolled, EnrolmentRecords, RecordsSnapshot};
 use super::manifests::Stale;
 use super::record_cache::{Change, RecordCache};
+use super::slow_disk::SLOW_DISK;
 use crate::drain;
 
-/// Time after which a look that has not ended is reported.
-const SLOW_LOOK: Duration = Duration::from_secs(5);
 /// Time after which the state counts as away, if a look has not ended. The look goes on.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -107,7 +106,7 @@ impl RecordReader {
             };
             self.look = Some(Look {
                 found: drain::spawn_blocking(look),
-                report_at: Instant::now() + SLOW_LOOK,
+                report_at: Instant::now() + SLOW_DISK,
                 slow: false,
                 again: false,
             });
@@ -131,9 +130,9 @@ impl RecordReader {
             }
             Err(_) if !look.slow => {
                 look.slow = true;
-                look.report_at += LOOK_TIMEOUT - SLOW_LOOK;
+                look.report_at += LOOK_TIMEOUT - SLOW_DISK;
                 let mut problems = self.found_problems();
-                problems.push(self.is_read_for(SLOW_LOOK));
+                problems.push(self.is_read_for(SLOW_DISK));
                 self.set_problems(problems);
             }
             Err(_) => {

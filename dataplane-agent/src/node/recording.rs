@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::pending;
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,14 +14,13 @@ use tokio::time::Instant;
 
 use crate::control::enrolled::{EnrolmentRecords, RecordsSnapshot};
 use crate::control::manifests::{LocalPodSpec, PodKey};
+use crate::control::slow_disk::{SLOW_DISK, unanswered};
 use crate::drain;
 
 /// Delay before the first retry of a failed write or removal. It doubles with each failure.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// Longest delay between retries.
 const MAX_RETRY: Duration = Duration::from_secs(30);
-/// Time after which a write or removal that has not ended is reported. It goes on.
-const OVERDUE: Duration = Duration::from_secs(5);
 
 /// Writer of this node's records.
 #[derive(Debug)]
@@ -267,7 +265,7 @@ impl RecordWriter {
     fn report_overdue(&mut self, now: Instant) {
         if let Some(running) = &mut self.running
             && !running.overdue
-            && now.duration_since(running.since) >= OVERDUE
+            && now.duration_since(running.since) >= SLOW_DISK
         {
             running.overdue = true;
             let (key, what) = (running.task.key(), running.task.failure());
@@ -337,11 +335,6 @@ fn removes(running: &Option<Running>, pod: &PodKey) -> bool {
     running
         .as_ref()
         .is_some_and(|running| matches!(&running.task, Task::Remove(key) if key == pod))
-}
-
-fn unanswered(file: &Path) -> String {
-    let file = file.display();
-    format!("{file}: the disk has not answered for longer than {OVERDUE:?}")
 }
 
 fn named(key: &PodKey) -> String {

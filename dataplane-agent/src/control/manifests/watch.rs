@@ -18,15 +18,13 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
+use crate::control::slow_disk::{SLOW_DISK, unanswered};
 use crate::drain;
 
 /// Changes within this time count as one.
 const DEBOUNCE: Duration = Duration::from_millis(50);
 /// Time between reads without a report.
 pub(super) const RESYNC: Duration = Duration::from_secs(3);
-
-/// Time after which a disk that has not answered is reported.
-const SILENT: Duration = Duration::from_secs(5);
 
 /// A watch on a folder and what is below it.
 pub struct Watch {
@@ -111,11 +109,8 @@ impl Watch {
 
     /// Returns a problem if the folder's disk has not answered for some time.
     pub fn problem(&self) -> Option<String> {
-        let is_silent = self.following.is_some() && self.asked.elapsed() >= SILENT;
-        is_silent.then(|| {
-            let dir = self.dir.display();
-            format!("{dir}: the disk has not answered for longer than {SILENT:?}")
-        })
+        let is_silent = self.following.is_some() && self.asked.elapsed() >= SLOW_DISK;
+        is_silent.then(|| unanswered(&self.dir))
     }
 
     /// Waits for a report, or for the time of a read without one.
@@ -266,7 +261,7 @@ mod tests {
             assert!(changed.await.is_err());
         }
         assert_eq!(watch.problem(), None);
-        watch.asked -= SILENT;
+        watch.asked -= SLOW_DISK;
         let told = watch.problem().expect("it is silent");
         assert!(
             told.contains("has not answered for longer than 5s"),

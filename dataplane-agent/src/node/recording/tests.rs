@@ -1,4 +1,5 @@
 use std::fs;
+use std::path::Path;
 use std::sync::mpsc;
 use std::time::SystemTime;
 
@@ -104,12 +105,12 @@ async fn a_disk_that_does_not_answer_is_told_and_keeps_nobody_waiting() {
     let served = [(&a, &of_a), (&b, &of_b)];
     let begin = Instant::now();
     let answer = both.hang(Task::Write(a.clone(), of_a.clone()), begin);
-    both.decide(&served, begin + OVERDUE / 2);
+    both.decide(&served, begin + SLOW_DISK / 2);
     let known = |both: &WriterAndReader| [&a, &b].map(|key| both.recording.known(key));
     assert_eq!(known(&both), [Known::NotYet, Known::NotYet]);
     assert_eq!(both.recording.problems().count(), 0);
 
-    both.decide(&served, begin + OVERDUE);
+    both.decide(&served, begin + SLOW_DISK);
     for why in known(&both).map(not_written) {
         let told = "enrolled/ns.a.json: the disk has not answered for longer than 5s";
         assert!(why.contains(told), "{why}");
