@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod claim;
 pub mod command;
 pub mod halves;
+pub mod interrupt;
 pub mod lacks;
 pub mod left;
 pub mod manifests;

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::build;
-use crate::command::{require_root, run as run_command, shown};
+use crate::command::{require_root, shown};
 use crate::progress::say;
 
 /// Measures the dataplane on this machine, as it is shipped.
@@ -15,7 +15,7 @@ use crate::progress::say;
 /// Nodes and pods are network namespaces and cgroups of this machine, and nothing leaves it. What
 /// is compared is measured in turns, round by round, and once against itself: what differs by no
 /// more than that is no difference. Needs root, and a machine that does nothing else. Everything is
-/// taken away at the end, also after Ctrl-C.
+/// taken away at the end, also after Ctrl-C, which ends it after the round.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Fewer and shorter rounds: shows that it works, not how fast.
@@ -30,12 +30,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     require_root("the benchmark", "network namespaces, cgroups, bpf(2)")?;
     build::with_kernel_programs(|| {
         say("agent and benchmark, released");
-        run_command(build::host_bins(true).args([
-            "--package",
-            "dataplane-agent",
-            "--package",
-            "dataplane-tests",
-        ]))
+        build::agent_and_programs(true)
     })?;
     say("benchmark");
     let binary = |name| build::binary(name, true);

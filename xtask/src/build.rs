@@ -148,6 +148,17 @@ pub(crate) fn host_bins(release: bool) -> Command {
     cargo
 }
 
+/// Builds the agent, and the programs of the tests beside it. Both in one build: in two, cargo would choose the
+/// features of shared dependencies anew for each.
+pub(crate) fn agent_and_programs(release: bool) -> Result<()> {
+    run_command(host_bins(release).args([
+        "--package",
+        "dataplane-agent",
+        "--package",
+        "dataplane-tests",
+    ]))
+}
+
 /// Returns cargo for the host, with the path of the kernel programs in its environment.
 pub(crate) fn host(chore: &str, release: bool) -> Command {
     let mut cargo = cargo();

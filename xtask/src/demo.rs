@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::build;
-use crate::command::{require_root, run as run_command, shown};
+use crate::command::{require_root, shown};
 use crate::progress::say;
 
 /// Shows the dataplane at work on this machine: two nodes, their pods, a mesh and its policies.
@@ -31,13 +31,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     require_root("the demo", "network namespaces, cgroups, bpf(2)")?;
     build::with_kernel_programs(|| {
         say("agent and demo");
-        // Both in one build: in two, cargo would choose the features of shared dependencies anew for each.
-        run_command(build::host_bins(options.release).args([
-            "--package",
-            "dataplane-agent",
-            "--package",
-            "dataplane-tests",
-        ]))
+        build::agent_and_programs(options.release)
     })?;
     say("demo");
     let binary = |name| build::binary(name, options.release);

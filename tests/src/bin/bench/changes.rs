@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use dataplane_tests::interrupt::interrupted;
 use dataplane_tests::manifests::Manifests;
 use dataplane_tests::{Agent, Node, Pod, Process, World, eventually, program};
 use serde_json::Value;
 
-use crate::interrupted;
 use crate::rounds::{Numbers, Rounds};
 
 /// Where the server listens.
@@ -47,7 +47,7 @@ pub(crate) fn measure(quick: bool) -> Option<Rounds> {
     );
     let mesh = Mesh::start();
     let mut changes = Changes::default();
-    changes.write_all(&mesh.world.manifests);
+    changes.write(&mesh.world.manifests, FILES);
     mesh.waits_for(&changes);
     // What the first connections wait for is measured by none.
     mesh.load(1);
@@ -134,7 +134,7 @@ impl Mesh {
             let writer = scope.spawn(|| {
                 let begin = Instant::now();
                 for number in 1.. {
-                    changes.write_some(manifests);
+                    changes.write(manifests, AT_ONCE);
                     thread::sleep((EVERY * number).saturating_sub(begin.elapsed()));
                     if over.load(Ordering::Relaxed) {
                         let each = begin.elapsed() / number;
@@ -193,14 +193,9 @@ impl Changes {
         format!("account-{:08}", self.written)
     }
 
-    fn write_all(&mut self, manifests: &Manifests) {
-        for _ in 0..FILES {
-            self.write_next(manifests);
-        }
-    }
-
-    fn write_some(&mut self, manifests: &Manifests) {
-        for _ in 0..AT_ONCE {
+    /// Writes the next so many files.
+    fn write(&mut self, manifests: &Manifests, files: u32) {
+        for _ in 0..files {
             self.write_next(manifests);
         }
     }

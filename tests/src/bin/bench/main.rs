@@ -6,14 +6,10 @@ mod changes;
 mod rounds;
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::{env, fs, thread};
+use std::{env, fs};
 
-use nix::sys::signal::{SigSet, Signal};
+use dataplane_tests::interrupt;
 use serde_json::json;
-
-/// `true` once Ctrl-C was pressed: nothing further is measured, and everything is removed.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> ExitCode {
     let (mut quick, mut file) = (false, None);
@@ -28,13 +24,7 @@ fn main() -> ExitCode {
             }
         }
     }
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
-    signals.thread_block().expect("signals can be blocked");
-    thread::spawn(move || {
-        while signals.wait().is_ok() {
-            INTERRUPTED.store(true, Ordering::Relaxed);
-        }
-    });
+    interrupt::watch();
     let Some(rounds) = changes::measure(quick) else {
         println!("interrupted, everything is taken away");
         return ExitCode::FAILURE;
@@ -48,9 +38,4 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
-}
-
-/// Returns `true` if Ctrl-C was pressed.
-fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
 }

@@ -11,12 +11,8 @@ mod steps;
 mod table;
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use nix::sys::signal::{SigSet, Signal};
-
-/// `true` once Ctrl-C was pressed: no further step is run, and everything is removed.
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+use dataplane_tests::interrupt::{self, interrupted};
 
 fn main() -> ExitCode {
     let (mut keep, mut halves) = (false, false);
@@ -30,13 +26,7 @@ fn main() -> ExitCode {
             }
         }
     }
-    let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
-    signals.thread_block().expect("signals can be blocked");
-    std::thread::spawn(move || {
-        while signals.wait().is_ok() {
-            INTERRUPTED.store(true, Ordering::Relaxed);
-        }
-    });
+    interrupt::watch();
     let _only = match only::only() {
         Ok(lock) => lock,
         Err(why) => {
@@ -66,9 +56,4 @@ fn main() -> ExitCode {
     } else {
         ExitCode::FAILURE
     }
-}
-
-/// Returns `true` if Ctrl-C was pressed.
-fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
 }

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use dataplane_tests::interrupt::interrupted;
 use dataplane_tests::{Pod, within};
 
 use crate::agents::NodeAgent;
 use crate::bookinfo::{ENROLLED, Mesh, UNMESHED, UP};
-use crate::interrupted;
 use crate::kubelet;
 use crate::table::Table;
 
