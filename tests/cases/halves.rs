@@ -366,6 +366,25 @@ fn a_pod_that_is_idle_refuses_nobody_while_the_node_half_comes_back() {
 }
 
 #[test]
+fn a_proxy_without_room_for_descriptors_refuses_a_pod_alone_until_there_is() {
+    let halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.live();
+    // What is open stays open.
+    let before = halves.proxy.limit_files(3);
+    let other = halves.nodes.0.pod(&halves.world, "other");
+    let told = ["a proxy cannot serve a pod", "demo/other", "open files"];
+    halves.node.logs(&told);
+    halves.carries(&mut live, "without");
+    assert!(!halves.node.log().contains("a proxy is let go"));
+    halves.proxy.limit_files(before);
+    let _app = other.serve(PORT);
+    let asks = || halves.server.ask(other.at(PORT), "x");
+    eventually("it is served", 20, || asks().is_ok());
+    halves.carries(&mut live, "with");
+}
+
+#[test]
 fn what_drains_goes_on_while_its_proxy_stands_still_for_a_while() {
     let mut halves = Halves::new();
     halves.node.terminate();

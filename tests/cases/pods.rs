@@ -180,12 +180,12 @@ fn c7_an_agent_that_cannot_look_lets_no_pod_go() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
     let mut live = pair.client.live(pair.server.at(PORT));
-    let before = limit_files(pair.one.pid(), 3);
+    let before = pair.one.limit_files(3);
     std::thread::sleep(scaled(Duration::from_secs(6)));
     assert!(is_captured(&pair.client), "it stays captured");
     live.say("what runs goes on");
     assert_eq!(live.line(), format!("{} what runs goes on", pair.client.v4));
-    limit_files(pair.one.pid(), before);
+    pair.one.limit_files(before);
     pair.one.up(&["client"]);
     let answer = pair.client.ask(pair.server.at(PORT), "again");
     assert_eq!(answer, Ok(format!("{} again", pair.client.v4)));
@@ -893,27 +893,6 @@ fn c6_who_takes_the_address_of_a_pod_that_is_gone_does_not_get_its_identity() {
         .ip6(&format!("addr add {v6}/128 dev eth0 nodad\n"));
     agent.up(&["victim"]);
     assert!(is_captured(&again) && !is_captured(&thief));
-}
-
-/// Limits the open files of a process to `most`; returns the former limit.
-fn limit_files(pid: u32, most: u64) -> u64 {
-    let pid = pid.try_into().expect("a pid");
-    let mut old = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    let resource = libc::RLIMIT_NOFILE;
-    // SAFETY: the kernel fills the structure, which lives for the length of the call.
-    let read = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut old) };
-    assert_eq!(read, 0, "{}", std::io::Error::last_os_error());
-    let new = libc::rlimit {
-        rlim_cur: most,
-        ..old
-    };
-    // SAFETY: the kernel reads the structure, which lives for the length of the call.
-    let set = unsafe { libc::prlimit(pid, resource, &raw const new, std::ptr::null_mut()) };
-    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
-    old.rlim_cur
 }
 
 #[test]

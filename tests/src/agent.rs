@@ -240,6 +240,27 @@ impl Agent {
         found.expect("it was found")
     }
 
+    /// Limits its open files to `most`; returns the former limit.
+    pub fn limit_files(&self, most: u64) -> u64 {
+        let pid = self.pid().try_into().expect("a pid");
+        let mut old = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        let resource = libc::RLIMIT_NOFILE;
+        // SAFETY: the kernel fills the structure, which lives for the length of the call.
+        let read = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut old) };
+        assert_eq!(read, 0, "{}", std::io::Error::last_os_error());
+        let new = libc::rlimit {
+            rlim_cur: most,
+            ..old
+        };
+        // SAFETY: the kernel reads the structure, which lives for the length of the call.
+        let set = unsafe { libc::prlimit(pid, resource, &raw const new, std::ptr::null_mut()) };
+        assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+        old.rlim_cur
+    }
+
     /// Runs a subcommand for its node; returns exit status, standard output and standard error.
     pub fn ask(&self, arguments: &[&str]) -> (std::process::ExitStatus, String, String) {
         let mut command = Command::new(program(self.setup.program));

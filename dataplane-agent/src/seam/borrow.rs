@@ -38,6 +38,9 @@ pub(super) const LONGEST_RETRY: Duration = Duration::from_secs(1);
 /// How long replaced listeners are served as before, so that handshakes in progress can finish.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// Why a pod is refused whose descriptors have not come.
+const NO_ROOM: &str = "this process may not have more open files";
+
 /// What the node has lent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Lent {
@@ -253,7 +256,8 @@ impl Borrower {
                     );
                     return Err(io::Error::new(io::ErrorKind::Unsupported, what));
                 }
-                let mut lent = descriptors.into_iter();
+                let lent = descriptors.ok_or_else(|| io::Error::other(NO_ROOM))?;
+                let mut lent = lent.into_iter();
                 let stamp = lent.next().map(Stamp::of).transpose()?;
                 conversation.stamp = Some(Arc::new(stamp.unwrap_or_default()));
                 tracing::info!(pid, node, "serves the pods of the node");
@@ -261,9 +265,18 @@ impl Borrower {
             NodeMessage::Add(add) => {
                 let stamp = conversation.stamp.clone();
                 let stamp = stamp.ok_or_else(|| wrong("a pod before its welcome"))?;
-                let lease = lease(add, descriptors, stamp)?;
-                conversation.name(lease.cookie);
-                conversation.awaited.remove(&lease.cookie);
+                let (netns, identity) = (add.netns, identity(&add)?);
+                conversation.name(netns);
+                conversation.awaited.remove(&netns);
+                // No connection goes on under an identity that the pod no longer has.
+                let is_other = |held: &Held| *held.uid != *add.uid || held.identity != identity;
+                self.give_back(|held| held.netns == netns && is_other(held))
+                    .await;
+                let Some(descriptors) = descriptors else {
+                    let error = NO_ROOM.into();
+                    return Ok(Ack { error });
+                };
+                let lease = lease(add, identity, descriptors, stamp)?;
                 return Ok(self.take(Box::new(lease)).await);
             }
             NodeMessage::SnapshotSent(of) => {
@@ -306,10 +319,6 @@ impl Borrower {
     async fn take(&mut self, lease: Box<Lease>) -> Ack {
         let (instance, netns) = (lease.instance, lease.cookie);
         let (uid, identity) = (Arc::clone(&lease.uid), lease.identity.clone());
-        // No connection goes on under an identity that the pod no longer has.
-        let is_other = |held: &Held| held.uid != uid || held.identity != identity;
-        self.give_back(|held| held.netns == netns && is_other(held))
-            .await;
         if self.leaving.is_cancelled() {
             return Ack::default(); // another proxy serves it; connections go on here
         }
@@ -464,11 +473,21 @@ impl Conversation {
     }
 }
 
+/// Who a pod is.
+fn identity(add: &Add) -> io::Result<Identity> {
+    let who = add.workload_info.as_ref();
+    let who = who.ok_or_else(|| wrong("a pod that is nobody"))?;
+    let (namespace, account) = (&who.namespace, &who.service_account);
+    Ok(Identity::new(&add.trust_domain, namespace, account))
+}
+
 /// A pod, as it was lent.
-fn lease(add: Add, descriptors: Vec<OwnedFd>, stamp: Arc<Stamp>) -> io::Result<Lease> {
-    let who = add
-        .workload_info
-        .ok_or_else(|| wrong("a pod that is nobody"))?;
+fn lease(
+    add: Add,
+    identity: Identity,
+    descriptors: Vec<OwnedFd>,
+    stamp: Arc<Stamp>,
+) -> io::Result<Lease> {
     let lent = <[OwnedFd; 4]>::try_from(descriptors);
     let [netns, outbound, inbound, hbone] = lent.map_err(|_| wrong("a pod with too little"))?;
     let listeners = Listeners {
@@ -476,7 +495,7 @@ fn lease(add: Add, descriptors: Vec<OwnedFd>, stamp: Arc<Stamp>) -> io::Result<L
         inbound: TcpListener::from(inbound),
         hbone: TcpListener::from(hbone),
     };
-    let identity = Identity::new(&add.trust_domain, &who.namespace, &who.service_account);
+    let who = add.workload_info.unwrap_or_default();
     Ok(Lease {
         instance: Instance(add.instance),
         uid: add.uid.into(),

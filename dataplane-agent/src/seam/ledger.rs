@@ -98,6 +98,8 @@ struct LastTold {
     drains: bool,
     /// Whether it is to be told to drain once more, since it may have answered the last time already.
     drain_again: bool,
+    /// Whether it could not serve the pod when it was lent it last. It may have something of an earlier node process.
+    refused: bool,
 }
 
 impl Ledger {
@@ -304,6 +306,24 @@ impl Ledger {
         .collect()
     }
 
+    /// Takes in whether a proxy has refused the pod that it was lent last; returns whether that is news.
+    pub(super) fn set_refused(&mut self, id: ProxyId, netns: u64, refused: bool) -> bool {
+        let proxy = self.proxies.get_mut(&id);
+        let last = proxy.and_then(|proxy| proxy.told.get_mut(&netns));
+        last.is_some_and(|last| std::mem::replace(&mut last.refused, refused) != refused)
+    }
+
+    /// Has a proxy be lent once more what it has refused.
+    pub(super) fn lend_again(&mut self, id: ProxyId) {
+        let Some(proxy) = self.proxies.get_mut(&id) else {
+            return;
+        };
+        for (netns, last) in proxy.told.iter_mut().filter(|(_, last)| last.refused) {
+            last.instance = None;
+            proxy.changed.insert(*netns);
+        }
+    }
+
     /// Returns the number of proxies that serve: they answer, have been lent all there is, and are not about to end.
     pub(super) fn serving(&self) -> usize {
         let proxies = self.proxies.values();
@@ -409,12 +429,12 @@ impl Proxy {
                     None
                 }
             }
-            _ => {
+            last => {
                 let last = LastTold {
                     instance: Some(lease.instance),
                     addresses: Arc::clone(&lease.addresses),
-                    drains,
-                    drain_again: false,
+                    refused: last.is_some_and(|last| last.refused),
+                    ..LastTold::default()
                 };
                 self.told.insert(netns, last);
                 Some(Order::lending(lease))
@@ -623,6 +643,42 @@ mod tests {
         ledger.next(late).expect("a drain");
         let said = ledger.next(late).expect("the snapshot").said;
         assert_eq!(said, NodeMessage::SnapshotSent(Snapshot::default()));
+    }
+
+    #[test]
+    fn a_pod_that_was_refused_is_lent_again_and_taken_back_like_others() {
+        let mut ledger = ledger();
+        let (own, other, id) = (lease(), lease(), ledger.meet());
+        let (netns, instance, gone) = (own.cookie, own.instance, other.instance);
+        ledger.apply(PodEvent::Up(own));
+        ledger.apply(PodEvent::Snapshot(BTreeSet::new()));
+        assert_eq!(told(&mut ledger, id), ["welcome", "add", "snapshot"]);
+        assert!(ledger.set_refused(id, netns, true));
+        assert_eq!(told(&mut ledger, id), [""; 0], "that is for later");
+        ledger.lend_again(id);
+        assert_eq!(told(&mut ledger, id), ["add"]);
+        assert!(!ledger.set_refused(id, netns, true), "that is known");
+        // It may have connections of an earlier node process.
+        let mut idle = drain(&mut ledger, instance);
+        assert!(idle.try_recv().is_err());
+        assert_eq!(told(&mut ledger, id), ["drain"]);
+        ledger.apply(PodEvent::Revive(instance));
+        assert_eq!(told(&mut ledger, id), ["revive"]);
+        ledger.lend_again(id);
+        assert_eq!(told(&mut ledger, id), ["add"]);
+        assert!(ledger.set_refused(id, netns, false));
+        ledger.lend_again(id);
+        assert_eq!(told(&mut ledger, id), [""; 0], "it serves it");
+        let netns = other.cookie;
+        ledger.apply(PodEvent::Up(other));
+        assert_eq!(told(&mut ledger, id), ["add"]);
+        assert!(ledger.set_refused(id, netns, true));
+        let (told_of, mut down) = oneshot::channel();
+        ledger.apply(PodEvent::Down(gone, told_of));
+        assert_eq!(told(&mut ledger, id), ["del"]);
+        down.try_recv().expect("it has answered");
+        ledger.lend_again(id);
+        assert_eq!(told(&mut ledger, id), [""; 0]);
     }
 
     #[test]

@@ -26,6 +26,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long after the start a proxy that served the node before is waited for. A pod that it may have is not undone
 /// meanwhile: no packet of its connections would arrive at the proxy any more.
 const RETURN_TIMEOUT: Duration = LONGEST_RETRY.saturating_mul(2);
+/// How long after a proxy has refused a pod it is lent that again.
+const LEND_AGAIN: Duration = Duration::from_secs(5);
 /// Delay after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -46,8 +48,8 @@ struct Unanswered {
     until: Option<Instant>,
     /// Dropped when the request is answered, or late.
     done: Vec<CompletionGuard>,
-    /// The uid of the pod that was lent with it, or is to be given back.
-    pod: Option<String>,
+    /// The pod that was lent with it, or is to be given back: its network namespace and its uid.
+    pod: Option<(u64, String)>,
     /// Whether an error concerns that pod alone.
     lends: bool,
 }
@@ -138,6 +140,7 @@ impl Lender {
         let pid = channel.pid();
         let mut changed = self.changed.subscribe();
         let mut unanswered: Option<Unanswered> = None;
+        let mut lend_again = None;
         let mut serves = false;
         loop {
             changed.borrow_and_update();
@@ -160,18 +163,24 @@ impl Lender {
                             let Some(order) = unanswered.take() else {
                                 return Err(io::Error::other("it answers what was not asked"));
                             };
+                            let (refused, reason) = (!ack.error.is_empty(), ack.error);
                             match order.pod {
-                                _ if ack.error.is_empty() => {
-                                    // The first that it answers is its welcome.
-                                    if !std::mem::replace(&mut serves, true) {
-                                        tracing::info!(pid, "a proxy serves");
+                                Some((netns, pod)) if order.lends => {
+                                    let news = self.ledger.borrow_mut().set_refused(id, netns, refused);
+                                    if refused {
+                                        lend_again.get_or_insert_with(|| Instant::now() + LEND_AGAIN);
+                                    }
+                                    match refused {
+                                        true if news => tracing::warn!(pid, pod, reason, "a proxy cannot serve a pod; it is lent it again"),
+                                        false if news => tracing::info!(pid, pod, "a proxy serves a pod that it could not serve"),
+                                        _ => {}
                                     }
                                 }
-                                Some(pod) if order.lends => {
-                                    let reason = ack.error;
-                                    tracing::warn!(pid, pod, reason, "a proxy cannot serve a pod");
+                                _ if refused => return Err(io::Error::other(reason)),
+                                // The first that it answers is its welcome.
+                                _ => if !std::mem::replace(&mut serves, true) {
+                                    tracing::info!(pid, "a proxy serves");
                                 }
-                                _ => return Err(io::Error::other(ack.error)),
                             }
                             if self.ledger.borrow_mut().set_late(id, false) {
                                 tracing::info!(pid, "a proxy answers again");
@@ -182,6 +191,10 @@ impl Lender {
                         None => return Err(io::Error::other("it says a word that is not known")),
                     }
                 }
+                () = at(lend_again) => {
+                    lend_again = None;
+                    self.ledger.borrow_mut().lend_again(id);
+                }
                 () = at(until) => {
                     if let Some(order) = &mut unanswered
                         && order.until.take().is_some()
@@ -189,7 +202,8 @@ impl Lender {
                         tracing::warn!(pid, "a proxy does not answer; it does not count as serving until it does");
                         self.ledger.borrow_mut().set_late(id, true);
                         if !std::mem::take(&mut order.done).is_empty() {
-                            warn_not_confirmed(pid, order.pod.as_deref().unwrap_or_default());
+                            let pod = order.pod.as_ref().map(|(_, uid)| uid.as_str());
+                            warn_not_confirmed(pid, pod.unwrap_or_default());
                         }
                     }
                     let since = Instant::now() - ANSWER_TIMEOUT;
@@ -212,8 +226,8 @@ impl Lender {
             return Ok(None);
         };
         let (pod, lends) = match &order.said {
-            NodeMessage::Add(add) => (Some(add.uid.clone()), true),
-            NodeMessage::Del(of) => (Some(of.uid.clone()), false),
+            NodeMessage::Add(add) => (Some((add.netns, add.uid.clone())), true),
+            NodeMessage::Del(of) => (Some((of.netns, of.uid.clone())), false),
             _ => (None, false),
         };
         let said = Some(order.said);

@@ -33,8 +33,8 @@ const FLAGS: SocketFlags = SocketFlags::CLOEXEC.union(SocketFlags::NONBLOCK);
 pub struct Packet {
     /// Its content.
     pub bytes: Vec<u8>,
-    /// The descriptors that came with it.
-    pub descriptors: Vec<OwnedFd>,
+    /// The descriptors that came with it; `None` if this process has no room for all of them, or no packet has as many.
+    pub descriptors: Option<Vec<OwnedFd>>,
 }
 
 /// One end of a connection between the halves.
@@ -170,7 +170,7 @@ impl Channel {
     /// Waits for a packet; none comes any more if the other end is gone.
     ///
     /// # Errors
-    /// It is longer than any should be, or has more descriptors; none of these stays open.
+    /// It is longer than any should be; none of its descriptors stays open.
     pub async fn receive(&self) -> io::Result<Option<Packet>> {
         ready(&self.socket, receive).await
     }
@@ -205,17 +205,35 @@ fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<Packet>> {
             descriptors.extend(all);
         }
     }
-    if came
-        .flags
-        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-    {
+    if came.flags.contains(ReturnFlags::TRUNC) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             "a packet is longer than any",
         ));
     }
     bytes.truncate(came.bytes);
+    let whole = !came.flags.contains(ReturnFlags::CTRUNC);
+    let descriptors = whole.then_some(descriptors);
     Ok((came.bytes > 0).then_some(Packet { bytes, descriptors }))
+}
+
+#[cfg(test)]
+impl Channel {
+    /// Sends a packet with more descriptors than are received, as if there were no room for them.
+    pub(super) fn send_without_room(&self, bytes: &[u8], one: BorrowedFd<'_>) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut beside = SendAncillaryBuffer::new(&mut space);
+        let many = [one; 64];
+        assert!(beside.push(SendAncillaryMessage::ScmRights(&many)));
+        let bytes = [IoSlice::new(bytes)];
+        sendmsg(
+            self.socket.get_ref(),
+            &bytes,
+            &mut beside,
+            SendFlags::NOSIGNAL,
+        )
+        .expect("there is room");
+    }
 }
 
 #[cfg(test)]
@@ -247,13 +265,14 @@ mod tests {
         let first = other.receive().await.expect("a packet").expect("one");
         assert_eq!(first.bytes, b"first");
         let mut said = String::new();
-        let [lent] = <[OwnedFd; 1]>::try_from(first.descriptors).expect("one");
+        let lent = first.descriptors.expect("there is room");
+        let [lent] = <[OwnedFd; 1]>::try_from(lent).expect("one");
         File::from(lent).read_to_string(&mut said).expect("a file");
         assert_eq!(said, "lent");
         let second = other.receive().await.expect("a packet").expect("one");
         assert_eq!(
-            (&*second.bytes, second.descriptors.len()),
-            (&b"second"[..], 0)
+            (&*second.bytes, second.descriptors.map(|none| none.len())),
+            (&b"second"[..], Some(0))
         );
         drop(one);
         assert!(other.receive().await.expect("an end").is_none());
@@ -271,6 +290,19 @@ mod tests {
         let mut near = near;
         near.read_to_end(&mut end)
             .expect("nobody has its other end");
+    }
+
+    #[tokio::test]
+    async fn a_packet_without_room_for_its_descriptors_comes_and_leaves_none_open() {
+        let (one, other) = pair();
+        let (mut near, far) = io::pipe().expect("a pipe");
+        one.send_without_room(b"many", far.as_fd());
+        drop(far);
+        let packet = other.receive().await.expect("a packet").expect("one");
+        assert_eq!(packet.bytes, b"many");
+        assert!(packet.descriptors.is_none());
+        let end = near.read_to_end(&mut Vec::new());
+        assert_eq!(end.expect("nobody has its other end"), 0);
     }
 
     #[tokio::test]

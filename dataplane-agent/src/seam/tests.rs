@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +18,8 @@ use super::borrow::{Borrower, Lent};
 use super::lend::Lender;
 use super::packets::{Channel, SeamListener};
 use super::wire::{
-    Ack, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, VERSION, Welcome,
+    Ack, Add, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, Snapshot, VERSION,
+    Welcome, WorkloadInfo,
 };
 use super::{Instance, Lease, Listeners, PodEvent, SharedSettings, Stamp};
 use crate::mesh::Identity;
@@ -498,12 +500,14 @@ async fn a_pod_that_is_lent_while_it_drains_goes_on() {
 }
 
 #[tokio::test]
-async fn a_pod_that_cannot_be_served_is_refused_alone() {
+async fn a_pod_that_cannot_be_served_is_refused_alone_and_lent_again() {
     with_a_path(async |path| {
         let (mut node, mut proxy) = (Node::at(&path), Proxy::of(&path));
         let (ended, own) = (lease(), lease());
-        let listener = socket2::SockRef::from(&ended.listeners.inbound);
+        let listener = ended.listeners.inbound.try_clone().expect("a descriptor");
+        let listener = socket2::Socket::from(listener);
         listener.shutdown(Shutdown::Both).expect("it listens");
+        let refused = ended.instance;
         let next = own.instance;
         node.say(PodEvent::Up(ended)).await;
         node.say(PodEvent::Up(own)).await;
@@ -513,6 +517,64 @@ async fn a_pod_that_cannot_be_served_is_refused_alone() {
         let running = proxy.drains(next).await;
         running.send(()).expect("somebody waits");
         soon(idle).await.expect("it is told");
+        listener.listen(1).expect("it may again");
+        assert_eq!(proxy.is_lent().await.instance, refused);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_pod_whose_descriptors_find_no_room_is_refused_alone_and_what_runs_goes_on() {
+    with_a_path(async |path| {
+        let (first, mut proxy) = (Node::at(&path), Proxy::of(&path));
+        let own = lease();
+        let (before, netns) = (own.instance, own.cookie);
+        first.say(PodEvent::Up(own)).await;
+        proxy.is_lent().await;
+        drop(first);
+        let listener = SeamListener::open(&path).expect("a socket");
+        let node = soon(listener.accept()).await.expect("a proxy");
+        soon(node.receive()).await.expect("a hello");
+        let asks = async |said: NodeMessage, without_room: bool| {
+            let request = Request { said: Some(said) }.encode_to_vec();
+            match without_room {
+                true => node.send_without_room(&request, std::io::stdin().as_fd()),
+                false => node.send(&request, &[]).expect("there is room"),
+            }
+            let packet = soon(node.receive()).await.expect("a packet");
+            let packet = packet.expect("it does not let go");
+            match Response::decode(&*packet.bytes).expect("an answer").told {
+                Some(ProxyMessage::Ack(ack)) => ack.error,
+                told => panic!("{told:?}"),
+            }
+        };
+        let welcome = NodeMessage::Welcome(Welcome {
+            lease: VERSION,
+            ..Welcome::default()
+        });
+        assert_eq!(asks(welcome, false).await, "");
+        let add = |service_account: &str| {
+            NodeMessage::Add(Add {
+                uid: "c//Pod/ns/p".into(),
+                workload_info: Some(WorkloadInfo {
+                    name: "p".into(),
+                    namespace: "ns".into(),
+                    service_account: service_account.into(),
+                }),
+                trust_domain: "td".into(),
+                netns,
+                ..Add::default()
+            })
+        };
+        let error = asks(add("sa"), true).await;
+        assert!(error.contains("open files"), "{error}");
+        let snapshot = NodeMessage::SnapshotSent(Snapshot::default());
+        assert_eq!(asks(snapshot, false).await, "");
+        let early = timeout(Duration::from_millis(100), proxy.events.recv()).await;
+        assert!(early.is_err(), "{early:?}");
+        // What is another's is cut all the same.
+        let (error, ()) = tokio::join!(asks(add("other"), true), proxy.gives_back(before));
+        assert!(error.contains("open files"), "{error}");
     })
     .await;
 }
