@@ -30,8 +30,6 @@ pub(super) struct Order<'a> {
     pub(super) said: NodeMessage,
     /// The descriptors that are lent with it.
     pub(super) lent: Vec<BorrowedFd<'a>>,
-    /// To be dropped when the proxy has done it, or is gone.
-    pub(super) done: Vec<CompletionGuard>,
 }
 
 /// What is lent, and to whom. Pods are keyed by the cookies of their network namespaces: each has one pod.
@@ -63,6 +61,8 @@ struct Proxy {
     /// Whether it is not connected, and is waited for.
     absent: bool,
     welcomed: bool,
+    /// Whether it has answered that: it serves this node.
+    accepted: bool,
     /// Whether it was told [`NodeMessage::SnapshotSent`]. Until then it may have pods of an earlier node process.
     snapshot: bool,
     /// What it was last told of each pod.
@@ -71,6 +71,8 @@ struct Proxy {
     changed: BTreeSet<u64>,
     /// Pods that it is to give back, and has not been told of yet.
     give_back: BTreeMap<u64, GiveBack>,
+    /// The pod that it was told to give back, until it answers.
+    giving_back: Option<(u64, GiveBack)>,
     /// Who waits until a draining pod has no connections left.
     idle: BTreeMap<u64, CompletionGuard>,
     /// Whether it has been told all that there was to say since it connected, and has answered.
@@ -84,7 +86,7 @@ struct Proxy {
 #[derive(Debug)]
 struct GiveBack {
     uid: Arc<str>,
-    /// When the node has said so first.
+    /// When the node has said so first, to whichever proxy.
     said: Instant,
     /// Who waits for it.
     waiting: Vec<CompletionGuard>,
@@ -214,6 +216,24 @@ impl Ledger {
         id
     }
 
+    /// Takes in that a proxy's conversation has ended. It may live, and come again: it is waited for until it is
+    /// forgotten, but for what the node has said before `since` that it is to give back. So one that ends again and
+    /// again keeps nobody waiting for ever, and one that does not accept this node keeps nobody waiting at all.
+    pub(super) fn lose(&mut self, id: ProxyId, since: Instant) {
+        let Some(proxy) = self.proxies.get_mut(&id) else {
+            return;
+        };
+        if !proxy.accepted {
+            self.proxies.remove(&id);
+            return;
+        }
+        proxy.absent = true;
+        if let Some((netns, of)) = proxy.giving_back.take() {
+            proxy.gives_back(netns, &of);
+        }
+        proxy.give_back.retain(|_, of| of.said > since);
+    }
+
     /// Removes a proxy that is gone, and its connections with it: nobody waits for it any more.
     pub(super) fn forget(&mut self, id: ProxyId) {
         self.proxies.remove(&id);
@@ -222,6 +242,8 @@ impl Ledger {
     /// Returns what a proxy that has answered all before is to be told next, and takes it as told.
     pub(super) fn next(&mut self, id: ProxyId) -> Option<Order<'_>> {
         let proxy = self.proxies.get_mut(&id)?;
+        proxy.giving_back = None;
+        proxy.accepted = proxy.welcomed;
         if !proxy.welcomed {
             proxy.welcomed = true;
             return Some(Order {
@@ -229,13 +251,11 @@ impl Ledger {
                 ..Order::of(NodeMessage::Welcome(self.welcome.clone()))
             });
         }
-        if let Some((netns, GiveBack { uid, waiting, .. })) = proxy.give_back.pop_first() {
+        if let Some((netns, of)) = proxy.give_back.pop_first() {
             proxy.told.remove(&netns);
-            let uid = uid.to_string();
-            return Some(Order {
-                done: waiting,
-                ..Order::of(NodeMessage::Del(PodRef { uid, netns }))
-            });
+            let uid = of.uid.to_string();
+            proxy.giving_back = Some((netns, of));
+            return Some(Order::of(NodeMessage::Del(PodRef { uid, netns })));
         }
         while let Some(&netns) = proxy.changed.first() {
             let leased = self.leased.get(&netns);
@@ -291,14 +311,16 @@ impl Ledger {
         waiting.map(|of| of.said).min()
     }
 
-    /// Has nobody wait any longer for what a proxy was to give back since this time and has not been told of. It is
-    /// told all the same. Returns the uids.
+    /// Has nobody wait any longer for what a proxy that does not answer was told to give back, nor for what it was to
+    /// give back since this time and has not been told of. It is told all the same. Returns the uids.
     pub(super) fn give_up(&mut self, id: ProxyId, since: Instant) -> Vec<Arc<str>> {
         let Some(proxy) = self.proxies.get_mut(&id) else {
             return Vec::new();
         };
         let late = proxy.give_back.values_mut();
-        let late = late.filter(|of| of.said <= since && !of.waiting.is_empty());
+        let told = proxy.giving_back.iter_mut().map(|(_, of)| of);
+        let late = told.chain(late.filter(|of| of.said <= since));
+        let late = late.filter(|of| !of.waiting.is_empty());
         late.map(|of| {
             of.waiting.clear();
             Arc::clone(&of.uid)
@@ -327,7 +349,8 @@ impl Ledger {
     /// Returns the number of proxies that serve: they answer, have been lent all there is, and are not about to end.
     pub(super) fn serving(&self) -> usize {
         let proxies = self.proxies.values();
-        let serve = proxies.filter(|proxy| proxy.caught_up && !proxy.late && !proxy.leaves);
+        let serve = proxies
+            .filter(|proxy| proxy.caught_up && !proxy.absent && !proxy.late && !proxy.leaves);
         serve.count()
     }
 
@@ -448,7 +471,6 @@ impl<'a> Order<'a> {
         Self {
             said,
             lent: Vec::new(),
-            done: Vec::new(),
         }
     }
 
@@ -545,7 +567,7 @@ mod tests {
         let order = ledger.next(id).expect("there is much to tell");
         assert!(matches!(&order.said, NodeMessage::Del(of) if of.netns == netns));
         assert!(down.try_recv().is_err(), "it has not been done");
-        drop(order);
+        ledger.next(id).expect("there is more to tell");
         down.try_recv().expect("it has");
     }
 
@@ -679,6 +701,74 @@ mod tests {
         down.try_recv().expect("it has answered");
         ledger.lend_again(id);
         assert_eq!(told(&mut ledger, id), [""; 0]);
+    }
+
+    #[test]
+    fn a_proxy_whose_conversation_has_ended_is_asked_again_when_it_comes_again() {
+        let mut ledger = ledger();
+        ledger.apply(PodEvent::Snapshot(BTreeSet::new()));
+        let long_ago = Instant::now();
+        let (own, other, first) = (lease(), lease(), ledger.meet());
+        let (netns, instance, gone) = (own.cookie, own.instance, other.instance);
+        ledger.apply(PodEvent::Up(own));
+        ledger.apply(PodEvent::Up(other));
+        assert_eq!(
+            told(&mut ledger, first),
+            ["welcome", "add", "add", "snapshot"]
+        );
+        let (told_of, mut down) = oneshot::channel();
+        ledger.apply(PodEvent::Down(gone, told_of));
+        let order = ledger.next(first).expect("it is taken back");
+        assert!(matches!(order.said, NodeMessage::Del(_)));
+        ledger.lose(first, long_ago);
+        assert_eq!(ledger.serving(), 0);
+        // What is said meanwhile is asked of it too.
+        let mut idle = drain(&mut ledger, instance);
+        let again = ledger.meet();
+        assert_eq!(
+            told(&mut ledger, again),
+            ["welcome", "del", "drain", "snapshot"]
+        );
+        ledger.idle(again, netns);
+        assert!(
+            idle.try_recv().is_err() && down.try_recv().is_err(),
+            "it may be another"
+        );
+        ledger.forget(first);
+        down.try_recv().expect("it has answered");
+        idle.try_recv().expect("it has answered");
+    }
+
+    #[test]
+    fn a_proxy_that_ends_again_and_again_or_does_not_accept_the_node_keeps_nobody_waiting() {
+        let mut ledger = ledger();
+        ledger.apply(PodEvent::Snapshot(BTreeSet::new()));
+        let (own, other, first) = (lease(), lease(), ledger.meet());
+        let (instance, gone) = (own.instance, other.instance);
+        ledger.apply(PodEvent::Up(own));
+        ledger.apply(PodEvent::Up(other));
+        assert_eq!(told(&mut ledger, first).len(), 4);
+        let (told_of, mut down) = oneshot::channel();
+        let long_ago = Instant::now();
+        ledger.apply(PodEvent::Down(instance, told_of));
+        ledger.next(first).expect("it is taken back");
+        ledger.lose(first, long_ago);
+        let second = ledger.meet();
+        ledger.forget(first);
+        ledger.next(second).expect("a welcome");
+        ledger.next(second).expect("it is taken back");
+        assert!(down.try_recv().is_err(), "it has not answered");
+        ledger.lose(second, Instant::now());
+        down.try_recv().expect("it had its time");
+        // One that is of a node with other settings.
+        let (third, (told_of, mut down)) = (ledger.meet(), oneshot::channel());
+        ledger.next(third).expect("a welcome");
+        ledger.forget(second);
+        ledger.apply(PodEvent::Down(gone, told_of));
+        assert!(down.try_recv().is_err(), "it may have something");
+        ledger.lose(third, long_ago);
+        down.try_recv()
+            .expect("it has nothing that it would give back");
     }
 
     #[test]

@@ -17,14 +17,13 @@ use super::ledger::{Ledger, ProxyId};
 use super::packets::{Channel, Packet, SeamListener};
 use super::wire::{Hello, NodeMessage, ProxyMessage, Request, Response, VERSION, Welcome};
 use super::{PodEvent, SharedSettings, Stamp};
-use crate::drain::CompletionGuard;
 use crate::mesh::workload::named;
 
 /// How long a proxy may take to say hello; and to answer, before it no longer counts as serving, and what it is to give
 /// back is not waited for.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long after the start a proxy that served the node before is waited for. A pod that it may have is not undone
-/// meanwhile: no packet of its connections would arrive at the proxy any more.
+/// How long a proxy is waited for that served the node before it started, or whose conversation has ended. A pod
+/// that it may have is not undone meanwhile: no packet of its connections would arrive at the proxy any more.
 const RETURN_TIMEOUT: Duration = LONGEST_RETRY.saturating_mul(2);
 /// How long after a proxy has refused a pod it is lent that again.
 const LEND_AGAIN: Duration = Duration::from_secs(5);
@@ -46,12 +45,8 @@ pub struct Lender {
 struct Unanswered {
     /// When the answer is late; `None` if it is.
     until: Option<Instant>,
-    /// Dropped when the request is answered, or late.
-    done: Vec<CompletionGuard>,
-    /// The pod that was lent with it, or is to be given back: its network namespace and its uid.
+    /// The pod that was lent with it, if one was: its network namespace and its uid.
     pod: Option<(u64, String)>,
-    /// Whether an error concerns that pod alone.
-    lends: bool,
 }
 
 impl Lender {
@@ -106,10 +101,12 @@ impl Lender {
         self.ledger.borrow_mut().forget(id);
     }
 
-    /// Lends to a proxy that has connected, until it is gone.
+    /// Lends to a proxy that has connected, until it is gone; and waits for a while, since it may come again.
     async fn converse(&self, channel: Channel) {
-        let pid = channel.pid();
-        match self.talk(&channel).await {
+        let (pid, mut met) = (channel.pid(), None);
+        let end = self.talk(&channel, &mut met).await;
+        drop(channel);
+        match end {
             Ok(()) => tracing::info!(pid, "a proxy has gone"),
             Err(error) => {
                 // One that is not let in comes again each second.
@@ -119,18 +116,22 @@ impl Lender {
                 }
             }
         }
+        if let Some(id) = met {
+            let since = Instant::now() - ANSWER_TIMEOUT;
+            self.ledger.borrow_mut().lose(id, since);
+            self.count();
+            self.wait_for(id).await;
+        }
     }
 
-    async fn talk(&self, channel: &Channel) -> io::Result<()> {
+    async fn talk(&self, channel: &Channel, met: &mut Option<ProxyId>) -> io::Result<()> {
         channel.refuse_stranger()?;
         if !is_welcome(channel).await? {
             return Ok(());
         }
         let id = self.ledger.borrow_mut().meet();
-        let end = self.tell_and_hear(channel, id).await;
-        self.ledger.borrow_mut().forget(id);
-        self.count();
-        end
+        *met = Some(id);
+        self.tell_and_hear(channel, id).await
     }
 
     /// Sends one request after the other, each when the one before has been answered. A proxy whose answer is
@@ -165,7 +166,7 @@ impl Lender {
                             };
                             let (refused, reason) = (!ack.error.is_empty(), ack.error);
                             match order.pod {
-                                Some((netns, pod)) if order.lends => {
+                                Some((netns, pod)) => {
                                     let news = self.ledger.borrow_mut().set_refused(id, netns, refused);
                                     if refused {
                                         lend_again.get_or_insert_with(|| Instant::now() + LEND_AGAIN);
@@ -176,9 +177,9 @@ impl Lender {
                                         _ => {}
                                     }
                                 }
-                                _ if refused => return Err(io::Error::other(reason)),
+                                None if refused => return Err(io::Error::other(reason)),
                                 // The first that it answers is its welcome.
-                                _ => if !std::mem::replace(&mut serves, true) {
+                                None => if !std::mem::replace(&mut serves, true) {
                                     tracing::info!(pid, "a proxy serves");
                                 }
                             }
@@ -201,10 +202,6 @@ impl Lender {
                     {
                         tracing::warn!(pid, "a proxy does not answer; it does not count as serving until it does");
                         self.ledger.borrow_mut().set_late(id, true);
-                        if !std::mem::take(&mut order.done).is_empty() {
-                            let pod = order.pod.as_ref().map(|(_, uid)| uid.as_str());
-                            warn_not_confirmed(pid, pod.unwrap_or_default());
-                        }
                     }
                     let since = Instant::now() - ANSWER_TIMEOUT;
                     let given_up = self.ledger.borrow_mut().give_up(id, since);
@@ -225,18 +222,15 @@ impl Lender {
             self.count();
             return Ok(None);
         };
-        let (pod, lends) = match &order.said {
-            NodeMessage::Add(add) => (Some((add.netns, add.uid.clone())), true),
-            NodeMessage::Del(of) => (Some((of.netns, of.uid.clone())), false),
-            _ => (None, false),
+        let pod = match &order.said {
+            NodeMessage::Add(add) => Some((add.netns, add.uid.clone())),
+            _ => None,
         };
         let said = Some(order.said);
         channel.send(&Request { said }.encode_to_vec(), &order.lent)?;
         Ok(Some(Unanswered {
             until: Some(Instant::now() + ANSWER_TIMEOUT),
-            done: order.done,
             pod,
-            lends,
         }))
     }
 

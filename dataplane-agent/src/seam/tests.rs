@@ -812,6 +812,38 @@ async fn what_a_proxy_that_does_not_answer_is_to_give_back_is_waited_for_for_5_s
 }
 
 #[tokio::test]
+async fn what_drains_of_a_proxy_that_comes_again_has_not_ended() {
+    with_a_path(async |path| {
+        let mut node = Node::at(&path);
+        let own = lease();
+        let (instance, netns) = (own.instance, own.cookie);
+        node.say(PodEvent::Up(own)).await;
+        node.say(PodEvent::Snapshot(BTreeSet::new())).await;
+        let is_drain = |said: &NodeMessage| matches!(said, NodeMessage::Drain(_));
+        let first = ByHand::at(&path);
+        let is_lent = |said: &NodeMessage| matches!(said, NodeMessage::SnapshotSent(_));
+        first.answers_until(is_lent).await;
+        first.acks();
+        // Until it waits no longer for proxies of an earlier node process.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let mut idle = node.drain(instance).await;
+        first.answers_until(is_drain).await;
+        first.acks();
+        drop(first);
+        node.serves(0).await;
+        let again = ByHand::at(&path);
+        again.answers_until(is_drain).await;
+        again.acks();
+        let early = timeout(Duration::from_secs(3), &mut idle).await;
+        assert!(early.is_err(), "something runs");
+        let uid = String::new();
+        again.say(ProxyMessage::Idle(PodRef { uid, netns }));
+        soon(idle).await.expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn who_answers_what_it_was_not_asked_is_let_go() {
     with_a_path(async |path| {
         let _node = Node::at(&path);
