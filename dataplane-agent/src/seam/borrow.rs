@@ -18,15 +18,12 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
-use prost::Message;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::packets::{Channel, Packet};
-use super::wire::{
-    self, Ack, Add, Empty, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, VERSION,
-};
+use super::wire::{self, Ack, Add, Empty, Hello, NodeMessage, PodRef, ProxyMessage, VERSION};
 use super::{Instance, Lease, Listeners, PodEvent, SharedSettings, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
@@ -199,8 +196,8 @@ impl Borrower {
             version: 1,
             lease: VERSION,
         };
-        channel.send(&hello.encode_to_vec(), &[])?;
-        let say = |told| channel.send(&Response { told: Some(told) }.encode_to_vec(), &[]);
+        channel.send(&hello.packet(), &[])?;
+        let say = |told: ProxyMessage| channel.send(&told.packet(), &[]);
         let mut leaves = false;
         loop {
             tokio::select! {
@@ -234,8 +231,7 @@ impl Borrower {
     async fn handle(&mut self, packet: Packet, conversation: &mut Conversation) -> io::Result<Ack> {
         let pid = conversation.pid;
         let Packet { bytes, descriptors } = packet;
-        let said = Request::decode(&*bytes).map_err(io::Error::other)?.said;
-        match said.ok_or_else(|| wrong("a word that is not known"))? {
+        match NodeMessage::read(&bytes)? {
             NodeMessage::Welcome(welcome) => {
                 if welcome.lease != VERSION {
                     let what = format!(
@@ -265,7 +261,7 @@ impl Borrower {
             NodeMessage::Add(add) => {
                 let stamp = conversation.stamp.clone();
                 let stamp = stamp.ok_or_else(|| wrong("a pod before its welcome"))?;
-                let (netns, identity) = (add.netns, identity(&add)?);
+                let (netns, identity) = (add.netns, add.identity()?);
                 conversation.name(netns);
                 conversation.awaited.remove(&netns);
                 // No connection goes on under an identity that the pod no longer has.
@@ -289,7 +285,7 @@ impl Borrower {
                 tracing::info!(pid, pods, undecided, "all pods of the node are lent");
             }
             NodeMessage::Addresses(of) => {
-                let addresses = addresses(&of.addresses)?;
+                let addresses = wire::addresses(&of.addresses)?;
                 if let Some(instance) = self.current(of.netns) {
                     self.tell(PodEvent::Addresses(instance, addresses)).await;
                 }
@@ -473,14 +469,6 @@ impl Conversation {
     }
 }
 
-/// Who a pod is.
-fn identity(add: &Add) -> io::Result<Identity> {
-    let who = add.workload_info.as_ref();
-    let who = who.ok_or_else(|| wrong("a pod that is nobody"))?;
-    let (namespace, account) = (&who.namespace, &who.service_account);
-    Ok(Identity::new(&add.trust_domain, namespace, account))
-}
-
 /// A pod, as it was lent.
 fn lease(
     add: Add,
@@ -502,17 +490,12 @@ fn lease(
         namespace: who.namespace.into(),
         name: who.name.into(),
         identity,
-        addresses: addresses(&add.addresses)?,
+        addresses: wire::addresses(&add.addresses)?,
         netns: Netns::of(netns)?.ok_or_else(|| wrong("a pod without its namespace"))?,
         cookie: add.netns,
         listeners,
         stamp,
     })
-}
-
-fn addresses(all: &[Vec<u8>]) -> io::Result<Arc<[std::net::IpAddr]>> {
-    let one = |bytes: &Vec<u8>| wire::address(bytes).ok_or_else(|| wrong("no address"));
-    all.iter().map(one).collect()
 }
 
 fn wrong(what: &str) -> io::Error {

@@ -8,14 +8,13 @@ use std::time::Duration;
 
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
-use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::borrow::LONGEST_RETRY;
 use super::ledger::{Ledger, ProxyId};
 use super::packets::{Channel, Packet, SeamListener};
-use super::wire::{Hello, NodeMessage, ProxyMessage, Request, Response, VERSION, Welcome};
+use super::wire::{Hello, NodeMessage, ProxyMessage, VERSION, Welcome};
 use super::{PodEvent, SharedSettings, Stamp};
 use crate::mesh::workload::named;
 
@@ -159,8 +158,8 @@ impl Lender {
                 _ = changed.changed() => {}
                 packet = channel.receive() => {
                     let Some(Packet { bytes, .. }) = packet? else { return Ok(()) };
-                    match Response::decode(&*bytes).map_err(io::Error::other)?.told {
-                        Some(ProxyMessage::Ack(ack)) => {
+                    match ProxyMessage::read(&bytes)? {
+                        ProxyMessage::Ack(ack) => {
                             let Some(order) = unanswered.take() else {
                                 return Err(io::Error::other("it answers what was not asked"));
                             };
@@ -187,9 +186,8 @@ impl Lender {
                                 tracing::info!(pid, "a proxy answers again");
                             }
                         }
-                        Some(ProxyMessage::Idle(of)) => self.ledger.borrow_mut().idle(id, of.netns),
-                        Some(ProxyMessage::Leaving(_)) => self.ledger.borrow_mut().leaves(id),
-                        None => return Err(io::Error::other("it says a word that is not known")),
+                        ProxyMessage::Idle(of) => self.ledger.borrow_mut().idle(id, of.netns),
+                        ProxyMessage::Leaving(_) => self.ledger.borrow_mut().leaves(id),
                     }
                 }
                 () = at(lend_again) => {
@@ -226,8 +224,7 @@ impl Lender {
             NodeMessage::Add(add) => Some((add.netns, add.uid.clone())),
             _ => None,
         };
-        let said = Some(order.said);
-        channel.send(&Request { said }.encode_to_vec(), &order.lent)?;
+        channel.send(&order.said.packet(), &order.lent)?;
         Ok(Some(Unanswered {
             until: Some(Instant::now() + ANSWER_TIMEOUT),
             pod,
@@ -258,16 +255,16 @@ async fn is_welcome(channel: &Channel) -> io::Result<bool> {
     let Some(packet) = hello.map_err(|_| late())?? else {
         return Ok(false);
     };
-    let hello = Hello::decode(&*packet.bytes).map_err(io::Error::other)?;
+    let hello = Hello::read(&packet.bytes)?;
     if hello.lease == VERSION {
         return Ok(true);
     }
     // It learns why it is not let in.
-    let said = Some(NodeMessage::Welcome(Welcome {
+    let said = NodeMessage::Welcome(Welcome {
         lease: VERSION,
         ..Welcome::default()
-    }));
-    channel.send(&Request { said }.encode_to_vec(), &[])?;
+    });
+    channel.send(&said.packet(), &[])?;
     let what = format!(
         "it speaks version {} of the seam, and this node version {VERSION}: run both of one release",
         hello.lease

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use prost::Message;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
@@ -18,8 +17,7 @@ use super::borrow::{Borrower, Lent};
 use super::lend::Lender;
 use super::packets::{Channel, SeamListener};
 use super::wire::{
-    Ack, Add, Hello, NodeMessage, PodRef, ProxyMessage, Request, Response, Snapshot, VERSION,
-    Welcome, WorkloadInfo,
+    Ack, Add, Hello, NodeMessage, PodRef, ProxyMessage, Snapshot, VERSION, Welcome, WorkloadInfo,
 };
 use super::{Instance, Lease, Listeners, PodEvent, SharedSettings, Stamp};
 use crate::mesh::Identity;
@@ -536,15 +534,15 @@ async fn a_pod_whose_descriptors_find_no_room_is_refused_alone_and_what_runs_goe
         let node = soon(listener.accept()).await.expect("a proxy");
         soon(node.receive()).await.expect("a hello");
         let asks = async |said: NodeMessage, without_room: bool| {
-            let request = Request { said: Some(said) }.encode_to_vec();
+            let request = said.packet();
             match without_room {
                 true => node.send_without_room(&request, std::io::stdin().as_fd()),
                 false => node.send(&request, &[]).expect("there is room"),
             }
             let packet = soon(node.receive()).await.expect("a packet");
             let packet = packet.expect("it does not let go");
-            match Response::decode(&*packet.bytes).expect("an answer").told {
-                Some(ProxyMessage::Ack(ack)) => ack.error,
+            match ProxyMessage::read(&packet.bytes).expect("an answer") {
+                ProxyMessage::Ack(ack) => ack.error,
                 told => panic!("{told:?}"),
             }
         };
@@ -587,16 +585,15 @@ async fn who_speaks_another_version_is_not_let_in() {
         for lease in [0, VERSION + 1] {
             let channel = Channel::connect(&path).expect("somebody listens");
             let hello = Hello { version: 1, lease };
-            channel
-                .send(&hello.encode_to_vec(), &[])
-                .expect("there is room");
+            channel.send(&hello.packet(), &[]).expect("there is room");
             let said = soon(channel.receive()).await.expect("an answer");
-            let said = Request::decode(&*said.expect("an answer").bytes).expect("a request");
+            let said = said.expect("an answer").bytes;
+            let said = NodeMessage::read(&said).expect("a request");
             let welcome = Welcome {
                 lease: VERSION,
                 ..Welcome::default()
             };
-            assert_eq!(said.said, Some(NodeMessage::Welcome(welcome)));
+            assert_eq!(said, NodeMessage::Welcome(welcome));
             let said = soon(channel.receive()).await.expect("an end");
             assert!(said.is_none(), "{said:?}");
         }
@@ -677,17 +674,12 @@ impl ByHand {
             version: 1,
             lease: VERSION,
         };
-        new.0
-            .send(&hello.encode_to_vec(), &[])
-            .expect("there is room");
+        new.0.send(&hello.packet(), &[]).expect("there is room");
         new
     }
 
     fn say(&self, told: ProxyMessage) {
-        let response = Response { told: Some(told) };
-        self.0
-            .send(&response.encode_to_vec(), &[])
-            .expect("there is room");
+        self.0.send(&told.packet(), &[]).expect("there is room");
     }
 
     fn acks(&self) {
@@ -697,8 +689,7 @@ impl ByHand {
     /// What the node says next, if it has not let go.
     async fn hears(&self) -> Option<NodeMessage> {
         let packet = soon(self.0.receive()).await.expect("a packet, or the end");
-        let request = packet.map(|packet| Request::decode(&*packet.bytes).expect("a request"));
-        request.and_then(|request| request.said)
+        packet.map(|packet| NodeMessage::read(&packet.bytes).expect("a request"))
     }
 
     /// Answers until it has heard this.

@@ -5,7 +5,13 @@
 //!
 //! Field numbers up to 99 are ZDS's, as istio-cni and ztunnel have them; ours begin at 100.
 
+use std::io;
 use std::net::IpAddr;
+use std::sync::Arc;
+
+use prost::Message;
+
+use crate::mesh::Identity;
 
 /// The version of our additions that this agent speaks.
 pub const VERSION: u32 = 2;
@@ -183,6 +189,85 @@ pub struct Ack {
     pub error: String,
 }
 
+impl Hello {
+    /// Reads it from a packet.
+    ///
+    /// # Errors
+    /// It is no message of this protocol.
+    pub fn read(packet: &[u8]) -> io::Result<Self> {
+        Ok(Self::decode(packet)?)
+    }
+
+    /// Returns the packet that says it.
+    pub fn packet(&self) -> Vec<u8> {
+        self.encode_to_vec()
+    }
+}
+
+impl NodeMessage {
+    /// Reads it from a packet of a node.
+    ///
+    /// # Errors
+    /// It is no message of this protocol.
+    pub fn read(packet: &[u8]) -> io::Result<Self> {
+        let said = Request::decode(packet)?.said;
+        said.ok_or_else(|| wrong("the node says a word that is not known"))
+    }
+
+    /// Returns the packet that says it.
+    pub fn packet(self) -> Vec<u8> {
+        Request { said: Some(self) }.encode_to_vec()
+    }
+}
+
+impl ProxyMessage {
+    /// Reads it from a packet of a proxy.
+    ///
+    /// # Errors
+    /// It is no message of this protocol.
+    pub fn read(packet: &[u8]) -> io::Result<Self> {
+        let told = Response::decode(packet)?.told;
+        told.ok_or_else(|| wrong("the proxy says a word that is not known"))
+    }
+
+    /// Returns the packet that says it.
+    pub fn packet(self) -> Vec<u8> {
+        Response { told: Some(self) }.encode_to_vec()
+    }
+}
+
+impl Add {
+    /// Returns who the pod is.
+    ///
+    /// # Errors
+    /// It is nobody, or its parts are those of no identity.
+    pub fn identity(&self) -> io::Result<Identity> {
+        let who = self.workload_info.clone().unwrap_or_default();
+        let (namespace, account) = (&who.namespace, &who.service_account);
+        let identity = Identity::new(&self.trust_domain, namespace, account);
+        match identity.to_string().parse() {
+            Ok(parsed) if identity == parsed => Ok(identity),
+            _ => Err(wrong(&format!(
+                "pod {}: {identity} is no identity",
+                self.uid
+            ))),
+        }
+    }
+}
+
+/// Returns the addresses of these bytes.
+///
+/// # Errors
+/// One is none.
+pub fn addresses(all: &[Vec<u8>]) -> io::Result<Arc<[IpAddr]>> {
+    let one = |bytes: &Vec<u8>| address(bytes).ok_or_else(|| wrong("an address has 4 or 16 bytes"));
+    all.iter().map(one).collect()
+}
+
+fn wrong(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
 /// Returns the 4 or 16 bytes of an address.
 pub fn bytes(address: &IpAddr) -> Vec<u8> {
     match address {
@@ -192,7 +277,7 @@ pub fn bytes(address: &IpAddr) -> Vec<u8> {
 }
 
 /// Returns the address of these bytes, or `None` unless they are 4 or 16.
-pub fn address(bytes: &[u8]) -> Option<IpAddr> {
+fn address(bytes: &[u8]) -> Option<IpAddr> {
     match bytes.len() {
         4 => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
         16 => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),

@@ -3,7 +3,9 @@
 
 mod targets;
 
-pub use targets::{certificate, cgroup, decide, headers, identity, local, manifests, records};
+pub use targets::{
+    certificate, cgroup, decide, headers, identity, local, manifests, records, seam,
+};
 
 /// A target: takes any bytes, and panics if something that must hold does not.
 pub type Target = fn(&[u8]);
@@ -18,6 +20,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("local", local),
     ("manifests", manifests),
     ("records", records),
+    ("seam", seam),
 ];
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use dataplane_agent::mesh::workload::Protocol;
 use dataplane_agent::node::capture::undo;
 use dataplane_agent::proxy::hbone::headers as words;
 use dataplane_agent::proxy::identity::tls::peer_identity;
+use dataplane_agent::seam::wire::{self, Hello, NodeMessage, ProxyMessage};
 use dataplane_agent::sys::cgroup as groups;
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::decide::{Asked, Connect, Owns, Steer, connect, connect_elsewhere, steer};
@@ -234,6 +235,41 @@ pub fn records(input: &[u8]) {
             assert_eq!(read, again);
         }
         Err(error) => assert!(error.to_string().contains("4096.json"), "{error}"),
+    }
+}
+
+/// A packet between the halves of the agent: what a node says, or a proxy.
+pub fn seam(input: &[u8]) {
+    if let Ok(hello) = Hello::read(input) {
+        let again = Hello::read(&hello.packet());
+        assert_eq!(again.expect("its own words"), hello);
+    }
+    if let Ok(told) = ProxyMessage::read(input) {
+        let again = ProxyMessage::read(&told.clone().packet());
+        assert_eq!(again.expect("its own words"), told);
+    }
+    let Ok(said) = NodeMessage::read(input) else {
+        return;
+    };
+    let again = NodeMessage::read(&said.clone().packet());
+    assert_eq!(again.expect("its own words"), said);
+    let of = match said {
+        NodeMessage::Add(add) => {
+            if let Ok(identity) = add.identity() {
+                let who = add.workload_info.expect("it is somebody");
+                let parts = [&add.trust_domain, &who.namespace, &who.service_account];
+                let [domain, namespace, account] = parts;
+                let text = format!("spiffe://{domain}/ns/{namespace}/sa/{account}");
+                assert_eq!(text.parse().as_ref(), Ok(&identity), "no other's identity");
+            }
+            add.addresses
+        }
+        NodeMessage::Addresses(of) => of.addresses,
+        _ => return,
+    };
+    if let Ok(addresses) = wire::addresses(&of) {
+        let bytes: Vec<_> = addresses.iter().map(wire::bytes).collect();
+        assert_eq!(bytes, of);
     }
 }
 
