@@ -21,11 +21,12 @@ use tokio_util::sync::CancellationToken;
 use self::admin_state::{AdminState, NodeState, ProxyState};
 use self::config_source::ConfigSource;
 use self::node::{Control, Node, Prepared, counted};
-use self::peer_node::{PeerNode, exclude_proxies, shared_settings};
+use self::peer_node::{PeerNode, exclude_proxies};
 use self::proxy::Proxy;
 use crate::config::RunOptions;
 use crate::control::ca::{CaError, EmbeddedCa};
 use crate::control::configuration::{Configuration, LocalPods};
+use crate::control::disk;
 use crate::control::state::{SharedState, StateError};
 use crate::exit::Exit;
 use crate::mesh;
@@ -135,12 +136,19 @@ pub async fn run(halves: Halves, options: RunOptions, level: Level) -> Result<()
 async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     raise_files();
     let mut signals = Signals::new()?;
-    // What is configured first: a wrong file stops the start before anything is made or touched.
-    let config = ConfigSource::new(&options)?;
-    let prepared = Prepared::new(&options, &config).await?;
-    let _no_proxy = exclude_proxies(&options)?;
-    let (state, ca) = open_state(&options, prepared.known_root().as_deref())?;
-    let configured = config.into_source(&options, Some(state.clone()))?;
+    let open = async {
+        // What is configured first: a wrong file stops the start before anything is made or touched.
+        let config = ConfigSource::new(&options).await?;
+        let prepared = Prepared::new(&options, &config).await?;
+        let no_proxy = exclude_proxies(&options)?;
+        let (state, ca) = open_state(&options, prepared.known_root()).await?;
+        let configured = config.into_source(&options, Some(state.clone())).await?;
+        let node = prepared.open(&options, Some(&state)).await?;
+        Ok((no_proxy, ca, configured, node))
+    };
+    let Some((_no_proxy, ca, configured, node)) = signals.unless_told(open).await? else {
+        return Ok(());
+    };
     let Node {
         reconciler,
         handle,
@@ -150,7 +158,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
         rest,
         scanner,
         settings: _,
-    } = prepared.open(&options, Some(&state))?;
+    } = node;
 
     let (mesh_writer, mesh) = mesh::store();
     let mut proxy = Proxy::start(&options, ca, &mesh, counted(&handle))?;
@@ -241,17 +249,20 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
 async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     raise_files();
     let mut signals = Signals::new()?;
-    let config = ConfigSource::new(&options)?;
-    let prepared = Prepared::new(&options, &config).await?;
-    let known = prepared.known_root();
-    let state = match config.has_records() {
-        true => tokio::select! {
-            state = wait_for_state(&options.state, known.as_deref()) => Some(state?),
-            _ = signals.next() => return Ok(()),
-        },
-        false => None,
+    let open = async {
+        let config = ConfigSource::new(&options).await?;
+        let prepared = Prepared::new(&options, &config).await?;
+        let state = match config.has_records() {
+            true => Some(wait_for_state(&options.state, prepared.known_root()).await?),
+            false => None,
+        };
+        let configured = config.into_source(&options, state.clone()).await?;
+        let node = prepared.open(&options, state.as_ref()).await?;
+        Ok((configured, node))
     };
-    let configured = config.into_source(&options, state.clone())?;
+    let Some((configured, node)) = signals.unless_told(open).await? else {
+        return Ok(());
+    };
     let Node {
         reconciler,
         handle,
@@ -261,7 +272,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         rest,
         scanner,
         settings,
-    } = prepared.open(&options, state.as_ref())?;
+    } = node;
 
     let mesh_writer = mesh::store_of_node(options.node.as_str());
     let (control, to_capture) = Control::new(scanner, status, configured, mesh_writer);
@@ -339,11 +350,17 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
 async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     raise_files();
     let mut signals = Signals::new()?;
-    let config = ConfigSource::new(&options)?;
-    let mut peer = PeerNode::new(&options, &config)?;
-    let (state, ca) = open_state(&options, peer.known_root())?;
-    peer.keep();
-    let (source, _) = config.into_source(&options, Some(state.clone()))?;
+    let open = async {
+        let config = ConfigSource::new(&options).await?;
+        let mut peer = PeerNode::new(&options, &config).await?;
+        let (state, ca) = open_state(&options, peer.known_root()).await?;
+        let settings = peer.keep(state.root()).await;
+        let (source, _) = config.into_source(&options, Some(state.clone())).await?;
+        Ok((peer, state, ca, settings, source))
+    };
+    let Some((peer, state, ca, settings, source)) = signals.unless_told(open).await? else {
+        return Ok(());
+    };
     let (mesh_writer, mesh) = mesh::store();
     let mut proxy = Proxy::start(
         &options,
@@ -353,10 +370,6 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     )?;
     let (events, mut pod_events) = mpsc::channel(64);
     let leaving = CancellationToken::new();
-    let settings = {
-        let (options, root) = (options.clone(), state.root().to_owned());
-        Box::new(move || shared_settings(&options, Some(&root)))
-    };
     let seam = options.places.seam(&options.node);
     let borrower = Borrower::new(seam, settings, events, leaving.clone());
     let (leases, (here, told_here)) = (Leases::default(), watch::channel(LocalPods::default()));
@@ -443,20 +456,31 @@ async fn open_socket(path: &Path) -> Result<Socket, AgentError> {
     Ok(socket.with_context(|| format!("admin socket {}", path.display()))?)
 }
 
-fn open_state(
+/// Reads or writes what is on a disk, at the start, when there is nothing to do but to wait for it.
+async fn ask_disk<T: Send + 'static>(path: &Path, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let tell = |line: &str| tracing::error!("{line}; the agent cannot start before it does");
+    disk::answer(path, tell, work).await
+}
+
+async fn open_state(
     options: &RunOptions,
-    known: Option<&str>,
+    known: Option<String>,
 ) -> Result<(SharedState, EmbeddedCa), AgentError> {
-    let (domain, ttl) = (&options.trust_domain, options.secret_ttl);
-    SharedState::open(&options.state, known, domain, ttl).map_err(state_error)
+    let (folder, domain) = (options.state.clone(), options.trust_domain.clone());
+    let ttl = options.secret_ttl;
+    let open = move || SharedState::open(&folder, known.as_deref(), &domain, ttl);
+    ask_disk(&options.state, open).await.map_err(state_error)
 }
 
 /// Waits for the state that nodes share, which proxies make: who has no key makes none.
-async fn wait_for_state(folder: &Path, known: Option<&str>) -> Result<SharedState, AgentError> {
+async fn wait_for_state(folder: &Path, known: Option<String>) -> Result<SharedState, AgentError> {
     let mut told = false;
     loop {
-        let found = SharedState::open_existing(folder, known).map_err(state_error)?;
-        if let Some(state) = found {
+        let (of, known) = (folder.to_owned(), known.clone());
+        let found = ask_disk(folder, move || {
+            SharedState::open_existing(&of, known.as_deref())
+        });
+        if let Some(state) = found.await.map_err(state_error)? {
             return Ok(state);
         }
         if !told {
@@ -558,6 +582,20 @@ impl Signals {
             interrupt: of(SignalKind::interrupt())?,
             hangup: of(SignalKind::hangup())?,
         })
+    }
+
+    /// Returns what `start` makes, or none if the agent is told to end before.
+    async fn unless_told<T>(
+        &mut self,
+        start: impl Future<Output = Result<T, AgentError>>,
+    ) -> Result<Option<T>, AgentError> {
+        tokio::select! {
+            started = start => started.map(Some),
+            signal = self.next() => {
+                tracing::info!(signal, "ending, before it has started");
+                Ok(None)
+            }
+        }
     }
 
     async fn next(&mut self) -> &'static str {

@@ -1,15 +1,14 @@
-//! The state that nodes share, and disks that do not answer: if the state is not available, nothing is dialled in
-//! clear because of that, and no CA is created.
+//! The state that nodes share: if it is not available, nothing is dialled in clear because of that, and no CA is
+//! created.
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::fs;
-use std::time::{Duration, Instant};
 
 use dataplane_tests::agent::Agent;
 use dataplane_tests::one::tree;
-use dataplane_tests::world::{Mounted, Silent};
-use dataplane_tests::{Pair, SingleNode, Wire, World, eventually, scaled};
+use dataplane_tests::world::Mounted;
+use dataplane_tests::{Pair, SingleNode, Wire, World, eventually};
 
 const PORT: u16 = 7000;
 
@@ -65,60 +64,6 @@ fn c1_while_the_state_is_away_other_nodes_pods_are_dialled_by_hbone_and_no_ca_is
     assert!(client.ask(at, "by-hbone").is_ok());
     let (markers, _) = wire.count();
     assert_eq!(markers[0].1, 0, "in clear: {markers:?}");
-}
-
-#[test]
-fn a_state_that_does_not_answer_holds_up_neither_capture_nor_status_nor_the_end() {
-    let mut one = SingleNode::new();
-    let silent = Silent::over(&one.world.state);
-    let late = one.node.pod(&one.world, "late");
-    let mut told = String::new();
-    eventually("which file does not answer is told", 20, || {
-        let (state, reason) = one.agent.pod("late");
-        told = format!("{state}: {reason}");
-        told.contains("enrolled/demo.late.json: the disk has not answered for longer than 5s")
-    });
-    assert!(told.starts_with("waiting: "), "{told}");
-    let told = one.problems();
-    assert!(told.contains("has not answered for "), "{told}");
-    assert!(
-        late.netns.show("rule show").contains("0x511"),
-        "it is captured"
-    );
-
-    // Other nodes may dial who leaves as long as they are not told; but not for ever.
-    one.world.manifests.remove_pod("demo", "server");
-    std::thread::sleep(Duration::from_secs(3));
-    let is_captured = || one.server.netns.show("rule show").contains("0x511");
-    assert!(is_captured());
-    eventually("the state counts as away", 60, || {
-        problems(&one.agent).contains("has been read for longer than 30s")
-    });
-    eventually("it is let go", 20, || !is_captured());
-
-    let begin = Instant::now();
-    assert!(one.agent.terminate().success());
-    let took = begin.elapsed();
-    assert!(took < scaled(Duration::from_secs(10)), "it took {took:?}");
-    drop(silent);
-    one.agent.restart();
-    one.agent.up(&["late"]);
-    eventually("all is well", 10, || one.problems() == "[]");
-    let records = one.world.state.join("enrolled");
-    assert!(!records.join("demo.server.json").exists());
-}
-
-#[test]
-fn manifests_on_a_disk_that_does_not_answer_are_told_and_what_they_said_holds() {
-    let one = SingleNode::new();
-    let silent = Silent::over(&one.world.folder().join("manifests"));
-    let told = "manifests: the disk has not answered for longer than 5s; what they said last holds";
-    eventually("that is told", 20, || one.problems().contains(told));
-    assert_eq!(one.agent.pod("server").0, "up");
-    drop(silent);
-    let _late = one.node.pod(&one.world, "late");
-    one.agent.up(&["late"]);
-    assert_eq!(one.problems(), "[]");
 }
 
 #[test]

@@ -263,13 +263,17 @@ impl Agent {
 
     /// Runs a subcommand for its node; returns exit status, standard output and standard error.
     pub fn ask(&self, arguments: &[&str]) -> (std::process::ExitStatus, String, String) {
+        output(&mut self.subcommand(arguments))
+    }
+
+    fn subcommand(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program(self.setup.program));
         command
             .args(arguments)
             .args(["--node", &self.setup.node])
             .arg("--run-dir")
             .arg(&self.setup.run_dir);
-        output(&mut command)
+        command
     }
 
     /// Returns `dataplane status` as JSON, if the daemon answers.
@@ -355,9 +359,14 @@ impl Agent {
 
     /// Removes all that it left. It must not run.
     pub fn uninstall(&self) -> (std::process::ExitStatus, String, String) {
+        output(&mut self.uninstall_command())
+    }
+
+    /// Returns the command that does so.
+    pub fn uninstall_command(&self) -> Command {
         let state = self.setup.state.display().to_string();
         let bpffs = self.setup.bpffs.display().to_string();
-        self.ask(&["uninstall", "--state", &state, "--bpffs", &bpffs])
+        self.subcommand(&["uninstall", "--state", &state, "--bpffs", &bpffs])
     }
 }
 
@@ -408,6 +417,8 @@ fn signal(child: &std::process::Child, signal: Signal) {
 fn http(socket: &Path, method: &str, path: &str) -> String {
     use std::io::{Read, Write};
     let mut stream = std::os::unix::net::UnixStream::connect(socket).expect("the admin socket");
+    let patience = scaled(Duration::from_secs(20));
+    stream.set_read_timeout(Some(patience)).expect("a time");
     write!(
         stream,
         "{method} {path} HTTP/1.0\r\nhost: x\r\ncontent-length: 0\r\n\r\n"

@@ -19,7 +19,8 @@ pub struct Halves {
     pub proxy: Agent,
     /// The first node's node half.
     pub node: Agent,
-    _two: Agent,
+    /// The second node's agent, both halves in one process.
+    pub two: Agent,
     /// The nodes.
     pub nodes: (Node, Node),
     /// The world that they are in.
@@ -42,7 +43,7 @@ impl Halves {
             server,
             proxy,
             node,
-            _two: two,
+            two,
             nodes,
             world,
         };

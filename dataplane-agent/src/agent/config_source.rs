@@ -1,10 +1,10 @@
 //! Where the configuration is, opened: a wrong file stops the start before anything is made or touched.
 
-use std::path::absolute;
+use std::path::{Path, absolute};
 
 use anyhow::Context;
 
-use super::AgentError;
+use super::{AgentError, ask_disk};
 use crate::config::{self, RunOptions};
 use crate::control::configuration::Source;
 use crate::control::enrolled;
@@ -25,24 +25,34 @@ pub(super) enum ConfigSource {
 }
 
 impl ConfigSource {
-    pub(super) fn new(options: &RunOptions) -> Result<Self, AgentError> {
-        let wrong = |error: String| AgentError::Settings(error);
-        if let Some(file) = &options.local_xds_path {
-            let node = options.node.as_str();
-            let read = local_xds::read(file, node, &options.network, &options.trust_domain);
-            return read
-                .map(Self::Local)
-                .map_err(|error| wrong(error.to_string()));
-        }
-        let Some(folder) = &options.manifests else {
-            return Err(wrong("--manifests or LOCAL_XDS_PATH is wanted".into()));
+    pub(super) async fn new(options: &RunOptions) -> Result<Self, AgentError> {
+        let read = match (&options.local_xds_path, &options.manifests) {
+            (Some(file), _) => {
+                let (of, options) = (file.clone(), options.clone());
+                ask_disk(file, move || Self::local(&of, &options)).await
+            }
+            (None, Some(folder)) => {
+                let of = folder.clone();
+                ask_disk(folder, move || Self::manifests(&of)).await
+            }
+            (None, None) => Err("--manifests or LOCAL_XDS_PATH is wanted".into()),
         };
-        config::folder("--manifests", folder).map_err(wrong)?;
+        read.map_err(AgentError::Settings)
+    }
+
+    fn local(file: &Path, options: &RunOptions) -> Result<Self, String> {
+        let node = options.node.as_str();
+        let read = local_xds::read(file, node, &options.network, &options.trust_domain);
+        read.map(Self::Local).map_err(|error| error.to_string())
+    }
+
+    fn manifests(folder: &Path) -> Result<Self, String> {
+        config::folder("--manifests", folder)?;
         // As it was given, and not what it leads to: another folder may take its place.
-        let dir = absolute(folder).map_err(|error| wrong(format!("--manifests: {error}")))?;
+        let dir = absolute(folder).map_err(|error| format!("--manifests: {error}"))?;
         Ok(Self::Manifests {
             watch: Watch::new(&dir),
-            folder: ManifestFolder::open(&dir).map_err(|error| wrong(error.to_string()))?,
+            folder: ManifestFolder::open(&dir).map_err(|error| error.to_string())?,
         })
     }
 
@@ -67,7 +77,7 @@ impl ConfigSource {
     }
 
     /// With the records in a state beside it, which tell what other nodes have enrolled; and those.
-    pub(super) fn into_source(
+    pub(super) async fn into_source(
         self,
         options: &RunOptions,
         state: Option<SharedState>,
@@ -81,12 +91,17 @@ impl ConfigSource {
         };
         let records =
             enrolled::EnrolmentRecords::new(state, options.node.as_str(), &machine_id::facts());
-        let records_watch = Watch::without(records.folder(), enrolled::UNFINISHED);
+        let of = records.clone();
+        let read = move || {
+            let watch = Watch::without(of.folder(), enrolled::UNFINISHED);
+            RecordReader::new(of).map(|reader| (watch, reader))
+        };
+        let (records_watch, reader) = ask_disk(records.folder(), read).await.context("--state")?;
         let source = Source::Manifests {
             watch,
             folder,
             records_watch,
-            records: RecordReader::new(records.clone()).context("--state")?,
+            records: reader,
             translated: Translated::new(MeshConfig {
                 cluster_id: options.cluster_id.clone(),
                 cluster_domain: options.cluster_domain.clone(),

@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::AgentError;
 use super::config_source::ConfigSource;
-use super::peer_node::shared_settings;
+use super::peer_node::{shared_settings, state_path};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::configuration::{Configuration, Configured, LocalPods, Source};
@@ -120,7 +120,7 @@ impl Prepared {
             node: options.node.clone(),
             bpffs: canonical(&options.places.bpffs),
             cgroup: config.cgroup.clone(),
-            state: canonical(&options.state),
+            state: state_path(options).await,
             cluster_id: options.cluster_id.clone(),
             root: None,
         };
@@ -166,15 +166,15 @@ impl Prepared {
     }
 
     /// Takes the node. From now on what is made stays until it is uninstalled.
-    pub(super) fn open(
+    pub(super) async fn open(
         mut self,
         options: &RunOptions,
         state: Option<&SharedState>,
     ) -> Result<Node, AgentError> {
-        self.mark.state = canonical(&options.state);
+        self.mark.state = state_path(options).await;
         let root = state.map(|state| state.root().to_owned());
         self.mark.root = root.or_else(|| self.known_root());
-        let settings = shared_settings(options, self.mark.root.as_deref());
+        let settings = shared_settings(options, &self.mark.state, self.mark.root.as_deref());
         self.folder.write_mark(&self.mark)?;
         self.mounted.keep();
         let (events, told) = mpsc::channel(64);

@@ -2,10 +2,11 @@
 //! A proxy with other ones would dial pods of the mesh in clear. So it does not start with them; a node that is
 //! started with others later says so when the proxy connects to it (`seam::borrow`).
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::config_source::ConfigSource;
-use super::{AgentError, state_error};
+use super::{AgentError, ask_disk, state_error};
 use crate::config::RunOptions;
 use crate::control::state::SharedState;
 use crate::node::capture::CaptureError;
@@ -27,10 +28,21 @@ pub(super) fn exclude_proxies(options: &RunOptions) -> Result<ServingLock, Agent
     Ok(lock.ok_or(CaptureError::Serves(path))?)
 }
 
-/// The settings that both halves must share, of a process with these options and this root.
-pub(super) fn shared_settings(options: &RunOptions, root: Option<&str>) -> SharedSettings {
+/// Returns the path of the state without links.
+pub(super) async fn state_path(options: &RunOptions) -> PathBuf {
+    let state = options.state.clone();
+    ask_disk(&options.state, move || canonical(&state)).await
+}
+
+/// The settings that both halves must share, of a process with these options, this path of the state without links,
+/// and this root.
+pub(super) fn shared_settings(
+    options: &RunOptions,
+    state: &Path,
+    root: Option<&str>,
+) -> SharedSettings {
     SharedSettings {
-        state: Some(canonical(&options.state)),
+        state: Some(state.to_owned()),
         cluster_id: Some(options.cluster_id.clone()),
         trust_domain: Some(options.trust_domain.clone()),
         root: root.map(str::to_owned),
@@ -40,6 +52,8 @@ pub(super) fn shared_settings(options: &RunOptions, root: Option<&str>) -> Share
 /// A node that a proxy serves. It cannot be uninstalled while this lives.
 pub(super) struct PeerNode {
     options: RunOptions,
+    /// The path of this proxy's state, without links.
+    state: PathBuf,
     /// The node's mark at the start; none if the node had not started yet.
     mark: Option<Mark>,
     _lock: ServingLock,
@@ -49,7 +63,10 @@ pub(super) struct PeerNode {
 impl PeerNode {
     /// Refuses where the node itself would refuse to start. The folder that is made here is removed when this
     /// is dropped, unless [`PeerNode::keep`] is called.
-    pub(super) fn new(options: &RunOptions, config: &ConfigSource) -> Result<Self, AgentError> {
+    pub(super) async fn new(
+        options: &RunOptions,
+        config: &ConfigSource,
+    ) -> Result<Self, AgentError> {
         let (places, node) = (&options.places, &options.node);
         places.socket_fits(node).map_err(AgentError::Settings)?;
         config.refuse_empty(node_folder::captured(&places.run_dir, node))?;
@@ -60,6 +77,7 @@ impl PeerNode {
         })?;
         let mut peer = Self {
             options: options.clone(),
+            state: state_path(options).await,
             mark: None,
             _lock: lock,
             made,
@@ -69,13 +87,15 @@ impl PeerNode {
     }
 
     /// Returns the fingerprint of the root of the node's state, if it is known.
-    pub(super) fn known_root(&self) -> Option<&str> {
-        self.mark.as_ref()?.root.as_deref()
+    pub(super) fn known_root(&self) -> Option<String> {
+        self.mark.as_ref()?.root.clone()
     }
 
-    /// Keeps the folder that was made.
-    pub(super) fn keep(&mut self) {
+    /// Keeps the folder that was made. Returns the settings that the node must share, if this is the state's root.
+    pub(super) async fn keep(&mut self, root: &str) -> SharedSettings {
         self.made.keep();
+        self.state = state_path(&self.options).await;
+        shared_settings(&self.options, &self.state, Some(root))
     }
 
     /// Waits until the node has started. It writes its mark before it accepts proxies.
@@ -104,7 +124,7 @@ impl PeerNode {
         let options = &self.options;
         let mark = node_folder::read_mark(&options.places.run_dir, &options.node)?;
         if let Some(mark) = &mark {
-            let own = shared_settings(options, None);
+            let own = shared_settings(options, &self.state, None);
             if let Some(differ) = own.difference(&mark.shared_settings()) {
                 return Err(CaptureError::OtherPlace(format!(
                     "node {} was started with {}, and this proxy with {}: start its proxy so, or the node anew",

@@ -113,7 +113,7 @@ pub struct LoadOptions {
 }
 
 /// Options of `dataplane uninstall`.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 pub struct UninstallOptions {
     /// Name of the node.
     #[arg(long, env = "NODE_NAME", value_name = "NAME")]

@@ -6,11 +6,12 @@ use std::time::Duration;
 use super::UninstallOptions;
 use crate::agent::{self, AgentError};
 use crate::config::NodeName;
+use crate::control::disk;
 use crate::control::enrolled::EnrolmentRecords;
 use crate::control::state::SharedState;
 use crate::node::capture::CaptureError;
 use crate::node::capture::uninstall::{
-    Outcome, StoppedNode, refuse_elsewhere, refuse_unless_clean,
+    Outcome, StoppedNode, canonical, refuse_elsewhere, refuse_unless_clean,
 };
 use crate::observe::log;
 use crate::sys::machine_id;
@@ -28,16 +29,18 @@ pub async fn run(options: &UninstallOptions) -> Result<Option<Outcome>, AgentErr
     agent::privileges(agent::Halves::Node)?;
     let node = &options.node;
     let (run_dir, bpffs) = (&options.places.run_dir, &options.places.bpffs);
-    let ended = match StoppedNode::find(&options.places, &options.state, node) {
+    let state = ask_state(options, |options| canonical(&options.state)).await;
+    let ended = match StoppedNode::find(&options.places, &state, node) {
         Err(unknown @ CaptureError::UnknownNode { .. }) => {
             refuse_unless_clean(unknown, run_dir, bpffs, node)?;
-            refuse_records(options)?;
+            ask_state(options, refuse_records).await?;
             refuse_elsewhere(run_dir, bpffs, node)?;
             return Ok(None);
         }
         ended => ended?,
     };
-    let left = match withdraw(options, ended.root()) {
+    let root = ended.root().map(str::to_owned);
+    let left = match ask_state(options, |options| withdraw(options, root)).await {
         Ok(0) => None,
         Ok(_) => {
             tokio::time::sleep(NOTICE).await;
@@ -55,6 +58,16 @@ pub async fn run(options: &UninstallOptions) -> Result<Option<Outcome>, AgentErr
         .await
         .map(Some)
         .map_err(Into::into)
+}
+
+/// Reads or changes what is in the state that nodes share. While its disk does not answer that is told.
+async fn ask_state<T: Send + 'static>(
+    options: &UninstallOptions,
+    work: impl FnOnce(&UninstallOptions) -> T + Send + 'static,
+) -> T {
+    let tell = |line: &str| log::say(&format!("{line}; nothing goes on before it does"));
+    let of = options.clone();
+    disk::answer(&options.state, tell, move || work(&of)).await
 }
 
 /// Fails if there are records of pods of this node, but nothing else of it: it may be a node of another machine,
@@ -85,9 +98,10 @@ fn refuse_records(options: &UninstallOptions) -> Result<(), AgentError> {
 /// # Errors
 /// The state is not available; a record cannot be removed; the state has records of the node, but the node's mark,
 /// as those of older agents, does not say which state it used.
-fn withdraw(options: &UninstallOptions, root: Option<&str>) -> io::Result<usize> {
+fn withdraw(options: &UninstallOptions, root: Option<String>) -> io::Result<usize> {
+    let is_known = root.is_some();
     let state = match root {
-        Some(root) => SharedState::known(&options.state, root.to_owned()),
+        Some(root) => SharedState::known(&options.state, root),
         None => SharedState::found(&options.state)?
             .ok_or_else(|| io::Error::other("it has no CA, as if it were not mounted"))?,
     };
@@ -100,7 +114,7 @@ fn withdraw(options: &UninstallOptions, root: Option<&str>) -> io::Result<usize>
             options.node,
         ));
     }
-    if root.is_none() && !said.own.is_empty() {
+    if !is_known && !said.own.is_empty() {
         return Err(io::Error::other(format!(
             "{folder} has {} records of pods of this node, and it is not known whether the node had this \
              state: remove them",

@@ -174,8 +174,8 @@ impl<S> Configuration<S> {
             self.lints.expire();
         }
         self.lint();
-        if let Source::Manifests { watch, .. } = &self.source {
-            let silent = watch.problem().into_iter();
+        if let Source::Manifests { folder, watch, .. } = &self.source {
+            let silent = watch.problem().or_else(|| folder.problem()).into_iter();
             let silent = silent.map(|problem| format!("{problem}; what they said last holds"));
             replace_problems(&mut self.silent, silent.collect());
         }

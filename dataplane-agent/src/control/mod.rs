@@ -4,6 +4,7 @@ mod address;
 pub mod ca;
 pub mod configuration;
 mod conflicts;
+pub mod disk;
 pub mod enrolled;
 #[cfg(test)]
 mod footprint;
@@ -14,5 +15,4 @@ mod ownership;
 mod record_cache;
 pub mod recorded;
 mod retained;
-pub mod slow_disk;
 pub mod state;

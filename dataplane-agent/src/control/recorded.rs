@@ -9,10 +9,10 @@ use std::time::{Duration, SystemTime};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
+use super::disk::SLOW_DISK;
 use super::enrolled::{Enrolled, EnrolmentRecords, RecordsSnapshot};
 use super::manifests::Stale;
 use super::record_cache::{Change, RecordCache};
-use super::slow_disk::SLOW_DISK;
 use crate::drain;
 
 /// Time after which the state counts as away, if a look has not ended. The look goes on.

@@ -12,9 +12,9 @@ use std::time::Duration;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::control::disk::{SLOW_DISK, unanswered};
 use crate::control::enrolled::{EnrolmentRecords, RecordsSnapshot};
 use crate::control::manifests::{LocalPodSpec, PodKey};
-use crate::control::slow_disk::{SLOW_DISK, unanswered};
 use crate::drain;
 
 /// Delay before the first retry of a failed write or removal. It doubles with each failure.

@@ -53,8 +53,8 @@ pub enum Lent {
 /// What is borrowed.
 pub struct Borrower {
     path: PathBuf,
-    /// This proxy's own settings, as they are now: what a path leads to may be mounted later.
-    settings: Box<dyn Fn() -> SharedSettings>,
+    /// This proxy's own settings.
+    settings: SharedSettings,
     events: mpsc::Sender<PodEvent>,
     /// Says that nothing new is accepted any more.
     leaving: CancellationToken,
@@ -109,7 +109,7 @@ impl Borrower {
     /// new is accepted any more.
     pub fn new(
         path: PathBuf,
-        settings: Box<dyn Fn() -> SharedSettings>,
+        settings: SharedSettings,
         events: mpsc::Sender<PodEvent>,
         leaving: CancellationToken,
     ) -> Self {
@@ -242,7 +242,7 @@ impl Borrower {
                 }
                 let node = welcome.node.clone();
                 let theirs = SharedSettings::said(welcome);
-                if let Some(differ) = (self.settings)().difference(&theirs) {
+                if let Some(differ) = self.settings.difference(&theirs) {
                     self.retire();
                     let what = format!(
                         "node {node} (pid {pid}) was started with {}, and its proxy (pid {}) with {}: start one of them anew",

@@ -122,7 +122,7 @@ impl Proxy {
     fn of(path: &Path) -> Self {
         let (events, inbox) = mpsc::channel(8);
         let leaving = CancellationToken::new();
-        let settings = Box::new(|| of_cluster("own"));
+        let settings = of_cluster("own");
         let borrower = Borrower::new(path.to_owned(), settings, events, leaving.clone());
         let lent = borrower.lent();
         let task = tokio::task::spawn_local(borrower.run());
@@ -652,7 +652,7 @@ async fn a_proxy_that_is_not_let_in_comes_again_less_and_less_often() {
             }
         };
         let (events, _told) = mpsc::channel(1);
-        let settings = Box::new(SharedSettings::default);
+        let settings = SharedSettings::default();
         let borrower = Borrower::new(path.clone(), settings, events, CancellationToken::new());
         tokio::select! {
             () = borrower.run() => panic!("it comes again"),

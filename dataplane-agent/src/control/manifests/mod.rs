@@ -13,6 +13,7 @@ pub mod authorization_policy;
 pub mod changes;
 mod collection;
 pub mod endpoint_slice;
+mod files;
 pub mod folder;
 pub mod gateway;
 pub mod object;

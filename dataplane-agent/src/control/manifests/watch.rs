@@ -14,12 +14,10 @@ use std::time::Duration;
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecursiveMode, Watcher};
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
-use crate::control::slow_disk::{SLOW_DISK, unanswered};
-use crate::drain;
+use crate::control::disk::DiskTask;
 
 /// Changes within this time count as one.
 const DEBOUNCE: Duration = Duration::from_millis(50);
@@ -34,9 +32,7 @@ pub struct Watch {
     next: Instant,
     /// `None` while `following` uses it.
     follower: Option<Follower>,
-    following: Option<JoinHandle<Follower>>,
-    /// When `following` began.
-    asked: Instant,
+    following: Option<DiskTask<Follower>>,
 }
 
 /// Watches the folder that is at a path.
@@ -82,7 +78,6 @@ impl Watch {
             next: Instant::now() + RESYNC,
             follower: Some(follower),
             following: None,
-            asked: Instant::now(),
         }
     }
 
@@ -94,23 +89,21 @@ impl Watch {
             self.next = Instant::now() + RESYNC;
         }
         if let Some(mut follower) = self.follower.take() {
-            self.asked = Instant::now();
-            self.following = Some(drain::spawn_blocking(move || {
+            self.following = Some(DiskTask::start(&self.dir, move || {
                 follower.follow();
                 follower
             }));
         }
         // Before the folder is read: what changes in it meanwhile is reported.
         if let Some(following) = &mut self.following {
-            self.follower = Some(drain::finished(following).await);
+            self.follower = Some(following.done().await);
             self.following = None;
         }
     }
 
     /// Returns a problem if the folder's disk has not answered for some time.
     pub fn problem(&self) -> Option<String> {
-        let is_silent = self.following.is_some() && self.asked.elapsed() >= SLOW_DISK;
-        is_silent.then(|| unanswered(&self.dir))
+        self.following.as_ref()?.problem()
     }
 
     /// Waits for a report, or for the time of a read without one.
@@ -252,7 +245,7 @@ mod tests {
         let mut watch = Watch::new(dir.path());
         let (answer, waits) = std::sync::mpsc::channel();
         let follower = watch.follower.take().expect("it rests");
-        watch.following = Some(drain::spawn_blocking(move || {
+        watch.following = Some(DiskTask::start(dir.path(), move || {
             waits.recv().expect("an answer");
             follower
         }));
@@ -261,7 +254,7 @@ mod tests {
             assert!(changed.await.is_err());
         }
         assert_eq!(watch.problem(), None);
-        watch.asked -= SLOW_DISK;
+        watch.following.as_mut().expect("it asks").make_slow();
         let told = watch.problem().expect("it is silent");
         assert!(
             told.contains("has not answered for longer than 5s"),

@@ -39,7 +39,8 @@ pub struct Outcome {
 }
 
 impl StoppedNode {
-    /// Finds a node with the places that its agent was given. Nothing but the lock file is changed.
+    /// Finds a node with the places that its agent was given; `state` without links. Nothing but the lock file is
+    /// changed.
     ///
     /// # Errors
     /// No such node is known here, or it has other places; an agent runs; a proxy runs: without capture its
@@ -48,10 +49,10 @@ impl StoppedNode {
         let (mut folder, mark) = NodeFolder::open(&places.run_dir, node)?;
         let mut others = Vec::new();
         for (setting, given, there) in [
-            ("--bpffs", places.bpffs.as_path(), &mark.bpffs),
+            ("--bpffs", &*canonical(&places.bpffs), &mark.bpffs),
             ("--state", state, &mark.state),
         ] {
-            if canonical(given) != *there {
+            if given != there {
                 others.push(format!("{setting} {}", there.display()));
             }
         }

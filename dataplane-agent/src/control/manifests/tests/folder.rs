@@ -5,7 +5,8 @@ use std::time::{Duration, Instant, SystemTime};
 use tempfile::TempDir;
 
 use super::super::changes::PolicyChange;
-use super::super::folder::{ManifestFolder, Reload, SETTLE};
+use super::super::files::SETTLE;
+use super::super::folder::{ManifestFolder, Reload};
 use super::super::watch::{RESYNC, Watch};
 
 const POLICY: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: gate\nspec:\n  action: DENY\n  rules:\n  - from:\n    - source:\n        namespaces: [a]\n";
