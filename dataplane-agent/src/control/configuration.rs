@@ -201,7 +201,7 @@ impl<S> Configuration<S> {
             } => {
                 let (touched, mut stale) = (folder.touched(), records.stale());
                 for uid in captured.symmetric_difference(&self.captured) {
-                    stale.pod(uid);
+                    stale.workload(uid);
                 }
                 if touched.is_empty() && stale.is_empty() {
                     return Delta::default();

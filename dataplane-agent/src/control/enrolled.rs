@@ -44,13 +44,13 @@ impl Enrolled {
                 .contains(&file_of(&pod.namespace, &pod.name))
     }
 
-    /// Marks as stale the namespaces of pods that are in only one of the two.
+    /// Marks as stale the pods that are in only one of the two.
     pub(super) fn differ(&self, other: &Self, stale: &mut Stale) {
         if self.unreadable != other.unreadable {
             *stale = Stale::all();
         }
         for pod in self.pods.symmetric_difference(&other.pods) {
-            stale.namespace(&pod.namespace);
+            stale.pod(&pod.namespace, &pod.name);
         }
     }
 }

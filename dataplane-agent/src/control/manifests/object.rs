@@ -132,6 +132,32 @@ impl Objects {
     /// Returns what the pods and services of a namespace depend on, as long as no endpoint is written by hand:
     /// its own objects, the policies of the mesh's `root` namespace, and the cluster-wide objects.
     pub(crate) fn of_namespace(&self, namespace: &Arc<str>, root: &str) -> Self {
+        Self {
+            pods: within(&self.pods, [namespace]),
+            ..self.around_pods(namespace, root)
+        }
+    }
+
+    /// Like [`Self::of_namespace`], with these of its pods alone.
+    pub(crate) fn of_pods<'a>(
+        &self,
+        namespace: &Arc<str>,
+        names: impl IntoIterator<Item = &'a Arc<str>>,
+        root: &str,
+    ) -> Self {
+        let pods = names.into_iter().filter_map(|name| {
+            let (namespace, name) = (Arc::clone(namespace), Arc::clone(name));
+            let (key, pod) = self.pods.get_key_value(&Key { namespace, name })?;
+            Some((key.clone(), Arc::clone(pod)))
+        });
+        Self {
+            pods: pods.collect(),
+            ..self.around_pods(namespace, root)
+        }
+    }
+
+    /// Returns what is in [`Self::of_namespace`] besides pods.
+    fn around_pods(&self, namespace: &Arc<str>, root: &str) -> Self {
         let root: Arc<str> = root.into();
         let labels = |of: &Arc<str>| {
             let key = Key {
@@ -146,7 +172,7 @@ impl Objects {
             nodes: self.nodes.clone(),
             gateways: self.gateways.clone(),
             service_accounts: within(&self.service_accounts, [namespace]),
-            pods: within(&self.pods, [namespace]),
+            pods: ByKey::new(),
             services: within(&self.services, [namespace]),
             endpoint_slices: within(&self.endpoint_slices, [namespace]),
             authorization_policies: within(&self.authorization_policies, [namespace, &root]),

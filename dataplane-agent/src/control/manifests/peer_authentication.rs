@@ -130,39 +130,21 @@ impl<'a> PeerAuthentications<'a> {
         selected.collect()
     }
 
-    /// Reports where several are for the same pods, and which of them holds.
-    pub(crate) fn tell<'p>(
-        &self,
-        pods: impl Iterator<Item = &'p Meta>,
-        problems: &mut Vec<String>,
-    ) {
+    /// Reports where several are for the same namespace, or for the mesh, and which of them holds.
+    pub(crate) fn tell(&self, problems: &mut Vec<String>) {
         let namespaces: BTreeSet<&str> = self.all.keys().map(|key| &*key.namespace).collect();
-        let levels = namespaces.into_iter().map(|namespace| {
+        for namespace in namespaces {
             let parent = namespace != self.root && self.mesh;
-            (self.level_all(namespace), parent)
-        });
-        let pods = pods.map(|pod| (self.of_pod(pod), self.inherited(&pod.key.namespace)));
-        let mut told = BTreeSet::new();
-        for (found, parent) in levels.chain(pods) {
-            let Some(holds) = first(found.iter().copied(), parent) else {
-                continue;
-            };
-            for other in found
-                .iter()
-                .filter(|other| other.meta.key != holds.meta.key)
-            {
-                let dated = found.iter().all(|found| found.meta.created.is_some());
-                let why = match dated {
-                    true => "is the older one",
-                    false => "is the stricter one, and not all have a creationTimestamp",
-                };
-                let (holds, other) = (&holds.meta.key, &other.meta.key);
-                told.insert(format!(
-                    "PeerAuthentication {other}: {holds} is for the same pods and holds in its stead: it {why}"
-                ));
-            }
+            tell_others(&self.level_all(namespace), parent, problems);
         }
-        problems.extend(told);
+    }
+
+    /// Reports where several select a pod, and which of them holds.
+    pub(crate) fn tell_of_pod(&self, pod: &Meta, problems: &mut Vec<String>) {
+        let found = self.of_pod(pod);
+        if found.len() > 1 {
+            tell_others(&found, self.inherited(&pod.key.namespace), problems);
+        }
     }
 
     /// Returns `true` if a namespace's pods are strict as long as nothing selects them.
@@ -261,6 +243,31 @@ impl<'a> PeerAuthentications<'a> {
         // The order is istiod's; it does not change the meaning.
         clauses.insert(if own.is_some() { 0 } else { clauses.len() }, in_clear());
         vec![rule(clauses)]
+    }
+}
+
+/// Reports of each but the one that holds that it does not. `inherited`: see [`first`].
+fn tell_others(
+    found: &[&Resource<PeerAuthentication>],
+    inherited: bool,
+    problems: &mut Vec<String>,
+) {
+    let Some(holds) = first(found.iter().copied(), inherited) else {
+        return;
+    };
+    let others = found
+        .iter()
+        .filter(|other| other.meta.key != holds.meta.key);
+    for other in others {
+        let dated = found.iter().all(|found| found.meta.created.is_some());
+        let why = match dated {
+            true => "is the older one",
+            false => "is the stricter one, and not all have a creationTimestamp",
+        };
+        let (holds, other) = (&holds.meta.key, &other.meta.key);
+        problems.push(format!(
+            "PeerAuthentication {other}: {holds} is for the same pods and holds in its stead: it {why}"
+        ));
     }
 }
 

@@ -1,6 +1,6 @@
 //! Translates objects into store types. Pure: the same objects give the same mesh.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -132,7 +132,12 @@ pub fn translate(
     captured: &BTreeSet<Arc<str>>,
     mesh: &MeshConfig,
 ) -> Translation {
-    translate_part((objects, enrolled, captured), mesh, &MeshContext::default())
+    let all = (objects, enrolled, captured);
+    let (mut made, of_pods) = translate_part(all, mesh, &MeshContext::default());
+    made.problems.extend(of_pods.into_values().flatten());
+    let mut told = HashSet::new();
+    made.problems.retain(|problem| told.insert(problem.clone()));
+    made
 }
 
 /// Facts about all objects, for the translation of some of them.
@@ -144,23 +149,27 @@ pub(super) struct MeshContext {
     pub(super) peer_authentications: bool,
 }
 
-/// Like [`translate()`], for a part of all objects.
+/// The problems of pods, by the workload's uid. Several pods may have the same one.
+pub(super) type PodProblems = BTreeMap<Arc<str>, Vec<String>>;
+
+/// Like [`translate()`], for a part of all objects. The problems of its pods are apart.
 pub(super) fn translate_part(
     (objects, enrolled, captured): (&Objects, &Enrolled, &BTreeSet<Arc<str>>),
     mesh: &MeshConfig,
     context: &MeshContext,
-) -> Translation {
+) -> (Translation, PodProblems) {
     let translator = Translator::new(objects, enrolled, mesh);
     let mut problems = Vec::new();
-    let policies = policies(objects, mesh, context, &mut problems);
+    let policies = authorization_policies(objects, mesh, &mut problems);
+    let mut of_pods = PodProblems::new();
     let mut workloads = Vec::new();
     let mut local = Vec::new();
     for pod in objects.pods.values() {
-        if *pod.body.node == *mesh.node && !mesh.node.is_empty() {
-            local.push(translator.local(pod, captured));
-        }
-        if !pod.body.ended && !pod.body.addresses.is_empty() {
-            workloads.push(translator.workload(pod, &policies, &mut problems));
+        let made = translator.pod(pod, &policies, captured);
+        workloads.extend(made.workload);
+        local.extend(made.local);
+        if !made.problems.is_empty() {
+            of_pods.insert(made.uid, made.problems);
         }
     }
     // An endpoint written by hand with a pod's address is that pod, and is dialled with its identity.
@@ -177,35 +186,67 @@ pub(super) fn translate_part(
     for slice in objects.endpoint_slices.values() {
         translator.endpoints(slice, &mut workloads, &pods_at);
     }
+    let peers = &translator.peers;
+    let strict = peers.translate(context.peer_authentications, &mut problems);
+    peers.tell(&mut problems);
     let services = translator.services(&workloads, &context.networks, &mut problems);
     workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
     workloads.dedup_by(|a, b| a.uid == b.uid);
-    let namespaces = objects
-        .namespaces
-        .values()
-        .map(|found| ("Namespace", &found.meta));
-    let pods = objects.pods.values().map(|found| ("Pod", &found.meta));
-    for (kind, meta) in namespaces.chain(pods) {
-        let fault = pod::mode_fault(meta);
-        problems.extend(fault.map(|fault| format!("{kind} {}: {fault}", meta.key)));
+    for found in objects.namespaces.values() {
+        let fault = pod::mode_fault(&found.meta);
+        problems.extend(fault.map(|fault| format!("Namespace {}: {fault}", found.meta.key)));
     }
-    let policies = policies.into_iter().map(|(policy, _)| policy).collect();
-    Translation {
+    let policies = policies.into_iter().map(|(policy, _)| policy);
+    let mut policies: Vec<Policy> = policies.chain(strict).collect();
+    policies.sort_by_cached_key(Policy::key);
+    let made = Translation {
         workloads,
         services,
         policies,
         local,
         problems,
-    }
+    };
+    (made, of_pods)
 }
 
-/// Policies, each with the selector of the pods that it is attached to, if it has one.
+/// Translates all pods of `objects`: what [`translate_part`] makes of them as long as no endpoint is written by
+/// hand.
+pub(super) fn translate_pods(
+    (objects, enrolled, captured): (&Objects, &Enrolled, &BTreeSet<Arc<str>>),
+    mesh: &MeshConfig,
+) -> Vec<TranslatedPod> {
+    let translator = Translator::new(objects, enrolled, mesh);
+    let policies = authorization_policies(objects, mesh, &mut Vec::new());
+    let pods = objects.pods.values();
+    pods.map(|pod| translator.pod(pod, &policies, captured))
+        .collect()
+}
+
+/// A pod, translated.
+#[derive(Debug)]
+pub(super) struct TranslatedPod {
+    /// Its workload's uid.
+    pub(super) uid: Arc<str>,
+    /// `None` if it has no address, or has ended.
+    pub(super) workload: Option<Workload>,
+    /// `None` if it is of another node.
+    pub(super) local: Option<LocalPodSpec>,
+    /// What of its configuration is not supported, and what happens instead.
+    pub(super) problems: Vec<String>,
+}
+
+/// Returns the uid of a pod's workload.
+pub(super) fn pod_uid(mesh: &MeshConfig, Key { namespace, name }: &Key) -> Arc<str> {
+    format!("{}//Pod/{namespace}/{name}", mesh.cluster_id).into()
+}
+
+/// AuthorizationPolicies, each with the selector of the pods that it is attached to, if it has one.
 type Selected<'a> = Vec<(Policy, Option<&'a BTreeMap<String, String>>)>;
 
-fn policies<'a>(
+/// Returns them in the order of their keys.
+fn authorization_policies<'a>(
     objects: &'a Objects,
     mesh: &MeshConfig,
-    context: &MeshContext,
     problems: &mut Vec<String>,
 ) -> Selected<'a> {
     let mut policies: Selected<'a> = Vec::new();
@@ -214,15 +255,7 @@ fn policies<'a>(
             policies.push((policy, found.body.selector()));
         }
     }
-    let peers = PeerAuthentications::new(&objects.peer_authentications, &mesh.root_namespace);
-    policies.extend(
-        peers
-            .translate(context.peer_authentications, problems)
-            .into_iter()
-            .map(|policy| (policy, None)),
-    );
-    peers.tell(objects.pods.values().map(|pod| &*pod.meta), problems);
-    policies.sort_by_key(|(policy, _)| policy.key());
+    policies.sort_by_cached_key(|(policy, _)| policy.key());
     policies
 }
 
@@ -284,9 +317,28 @@ impl<'a> Translator<'a> {
         }
     }
 
-    fn uid(&self, pod: &Resource<Pod>) -> Arc<str> {
-        let Key { namespace, name } = &pod.meta.key;
-        format!("{}//Pod/{namespace}/{name}", self.cluster_id).into()
+    fn pod(
+        &self,
+        pod: &Resource<Pod>,
+        policies: &Selected<'_>,
+        captured: &BTreeSet<Arc<str>>,
+    ) -> TranslatedPod {
+        let Resource { meta, body, .. } = pod;
+        let uid = pod_uid(self.mesh, &meta.key);
+        let mut problems = Vec::new();
+        let is_local = *body.node == *self.mesh.node && !self.mesh.node.is_empty();
+        let local = is_local.then(|| self.local(pod, &uid, captured));
+        let is_there = !body.ended && !body.addresses.is_empty();
+        let workload = is_there.then(|| self.workload(pod, &uid, policies, &mut problems));
+        self.peers.tell_of_pod(meta, &mut problems);
+        let fault = pod::mode_fault(meta);
+        problems.extend(fault.map(|fault| format!("Pod {}: {fault}", meta.key)));
+        TranslatedPod {
+            uid,
+            workload,
+            local,
+            problems,
+        }
     }
 
     fn is_enrolled(&self, pod: &Resource<Pod>) -> bool {
@@ -298,11 +350,15 @@ impl<'a> Translator<'a> {
         })
     }
 
-    fn local(&self, pod: &Resource<Pod>, captured: &BTreeSet<Arc<str>>) -> LocalPodSpec {
-        let uid = self.uid(pod);
-        let is_in = self.is_enrolled(pod) || captured.contains(&uid);
+    fn local(
+        &self,
+        pod: &Resource<Pod>,
+        uid: &Arc<str>,
+        captured: &BTreeSet<Arc<str>>,
+    ) -> LocalPodSpec {
+        let is_in = self.is_enrolled(pod) || captured.contains(uid);
         LocalPodSpec {
-            uid,
+            uid: Arc::clone(uid),
             pod_uid: pod.meta.uid.clone(),
             config_hash: pod::config_hash(&pod.meta),
             namespace: pod.meta.key.namespace.clone(),
@@ -322,6 +378,7 @@ impl<'a> Translator<'a> {
     fn workload(
         &self,
         pod: &Resource<Pod>,
+        uid: &Arc<str>,
         policies: &Selected<'_>,
         problems: &mut Vec<String>,
     ) -> Workload {
@@ -343,7 +400,7 @@ impl<'a> Translator<'a> {
             .is_some_and(|kind| kind.contains("http"));
         let waypoint = self.waypoint(WaypointUser::Workload, "Pod", meta, problems);
         Workload {
-            uid: self.uid(pod),
+            uid: Arc::clone(uid),
             name: meta.key.name.clone(),
             namespace: meta.key.namespace.clone(),
             service_account: body.service_account.clone(),

@@ -13,6 +13,7 @@ use super::super::translated::{Stale, Translated};
 use super::property::{object, word};
 use crate::control::enrolled::Enrolled;
 use crate::mesh::{Delta, Mesh};
+use crate::sys::memory;
 
 /// Returns all content of a mesh.
 fn everything(mesh: &Mesh) -> Vec<String> {
@@ -62,7 +63,7 @@ proptest! {
             let touched = collection.take(&[Change { file: name, before, now }]).objects;
             if let Some((namespace, name)) = enrols {
                 let pod = PodKey { namespace: namespace.into(), name: name.into(), uid: "".into() };
-                stale.namespace(&pod.namespace);
+                stale.pod(&pod.namespace, &pod.name);
                 if !pods.remove(&pod) {
                     pods.insert(pod);
                 }
@@ -101,4 +102,54 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn what_a_changed_pod_costs_does_not_grow_with_its_namespace() {
+    let allocations = |pods: u32| {
+        let pod = |number: u32, account: &str| {
+            format!(
+                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: p-{number}, namespace: ns}}\n\
+                 spec: {{nodeName: b, serviceAccountName: {account}}}\n\
+                 status: {{podIPs: [{{ip: 10.0.{}.{}}}]}}\n",
+                number / 250,
+                number % 250
+            )
+        };
+        let file = |number, account| {
+            let text = pod(number, account);
+            Arc::new(object::parse(Path::new("p.yaml"), &text).expect("a pod"))
+        };
+        let mut collection = Collection::default();
+        let change = |number, before, now| Change {
+            file: Path::new(&format!("{number}.yaml")).into(),
+            before,
+            now,
+        };
+        let all: Vec<_> = (0..pods)
+            .map(|number| change(number, Arc::default(), file(number, "before")))
+            .collect();
+        let mut touched = collection.take(&all).objects;
+        let mut translated = Translated::new(MeshConfig::of_node("a"));
+        let mut mesh = Mesh::default();
+        let mut taken = 0;
+        for changed in [pods, 1] {
+            let (enrolled, captured) = (Enrolled::default(), BTreeSet::new());
+            let objects = (collection.objects(), &touched[..]);
+            let before = memory::counted::taken().1;
+            let here = (&enrolled, &captured);
+            let delta = translated.update(objects, Stale::default(), here, &mesh);
+            taken = memory::counted::taken().1 - before;
+            assert_eq!(delta.len(), changed as usize);
+            mesh.apply(delta);
+            let one = change(1, file(1, "before"), file(1, "after"));
+            touched = collection.take(&[one]).objects;
+        }
+        taken
+    };
+    let (few, many) = (allocations(10), allocations(2000));
+    assert!(
+        many <= few + 10,
+        "{few} in a small one, {many} in a large one"
+    );
 }
