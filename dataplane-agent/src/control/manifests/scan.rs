@@ -1,7 +1,7 @@
 //! Lists the manifests in a folder, by names and metadata alone.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, Metadata};
+use std::fs::{self, DirEntry, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -78,7 +78,7 @@ pub(super) fn scan(dir: &Path, was_read: &dyn Fn(&Path) -> bool) -> Scan {
                     let name = below.join(entry.file_name());
                     if !entry.file_name().as_encoded_bytes().starts_with(b".")
                         && let Err(error) =
-                            found.entry(dir, &name, was_read(&name), (depth, &mut folders))
+                            found.entry((&entry, &name), was_read, (depth, &mut folders))
                     {
                         let told = ManifestError::of_file(&name, error);
                         found.faults.push((name, told));
@@ -101,18 +101,17 @@ pub(super) fn scan(dir: &Path, was_read: &dyn Fn(&Path) -> bool) -> Scan {
 impl Scan {
     fn entry(
         &mut self,
-        dir: &Path,
-        name: &Path,
-        was_read: bool,
+        (entry, name): (&DirEntry, &Path),
+        was_read: &dyn Fn(&Path) -> bool,
         (depth, folders): (usize, &mut Vec<(PathBuf, usize)>),
     ) -> io::Result<()> {
-        let path = dir.join(name);
-        let own = match fs::symlink_metadata(&path) {
+        // What a link is, not what it leads to.
+        let own = match entry.metadata() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             own => own?,
         };
         // If a file with this name was read before, this does not count as its removal.
-        let mut note = |why: &str| match was_read {
+        let mut note = |why: &str| match was_read(name) {
             true => Err(io::Error::other(format!(
                 "{why} now; to remove what it said as a file, delete it first"
             ))),
@@ -124,7 +123,7 @@ impl Scan {
         };
         if own.is_dir() {
             return match depth < DEPTH {
-                _ if was_read => note("is a folder"),
+                _ if was_read(name) => note("is a folder"),
                 true => {
                     folders.push((name.to_owned(), depth + 1));
                     Ok(())
@@ -138,17 +137,20 @@ impl Scan {
             self.unread.insert(own.ino(), name.to_owned());
             return if ENDINGS.contains(&ending.to_ascii_lowercase().as_str()) {
                 note("has an ending that is not in lower case")
-            } else if own.is_symlink() && fs::metadata(&path).is_ok_and(|to| to.is_dir()) {
+            } else if own.is_symlink() && fs::metadata(entry.path()).is_ok_and(|to| to.is_dir()) {
                 note("is a link to a folder")
             } else {
                 Ok(())
             };
         }
-        // A link to nothing is an error, since its target may come back.
-        let metadata = fs::metadata(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => io::Error::other("is a link that leads nowhere"),
-            _ => error,
-        })?;
+        let metadata = match own.is_symlink() {
+            false => own,
+            // A link to nothing is an error, since its target may come back.
+            true => fs::metadata(entry.path()).map_err(|error| match error.kind() {
+                io::ErrorKind::NotFound => io::Error::other("is a link that leads nowhere"),
+                _ => error,
+            })?,
+        };
         if metadata.is_file() {
             self.files.insert(name.to_owned(), Stamp::from(&metadata));
             Ok(())
