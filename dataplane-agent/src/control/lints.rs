@@ -1,5 +1,5 @@
 //! Likely mistakes in the configuration. The search reads all of the configuration, so it takes at most about
-//! a tenth of the time.
+//! a fiftieth of the time.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ impl Lints {
         find: impl FnOnce() -> Vec<String>,
         tell: impl FnOnce(&mut Vec<String>, Vec<String>),
     ) {
-        let early = |(ended, took): (Instant, Duration)| ended.elapsed() < took * 10;
+        let early = |(ended, took): (Instant, Duration)| ended.elapsed() < took * 50;
         if self.fresh || self.last.is_some_and(early) {
             return;
         }
