@@ -1,4 +1,4 @@
-//! Owns every task of the data plane, and is the only place that spawns one.
+//! Owns every task of the data plane, and is the only place that spawns one, or a thread for other work.
 //!
 //! A [`TaskGroup`] has the tasks that one worker runs for one pod. It first *drains* (it begins no new work;
 //! tunnels send GOAWAY and finish what they have) and is *aborted* later. A drain can be cancelled. The tasks of a
@@ -6,10 +6,12 @@
 //! after the other do not mean that nothing runs.
 
 use std::future::{Future, pending};
-use std::panic::resume_unwind;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use tokio::runtime::Builder;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -17,6 +19,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use crate::load::Load;
+use crate::sys::priority;
 
 /// Sends an answer when its last clone is dropped. Everyone who has to do the same thing holds a clone.
 #[derive(Clone, Debug)]
@@ -137,6 +140,41 @@ pub fn spawn_blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
 }
 
+/// Runs a future on a thread of its own, with a runtime of its own. It is of lower priority than the others: they are
+/// not to wait for a processor while it works. Dropping what is returned does not end it; its panic is that of who
+/// waits for its end.
+///
+/// # Errors
+/// The thread, or its runtime, cannot be made.
+pub fn on_own_thread<F, W>(
+    name: &str,
+    work: W,
+) -> io::Result<impl Future<Output = F::Output> + use<F, W>>
+where
+    F: Future<Output: Send + 'static>,
+    W: FnOnce() -> F + Send + 'static,
+{
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let (done, end) = oneshot::channel();
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(move || {
+            priority::lower();
+            let ended = catch_unwind(AssertUnwindSafe(|| runtime.block_on(work())));
+            // Nobody may wait for it any more.
+            let _ = done.send(ended);
+            // Whoever waits for a disk on a thread of its own may do so for ever.
+            runtime.shutdown_background();
+        })?;
+    Ok(async {
+        match end.await {
+            Ok(Ok(result)) => result,
+            Ok(Err(panic)) => resume_unwind(panic),
+            Err(_) => pending().await,
+        }
+    })
+}
+
 /// Waits for the result of such work. Cancelling the wait loses nothing. Never returns once the runtime ends.
 pub async fn finished<T>(work: &mut JoinHandle<T>) -> T {
     match work.await {
@@ -200,6 +238,22 @@ mod tests {
             assert!(!tasks.is_empty());
             one.idle().await;
         });
+    }
+
+    #[test]
+    fn a_panic_on_a_thread_of_its_own_is_one_of_who_waits() {
+        on_a_worker(async {
+            let one = on_own_thread("one", || async { 1 }).expect("a thread");
+            assert_eq!(one.await, 1);
+        });
+        let panicked = std::panic::catch_unwind(|| {
+            on_a_worker(async {
+                let two = on_own_thread("two", || async { panic!("two") }).expect("a thread");
+                let () = two.await;
+            });
+        });
+        let panic = panicked.expect_err("it panicked");
+        assert_eq!(panic.downcast_ref(), Some(&"two"));
     }
 
     #[test]

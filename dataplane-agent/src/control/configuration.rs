@@ -1,4 +1,5 @@
-//! Follows what is configured: publishes the mesh, and tells which pods are of this node.
+//! Follows what is configured: publishes the mesh, and tells which pods are of this node. On a thread of its own:
+//! nobody waits for it.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use super::manifests::changes::PolicyChange;
 use super::manifests::{LocalPodSpec, ManifestFolder, Translated, Translation, Watch};
 use super::recorded::RecordReader;
 use super::retained::{IsConfigured, RetainedPods};
+use crate::drain;
 use crate::mesh::workload::named;
 use crate::mesh::{Delta, Mesh, MeshWriter, Workload};
 use crate::sys::memory;
@@ -97,7 +99,7 @@ pub struct Configuration<S> {
     captured: BTreeSet<Arc<str>>,
 }
 
-impl<S> Configuration<S> {
+impl<S: Send + Sync + 'static> Configuration<S> {
     /// Publishes the mesh as it is configured. `status`, `here`: which pods of this node are here.
     pub fn new(
         source: Source,
@@ -128,8 +130,17 @@ impl<S> Configuration<S> {
         (new, configured)
     }
 
-    /// Follows the configuration, and which pods are here, until nobody tells of these any more.
-    pub async fn run(mut self) {
+    /// Follows the configuration, and which pods are here, until nobody tells of these any more. To read and to
+    /// translate takes the processor for longer than a connection should have to wait, so it is done on a thread of
+    /// its own.
+    pub async fn run(self) {
+        match drain::on_own_thread("configuration", move || self.follow()) {
+            Ok(ended) => ended.await,
+            Err(error) => tracing::error!(%error, "cannot follow the configuration"),
+        }
+    }
+
+    async fn follow(mut self) {
         let mut look = interval(RECORDS_POLL_INTERVAL);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

@@ -15,6 +15,7 @@ pub mod made;
 pub mod memory;
 pub mod netns;
 pub mod peer;
+pub mod priority;
 pub mod processes;
 pub mod regular_file;
 pub mod seccomp;
