@@ -28,6 +28,19 @@ impl Rounds {
         self.rounds.push(round);
     }
 
+    /// Returns a number of each way in the last round.
+    pub(crate) fn last(&self, name: &str) -> Vec<f64> {
+        let ways = self.rounds.last().into_iter().flatten();
+        ways.map(|numbers| number(numbers, name)).collect()
+    }
+
+    /// Returns the ratio of a number of one way to that of another in each round: the least, the median and the most.
+    pub(crate) fn ratio(&self, name: &str, way: usize, to: usize) -> (f64, f64, f64) {
+        let rounds = self.rounds.iter();
+        let ratio = |round: &Vec<Numbers>| number(&round[way], name) / number(&round[to], name);
+        spread(rounds.map(ratio).collect())
+    }
+
     /// Returns a table in Markdown: for each number the median of each way, and the median of each round's ratio to
     /// the first way, with the least and the most.
     pub(crate) fn table(&self) -> String {
@@ -38,16 +51,14 @@ impl Rounds {
             line.push_str("---|");
         }
         table.push_str(&line);
-        for (which, (name, _)) in self.rounds[0][0].iter().enumerate() {
+        for (name, _) in &self.rounds[0][0] {
             let _ = write!(table, "\n| {name} |");
             for way in 0..self.ways.len() {
-                let of = |round: &Vec<Numbers>, way: usize| round[way][which].1;
-                let numbers = self.rounds.iter().map(|round| of(round, way)).collect();
+                let numbers = self.rounds.iter();
+                let numbers = numbers.map(|round| number(&round[way], name)).collect();
                 let _ = write!(table, " {:.0}", spread(numbers).1);
                 if way > 0 {
-                    let ratios = self.rounds.iter();
-                    let ratios = ratios.map(|round| of(round, way) / of(round, 0)).collect();
-                    let (least, median, most) = spread(ratios);
+                    let (least, median, most) = self.ratio(name, way, 0);
                     let _ = write!(table, ", × {median:.2} ({least:.2} to {most:.2})");
                 }
                 table.push_str(" |");
@@ -71,8 +82,13 @@ impl Rounds {
     }
 }
 
+fn number(numbers: &Numbers, name: &str) -> f64 {
+    let found = numbers.iter().find(|(of, _)| *of == name);
+    found.expect("each way has it").1
+}
+
 /// Returns the least, the median and the most of some numbers.
-fn spread(mut numbers: Vec<f64>) -> (f64, f64, f64) {
+pub(crate) fn spread(mut numbers: Vec<f64>) -> (f64, f64, f64) {
     numbers.sort_by(f64::total_cmp);
     let last = numbers.len() - 1;
     let median = f64::midpoint(numbers[last / 2], numbers[numbers.len() / 2]);
