@@ -29,13 +29,16 @@ fn main() -> ExitCode {
             Ok((text, false)) => print(&text, Exit::Machine),
             Err(error) => fail(Exit::Failed, &error.to_string()),
         },
-        Command::Status(options) => match status::run(&options) {
-            Ok(text) => print(&text, Exit::Good),
-            Err(error) if error.is::<status::NotRunning>() => {
-                fail(Exit::NotRunning, &error.to_string())
+        Command::Status(options) => {
+            match runtime().map(|all| all.block_on(status::run(&options))) {
+                Ok(Ok(text)) => print(&text, Exit::Good),
+                Ok(Err(error)) if error.is::<status::NotRunning>() => {
+                    fail(Exit::NotRunning, &error.to_string())
+                }
+                Ok(Err(error)) => fail(Exit::Failed, &format!("{error:#}")),
+                Err(error) => fail(Exit::Failed, &error.to_string()),
             }
-            Err(error) => fail(Exit::Failed, &format!("{error:#}")),
-        },
+        }
         Command::Load(options) => {
             // At this level all that the verifier says about a refused program is logged.
             let level = log::start(

@@ -1,14 +1,14 @@
 //! `dataplane status`: queries a running daemon over its admin socket.
 
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::StatusOptions;
 use crate::node::capture::node_folder::{self, Holder};
+use crate::observe::ask::{Answer, AskError, ask};
 use crate::observe::status::{PodStatus, StatusReport};
 
 /// How long to wait for an answer of the daemon.
@@ -40,17 +40,18 @@ struct Unreachable {
 ///
 /// # Errors
 /// No daemon runs, or it does not answer.
-pub fn run(options: &StatusOptions) -> Result<String> {
+pub async fn run(options: &StatusOptions) -> Result<String> {
     let socket = match &options.node {
         Some(node) => options.places.socket(node),
-        None => only_socket(&options.places.run_dir)?,
+        None => only_socket(&options.places.run_dir).await?,
     };
-    let mut report = parse(&get(&socket, "/status")?)?;
+    let mut report = of(&socket).await?;
     if let Ok(node) = report.node.parse() {
         let proxy = options.places.proxy_socket(&node);
-        // The file is left behind by a proxy that was killed; the node reports that none serves.
-        if UnixStream::connect(&proxy).is_ok() {
-            add_proxy(&mut report, get(&proxy, "/status"));
+        match ask(&proxy, "/status", ANSWER_TIMEOUT).await {
+            // A proxy that was killed leaves the file behind; the node reports that none serves.
+            Err(AskError::Nobody(_)) => {}
+            answer => add_proxy(&mut report, parse(&proxy, answer)),
         }
     }
     match options.json {
@@ -59,13 +60,26 @@ pub fn run(options: &StatusOptions) -> Result<String> {
     }
 }
 
-fn parse(body: &str) -> Result<StatusReport> {
-    serde_json::from_str(body).context("the daemon is of another version")
+/// Returns what a daemon reports.
+///
+/// # Errors
+/// No daemon listens, or its answer is invalid or an error.
+pub async fn of(socket: &Path) -> Result<StatusReport> {
+    match ask(socket, "/status", ANSWER_TIMEOUT).await {
+        Err(AskError::Nobody(error)) => Err(not_reached(socket, error)),
+        answer => parse(socket, answer),
+    }
+}
+
+fn parse(socket: &Path, answer: Result<Answer, AskError>) -> Result<StatusReport> {
+    let Answer { status, body } = answer.with_context(|| socket.display().to_string())?;
+    ensure!(status.contains(" 200 "), "{status}: {}", body.trim());
+    serde_json::from_str(&body).context("the daemon is of another version")
 }
 
 /// Adds the problems that only the proxy half reports, where the halves are two processes.
-fn add_proxy(report: &mut StatusReport, answer: Result<String>) {
-    let problems = match answer.and_then(|body| parse(&body)) {
+fn add_proxy(report: &mut StatusReport, answer: Result<StatusReport>) {
+    let problems = match answer {
         Ok(proxy) => proxy.problems,
         Err(error) => vec![format!("{error:#}")],
     };
@@ -77,16 +91,21 @@ fn add_proxy(report: &mut StatusReport, answer: Result<String>) {
 }
 
 /// Returns the socket of the only daemon that runs here.
-fn only_socket(run: &Path) -> Result<PathBuf> {
+async fn only_socket(run: &Path) -> Result<PathBuf> {
     let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
-    // A socket without a listener was left by a daemon that was killed.
-    let nodes: Vec<String> = entries
-        .filter(|entry| {
-            let answers = UnixStream::connect(entry.path().join("admin.sock")).is_ok();
-            answers || node_folder::holder(&entry.path()).is_some()
-        })
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
+    let mut nodes = Vec::new();
+    for folder in entries.map(|entry| entry.path()) {
+        // A socket without a listener was left by a daemon that was killed.
+        let socket = folder.join("admin.sock");
+        let runs = node_folder::holder(&folder).is_some()
+            || !matches!(
+                ask(&socket, "/healthz/ready", ANSWER_TIMEOUT).await,
+                Err(AskError::Nobody(_))
+            );
+        if runs && let Some(name) = folder.file_name() {
+            nodes.push(name.to_string_lossy().into_owned());
+        }
+    }
     match nodes.as_slice() {
         [node] => Ok(run.join(node).join("admin.sock")),
         [] => Err(NotRunning::Nobody(format!("any node (nothing in {})", run.display())).into()),
@@ -97,41 +116,15 @@ fn only_socket(run: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Returns the daemon's answer at a path.
-///
-/// # Errors
-/// No daemon listens, or its answer is invalid or an error.
-pub fn get(socket: &Path, path: &str) -> Result<String> {
-    let mut stream = UnixStream::connect(socket).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => not_reached(socket),
-        _ => anyhow::Error::new(error).context(socket.display().to_string()),
-    })?;
-    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nhost: dataplane\r\n\r\n")?;
-    let mut answer = String::new();
-    stream
-        .read_to_string(&mut answer)
-        .map_err(|error| match error.kind() {
-            // This is the error of a socket's timeout.
-            io::ErrorKind::WouldBlock => anyhow!("within {} s", ANSWER_TIMEOUT.as_secs()),
-            _ => anyhow!("whole: {error}"),
-        })
-        .map_err(|how| anyhow!("{}: the daemon does not answer {how}", socket.display()))?;
-    let (head, body) = answer
-        .split_once("\r\n\r\n")
-        .context("not an HTTP answer")?;
-    let status = head.lines().next().unwrap_or_default();
-    ensure!(
-        status.contains(" 200 "),
-        "{path}: {status}: {}",
-        body.trim()
-    );
-    Ok(body.to_owned())
-}
-
 /// Returns the error for a socket without a listener: the daemon does not run, or only its socket is gone.
-fn not_reached(socket: &Path) -> anyhow::Error {
+fn not_reached(socket: &Path, error: io::Error) -> anyhow::Error {
     let shown = socket.display().to_string();
+    if !matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    ) {
+        return anyhow::Error::new(error).context(shown);
+    }
     let folder = socket.parent().unwrap_or(socket);
     let node = folder.file_name().unwrap_or_default().display().to_string();
     match node_folder::holder(folder) {
@@ -256,8 +249,8 @@ mod tests {
         assert!(text.contains("problem: a.yaml:3: spec: wrong"), "{text}");
     }
 
-    #[test]
-    fn a_node_that_is_uninstalled_has_no_daemon() {
+    #[tokio::test]
+    async fn a_node_that_is_uninstalled_has_no_daemon() {
         let run = tempfile::tempdir().expect("a folder");
         let mark = Mark {
             node: "one".parse().expect("a name"),
@@ -269,13 +262,12 @@ mod tests {
         };
         let mut agent = NodeFolder::claim(run.path(), &mark).expect("free");
         agent.write_mark(&mark).expect("a mark");
-        let said = || {
-            let socket = only_socket(run.path()).expect("somebody has it");
-            get(&socket, "/status")
-                .expect_err("nobody answers")
-                .to_string()
+        let said = async || {
+            let socket = only_socket(run.path()).await.expect("somebody has it");
+            of(&socket).await.expect_err("nobody answers").to_string()
         };
-        assert!(said().contains("agent of node one runs"), "{}", said());
+        let told = said().await;
+        assert!(told.contains("agent of node one runs"), "{told}");
         drop(agent);
         let places = Places {
             run_dir: run.path().to_owned(),
@@ -283,22 +275,25 @@ mod tests {
         };
         let ended = StoppedNode::find(&places, &mark.state, &mark.node);
         let ended = ended.expect("it has ended");
-        assert!(
-            said().contains("node one: it is being uninstalled"),
-            "{}",
-            said()
-        );
+        let told = said().await;
+        assert!(told.contains("node one: it is being uninstalled"), "{told}");
         drop(ended);
         let _agent = NodeFolder::claim(run.path(), &mark).expect("free");
-        assert!(said().contains("agent of node one runs"), "{}", said());
+        let told = said().await;
+        assert!(told.contains("agent of node one runs"), "{told}");
     }
 
-    #[test]
-    fn without_a_daemon_that_is_said() {
+    #[tokio::test]
+    async fn without_a_daemon_that_is_said() {
         let run = tempfile::tempdir().expect("a folder");
-        let error = only_socket(run.path()).expect_err("nobody").to_string();
-        assert!(error.contains("no dataplane agent runs"), "{error}");
-        let error = get(&run.path().join("admin.sock"), "/status").expect_err("nobody");
+        let error = only_socket(run.path()).await.expect_err("nobody");
+        assert!(
+            error.to_string().contains("no dataplane agent runs"),
+            "{error}"
+        );
+        let error = of(&run.path().join("admin.sock"))
+            .await
+            .expect_err("nobody");
         assert!(
             error.to_string().contains("no dataplane agent runs"),
             "{error}"

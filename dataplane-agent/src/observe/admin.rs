@@ -14,10 +14,10 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::time::{sleep, timeout};
+use tokio::net::UnixListener;
+use tokio::time::sleep;
 
+use super::ask::{AskError, ask};
 use super::log::Level;
 use super::metrics::Metrics;
 use super::status::StatusReport;
@@ -144,24 +144,11 @@ fn bind(path: &Path) -> io::Result<Option<(UnixListener, BoundPath)>> {
 
 /// Returns who has the path. One that does not answer in time stays.
 async fn owner(path: &Path) -> Owner {
-    let stream = match UnixStream::connect(path).await {
-        Ok(stream) => stream,
-        // Its queue is full.
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Owner::Staying,
-        Err(_) => return Owner::Nobody,
-    };
-    match timeout(ASK_TIMEOUT, ask_ready(stream)).await {
-        Ok(Ok(answer)) if answer.ends_with(&not_ready(END)) => Owner::Leaving,
-        _ => Owner::Staying,
+    match ask(path, "/healthz/ready", ASK_TIMEOUT).await {
+        Err(AskError::Nobody(_)) => Owner::Nobody,
+        Ok(answer) if answer.body == not_ready(END) => Owner::Leaving,
+        Ok(_) | Err(AskError::Slow(_) | AskError::Broken(_)) => Owner::Staying,
     }
-}
-
-async fn ask_ready(mut stream: UnixStream) -> io::Result<String> {
-    let request = b"GET /healthz/ready HTTP/1.0\r\nhost: dataplane\r\n\r\n";
-    stream.write_all(request).await?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await?;
-    Ok(answer)
 }
 
 fn not_ready(pending: &str) -> String {
@@ -250,6 +237,8 @@ async fn logging(State(sources): State<Sources>, Query(asked): Query<Logging>) -
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
     use crate::sys::bound;
 

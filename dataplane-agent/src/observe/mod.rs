@@ -4,6 +4,7 @@
 //! Names, fields and values are ztunnel's, so that tools that read ztunnel's output read ours too.
 
 pub mod admin;
+pub mod ask;
 pub mod dump;
 pub mod kernel;
 pub mod labels;
