@@ -406,8 +406,9 @@ impl Table {
              --write`, which runs the whole suite of `tests/cases` on each of these kernels, or by `cargo\n\
              xtask vm --kernel 6.1 --write` for one of them; only what passed is written, with the commit that\n\
              was tested. `instructions` are those that the verifier walked through, of the million that it\n\
-             allows; the stack is of 512 bytes. What is off is what the agent does without, and why. Of\n\
-             modules only fuse and veth are loaded, for the tests: the agent needs none, `tcp_diag` among them.\n\n\
+             allows; the stack is of 512 bytes. What is off is what the agent does without, and why. A\n\
+             virtual machine loads the modules that the tests of its commit need and its kernel has not built in,\n\
+             now fuse and veth; the agent needs none, `tcp_diag` among them.\n\n\
              `tests/golden/verifier.txt` is what a program may cost on each. The suite also runs the\n\
              agent on kernels that lack a kind of programs (it refuses, and names it) or IPv6 (it\n\
              captures IPv4 alone, and refuses the rest), by a seccomp filter; and CI boots one\n\
