@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -14,6 +15,12 @@ use crate::build;
 use crate::command::{output, require_root, run as run_command, shown};
 use crate::progress::say;
 
+/// The variable by which libtest takes the number of tests that run beside each other.
+const THREADS: &str = "RUST_TEST_THREADS";
+/// Tests of tests/cases that run beside each other, per processor: mostly they wait for what an agent, a timer of
+/// the kernel or a peer does.
+const CASES_PER_PROCESSOR: usize = 3;
+
 /// Runs all tests on this machine, as root: unit tests, then those on the real kernel.
 ///
 /// Builds what they need first, all in one go. The tests of package dataplane-tests make nodes and
@@ -22,7 +29,8 @@ use crate::progress::say;
 ///
 /// Examples: `cargo xtask test capture` runs what is in tests/cases/capture.rs; `cargo xtask test
 /// held` runs the tests whose name contains `held`, wherever they are; `cargo xtask test --
-/// --nocapture --test-threads=1` hands on what libtest takes.
+/// --nocapture --test-threads=1` hands on what libtest takes. Those of tests/cases run three per
+/// processor beside each other, or as many as RUST_TEST_THREADS says.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// Tests what is shipped: everything optimised.
@@ -262,6 +270,10 @@ impl Executable {
             .env("DATAPLANE_BIN", built.program("dataplane")?)
             .env("DATAPLANE_TEST_APP", built.program("dataplane-test-app")?)
             .stdout(Stdio::piped());
+        if self.case.is_some() && std::env::var_os(THREADS).is_none() {
+            let threads = thread::available_parallelism()?.get() * CASES_PER_PROCESSOR;
+            command.env(THREADS, threads.to_string());
+        }
         if self.wants_other_agent(filter)? {
             command.env("DATAPLANE_TEST_OTHER", built.other_agent()?);
         }
