@@ -138,7 +138,7 @@ pub(crate) fn require_root(what: &str, why: &str) -> Result<()> {
     Ok(())
 }
 
-/// Returns an environment variable that holds a path.
+/// Returns an environment variable that is set, and not empty.
 #[expect(
     clippy::disallowed_methods,
     reason = "cargo and the shell speak to a chore by its environment"

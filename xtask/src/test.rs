@@ -12,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::build;
-use crate::command::{output, require_root, run as run_command, shown};
+use crate::command::{output, require_root, run as run_command, shown, variable};
 use crate::progress::say;
 
 /// The variable by which libtest takes the number of tests that run beside each other.
@@ -270,7 +270,7 @@ impl Executable {
             .env("DATAPLANE_BIN", built.program("dataplane")?)
             .env("DATAPLANE_TEST_APP", built.program("dataplane-test-app")?)
             .stdout(Stdio::piped());
-        if self.case.is_some() && std::env::var_os(THREADS).is_none() {
+        if self.case.is_some() && variable(THREADS).is_none() {
             let threads = thread::available_parallelism()?.get() * CASES_PER_PROCESSOR;
             command.env(THREADS, threads.to_string());
         }
