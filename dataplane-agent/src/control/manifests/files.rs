@@ -15,6 +15,7 @@ use super::ManifestError;
 use super::collection::{Change, Collection};
 use super::object::{self, Parsed};
 use super::scan::{Scan, Stamp, at, scan};
+use super::watch::{RESYNC, Reported};
 use crate::sys::regular_file;
 use crate::sys::writers::has_writers;
 
@@ -33,8 +34,12 @@ pub(super) struct FolderFiles {
     dir: PathBuf,
     settle: Duration,
     files: BTreeMap<PathBuf, FileState>,
-    /// The files at the last scan, and the time since which they have been the same.
-    last_scan: (BTreeMap<PathBuf, Stamp>, Instant),
+    /// What is there.
+    found: Scan,
+    /// The time since which the files there have been the same.
+    same_since: Instant,
+    /// The time of the last scan of the whole folder.
+    scanned: Instant,
 }
 
 /// What a look at the files has found, besides their content.
@@ -83,23 +88,25 @@ impl FileState {
 impl FolderFiles {
     /// Reads all files of a folder for the first time. What cannot be read is a problem.
     pub(super) fn open(dir: &Path, settle: Duration) -> (Self, Look) {
-        let found = scan(dir, &|_| false);
+        let now = Instant::now();
         let mut new = Self {
             dir: dir.to_owned(),
             settle,
             files: BTreeMap::new(),
-            last_scan: (found.files.clone(), Instant::now()),
+            found: scan(dir, &|_| false),
+            same_since: now,
+            scanned: now,
         };
-        let mut look = new.look_of(&found);
-        for (name, stamp) in found.files {
-            match read_closed(dir, &name) {
+        let mut look = new.look_of();
+        for (name, stamp) in &new.found.files {
+            match read_closed(dir, name) {
                 Ok(parsed) => {
                     let file = FileState {
-                        stamp: Some(stamp),
+                        stamp: Some(*stamp),
                         latest: Some(Ok(Arc::new(parsed))),
                         ..FileState::default()
                     };
-                    new.files.insert(name, file);
+                    new.files.insert(name.clone(), file);
                 }
                 Err(error) => look.problems.push(error),
             }
@@ -107,16 +114,43 @@ impl FolderFiles {
         (new, look)
     }
 
-    /// Looks for changes, and reads the files that have settled. Takes as long as the disk does.
-    pub(super) fn look(&mut self) -> Look {
+    /// Looks for changes where they were reported, and reads the files that have settled. Takes as long as the disk
+    /// does.
+    pub(super) fn look(&mut self, reported: Reported) -> Look {
+        let names = self.changed(reported);
+        let mut look = self.look_of();
+        self.read_settled(&names, &mut look);
+        look
+    }
+
+    /// Finds out what is there now, and returns the names of the files that may differ from what was read.
+    ///
+    /// To scan takes a time by the size of the folder. So it is done now and then, and whenever more may have changed
+    /// than the content of files that are there.
+    fn changed(&mut self, reported: Reported) -> Vec<PathBuf> {
+        if let Reported::Files(mut names) = reported
+            && self.scanned.elapsed() < RESYNC
+        {
+            let unsettled = self.files.iter().filter(|(_, of)| of.observed.is_some());
+            names.extend(unsettled.map(|(name, _)| name.clone()));
+            if let Some(changed) = self.found.look_again(&self.dir, &names) {
+                if changed {
+                    self.same_since = Instant::now();
+                }
+                return names.into_iter().collect();
+            }
+        }
         let was_read = |name: &Path| self.files.get(name).is_some_and(FileState::was_read);
         let found = scan(&self.dir, &was_read);
-        if self.last_scan.0 != found.files {
-            self.last_scan = (found.files.clone(), Instant::now());
+        self.scanned = Instant::now();
+        if self.found.files != found.files {
+            self.same_since = self.scanned;
         }
-        let mut look = self.look_of(&found);
-        self.read_settled(&found, &mut look);
-        look
+        self.found = found;
+        for name in self.found.files.keys() {
+            self.files.entry(name.clone()).or_default();
+        }
+        self.files.keys().cloned().collect()
     }
 
     /// Returns true if there are no manifests.
@@ -134,7 +168,8 @@ impl FolderFiles {
         objects.conflicts(&pending(&self.files), &[])
     }
 
-    fn look_of(&self, found: &Scan) -> Look {
+    fn look_of(&self) -> Look {
+        let found = &self.found;
         Look {
             // A path that cannot be read does not mean that its objects are gone.
             problems: found
@@ -147,20 +182,21 @@ impl FolderFiles {
             notes: found.notes.clone(),
             empty: found.empty.first().cloned(),
             settling: false,
-            same_since: self.last_scan.1,
+            same_since: self.same_since,
         }
     }
 
-    /// Compares the files that exist with those that were read, and reads the settled ones. Adds removed files
+    /// Compares files of these names with what was read of them, and reads the settled ones. Adds removed files
     /// to `look`, and an error for each folder that has no manifests any more.
-    fn read_settled(&mut self, found: &Scan, look: &mut Look) {
+    fn read_settled(&mut self, names: &[PathBuf], look: &mut Look) {
+        let found = &self.found;
         let now = Instant::now();
-        let quiet = now.duration_since(self.last_scan.1) >= self.settle;
-        for name in found.files.keys() {
-            self.files.entry(name.clone()).or_default();
-        }
+        let quiet = now.duration_since(self.same_since) >= self.settle;
         let mut gone = Vec::new();
-        for (name, file) in &mut self.files {
+        for name in names {
+            let Some(file) = self.files.get_mut(name) else {
+                continue;
+            };
             if found.cannot_tell(name) {
                 file.observed = None;
                 continue;

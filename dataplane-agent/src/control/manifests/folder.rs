@@ -16,6 +16,7 @@ use super::changes::PolicyChange;
 use super::collection::Collection;
 use super::files::{FolderFiles, Look, SETTLE};
 use super::object::{Identity, Objects};
+use super::watch::Reported;
 use super::{ManifestError, ManifestErrors, Watch};
 use crate::control::disk::DiskTask;
 
@@ -135,7 +136,7 @@ impl ManifestFolder {
         loop {
             if self.look.is_none() {
                 self.due(watch).await;
-                self.start_look();
+                self.start_look(watch.reported());
             }
             let look = self.looked().await;
             let told = self.reported.clone();
@@ -161,10 +162,10 @@ impl ManifestFolder {
         self.retry_at = None;
     }
 
-    fn start_look(&mut self) {
+    fn start_look(&mut self, reported: Reported) {
         if let Some(mut files) = self.files.take() {
             self.look = Some(DiskTask::start(&self.dir, move || {
-                let look = files.look();
+                let look = files.look(reported);
                 (files, look)
             }));
         }
@@ -209,7 +210,13 @@ impl ManifestFolder {
 impl ManifestFolder {
     /// Looks at the files, and takes the result.
     pub(crate) fn reload(&mut self) -> Reload {
-        let look = self.files.as_mut().expect("nobody looks").look();
+        self.reload_reported(Reported::Anything)
+    }
+
+    /// The same, as if this had been reported.
+    pub(super) fn reload_reported(&mut self, reported: Reported) -> Reload {
+        let files = self.files.as_mut().expect("nobody looks");
+        let look = files.look(reported);
         self.accept(look)
     }
 }

@@ -16,6 +16,8 @@ const DEPTH: usize = 8;
 #[derive(Debug, Default)]
 pub(super) struct Scan {
     pub(super) files: BTreeMap<PathBuf, Stamp>,
+    /// `true` if a file is a link: what it leads to changes without a word.
+    links: bool,
     /// Folders that were read.
     folders: BTreeSet<PathBuf>,
     /// Folders without any entry.
@@ -31,6 +33,30 @@ pub(super) struct Scan {
 impl Scan {
     pub(super) fn cannot_tell(&self, name: &Path) -> bool {
         self.faults.iter().any(|(path, _)| name.starts_with(path))
+    }
+
+    /// Looks again at files of these names, of which nothing but the content is expected to differ. Returns whether
+    /// any has changed; `None`, and does nothing, if only a whole scan can tell what is there.
+    pub(super) fn look_again<'a>(
+        &mut self,
+        dir: &Path,
+        names: impl IntoIterator<Item = &'a PathBuf>,
+    ) -> Option<bool> {
+        if self.links || !self.faults.is_empty() {
+            return None;
+        }
+        let mut changed = Vec::new();
+        for name in names {
+            let before = self.files.get(name)?;
+            let metadata = fs::symlink_metadata(dir.join(name)).ok();
+            let stamp = Stamp::from(&metadata.filter(Metadata::is_file)?);
+            if stamp != *before {
+                changed.push((name.clone(), stamp));
+            }
+        }
+        let is_any = !changed.is_empty();
+        self.files.extend(changed);
+        Some(is_any)
     }
 
     /// Returns the new path of a file that was renamed to an ending that is not read.
@@ -59,6 +85,18 @@ pub(super) fn at(dir: &Path, below: &Path) -> PathBuf {
 
 const ENDINGS: [&str; 3] = ["yaml", "yml", "json"];
 
+/// Returns `true` if a file of this name is read.
+pub(super) fn is_manifest(name: &Path) -> bool {
+    let ending = name.extension().and_then(|ending| ending.to_str());
+    ending.is_some_and(|ending| ENDINGS.contains(&ending))
+}
+
+/// Returns `true` if this name, which is relative to the folder, is left out.
+pub(super) fn is_hidden(name: &Path) -> bool {
+    let mut parts = name.iter();
+    parts.any(|part| part.as_encoded_bytes().starts_with(b"."))
+}
+
 /// Lists the manifests below `dir`. `was_read`: returns `true` if a file of this name was read before. Names that
 /// begin with a dot are left out, and with them a mounted ConfigMap's `..data` folders: their files are also there
 /// as links.
@@ -76,7 +114,7 @@ pub(super) fn scan(dir: &Path, was_read: &dyn Fn(&Path) -> bool) -> Scan {
                 }
                 for entry in entries {
                     let name = below.join(entry.file_name());
-                    if !entry.file_name().as_encoded_bytes().starts_with(b".")
+                    if !is_hidden(Path::new(&entry.file_name()))
                         && let Err(error) =
                             found.entry((&entry, &name), was_read, (depth, &mut folders))
                     {
@@ -143,6 +181,7 @@ impl Scan {
                 Ok(())
             };
         }
+        self.links |= own.is_symlink();
         let metadata = match own.is_symlink() {
             false => own,
             // A link to nothing is an error, since its target may come back.

@@ -4,11 +4,12 @@
 //!
 //! Which folder is at the path now is asked on a thread of its own: its disk may not answer.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode};
@@ -17,6 +18,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
+use super::scan::{is_hidden, is_manifest};
 use crate::control::disk::DiskTask;
 
 /// Changes within this time count as one.
@@ -24,10 +26,24 @@ const DEBOUNCE: Duration = Duration::from_millis(50);
 /// Time between reads without a report.
 pub(super) const RESYNC: Duration = Duration::from_secs(3);
 
+/// Names that are kept of what was reported. With more it is not worth to look at each.
+const MOST_FILES: usize = 4096;
+
+/// What has changed in a folder, by the kernel's reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Reported {
+    /// Nothing but files of these names, which are relative to the folder. Names that begin with a dot are left out.
+    Files(BTreeSet<PathBuf>),
+    /// Anything may have.
+    Anything,
+}
+
 /// A watch on a folder and what is below it.
 pub struct Watch {
     dir: PathBuf,
     told: Arc<Notify>,
+    /// What was reported since [`Watch::reported`] was last asked.
+    reported: Arc<Mutex<Reported>>,
     /// Time of the next read without a report. It is kept here so that a wait goes on after it was cancelled.
     next: Instant,
     /// `None` while `following` uses it.
@@ -39,6 +55,7 @@ pub struct Watch {
 struct Follower {
     dir: PathBuf,
     told: Arc<Notify>,
+    reported: Arc<Mutex<Reported>>,
     /// Reports changes until dropped, of the folder with this device and inode; `None` if the kernel has no
     /// watches left.
     watcher: Option<(Identity, notify::RecommendedWatcher)>,
@@ -64,9 +81,11 @@ impl Watch {
 
     fn of(dir: &Path, unread: Option<&'static str>) -> Self {
         let told = Arc::new(Notify::new());
+        let reported = Arc::new(Mutex::new(Reported::Anything));
         let mut follower = Follower {
             dir: dir.to_owned(),
             told: Arc::clone(&told),
+            reported: Arc::clone(&reported),
             watcher: None,
             warned: false,
             unread,
@@ -75,6 +94,7 @@ impl Watch {
         Self {
             dir: dir.to_owned(),
             told,
+            reported,
             next: Instant::now() + RESYNC,
             follower: Some(follower),
             following: None,
@@ -106,6 +126,18 @@ impl Watch {
         self.following.as_ref()?.problem()
     }
 
+    /// Returns what was reported since the last call: anything, if nothing reports, or not for the folder that is
+    /// there now, or if it is time for a read without a report.
+    pub(super) fn reported(&self) -> Reported {
+        let nothing = Reported::Files(BTreeSet::new());
+        let reported = std::mem::replace(&mut *lock(&self.reported), nothing);
+        let follows = |follower: &Follower| follower.watcher.is_some();
+        match self.follower.as_ref().is_some_and(follows) {
+            true => reported,
+            false => Reported::Anything,
+        }
+    }
+
     /// Waits for a report, or for the time of a read without one.
     async fn due(&mut self) {
         struct Again<'a>(Option<&'a Notify>);
@@ -120,6 +152,8 @@ impl Watch {
             let mut cancelled = Again(Some(&self.told));
             tokio::time::sleep(DEBOUNCE).await;
             cancelled.0 = None;
+        } else {
+            *lock(&self.reported) = Reported::Anything;
         }
     }
 }
@@ -138,12 +172,18 @@ impl Follower {
         {
             return;
         }
+        *lock(&self.reported) = Reported::Anything;
         let (teller, unread) = (Arc::clone(&self.told), self.unread);
+        let (reported, dir) = (Arc::clone(&self.reported), self.dir.clone());
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             // Our own reading is reported too; it must not make us read again.
-            if !event.is_ok_and(|event| is_of_readers(&event) || is_unread(&event, unread)) {
-                teller.notify_one();
+            if let Ok(event) = &event
+                && (is_of_readers(event) || is_unread(event, unread))
+            {
+                return;
             }
+            lock(&reported).add(event.ok().as_ref().and_then(|event| names(event, &dir)));
+            teller.notify_one();
         })
         .and_then(|mut watcher| {
             watcher.watch(&self.dir, RecursiveMode::Recursive)?;
@@ -163,6 +203,42 @@ impl Follower {
             }
         }
     }
+}
+
+impl Reported {
+    /// Adds the names of one event, or that it may be about anything.
+    fn add(&mut self, names: Option<Vec<&Path>>) {
+        let Self::Files(files) = self else {
+            return;
+        };
+        match names {
+            Some(names) if files.len() < MOST_FILES => {
+                files.extend(names.into_iter().map(Path::to_owned));
+            }
+            _ => *self = Self::Anything,
+        }
+    }
+}
+
+fn lock(reported: &Mutex<Reported>) -> std::sync::MutexGuard<'_, Reported> {
+    reported.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Returns the names of the manifests that an event is about; `None` if it may be about more.
+fn names<'a>(event: &'a notify::Event, dir: &Path) -> Option<Vec<&'a Path>> {
+    if event.need_rescan() || event.paths.is_empty() {
+        return None;
+    }
+    let mut names = Vec::new();
+    for path in &event.paths {
+        let name = path.strip_prefix(dir).ok()?;
+        match is_hidden(name) {
+            true => {}
+            false if is_manifest(name) => names.push(name),
+            false => return None,
+        }
+    }
+    Some(names)
 }
 
 /// Returns `true` for events that readers cause. Closing a written file is not one.
@@ -263,5 +339,36 @@ mod tests {
         answer.send(()).expect("it waits");
         watch.changed().await;
         assert!(watch.follower.is_some() && watch.problem().is_none());
+    }
+
+    #[tokio::test]
+    async fn files_are_reported_by_name_and_what_may_be_more_as_anything() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let below = dir.path().join("below");
+        fs::create_dir(&below).expect("a folder");
+        let mut watch = Watch::new(dir.path());
+        assert_eq!(watch.reported(), Reported::Anything, "nothing is known yet");
+        let mut comes = async |expected: Reported| {
+            loop {
+                watch.next = Instant::now() + RESYNC * 10;
+                watch.changed().await;
+                match watch.reported() {
+                    reported if reported == expected => return,
+                    // Of what came before, or of a name that is left out.
+                    Reported::Files(_) => {}
+                    Reported::Anything => panic!("anything, and not {expected:?}"),
+                }
+            }
+        };
+        let file = || Reported::Files([PathBuf::from("below/a.yaml")].into());
+        fs::write(below.join("a.yaml"), "a").expect("a file");
+        comes(file()).await;
+        fs::write(below.join(".a.new"), "b").expect("a file");
+        fs::rename(below.join(".a.new"), below.join("a.yaml")).expect("a file");
+        comes(file()).await;
+        fs::rename(below.join("a.yaml"), below.join("a.yaml.off")).expect("a file");
+        comes(Reported::Anything).await;
+        fs::rename(&below, dir.path().join("above")).expect("a folder");
+        comes(Reported::Anything).await;
     }
 }

@@ -7,7 +7,8 @@ use tempfile::TempDir;
 use super::super::changes::PolicyChange;
 use super::super::files::SETTLE;
 use super::super::folder::{ManifestFolder, Reload};
-use super::super::watch::{RESYNC, Watch};
+use super::super::watch::{RESYNC, Reported, Watch};
+use crate::sys::memory;
 
 const POLICY: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata:\n  name: gate\nspec:\n  action: DENY\n  rules:\n  - from:\n    - source:\n        namespaces: [a]\n";
 
@@ -659,4 +660,58 @@ proptest::proptest! {
             }
         }
     }
+}
+
+fn files(names: &[&str]) -> Reported {
+    Reported::Files(names.iter().map(Into::into).collect())
+}
+
+#[test]
+fn what_a_changed_file_costs_does_not_grow_with_its_folder() {
+    let allocations = |many: u32| {
+        let name = |number: u32| format!("{number}.yaml");
+        let all: Vec<_> = (0..many)
+            .map(|number| (name(number), namespace(&format!("n-{number}"))))
+            .collect();
+        let all: Vec<_> = all.iter().map(|(name, text)| (&**name, &**text)).collect();
+        let (dir, mut folder) = folder(&all);
+        put(&dir, "1.yaml", &namespace("changed"));
+        let before = memory::counted::taken().1;
+        assert!(folder.reload_reported(files(&["1.yaml"])).changed);
+        memory::counted::taken().1 - before
+    };
+    let (few, many) = (allocations(10), allocations(1000));
+    assert!(
+        many <= few + 10,
+        "{few} in a small one, {many} in a large one"
+    );
+}
+
+#[test]
+fn more_than_a_changed_file_is_found_whatever_was_reported() {
+    let two = [("a.yaml", &*namespace("a")), ("b.yaml", &*namespace("b"))];
+    let (dir, mut folder) = folder(&two);
+    let names = |folder: &ManifestFolder| {
+        let names = folder.objects().namespaces.keys();
+        names.map(|key| key.name.to_string()).collect::<Vec<_>>()
+    };
+    // A file that is new, one that is gone, and a folder that is called like one.
+    put(&dir, "c.yaml", &namespace("c"));
+    folder.reload_reported(files(&["c.yaml"]));
+    assert_eq!(names(&folder), ["a", "b", "c"]);
+    fs::remove_file(dir.path().join("c.yaml")).expect("a file");
+    folder.reload_reported(files(&["c.yaml"]));
+    assert_eq!(names(&folder), ["a", "b"]);
+    put(&dir, "d.yaml/e.yaml", &namespace("e"));
+    folder.reload_reported(files(&["d.yaml"]));
+    assert_eq!(names(&folder), ["a", "b", "e"]);
+    // A link to a file that changes where nobody watches.
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    put(&elsewhere, "f", &namespace("f"));
+    let link = dir.path().join("f.yaml");
+    std::os::unix::fs::symlink(elsewhere.path().join("f"), link).expect("a link");
+    folder.reload_reported(files(&["f.yaml"]));
+    put(&elsewhere, "f", &namespace("g"));
+    folder.reload_reported(files(&[]));
+    assert_eq!(names(&folder), ["a", "b", "e", "g"]);
 }
