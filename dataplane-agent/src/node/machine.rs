@@ -285,7 +285,7 @@ impl PodLocator {
     fn max_interval(&self, scan: &Scan, is_watching: bool, now: Instant) -> Duration {
         let is_missed =
             |sighting: &NamespaceSighting| (1..MISSES_UNTIL_GONE).contains(&sighting.misses);
-        let is_new = |since: &Instant| now - *since < MIN_MISS_INTERVAL;
+        let is_new = |since: &Instant| now.saturating_duration_since(*since) < MIN_MISS_INTERVAL;
         let may_be_here = |missing: &NotFound| matches!(missing, NotFound::Doubtful(_));
         if !is_watching
             || scan.failed.is_some()

@@ -81,11 +81,14 @@ impl PodLocator {
         let outside = folders
             .iter()
             .filter(|(_, folder)| !is_covered(&known, folder));
-        // A process that enters the namespace for a moment, as with `ip netns exec`, is not reported.
-        let first = |pid: &u32| location.outside.get(pid).copied().unwrap_or(now);
+        // A process that enters the namespace for a moment, as with `ip netns exec`, is not reported. From when it
+        // was seen to when the next look began: this process may stand still in between.
+        let seen = Instant::now();
+        let first = |pid: &u32| location.outside.get(pid).copied().unwrap_or(seen);
         let since: BTreeMap<u32, Instant> =
             outside.clone().map(|(pid, _)| (*pid, first(pid))).collect();
-        let stays = outside.filter(|(pid, _)| now - since[pid] >= MIN_MISS_INTERVAL);
+        let stays = outside
+            .filter(|(pid, _)| now.saturating_duration_since(since[pid]) >= MIN_MISS_INTERVAL);
         let is_below = |folder: &Option<PathBuf>| {
             let folder = folder.as_ref();
             folder.is_some_and(|folder| folder.starts_with(&self.pods))
