@@ -393,15 +393,11 @@ fn a_connection_that_is_being_made_is_reset_when_its_agent_dies() {
 fn what_is_written_after_an_agent_was_killed_and_uninstalled_does_not_leave_in_clear() {
     let mut pair = Pair::new();
     // Both ends write once the agents are gone, and their capture with them.
+    let gone = pair.world.folder().join("gone");
+    let until = format!("until={}", gone.display());
     let steps: [(&[&str], &[&str]); 2] = [
-        (
-            &["read=5", "all"],
-            &["write=hello", "wait=8000", "write=client"],
-        ),
-        (
-            &["write=hello", "wait=8000", "write=server"],
-            &["read=5", "all"],
-        ),
+        (&["read=5", "all"], &["write=hello", &until, "write=client"]),
+        (&["write=hello", &until, "write=server"], &["read=5", "all"]),
     ];
     let ends: Vec<(Process, Process)> = (PORT..)
         .zip(steps)
@@ -431,6 +427,7 @@ fn what_is_written_after_an_agent_was_killed_and_uninstalled_does_not_leave_in_c
         let (status, out, error) = agent.uninstall();
         assert!(status.success(), "{out}{error}");
     }
+    std::fs::write(gone, "").expect("a file");
     for (server, client) in ends {
         for (end, app) in [("server", server), ("client", client)] {
             let line = app.line_within(Duration::from_secs(15));

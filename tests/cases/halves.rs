@@ -8,7 +8,8 @@ use std::{fs, mem};
 
 use dataplane_tests::agent::{CAPABILITIES, PROXY_CAPABILITIES};
 use dataplane_tests::halves::PORT;
-use dataplane_tests::{Agent, Halves, Pod, Process, World, eventually, program, scaled};
+use dataplane_tests::process::output;
+use dataplane_tests::{Agent, Halves, Pod, Process, World, eventually, scaled};
 use nix::sys::signal::Signal;
 
 #[test]
@@ -87,19 +88,10 @@ fn c1_what_begins_while_no_proxy_runs_waits_and_is_refused_by_nobody() {
     taps.saw_nothing_of(PORT..PORT + 1);
 }
 
-/// Starts to open connections from the client to the server, `each` a second where tests take their usual time.
-fn load(halves: &Halves, seconds: u32, each: u64) -> Process {
-    let each = each / scaled(Duration::from_secs(1)).as_secs();
+/// Starts to open connections from the client to the server, one after the other on each of sixteen threads.
+fn load(halves: &Halves) -> Process {
     let to = halves.server.at(PORT).to_string();
-    let mut load = halves.client.command(program("DATAPLANE_TEST_APP"));
-    // However many wait.
-    Process::start(load.args([
-        "rate",
-        &to,
-        &seconds.to_string(),
-        &each.to_string(),
-        "10000",
-    ]))
+    halves.client.app(&["load", &to, "16"])
 }
 
 /// Returns the number of connections that a proxy has carried to their end.
@@ -111,20 +103,26 @@ fn carried(proxy: &Agent) -> usize {
 fn a_proxy_that_is_killed_under_load_refuses_no_connection() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
-    let busy = load(&halves, 4, 1000);
+    let busy = load(&halves);
     eventually("it carries some", 20, || carried(&halves.proxy) > 100);
     halves.proxy.kill();
     let before = carried(&halves.proxy);
-    let meanwhile = load(&halves, 1, 300);
+    let to = halves.server.at(PORT).to_string();
+    let meanwhile = halves.client.app(&["rate", &to, "1", "300", "300"]);
     // Nobody accepts while these connect.
-    std::thread::sleep(Duration::from_secs(1));
+    eventually("they are connected", 20, || {
+        let mut ss = halves.client.command("ss");
+        let port = format!(":{PORT}");
+        let (_, open, _) = output(ss.args(["-Htn", "state", "established", "dport", "=", &port]));
+        open.lines().count() >= 300
+    });
     halves.proxy.restart();
     eventually("the next one carries some", 20, || {
         carried(&halves.proxy) > before + 100
     });
     let (status, lines) = meanwhile.end();
     assert!(status.success());
-    assert!(lines[0].ends_with(" good, 0 bad"), "{lines:?}");
+    assert_eq!(lines, ["300 good, 0 bad"]);
     let (status, lines) = busy.end();
     assert!(status.success());
     // What it carried, or had accepted, is cut with it.
@@ -136,13 +134,17 @@ fn a_proxy_that_is_killed_under_load_refuses_no_connection() {
 fn a_proxy_that_is_replaced_under_load_breaks_no_connection() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
-    let load = load(&halves, 4, 1000);
+    let load = load(&halves);
     let second = halves.another("proxy-2");
     second.logs(&["all pods of the node are lent"]);
     let mut first = mem::replace(&mut halves.proxy, second);
     eventually("the first carries some", 20, || carried(&first) > 0);
     first.ask_to_end();
     assert!(first.wait().success());
+    let before = carried(&halves.proxy);
+    eventually("the second carries some", 20, || {
+        carried(&halves.proxy) > before + 100
+    });
     let (status, lines) = load.end();
     assert!(status.success());
     assert!(lines[0].ends_with(" 0 bad"), "{lines:?}");

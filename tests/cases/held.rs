@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dataplane_tests::bpf::{detach, steering};
-use dataplane_tests::{Pair, Pod, Wire, eventually, repairs, scaled};
+use dataplane_tests::{Agent, Pair, Pod, Wire, eventually, repairs, scaled, within};
 
 const PORT: u16 = 7000;
 
@@ -32,6 +32,15 @@ fn held(floating: &str) -> Pair {
         pair.one.pod("client").1.contains("stays captured")
     });
     pair
+}
+
+/// Returns `true` if an agent has a link open that attaches a program to a network namespace.
+fn has_link(agent: &Agent, netns: &fs::File) -> bool {
+    let inode = netns.metadata().expect("it is open").ino();
+    let of_netns = format!("netns_ino:\t{inode}\n");
+    let links = fs::read_dir(format!("/proc/{}/fdinfo", agent.pid())).expect("it runs");
+    let mut links = links.flatten();
+    links.any(|link| fs::read_to_string(link.path()).is_ok_and(|text| text.contains(&of_netns)))
 }
 
 /// Moves an address from one pod of the first node to another.
@@ -129,8 +138,9 @@ fn c1_a_held_pod_that_has_lost_its_pin_has_its_program_while_it_is_enrolled() {
     let pair = held("10.100.0.1");
     let netns = pair.client.netns.file();
     let pins = pair.world.pinned("one", "pods");
-    eventually("it is looked after", 10, || {
-        steering(&netns) == 1 && !pins.is_empty()
+    assert!(!pins.is_empty());
+    eventually("the agent has its program's link", 10, || {
+        has_link(&pair.one, &netns)
     });
     let over = AtomicBool::new(false);
     let without = std::thread::scope(|scope| {
@@ -141,14 +151,15 @@ fn c1_a_held_pod_that_has_lost_its_pin_has_its_program_while_it_is_enrolled() {
             }
             without
         });
-        // This comes before the next scan of it.
+        // This mostly comes before the next scan of it.
         pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
         std::thread::sleep(Duration::from_millis(300));
         for pin in &pins {
             fs::remove_file(pin).expect("a pin");
         }
-        pair.one.up(&["client"]);
+        let up = within(20, || pair.one.pod("client").0 == "up");
         over.store(true, Ordering::Relaxed);
+        assert!(up, "{}", pair.one.log());
         watch.join().expect("it counts")
     });
     assert_eq!(without, 0);

@@ -392,21 +392,18 @@ fn two_busy_connections_have_a_worker_each_though_others_are_idle() {
     let idle = client.app(&["many", &server.at(PORT).to_string(), "5"]);
     assert_eq!(idle.line(), "5 open");
     std::thread::sleep(Duration::from_secs(2));
-    let before = worked(&first);
     let to = server.at(7001).to_string();
-    let floods = [(), ()].map(|()| client.app(&["flood", &to, "300000000"]));
-    for flood in floods {
-        assert_eq!(flood.end().1, ["300000000 arrived"]);
-    }
-    let ticks: Vec<u64> = worked(&first)
-        .iter()
-        .zip(before)
-        .map(|(now, then)| now - then)
-        .collect();
-    let all: u64 = ticks.iter().sum();
-    assert_eq!(ticks.len(), 2);
-    assert!(
-        ticks.iter().all(|ticks| *ticks * 5 > all),
-        "ticks: {ticks:?}"
-    );
+    // If one process stands still meanwhile the two do not come at once, and others are tried.
+    let part = (0..3).any(|_| {
+        // Each has more to send than it can while the test runs.
+        let _floods = [(), ()].map(|()| client.app(&["flood", &to, "1000000000000"]));
+        let before = worked(&first);
+        within(20, || {
+            let now = worked(&first);
+            let mut ticks = now.iter().zip(&before).map(|(now, then)| now - then);
+            ticks.all(|ticks| ticks > 50)
+        })
+    });
+    assert_eq!(worked(&first).len(), 2);
+    assert!(part, "both are on one worker");
 }

@@ -703,9 +703,9 @@ fn c1_a_pod_is_captured_while_its_addresses_are_looked_for_on_the_link() {
     other.up(&["server"]);
     agent.up(&["client"]);
     let late = one.bare(&world, "demo", "late");
-    // Five seconds of duplicate address detection.
+    // Fifteen seconds of duplicate address detection: longer than it takes until the pod is up.
     late.netns
-        .set_sysctl("net.ipv6.conf.eth0.dad_transmits", "5");
+        .set_sysctl("net.ipv6.conf.eth0.dad_transmits", "15");
     late.netns.ip(&format!(
         "addr del {own}/128 dev eth0\naddr add {own}/128 dev eth0\n",
         own = late.v6
@@ -717,8 +717,8 @@ fn c1_a_pod_is_captured_while_its_addresses_are_looked_for_on_the_link() {
     eventually("all are in the mesh", 10, || agent.tunnelled() >= 3);
     let answer = late.ask(server.at(PORT), "x");
     assert_eq!(answer, Ok(format!("{} x", late.v4)));
-    is_address(&late, &late.v6.to_string(), "-tentative", 10);
-    eventually("captured by IPv6 too", 2, || {
+    is_address(&late, &late.v6.to_string(), "-tentative", 30);
+    eventually("captured by IPv6 too", 10, || {
         late.ask(server.at6(PORT), "x") == Ok(format!("{} x", late.v6))
     });
     assert_eq!(agent.pod("late").0, "up");

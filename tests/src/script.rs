@@ -4,6 +4,7 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -12,7 +13,7 @@ use crate::scaled;
 
 /// The syntax of the steps, for people.
 pub const STEPS: &str = "write=TEXT fill=BYTES urgent=BYTE read=BYTES all fin wait=MILLISECONDS
-  input (a client waits for a line of its input, or the end of that) hangup (waits until the connection is broken) reset (ends it by one)";
+  until=FILE (waits until there is one) input (a client waits for a line of its input, or the end of that) hangup (waits until the connection is broken) reset (ends it by one)";
 
 const RESET: &str = "ECONNRESET";
 
@@ -66,6 +67,12 @@ pub fn run(stream: &TcpStream, steps: &[String]) -> io::Result<String> {
             "fin" => outcome(stream.shutdown(Shutdown::Write).map(|()| "fin".into())),
             "wait" => {
                 std::thread::sleep(Duration::from_millis(number()? as u64));
+                continue;
+            }
+            "until" => {
+                while !Path::new(object).exists() {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
                 continue;
             }
             "input" => {

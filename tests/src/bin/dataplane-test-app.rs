@@ -2,9 +2,11 @@
 
 #![allow(missing_docs, reason = "a program of the tests")]
 
+use std::collections::BTreeMap;
 use std::env;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
@@ -26,6 +28,8 @@ const USAGE: &str = "usage: dataplane-test-app COMMAND
   rate ADDRESS SECONDS EACH [AT-ONCE]
                                opens EACH connections a second, and asks on each; counts. While so many
                                (16) wait for their answer it opens no more, and is late
+  load ADDRESS AT-ONCE         opens connections and asks on each, AT-ONCE at a time, until its input
+                               closes; counts
   many ADDRESS COUNT [silent]  opens COUNT connections and asks on each, unless silent; holds them
 options of serve: late-mark=N late-device=NAME, on what it accepts and before it answers
 options of ask: mapped (IPv4 in an IPv6 socket) mptcp fastopen source=IP[:PORT] device=NAME mark=N late-device=NAME late-mark=N twice=ADDRESS
@@ -49,6 +53,7 @@ fn main() {
         ["hold", to, count] => hold(to, count),
         ["rate", to, seconds, each] => rate(to, seconds, each, "16"),
         ["rate", to, seconds, each, at_once] => rate(to, seconds, each, at_once),
+        ["load", to, at_once] => load(to, at_once),
         ["many", to, count] => many(to, count, true),
         ["many", to, count, "silent"] => many(to, count, false),
         _ => {
@@ -478,24 +483,10 @@ fn rate(to: &str, seconds: &str, each: &str, at_once: &str) -> io::Result<()> {
     let to: SocketAddr = parse(to)?;
     let number = |text: &str| text.parse::<u64>().map_err(io::Error::other);
     let (seconds, each, at_once) = (number(seconds)?, number(each)?, number(at_once)?);
-    let once = move || {
-        let stream = patient(TcpStream::connect_timeout(&to, patience())?)?;
-        (&stream).write_all(b"hello\n")?;
-        match BufReader::new(&stream).read_line(&mut String::new())? {
-            0 => Err(io::ErrorKind::UnexpectedEof.into()),
-            _ => Ok(()),
-        }
-    };
     let started = std::time::Instant::now();
     let (ended, ends) = std::sync::mpsc::channel();
-    let (mut good, mut bad) = (
-        0,
-        std::collections::BTreeMap::<String, Vec<Duration>>::new(),
-    );
-    let mut count = |(end, at): (Result<(), String>, Duration)| match end {
-        Ok(()) => good += 1,
-        Err(word) => bad.entry(word).or_default().push(at),
-    };
+    let mut counts = Counts::default();
+    let mut count = |end| counts.add(end);
     let mut waiting = 0;
     for number in 0..seconds * each {
         let due = Duration::from_micros(number * 1_000_000 / each);
@@ -512,25 +503,81 @@ fn rate(to: &str, seconds: &str, each: &str, at_once: &str) -> io::Result<()> {
         let ended = ended.clone();
         let thread = std::thread::Builder::new().stack_size(1 << 16);
         thread.spawn(move || {
-            let end = once().map_err(|error| word(&error));
+            let end = ask_once(&to).map_err(|error| word(&error));
             let _ = ended.send((end, started.elapsed()));
         })?;
     }
     drop(ended);
     ends.iter().for_each(&mut count);
-    println!(
-        "{good} good, {} bad",
-        bad.values().map(Vec::len).sum::<usize>()
-    );
-    for (word, at) in bad {
-        println!(
-            "{} {word}, from {:.2?} to {:.2?}",
-            at.len(),
-            at[0],
-            at[at.len() - 1]
-        );
-    }
+    counts.print();
     Ok(())
+}
+
+/// Opens connections, so many at a time, and asks on each, until the input closes. Prints the same as [`rate`].
+fn load(to: &str, at_once: &str) -> io::Result<()> {
+    /// Between two connections of a thread, so that whoever is tested is not all that runs.
+    const PAUSE: Duration = Duration::from_millis(20);
+    let (to, at_once) = (parse(to)?, at_once.parse().map_err(io::Error::other)?);
+    let (started, over) = (std::time::Instant::now(), AtomicBool::new(false));
+    let (ended, ends) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let end = ask_once(&to).map_err(|error| word(&error));
+                    let _ = ended.send((end, started.elapsed()));
+                    std::thread::sleep(PAUSE);
+                }
+            });
+        }
+        let closed = io::stdin().read_to_end(&mut Vec::new());
+        over.store(true, Ordering::Relaxed);
+        closed
+    })?;
+    drop(ended);
+    let mut counts = Counts::default();
+    ends.iter().for_each(|end| counts.add(end));
+    counts.print();
+    Ok(())
+}
+
+/// Opens a connection, and asks on it.
+fn ask_once(to: &SocketAddr) -> io::Result<()> {
+    let stream = patient(TcpStream::connect_timeout(to, patience())?)?;
+    (&stream).write_all(b"hello\n")?;
+    match BufReader::new(&stream).read_line(&mut String::new())? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        _ => Ok(()),
+    }
+}
+
+/// How many connections were answered, and how and when the others ended.
+#[derive(Default)]
+struct Counts {
+    good: usize,
+    bad: BTreeMap<String, Vec<Duration>>,
+}
+
+impl Counts {
+    fn add(&mut self, (end, at): (Result<(), String>, Duration)) {
+        match end {
+            Ok(()) => self.good += 1,
+            Err(word) => self.bad.entry(word).or_default().push(at),
+        }
+    }
+
+    fn print(&self) {
+        let bad: usize = self.bad.values().map(Vec::len).sum();
+        println!("{} good, {bad} bad", self.good);
+        for (word, at) in &self.bad {
+            println!(
+                "{} {word}, from {:.2?} to {:.2?}",
+                at.len(),
+                at[0],
+                at[at.len() - 1]
+            );
+        }
+    }
 }
 
 /// Holds connections until the input closes; prints the number of good ones.
