@@ -3,6 +3,7 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use std::path::PathBuf;
 use std::time::Duration;
 use std::{fs, mem};
 
@@ -329,6 +330,62 @@ fn a_pod_that_is_not_decided_goes_on_and_keeps_no_proxy_from_being_ready() {
     fs::remove_dir(&team).expect("it is empty");
     halves.node.logs(&["pod left the mesh"]);
     is_cut(&live);
+}
+
+/// The client's record in the run folder.
+fn record(halves: &Halves) -> PathBuf {
+    let records = halves.world.folder().join("run/one/pods");
+    let mut records = fs::read_dir(records).expect("a folder");
+    records.next().expect("one").expect("a record").path()
+}
+
+/// Starts the node half again while a folder, which is returned, keeps the client from being enrolled.
+fn restart_blocked(halves: &mut Halves, block: PathBuf) -> PathBuf {
+    fs::create_dir(&block).expect("a folder");
+    halves.node.restart();
+    halves.node.logs(&["pod cannot be enrolled", "demo/client"]);
+    let pid = format!("pid={}", halves.node.pid());
+    halves.proxy.logs(&["all pods of the node are lent", &pid]);
+    block
+}
+
+#[test]
+fn what_runs_goes_on_while_its_pod_cannot_be_enrolled_as_the_node_half_comes_back() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.live();
+    halves.node.kill();
+    // Its record cannot be written.
+    let record = record(&halves);
+    let block = restart_blocked(&mut halves, record.with_extension("new"));
+    halves.carries(&mut live, "while it cannot be written");
+    fs::remove_dir(&block).expect("a folder");
+    halves.node.up(&["client"]);
+    halves.carries(&mut live, "after");
+    // Its record cannot be read.
+    halves.node.kill();
+    let aside = record.with_extension("aside");
+    fs::rename(&record, &aside).expect("a record");
+    let block = restart_blocked(&mut halves, record);
+    halves.carries(&mut live, "while it cannot be read");
+    fs::remove_dir(&block).expect("a folder");
+    fs::rename(&aside, &block).expect("a record");
+    halves.node.up(&["client"]);
+    halves.carries(&mut live, "at last");
+}
+
+#[test]
+fn what_runs_is_cut_if_its_pod_is_another_and_cannot_be_enrolled_as_the_node_half_comes_back() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let live = halves.live();
+    halves.node.kill();
+    halves.change_account();
+    let record = record(&halves);
+    let block = restart_blocked(&mut halves, record.with_extension("new"));
+    is_cut(&live);
+    fs::remove_dir(&block).expect("a folder");
+    halves.node.up(&["client"]);
 }
 
 #[test]

@@ -59,14 +59,15 @@ pub async fn prepare(
     let found = routes::read_sysctls(netns)?;
     // A predecessor's record says what was there before *it* changed it.
     let before = records.read(desired.cookie)?;
-    let (sysctls, rest) = match before {
-        Some(record) => (record.sysctls, record.rest),
-        None => (found, BTreeMap::new()),
+    let (identity, sysctls, rest) = match before {
+        Some(record) => (record.identity, record.sysctls, record.rest),
+        None => (Some(desired.identity_text()), found, BTreeMap::new()),
     };
     let record = UndoRecord {
         uid: desired.uid.clone(),
         cookie: desired.cookie,
         inode: netns.inode(),
+        identity,
         cgroup: desired.groups.first().map_or(0, |group| group.id),
         sysctls,
         rest,

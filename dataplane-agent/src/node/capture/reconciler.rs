@@ -102,6 +102,8 @@ pub struct Reconciler {
     handle: CaptureHandle,
     pods: BTreeMap<u64, Pod>,
     failed: BTreeMap<u64, Failure>,
+    /// Pods of a predecessor whose records cannot be read.
+    unread: BTreeSet<u64>,
     /// Whether [`PodEvent::Snapshot`] has been sent.
     snapshot_sent: bool,
     /// When a failed undo is tried again.
@@ -340,6 +342,10 @@ impl Reconciler {
         }
         pins.sweep(|cookie| recorded.contains(&cookie))?;
         let pods = unserved_pods(readable_records(&records)?);
+        let unread = recorded
+            .into_iter()
+            .filter(|cookie| !pods.contains_key(cookie));
+        let unread = unread.collect();
         let handle = CaptureHandle {
             maps: Arc::new(Mutex::new(maps)),
             repairs: Arc::default(),
@@ -352,6 +358,7 @@ impl Reconciler {
             handle: handle.clone(),
             pods,
             failed: BTreeMap::new(),
+            unread,
             snapshot_sent: false,
             undo_retry: None,
             events,
@@ -491,25 +498,35 @@ impl Reconciler {
             }
         }
         if !more {
-            self.send_snapshot(&want).await?;
+            self.send_snapshot(&want, &by_cookie).await?;
         }
         Ok(more)
     }
 
-    /// Tells the proxy, once, that every pod that was captured when this process began has been leased, or
-    /// cannot be. Pods that are not found yet, or that no manifest says yet, are not decided: the proxy goes on to
-    /// serve them from before.
-    async fn send_snapshot(&mut self, want: &Want) -> Result<(), CaptureError> {
+    /// Tells the proxy, once, that every pod that was captured when this process began has been leased or is let go.
+    /// Pods that are not found yet, that no manifest says yet, or that could not be enrolled so far are not decided:
+    /// the proxy goes on to serve them from before. But for those that are known to be another now.
+    async fn send_snapshot(
+        &mut self,
+        want: &Want,
+        by_cookie: &BTreeMap<u64, &Desired>,
+    ) -> Result<(), CaptureError> {
         if self.snapshot_sent {
             return Ok(());
         }
         self.snapshot_sent = true;
-        let undecided = self.pods.iter().filter(|(cookie, pod)| {
-            let tried = self.failed.contains_key(cookie);
+        let waits = self.pods.iter().filter(|(cookie, pod)| {
             let unserved = matches!(pod.phase, PodPhase::Unserved);
-            unserved && !tried && want.keeps_captured(**cookie, &pod.uid)
+            let is_other = by_cookie
+                .get(cookie)
+                .is_some_and(|want| pod.record.is_other(want));
+            unserved && !is_other && want.keeps_captured(**cookie, &pod.uid)
         });
-        let undecided = undecided.map(|(cookie, _)| *cookie).collect();
+        let waits = waits.map(|(cookie, _)| *cookie);
+        let unread = self.unread.iter().copied();
+        let unread =
+            unread.filter(|cookie| !self.pods.contains_key(cookie) && !want.gone.contains(cookie));
+        let undecided = waits.chain(unread).collect();
         self.send(PodEvent::Snapshot(undecided)).await
     }
 
@@ -683,10 +700,15 @@ impl Reconciler {
         addresses: &[IpAddr],
     ) -> Result<UndoRecord, CaptureError> {
         let record = self.records.read(desired.cookie)?;
-        let record = record.ok_or_else(|| CaptureError::Namespace {
+        let mut record = record.ok_or_else(|| CaptureError::Namespace {
             what: "find the record of what was changed",
             why: "it is gone from the run folder".into(),
         })?;
+        let identity = Some(desired.identity_text());
+        if record.identity != identity {
+            record.identity = identity;
+            self.records.write(&record)?;
+        }
         let first = addresses.first().copied();
         let mut maps = self.handle.maps();
         maps.enrol(desired.cookie, first, &desired.groups)?;

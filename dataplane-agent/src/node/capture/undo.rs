@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::CaptureError;
 use super::pins;
+use super::wanted::Desired;
 use crate::sys::netns::Netns;
 use crate::sys::{processes, regular_file};
 
@@ -29,6 +30,9 @@ pub struct UndoRecord {
     pub cookie: u64,
     /// The inode number of the pod's network namespace.
     pub inode: u64,
+    /// The identity under which the pod was leased last; none if it was not, or an older version wrote the record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<Arc<str>>,
     /// The id of the pod's first cgroup; 0 if unknown.
     #[serde(default)]
     pub cgroup: u64,
@@ -154,6 +158,12 @@ impl UndoRecord {
         cookie_in_name(path, "json")
     }
 
+    /// Returns `true` if the pod that was leased last is known to be another one than this, or of another identity.
+    pub fn is_other(&self, pod: &Desired) -> bool {
+        let identity = pod.identity_text();
+        self.uid != pod.uid || self.identity.as_ref().is_some_and(|was| *was != identity)
+    }
+
     /// Finds the record's network namespace by its processes or its name; `None` if nobody has it any more.
     ///
     /// # Errors
@@ -226,6 +236,7 @@ mod tests {
             uid: "pod".into(),
             cookie: 7,
             inode: 1,
+            identity: Some("spiffe://td/ns/ns/sa/sa".into()),
             cgroup: 1,
             sysctls: BTreeMap::new(),
             rest: BTreeMap::new(),

@@ -36,6 +36,11 @@ impl Desired {
             && self.identity == other.identity
             && self.addresses == other.addresses
     }
+
+    /// Returns the pod's identity as its record has it.
+    pub fn identity_text(&self) -> Arc<str> {
+        self.identity.to_string().into()
+    }
 }
 
 /// All that control wants of capture.
