@@ -139,7 +139,7 @@ async fn both(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let open = async {
         // What is configured first: a wrong file stops the start before anything is made or touched.
         let config = ConfigSource::new(&options).await?;
-        let prepared = Prepared::new(&options, &config).await?;
+        let prepared = Prepared::new(Halves::Both, &options, &config).await?;
         let no_proxy = exclude_proxies(&options)?;
         let (state, ca) = open_state(&options, prepared.known_root()).await?;
         let configured = config.into_source(&options, Some(state.clone())).await?;
@@ -251,7 +251,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let mut signals = Signals::new()?;
     let open = async {
         let config = ConfigSource::new(&options).await?;
-        let prepared = Prepared::new(&options, &config).await?;
+        let prepared = Prepared::new(Halves::Node, &options, &config).await?;
         let state = match config.has_records() {
             true => Some(wait_for_state(&options.state, prepared.known_root()).await?),
             false => None,

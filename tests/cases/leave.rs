@@ -49,6 +49,18 @@ fn is_routed(netns: &Netns) -> bool {
 }
 
 #[test]
+fn c7_a_pod_leaves_an_agent_of_which_no_worker_answers() {
+    let pair = Pair::new();
+    let _stopped = pair.one.stop_threads("worker-");
+    in_mesh(&pair, false);
+    pair.one.logs(&["pod leaves the mesh"]);
+    // What runs has five seconds to end, and five more to be cut.
+    pair.one.logs(&["connections are cut", "not waited for"]);
+    pair.one.logs(&["pod left the mesh"]);
+    assert!(!is_routed(&pair.client.netns));
+}
+
+#[test]
 fn c1_what_a_pod_sent_before_it_left_never_reaches_its_own_app() {
     let pair = Pair::new();
     let (_app, own) = (pair.server.serve(PORT), own(&pair));

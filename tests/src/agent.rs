@@ -1,11 +1,15 @@
 //! The real daemon, with the privileges that it is shipped with and no others.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::ptrace;
 use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::lacks::{Restriction, restrict};
@@ -50,6 +54,18 @@ pub struct Setup {
     pub place: Place,
     /// A feature that its kernel appears to lack.
     pub restriction: Option<Restriction>,
+}
+
+/// Threads that are stopped, until this is dropped.
+#[derive(Debug)]
+pub struct StoppedThreads(Vec<Pid>);
+
+impl Drop for StoppedThreads {
+    fn drop(&mut self) {
+        for thread in &self.0 {
+            let _ = ptrace::detach(*thread, None);
+        }
+    }
 }
 
 /// A running daemon. Dropping this kills it, and removes all that it left.
@@ -238,6 +254,27 @@ impl Agent {
             found.is_some()
         });
         found.expect("it was found")
+    }
+
+    /// Stops those of its threads whose names begin so, until what is returned is dropped, before the agent is.
+    pub fn stop_threads(&self, name: &str) -> StoppedThreads {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("it runs");
+        let tasks = tasks.map(|task| task.expect("a thread").path());
+        let named = tasks.filter(|task| {
+            let own = fs::read_to_string(task.join("comm")).expect("a thread");
+            own.starts_with(name)
+        });
+        let stopped = named.map(|task| {
+            let number = task.file_name().and_then(OsStr::to_str).expect("a number");
+            let thread = Pid::from_raw(number.parse().expect("a number"));
+            ptrace::seize(thread, ptrace::Options::empty()).expect("it is not traced");
+            ptrace::interrupt(thread).expect("it is traced");
+            waitpid(thread, Some(WaitPidFlag::__WALL)).expect("it stops");
+            thread
+        });
+        let stopped: Vec<Pid> = stopped.collect();
+        assert!(!stopped.is_empty(), "there is none");
+        StoppedThreads(stopped)
     }
 
     /// Limits its open files to `most`; returns the former limit.

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::AgentError;
 use super::config_source::ConfigSource;
 use super::peer_node::{shared_settings, state_path};
+use super::{AgentError, Halves};
 use crate::cli::check;
 use crate::config::{self, RunOptions};
 use crate::control::configuration::{Configuration, Configured, LocalPods, Source};
@@ -23,7 +23,7 @@ use crate::node::machine::Scanner;
 use crate::node::pods::{self, Channels, PodController, StatusSnapshot};
 use crate::node::recording::RecordWriter;
 use crate::observe::metrics::ReadCounters;
-use crate::seam::{PodEvent, SharedSettings};
+use crate::seam::{CUT_TIMEOUT, PodEvent, SharedSettings};
 use crate::sys::bpffs::{self, Mounted};
 use crate::sys::cgroup;
 use crate::sys::netns::Netns;
@@ -112,10 +112,11 @@ pub(super) fn counted(handle: &CaptureHandle) -> (Box<ReadCounters>, Box<ReadCou
 impl Prepared {
     /// Refuses where an agent of this node cannot run.
     pub(super) async fn new(
+        halves: Halves,
         options: &RunOptions,
         opened: &ConfigSource,
     ) -> Result<Self, AgentError> {
-        let config = config(options)?;
+        let config = config(halves, options)?;
         let mark = Mark {
             node: options.node.clone(),
             bpffs: canonical(&options.places.bpffs),
@@ -194,7 +195,7 @@ impl Prepared {
     }
 }
 
-fn config(options: &RunOptions) -> Result<reconciler::Config, AgentError> {
+fn config(halves: Halves, options: &RunOptions) -> Result<reconciler::Config, AgentError> {
     let machine = |error: std::io::Error| AgentError::Machine(error.to_string());
     let fits = options.places.socket_fits(&options.node);
     fits.map_err(AgentError::Settings)?;
@@ -207,5 +208,6 @@ fn config(options: &RunOptions) -> Result<reconciler::Config, AgentError> {
         bpffs: options.places.bpffs.clone(),
         node: options.node.clone(),
         drain: options.drain,
+        cut: (halves == Halves::Both).then_some(CUT_TIMEOUT),
     })
 }

@@ -15,12 +15,12 @@ use super::borrow::LONGEST_RETRY;
 use super::ledger::{Ledger, ProxyId};
 use super::packets::{Channel, Packet, SeamListener};
 use super::wire::{Hello, NodeMessage, ProxyMessage, VERSION, Welcome};
-use super::{PodEvent, SharedSettings, Stamp};
+use super::{CUT_TIMEOUT, PodEvent, SharedSettings, Stamp};
 use crate::mesh::workload::named;
 
 /// How long a proxy may take to say hello; and to answer, before it no longer counts as serving, and what it is to give
 /// back is not waited for.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+const ANSWER_TIMEOUT: Duration = CUT_TIMEOUT;
 /// How long a proxy is waited for that served the node before it started, or whose conversation has ended. A pod
 /// that it may have is not undone meanwhile: no packet of its connections would arrive at the proxy any more.
 const RETURN_TIMEOUT: Duration = LONGEST_RETRY.saturating_mul(2);

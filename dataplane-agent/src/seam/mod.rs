@@ -19,7 +19,7 @@ use std::io;
 use std::net::{IpAddr, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use socket2::SockRef;
 use tokio::sync::oneshot;
@@ -31,6 +31,9 @@ pub use self::settings::SharedSettings;
 pub use self::stamp::Stamp;
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
+
+/// How long a proxy may take to cut the connections of a pod, before it is not waited for any longer.
+pub const CUT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One enrolment of one pod. A pod that comes back under its name and uid is another one, and so is one
 /// that is enrolled anew in its namespace: what is kept of a pod is kept by this, never by its name.

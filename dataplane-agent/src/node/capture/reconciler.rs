@@ -60,6 +60,8 @@ pub struct Config {
     pub node: NodeName,
     /// How long the connections of a leaving pod may go on.
     pub drain: Duration,
+    /// How long it may take to cut them; `None` if whoever lends the pods to proxies sees to that.
+    pub cut: Option<Duration>,
 }
 
 /// A handle on the running capture, for those who observe it.
@@ -162,6 +164,8 @@ enum PodPhase {
         served: Option<Box<ServedPod>>,
         /// `None` once it is done.
         done: Option<oneshot::Receiver<()>>,
+        /// When it is not waited for any longer.
+        until: Option<Instant>,
     },
 }
 
@@ -794,7 +798,8 @@ impl Reconciler {
     fn next_due(&self) -> Option<Instant> {
         let leaving = self.pods.values().filter_map(|pod| match &pod.phase {
             PodPhase::Lingering(_, until) | PodPhase::Draining { until, .. } => Some(*until),
-            PodPhase::Unserved | PodPhase::Serving(_) | PodPhase::Cutting { .. } => None,
+            PodPhase::Cutting { until, .. } => *until,
+            PodPhase::Unserved | PodPhase::Serving(_) => None,
         });
         let failed = self.failed.values().map(|failed| failed.retry_at);
         let schedule = self

@@ -125,6 +125,12 @@ impl Reconciler {
                     self.cut_connections(cookie).await?;
                 }
                 PodPhase::Cutting { done: None, .. } => pod.finish_cutting(),
+                PodPhase::Cutting {
+                    until: Some(until), ..
+                } if *until <= now => {
+                    tracing::error!(pod = %named(&pod.uid), "it is not known whether the pod's connections are cut; that is not waited for any longer");
+                    pod.finish_cutting();
+                }
                 _ => {}
             }
         }
@@ -132,8 +138,8 @@ impl Reconciler {
     }
 
     /// Has the connections of a pod cut: those of this enrolment, and those that a proxy still has from an
-    /// earlier node process. Does not wait for it: the pod's next step is decided when they are cut. That is
-    /// answered in any case: who lends the pod waits for no proxy longer than it may take.
+    /// earlier node process. Does not wait for it: the pod's next step is decided when they are cut, or when that has
+    /// taken longer than it may.
     pub(super) async fn cut_connections(&mut self, cookie: u64) -> Result<(), CaptureError> {
         let Some(pod) = self.pods.get_mut(&cookie) else {
             return Ok(());
@@ -148,6 +154,7 @@ impl Reconciler {
         pod.phase = PodPhase::Cutting {
             served,
             done: Some(done),
+            until: self.config.cut.map(|cut| Instant::now() + cut),
         };
         self.send(event).await
     }
