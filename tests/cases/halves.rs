@@ -436,10 +436,18 @@ fn a_proxy_without_room_for_descriptors_refuses_a_pod_alone_until_there_is() {
     halves.node.logs(&told);
     halves.carries(&mut live, "without");
     assert!(!halves.node.log().contains("a proxy is let go"));
+    let ready = |agent: &Agent| agent.get("/healthz/ready");
+    assert!(ready(&halves.node).contains("pending: proxy"));
+    let problems = halves.node.status().unwrap_or_default()["problems"].to_string();
+    assert!(
+        problems.contains("Pod demo/other: no proxy can serve it"),
+        "{problems}"
+    );
     halves.proxy.limit_files(before);
     let _app = other.serve(PORT);
     let asks = || halves.server.ask(other.at(PORT), "x");
     eventually("it is served", 20, || asks().is_ok());
+    halves.serves();
     halves.carries(&mut live, "with");
 }
 

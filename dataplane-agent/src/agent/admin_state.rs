@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use crate::control::ca::RootEnd;
 use crate::control::configuration::Configured;
 use crate::mesh::MeshReader;
+use crate::mesh::workload::named;
 use crate::node::capture::reconciler::CaptureHandle;
 use crate::node::pods::{PodView, State, StatusSnapshot};
 use crate::observe::admin::{self, Sources};
@@ -16,6 +17,7 @@ use crate::observe::log::Level;
 use crate::observe::metrics::Metrics;
 use crate::observe::status::{PodStatus, StatusReport};
 use crate::proxy::identity::Certs;
+use crate::seam::Serving;
 use crate::seam::borrow::Lent;
 
 /// What there is to tell of. A half that knows nothing of something says nothing of it.
@@ -34,8 +36,8 @@ pub(super) struct AdminState {
 pub(super) struct NodeState {
     pub(super) handle: CaptureHandle,
     pub(super) view: watch::Receiver<StatusSnapshot>,
-    /// How many serve its pods, where others do.
-    pub(super) serving: Option<watch::Receiver<usize>>,
+    /// Who serves its pods, where others do.
+    pub(super) serving: Option<watch::Receiver<Serving>>,
 }
 
 /// What the proxy half tells of.
@@ -76,11 +78,11 @@ impl AdminState {
 
     /// Ready is a node that has captured and serves every pod of its own that is here, and of which other
     /// nodes know that. One that may not run yet does not count: it may never. A proxy process
-    /// is ready once the node has lent it all its pods, and until it is told to end.
+    /// is ready once the node has lent it all its pods, if it can serve them, and until it is told to end.
     ///
     /// # Errors
     /// What is waited for: the first look at the machine, the state that nodes share, who serves, the node,
-    /// an enrolment, a capture that is broken, or the end of a proxy that drains.
+    /// an enrolment, pods that this proxy can serve, a capture that is broken, or the end of a proxy that drains.
     fn ready(&self) -> Result<(), String> {
         let leaving = self
             .proxy_half
@@ -94,8 +96,10 @@ impl AdminState {
         }
         if let Some(proxy) = &self.proxy_half {
             let lent = proxy.lent.as_ref();
-            if lent.is_some_and(|lent| *lent.borrow() != Lent::All) {
-                return Err("node".into());
+            match lent.map(|lent| lent.borrow().clone()) {
+                None | Some(Lent::All) => {}
+                Some(Lent::AllBut(_)) => return Err("pods".into()),
+                Some(Lent::NotAll | Lent::Refused(_)) => return Err("node".into()),
             }
         }
         let Some(node) = &self.node_half else {
@@ -105,7 +109,7 @@ impl AdminState {
         let any = |state| view.pods.iter().any(|pod| pod.state == state && pod.here);
         if !view.scanned {
             Err("pods".into())
-        } else if node.is_unserved() {
+        } else if node.unserved().next().is_some() {
             Err("proxy".into())
         } else if any(State::Waiting) || view.undecided {
             Err("enrolment".into())
@@ -129,9 +133,7 @@ impl AdminState {
             let view = node.view.borrow();
             report.pods = view.pods.iter().map(pod).collect();
             report.problems.extend_from_slice(&view.problems);
-            report
-                .problems
-                .extend(node.is_unserved().then(|| NOBODY.to_owned()));
+            report.problems.extend(node.unserved());
             let counters = node.handle.counters().into_iter();
             report.counters = counters
                 .map(|(word, count)| (word.to_owned(), count))
@@ -140,8 +142,10 @@ impl AdminState {
         if let Some(proxy) = &self.proxy_half {
             report.problems.extend(proxy.root_end.problem());
             let lent = proxy.lent.as_ref().map(|lent| lent.borrow().clone());
-            if let Some(Lent::Refused(why)) = lent {
-                report.problems.push(why);
+            match lent {
+                Some(Lent::Refused(why)) => report.problems.push(why),
+                Some(Lent::AllBut(refused)) => report.problems.extend(refused),
+                Some(Lent::NotAll | Lent::All) | None => {}
             }
         }
         report
@@ -149,9 +153,19 @@ impl AdminState {
 }
 
 impl NodeState {
-    fn is_unserved(&self) -> bool {
+    /// Returns what nobody serves.
+    fn unserved(&self) -> impl Iterator<Item = String> + use<> {
         let serving = self.serving.as_ref();
-        serving.is_some_and(|serving| *serving.borrow() == 0)
+        let serving = serving.map(|serving| serving.borrow().clone());
+        let nobody = serving.as_ref().is_some_and(|of| of.proxies == 0);
+        let refused = serving.map_or_else(Vec::new, |of| of.refused).into_iter();
+        let refused = refused.map(|uid| {
+            format!(
+                "Pod {}: no proxy can serve it; what comes to it, and from it, waits",
+                named(&uid)
+            )
+        });
+        nobody.then(|| NOBODY.to_owned()).into_iter().chain(refused)
     }
 }
 

@@ -26,6 +26,7 @@ use super::packets::{Channel, Packet};
 use super::wire::{self, Ack, Add, Empty, Hello, NodeMessage, PodRef, ProxyMessage, VERSION};
 use super::{Instance, Lease, Listeners, PodEvent, SharedSettings, Stamp};
 use crate::mesh::Identity;
+use crate::mesh::workload::named;
 use crate::sys::netns::Netns;
 
 /// How long after the first failure the node is tried again,
@@ -46,6 +47,8 @@ pub enum Lent {
     NotAll,
     /// All of its pods.
     All,
+    /// All of its pods, of which this proxy cannot serve some: which, and why.
+    AllBut(Vec<String>),
     /// Nothing, for this reason: the node and this proxy cannot work together.
     Refused(String),
 }
@@ -60,6 +63,8 @@ pub struct Borrower {
     leaving: CancellationToken,
     held: BTreeMap<Instance, Held>,
     lent: watch::Sender<Lent>,
+    /// The pods that it cannot serve, by their network namespaces, and why.
+    refused: BTreeMap<u64, String>,
     later: FuturesUnordered<LocalBoxFuture<'static, Later>>,
     /// The number of drains that were begun.
     drains: u64,
@@ -120,6 +125,7 @@ impl Borrower {
             leaving,
             held: BTreeMap::new(),
             lent: watch::Sender::default(),
+            refused: BTreeMap::new(),
             later: FuturesUnordered::new(),
             drains: 0,
         }
@@ -256,6 +262,7 @@ impl Borrower {
                 let mut lent = lent.into_iter();
                 let stamp = lent.next().map(Stamp::of).transpose()?;
                 conversation.stamp = Some(Arc::new(stamp.unwrap_or_default()));
+                self.refused.clear();
                 tracing::info!(pid, node, "serves the pods of the node");
             }
             NodeMessage::Add(add) => {
@@ -264,16 +271,26 @@ impl Borrower {
                 let (netns, identity) = (add.netns, add.identity()?);
                 conversation.name(netns);
                 conversation.awaited.remove(&netns);
+                let whose = named(&add.uid).to_owned();
                 // No connection goes on under an identity that the pod no longer has.
                 let is_other = |held: &Held| *held.uid != *add.uid || held.identity != identity;
                 self.give_back(|held| held.netns == netns && is_other(held))
                     .await;
-                let Some(descriptors) = descriptors else {
-                    let error = NO_ROOM.into();
-                    return Ok(Ack { error });
+                let taken = match descriptors {
+                    Some(descriptors) => {
+                        let lease = lease(add, identity, descriptors, stamp)?;
+                        self.take(Box::new(lease)).await
+                    }
+                    None => Err(NO_ROOM),
                 };
-                let lease = lease(add, identity, descriptors, stamp)?;
-                return Ok(self.take(Box::new(lease)).await);
+                let error = taken.err().unwrap_or_default();
+                match error.is_empty() {
+                    true => self.refused.remove(&netns),
+                    false => self.refused.insert(netns, format!("Pod {whose}: {error}")),
+                };
+                self.tell_lent(conversation);
+                let error = error.to_owned();
+                return Ok(Ack { error });
             }
             NodeMessage::SnapshotSent(of) => {
                 let named = conversation.named.take();
@@ -281,7 +298,7 @@ impl Borrower {
                 let (pods, undecided) = (named.len(), of.undecided.len());
                 named.extend(of.undecided);
                 self.give_back(|held| !named.contains(&held.netns)).await;
-                self.lent.send_replace(Lent::All);
+                self.tell_lent(conversation);
                 tracing::info!(pid, pods, undecided, "all pods of the node are lent");
             }
             NodeMessage::Addresses(of) => {
@@ -306,28 +323,43 @@ impl Borrower {
             NodeMessage::Del(of) => {
                 conversation.awaited.remove(&of.netns);
                 self.give_back(|held| held.netns == of.netns).await;
+                self.refused.remove(&of.netns);
+                self.tell_lent(conversation);
             }
         }
         Ok(Ack::default())
     }
 
-    /// Serves a pod that is lent; the answer may be that it cannot be served.
-    async fn take(&mut self, lease: Box<Lease>) -> Ack {
+    /// Tells what the node has lent, once it has said that this is all.
+    fn tell_lent(&self, conversation: &Conversation) {
+        if conversation.named.is_none() {
+            let refused: Vec<String> = self.refused.values().cloned().collect();
+            self.lent.send_replace(match refused.is_empty() {
+                true => Lent::All,
+                false => Lent::AllBut(refused),
+            });
+        }
+    }
+
+    /// Serves a pod that is lent.
+    ///
+    /// # Errors
+    /// It cannot be served.
+    async fn take(&mut self, lease: Box<Lease>) -> Result<(), &'static str> {
         let (instance, netns) = (lease.instance, lease.cookie);
         let (uid, identity) = (Arc::clone(&lease.uid), lease.identity.clone());
         if self.leaving.is_cancelled() {
-            return Ack::default(); // another proxy serves it; connections go on here
+            return Ok(()); // another proxy serves it; connections go on here
         }
         if self.held.contains_key(&instance) {
             self.revive(instance).await;
             self.tell(PodEvent::Addresses(instance, lease.addresses))
                 .await;
-            return Ack::default();
+            return Ok(());
         }
         if !lease.listeners.alive() {
             // Whoever may administer the pod's network can end a socket in it. The node makes others.
-            let error = "a listener of it does not listen any more".into();
-            return Ack { error };
+            return Err("a listener of it does not listen any more");
         }
         let before = self.current(netns);
         self.tell(PodEvent::Up(lease)).await;
@@ -342,7 +374,7 @@ impl Borrower {
         if let Some(before) = before {
             self.replace(before);
         }
-        Ack::default()
+        Ok(())
     }
 
     /// Has the connections of an enrolment end by themselves, and then gives it back.

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::wire::{
     self, Add, Addresses, NodeMessage, PodRef, Snapshot, VERSION, Welcome, WorkloadInfo,
 };
-use super::{Instance, Lease, PodEvent, SharedSettings, Stamp};
+use super::{Instance, Lease, PodEvent, Serving, SharedSettings, Stamp};
 use crate::drain::CompletionGuard;
 
 /// A proxy that is connected, or waited for.
@@ -67,6 +67,9 @@ struct Proxy {
     snapshot: bool,
     /// What it was last told of each pod.
     told: BTreeMap<u64, LastTold>,
+    /// Those of them that it could not serve when it was lent them last. It may have something of them of an earlier
+    /// node process.
+    refused: BTreeSet<u64>,
     /// Pods of which there may be something to say.
     changed: BTreeSet<u64>,
     /// Pods that it is to give back, and has not been told of yet.
@@ -100,8 +103,6 @@ struct LastTold {
     drains: bool,
     /// Whether it is to be told to drain once more, since it may have answered the last time already.
     drain_again: bool,
-    /// Whether it could not serve the pod when it was lent it last. It may have something of an earlier node process.
-    refused: bool,
 }
 
 impl Ledger {
@@ -253,6 +254,7 @@ impl Ledger {
         }
         if let Some((netns, of)) = proxy.give_back.pop_first() {
             proxy.told.remove(&netns);
+            proxy.refused.remove(&netns);
             let uid = of.uid.to_string();
             proxy.giving_back = Some((netns, of));
             return Some(Order::of(NodeMessage::Del(PodRef { uid, netns })));
@@ -331,8 +333,10 @@ impl Ledger {
     /// Takes in whether a proxy has refused the pod that it was lent last; returns whether that is news.
     pub(super) fn set_refused(&mut self, id: ProxyId, netns: u64, refused: bool) -> bool {
         let proxy = self.proxies.get_mut(&id);
-        let last = proxy.and_then(|proxy| proxy.told.get_mut(&netns));
-        last.is_some_and(|last| std::mem::replace(&mut last.refused, refused) != refused)
+        proxy.is_some_and(|proxy| match refused {
+            true => proxy.refused.insert(netns),
+            false => proxy.refused.remove(&netns),
+        })
     }
 
     /// Has a proxy be lent once more what it has refused.
@@ -340,18 +344,34 @@ impl Ledger {
         let Some(proxy) = self.proxies.get_mut(&id) else {
             return;
         };
-        for (netns, last) in proxy.told.iter_mut().filter(|(_, last)| last.refused) {
-            last.instance = None;
-            proxy.changed.insert(*netns);
+        for netns in &proxy.refused {
+            if let Some(last) = proxy.told.get_mut(netns) {
+                last.instance = None;
+                proxy.changed.insert(*netns);
+            }
         }
     }
 
-    /// Returns the number of proxies that serve: they answer, have been lent all there is, and are not about to end.
-    pub(super) fn serving(&self) -> usize {
-        let proxies = self.proxies.values();
-        let serve = proxies
+    /// Returns who serves the pods. One that drains is to be served by nobody.
+    pub(super) fn serving(&self) -> Serving {
+        let mut serve = self
+            .proxies
+            .values()
             .filter(|proxy| proxy.caught_up && !proxy.absent && !proxy.late && !proxy.leaves);
-        serve.count()
+        let Some(first) = serve.next() else {
+            return Serving::default();
+        };
+        let (mut proxies, mut refused) = (1, first.refused.clone());
+        for proxy in serve {
+            proxies += 1;
+            refused.retain(|netns| proxy.refused.contains(netns));
+        }
+        let refused = refused.iter().filter_map(|netns| self.leased.get(netns));
+        let refused = refused.filter(|leased| !leased.drains);
+        let refused = refused
+            .map(|leased| Arc::clone(&leased.lease.uid))
+            .collect();
+        Serving { proxies, refused }
     }
 
     /// Takes a network namespace back from all proxies that may have something of it; `told` hears when they have
@@ -452,11 +472,10 @@ impl Proxy {
                     None
                 }
             }
-            last => {
+            _ => {
                 let last = LastTold {
                     instance: Some(lease.instance),
                     addresses: Arc::clone(&lease.addresses),
-                    refused: last.is_some_and(|last| last.refused),
                     ..LastTold::default()
                 };
                 self.told.insert(netns, last);
@@ -603,7 +622,7 @@ mod tests {
         assert!(clear.try_recv().is_err(), "another one may have it");
         assert_eq!(told(&mut ledger, late), ["welcome", "del", "snapshot"]);
         clear.try_recv().expect("it has answered");
-        assert_eq!(ledger.serving(), 2);
+        assert_eq!(ledger.serving().proxies, 2);
     }
 
     #[test]
@@ -627,7 +646,7 @@ mod tests {
         };
         // More than one may have been there.
         let proxies = [of(&mut ledger), of(&mut ledger)];
-        assert_eq!(ledger.serving(), 2);
+        assert_eq!(ledger.serving().proxies, 2);
         ledger.forget(before);
         clear.try_recv().expect("they have answered");
         assert!(idle.try_recv().is_err(), "something runs");
@@ -650,7 +669,7 @@ mod tests {
         let said = ledger.next(early).expect("the snapshot").said;
         assert_eq!(said, NodeMessage::SnapshotSent(Snapshot { undecided }));
         assert_eq!(told(&mut ledger, early), [""; 0]);
-        assert_eq!(ledger.serving(), 1);
+        assert_eq!(ledger.serving().proxies, 1);
         // It may have something of both.
         ledger.apply(PodEvent::Up(own));
         let mut idle = drain(&mut ledger, instance);
@@ -677,6 +696,21 @@ mod tests {
         assert_eq!(told(&mut ledger, id), ["welcome", "add", "snapshot"]);
         assert!(ledger.set_refused(id, netns, true));
         assert_eq!(told(&mut ledger, id), [""; 0], "that is for later");
+        let nobody = Serving {
+            proxies: 1,
+            refused: vec!["c//Pod/ns/p".into()],
+        };
+        assert_eq!(ledger.serving(), nobody);
+        let second = ledger.meet();
+        assert_eq!(told(&mut ledger, second).len(), 3);
+        let both = Serving {
+            proxies: 2,
+            refused: Vec::new(),
+        };
+        assert_eq!(ledger.serving(), both, "the other one serves it");
+        ledger.leaves(second);
+        assert_eq!(ledger.serving(), nobody);
+        ledger.forget(second);
         ledger.lend_again(id);
         assert_eq!(told(&mut ledger, id), ["add"]);
         assert!(!ledger.set_refused(id, netns, true), "that is known");
@@ -684,6 +718,7 @@ mod tests {
         let mut idle = drain(&mut ledger, instance);
         assert!(idle.try_recv().is_err());
         assert_eq!(told(&mut ledger, id), ["drain"]);
+        assert!(ledger.serving().refused.is_empty(), "nobody is to");
         ledger.apply(PodEvent::Revive(instance));
         assert_eq!(told(&mut ledger, id), ["revive"]);
         ledger.lend_again(id);
@@ -721,7 +756,7 @@ mod tests {
         let order = ledger.next(first).expect("it is taken back");
         assert!(matches!(order.said, NodeMessage::Del(_)));
         ledger.lose(first, long_ago);
-        assert_eq!(ledger.serving(), 0);
+        assert_eq!(ledger.serving().proxies, 0);
         // What is said meanwhile is asked of it too.
         let mut idle = drain(&mut ledger, instance);
         let again = ledger.meet();

@@ -15,7 +15,7 @@ use super::borrow::LONGEST_RETRY;
 use super::ledger::{Ledger, ProxyId};
 use super::packets::{Channel, Packet, SeamListener};
 use super::wire::{Hello, NodeMessage, ProxyMessage, VERSION, Welcome};
-use super::{CUT_TIMEOUT, PodEvent, SharedSettings, Stamp};
+use super::{CUT_TIMEOUT, PodEvent, Serving, SharedSettings, Stamp};
 use crate::mesh::workload::named;
 
 /// How long a proxy may take to say hello; and to answer, before it no longer counts as serving, and what it is to give
@@ -34,8 +34,8 @@ pub struct Lender {
     ledger: RefCell<Ledger>,
     /// Notifies the conversations that there may be something to say.
     changed: watch::Sender<()>,
-    /// The number of proxies that serve.
-    serving: watch::Sender<usize>,
+    /// Who serves.
+    serving: watch::Sender<Serving>,
     /// The last proxy that was let go for an error, and the error.
     let_go: RefCell<Option<(i32, String)>>,
 }
@@ -49,13 +49,13 @@ struct Unanswered {
 }
 
 impl Lender {
-    /// Lends nothing yet. The receiver has the number of proxies that serve.
+    /// Lends nothing yet. The receiver has who serves.
     pub fn new(
         node: &str,
         settings: &SharedSettings,
         stamp: Arc<Stamp>,
-    ) -> (Self, watch::Receiver<usize>) {
-        let (serving, told) = watch::channel(0);
+    ) -> (Self, watch::Receiver<Serving>) {
+        let (serving, told) = watch::channel(Serving::default());
         let new = Self {
             ledger: RefCell::new(Ledger::new(node, settings, stamp)),
             changed: watch::Sender::new(()),

@@ -35,6 +35,15 @@ use crate::sys::netns::Netns;
 /// How long a proxy may take to cut the connections of a pod, before it is not waited for any longer.
 pub const CUT_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Who serves the pods that a node lends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Serving {
+    /// The number of proxies that serve: they answer, have been lent all there is, and are not about to end.
+    pub proxies: usize,
+    /// The uids of the pods that each of these has refused.
+    pub refused: Vec<Arc<str>>,
+}
+
 /// One enrolment of one pod. A pod that comes back under its name and uid is another one, and so is one
 /// that is enrolled anew in its namespace: what is kept of a pod is kept by this, never by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -19,7 +19,7 @@ use super::packets::{Channel, SeamListener};
 use super::wire::{
     Ack, Add, Hello, NodeMessage, PodRef, ProxyMessage, Snapshot, VERSION, Welcome, WorkloadInfo,
 };
-use super::{Instance, Lease, Listeners, PodEvent, SharedSettings, Stamp};
+use super::{Instance, Lease, Listeners, PodEvent, Serving, SharedSettings, Stamp};
 use crate::mesh::Identity;
 use crate::sys::netns::Netns;
 
@@ -60,7 +60,7 @@ fn of_cluster(name: &str) -> SharedSettings {
 struct Node {
     events: mpsc::Sender<PodEvent>,
     task: tokio::task::JoinHandle<()>,
-    serving: tokio::sync::watch::Receiver<usize>,
+    serving: tokio::sync::watch::Receiver<Serving>,
 }
 
 /// Who serves, in a task that ends with it.
@@ -112,7 +112,7 @@ impl Node {
     }
 
     async fn serves(&mut self, count: usize) {
-        let serving = self.serving.wait_for(|serving| *serving == count);
+        let serving = self.serving.wait_for(|serving| serving.proxies == count);
         soon(serving).await.expect("the node runs");
     }
 }
@@ -511,12 +511,20 @@ async fn a_pod_that_cannot_be_served_is_refused_alone_and_lent_again() {
         node.say(PodEvent::Up(own)).await;
         assert_eq!(proxy.is_lent().await.instance, next);
         node.serves(1).await;
+        assert_eq!(node.serving.borrow().refused.len(), 1);
+        node.say(PodEvent::Snapshot(BTreeSet::new())).await;
+        let lent = proxy.lent(|lent| matches!(lent, Lent::AllBut(_))).await;
+        let why = "Pod ns/p: a listener of it does not listen any more";
+        assert_eq!(lent, Lent::AllBut(vec![why.into()]));
         let idle = node.drain(next).await;
         let running = proxy.drains(next).await;
         running.send(()).expect("somebody waits");
         soon(idle).await.expect("it is told");
         listener.listen(1).expect("it may again");
         assert_eq!(proxy.is_lent().await.instance, refused);
+        proxy.lent(|lent| *lent == Lent::All).await;
+        let refused = node.serving.wait_for(|serving| serving.refused.is_empty());
+        assert_eq!(soon(refused).await.expect("the node runs").proxies, 1);
     })
     .await;
 }
@@ -622,7 +630,7 @@ async fn a_proxy_takes_nothing_of_a_node_that_comes_back_with_other_settings() {
              --cluster-id own: start one of them anew"
         );
         assert_eq!(refused, Lent::Refused(why));
-        assert_eq!(*second.serving.borrow(), 0);
+        assert_eq!(second.serving.borrow().proxies, 0);
         // What runs goes on without anything new, and is given back when it has ended.
         let running = proxy.drains(before).await;
         let early = timeout(Duration::from_millis(100), proxy.events.recv()).await;
