@@ -29,7 +29,7 @@ use crate::control::configuration::{Configuration, LocalPods};
 use crate::control::disk;
 use crate::control::state::{SharedState, StateError};
 use crate::exit::Exit;
-use crate::mesh;
+use crate::mesh::{self, Identity};
 use crate::node::capture::CaptureError;
 use crate::node::pods::{State, StatusSnapshot};
 use crate::observe::admin::{self, Socket};
@@ -371,11 +371,15 @@ async fn proxy(options: RunOptions, level: Level) -> Result<(), AgentError> {
     let (events, mut pod_events) = mpsc::channel(64);
     let leaving = CancellationToken::new();
     let seam = options.places.seam(&options.node);
-    let borrower = Borrower::new(seam, settings, events, leaving.clone());
     let (leases, (here, told_here)) = (Leases::default(), watch::channel(LocalPods::default()));
     let told_here = (told_here, LocalPods::clone as fn(&LocalPods) -> LocalPods);
     let (configuration, configured) =
         Configuration::new(source, told_here, mesh_writer, Arc::new(Notify::new()));
+    let knows = {
+        let configured = configured.clone();
+        Box::new(move |uid: &str, identity: &Identity| configured.borrow().enrols(uid, identity))
+    };
+    let borrower = Borrower::new(seam, settings, knows, events, leaving.clone());
 
     let socket = options.places.proxy_socket(&options.node);
     let listener = open_socket(&socket).await?;

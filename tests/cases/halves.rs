@@ -452,6 +452,54 @@ fn a_proxy_without_room_for_descriptors_refuses_a_pod_alone_until_there_is() {
 }
 
 #[test]
+fn c1_a_pod_that_a_proxy_does_not_know_as_the_node_does_is_served_by_it_once_it_does() {
+    let mut halves = Halves::new();
+    let late = halves.nodes.0.bare(&halves.world, "demo", "late");
+    let _app = late.serve(PORT);
+    let outsider = halves.nodes.0.bare(&halves.world, "outside", "outsider");
+    let mut object = halves.nodes.0.object(&late);
+    let none = ("istio.io/dataplane-mode".into(), "none".into());
+    object.labels.push(none);
+    halves.world.manifests.pod(&object);
+    // The proxy reads a copy, which nobody changes for now.
+    let copy = halves.world.folder().join("copy");
+    fs::create_dir(&copy).expect("a folder");
+    let refresh = |halves: &Halves| {
+        for file in fs::read_dir(&halves.world.manifests.folder).expect("a folder") {
+            let file = file.expect("a file");
+            fs::copy(file.path(), copy.join(file.file_name())).expect("a file");
+        }
+    };
+    refresh(&halves);
+    halves.proxy.terminate();
+    let words = &mut halves.proxy.setup().arguments;
+    let folder = words.iter().position(|word| word == "--manifests");
+    words[folder.expect("it is set") + 1] = copy.display().to_string();
+    halves.proxy.restart();
+    halves.serves();
+    let gate = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: gate, namespace: demo}\nspec: {action: DENY, rules: [{to: [{operation: {ports: [\"7000\"]}}]}]}\n";
+    halves.world.manifests.write("gate.yaml", gate);
+    object.labels.pop();
+    halves.world.manifests.pod(&object);
+    halves.node.logs(&["pod enrolled", "demo/late"]);
+    let answer = outsider.ask(late.at(PORT), "x");
+    assert!(answer.is_err(), "{answer:?}");
+    halves
+        .node
+        .logs(&["a proxy cannot serve a pod", "demo/late", "configuration"]);
+    assert!(halves.proxy.get("/healthz/ready").contains("pending: pods"));
+    refresh(&halves);
+    halves.serves();
+    let answer = outsider.ask(late.at(PORT), "x");
+    assert!(answer.is_err(), "{answer:?}");
+    halves.proxy.logs(&["policy rejection", "demo/gate"]);
+    fs::write(copy.join("gate.yaml"), gate.replace("7000", "1")).expect("a file");
+    eventually("it is let in", 20, || {
+        outsider.ask(late.at(PORT), "x").is_ok()
+    });
+}
+
+#[test]
 fn what_drains_goes_on_while_its_proxy_stands_still_for_a_while() {
     let mut halves = Halves::new();
     halves.node.terminate();

@@ -13,12 +13,12 @@ use super::enrolled::RecordsSnapshot;
 use super::lints::Lints;
 use super::manifests::applies;
 use super::manifests::changes::PolicyChange;
-use super::manifests::{LocalPodSpec, ManifestFolder, Translated, Translation, Watch};
+use super::manifests::{LocalPodSpec, ManifestFolder, Translated, Translation, Wanted, Watch};
 use super::recorded::RecordReader;
 use super::retained::{IsConfigured, RetainedPods};
 use crate::drain;
 use crate::mesh::workload::named;
-use crate::mesh::{Delta, Mesh, MeshWriter, Workload};
+use crate::mesh::{Delta, Identity, Mesh, MeshWriter, Workload};
 use crate::sys::memory;
 
 /// How often it is looked whether records have changed of which nothing tells.
@@ -61,6 +61,15 @@ pub struct Configured {
     pub recorded: Option<Arc<RecordsSnapshot>>,
     /// Whether the state that nodes share cannot be read.
     pub away: bool,
+}
+
+impl Configured {
+    /// Whether a pod of this node is to be enrolled with this identity.
+    pub fn enrols(&self, uid: &str, identity: &Identity) -> bool {
+        self.local
+            .iter()
+            .any(|pod| *pod.uid == *uid && pod.wanted == Wanted::Yes && pod.identity() == *identity)
+    }
 }
 
 /// The pods of this node that are here, by the uids of their workloads.

@@ -21,7 +21,6 @@ use super::machine::{NotFound, OutsideProcesses, Scan, Scanner};
 use super::recording::{Known, RecordWriter};
 use crate::control::configuration::{Configured, LocalPods};
 use crate::control::manifests::{self, LocalPodSpec, PodKey};
-use crate::mesh::Identity;
 use crate::mesh::workload::named;
 use crate::node::capture::{self, Desired, PodState, Status};
 
@@ -494,7 +493,7 @@ fn desired(pod: &LocalPodSpec, scan: &Scan) -> Option<Desired> {
         uid: pod.uid.clone(),
         namespace: pod.namespace.clone(),
         name: pod.name.clone(),
-        identity: Identity::new(&pod.trust_domain, &pod.namespace, &pod.service_account),
+        identity: pod.identity(),
         addresses: pod.addresses.clone(),
         netns: found.netns.clone(),
         cookie: found.cookie,

@@ -36,6 +36,13 @@ pub(super) const LONGEST_RETRY: Duration = Duration::from_secs(1);
 /// How long replaced listeners are served as before, so that handshakes in progress can finish.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// For how long at most pods wait, all together, for the configuration of this proxy to say what the node's does.
+const CATCH_UP: Duration = Duration::from_secs(2);
+/// How often it is looked whether it does.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Why a pod is refused of which this proxy may not know the policies.
+const NOT_KNOWN: &str = "what this proxy has read of the configuration does not have it in the mesh, or as somebody else";
 /// Why a pod is refused whose descriptors have not come.
 const NO_ROOM: &str = "this process may not have more open files";
 
@@ -53,11 +60,16 @@ pub enum Lent {
     Refused(String),
 }
 
+/// Tells whether a pod, by its uid and identity, is known.
+pub type Knows = dyn Fn(&str, &Identity) -> bool;
+
 /// What is borrowed.
 pub struct Borrower {
     path: PathBuf,
     /// This proxy's own settings.
     settings: SharedSettings,
+    /// Whether the configuration, as this proxy has read it, has the pod of this uid in the mesh with this identity.
+    knows: Box<Knows>,
     events: mpsc::Sender<PodEvent>,
     /// Says that nothing new is accepted any more.
     leaving: CancellationToken,
@@ -107,20 +119,24 @@ struct Conversation {
     named: Option<BTreeSet<u64>>,
     /// The network namespaces for which it waits for [`ProxyMessage::Idle`].
     awaited: BTreeSet<u64>,
+    /// For how long pods may wait until they are known.
+    patience: Duration,
 }
 
 impl Borrower {
-    /// From the node that listens there and has the same `settings`; `events` hears of its pods. `leaving`: nothing
-    /// new is accepted any more.
+    /// From the node that listens there and has the same `settings`; `events` hears of its pods. `knows`: whether the
+    /// configuration has a pod as the node has it. `leaving`: nothing new is accepted any more.
     pub fn new(
         path: PathBuf,
         settings: SharedSettings,
+        knows: Box<Knows>,
         events: mpsc::Sender<PodEvent>,
         leaving: CancellationToken,
     ) -> Self {
         Self {
             path,
             settings,
+            knows,
             events,
             leaving,
             held: BTreeMap::new(),
@@ -279,7 +295,7 @@ impl Borrower {
                 let taken = match descriptors {
                     Some(descriptors) => {
                         let lease = lease(add, identity, descriptors, stamp)?;
-                        self.take(Box::new(lease)).await
+                        self.take(Box::new(lease), &mut conversation.patience).await
                     }
                     None => Err(NO_ROOM),
                 };
@@ -345,7 +361,11 @@ impl Borrower {
     ///
     /// # Errors
     /// It cannot be served.
-    async fn take(&mut self, lease: Box<Lease>) -> Result<(), &'static str> {
+    async fn take(
+        &mut self,
+        lease: Box<Lease>,
+        patience: &mut Duration,
+    ) -> Result<(), &'static str> {
         let (instance, netns) = (lease.instance, lease.cookie);
         let (uid, identity) = (Arc::clone(&lease.uid), lease.identity.clone());
         if self.leaving.is_cancelled() {
@@ -356,6 +376,9 @@ impl Borrower {
             self.tell(PodEvent::Addresses(instance, lease.addresses))
                 .await;
             return Ok(());
+        }
+        if !self.waits_until_known(&lease, patience).await {
+            return Err(NOT_KNOWN);
         }
         if !lease.listeners.alive() {
             // Whoever may administer the pod's network can end a socket in it. The node makes others.
@@ -375,6 +398,26 @@ impl Borrower {
             self.replace(before);
         }
         Ok(())
+    }
+
+    /// Waits a little until the configuration has a pod as the node has it; returns whether it does. The node may
+    /// have read it earlier, and before this proxy has, it may lack policies of the pod.
+    async fn waits_until_known(&self, lease: &Lease, patience: &mut Duration) -> bool {
+        // One that was refused is lent again: it keeps no other one waiting.
+        let again = self.refused.contains_key(&lease.cookie);
+        let mut waited = again;
+        while !(self.knows)(&lease.uid, &lease.identity) {
+            if again || patience.is_zero() {
+                return false;
+            }
+            sleep(LOOK).await;
+            *patience = patience.saturating_sub(LOOK);
+            waited = true;
+        }
+        if waited {
+            *patience = CATCH_UP;
+        }
+        true
     }
 
     /// Has the connections of an enrolment end by themselves, and then gives it back.
@@ -491,6 +534,7 @@ impl Conversation {
             stamp: None,
             named: Some(BTreeSet::new()),
             awaited: BTreeSet::new(),
+            patience: CATCH_UP,
         }
     }
 

@@ -1,9 +1,11 @@
 //! Both ends of the seam, over a socket.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -67,6 +69,8 @@ struct Node {
 struct Proxy {
     events: mpsc::Receiver<PodEvent>,
     leaving: CancellationToken,
+    /// Whether its configuration has the pods as the node has them.
+    known: Rc<Cell<bool>>,
     lent: tokio::sync::watch::Receiver<Lent>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -123,12 +127,18 @@ impl Proxy {
         let (events, inbox) = mpsc::channel(8);
         let leaving = CancellationToken::new();
         let settings = of_cluster("own");
-        let borrower = Borrower::new(path.to_owned(), settings, events, leaving.clone());
+        let known = Rc::new(Cell::new(true));
+        let knows = {
+            let known = Rc::clone(&known);
+            Box::new(move |_: &str, _: &Identity| known.get())
+        };
+        let borrower = Borrower::new(path.to_owned(), settings, knows, events, leaving.clone());
         let lent = borrower.lent();
         let task = tokio::task::spawn_local(borrower.run());
         Self {
             events: inbox,
             leaving,
+            known,
             lent,
             task,
         }
@@ -586,6 +596,44 @@ async fn a_pod_whose_descriptors_find_no_room_is_refused_alone_and_what_runs_goe
 }
 
 #[tokio::test]
+async fn a_pod_is_served_once_the_configuration_has_it_as_the_node_does_and_keeps_no_other_waiting()
+{
+    with_a_path(async |path| {
+        let (mut node, mut proxy) = (Node::at(&path), Proxy::of(&path));
+        proxy.known.set(false);
+        let pods = [lease(), lease(), lease()];
+        let instances = pods.each_ref().map(|pod| pod.instance);
+        let [first, second, third] = pods;
+        node.say(PodEvent::Up(first)).await;
+        node.say(PodEvent::Snapshot(BTreeSet::new())).await;
+        let early = timeout(Duration::from_secs(1), proxy.events.recv()).await;
+        assert!(early.is_err(), "{early:?}");
+        proxy.known.set(true);
+        let begun = Instant::now();
+        assert_eq!(proxy.is_lent().await.instance, instances[0]);
+        assert!(begun.elapsed() < Duration::from_secs(1), "at once");
+        proxy.known.set(false);
+        node.say(PodEvent::Up(second)).await;
+        node.say(PodEvent::Up(third)).await;
+        let lent = proxy.lent(|lent| matches!(lent, Lent::AllBut(all) if all.len() == 2));
+        let why = "Pod ns/p: what this proxy has read of the configuration";
+        assert!(matches!(lent.await, Lent::AllBut(all) if all[0].starts_with(why)));
+        let refused = node.serving.wait_for(|serving| serving.refused.len() == 2);
+        soon(refused).await.expect("the node runs");
+        let (told, down) = oneshot::channel();
+        node.say(PodEvent::Down(instances[0], told)).await;
+        proxy.gives_back(instances[0]).await;
+        soon(down).await.expect("it is told");
+        proxy.known.set(true);
+        for _ in 0..2 {
+            proxy.is_lent().await;
+        }
+        proxy.lent(|lent| *lent == Lent::All).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn who_speaks_another_version_is_not_let_in() {
     with_a_path(async |path| {
         let node = Node::at(&path);
@@ -661,7 +709,11 @@ async fn a_proxy_that_is_not_let_in_comes_again_less_and_less_often() {
         };
         let (events, _told) = mpsc::channel(1);
         let settings = SharedSettings::default();
-        let borrower = Borrower::new(path.clone(), settings, events, CancellationToken::new());
+        let (knows, leaving) = (
+            Box::new(|_: &str, _: &Identity| true),
+            CancellationToken::new(),
+        );
+        let borrower = Borrower::new(path.clone(), settings, knows, events, leaving);
         tokio::select! {
             () = borrower.run() => panic!("it comes again"),
             () = refuses => {}

@@ -13,6 +13,7 @@ use super::object::{Key, Meta, Objects, Resource, all_in, selects};
 use super::peer_authentication::PeerAuthentications;
 use super::pod::{self, Pod};
 use super::service;
+use crate::mesh::Identity;
 use crate::mesh::policy::Policy;
 use crate::mesh::service::{NetworkAddress, Service};
 use crate::mesh::workload::{
@@ -90,6 +91,11 @@ pub struct LocalPodSpec {
 }
 
 impl LocalPodSpec {
+    /// Returns its identity.
+    pub fn identity(&self) -> Identity {
+        Identity::new(&self.trust_domain, &self.namespace, &self.service_account)
+    }
+
     /// Returns the uids after which the kubelet may have named its cgroup; none if its manifest has none.
     pub fn cgroup_uids(&self) -> impl Iterator<Item = &str> {
         let uids = [Some(&self.pod_uid), self.config_hash.as_ref()];
