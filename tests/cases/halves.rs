@@ -3,6 +3,7 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 use std::{fs, mem};
@@ -497,6 +498,56 @@ fn c1_a_pod_that_a_proxy_does_not_know_as_the_node_does_is_served_by_it_once_it_
     eventually("it is let in", 20, || {
         outsider.ask(late.at(PORT), "x").is_ok()
     });
+}
+
+/// The ports below which somebody listens in a pod.
+fn listeners(pod: &Pod) -> BTreeSet<u16> {
+    let (_, lines, _) = output(pod.command("ss").args(["-Hltn"]));
+    let port = |line: &str| {
+        line.split_whitespace()
+            .nth(3)?
+            .rsplit(':')
+            .next()?
+            .parse()
+            .ok()
+    };
+    lines.lines().filter_map(port).collect()
+}
+
+#[test]
+fn no_listener_that_any_node_half_has_lent_is_dialled_as_the_pods_own() {
+    let mut halves = Halves::new();
+    let (_theirs, _own) = (halves.server.serve(PORT), halves.client.serve(PORT));
+    let outsider = halves.nodes.0.bare(&halves.world, "outside", "outsider");
+    let mut ports = listeners(&halves.client);
+    // What runs keeps the listeners of the first one.
+    let mut live = halves.live();
+    halves.restart_node();
+    ports.extend(listeners(&halves.client));
+    ports.remove(&PORT);
+    assert_eq!(
+        ports.len(),
+        6,
+        "the second one's are on other ports: {ports:?}"
+    );
+    for port in ports {
+        for pod in [&halves.client, &outsider, &halves.server] {
+            // The listener for tunnels answers with a TLS alert.
+            let answer = pod
+                .ask(halves.client.at(port), "x to the app")
+                .unwrap_or_default();
+            assert!(!answer.contains("x to the app"), "{port}: {answer}");
+        }
+        let to = format!("{}:{port} ", halves.client.v4);
+        let told = halves.proxy.log().matches(&to).count();
+        assert!(
+            told <= 9,
+            "each is one connection, not one that calls itself: {told}"
+        );
+    }
+    halves.carries(&mut live, "still");
+    let answer = outsider.ask(halves.client.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", outsider.v4)));
 }
 
 #[test]
