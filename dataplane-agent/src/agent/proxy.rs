@@ -16,7 +16,7 @@ use crate::observe::{Metrics, Observer};
 use crate::proxy::authorize::Authorizer;
 use crate::proxy::identity::Certs;
 use crate::proxy::limits::NodePlaces;
-use crate::proxy::workers::{Shared, Workers, WorkersBuilder};
+use crate::proxy::workers::{WorkerContext, Workers, WorkersBuilder};
 use crate::seam::{Instance, PodEvent};
 use crate::sys::{limits, memory};
 
@@ -60,14 +60,14 @@ impl Proxy {
             workers: builder.loads(),
             root_ends: root_end.unix(),
         }));
-        let shared = Shared {
+        let context = WorkerContext {
             mesh: mesh.clone(),
             authorizer: authorizer.clone(),
             certs: certs.clone(),
             observer: Observer::new(Arc::clone(&metrics)),
             places: places.clone(),
         };
-        let workers = builder.start(&shared).context("cannot start workers")?;
+        let workers = builder.start(&context).context("cannot start workers")?;
         Ok(Self {
             certs,
             root_end,

@@ -12,7 +12,7 @@ use crate::observe::ask::{Answer, AskError, ask};
 use crate::observe::status::{PodStatus, StatusReport};
 
 /// How long to wait for an answer of the daemon.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// No daemon runs for the node.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +48,7 @@ pub async fn run(options: &StatusOptions) -> Result<String> {
     let mut report = of(&socket).await?;
     if let Ok(node) = report.node.parse() {
         let proxy = options.places.proxy_socket(&node);
-        match ask(&proxy, "/status", ANSWER_TIMEOUT).await {
+        match ask(&proxy, "/status", STATUS_TIMEOUT).await {
             // A proxy that was killed leaves the file behind; the node reports that none serves.
             Err(AskError::Nobody(_)) => {}
             answer => add_proxy(&mut report, parse(&proxy, answer)),
@@ -65,7 +65,7 @@ pub async fn run(options: &StatusOptions) -> Result<String> {
 /// # Errors
 /// No daemon listens, or its answer is invalid or an error.
 pub async fn of(socket: &Path) -> Result<StatusReport> {
-    match ask(socket, "/status", ANSWER_TIMEOUT).await {
+    match ask(socket, "/status", STATUS_TIMEOUT).await {
         Err(AskError::Nobody(error)) => Err(not_reached(socket, error)),
         answer => parse(socket, answer),
     }
@@ -99,7 +99,7 @@ async fn only_socket(run: &Path) -> Result<PathBuf> {
         let socket = folder.join("admin.sock");
         let runs = node_folder::holder(&folder).is_some()
             || !matches!(
-                ask(&socket, "/healthz/ready", ANSWER_TIMEOUT).await,
+                ask(&socket, "/healthz/ready", STATUS_TIMEOUT).await,
                 Err(AskError::Nobody(_))
             );
         if runs && let Some(name) = folder.file_name() {

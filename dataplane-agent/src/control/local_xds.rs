@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::address::Block;
+use super::ip::Cidr;
 use super::manifests::yaml::each::{Collect, Document, Each};
 use super::manifests::yaml::{self, NodeError};
 use super::manifests::{LocalPodSpec, ManifestError, Translation, Wanted};
@@ -395,7 +395,7 @@ impl RawPolicy {
 
 impl RawMatch {
     fn translate(self) -> Match {
-        let blocks = |raw: Vec<Block>| raw.into_iter().map(|Block(block)| block).collect();
+        let blocks = |raw: Vec<Cidr>| raw.into_iter().map(|Cidr(block)| block).collect();
         let texts = |raw: Vec<Text>| raw.into_iter().map(Text::translate).collect();
         // ztunnel compares principals without their scheme.
         let principals = |raw: Vec<Text>| raw.into_iter().map(Text::translate_principal).collect();

@@ -1,6 +1,5 @@
 //! Sources of configuration: they fill the stores that both halves read. No room of the proxy half calls them.
 
-mod address;
 pub mod ca;
 pub mod configuration;
 mod conflicts;
@@ -8,6 +7,7 @@ pub mod disk;
 pub mod enrolled;
 #[cfg(test)]
 mod footprint;
+mod ip;
 mod lints;
 pub mod local_xds;
 pub mod manifests;

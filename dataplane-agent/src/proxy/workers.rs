@@ -45,7 +45,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The inputs that all workers share.
 #[derive(Clone, Debug)]
-pub struct Shared {
+pub struct WorkerContext {
     /// The mesh.
     pub mesh: MeshReader,
     /// Policy.
@@ -145,16 +145,16 @@ impl WorkersBuilder {
     ///
     /// # Errors
     /// A thread cannot be made.
-    pub fn start(self, shared: &Shared) -> io::Result<Workers> {
+    pub fn start(self, context: &WorkerContext) -> io::Result<Workers> {
         let handles: Vec<WorkerHandle> =
             self.0.iter().map(|(_, handle, _)| handle.clone()).collect();
         let mut threads = Vec::new();
         for (number, (runtime, _, inbox)) in self.0.into_iter().enumerate() {
-            let (shared, handles) = (shared.clone(), handles.clone());
+            let (context, handles) = (context.clone(), handles.clone());
             let thread = std::thread::Builder::new().name(format!("worker-{number}"));
             threads.push(thread.spawn(move || {
                 let _abort_on_panic = AbortOnPanic;
-                let work = Worker::new(number, handles, shared).work(inbox);
+                let work = Worker::new(number, handles, context).work(inbox);
                 LocalSet::new().block_on(&runtime, work);
             })?);
         }
@@ -331,22 +331,22 @@ struct PodState {
 }
 
 impl Worker {
-    fn new(number: usize, handles: Vec<WorkerHandle>, shared: Shared) -> Self {
+    fn new(number: usize, handles: Vec<WorkerHandle>, context: WorkerContext) -> Self {
         let connector = Rc::new(NodeConnector {
-            certs: shared.certs.clone(),
-            places: shared.places.clone(),
+            certs: context.certs.clone(),
+            places: context.places.clone(),
         });
         let pool = Pool::new(connector.clone(), TUNNEL_IDLE_TIMEOUT);
         Self {
             number,
             handles,
             inputs: ProxyInputs {
-                mesh: shared.mesh,
-                authorizer: shared.authorizer,
+                mesh: context.mesh,
+                authorizer: context.authorizer,
                 carrier: Carrier { connector, pool },
-                certs: shared.certs,
-                observer: shared.observer,
-                places: shared.places,
+                certs: context.certs,
+                observer: context.observer,
+                places: context.places,
             },
             pods: HashMap::new(),
             background_tasks: TaskGroup::new(None),

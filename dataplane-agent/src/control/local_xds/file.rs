@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess};
 
 use super::Workloads;
-use crate::control::address::{Address, Block};
+use crate::control::ip::{Address, Cidr};
 use crate::control::manifests::yaml::each::{Each, Lists};
 use crate::mesh::policy::{Action, PolicyScope};
 use crate::mesh::service::NetworkAddress;
@@ -195,10 +195,10 @@ pub(super) struct RawMatch {
     pub(super) not_service_accounts: Vec<RawAccount>,
     pub(super) principals: Vec<Text>,
     pub(super) not_principals: Vec<Text>,
-    pub(super) source_ips: Vec<Block>,
-    pub(super) not_source_ips: Vec<Block>,
-    pub(super) destination_ips: Vec<Block>,
-    pub(super) not_destination_ips: Vec<Block>,
+    pub(super) source_ips: Vec<Cidr>,
+    pub(super) not_source_ips: Vec<Cidr>,
+    pub(super) destination_ips: Vec<Cidr>,
+    pub(super) not_destination_ips: Vec<Cidr>,
     pub(super) destination_ports: Vec<u16>,
     pub(super) not_destination_ports: Vec<u16>,
 }
@@ -265,7 +265,7 @@ pub(super) struct NetworkRange(pub(super) Arc<str>, pub(super) IpNet);
 
 impl<'de> Deserialize<'de> for NetworkRange {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let (network, Block(range)) = in_network(deserializer, "range")?;
+        let (network, Cidr(range)) = in_network(deserializer, "range")?;
         Ok(Self(network, range))
     }
 }

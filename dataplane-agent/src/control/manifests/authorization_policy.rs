@@ -14,7 +14,7 @@ use super::object::{Resource, wrong};
 use super::principal::{may_be_here, principal};
 use super::translate::MeshConfig;
 use super::yaml::{Node, NodeError};
-use crate::control::address::Block;
+use crate::control::ip::Cidr;
 use crate::mesh::policy::{
     Action, Clause, Match, Policy, PolicyScope, Rule, ServiceAccountMatch, StringMatch,
 };
@@ -289,7 +289,7 @@ fn check_lists(path: &str, lists: &Lists<'_>) -> Result<(), (String, String)> {
                     "has a `*` that is neither at its beginning nor at its end"
                 }
                 Sort::Account if account("", value).is_none() => "is not a service account",
-                Sort::Ip => match value.parse::<Block>() {
+                Sort::Ip => match value.parse::<Cidr>() {
                     Err(what) => what,
                     Ok(_) => continue,
                 },
@@ -679,7 +679,7 @@ fn account(namespace: &str, value: &str) -> Option<ServiceAccountMatch> {
 }
 
 fn ip(value: &str) -> Option<IpNet> {
-    value.parse().ok().map(|Block(block)| block)
+    value.parse().ok().map(|Cidr(block)| block)
 }
 
 fn port(value: &str) -> Option<u16> {

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::object::wrong;
 use super::service::Protocol;
 use super::yaml::{Node, NodeError};
-use crate::control::address::Address;
+use crate::control::ip::Address;
 use crate::mesh::workload::Health;
 
 /// The label with the name of the slice's service.

@@ -12,7 +12,7 @@ use super::object::{Meta, Objects, Resource, is_name, wrong};
 use super::service::Protocol;
 use super::translate::Wanted;
 use super::yaml::{Node, NodeError};
-use crate::control::address::Address;
+use crate::control::ip::Address;
 use crate::mesh::workload::Health;
 
 /// The annotation that names a pod's network namespace by path.

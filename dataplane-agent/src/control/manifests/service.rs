@@ -11,7 +11,7 @@ use super::object::{Objects, Resource, wrong};
 use super::pod::Pod;
 use super::spelling::{DISTRIBUTION, is_distribution};
 use super::yaml::{Node, NodeError};
-use crate::control::address::Address;
+use crate::control::ip::Address;
 use crate::mesh::service::{Family, LoadBalancing, Scope};
 
 /// The fields of a Service that are read.

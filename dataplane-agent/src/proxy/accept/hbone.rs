@@ -20,7 +20,7 @@ use crate::observe::{Failure, Flag};
 use crate::proxy::hbone::keepalive::{self, Health};
 use crate::proxy::hbone::payload::Payload;
 use crate::proxy::hbone::readahead::ReadAhead;
-use crate::proxy::hbone::stream::{Shared, Waiting};
+use crate::proxy::hbone::stream::{TunnelState, Waiting};
 use crate::proxy::hbone::window::Windows;
 use crate::proxy::hbone::{self, headers};
 use crate::proxy::identity::{Certs, IdentityError, certs, tls};
@@ -208,7 +208,7 @@ impl AcceptedTunnel {
         let ended = certs::ended(self.until);
         let heed = sleep(GOAWAY_GRACE);
         tokio::pin!(lost, closing, look, ended, heed);
-        let shared = Shared::new(&self.share);
+        let shared = TunnelState::new(&self.share);
         let mut windows = Windows::new(&shared.undelivered);
         let (mut told, mut heeds) = (false, false);
         loop {

@@ -12,7 +12,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 /// elsewhere.
 const LATE: Duration = Duration::from_secs(2);
 /// Time after which an unanswered PING means that the tunnel is dead.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// State of a tunnel's PINGs.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ pub async fn lost(pings: Option<PingPong>, health: &Health) {
             () = sleep(INTERVAL) => {}
             () = health.doubt.notified() => {}
         }
-        let answer = timeout(ANSWER_TIMEOUT, pings.ping(Ping::opaque()));
+        let answer = timeout(PING_TIMEOUT, pings.ping(Ping::opaque()));
         tokio::pin!(answer);
         let answered = tokio::select! {
             answered = &mut answer => answered,

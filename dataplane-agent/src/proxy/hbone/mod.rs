@@ -82,11 +82,11 @@ pub const DRAIN_IDLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// long. Peers close theirs sooner, ztunnel as we do after five minutes.
 pub const INBOUND_IDLE_TIMEOUT: Duration = Duration::from_secs(15 * 60);
 /// Time for which a tunnel that we have ended waits for its peer's end while the peer takes nothing.
-pub const LINGER: Duration = Duration::from_secs(2);
+pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time after which an unanswered CONNECT makes us check by PING whether its tunnel is alive.
 pub const PING_AFTER: Duration = Duration::from_secs(1);
 /// Time limit of the answer to CONNECT. The peer has [`CONNECT_TIMEOUT`] to reach its app, and reports a failure.
-pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+pub const CONNECT_ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Returns the HTTP/2 settings of the server side.
 pub fn server() -> h2::server::Builder {

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-use super::LINGER;
+use super::CLOSE_TIMEOUT;
 use crate::proxy::limits::memory::{Hold, Level, Share};
 use crate::sys::socket::{close_by_end, read, unacknowledged};
 
@@ -155,7 +155,7 @@ impl ReadAhead {
 impl Linger {
     fn new(tcp: &TcpStream) -> Self {
         Self {
-            look: Box::pin(sleep(LINGER)),
+            look: Box::pin(sleep(CLOSE_TIMEOUT)),
             unacknowledged: unacknowledged(tcp).unwrap_or(0),
         }
     }
@@ -169,7 +169,7 @@ impl Linger {
                 return Poll::Ready(());
             }
             self.unacknowledged = left;
-            self.look.as_mut().reset(Instant::now() + LINGER);
+            self.look.as_mut().reset(Instant::now() + CLOSE_TIMEOUT);
         }
         Poll::Pending
     }

@@ -15,14 +15,14 @@ use crate::proxy::limits::memory::Share;
 
 /// State that the streams of one tunnel share.
 #[derive(Clone, Debug)]
-pub struct Shared {
+pub struct TunnelState {
     /// Bytes that were received and are not delivered.
     pub undelivered: Rc<Undelivered>,
     /// Streams that cannot send.
     pub stalls: Rc<Stalls>,
 }
 
-impl Shared {
+impl TunnelState {
     /// Creates the state for a tunnel of a pod with this share of memory for undelivered bytes.
     pub fn new(share: &Share) -> Self {
         Self {
@@ -43,7 +43,7 @@ pub struct Stream {
 
 impl Stream {
     /// Combines the engine's halves.
-    pub fn new(send: SendStream<Payload>, receive: RecvStream, shared: &Shared) -> Self {
+    pub fn new(send: SendStream<Payload>, receive: RecvStream, shared: &TunnelState) -> Self {
         Self {
             outgoing: Outgoing::new(send, &shared.stalls),
             incoming: Incoming::new(receive, &shared.undelivered),
@@ -227,7 +227,7 @@ pub struct Waiting {
 
 impl Waiting {
     /// Combines the engine's halves.
-    pub fn new(respond: SendResponse<Payload>, receive: RecvStream, shared: &Shared) -> Self {
+    pub fn new(respond: SendResponse<Payload>, receive: RecvStream, shared: &TunnelState) -> Self {
         Self {
             respond,
             incoming: Incoming::new(receive, &shared.undelivered),

@@ -22,7 +22,7 @@ use crate::proxy::authorize::LocalPod;
 use crate::proxy::hbone::keepalive::{self, Health};
 use crate::proxy::hbone::payload::Payload;
 use crate::proxy::hbone::readahead::ReadAhead;
-use crate::proxy::hbone::stream::{Shared, Stream};
+use crate::proxy::hbone::stream::{Stream, TunnelState};
 use crate::proxy::hbone::window::Windows;
 use crate::proxy::hbone::{self, headers};
 use crate::proxy::identity::certs;
@@ -46,7 +46,7 @@ pub struct ConnectRequest {
 pub struct ClientTunnel {
     /// `None` once the tunnel is closed: the connection ends when nobody holds this.
     send: RefCell<Option<SendRequest<Payload>>>,
-    shared: Shared,
+    shared: TunnelState,
     health: Rc<Health>,
     streams: Cell<usize>,
     /// True if it is no longer used for new streams.
@@ -128,7 +128,7 @@ pub async fn dial(
     })??;
     let tunnel = Rc::new(ClientTunnel {
         send: RefCell::new(Some(send)),
-        shared: Shared::new(&share),
+        shared: TunnelState::new(&share),
         health: Rc::default(),
         streams: Cell::new(0),
         closed: Cell::new(false),
@@ -279,7 +279,7 @@ impl StreamSlot {
         };
         let (response, send) = tokio::select! {
             biased;
-            answer = timeout(hbone::ANSWER_TIMEOUT, answer) => {
+            answer = timeout(hbone::CONNECT_ANSWER_TIMEOUT, answer) => {
                 answer.map_err(|_| OpenError::Final(none()))??
             }
             () = late => return Err(OpenError::Tunnel(none())),

@@ -23,7 +23,7 @@ use tokio::task::LocalSet;
 
 use super::relay::{self, End, Meter, RelayError};
 use crate::proxy::hbone::payload::Payload;
-use crate::proxy::hbone::stream::{Shared, Stream};
+use crate::proxy::hbone::stream::{Stream, TunnelState};
 use crate::proxy::hbone::window::Windows;
 use crate::proxy::limits::memory::Share;
 use crate::sys::socket::close_by_reset;
@@ -78,7 +78,7 @@ async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = (
     let server = crate::proxy::hbone::server().handshake::<_, Payload>(far);
     let (client, server) = tokio::join!(client, server);
     let ((mut send, mut driven), mut server) = (client.expect("client"), server.expect("server"));
-    let [ours, theirs] = [(); 2].map(|()| Shared::new(&Share::default()));
+    let [ours, theirs] = [(); 2].map(|()| TunnelState::new(&Share::default()));
     let mut windows = Windows::new(&ours.undelivered);
     let mut driven = Box::pin(poll_fn(move |context| {
         windows.keep(&mut driven, context);

@@ -30,14 +30,14 @@ impl Served {
             workers: Vec::new(),
             root_ends: 0,
         });
-        let shared = Shared {
+        let context = WorkerContext {
             mesh: mesh.clone(),
             authorizer: Authorizer::new(mesh),
             certs: Certs::new(Arc::new(Ca::new())),
             observer: Observer::new(Arc::new(metrics)),
             places,
         };
-        let mut workers = builder.start(&shared).expect("a thread");
+        let mut workers = builder.start(&context).expect("a thread");
         let listener = || {
             let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
             listener.set_nonblocking(true).expect("a socket");

@@ -231,7 +231,7 @@ fn what_comes_for_a_connection_that_is_not_made_yet_is_counted_and_delivered() {
     const SENT: usize = 300_000;
     run(async {
         let memory = Memory::new(64 << 20);
-        let shared = Shared::new(&memory.share(&PodMemory::default()));
+        let shared = TunnelState::new(&memory.share(&PodMemory::default()));
         let (near, far) = tokio::io::duplex(1 << 20);
         let client = crate::proxy::hbone::client().handshake::<_, Bytes>(near);
         let server = crate::proxy::hbone::server().handshake::<_, Payload>(far);

@@ -13,7 +13,7 @@ pub(crate) struct Address(pub(crate) IpAddr);
 
 /// A CIDR block, or one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Block(pub(crate) IpNet);
+pub(crate) struct Cidr(pub(crate) IpNet);
 
 impl FromStr for Address {
     type Err = &'static str;
@@ -24,7 +24,7 @@ impl FromStr for Address {
     }
 }
 
-impl FromStr for Block {
+impl FromStr for Cidr {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
@@ -61,7 +61,7 @@ impl<'de> Deserialize<'de> for Address {
     }
 }
 
-impl<'de> Deserialize<'de> for Block {
+impl<'de> Deserialize<'de> for Cidr {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         read(deserializer)
     }
@@ -84,7 +84,7 @@ mod tests {
             assert_eq!(address(text), Ok(is.to_owned()), "{text}");
         }
         assert!(address("10.1.0.05").is_err());
-        let block = |text: &str| text.parse::<Block>().map(|Block(is)| is.to_string());
+        let block = |text: &str| text.parse::<Cidr>().map(|Cidr(is)| is.to_string());
         for (text, is) in [
             ("10.0.0.0/8", "10.0.0.0/8"),
             ("10.1.0.5", "10.1.0.5/32"),
