@@ -1,8 +1,8 @@
 //! The priority of threads.
 
-/// How much nicer a thread gets. Where it competes for a processor with one that is not, it gets about a tenth of it:
-/// so it neither delays others for long, nor is it starved.
-const NICER: libc::c_int = 10;
+/// How much nicer a thread gets. Where it competes for a processor with one that is not, it gets a third of what that
+/// one gets: so it does not delay others for long, and on a machine where much else runs it is not starved.
+const NICER: libc::c_int = 5;
 
 /// Lowers the priority of this thread, and of those that it makes. Whoever it is, it may.
 pub fn lower() {
