@@ -95,7 +95,7 @@ impl Interner {
 
 /// Values of one kind, one copy of each.
 #[derive(Debug)]
-struct Copies<T: ?Sized> {
+pub(crate) struct Copies<T: ?Sized> {
     all: HashSet<Arc<T>>,
     /// With so many those go that nobody uses: there are at most about as many of these as of others.
     most: usize,
@@ -124,7 +124,7 @@ impl<T: ?Sized + Eq + Hash> Copies<T> {
     }
 
     /// Replaces `value` by the copy that equals it.
-    fn share(&mut self, value: &mut Arc<T>) {
+    pub(crate) fn share(&mut self, value: &mut Arc<T>) {
         self.share_made_of(value, Arc::clone);
     }
 

@@ -15,6 +15,7 @@ use super::ManifestError;
 use super::collection::{Change, Collection};
 use super::object::{self, Parsed};
 use super::scan::{Scan, Stamp, at, scan};
+use super::shared::SharedParts;
 use super::watch::{RESYNC, Reported};
 use crate::sys::regular_file;
 use crate::sys::writers::has_writers;
@@ -34,6 +35,7 @@ pub(super) struct FolderFiles {
     dir: PathBuf,
     settle: Duration,
     files: BTreeMap<PathBuf, FileState>,
+    shared: SharedParts,
     /// What is there.
     found: Scan,
     /// The time since which the files there have been the same.
@@ -93,6 +95,7 @@ impl FolderFiles {
             dir: dir.to_owned(),
             settle,
             files: BTreeMap::new(),
+            shared: SharedParts::default(),
             found: scan(dir, &|_| false),
             same_since: now,
             scanned: now,
@@ -100,7 +103,8 @@ impl FolderFiles {
         let mut look = new.look_of();
         for (name, stamp) in &new.found.files {
             match read_closed(dir, name) {
-                Ok(parsed) => {
+                Ok(mut parsed) => {
+                    new.shared.share(&mut parsed);
                     let file = FileState {
                         stamp: Some(*stamp),
                         latest: Some(Ok(Arc::new(parsed))),
@@ -233,7 +237,10 @@ impl FolderFiles {
                 }
                 continue;
             }
-            let latest = read(&self.dir, name);
+            let mut latest = read(&self.dir, name);
+            if let Ok(parsed) = &mut latest {
+                self.shared.share(parsed);
+            }
             let has_all = |latest: &Parsed| latest.has_all_of(&file.accepted);
             if !latest.as_ref().map_or(true, has_all)
                 && !may_count_as_removed(writers, still, self.settle)

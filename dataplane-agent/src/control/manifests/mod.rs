@@ -22,6 +22,7 @@ pub mod pod;
 mod principal;
 mod scan;
 pub mod service;
+mod shared;
 pub(crate) mod spelling;
 pub mod translate;
 pub mod translated;

@@ -14,7 +14,7 @@ use super::authorization_policy::AuthorizationPolicy;
 use super::endpoint_slice::EndpointSlice;
 use super::gateway::Gateway;
 use super::peer_authentication::PeerAuthentication;
-use super::pod::Pod;
+use super::pod::{self, Pod};
 use super::service::Service;
 use super::spelling;
 use super::yaml::{self, Node, NodeError};
@@ -32,6 +32,15 @@ pub struct Key {
 /// A kind and a key. Only one object may have both.
 pub type Identity = (&'static str, Key);
 
+/// The annotations that are used. Others are not kept: one of kubectl's is as large as all of its object.
+const ANNOTATIONS: [&str; 5] = [
+    pod::NETNS_ANNOTATION,
+    pod::HASH_ANNOTATION,
+    pod::MIRROR_ANNOTATION,
+    pod::SIDECAR_ANNOTATION,
+    spelling::DISTRIBUTION,
+];
+
 /// The fields of `metadata` that are used.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Meta {
@@ -40,9 +49,9 @@ pub struct Meta {
     /// The uid, which differs from that of an earlier object of the same name; empty if the manifest has none.
     pub uid: Arc<str>,
     /// Labels.
-    pub labels: BTreeMap<String, String>,
-    /// Annotations.
-    pub annotations: BTreeMap<String, String>,
+    pub labels: Arc<BTreeMap<String, String>>,
+    /// Those of [`ANNOTATIONS`] that it has.
+    annotations: BTreeMap<String, String>,
     /// `creationTimestamp`, if the manifest has one.
     pub created: Option<OffsetDateTime>,
     /// `true` if it is being deleted.
@@ -585,8 +594,12 @@ impl Meta {
                 name: raw.name.into(),
             },
             uid: raw.uid.into(),
-            labels: raw.labels,
-            annotations: raw.annotations,
+            labels: raw.labels.into(),
+            annotations: {
+                let all = raw.annotations.into_iter();
+                let used = all.filter(|(name, _)| ANNOTATIONS.contains(&name.as_str()));
+                used.collect()
+            },
             created,
             deleting: raw.deletion_timestamp.is_some(),
             generate_name: raw.generate_name,
@@ -596,6 +609,12 @@ impl Meta {
                 .find(|owner| owner.controller)
                 .map(|owner| (owner.kind, owner.name)),
         })
+    }
+
+    /// Returns the value of an annotation, which is one of those that are kept.
+    pub fn annotation(&self, name: &str) -> Option<&str> {
+        debug_assert!(ANNOTATIONS.contains(&name), "{name} is not kept");
+        self.annotations.get(name).map(String::as_str)
     }
 
     /// Returns a label's value.

@@ -18,12 +18,12 @@ use crate::mesh::workload::Health;
 /// The annotation that names a pod's network namespace by path.
 pub const NETNS_ANNOTATION: &str = "ambient.dataplane/netns";
 /// The annotation with the kubelet's own uid of a static pod; the API object has another uid.
-const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
+pub(super) const HASH_ANNOTATION: &str = "kubernetes.io/config.hash";
 /// The same uid, on the API object that the kubelet makes for a static pod. The API server lets nobody add it
 /// to a pod or change it, whereas whoever may annotate a pod can set the hash alone.
-const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
+pub(super) const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
 pub(super) const MODE_LABEL: &str = "istio.io/dataplane-mode";
-const SIDECAR_ANNOTATION: &str = "sidecar.istio.io/status";
+pub(super) const SIDECAR_ANNOTATION: &str = "sidecar.istio.io/status";
 
 /// The fields of a Pod that are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -125,7 +125,7 @@ pub(crate) fn wanted(pod: &Resource<Pod>, objects: &Objects, enrolled: bool) -> 
         "it has ended"
     } else if pod.body.host_network {
         "it is on the host's network"
-    } else if pod.meta.annotations.contains_key(SIDECAR_ANNOTATION) {
+    } else if pod.meta.annotation(SIDECAR_ANNOTATION).is_some() {
         "it has a sidecar"
     } else if mode == Some("none") {
         "its label istio.io/dataplane-mode is none"
@@ -141,14 +141,14 @@ pub(crate) fn wanted(pod: &Resource<Pod>, objects: &Objects, enrolled: bool) -> 
 
 /// Returns the path of its network namespace, if the annotation has one.
 pub(crate) fn netns_path(meta: &Meta) -> Option<PathBuf> {
-    meta.annotations.get(NETNS_ANNOTATION).map(PathBuf::from)
+    meta.annotation(NETNS_ANNOTATION).map(PathBuf::from)
 }
 
 /// Returns the uid by which the kubelet knows it, if it is a static pod.
 pub(crate) fn config_hash(meta: &Meta) -> Option<Arc<str>> {
-    let hash = meta.annotations.get(HASH_ANNOTATION)?;
-    let is_mirror = meta.annotations.get(MIRROR_ANNOTATION) == Some(hash);
-    is_mirror.then(|| hash.as_str().into())
+    let hash = meta.annotation(HASH_ANNOTATION)?;
+    let is_mirror = meta.annotation(MIRROR_ANNOTATION) == Some(hash);
+    is_mirror.then(|| hash.into())
 }
 
 /// Returns the name of the pod's owner, or its own.

@@ -248,18 +248,17 @@ pub(crate) fn load_balancing(service: &Resource<Service>, objects: &Objects) -> 
             .namespaces
             .get(&namespace)?
             .meta
-            .annotations
-            .get(DISTRIBUTION)
+            .annotation(DISTRIBUTION)
     };
     let distribution = service
         .body
         .distribution
-        .as_ref()
-        .or_else(|| service.meta.annotations.get(DISTRIBUTION))
+        .as_deref()
+        .or_else(|| service.meta.annotation(DISTRIBUTION))
         .or_else(of_namespace);
     // A word in other letter case than Kubernetes' own is valid in the annotation: see `spelling`.
     let mut preferences = Vec::new();
-    if distribution.is_some_and(|word| is_distribution(word)) {
+    if distribution.is_some_and(is_distribution) {
         preferences.extend([Scope::Network, Scope::Region, Scope::Zone]);
     }
     if distribution.is_some_and(|word| word.eq_ignore_ascii_case("PreferSameNode")) {

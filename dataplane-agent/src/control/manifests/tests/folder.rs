@@ -715,3 +715,32 @@ fn more_than_a_changed_file_is_found_whatever_was_reported() {
     folder.reload_reported(files(&[]));
     assert_eq!(names(&folder), ["a", "b", "e", "g"]);
 }
+
+#[test]
+fn a_pod_of_a_deployment_takes_less_than_a_kilobyte_and_a_half() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (files, in_a_file) = (50, 20);
+    let applied = "x".repeat(1000);
+    for file in 0..files {
+        let pods = (0..in_a_file).map(|pod| {
+            format!(
+                "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: web-{file}-5d8b9c7f4-{pod:05}\n  namespace: ns-{0}\n  \
+                 uid: 2b0a7f4e-0000-4000-8000-{file:06}{pod:06}\n  generateName: web-{file}-5d8b9c7f4-\n  \
+                 labels: {{app: web-{file}, version: v1, pod-template-hash: 5d8b9c7f4}}\n  \
+                 annotations: {{kubectl.kubernetes.io/last-applied-configuration: {applied}}}\n  \
+                 ownerReferences: [{{apiVersion: apps/v1, kind: ReplicaSet, name: web-{file}-5d8b9c7f4, controller: true}}]\n\
+                 spec: {{nodeName: node-{1}, serviceAccountName: web-{file}}}\n\
+                 status: {{phase: Running, podIPs: [{{ip: 10.1.{file}.{pod}}}]}}\n",
+                file % 10,
+                pod % 10
+            )
+        });
+        put(&dir, &format!("{file}.yaml"), &pods.collect::<String>());
+    }
+    let (before, _) = memory::counted::taken();
+    let folder = ManifestFolder::open(dir.path()).expect("good files");
+    let (after, _) = memory::counted::taken();
+    let each = (after - before) / (files * in_a_file);
+    assert!(each < 1500, "{each} bytes for each");
+    assert_eq!(folder.objects().pods.len(), files * in_a_file);
+}
