@@ -145,6 +145,7 @@ fn pod(number: u32, size: u32) -> Arc<LocalPod> {
         name: of.name,
         addresses: std::sync::RwLock::new(of.addresses.into()),
         netns: Netns::own().expect("a network namespace"),
+        cookie: number.into(),
         ports: [15001, 15006, 15008],
         handshakes: Default::default(),
         places: Default::default(),

@@ -171,7 +171,11 @@ impl Workers {
     pub fn apply(&mut self, event: PodEvent) {
         match event {
             PodEvent::Up(lease) => {
-                let (pod, listeners) = LocalPod::of(*lease);
+                let homes = self.homes.values();
+                let before = homes
+                    .map(|home| &*home.pod)
+                    .find(|pod| pod.cookie == lease.cookie);
+                let (pod, listeners) = LocalPod::of(*lease, before);
                 let (home, tasks) = (self.home(), task_tracker());
                 // The home worker is last: it hands connections to the others, which must know the pod.
                 for (number, handle) in self.handles.iter().enumerate() {

@@ -37,8 +37,11 @@ pub struct LocalPod {
     pub handshakes: Handshakes,
     /// Places for its connections and tunnels.
     pub places: PodPlaces,
-    /// Clients that are connected in clear from a port that the agent might use in their name.
-    pub clients: Clients,
+    /// The cookie of that network namespace.
+    pub cookie: u64,
+    /// Clients that are connected in clear from a port that the agent might use in their name: to whichever enrolment
+    /// of the network namespace, since connections outlive one.
+    pub clients: Arc<Clients>,
     /// The next port to use in each client's name.
     pub spoofed: Ports,
     /// The stamp by which the kernel programs know the agent's own sockets in it.
@@ -81,8 +84,10 @@ impl LocalPod {
     /// Number of ports that are tried for one connection in a client's name.
     pub const PORT_TRIES: usize = ports::TRIES;
 
-    /// Creates a leased pod. Its listeners are for whoever accepts from them.
-    pub fn of(lease: Lease) -> (Arc<Self>, Listeners) {
+    /// Creates a leased pod. Its listeners are for whoever accepts from them. `before`: another enrolment of its
+    /// network namespace, if there is one still.
+    pub fn of(lease: Lease, before: Option<&Self>) -> (Arc<Self>, Listeners) {
+        let clients = before.map(|before| Arc::clone(&before.clients));
         let pod = Self {
             instance: lease.instance,
             uid: lease.uid,
@@ -91,10 +96,11 @@ impl LocalPod {
             identity: lease.identity,
             addresses: RwLock::new(lease.addresses),
             netns: lease.netns,
+            cookie: lease.cookie,
             ports: lease.listeners.ports(),
             handshakes: Handshakes::default(),
             places: PodPlaces::default(),
-            clients: Clients::default(),
+            clients: clients.unwrap_or_default(),
             spoofed: Ports::default(),
             stamp: lease.stamp,
         };
@@ -115,7 +121,8 @@ impl LocalPod {
             identity,
             addresses: RwLock::new(addresses.into()),
             netns: Netns::own().expect("/proc is there"),
-            clients: Clients::default(),
+            cookie: 0,
+            clients: Arc::default(),
             spoofed: Ports::default(),
             stamp: Arc::default(),
         })

@@ -6,6 +6,7 @@ use std::net::{IpAddr, TcpListener, TcpStream};
 use super::*;
 use crate::mesh::{self, Identity};
 use crate::observe::metrics::{Metrics, Sources};
+use crate::proxy::accept::Clients;
 use crate::proxy::identity::test_ca::Ca;
 use crate::seam::Lease;
 use crate::sys::netns::Netns;
@@ -16,6 +17,24 @@ struct Served {
     instance: Instance,
     /// The same listeners, as others have them.
     listeners: Listeners,
+}
+
+/// Enrols a pod in the network namespace with this cookie.
+fn enrol(workers: &mut Workers, cookie: u64, listeners: &Listeners) -> Instance {
+    let instance = Instance::next();
+    workers.apply(PodEvent::Up(Box::new(Lease {
+        instance,
+        uid: "c//Pod/ns/p".into(),
+        namespace: "ns".into(),
+        name: "p".into(),
+        identity: Identity::new("td", "ns", "sa"),
+        addresses: [IpAddr::from([127, 0, 0, 1])].into(),
+        netns: Netns::own().expect("/proc is there"),
+        cookie,
+        listeners: listeners.share().expect("descriptors"),
+        stamp: Arc::default(),
+    })));
+    instance
 }
 
 impl Served {
@@ -48,24 +67,17 @@ impl Served {
             inbound: listener(),
             hbone: listener(),
         };
-        let instance = Instance::next();
-        workers.apply(PodEvent::Up(Box::new(Lease {
-            instance,
-            uid: "c//Pod/ns/p".into(),
-            namespace: "ns".into(),
-            name: "p".into(),
-            identity: Identity::new("td", "ns", "sa"),
-            addresses: [IpAddr::from([127, 0, 0, 1])].into(),
-            netns: Netns::own().expect("/proc is there"),
-            cookie: 1,
-            listeners: listeners.share().expect("descriptors"),
-            stamp: Arc::default(),
-        })));
+        let instance = enrol(&mut workers, 1, &listeners);
         Self {
             workers,
             instance,
             listeners,
         }
+    }
+
+    /// The clients of an enrolment.
+    fn clients(&self, of: Instance) -> &Arc<Clients> {
+        &self.workers.homes[&of].pod.clients
     }
 
     /// Whether a connection that is made now is accepted within half a second.
@@ -95,6 +107,17 @@ async fn a_pod_of_which_it_was_said_that_nothing_runs_is_not_accepted_for_until_
     assert!(!served.accepts());
     served.workers.apply(PodEvent::Revive(served.instance));
     assert!(served.accepts_soon());
+    served.workers.end().await;
+}
+
+#[tokio::test]
+async fn c10_enrolments_of_one_network_namespace_know_each_others_clients() {
+    let mut served = Served::new();
+    let after = enrol(&mut served.workers, 1, &served.listeners);
+    let other = enrol(&mut served.workers, 2, &served.listeners);
+    let own = served.clients(served.instance);
+    assert!(Arc::ptr_eq(own, served.clients(after)));
+    assert!(!Arc::ptr_eq(own, served.clients(other)));
     served.workers.end().await;
 }
 
