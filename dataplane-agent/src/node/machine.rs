@@ -242,10 +242,11 @@ impl PodLocator {
                 (sighting.misses, sighting.missed, sighting.last) = (0, None, looks);
             } else if sighting
                 .missed
-                .is_none_or(|missed| now - missed >= MIN_MISS_INTERVAL)
+                .is_none_or(|missed| now.saturating_duration_since(missed) >= MIN_MISS_INTERVAL)
             {
                 sighting.misses += 1;
-                sighting.missed = Some(now);
+                // The end of this look: it may have stood still since it began.
+                sighting.missed = Some(Instant::now());
             }
         }
     }
@@ -433,6 +434,17 @@ mod tests {
         let later = |looks| now + Duration::from_secs(looks);
         assert_eq!(scan_at(&mut machine, &[], &[], later(1)), [].into());
         assert_eq!(scan_at(&mut machine, &[], &[], later(2)), [7].into());
+    }
+
+    #[test]
+    fn looks_that_stood_still_after_they_began_miss_a_namespace_once() {
+        let mut machine = machine();
+        scan(&mut machine, &[100], &[]);
+        let read = Instant::now();
+        for seconds in (0..2 * u64::from(MISSES_UNTIL_GONE)).rev() {
+            let began = read - Duration::from_secs(seconds);
+            assert_eq!(scan_at(&mut machine, &[], &[], began), [].into());
+        }
     }
 
     #[test]
