@@ -208,12 +208,15 @@ impl Built {
         Ok(path)
     }
 
-    /// Returns the executables of tests/cases, which need the real kernel.
-    pub(crate) fn cases(&self) -> Vec<&Executable> {
-        self.tests
-            .iter()
-            .filter(|test| test.case.is_some())
-            .collect()
+    /// Returns the executables of tests/cases, which need the real kernel, that a filter selects, and the filter to
+    /// pass to them.
+    pub(crate) fn chosen_cases<'a>(
+        &self,
+        filter: Option<&'a str>,
+    ) -> (Vec<&Executable>, Option<&'a str>) {
+        let (mut chosen, filter) = self.chosen(filter);
+        chosen.retain(|test| test.case.is_some());
+        (chosen, filter)
     }
 
     /// Returns the executables that a filter selects, and the filter to pass to them.

@@ -32,7 +32,8 @@ use matrix::Column;
 ///
 /// Examples: `cargo xtask vm` is the oldest kernel; `cargo xtask vm all` is this machine's and all;
 /// `cargo xtask vm --kernel 6.12 --append ipv6.disable=1 check` boots one without IPv6, and only
-/// asks what the agent says of it; `cargo xtask vm --only held` runs the tests of that name.
+/// asks what the agent says of it; `cargo xtask vm --only halves` runs what is in
+/// tests/cases/halves.rs, and `--only captured` the tests of that name.
 #[derive(clap::Args)]
 pub(crate) struct Options {
     /// What to run.
@@ -46,7 +47,7 @@ pub(crate) struct Options {
     /// Words for the kernel's command line, such as `ipv6.disable=1`.
     #[arg(long, value_name = "WORDS", default_value = "")]
     append: String,
-    /// Runs only the tests whose name contains this.
+    /// Runs only the file of tests/cases of this name, or the tests whose name contains it.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
     /// Writes what the table says of these kernels into docs/kernels.md, if all passed.
@@ -107,14 +108,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let kernels: Vec<Kernel> = names.into_iter().map(Kernel::find).collect::<Result<_>>()?;
     let accelerator = |first| Accelerator::find(first, built.program("init")?);
     let accelerator = kernels.first().map(accelerator).transpose()?;
-    let cases = match options.what {
-        What::Check => Vec::new(),
-        What::Tests | What::Invariants | What::All => built.cases(),
+    let (cases, filter) = match options.what {
+        What::Check => (Vec::new(), None),
+        What::Tests | What::Invariants | What::All => built.chosen_cases(options.only.as_deref()),
     };
     // The tests that have to run, by executable.
     let mut chosen = BTreeMap::new();
     for case in &cases {
-        let mut names = case.list(options.only.as_deref())?;
+        let mut names = case.list(filter)?;
         if options.what == What::Invariants {
             names.retain(|name| is_of_an_invariant(name));
         }
