@@ -30,6 +30,8 @@ pub(crate) struct Column {
     tests: Vec<(String, Outcome)>,
     /// The failures besides those of tests.
     wrong: Vec<String>,
+    /// `true` if of the tests only those ran that are named after an invariant.
+    pub(crate) invariants_alone: bool,
 }
 
 /// Rows by name, a cell for each column.
@@ -49,6 +51,7 @@ impl Column {
             said: Default::default(),
             tests: tests.collect(),
             wrong: Vec::new(),
+            invariants_alone: false,
         }
     }
 
@@ -300,9 +303,14 @@ impl Column {
         if !self.tests.is_empty() {
             let passed: u64 = self.tests.iter().map(|(_, outcome)| outcome.passed).sum();
             let failed: u64 = self.tests.iter().map(|(_, outcome)| outcome.failed).sum();
+            let which = if self.invariants_alone {
+                "of the invariants"
+            } else {
+                "the whole suite"
+            };
             cells.push((
                 "tests passed".into(),
-                format!("{passed} of {}", passed + failed),
+                format!("{passed} of {}, {which}", passed + failed),
             ));
         }
         cells
@@ -403,9 +411,9 @@ impl Table {
         let text = format!(
             "# Kernels\n\n\
              Linux {oldest} is the oldest that is tested. This table is written by `cargo xtask vm all\n\
-             --write`, which runs the whole suite of `tests/cases` on each of these kernels, or by `cargo\n\
-             xtask vm --kernel 6.1 --write` for one of them; only what passed is written, with the commit that\n\
-             was tested. `instructions` are those that the verifier walked through, of the million that it\n\
+             --write`, which runs the whole suite of `tests/cases` on each of these kernels, by `cargo xtask vm\n\
+             --kernel 6.1 --write` for one of them, or, with `invariants`, by those of the tests that are named\n\
+             after an invariant; only what passed is written, with the commit that was tested. `instructions` are those that the verifier walked through, of the million that it\n\
              allows; the stack is of 512 bytes. What is off is what the agent does without, and why. A\n\
              virtual machine loads the modules that the tests of its commit need and its kernel has not built in,\n\
              now fuse and veth; the agent needs none, `tcp_diag` among them.\n\n\
