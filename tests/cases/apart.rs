@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use dataplane_tests::halves::PORT;
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Halves, World, eventually, scaled};
+use dataplane_tests::{Agent, Halves, World, eventually, pause, scaled};
 use nix::sys::signal::Signal;
 
 /// Asks an app of the server from the client, which is to be answered.
@@ -221,7 +221,7 @@ fn of_two_proxies_the_second_has_the_admin_socket_when_the_first_has_ended() {
     second.logs(&["all pods of the node are lent"]);
     second.logs(&["another process has the admin socket"]);
     // Each looks after its own every three seconds.
-    std::thread::sleep(scaled(Duration::from_secs(7)));
+    pause(Duration::from_secs(7));
     assert_eq!(inode(&socket), first);
     for agent in [&halves.proxy, &second] {
         let log = agent.log();

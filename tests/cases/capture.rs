@@ -14,7 +14,7 @@ use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, output, said};
 use dataplane_tests::wire::Segment;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Pair, Taps, Wire, World, eventually, program, require_root, scaled};
+use dataplane_tests::{Pair, Taps, Wire, World, eventually, pause, program, require_root};
 
 const PORT: u16 = 7000;
 
@@ -70,7 +70,7 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
     pair.one.kill();
     left.0.say("after the client's agent");
     left.1.say("after the client's agent");
-    std::thread::sleep(scaled(Duration::from_millis(500)));
+    pause(Duration::from_millis(500));
     pair.one.restart();
     pair.one.up(&["client"]);
     eventually("served again", 10, || {
@@ -80,9 +80,9 @@ fn c7_not_one_packet_of_a_captured_connection_leaves_however_it_ends() {
     pair.two.kill();
     left.0.say("after the server's agent");
     left.1.say("after the server's agent");
-    std::thread::sleep(scaled(Duration::from_millis(500)));
+    pause(Duration::from_millis(500));
     drop((left, servers));
-    std::thread::sleep(scaled(Duration::from_millis(300)));
+    pause(Duration::from_millis(300));
     taps.saw_nothing_of(PORT..PORT + 6);
     pair.two.restart();
     pair.two.up(&["server"]);
@@ -582,7 +582,7 @@ fn the_programs_log_when_they_are_told_to_and_not_before() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);
     // Their log is forwarded in bursts.
-    let burst = || std::thread::sleep(scaled(Duration::from_millis(300)));
+    let burst = || pause(Duration::from_millis(300));
     assert!(pair.client.ask(pair.server.at(PORT), "quiet").is_ok());
     burst();
     assert!(!pair.one.log().contains("captured=1"));

@@ -11,7 +11,7 @@ use std::{fs, mem};
 use dataplane_tests::agent::{CAPABILITIES, PROXY_CAPABILITIES};
 use dataplane_tests::halves::PORT;
 use dataplane_tests::process::output;
-use dataplane_tests::{Agent, Halves, Pod, Process, World, eventually, scaled};
+use dataplane_tests::{Agent, Halves, Pod, Process, World, eventually, pause, scaled};
 use nix::sys::signal::Signal;
 
 #[test]
@@ -276,7 +276,7 @@ fn c7_what_runs_since_before_the_node_half_came_back_has_its_time_to_drain_and_i
     halves.restart_node();
     halves.world.manifests.remove_pod("demo", "client");
     halves.node.logs(&["pod leaves the mesh"]);
-    std::thread::sleep(scaled(Duration::from_secs(2)));
+    pause(Duration::from_secs(2));
     halves.carries(&mut live, "while it drains");
     halves.node.logs(&["pod left the mesh"]);
     is_cut(&live);
@@ -290,7 +290,7 @@ fn is_cut_after(leaves: impl FnOnce(&Halves)) {
     halves.node.kill();
     leaves(&halves);
     // The proxy tries again less and less often, up to once a second.
-    std::thread::sleep(scaled(Duration::from_secs(2)));
+    pause(Duration::from_secs(2));
     halves.node.restart();
     halves.node.logs(&["pod left the mesh"]);
     is_cut(&live);
@@ -562,7 +562,7 @@ fn what_drains_goes_on_while_its_proxy_stands_still_for_a_while() {
     let mut live = halves.live();
     halves.world.manifests.remove_pod("demo", "client");
     halves.node.logs(&["pod leaves the mesh"]);
-    std::thread::sleep(scaled(Duration::from_secs(2)));
+    pause(Duration::from_secs(2));
     halves.proxy.signal(Signal::SIGSTOP);
     let _other = halves.nodes.0.pod(&halves.world, "other");
     eventually("that is told", 20, || {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use dataplane_tests::bpf::{self, steering};
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, output};
-use dataplane_tests::{Pair, eventually, program, scaled};
+use dataplane_tests::{Pair, eventually, pause, program};
 
 const PORT: u16 = 7000;
 
@@ -112,7 +112,7 @@ fn c1_a_pod_that_leaves_and_comes_back_under_load_reaches_who_it_asks_for() {
             pair.one.log().matches("pod leaves the mesh").count() > turn
         });
         lo("up");
-        std::thread::sleep(scaled(Duration::from_millis(1500)));
+        pause(Duration::from_millis(1500));
         in_mesh(&pair, true);
         pair.one.up(&["client"]);
     }
@@ -187,7 +187,7 @@ fn c1_what_was_sent_while_no_agent_ran_never_reaches_the_pods_own_app() {
         let to = [pair.server.at(PORT), pair.server.at6(PORT)];
         let floods = to.map(|to| flood(&pair, to, 3));
         in_mesh(&pair, turn % 2 == 1);
-        std::thread::sleep(scaled(Duration::from_millis(1500)));
+        pause(Duration::from_millis(1500));
         pair.one.restart();
         match turn % 2 {
             0 => pair.one.is("client", "ignored"),
@@ -200,7 +200,7 @@ fn c1_what_was_sent_while_no_agent_ran_never_reaches_the_pods_own_app() {
     pair.one.kill();
     let to = [pair.server.at(PORT), pair.server.at6(PORT)];
     let floods = to.map(|to| flood(&pair, to, 3));
-    std::thread::sleep(scaled(Duration::from_millis(1500)));
+    pause(Duration::from_millis(1500));
     let (status, _, error) = pair.one.uninstall();
     assert!(status.success(), "{error}");
     floods.into_iter().for_each(|flood| _ = flood.end());

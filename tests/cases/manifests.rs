@@ -8,7 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use dataplane_tests::{Process, SingleNode, World, eventually, scaled};
+use dataplane_tests::{Process, SingleNode, World, eventually, pause};
 
 const PORT: u16 = 7000;
 
@@ -118,7 +118,7 @@ fn c1_a_captured_pod_that_nothing_says_at_a_start_stays_until_manifests_are_whol
     fs::rename(&object, one.world.folder().join("pod.yaml")).expect("a file");
     one.agent.restart();
     one.agent.logs(&["demo/server", "stays so for now"]);
-    std::thread::sleep(scaled(Duration::from_secs(8)));
+    pause(Duration::from_secs(8));
     assert!(one.is_captured());
     let record = one.world.state.join("enrolled/demo.server.json");
     assert!(record.exists());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dataplane_tests::bpf::keys;
 use dataplane_tests::wire::Segment;
-use dataplane_tests::{Pair, Pod, Wire, World, eventually, repairs, scaled};
+use dataplane_tests::{Pair, Pod, Wire, World, eventually, pause, repairs};
 
 const PORT: u16 = 7000;
 /// A port without a listener at first.
@@ -228,7 +228,7 @@ fn c1_without_an_agent_an_address_that_a_pod_has_no_more_is_not_its_own() {
         }
     }
     talks.iter_mut().for_each(|talk| talk.say("to whom"));
-    std::thread::sleep(scaled(Duration::from_millis(300)));
+    pause(Duration::from_millis(300));
     let out =
         |segment: &Segment| segment.from.0 == pair.client.v4 || segment.from.0 == pair.client.v6;
     let leaked: Vec<_> = tap

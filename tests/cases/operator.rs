@@ -9,7 +9,7 @@ use std::time::Duration;
 use dataplane_tests::command::{dataplane, run};
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, SingleNode, World, eventually, program, scaled};
+use dataplane_tests::{Agent, SingleNode, World, eventually, pause, program};
 
 #[test]
 fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
@@ -163,7 +163,7 @@ fn a_pod_of_which_other_nodes_cannot_be_told_is_not_up_until_they_can() {
     eventually("the first is dialled by HBONE", 20, || {
         agent.tunnelled() == 1
     });
-    std::thread::sleep(scaled(Duration::from_secs(5)));
+    pause(Duration::from_secs(5));
     let log = agent.log();
     let told = log.matches("No space left").count();
     assert!((1..=2).contains(&told), "{log}");

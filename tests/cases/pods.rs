@@ -17,7 +17,7 @@ use dataplane_tests::lacks::Restriction;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, repairs, scaled};
+use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, pause, repairs};
 use nix::mount::MntFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -181,7 +181,7 @@ fn c7_an_agent_that_cannot_look_lets_no_pod_go() {
     let _app = pair.server.serve(PORT);
     let mut live = pair.client.live(pair.server.at(PORT));
     let before = pair.one.limit_files(3);
-    std::thread::sleep(scaled(Duration::from_secs(6)));
+    pause(Duration::from_secs(6));
     assert!(is_captured(&pair.client), "it stays captured");
     live.say("what runs goes on");
     assert_eq!(live.line(), format!("{} what runs goes on", pair.client.v4));
@@ -381,7 +381,7 @@ fn c1_a_pod_that_is_being_deleted_stays_captured_whatever_became_of_its_record()
     manifests.write("pod-demo-client.yaml", &text);
     pair.one.restart();
     pair.one.up(&["client"]);
-    std::thread::sleep(scaled(Duration::from_secs(3)));
+    pause(Duration::from_secs(3));
     let captured = pair.one.counter("captured");
     assert!(pair.client.ask(pair.server.at(PORT), "last words").is_ok());
     assert_eq!(pair.one.counter("captured"), captured + 1);
@@ -645,7 +645,7 @@ fn a_pod_that_starts_and_one_that_ends_are_looked_at_as_it_happens() {
     let since = || agent.log().len();
     eventually("nothing happens", 20, || {
         let since = since();
-        std::thread::sleep(scaled(Duration::from_secs(2)));
+        pause(Duration::from_secs(2));
         !is_told(since)
     });
     let since_start = since();
@@ -663,7 +663,7 @@ fn a_pod_that_starts_and_one_that_ends_are_looked_at_as_it_happens() {
     let container = Cgroup::new(&late.cgroup.folder.join("later"));
     eventually("all is told of it", 20, || {
         let since = since();
-        std::thread::sleep(scaled(Duration::from_secs(1)));
+        pause(Duration::from_secs(1));
         !is_told(since)
     });
     let since_inside = since();
@@ -737,7 +737,7 @@ fn c6_who_names_a_cgroup_of_its_own_after_another_pod_gains_nothing() {
     object.annotations.push(says("hash"));
     world.manifests.pod(&object);
     agent.up(&["victim"]);
-    std::thread::sleep(scaled(Duration::from_secs(3)));
+    pause(Duration::from_secs(3));
     assert_eq!(agent.pod("fixed").0, "waiting");
     object.annotations.push(says("mirror"));
     world.manifests.pod(&object);
@@ -889,7 +889,7 @@ fn c6_who_takes_the_address_of_a_pod_that_is_gone_does_not_get_its_identity() {
     let (v4, v6) = (victim.v4.to_string(), victim.v6.to_string());
     drop(victim);
     agent.logs(&["pod left the mesh"]);
-    std::thread::sleep(scaled(Duration::from_secs(3)));
+    pause(Duration::from_secs(3));
     assert!(!is_captured(&thief));
     agent.is("victim", "waiting");
     // The victim itself, in a newer namespace.

@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use dataplane_tests::{Agent, Pair, Pod, bpf, eventually, repairs, scaled, within};
+use dataplane_tests::{Agent, Pair, Pod, bpf, eventually, pause, repairs, scaled, within};
 use nix::sys::signal::Signal;
 
 const PORT: u16 = 7000;
@@ -184,7 +184,7 @@ fn c1_programs_are_put_back_where_nothing_can_be_pinned() {
     detach(&pair);
     eventually("it is captured again", 10, is_captured);
     // Still after two more scans.
-    std::thread::sleep(scaled(std::time::Duration::from_secs(7)));
+    pause(std::time::Duration::from_secs(7));
     assert!(is_captured());
     assert_eq!(pair.one.pod("client").0, "broken");
     fs::remove_file(bpffs.join("stranger")).expect("a file");
@@ -217,14 +217,14 @@ fn c1_a_pin_of_what_was_detached_is_not_one_of_what_is_attached() {
         ["program", "steer"].map(|part| repairs(&pair.one, part)) == before.map(|count| count + 1)
     });
     // Still after two more scans.
-    std::thread::sleep(scaled(Duration::from_secs(7)));
+    pause(Duration::from_secs(7));
     assert_eq!(pair.one.pod("client").0, "broken");
     for block in &blocks {
         fs::remove_dir(block).expect("a folder");
     }
     pair.one.up(&["client"]);
     pair.one.kill();
-    std::thread::sleep(scaled(Duration::from_secs(1)));
+    pause(Duration::from_secs(1));
     assert_eq!(bpf::steering(&netns), 1);
     let cgroup = fs::metadata(&pair.nodes.0.cgroup.folder).expect("a cgroup");
     assert_eq!(bpf::detach(cgroup.ino()), 4);

@@ -51,15 +51,25 @@ pub fn program(variable: &str) -> PathBuf {
     PathBuf::from(path)
 }
 
-/// Scales a time for this machine by `DATAPLANE_TEST_SCALE`, which is set if it is slow.
-pub fn scaled(time: Duration) -> Duration {
+/// Scales a time limit for this machine by `DATAPLANE_TEST_SCALE`, which is set if it is slow.
+pub fn scaled(limit: Duration) -> Duration {
+    limit.mul_f64(scale())
+}
+
+/// Sleeps while an agent's timers of this time pass, and as long as it takes on this machine to do what they are
+/// for: timers are as fast on a slow machine.
+pub fn pause(time: Duration) {
+    std::thread::sleep(time + Duration::from_millis(250).mul_f64(scale() - 1.0));
+}
+
+fn scale() -> f64 {
     let scale = std::env::var("DATAPLANE_TEST_SCALE").ok();
-    let scale = scale.map_or(1.0, |scale| {
-        scale
+    scale.map_or(1.0, |scale| {
+        let scale: f64 = scale
             .parse()
-            .expect("DATAPLANE_TEST_SCALE is a number, as 1 or 2.5")
-    });
-    time.mul_f64(scale)
+            .expect("DATAPLANE_TEST_SCALE is a number, as 1 or 2.5");
+        scale.max(1.0)
+    })
 }
 
 /// Waits until `holds` returns `true`.
