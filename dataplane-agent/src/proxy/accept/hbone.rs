@@ -18,6 +18,7 @@ use super::{Accepted, Direction, Io, LocalPod};
 use crate::mesh::Identity;
 use crate::observe::{Failure, Flag};
 use crate::proxy::hbone::keepalive::{self, Health};
+use crate::proxy::hbone::pace::Paced;
 use crate::proxy::hbone::payload::Payload;
 use crate::proxy::hbone::readahead::ReadAhead;
 use crate::proxy::hbone::stream::{TunnelState, Waiting};
@@ -101,7 +102,7 @@ impl Failure for AcceptError {
 
 /// A tunnel whose peer is authenticated.
 pub struct AcceptedTunnel {
-    connection: server::Connection<TlsStream<ReadAhead>, Payload>,
+    connection: server::Connection<Paced<TlsStream<ReadAhead>>, Payload>,
     /// The peer's identity.
     pub identity: Identity,
     /// The peer in whose share its requests take places.
@@ -150,7 +151,7 @@ pub async fn handshake(
     let peer = pod.places.peer(Some(&identity), address);
     let place = places.take_for(&pod.places, &peer)?;
     drop(turns);
-    let connection = timeout_at(deadline, hbone::server().handshake(tls))
+    let connection = timeout_at(deadline, hbone::server(tls))
         .await
         .map_err(|_| AcceptError::Slow)?
         .map_err(AcceptError::Handshake)?;

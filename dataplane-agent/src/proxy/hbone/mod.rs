@@ -5,12 +5,18 @@
 pub mod batch;
 pub mod headers;
 pub mod keepalive;
+pub mod pace;
 pub mod payload;
 pub mod readahead;
 pub mod stream;
 pub mod window;
 
 use std::time::Duration;
+
+use bytes::Buf;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use pace::Paced;
 
 /// Port at which a pod takes tunnels.
 pub const PORT: u16 = 15008;
@@ -50,10 +56,12 @@ pub const SERVER_HEADERS: u32 = 64 << 10;
 /// Largest response headers, in decoded bytes.
 pub const CLIENT_HEADERS: u32 = 16 << 10;
 /// Time for which a stream that we reset is remembered: what its peer sent before it learned of the reset is no
-/// error. A peer that learns of it later answers no PING either, and its tunnel has ended.
-pub const RESET_MEMORY: Duration = Duration::from_secs(30);
-/// Number of reset streams that are remembered; each costs about half a KiB.
-pub const RESET_STREAMS: usize = 8192;
+/// error.
+pub const RESET_MEMORY: Duration = Duration::from_secs(10);
+/// Number of reset streams that are remembered, all that a tunnel may have at once and as many after them. Each costs
+/// about half a KiB, which no share of memory counts, and time at each of the peer's SETTINGS: see [`pace`]. What
+/// comes for others counts in [`LOCAL_ERROR_RESETS`].
+pub const RESET_STREAMS: usize = 2 * SERVER_STREAMS as usize;
 /// Streams that the peer may reset before we looked at them (rapid reset); more end the tunnel. All streams of a
 /// tunnel may be given up at once, and others after them, while we are busy, so this is several times
 /// [`SERVER_STREAMS`].
@@ -88,8 +96,18 @@ pub const PING_AFTER: Duration = Duration::from_secs(1);
 /// Time limit of the answer to CONNECT. The peer has [`CONNECT_TIMEOUT`] to reach its app, and reports a failure.
 pub const CONNECT_ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Returns the HTTP/2 settings of the server side.
-pub fn server() -> h2::server::Builder {
+/// Length of what a client sends before its first frame (RFC 9113, 3.4), in bytes.
+const PREFACE: usize = 24;
+
+/// Begins HTTP/2 in a tunnel that a peer has opened.
+///
+/// # Errors
+/// The peer does not speak HTTP/2, or the tunnel has ended.
+pub async fn server<T, B>(io: T) -> Result<h2::server::Connection<Paced<T>, B>, h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+    B: Buf,
+{
     let mut builder = h2::server::Builder::new();
     builder
         .initial_window_size(STREAM_WINDOW)
@@ -103,11 +121,26 @@ pub fn server() -> h2::server::Builder {
         .reset_stream_duration(RESET_MEMORY)
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS));
-    builder
+    builder.handshake(Paced::new(io, PREFACE)).await
 }
 
-/// Returns the HTTP/2 settings of the client side.
-pub fn client() -> h2::client::Builder {
+/// Begins HTTP/2 in a tunnel that we have opened.
+///
+/// # Errors
+/// As for [`server`].
+pub async fn client<T, B>(
+    io: T,
+) -> Result<
+    (
+        h2::client::SendRequest<B>,
+        h2::client::Connection<Paced<T>, B>,
+    ),
+    h2::Error,
+>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+    B: Buf,
+{
     let mut builder = h2::client::Builder::new();
     builder
         .enable_push(false)
@@ -122,5 +155,5 @@ pub fn client() -> h2::client::Builder {
         .reset_stream_duration(RESET_MEMORY)
         .max_pending_accept_reset_streams(PENDING_RESETS)
         .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS));
-    builder
+    builder.handshake(Paced::new(io, 0)).await
 }

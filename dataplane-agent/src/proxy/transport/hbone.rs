@@ -116,7 +116,7 @@ pub async fn dial(
         let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
         let peers_end = certs::end_of(chain)
             .map_err(|error| TransportError::Identity(error.to_string().into()))?;
-        let handshake = hbone::client().handshake::<_, Payload>(tls).await;
+        let handshake = hbone::client::<_, Payload>(tls).await;
         handshake
             .map(|made| (made, peers_end))
             .map_err(|error| TransportError::Handshake(error.to_string().into()))

@@ -74,8 +74,8 @@ async fn pair() -> (TcpStream, TcpStream) {
 /// Returns our ends with the peer's, and the future that drives both.
 async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = ()>) {
     let (near, far) = tokio::io::duplex(1 << 20);
-    let client = crate::proxy::hbone::client().handshake::<_, Payload>(near);
-    let server = crate::proxy::hbone::server().handshake::<_, Payload>(far);
+    let client = crate::proxy::hbone::client::<_, Payload>(near);
+    let server = crate::proxy::hbone::server::<_, Payload>(far);
     let (client, server) = tokio::join!(client, server);
     let ((mut send, mut driven), mut server) = (client.expect("client"), server.expect("server"));
     let [ours, theirs] = [(); 2].map(|()| TunnelState::new(&Share::default()));

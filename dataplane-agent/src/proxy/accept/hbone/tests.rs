@@ -167,9 +167,7 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
         let tls = tokio_rustls::TlsConnector::from(tls)
             .connect(nobody, tcp)
             .await;
-        let h2 = hbone::client()
-            .handshake::<_, Bytes>(over(tls.expect("TLS"), &tasks))
-            .await;
+        let h2 = hbone::client::<_, Bytes>(over(tls.expect("TLS"), &tasks)).await;
         let (mut send, connection) = h2.expect("HTTP/2");
         let use_it = async {
             use_it(&mut send).await;

@@ -1,8 +1,11 @@
 //! Frames that a peer may send to our end of a tunnel.
 
+use futures_util::FutureExt;
 use h2::Reason;
+use tokio::task::coop::unconstrained;
 
 use super::*;
+use crate::proxy::hbone::pace::{IN_A_TURN, Paced};
 
 /// An HTTP/2 client that reads nothing by itself: each call is a frame.
 struct Frames(tokio::io::DuplexStream);
@@ -23,19 +26,25 @@ impl Frames {
         self.write(1, 4, stream, &request).await;
     }
 
+    /// Returns the type and the flags of the frame that comes next.
+    async fn next(&mut self) -> (u8, u8) {
+        let mut head = [0; 9];
+        self.0.read_exact(&mut head).await.expect("a frame");
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let mut payload = vec![0; length as usize];
+        self.0.read_exact(&mut payload).await.expect("a frame");
+        (head[3], head[4])
+    }
+
     /// Returns the types of the frames that come, up to the answer to a PING.
     async fn until_pong(&mut self) -> Vec<u8> {
         self.write(6, 0, 0, b"12345678").await;
         let mut kinds = Vec::new();
         loop {
-            let mut head = [0; 9];
-            self.0.read_exact(&mut head).await.expect("a frame");
-            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-            let mut payload = vec![0; length as usize];
-            self.0.read_exact(&mut payload).await.expect("a frame");
-            kinds.push(head[3]);
+            let (kind, flags) = self.next().await;
+            kinds.push(kind);
             // This is GOAWAY, or a PING's answer.
-            if head[3] == 7 || (head[3], head[4]) == (6, 1) {
+            if kind == 7 || (kind, flags) == (6, 1) {
                 return kinds;
             }
         }
@@ -44,7 +53,7 @@ impl Frames {
 
 /// Returns a tunnel's server end with our settings, and the client that sends frames to it.
 async fn framed() -> (
-    h2::server::Connection<tokio::io::DuplexStream, Payload>,
+    h2::server::Connection<Paced<tokio::io::DuplexStream>, Payload>,
     Frames,
 ) {
     let (near, far) = tokio::io::duplex(1 << 20);
@@ -52,9 +61,7 @@ async fn framed() -> (
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     frames.0.write_all(preface).await.expect("written");
     frames.write(4, 0, 0, &[]).await;
-    let server = crate::proxy::hbone::server()
-        .handshake::<_, Payload>(far)
-        .await;
+    let server = crate::proxy::hbone::server::<_, Payload>(far).await;
     (server.expect("a handshake"), frames)
 }
 
@@ -94,6 +101,72 @@ fn what_a_peer_sends_before_it_hears_of_a_reset_does_not_end_its_tunnel() {
             frames.until_pong().await
         };
         let kinds = beside(served, sent).await;
+        assert!(!kinds.contains(&7), "{kinds:?}");
+    });
+}
+
+/// Each of these frames makes the engine visit all streams that it knows.
+#[test]
+fn frames_that_concern_all_streams_leave_the_worker_to_others_after_a_few() {
+    const SENT: usize = 1000;
+    for kind in [4, 7] {
+        run(async {
+            let (mut server, mut frames) = framed().await;
+            frames.connect(1).await;
+            let _stream = server.accept().await.expect("a request");
+            for number in 0..SENT {
+                let window = (number as u32 + 65536).to_be_bytes();
+                let payload = match kind {
+                    4 => [&[0, 4], &window[..]].concat(),
+                    _ => vec![0; 8],
+                };
+                frames.write(kind, 0, 0, &payload).await;
+                frames.write(6, 0, 0, b"12345678").await;
+            }
+            let mut all = 0;
+            for _ in 0..SENT {
+                // The runtime's own budget must not end the turn.
+                let turn = unconstrained(server.accept()).now_or_never();
+                assert!(turn.is_none(), "it goes on");
+                let mut pongs = 0;
+                while let Some(next) = unconstrained(frames.next()).now_or_never() {
+                    pongs += usize::from(next == (6, 1));
+                }
+                assert!(pongs <= IN_A_TURN, "{pongs} in one turn");
+                all += pongs;
+            }
+            assert_eq!(all, SENT);
+        });
+    }
+}
+
+#[test]
+fn a_tunnel_remembers_few_of_the_streams_that_it_reset() {
+    const REFUSED: u32 = 1000;
+    run(async {
+        let (mut server, mut frames) = framed().await;
+        for number in 0..REFUSED {
+            frames.connect(2 * number + 1).await;
+            let asked = server.accept().await;
+            // It has not sent its end, so its stream is reset as this is dropped.
+            let (_, mut respond) = asked.expect("a request").expect("a request");
+            let mut refused = http::Response::new(());
+            *refused.status_mut() = http::StatusCode::BAD_REQUEST;
+            respond.send_response(refused, true).expect("sent");
+        }
+        let served = async { while let Some(Ok(_)) = server.accept().await {} };
+        let sent = async {
+            frames.until_pong().await;
+            for number in 0..REFUSED {
+                frames.write(0, 0, 2 * number + 1, b"late").await;
+            }
+            // Answers to PINGs come before what waits already.
+            [frames.until_pong().await, frames.until_pong().await].concat()
+        };
+        let kinds = beside(served, sent).await;
+        // Of one that is forgotten the peer is told once more.
+        let forgotten = kinds.iter().filter(|kind| **kind == 3).count();
+        assert!(forgotten >= 500, "{forgotten} are forgotten");
         assert!(!kinds.contains(&7), "{kinds:?}");
     });
 }

@@ -235,7 +235,7 @@ impl Peer {
                 let Ok(tls) = tls.await else {
                     return;
                 };
-                let handshake = crate::proxy::hbone::server().handshake::<_, Payload>(tls);
+                let handshake = crate::proxy::hbone::server::<_, Payload>(tls);
                 let Ok(mut connection) = handshake.await else {
                     return;
                 };

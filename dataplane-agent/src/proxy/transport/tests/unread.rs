@@ -233,8 +233,8 @@ fn what_comes_for_a_connection_that_is_not_made_yet_is_counted_and_delivered() {
         let memory = Memory::new(64 << 20);
         let shared = TunnelState::new(&memory.share(&PodMemory::default()));
         let (near, far) = tokio::io::duplex(1 << 20);
-        let client = crate::proxy::hbone::client().handshake::<_, Bytes>(near);
-        let server = crate::proxy::hbone::server().handshake::<_, Payload>(far);
+        let client = crate::proxy::hbone::client::<_, Bytes>(near);
+        let server = crate::proxy::hbone::server::<_, Payload>(far);
         let (client, server) = tokio::join!(client, server);
         let ((mut client, driven), mut server) = (client.expect("client"), server.expect("server"));
         let request = http::Request::connect("192.0.2.1:80").body(());

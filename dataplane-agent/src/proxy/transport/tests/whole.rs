@@ -98,9 +98,9 @@ fn what_a_tunnel_sent_before_it_ended_is_delivered() {
         let (near, far) = pair().await;
         let small = socket2::SockRef::from(&far).set_recv_buffer_size(16 << 10);
         small.expect("set");
-        let server = crate::proxy::hbone::server()
-            .handshake::<_, Bytes>(ReadAhead::new(near, &Share::default()));
-        let client = crate::proxy::hbone::client().handshake::<_, Bytes>(far);
+        let server =
+            crate::proxy::hbone::server::<_, Bytes>(ReadAhead::new(near, &Share::default()));
+        let client = crate::proxy::hbone::client::<_, Bytes>(far);
         let (client, server) = tokio::join!(client, server);
         let ((mut client, mut driven), mut server) =
             (client.expect("client"), server.expect("server"));
