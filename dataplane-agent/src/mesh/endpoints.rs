@@ -49,7 +49,7 @@ struct Member {
 /// The properties that all endpoints of one pool share.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct PoolKey {
-    /// The network in which they can be reached.
+    /// The network in which they can be reached. It is the first field: see [`Endpoints::elsewhere`].
     network: Arc<str>,
     health: Health,
     /// Their values of the first scopes, from the widest.
@@ -79,6 +79,15 @@ impl Endpoints {
             members: OrdMap::default(),
             pools: OrdMap::default(),
         }
+    }
+
+    /// Returns an endpoint that takes load and is in another network than this one, if there is any.
+    pub fn elsewhere(&self, network: &str) -> Option<&Arc<Workload>> {
+        // Pools are ordered by network first: if both ends are of this one, all are.
+        let ends = [self.pools.get_min(), self.pools.get_max()];
+        let other = ends.into_iter().flatten();
+        let mut other = other.filter(|(key, _)| *key.network != *network);
+        other.find_map(|(_, pool)| pool.0.first()?.workloads.front())
     }
 
     /// Returns all endpoints, in the order of their uids.

@@ -87,6 +87,27 @@ fn one_that_will_do_is_found_among_many_that_will_not() {
     assert!(nobody.is_none());
 }
 
+#[test]
+fn one_of_another_network_is_found_wherever_it_is_among_others_if_it_takes_load() {
+    let of = |number, network: &str, health| {
+        let mut one = Workload::clone(&endpoint(number, 1, health, "here"));
+        one.network = network.into();
+        Arc::new(one)
+    };
+    for network in ["a", "z"] {
+        let mut endpoints = preferring_zones();
+        for number in 0..20 {
+            endpoints.insert(&of(number, "mine", Health::Healthy));
+        }
+        endpoints.insert(&of(20, network, Health::Unhealthy));
+        assert_eq!(endpoints.elsewhere("mine"), None);
+        let found = of(21, network, Health::Terminating);
+        endpoints.insert(&found);
+        assert_eq!(endpoints.elsewhere("mine"), Some(&found));
+        assert!(endpoints.elsewhere(network).is_some());
+    }
+}
+
 /// Mostly equal endpoints, so that many are in one pool.
 fn endpoints() -> impl Strategy<Value = (u32, Health, &'static str)> {
     let capacity = prop_oneof![6 => Just(1), 1 => Just(0), 2 => Just(2)];

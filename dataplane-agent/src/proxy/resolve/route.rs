@@ -162,10 +162,9 @@ fn by_service(
 
 /// Returns why no endpoint takes a connection to a service.
 fn nobody(mesh: &Mesh, service: &Service, source: &Workload, to: SocketAddr) -> ResolveError {
-    let elsewhere = |endpoint: &&Arc<Workload>| endpoint.network != source.network;
     let found = mesh
         .endpoints(service)
-        .and_then(|all| all.iter().find(elsewhere));
+        .and_then(|all| all.elsewhere(&source.network));
     match found.filter(|_| service.ports.contains_key(&to.port())) {
         None => ResolveError::NoHealthyUpstream(to),
         Some(endpoint) => match &endpoint.network_gateway {
