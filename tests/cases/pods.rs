@@ -17,7 +17,7 @@ use dataplane_tests::lacks::Restriction;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, pause, repairs};
+use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, pause, repairs, scaled};
 use nix::mount::MntFlags;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -142,7 +142,58 @@ fn c6_a_pod_of_which_another_identity_is_said_while_it_drains_comes_back_as_that
 }
 
 #[test]
-fn c7_a_pod_that_is_recreated_is_captured_while_its_namesake_drains() {
+fn c1_a_pod_that_is_recreated_is_served_while_its_earlier_instance_stays_captured() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
+    let outsider = two.bare(&world, "outside", "outsider");
+    let _apps = [server.serve(PORT), client.serve(PORT)];
+    let (mut first, second) = (world.agent(&one), world.agent(&two));
+    first.up(&["client"]);
+    second.up(&["server"]);
+    eventually("both dial by HBONE", 10, || first.tunnelled() >= 2);
+    world.manifests.mtls("demo", "STRICT");
+    let lets_in = |pod: &Pod| outsider.ask(pod.at(PORT), "in clear").is_ok();
+    eventually("in clear nobody is let in", 10, || {
+        !lets_in(&server) && !lets_in(&client)
+    });
+    let mut live = client.live(server.at(PORT));
+    // The same name and uid, in a namespace of its own, while what ran before still runs.
+    let again = one.bare(&world, "demo", "again");
+    let mut object = one.object(&again);
+    (object.name, object.account) = ("client", "client");
+    world.manifests.pod(&object);
+    eventually("the new one is captured", 10, || is_captured(&again));
+    first.up(&["client"]);
+    // Longer than a pod that leaves is captured, and its connections go on.
+    pause(scaled(Duration::from_secs(5)) + Duration::from_secs(3));
+    live.say("runs");
+    assert_eq!(live.line(), format!("{} runs", client.v4));
+    for pod in [&client, &again] {
+        let answer = pod.ask(server.at(PORT), "x");
+        assert_eq!(answer, Ok(format!("{} x", pod.v4)));
+    }
+    assert!(!lets_in(&client), "no policy holds for it");
+    let earlier = "another pod of its name has come; it stays captured";
+    assert!(first.ask(&["status"]).1.contains(earlier));
+    // The next agent cannot serve it, and keeps it captured.
+    first.kill();
+    first.restart();
+    first.up(&["client"]);
+    pause(Duration::from_secs(3));
+    assert!(client.ask(server.at(PORT), "x").is_err());
+    assert!(!lets_in(&client), "it is let go");
+    assert!(first.ask(&["status"]).1.contains(earlier));
+    let answer = again.ask(server.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", again.v4)));
+    drop(client);
+    first.logs(&["pod left the mesh"]);
+    assert!(!first.ask(&["status"]).1.contains(earlier));
+    first.is("client", "up");
+}
+
+#[test]
+fn c7_a_pod_that_is_recreated_while_it_drains_goes_on_to_drain() {
     let world = World::new();
     let (one, two) = world.two_nodes();
     let (client, server) = (one.pod(&world, "client"), two.pod(&world, "server"));
@@ -152,6 +203,8 @@ fn c7_a_pod_that_is_recreated_is_captured_while_its_namesake_drains() {
     second.up(&["server"]);
     eventually("both dial by HBONE", 10, || first.tunnelled() >= 2);
     let mut live = client.live(server.at(PORT));
+    world.manifests.remove_pod("demo", "client");
+    first.logs(&["pod leaves the mesh"]);
     // The same name and uid, in a namespace of its own.
     let again = one.bare(&world, "demo", "again");
     let mut object = one.object(&again);

@@ -229,8 +229,11 @@ impl PodController {
         };
         let before = self.wanted.borrow().clone().unwrap_or_default();
         let again: BTreeSet<u64> = wanted.pods.iter().map(|pod| pod.cookie).collect();
+        // One that was found in another namespace does not leave this one: capture keeps its earlier instance.
+        let uids = wanted.pods.iter().map(|pod| &pod.uid);
+        let uids: BTreeSet<Arc<str>> = uids.chain(&wanted.unlocated).cloned().collect();
         for pod in before.pods {
-            let stays = again.contains(&pod.cookie) || wanted.unlocated.contains(&pod.uid);
+            let stays = again.contains(&pod.cookie) || uids.contains(&pod.uid);
             if !stays && !wanted.gone.contains(&pod.cookie) {
                 self.leaving.add(pod);
             }
@@ -347,8 +350,12 @@ impl PodController {
                 forwards: status.values().any(|of| of.uid == pod.uid && of.forwards),
             }
         });
+        let earlier = configured.local.iter().flat_map(|pod| {
+            let found = scan.found.get(&pod.uid).map(|found| found.cookie);
+            earlier_instances(pod, found, status)
+        });
         let view = StatusSnapshot {
-            pods: pods.collect(),
+            pods: pods.chain(earlier).collect(),
             problems: self.problems(scan, configured.partial.as_deref()),
             undecided: !self.unconfigured.is_empty(),
             scanned: true,
@@ -457,6 +464,37 @@ fn state(
     (State::Waiting, Some(reason))
 }
 
+/// Returns the instances of a wanted pod other than the one that was `found`: what ran under its name before.
+fn earlier_instances(
+    pod: &LocalPodSpec,
+    found: Option<u64>,
+    status: &Status,
+) -> impl Iterator<Item = PodView> {
+    let of_uid = status.iter().filter(|(_, of)| of.uid == pod.uid);
+    let earlier = of_uid.filter(move |(cookie, _)| {
+        pod.wanted == manifests::Wanted::Yes && found.is_some_and(|found| found != **cookie)
+    });
+    earlier.map(|(cookie, of)| {
+        let then = match is_captured(&of.state) {
+            true => "it stays captured until nothing runs in its network namespace",
+            false => "what it begins is not captured any more",
+        };
+        PodView {
+            uid: pod.uid.clone(),
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            addresses: Vec::new(),
+            here: true,
+            state: State::Draining,
+            reason: Some(format!("another pod of its name has come; {then}")),
+            netns: Some(*cookie),
+            cgroups: Vec::new(),
+            outside: OutsideProcesses::default(),
+            forwards: of.forwards,
+        }
+    })
+}
+
 /// Returns the pods of this node that are captured or served, by their status in capture.
 pub fn local_pods(status: &Status) -> LocalPods {
     let uids = |are: fn(&PodState) -> bool| {
@@ -464,12 +502,16 @@ pub fn local_pods(status: &Status) -> LocalPods {
         all.map(|of| Arc::clone(&of.uid)).collect()
     };
     LocalPods {
-        captured: uids(|state| match state {
-            PodState::Up | PodState::Broken { .. } => true,
-            PodState::Unserved { captured } | PodState::Failed { captured, .. } => *captured,
-            PodState::Draining => false,
-        }),
+        captured: uids(is_captured),
         served: uids(is_served),
+    }
+}
+
+fn is_captured(state: &PodState) -> bool {
+    match state {
+        PodState::Up | PodState::Broken { .. } => true,
+        PodState::Unserved { captured } | PodState::Failed { captured, .. } => *captured,
+        PodState::Draining => false,
     }
 }
 

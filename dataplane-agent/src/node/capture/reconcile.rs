@@ -15,17 +15,18 @@ pub struct Want {
 }
 
 impl Want {
-    /// Returns `true` if an unserved pod is to be captured already: it is wanted, and will be served.
-    pub fn keeps_captured(&self, cookie: u64, uid: &Arc<str>) -> bool {
-        let wanted = self.pods.contains_key(&cookie) || self.is_unlocated(uid);
+    /// Returns `true` if a pod that is captured, or not (`captured`), is to be so from now on. It is if it is
+    /// wanted, or if a pod of its uid was not found anywhere: that may well be this one, left by a predecessor or
+    /// lost from sight. If that pod was found in another namespace this one is its earlier instance, such as after
+    /// a forced deletion: it stays captured if it is, since nothing but its end takes it out of the mesh.
+    pub fn keeps_captured(&self, cookie: u64, uid: &Arc<str>, captured: bool) -> bool {
+        let is_earlier = self.pods.values().any(|other| other == uid);
+        let wanted = self.pods.contains_key(&cookie)
+            || match is_earlier {
+                true => captured,
+                false => self.unlocated.contains(uid),
+            };
         wanted && !self.gone.contains(&cookie)
-    }
-
-    /// Returns `true` if a pod is wanted that was not found anywhere: it may well be this one, left by a
-    /// predecessor or lost from sight, and to let it pass in clear would be wrong.
-    fn is_unlocated(&self, uid: &Arc<str>) -> bool {
-        let elsewhere = self.pods.values().any(|other| other == uid);
-        self.unlocated.contains(uid) && !elsewhere
     }
 }
 
@@ -36,6 +37,8 @@ pub struct Has {
     pub uid: Arc<str>,
     /// How far the pod is.
     pub phase: Phase,
+    /// `true` if the kernel captures the pod. A pod that is served is meant to be captured.
+    pub captured: bool,
     /// `true` if the pod is served as what is wanted in its namespace now, or nothing is wanted there.
     pub unchanged: bool,
 }
@@ -73,24 +76,24 @@ pub enum Step {
 /// Returns the steps that bring `have` to `want`, at most one per pod. Call it again when they are done.
 ///
 /// What is wanted in a namespace never waits for another namespace: a pod that comes back under its name is
-/// enrolled while its predecessor drains. A captured pod that is to be served as something else is not
+/// enrolled while its earlier instance is still there. A captured pod that is to be served as something else is not
 /// released in between.
 pub fn diff(want: &Want, have: &BTreeMap<u64, Has>) -> Vec<Step> {
     let mut steps = Vec::new();
     for (&cookie, has) in have {
         let wanted = want.pods.contains_key(&cookie);
-        let unlocated = want.is_unlocated(&has.uid);
+        let kept = want.keeps_captured(cookie, &has.uid, has.captured);
         let gone = want.gone.contains(&cookie);
         match has.phase {
             Phase::Unserved if gone => steps.push(Step::Undo(cookie)),
             Phase::Unserved if wanted => steps.push(Step::Enrol(cookie)),
-            Phase::Unserved if unlocated => {}
+            Phase::Unserved if kept => {}
             Phase::Unserved => steps.push(Step::Undo(cookie)),
             Phase::Serving | Phase::Draining if gone => steps.push(Step::ForceRemove(cookie)),
             Phase::Serving | Phase::Draining if wanted && !has.unchanged => {
                 steps.push(Step::StopServing(cookie));
             }
-            Phase::Serving if wanted || unlocated => {}
+            Phase::Serving if kept => {}
             Phase::Serving => steps.push(Step::Leave(cookie)),
             Phase::Draining if wanted => steps.push(Step::Revive(cookie)),
             Phase::Draining | Phase::Cutting => {}
@@ -136,15 +139,22 @@ mod tests {
             Just(Phase::Draining),
             Just(Phase::Cutting)
         ];
-        btree_map(0..6_u64, (0..4_u64, phase, any::<bool>()), 0..5).prop_map(|have| {
+        let of_pod = (0..4_u64, phase, any::<bool>(), any::<bool>());
+        btree_map(0..6_u64, of_pod, 0..5).prop_map(|have| {
             have.into_iter()
-                .map(|(cookie, (pod, phase, unchanged))| {
+                .map(|(cookie, (pod, phase, captured, unchanged))| {
                     let uid = uid(pod);
+                    let captured = match phase {
+                        Phase::Serving => true,
+                        Phase::Draining => false,
+                        Phase::Unserved | Phase::Cutting => captured,
+                    };
                     (
                         cookie,
                         Has {
                             uid,
                             phase,
+                            captured,
                             unchanged,
                         },
                     )
@@ -173,15 +183,21 @@ mod tests {
                     Has {
                         uid,
                         phase,
+                        captured: true,
                         unchanged: true,
                     },
                 );
             }
-            Step::StopServing(cookie) | Step::ForceRemove(cookie) => {
+            Step::StopServing(cookie) => {
                 have.get_mut(cookie).expect("it is there").phase = Phase::Cutting;
             }
+            Step::ForceRemove(cookie) => {
+                let has = have.get_mut(cookie).expect("it is there");
+                (has.phase, has.captured) = (Phase::Cutting, false);
+            }
             Step::Leave(cookie) => {
-                have.get_mut(cookie).expect("it is there").phase = Phase::Draining;
+                let has = have.get_mut(cookie).expect("it is there");
+                (has.phase, has.captured) = (Phase::Draining, false);
             }
             Step::Undo(cookie) => _ = have.remove(cookie),
         }
@@ -202,6 +218,7 @@ mod tests {
         WantedAsAnother,
         OutOfSight,
         WantedElsewhere,
+        WantedElsewhereAndFree,
         Gone,
         GoneAndWanted,
         NotWanted,
@@ -219,11 +236,11 @@ mod tests {
             if let Gone | GoneAndWanted = is {
                 want.gone.insert(1);
             }
-            if let OutOfSight | WantedElsewhere = is {
+            if let OutOfSight = is {
                 want.unlocated.insert(uid(1));
             }
             let mut have = BTreeMap::new();
-            if let WantedElsewhere = is {
+            if let WantedElsewhere | WantedElsewhereAndFree = is {
                 want.pods.insert(2, uid(1));
                 let (uid, phase) = (uid(1), Serving);
                 have.insert(
@@ -231,6 +248,7 @@ mod tests {
                     Has {
                         uid,
                         phase,
+                        captured: true,
                         unchanged: true,
                     },
                 );
@@ -241,6 +259,7 @@ mod tests {
                 Has {
                     uid: uid(1),
                     phase,
+                    captured: !matches!((phase, is), (Draining, _) | (_, WantedElsewhereAndFree)),
                     unchanged,
                 },
             );
@@ -250,14 +269,15 @@ mod tests {
             (Unserved, Wanted, Some(Step::Enrol(1))),
             (Unserved, WantedAsAnother, Some(Step::Enrol(1))),
             (Unserved, OutOfSight, None),
-            (Unserved, WantedElsewhere, Some(Step::Undo(1))),
+            (Unserved, WantedElsewhere, None),
+            (Unserved, WantedElsewhereAndFree, Some(Step::Undo(1))),
             (Unserved, Gone, Some(Step::Undo(1))),
             (Unserved, GoneAndWanted, Some(Step::Undo(1))),
             (Unserved, NotWanted, Some(Step::Undo(1))),
             (Serving, Wanted, None),
             (Serving, WantedAsAnother, Some(Step::StopServing(1))),
             (Serving, OutOfSight, None),
-            (Serving, WantedElsewhere, Some(Step::Leave(1))),
+            (Serving, WantedElsewhere, None),
             (Serving, Gone, Some(Step::ForceRemove(1))),
             (Serving, GoneAndWanted, Some(Step::ForceRemove(1))),
             (Serving, NotWanted, Some(Step::Leave(1))),
@@ -293,21 +313,26 @@ mod tests {
                 let wanted = want.pods.get(cookie) == Some(&has.uid)
                     && has.phase == Phase::Serving
                     && has.unchanged;
-                prop_assert!(wanted || want.unlocated.contains(&has.uid), "{cookie} {has:?}");
+                let is_earlier = has.captured && want.pods.values().any(|other| *other == has.uid);
+                prop_assert!(
+                    wanted || is_earlier || want.unlocated.contains(&has.uid),
+                    "{cookie} {has:?}"
+                );
                 prop_assert!(!want.gone.contains(cookie));
             }
         }
 
-        /// A wanted pod is never released, whether it is in sight or not.
+        /// A wanted pod is never released, whether it is in sight or not; nor is an earlier instance of it.
         #[test]
         fn what_is_wanted_stays_captured((want, have) in want_and_have()) {
             for step in diff(&want, &have) {
                 if let Step::Leave(cookie) | Step::Undo(cookie) | Step::ForceRemove(cookie) = step {
-                    let uid = &have[&cookie].uid;
+                    let Has { uid, captured, .. } = &have[&cookie];
                     let gone = want.gone.contains(&cookie);
                     prop_assert!(gone || !want.pods.contains_key(&cookie));
                     let elsewhere = want.pods.values().any(|other| other == uid);
                     prop_assert!(gone || elsewhere || !want.unlocated.contains(uid));
+                    prop_assert!(gone || !(elsewhere && *captured));
                 }
             }
         }
@@ -324,7 +349,8 @@ mod tests {
             }
             for (cookie, uid) in &want.pods {
                 let (uid, phase) = (uid.clone(), Phase::Serving);
-                let served = have.get(cookie) == Some(&Has { uid, phase, unchanged: true });
+                let served = have.get(cookie)
+                    == Some(&Has { uid, phase, captured: true, unchanged: true });
                 prop_assert!(served || want.gone.contains(cookie), "{cookie}");
             }
         }

@@ -446,6 +446,7 @@ impl Reconciler {
                 let has = Has {
                     uid: pod.uid.clone(),
                     phase: pod.phase.phase(),
+                    captured: self.counts_as_captured(*cookie, &pod.phase),
                     unchanged: by_cookie.get(cookie).is_none_or(|want| {
                         served.is_some_and(|is| is.desired.same_identity_and_addresses(want))
                     }),
@@ -455,7 +456,7 @@ impl Reconciler {
             .collect();
         // The status does not show yet what is enrolled here.
         let (mut more, mut published) = (false, None::<Instant>);
-        self.capture_unserved(&want);
+        self.capture_unserved(&want, &have);
         self.update_cgroups(&by_cookie);
         for step in diff(&want, &have) {
             if self.rest.is_cancelled() {
@@ -524,7 +525,8 @@ impl Reconciler {
             let is_other = by_cookie
                 .get(cookie)
                 .is_some_and(|want| pod.record.is_other(want));
-            unserved && !is_other && want.keeps_captured(**cookie, &pod.uid)
+            let captured = self.counts_as_captured(**cookie, &pod.phase);
+            unserved && !is_other && want.keeps_captured(**cookie, &pod.uid, captured)
         });
         let waits = waits.map(|(cookie, _)| *cookie);
         let unread = self.unread.iter().copied();
@@ -537,19 +539,32 @@ impl Reconciler {
     /// Captures pods that are to be served and that nobody serves yet. An undo record does not prove that a
     /// pod is captured: its predecessor may have ended before the last step of enrolment, or while the pod
     /// was leaving.
-    fn capture_unserved(&mut self, want: &Want) {
+    fn capture_unserved(&mut self, want: &Want, have: &BTreeMap<u64, Has>) {
         for (cookie, pod) in &mut self.pods {
             if let PodPhase::Cutting { .. } = pod.phase {
                 continue; // as it was until then
             }
             let adopted = matches!(pod.phase, PodPhase::Unserved);
-            if !adopted || !want.keeps_captured(*cookie, &pod.uid) {
+            let captured = have.get(cookie).is_some_and(|has| has.captured);
+            if !adopted || !want.keeps_captured(*cookie, &pod.uid, captured) {
                 pod.held = None;
                 continue;
             }
             pod.held.get_or_insert_default();
             if let Err(error) = self.handle.maps().capture(*cookie, None) {
                 tracing::error!(pod = %named(&pod.uid), %error, "pod is not captured");
+            }
+        }
+    }
+
+    /// Returns `true` if a pod is captured as far as its next step is concerned: it is served, or the kernel
+    /// captures what it begins.
+    fn counts_as_captured(&self, cookie: u64, phase: &PodPhase) -> bool {
+        match phase {
+            PodPhase::Serving(_) => true,
+            PodPhase::Lingering(..) | PodPhase::Draining { .. } => false,
+            PodPhase::Unserved | PodPhase::Cutting { .. } => {
+                self.handle.maps().captures(cookie).unwrap_or(true)
             }
         }
     }
