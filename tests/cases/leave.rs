@@ -12,7 +12,7 @@ use std::time::Duration;
 use dataplane_tests::bpf::{self, steering};
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, output};
-use dataplane_tests::{Pair, eventually, pause, program};
+use dataplane_tests::{Pair, Taps, eventually, pause, program};
 
 const PORT: u16 = 7000;
 
@@ -128,6 +128,36 @@ fn c1_a_pod_that_leaves_and_comes_back_under_load_reaches_who_it_asks_for() {
         assert!(said[0].ends_with(" 0 bad"), "{said:?}");
     }
     assert_eq!(own.line_within(Duration::ZERO), None);
+}
+
+#[test]
+fn c1_a_pod_that_comes_back_and_lacks_a_part_is_captured_and_not_let_go_again() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    // While a connection is open the pod does not leave entirely.
+    let mut live = pair.client.live(pair.server.at(PORT));
+    in_mesh(&pair, false);
+    pair.one.logs(&["pod leaves the mesh"]);
+    let pins = pair.world.pinned("one", "maps");
+    let cgroups = pins.iter().find(|pin| pin.ends_with("CGROUPS"));
+    let cgroups = cgroups.expect("a map");
+    bpf::fill(cgroups);
+    in_mesh(&pair, true);
+    pair.one.is("client", "broken");
+    assert!(pair.one.pod("client").1.contains("CGROUPS"));
+    let taps = Taps::between(&pair.nodes, (&pair.client, &pair.server));
+    for _ in 0..20 {
+        let _ = pair.client.ask(pair.server.at(PORT), "x");
+        pause(Duration::from_millis(100));
+    }
+    live.say("still");
+    assert_eq!(live.line(), format!("{} still", pair.client.v4));
+    taps.saw_nothing_of(PORT..PORT + 1);
+    assert_eq!(pair.one.log().matches("pod leaves the mesh").count(), 1);
+    bpf::clear(cgroups);
+    pair.one.up(&["client"]);
+    let answer = pair.client.ask(pair.server.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", pair.client.v4)));
 }
 
 #[test]

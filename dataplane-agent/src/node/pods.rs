@@ -456,7 +456,9 @@ fn state(
         Some((_, of)) if let PodState::Failed { why, .. } = &of.state => Some(why.as_str()),
         _ => scan.waiting.get(&pod.uid).map(NotFound::why),
     };
+    let leaves = is.is_some_and(|(_, of)| of.state == PodState::Draining);
     let reason = match (why, captured) {
+        (None, _) if leaves => format!("{BEING_ENROLLED}; {NOT_CAPTURED}"),
         (None, _) => BEING_ENROLLED.into(),
         (Some(why), true) => format!("{why}; until then it stays captured, and nothing passes"),
         (Some(why), false) => format!("{why}; {NOT_CAPTURED}"),

@@ -39,7 +39,8 @@ impl Reconciler {
         };
     }
 
-    /// Captures a leaving pod again, as what is wanted now; the same listeners serve on.
+    /// Captures a leaving pod again, as what is wanted now; the same listeners serve on. What fails of that is
+    /// repaired like anything that a served pod has lost; the pod is captured meanwhile.
     pub(super) async fn revive(&mut self, want: Desired) -> Result<(), CaptureError> {
         let cookie = want.cookie;
         let Some(pod) = self.pods.get_mut(&cookie) else {
@@ -57,20 +58,22 @@ impl Reconciler {
         let (uid, instance) = (pod.uid.clone(), served.instance);
         served.desired = want;
         let mut lost_parts = LostParts::default();
-        let attached = self.recapture(&mut served, &mut lost_parts).await;
-        look::report(named(&uid), &lost_parts, Ok(()), None);
+        let mut recaptured = self.recapture(&mut served, &mut lost_parts).await;
+        if let Err(CaptureError::Stopping) = recaptured {
+            return recaptured;
+        }
+        // A pod that is wanted is captured, whatever it lacks: looks put that back.
+        if recaptured.is_err() {
+            let captured = self.handle.maps().capture(cookie, None);
+            recaptured = recaptured.and(captured);
+        }
+        let broken = look::report(named(&uid), &lost_parts, recaptured, None);
         self.handle.repairs.count(&lost_parts);
+        served.schedule.done(broken);
         if let Some(pod) = self.pods.get_mut(&cookie) {
             pod.phase = PodPhase::Serving(served);
         }
-        match attached {
-            Ok(()) => tracing::info!(pod = %named(&uid), "pod enrolled again"),
-            Err(error) => {
-                tracing::warn!(pod = %named(&uid), %error, "pod cannot be enrolled again");
-                self.leave(cookie);
-                return Ok(());
-            }
-        }
+        tracing::info!(pod = %named(&uid), "pod enrolled again");
         if told {
             self.send(PodEvent::Revive(instance)).await
         } else {
