@@ -74,6 +74,26 @@ fn c1_an_address_that_a_held_pod_has_no_more_is_not_its_own() {
 }
 
 #[test]
+fn other_nodes_are_told_before_a_held_pod_is_let_go() {
+    let pair = held("10.100.0.1");
+    let is_told = || {
+        let traces = pair.world.traces("one");
+        !traces.iter().any(|trace| trace.contains("/enrolled/"))
+    };
+    assert!(!is_told());
+    let mut object = pair.nodes.0.object(&pair.client);
+    let none = ("istio.io/dataplane-mode".into(), "none".into());
+    object.labels.push(none);
+    pair.world.manifests.pod(&object);
+    eventually("they are told", 10, is_told);
+    let told = Instant::now();
+    eventually("it is let go", 20, || {
+        !pair.client.netns.show("rule").contains("fwmark")
+    });
+    assert!(told.elapsed() > Duration::from_millis(700));
+}
+
+#[test]
 fn c1_what_keeps_a_held_pod_captured_is_put_back() {
     let pair = held("10.100.0.1");
     let _own = pair.client.serve(PORT);

@@ -214,8 +214,8 @@ impl PodController {
         }
     }
 
-    /// Computes what capture is to do: take the pods that were found, and keep leaving ones for a while. By then
-    /// it is decided which records are to be removed.
+    /// Computes what capture is to do: take the pods that were found, and keep leaving ones for a while, also those
+    /// that a predecessor has captured and that were not found. By then it is decided which records are to be removed.
     fn wanted(&mut self, here: &[&LocalPodSpec], scan: &Scan) -> capture::Wanted {
         let mut wanted = capture::Wanted {
             pods: here.iter().filter_map(|pod| desired(pod, scan)).collect(),
@@ -238,13 +238,19 @@ impl PodController {
                 self.leaving.add(pod);
             }
         }
+        for uid in before.unlocated {
+            if !uids.contains(&uid) {
+                self.leaving.add_unlocated(uid);
+            }
+        }
         let is_over = |cookie| again.contains(&cookie) || wanted.gone.contains(&cookie);
         let recording = self.recording.as_ref();
-        let is_held = |pod: &Desired| {
-            recording.is_some_and(|recording| recording.holds(&pod.namespace, &pod.name))
-        };
-        self.leaving.release(is_over, is_held, Instant::now());
+        let is_held = |uid: &str| recording.is_some_and(|recording| recording.holds(named(uid)));
+        let is_wanted = |uid: &Arc<str>| uids.contains(uid);
+        self.leaving
+            .release(is_over, is_wanted, is_held, Instant::now());
         wanted.pods.extend(self.leaving.pods().cloned());
+        wanted.unlocated.extend(self.leaving.unlocated().cloned());
         wanted
     }
 

@@ -131,11 +131,11 @@ async fn who_leaves_stays_until_its_record_is_removed_or_that_has_failed() {
     let state = tempfile::tempdir().expect("a folder");
     let mut both = WriterAndReader::of(state.path());
     let (key, pod, now) = (key_of("a", ""), pod("a", ""), Instant::now());
-    let holds = |both: &WriterAndReader| both.recording.holds("ns", "a");
+    let holds = |both: &WriterAndReader| both.recording.holds("ns/a");
     both.step(&[(&key, &pod)], now).await;
     assert!(!holds(&both));
     both.decide(&[], now);
-    assert!(holds(&both) && !both.recording.holds("ns", "b"));
+    assert!(holds(&both) && !both.recording.holds("ns/b"));
     both.settle(now).await;
     assert!(!holds(&both));
 
@@ -172,7 +172,7 @@ async fn nothing_is_asked_of_a_state_that_is_away_and_it_holds_nobody() {
     both.decide(&[(&stays, &specs[0])], now);
     assert!(both.recording.is_settled());
     assert_eq!(both.recording.records.writes(), writes);
-    assert!(!both.recording.holds("ns", "b"));
+    assert!(!both.recording.holds("ns/b"));
     let why = not_written(both.recording.known(&stays));
     assert!(why.contains(AWAY), "{why}");
     let problems = both.recording.problems();
