@@ -393,6 +393,41 @@ fn a_pods_own_routes_cost_the_agent_nothing() {
 }
 
 #[test]
+fn c7_a_pods_own_routes_in_our_tables_hold_up_nobody_and_stay() {
+    let pair = Pair::new();
+    let _app = pair.server.serve(PORT);
+    let mut routes = String::new();
+    // The kernel tells local routes alone, of which a pod may have many as well.
+    for (kind, first) in [("blackhole", 11), ("local", 12)] {
+        for number in 0..100_000_u32 {
+            let [_, a, b, c] = number.to_be_bytes();
+            let dev = if kind == "local" { "dev lo " } else { "" };
+            routes += &format!("route add {kind} {first}.{a}.{b}.{c}/32 {dev}table 15001\n");
+        }
+    }
+    pair.client.netns.ip(&routes);
+    put_back(&pair, &pair.one, "rule", "a rule", || {
+        let capture = "rule del fwmark 0x511/0xfff lookup 15001";
+        pair.client.netns.show(capture);
+    });
+    // Of IPv6 it tells those to all addresses last.
+    let route = |number| format!("route add local 2001:db8::{number:x}/128 dev lo table 15001\n");
+    pair.client
+        .netns
+        .ip6(&(0..2000).map(route).collect::<String>());
+    let began = Instant::now();
+    pair.world.manifests.remove_pod("demo", "client");
+    pair.one.logs(&["pod leaves the mesh"]);
+    pair.one.logs(&["pod left the mesh"]);
+    assert!(began.elapsed() < scaled(Duration::from_secs(12)));
+    let is_ours = |route: &&str| route.contains("default");
+    let left = pair.client.netns.show("route show table 15001");
+    assert_eq!(left.lines().count(), 200_000);
+    let left6 = pair.client.netns.show("-6 route show table 15001");
+    assert_eq!(left.lines().chain(left6.lines()).find(is_ours), None);
+}
+
+#[test]
 fn a_pods_own_rules_cost_the_agent_nothing() {
     let pair = Pair::new();
     let _app = pair.server.serve(PORT);

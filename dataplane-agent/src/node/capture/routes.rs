@@ -127,7 +127,7 @@ pub async fn put(netns: &Netns, want: &Routing) -> Result<Routing, CaptureError>
     match hidden {
         None => Ok(missing),
         Some(why) => Err(CaptureError::Namespace {
-            what: "put rules before all others",
+            what: "put rules and routes before all others",
             why,
         }),
     }
@@ -171,17 +171,26 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
         Ok(())
     })
     .await?;
-    for v4 in [true, false] {
-        let ours = routes(netns, v4).map_err(namespace(what))?;
-        with_netlink(netns, what, async |handle| {
-            for route in ours {
+    // By what they are, however many others are in these tables.
+    let links = netns.interfaces().map_err(namespace(what))?.links;
+    let ours = [(CAPTURE, LO), (RETURN, LO)].into_iter();
+    let ours = ours.chain(links.into_keys().map(|link| (CAPTURE, link)));
+    with_netlink(netns, what, async |handle| {
+        for (table, output) in ours {
+            for v4 in [true, false] {
+                let route = route_message(&Route {
+                    v4,
+                    table,
+                    output,
+                    source: None, // whatever it is
+                });
                 // The route may have gone with its interface.
                 ignore_missing(handle.route().del(route).execute().await)?;
             }
-            Ok(())
-        })
-        .await?;
-    }
+        }
+        Ok(())
+    })
+    .await?;
     Ok(())
 }
 
@@ -208,7 +217,7 @@ pub fn namespaces_with_rules() -> Result<usize, CaptureError> {
     look().map_err(namespace("look for rules"))
 }
 
-/// Reads our rules and routes, of the wanted families. The text says why others come, or will come, before our rules.
+/// Reads our rules and routes, of the wanted families. The text says why others come, or may come, before them.
 fn read(netns: &Netns, want: &Routing) -> io::Result<(Routing, Option<String>)> {
     let (mut is, mut hidden) = (Routing::default(), None);
     for v4 in [true, false] {
@@ -218,7 +227,10 @@ fn read(netns: &Netns, want: &Routing) -> io::Result<(Routing, Option<String>)> 
             let ours = rules.ours.into_iter().map(|kind| Rule { v4, kind });
             is.rules.extend(ours);
             let routes = routes(netns, v4)?;
-            is.routes.extend(routes.iter().filter_map(route_of));
+            let mut wanted = want.routes.iter().filter(|route| route.v4 == v4);
+            let lacks = wanted.any(|route| !routes.ours.contains(route));
+            hidden = hidden.or(routes.hidden.filter(|_| lacks));
+            is.routes.extend(routes.ours);
         }
     }
     Ok((is, hidden))
@@ -234,7 +246,8 @@ struct Rules {
     hidden: Option<String>,
 }
 
-/// How many rules of others with our preference are read before ours, for each family.
+/// How many of others' rules with our preference, or of others' local routes in one of our tables, are read before
+/// ours, for each family.
 const OTHERS: usize = 1024;
 
 /// Reads the rules of a family up to ours, however many others follow; none if the kernel lacks the family.
@@ -304,25 +317,48 @@ fn preference(rule: &RuleMessage) -> u32 {
     is.unwrap_or_default()
 }
 
-/// Reads the routes of a family in our tables. The kernel is asked for those tables only.
-fn routes(netns: &Netns, v4: bool) -> io::Result<Vec<RouteMessage>> {
-    let mut ours = Vec::new();
+/// The routes of one family in our tables.
+#[derive(Default)]
+struct Routes {
+    /// Those that may be ours.
+    ours: Vec<Route>,
+    /// Why ours are not known: there are too many others.
+    hidden: Option<String>,
+}
+
+/// Reads our routes of a family; none if the kernel lacks the family. The kernel is asked for the local routes of
+/// our tables only.
+fn routes(netns: &Netns, v4: bool) -> io::Result<Routes> {
+    let mut routes = Routes::default();
     for table in [CAPTURE, RETURN] {
         let mut of = RouteMessage::default();
         of.header.address_family = family(v4);
+        of.header.kind = RouteType::Local;
         of.attributes.push(RouteAttribute::Table(table));
+        let mut others = 0;
         let each = |message| {
-            if let RouteNetlinkMessage::NewRoute(route) = message
-                && route.header.address_family == family(v4)
-                && table_of(&route) == Some(table)
+            let RouteNetlinkMessage::NewRoute(route) = message else {
+                return ControlFlow::Continue(());
+            };
+            if let Some(ours) = route_of(&route)
+                && (ours.v4, ours.table) == (v4, table)
             {
-                ours.push(route);
+                routes.ours.push(ours);
+            } else {
+                others += 1;
             }
-            ControlFlow::Continue(())
+            match others > OTHERS {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
         };
         ignore_no_table(dump(netns, RouteNetlinkMessage::GetRoute(of), each))?;
+        if others > OTHERS {
+            let why = format!("more than {OTHERS} other local routes are in table {table}");
+            routes.hidden = Some(why);
+        }
     }
-    Ok(ours)
+    Ok(routes)
 }
 
 fn family(v4: bool) -> AddressFamily {
@@ -363,9 +399,11 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
         output: 0,
         source: None,
     };
+    let mut metric = 0;
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Oif(output) => route.output = *output,
+            RouteAttribute::Priority(is) => metric = *is,
             RouteAttribute::PrefSource(RouteAddress::Inet(v4)) => route.source = Some((*v4).into()),
             RouteAttribute::PrefSource(RouteAddress::Inet6(v6)) => {
                 route.source = Some((*v6).into());
@@ -374,7 +412,8 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
         }
     }
     let local = message.header.kind == RouteType::Local;
-    (local && message.header.destination_prefix_length == 0).then_some(route)
+    let everywhere = message.header.destination_prefix_length == 0;
+    (local && everywhere && metric == route.output).then_some(route)
 }
 
 /// Returns the netlink message of a rule.
