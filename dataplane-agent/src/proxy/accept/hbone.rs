@@ -20,7 +20,7 @@ use crate::observe::{Failure, Flag};
 use crate::proxy::hbone::keepalive::{self, Health};
 use crate::proxy::hbone::pace::Paced;
 use crate::proxy::hbone::payload::Payload;
-use crate::proxy::hbone::readahead::ReadAhead;
+use crate::proxy::hbone::readahead::{Ending, ReadAhead};
 use crate::proxy::hbone::stream::{TunnelState, Waiting};
 use crate::proxy::hbone::window::Windows;
 use crate::proxy::hbone::{self, headers};
@@ -111,7 +111,21 @@ pub struct AcceptedTunnel {
     until: SystemTime,
     /// The pod's share of the memory for undelivered bytes.
     share: Share,
+    ending: Ending,
     _place: Place,
+}
+
+/// How far the end of a tunnel has come.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Phase {
+    /// It takes requests.
+    Open,
+    /// The peer is told to open no more.
+    Told,
+    /// The peer must know it.
+    Known,
+    /// Nothing runs in it, and the peer is to take what was sent.
+    Closing,
 }
 
 /// A request of a tunnel; [`accept`] reads it.
@@ -151,6 +165,7 @@ pub async fn handshake(
     let peer = pod.places.peer(Some(&identity), address);
     let place = places.take_for(&pod.places, &peer)?;
     drop(turns);
+    let ending = tls.get_ref().0.ending();
     let connection = timeout_at(deadline, hbone::server(tls))
         .await
         .map_err(|_| AcceptError::Slow)?
@@ -161,6 +176,7 @@ pub async fn handshake(
         peer,
         until,
         share,
+        ending,
         _place: place,
     })
 }
@@ -195,8 +211,8 @@ async fn authenticate(
 impl AcceptedTunnel {
     /// Passes each request to `take` until the peer leaves. When `closing` completes, when a certificate of either
     /// end has expired, or when the tunnel was `unused` for that time, the peer is told to open no more streams
-    /// (GOAWAY), open ones go on, and the tunnel is closed when it carries nothing. Streams of a peer that should
-    /// know of it by then are refused.
+    /// (GOAWAY), open ones go on, and the tunnel is closed when it carries nothing and the peer has taken what was
+    /// sent. Streams of a peer that should know of it by then are refused.
     pub async fn serve(
         mut self,
         closing: impl Future<Output = ()>,
@@ -211,16 +227,16 @@ impl AcceptedTunnel {
         tokio::pin!(lost, closing, look, ended, heed);
         let shared = TunnelState::new(&self.share);
         let mut windows = Windows::new(&shared.undelivered);
-        let (mut told, mut heeds) = (false, false);
+        let mut phase = Phase::Open;
         loop {
             let request = tokio::select! {
                 biased;
-                () = &mut closing, if !told => None,
-                () = &mut ended, if !told => {
+                () = &mut closing, if phase == Phase::Open => None,
+                () = &mut ended, if phase == Phase::Open => {
                     tracing::debug!(peer = %self.identity, "the tunnel's certificates have ended");
                     None
                 }
-                () = &mut look, if !told => {
+                () = &mut look, if phase == Phase::Open => {
                     if std::mem::take(&mut used) || self.connection.has_streams() {
                         look.as_mut().reset(Instant::now() + unused);
                         continue;
@@ -228,13 +244,15 @@ impl AcceptedTunnel {
                     tracing::debug!(peer = %self.identity, "tunnel is not used");
                     None
                 }
-                // The engine waits for the peer's answer to a PING, which may never come.
-                () = &mut heed, if told => {
-                    if !self.connection.has_streams() {
-                        return;
+                () = &mut heed, if phase == Phase::Told || phase == Phase::Known => {
+                    if self.connection.has_streams() {
+                        phase = Phase::Known;
+                        heed.as_mut().reset(Instant::now() + GOAWAY_GRACE);
+                    } else {
+                        // The engine waits for the peer's answer to a PING, which may never come.
+                        phase = Phase::Closing;
+                        self.close();
                     }
-                    heeds = true;
-                    heed.as_mut().reset(Instant::now() + GOAWAY_GRACE);
                     continue;
                 }
                 request = poll_fn(|context| {
@@ -248,19 +266,26 @@ impl AcceptedTunnel {
                     }
                     None => return,
                 },
-                () = &mut lost => {
+                () = &mut lost, if phase < Phase::Closing => {
                     tracing::debug!(peer = %self.identity, "HBONE ping timeout/error");
-                    return;
+                    if self.connection.has_streams() {
+                        return;
+                    }
+                    phase = Phase::Closing;
+                    self.close();
+                    continue;
                 }
             };
             match request {
                 None => {
-                    told = true;
+                    phase = Phase::Told;
                     self.connection.graceful_shutdown();
                     heed.as_mut().reset(Instant::now() + GOAWAY_GRACE);
                 }
                 // A correct peer may open it elsewhere.
-                Some((_, mut respond)) if heeds => respond.send_reset(Reason::REFUSED_STREAM),
+                Some((_, mut respond)) if phase > Phase::Told => {
+                    respond.send_reset(Reason::REFUSED_STREAM);
+                }
                 Some((request, respond)) => {
                     used = true;
                     let (parts, body) = request.into_parts();
@@ -268,6 +293,13 @@ impl AcceptedTunnel {
                 }
             }
         }
+    }
+
+    /// Closes the tunnel, which carries nothing: the engine writes what it still has, and waits until the peer has
+    /// taken it. The engine has then no more PINGs, which in any case wait behind what the peer has not taken.
+    fn close(&mut self) {
+        self.connection.abrupt_shutdown(Reason::NO_ERROR);
+        self.ending.set();
     }
 }
 

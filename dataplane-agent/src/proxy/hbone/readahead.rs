@@ -3,8 +3,10 @@
 //! written what it owes its peer (a PING's answer, SETTINGS), and two ends that both wait for that would wait for
 //! each other. The socket is closed when its peer has taken what was written.
 
+use std::cell::Cell;
 use std::io;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, BytesMut};
@@ -45,8 +47,25 @@ pub struct ReadAhead {
     size: usize,
     /// Number of bytes that have been read in this turn.
     turn: usize,
-    /// Set when we have ended our direction.
+    /// Number of bytes that were written.
+    written: u64,
+    /// True if we have ended our direction.
+    ended: bool,
+    /// Set when we have ended our direction, or a write has to wait while the tunnel is [ending](Ending).
     linger: Option<Linger>,
+    ending: Ending,
+}
+
+/// A mark on a tunnel's socket, set by who has ended the tunnel and does not ask its peer by PINGs any more whether it
+/// is there: from then on a write fails, too, when the peer has taken nothing for [`CLOSE_TIMEOUT`].
+#[derive(Clone, Debug, Default)]
+pub struct Ending(Rc<Cell<bool>>);
+
+impl Ending {
+    /// Sets it. The next write that has to wait begins to count.
+    pub fn set(&self) {
+        self.0.set(true);
+    }
 }
 
 /// The wait for the peer's end, after ours. If the socket were closed before that, the kernel would answer what the
@@ -54,8 +73,8 @@ pub struct ReadAhead {
 #[derive(Debug)]
 struct Linger {
     look: Pin<Box<Sleep>>,
-    /// Number of bytes that were not acknowledged at the last look.
-    unacknowledged: usize,
+    /// Number of bytes that the peer had acknowledged at the last look.
+    acknowledged: u64,
 }
 
 impl ReadAhead {
@@ -73,8 +92,16 @@ impl ReadAhead {
             taken: 0,
             size: SMALL,
             turn: 0,
+            written: 0,
+            ended: false,
             linger: None,
+            ending: Ending::default(),
         }
+    }
+
+    /// Returns the mark to set when the tunnel has been ended.
+    pub fn ending(&self) -> Ending {
+        self.ending.clone()
     }
 
     /// Fills the empty buffer; `false` at the end of file.
@@ -118,17 +145,45 @@ impl ReadAhead {
 }
 
 impl ReadAhead {
-    /// Passes on the result of a write. If the write has to wait, reads ahead.
-    fn or_read<T>(
+    /// Passes on the result of a write, and counts it. If the write has to wait, reads ahead.
+    fn or_read(
         &mut self,
         context: &mut Context<'_>,
-        written: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
+        written: Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(bytes)) = written {
+            self.written += bytes as u64;
+        }
         if written.is_pending() && self.read_on(context) {
             // The reading task finds these bytes; the socket will not wake it for them any more.
             context.waker().wake_by_ref();
         }
+        if written.is_pending() && self.ending.0.get() && self.poll_linger(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         written
+    }
+
+    /// Completes when the peer has taken nothing for a while, or has taken all and we have ended our direction.
+    fn poll_linger(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let acknowledged = || {
+            // This fails only if the socket is broken.
+            let left = unacknowledged(&self.tcp).unwrap_or(0) as u64;
+            (self.written.saturating_sub(left), left)
+        };
+        let linger = self.linger.get_or_insert_with(|| Linger {
+            look: Box::pin(sleep(CLOSE_TIMEOUT)),
+            acknowledged: acknowledged().0,
+        });
+        while linger.look.as_mut().poll(context).is_ready() {
+            let (now, left) = acknowledged();
+            if now <= linger.acknowledged || (self.ended && left == 0) {
+                return Poll::Ready(());
+            }
+            linger.acknowledged = now;
+            linger.look.as_mut().reset(Instant::now() + CLOSE_TIMEOUT);
+        }
+        Poll::Pending
     }
 
     /// Reads what there is, up to a bound. Returns true if there was anything.
@@ -149,29 +204,6 @@ impl ReadAhead {
             }
         }
         (self.buffer.len(), self.failed.is_some()) != before
-    }
-}
-
-impl Linger {
-    fn new(tcp: &TcpStream) -> Self {
-        Self {
-            look: Box::pin(sleep(CLOSE_TIMEOUT)),
-            unacknowledged: unacknowledged(tcp).unwrap_or(0),
-        }
-    }
-
-    /// Completes when the peer has taken nothing for a while.
-    fn poll_over(&mut self, tcp: &TcpStream, context: &mut Context<'_>) -> Poll<()> {
-        while self.look.as_mut().poll(context).is_ready() {
-            // This fails only if the socket is broken.
-            let left = unacknowledged(tcp).unwrap_or(0);
-            if left == 0 || left >= self.unacknowledged {
-                return Poll::Ready(());
-            }
-            self.unacknowledged = left;
-            self.look.as_mut().reset(Instant::now() + CLOSE_TIMEOUT);
-        }
-        Poll::Pending
     }
 }
 
@@ -227,9 +259,9 @@ impl AsyncWrite for ReadAhead {
     /// Completes when the peer has ended too, or takes no more of what was written.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if this.linger.is_none() {
+        if !this.ended {
             ready!(Pin::new(&mut this.tcp).poll_shutdown(context))?;
-            this.linger = Some(Linger::new(&this.tcp));
+            this.ended = true;
         }
         loop {
             match this.fill(context) {
@@ -241,10 +273,49 @@ impl AsyncWrite for ReadAhead {
         }
         this.buffer = BytesMut::new();
         this.taken = 0;
-        let over = this
-            .linger
-            .as_mut()
-            .map(|linger| linger.poll_over(&this.tcp, context));
-        over.unwrap_or(Poll::Ready(())).map(Ok)
+        this.poll_linger(context).map(Ok)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_may_take_its_time_until_the_tunnel_is_ending_and_then_must_take_something() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        let to = listener.local_addr().expect("an address");
+        let (far, near) = tokio::join!(TcpStream::connect(to), listener.accept());
+        let (mut far, near) = (far.expect("connected"), near.expect("accepted").0);
+        let mut near = ReadAhead::new(near, &Share::default());
+        let ending = near.ending();
+        let mut write = async || {
+            loop {
+                if let Err(error) = near.write(&vec![7; 1 << 16]).await {
+                    return error.kind();
+                }
+            }
+        };
+        let waits = timeout(CLOSE_TIMEOUT * 2, write()).await;
+        waits.expect_err("nobody reads, and it goes on");
+
+        ending.set();
+        let began = Instant::now();
+        let takes = async {
+            for _ in 0..4 {
+                sleep(Duration::from_secs(1)).await;
+                far.read_exact(&mut vec![0; 1 << 19]).await.expect("bytes");
+            }
+        };
+        let (error, ()) = tokio::join!(write(), takes);
+        assert_eq!(error, io::ErrorKind::TimedOut);
+        let took = began.elapsed();
+        assert!(took > Duration::from_secs(5), "it took some: {took:?}");
     }
 }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -116,16 +116,17 @@ pub async fn dial(
         let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
         let peers_end = certs::end_of(chain)
             .map_err(|error| TransportError::Identity(error.to_string().into()))?;
+        let ending = tls.get_ref().0.ending();
         let handshake = hbone::client::<_, Payload>(tls).await;
         handshake
-            .map(|made| (made, peers_end))
+            .map(|made| (made, peers_end, ending))
             .map_err(|error| TransportError::Handshake(error.to_string().into()))
     };
-    let ((send, mut connection), peers_end) = timeout(hbone::CONNECT_TIMEOUT, handshake)
+    let ((send, mut connection), peers_end, ending) = timeout(hbone::CONNECT_TIMEOUT, handshake)
         .await
         .map_err(|_| {
-        TransportError::Handshake("the peer did not finish the handshake in time".into())
-    })??;
+            TransportError::Handshake("the peer did not finish the handshake in time".into())
+        })??;
     let tunnel = Rc::new(ClientTunnel {
         send: RefCell::new(Some(send)),
         shared: TunnelState::new(&share),
@@ -159,23 +160,30 @@ pub async fn dial(
             () = certs::ended(until) => tracing::debug!(%to, "the tunnel's certificates have ended"),
         }
         if let Some(tunnel) = leaves.upgrade() {
-            tunnel.leaving.set(true);
-            tunnel.close_if_idle();
+            tunnel.leave();
         }
         std::future::pending::<()>().await;
     };
     group.spawn(async move {
         let lost = keepalive::lost(connection.ping_pong(), &health);
-        let end = poll_fn(|context| {
+        let mut end = pin!(poll_fn(|context| {
             windows.keep(&mut connection, context);
             Pin::new(&mut connection).poll(context)
-        });
+        }));
         tokio::select! {
-            end = end => if let Err(error) = end {
+            end = &mut end => if let Err(error) = end {
                 tracing::debug!(%to, peer, %error, "tunnel ended");
             },
             () = leaving => {}
-            () = lost => tracing::warn!(%to, peer, "HBONE ping timeout/error"),
+            () = lost => {
+                tracing::warn!(%to, peer, "HBONE ping timeout/error");
+                // One that carries nothing may have something that the peer has not taken: PINGs wait behind it, and
+                // are not sent at all any more when the engine closes the tunnel.
+                if driven.upgrade().is_none_or(|tunnel| tunnel.leave()) {
+                    ending.set();
+                    let _ = end.await;
+                }
+            }
         }
         if let Some(tunnel) = driven.upgrade() {
             tunnel.closed.set(true);
@@ -211,11 +219,19 @@ impl ClientTunnel {
         !self.is_over() && self.streams.get() < hbone::CLIENT_STREAMS.min(peer.max(1))
     }
 
-    fn close_if_idle(&self) {
-        if self.leaving.get() && self.streams.get() == 0 {
+    /// Closes it as soon as it carries nothing. Returns true if that is so now.
+    fn leave(&self) -> bool {
+        self.leaving.set(true);
+        self.close_if_idle()
+    }
+
+    fn close_if_idle(&self) -> bool {
+        let idle = self.leaving.get() && self.streams.get() == 0;
+        if idle {
             self.closed.set(true);
             self.send.take();
         }
+        idle
     }
 
     /// Takes a place for one stream; call it only if there [is room](Self::has_room).

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 use rustls_pki_types::{IpAddr as Name, Ipv4Addr, ServerName};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::LocalSet;
 
 use super::*;
@@ -12,6 +12,8 @@ use crate::drain::TaskGroup;
 use crate::proxy::identity::test_ca::Ca;
 
 const INBOUND_IDLE_TIMEOUT: Duration = Duration::from_millis(300);
+/// Number of bytes that the server sends when a stream's client has ended its direction.
+const ANSWER: usize = 4_000_000;
 
 fn who(account: &str) -> Identity {
     Identity::new("td", "ns", account)
@@ -65,6 +67,21 @@ fn a_peer_that_does_not_heed_the_end_opens_nothing_once_a_good_one_would_have() 
     }));
 }
 
+/// Its answer to GOAWAY waits behind the bytes that it has not read, as on a slow network.
+#[test]
+fn a_tunnel_that_ends_delivers_what_it_has_sent_to_a_peer_that_reads_slowly() {
+    run(tunnel_by(
+        Ca::for_seconds(3),
+        Duration::from_secs(60),
+        slow,
+        async |send| {
+            let stream = open(send).await.expect("a stream");
+            sleep(Duration::from_millis(2500)).await;
+            end(stream).await.expect("it is delivered");
+        },
+    ));
+}
+
 fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -82,11 +99,37 @@ async fn open(send: &mut SendRequest<Bytes>) -> Result<Both, h2::Error> {
     Ok((stream, response.await?.into_body()))
 }
 
-/// Ends our direction, and waits until the peer has ended its own.
+/// Ends our direction, and reads the answer.
 async fn end((mut stream, mut body): Both) -> Result<(), h2::Error> {
     stream.send_data(Bytes::new(), true)?;
-    while let Some(Ok(_)) = body.data().await {}
+    let mut read = 0;
+    while let Some(bytes) = body.data().await {
+        let bytes = bytes?.len();
+        body.flow_control().release_capacity(bytes)?;
+        read += bytes;
+    }
+    assert_eq!(read, ANSWER);
     Ok(())
+}
+
+/// Returns a tunnel's bytes for a client that reads some 300 KB of them in a second.
+fn slow(tls: Tls, tasks: &TaskGroup) -> DuplexStream {
+    let (near, far) = tokio::io::duplex(1 << 14);
+    let ((mut from, mut to), (mut far_from, mut far_to)) =
+        (tokio::io::split(tls), tokio::io::split(far));
+    tasks.spawn(async move {
+        _ = tokio::io::copy(&mut far_from, &mut to).await;
+        _ = to.shutdown().await;
+    });
+    tasks.spawn(async move {
+        let mut piece = vec![0; 16 << 10];
+        while let Ok(read @ 1..) = from.read(&mut piece).await {
+            far_to.write_all(&piece[..read]).await.expect("it reads");
+            sleep(Duration::from_millis(50)).await;
+        }
+        _ = far_to.shutdown().await;
+    });
+    near
 }
 
 /// Returns a tunnel's bytes for a client that never sees GOAWAY or PING.
@@ -154,7 +197,16 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
                 while let Some(Ok(_)) = poll_fn(|context| stream.incoming.poll_read(context)).await
                 {
                 }
-                stream.outgoing.finish().expect("it is there");
+                let out = &mut stream.outgoing;
+                let answer = Bytes::from_static(&[7; ANSWER]);
+                for at in (0..ANSWER).step_by(1 << 17) {
+                    poll_fn(|context| out.poll_room(context)).await;
+                    let piece = answer.slice(at..ANSWER.min(at + (1 << 17)));
+                    out.send(piece).expect("it is there");
+                }
+                out.finish().expect("it is there");
+                poll_fn(|context| out.poll_flushed(context)).await;
+                out.done();
             });
         };
         tunnel.serve(std::future::pending(), unused, take).await;
@@ -162,7 +214,10 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
     let connect = async {
         let own = certs.current(&who("client")).await.expect("a certificate");
         let tls = own.client(&[who("server")]).expect("settings");
-        let tcp = TcpStream::connect(to).await.expect("connected");
+        let tcp = TcpSocket::new_v4().expect("a socket");
+        // What it has not read must wait at the server.
+        tcp.set_recv_buffer_size(64 << 10).expect("set");
+        let tcp = tcp.connect(to).await.expect("connected");
         let nobody = ServerName::IpAddress(Name::V4(Ipv4Addr::from([0, 0, 0, 0])));
         let tls = tokio_rustls::TlsConnector::from(tls)
             .connect(nobody, tcp)
