@@ -955,6 +955,70 @@ fn c6_who_takes_the_address_of_a_pod_that_is_gone_does_not_get_its_identity() {
     assert!(is_captured(&again) && !is_captured(&thief));
 }
 
+/// Returns the number of a network namespace, which the kernel gives to the next one when this one has ended.
+fn number(netns: &Netns) -> u64 {
+    netns.file().metadata().expect("it is open").ino()
+}
+
+/// Makes namespaces until one has one of these numbers, and returns it.
+fn reuse<T>(numbers: &[u64], mut make: impl FnMut(usize) -> T, of: impl Fn(&T) -> &Netns) -> T {
+    let mut others = Vec::new();
+    for made in (0..60).map(&mut make) {
+        if numbers.contains(&number(of(&made))) {
+            return made;
+        }
+        others.push(made);
+    }
+    panic!("none of {numbers:?} was given out again");
+}
+
+#[test]
+fn c1_a_pod_whose_new_namespace_has_the_number_of_an_earlier_one_is_captured() {
+    let world = World::new();
+    let node = world.node("one");
+    let others: Vec<Netns> = (0..4)
+        .map(|other| Netns::new(&format!("dp-{}-other-{other}", world.id)))
+        .collect();
+    let numbers: Vec<u64> = others.iter().map(number).collect();
+    let pod = node.pod(&world, "pod");
+    let agent = world.agent(&node);
+    agent.up(&["pod"]);
+    // Between two looks of the agent the others end, and the pod comes back.
+    agent.signal(Signal::SIGSTOP);
+    let (v4, v6) = (pod.v4.to_string(), pod.v6.to_string());
+    drop((pod, others));
+    let make = |again| node.bare(&world, "demo", &format!("again-{again}"));
+    let again = reuse(&numbers, make, |made| &made.netns);
+    again.netns.ip(&format!("addr add {v4}/32 dev eth0\n"));
+    again
+        .netns
+        .ip6(&format!("addr add {v6}/128 dev eth0 nodad\n"));
+    agent.signal(Signal::SIGCONT);
+    eventually("it is captured", 20, || is_captured(&again));
+    agent.up(&["pod"]);
+}
+
+#[test]
+fn a_pod_that_ended_while_no_agent_ran_is_gone_whoever_has_the_number_of_its_namespace() {
+    let world = World::new();
+    let node = world.node("one");
+    let pods = ["a", "b", "c"].map(|name| node.pod(&world, name));
+    let numbers = pods.each_ref().map(|pod| number(&pod.netns));
+    let mut agent = world.agent(&node);
+    agent.up(&["a", "b", "c"]);
+    eventually("they are dialled by HBONE", 10, || agent.tunnelled() == 3);
+    agent.kill();
+    drop(pods);
+    let make = |other| Netns::new(&format!("dp-{}-other-{other}", world.id));
+    let _other = reuse(&numbers, make, |made| made);
+    agent.restart();
+    eventually("it answers", 20, || agent.status().is_some());
+    eventually("they are not any more", 20, || agent.tunnelled() == 0);
+    eventually("the node is ready", 10, || {
+        agent.get("/healthz/ready").contains(" 200 ")
+    });
+}
+
 #[test]
 fn a_node_is_ready_when_every_pod_that_is_here_is_captured() {
     let world = World::new();

@@ -31,7 +31,7 @@ use crate::control::manifests::{LocalPodSpec, Wanted};
 use crate::node::capture::Status;
 use crate::sys::cgroup::{self, CgroupId};
 use crate::sys::netns::Netns;
-use crate::sys::processes;
+use crate::sys::processes::{self, Namespace};
 
 /// Number of whole looks in a row that must miss a namespace until it counts as gone.
 const MISSES_UNTIL_GONE: u32 = 3;
@@ -63,7 +63,7 @@ pub struct PodLocator {
     hosts: BTreeSet<u64>,
     /// Number of looks so far.
     looks: u64,
-    /// Number of the look that first saw each namespace, by inode number.
+    /// Number of the look that first saw each namespace, by cookie.
     since: BTreeMap<u64, u64>,
     /// The place of each pod of this node, by uid, in the mesh or not.
     locations: BTreeMap<Arc<str>, PodLocation>,
@@ -207,10 +207,11 @@ impl PodLocator {
     /// Records which namespaces this look saw, and which it missed.
     fn record_sightings(&mut self, snapshot: &MachineSnapshot, captured: &Status, now: Instant) {
         let looks = self.looks;
-        self.since
-            .retain(|inode, _| snapshot.namespaces.contains_key(inode));
-        for inode in snapshot.namespaces.keys() {
-            self.since.entry(*inode).or_insert(looks);
+        let namespaces = snapshot.seen.namespaces.values();
+        let cookies: BTreeSet<u64> = namespaces.filter_map(|of| of.cookie).collect();
+        self.since.retain(|cookie, _| cookies.contains(cookie));
+        for cookie in cookies {
+            self.since.entry(cookie).or_insert(looks);
         }
         let located: BTreeSet<u64> = self
             .locations
@@ -233,11 +234,13 @@ impl PodLocator {
                 let path = location.key.path.as_ref()?;
                 (location.cookie == *cookie).then_some(path)
             });
-            if let Some(namespace) = snapshot.namespaces.get(&sighting.inode) {
+            let namespace = snapshot.seen.namespace(sighting.inode, *cookie);
+            if let Some(namespace) = namespace {
                 sighting.processes = namespace.processes.iter().copied().collect();
-                (sighting.misses, sighting.missed, sighting.last) = (0, None, looks);
-            } else if path.is_some_and(|path| may_be_at(path, sighting.inode))
-                || !sighting.processes.is_disjoint(&snapshot.hidden)
+            }
+            if namespace.is_some()
+                || path.is_some_and(|path| may_be_at(path, sighting.inode))
+                || !sighting.processes.is_disjoint(&snapshot.seen.hidden)
             {
                 (sighting.misses, sighting.missed, sighting.last) = (0, None, looks);
             } else if sighting
@@ -271,6 +274,19 @@ impl PodLocator {
             same && !is_gone
         });
         lost.retain(|uid, (key, _)| keys.get(uid) == Some(key));
+    }
+
+    /// Returns `true` if a look saw this namespace before the pod's own went: it is not the one that came in its place.
+    fn is_older(&self, namespace: &Namespace, pod: &LocalPodSpec) -> bool {
+        let Some((_, lost)) = self
+            .lost
+            .get(&pod.uid)
+            .filter(|(key, _)| *key == SearchKey::of(pod))
+        else {
+            return false;
+        };
+        let since = namespace.cookie.and_then(|cookie| self.since.get(&cookie));
+        since.is_some_and(|since| since <= lost)
     }
 
     fn gone(&self) -> BTreeSet<u64> {
@@ -392,12 +408,18 @@ mod tests {
             .get(&7)
             .and_then(|sighting| sighting.missed);
         let now = last.unwrap_or_else(Instant::now) + Duration::from_secs(1);
-        scan_at(machine, processes, hidden, now)
+        let namespace = |_| Namespace {
+            cookie: Some(7),
+            processes: processes.to_vec(),
+            ..Namespace::default()
+        };
+        let namespace = processes.first().map(namespace);
+        scan_at(machine, namespace, hidden, now)
     }
 
     fn scan_at(
         machine: &mut PodLocator,
-        processes: &[u32],
+        namespace: Option<Namespace>,
         hidden: &[u32],
         now: Instant,
     ) -> BTreeSet<u64> {
@@ -408,12 +430,10 @@ mod tests {
             state: PodState::Unserved { captured: true },
             forwards: false,
         };
-        let mut scan = processes::Look::default();
-        if !processes.is_empty() {
-            let namespace = scan.namespaces.entry(1).or_default();
-            namespace.processes = processes.to_vec();
-        }
-        scan.hidden = hidden.iter().copied().collect();
+        let scan = processes::Look {
+            namespaces: namespace.into_iter().map(|of| (1, of)).collect(),
+            hidden: hidden.iter().copied().collect(),
+        };
         machine.looks += 1;
         machine.record_sightings(
             &MachineSnapshot::new(scan, &BTreeSet::new()),
@@ -429,11 +449,44 @@ mod tests {
         scan(&mut machine, &[100], &[]);
         let now = Instant::now();
         for _ in 0..2 * MISSES_UNTIL_GONE {
-            assert_eq!(scan_at(&mut machine, &[], &[], now), [].into());
+            assert_eq!(scan_at(&mut machine, None, &[], now), [].into());
         }
         let later = |looks| now + Duration::from_secs(looks);
-        assert_eq!(scan_at(&mut machine, &[], &[], later(1)), [].into());
-        assert_eq!(scan_at(&mut machine, &[], &[], later(2)), [7].into());
+        assert_eq!(scan_at(&mut machine, None, &[], later(1)), [].into());
+        assert_eq!(scan_at(&mut machine, None, &[], later(2)), [7].into());
+    }
+
+    #[test]
+    fn a_namespace_is_gone_whoever_has_its_number() {
+        let mut machine = machine();
+        scan(&mut machine, &[100], &[]);
+        let now = Instant::now();
+        let of = |cookie| Namespace {
+            cookie,
+            ..Namespace::default()
+        };
+        for look in 0..3 {
+            assert_eq!(machine.gone(), [].into());
+            let now = now + Duration::from_secs(look);
+            scan_at(&mut machine, Some(of(Some(8))), &[], now);
+        }
+        assert_eq!(machine.gone(), [7].into());
+        // What cannot be told from it counts as it.
+        let later = now + Duration::from_secs(4);
+        assert_eq!(scan_at(&mut machine, Some(of(None)), &[], later), [].into());
+    }
+
+    #[test]
+    fn a_namespace_that_has_the_number_of_one_that_ended_is_not_as_old_as_that() {
+        let mut machine = machine();
+        let of = |cookie| Namespace {
+            cookie: Some(cookie),
+            ..Namespace::default()
+        };
+        let now = Instant::now();
+        scan_at(&mut machine, Some(of(8)), &[], now);
+        scan_at(&mut machine, Some(of(9)), &[], now);
+        assert_eq!((machine.looks, &machine.since), (2, &[(9, 2)].into()));
     }
 
     #[test]
@@ -443,7 +496,7 @@ mod tests {
         let read = Instant::now();
         for seconds in (0..2 * u64::from(MISSES_UNTIL_GONE)).rev() {
             let began = read - Duration::from_secs(seconds);
-            assert_eq!(scan_at(&mut machine, &[], &[], began), [].into());
+            assert_eq!(scan_at(&mut machine, None, &[], began), [].into());
         }
     }
 

@@ -146,7 +146,8 @@ impl Netns {
         made.unwrap_or_else(|_| Err(io::Error::other("the thread ended early")))
     }
 
-    /// Returns its inode number, which identifies it on this machine as long as it exists.
+    /// Returns its inode number, which identifies it on this machine as long as it exists. Of one that nobody holds
+    /// any more the next namespace may have it: see [`Netns::cookie`].
     pub fn inode(&self) -> u64 {
         self.inode
     }

@@ -12,6 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::caps;
+use super::netns::Netns;
 
 /// The process namespace of this process.
 const OWN_PID_NS: &str = "/proc/self/ns/pid";
@@ -77,9 +78,23 @@ pub struct Look {
     pub hidden: BTreeSet<u32>,
 }
 
+impl Look {
+    /// Returns the namespace with this inode number and cookie, or one with this number whose cookie is not known.
+    pub fn namespace(&self, inode: u64, cookie: u64) -> Option<&Namespace> {
+        let namespace = self.namespaces.get(&inode)?;
+        namespace
+            .cookie
+            .is_none_or(|is| is == cookie)
+            .then_some(namespace)
+    }
+}
+
 /// A network namespace that a process or a mount holds.
 #[derive(Debug, Default)]
 pub struct Namespace {
+    /// Its cookie, by which it is told from an earlier one of its inode number: the number of one
+    /// that has ended is given out again at once. `None` if it may not be entered, or cannot be opened by its mount.
+    pub cookie: Option<u64>,
     /// A path to open it by: that of its mount if there is one, as that outlives processes.
     pub path: PathBuf,
     /// The processes in it.
@@ -113,7 +128,13 @@ pub fn namespaces() -> io::Result<Look> {
             }
             Err(error) => return Err(error),
         };
+        let known = look.namespaces.get(&inode).and_then(|of| of.cookie);
+        let cookie = match known.map_or_else(|| cookie(&path, inode), |known| Ok(Some(known))) {
+            Err(error) if has_ended(&error) => continue,
+            cookie => cookie?,
+        };
         let namespace = look.namespaces.entry(inode).or_default();
+        namespace.cookie = cookie;
         namespace.path = path;
         namespace.processes.push(pid);
     }
@@ -122,11 +143,29 @@ pub fn namespaces() -> io::Result<Look> {
         // Something else may be mounted over it: then it exists, but cannot be opened by this path.
         let is_there =
             fs::metadata(&path).is_ok_and(|of| (of.dev(), of.ino()) == (own.dev(), inode));
+        if is_there && namespace.cookie.is_none() {
+            namespace.cookie = match cookie(&path, inode) {
+                Err(error) if has_ended(&error) => None,
+                cookie => cookie?,
+            };
+        }
         if is_there || namespace.processes.is_empty() {
             namespace.path = path;
         }
     }
     Ok(look)
+}
+
+/// Returns the cookie of the namespace at a path; `None` if that is another one by now, or may not be entered.
+fn cookie(path: &Path, inode: u64) -> io::Result<Option<u64>> {
+    let netns = Netns::open(path)?;
+    if netns.inode() != inode {
+        return Ok(None);
+    }
+    match netns.cookie() {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(None),
+        cookie => cookie.map(Some),
+    }
 }
 
 /// Returns the inodes and paths of the mounted network namespaces, from the text of `/proc/self/mountinfo`.

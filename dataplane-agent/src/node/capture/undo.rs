@@ -205,14 +205,13 @@ pub fn find_namespaces(records: &[UndoRecord]) -> BTreeMap<u64, io::Result<Optio
     let listed = processes::namespaces();
     let find = |record: &UndoRecord| {
         let listed = listed.as_ref().map_err(clone_error)?;
-        let Some(namespace) = listed.namespaces.get(&record.inode) else {
+        let Some(namespace) = listed.namespace(record.inode, record.cookie) else {
             return Ok(None);
         };
         let netns = Netns::open(&namespace.path)?;
         if netns.inode() != record.inode {
             return Err(io::Error::other("it changed while it was looked at"));
         }
-        // The inode number may have been given to another namespace since.
         Ok((netns.cookie()? == record.cookie).then_some(netns))
     };
     let found = records.iter().map(|record| (record.cookie, find(record)));

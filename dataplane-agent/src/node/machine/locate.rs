@@ -121,11 +121,6 @@ impl PodLocator {
                 None => Ok([inode].into()),
             };
         }
-        let lost = self
-            .lost
-            .get(&pod.uid)
-            .filter(|(key, _)| *key == SearchKey::of(pod))
-            .map_or(0, |(_, last)| *last);
         let own = BTreeSet::from_iter(pod.cgroup_uids().map(cgroups::normalize_uid));
         let others: BTreeSet<String> = pods
             .iter()
@@ -134,10 +129,11 @@ impl PodLocator {
             .collect();
         let (mut named, mut unnamed) = (BTreeSet::new(), BTreeSet::new());
         let (mut before, mut failed) = (None, None);
-        let inodes: Vec<u64> = snapshot.namespaces.keys().copied().collect();
+        let namespaces = snapshot.seen.namespaces.iter();
+        let newer = namespaces.filter(|(_, namespace)| !self.is_older(namespace, pod));
+        let inodes: Vec<u64> = newer.map(|(inode, _)| *inode).collect();
         for inode in inodes {
-            let is_old = lost > 0 && self.since.get(&inode).is_some_and(|since| *since <= lost);
-            if taken.contains(&inode) || self.hosts.contains(&inode) || is_old {
+            if taken.contains(&inode) || self.hosts.contains(&inode) {
                 continue;
             }
             let candidate = match snapshot.open(inode, &self.root, &self.pods) {

@@ -31,8 +31,8 @@ impl PodLocator {
             return Ok(());
         };
         let own: BTreeSet<u32> = snapshot
-            .namespaces
-            .get(&location.netns.inode())
+            .seen
+            .namespace(location.netns.inode(), location.cookie)
             .map(|namespace| namespace.processes.iter().copied().collect())
             .unwrap_or_default();
         let failed = |error: io::Error| {

@@ -15,8 +15,7 @@ use crate::sys::processes::{self, Namespace};
 
 /// One look, and the namespaces that were opened in it.
 pub(super) struct MachineSnapshot {
-    pub namespaces: BTreeMap<u64, Namespace>,
-    pub hidden: BTreeSet<u32>,
+    pub seen: processes::Look,
     /// The processes of the host's namespaces.
     pub hosts: BTreeSet<u32>,
     /// Namespaces that were opened, by inode number.
@@ -43,14 +42,13 @@ pub(super) struct CandidateIdentity {
 }
 
 impl MachineSnapshot {
-    pub(super) fn new(scan: processes::Look, hosts: &BTreeSet<u64>) -> Self {
-        let of_host = hosts.iter().filter_map(|inode| scan.namespaces.get(inode));
+    pub(super) fn new(seen: processes::Look, hosts: &BTreeSet<u64>) -> Self {
+        let of_host = hosts.iter().filter_map(|inode| seen.namespaces.get(inode));
         Self {
             hosts: of_host
                 .flat_map(|of| of.processes.iter().copied())
                 .collect(),
-            namespaces: scan.namespaces,
-            hidden: scan.hidden,
+            seen,
             opened: BTreeMap::new(),
         }
     }
@@ -62,7 +60,7 @@ impl MachineSnapshot {
         root: &Path,
         pods: &Path,
     ) -> Result<Option<&Candidate>, &String> {
-        let Some(namespace) = self.namespaces.get(&inode) else {
+        let Some(namespace) = self.seen.namespaces.get(&inode) else {
             return Ok(None);
         };
         let opened = self.opened.entry(inode).or_insert_with(|| {
@@ -95,7 +93,7 @@ impl MachineSnapshot {
         let all: Vec<String> = of.addresses.iter().map(ToString::to_string).collect();
         let all = all.join(", ");
         let path = |inode: &u64| {
-            let namespace = self.namespaces.get(inode);
+            let namespace = self.seen.namespaces.get(inode);
             namespace.map_or_else(String::new, |of| of.path.display().to_string())
         };
         match doubt {
