@@ -16,7 +16,7 @@ use dataplane_tests::cgroup::{self, Cgroup};
 use dataplane_tests::lacks::Restriction;
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, app, said};
-use dataplane_tests::world::Mounted;
+use dataplane_tests::world::{Mounted, Silent};
 use dataplane_tests::{Agent, Node, Pair, Pod, World, eventually, pause, repairs, scaled};
 use nix::mount::MntFlags;
 use nix::sys::signal::{Signal, kill};
@@ -1017,6 +1017,58 @@ fn a_pod_that_ended_while_no_agent_ran_is_gone_whoever_has_the_number_of_its_nam
     eventually("the node is ready", 10, || {
         agent.get("/healthz/ready").contains(" 200 ")
     });
+}
+
+#[test]
+fn a_pods_namespace_is_found_by_the_path_that_is_said() {
+    let world = World::new();
+    let node = world.node("one");
+    let pods = ["mount", "process", "link"].map(|name| node.pod(&world, name));
+    let [mount, process, link] = &pods;
+    let of_process = format!("/proc/{}/ns/net", processes(&process.cgroup)[0]);
+    let linked = PathBuf::from(format!("/run/netns/dp-{}-link", world.id));
+    let target = format!("/proc/{}/ns/net", processes(&link.cgroup)[0]);
+    std::os::unix::fs::symlink(target, &linked).expect("a link");
+    let paths = [
+        format!("/var/run/netns/{}", mount.netns.name),
+        of_process,
+        linked.display().to_string(),
+    ];
+    // Their addresses are those of others too, so that the path alone tells which is which.
+    let thief = node.bare(&world, "outside", "thief");
+    for (pod, path) in pods.iter().zip(paths) {
+        take_addresses(&thief, pod);
+        let mut object = node.object(pod);
+        object
+            .annotations
+            .push(("ambient.dataplane/netns".into(), path));
+        world.manifests.pod(&object);
+    }
+    let agent = world.agent(&node);
+    agent.up(&["mount", "process", "link"]);
+    fs::remove_file(linked).expect("a link");
+}
+
+#[test]
+fn a_path_on_a_file_system_that_does_not_answer_keeps_no_other_pod_waiting() {
+    let world = World::new();
+    let node = world.node("one");
+    let [_other, odd] = ["other", "odd"].map(|name| node.pod(&world, name));
+    let folder = world.folder().join("silent");
+    fs::create_dir(&folder).expect("a folder");
+    let silent = Silent::over(&folder);
+    let mut object = node.object(&odd);
+    let path = folder.join("netns").display().to_string();
+    let annotation = ("ambient.dataplane/netns".into(), path.clone());
+    object.annotations.push(annotation);
+    world.manifests.pod(&object);
+    let mut agent = world.agent(&node);
+    agent.up(&["other"]);
+    let (state, why) = agent.pod("odd");
+    assert_eq!(state, "waiting");
+    assert!(why.contains(&path), "{why}");
+    assert_eq!(agent.terminate().code(), Some(0));
+    drop(silent);
 }
 
 #[test]

@@ -19,7 +19,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -230,18 +229,11 @@ impl PodLocator {
                 });
         }
         for (cookie, sighting) in &mut self.sightings {
-            let path = self.locations.values().find_map(|location| {
-                let path = location.key.path.as_ref()?;
-                (location.cookie == *cookie).then_some(path)
-            });
             let namespace = snapshot.seen.namespace(sighting.inode, *cookie);
             if let Some(namespace) = namespace {
                 sighting.processes = namespace.processes.iter().copied().collect();
             }
-            if namespace.is_some()
-                || path.is_some_and(|path| may_be_at(path, sighting.inode))
-                || !sighting.processes.is_disjoint(&snapshot.seen.hidden)
-            {
+            if namespace.is_some() || !sighting.processes.is_disjoint(&snapshot.seen.hidden) {
                 (sighting.misses, sighting.missed, sighting.last) = (0, None, looks);
             } else if sighting
                 .missed
@@ -371,14 +363,6 @@ impl PodLocation {
             cookie: self.cookie,
             groups: self.groups.clone(),
         }
-    }
-}
-
-/// Returns `true` if a path names the namespace, or cannot be inspected.
-fn may_be_at(path: &Path, inode: u64) -> bool {
-    match fs::metadata(path) {
-        Ok(of) => of.ino() == inode,
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
 

@@ -87,6 +87,59 @@ impl Look {
             .is_none_or(|is| is == cookie)
             .then_some(namespace)
     }
+
+    /// Returns the inode number of the namespace at a path: that of a mount, `/proc/<pid>/ns/net`, or a link to one of
+    /// these in `/run/netns`. Nothing is asked of any other path, as its file system may never answer.
+    ///
+    /// # Errors
+    /// None was there at the time of this look (`NotFound`); the process is hidden (`PermissionDenied`); the path is
+    /// none of these (`InvalidInput`).
+    pub fn at(&self, path: &Path) -> io::Result<u64> {
+        let path = without_var(path);
+        if let Some(inode) = self.held_at(&path) {
+            return Ok(inode);
+        }
+        if path.parent() == Some(Path::new(NAMED)) {
+            let target = without_var(&fs::read_link(&path)?);
+            return self.held_at(&target).ok_or(io::ErrorKind::NotFound.into());
+        }
+        match process_of(&path) {
+            Some(pid) if self.hidden.contains(&pid) => Err(io::ErrorKind::PermissionDenied.into()),
+            Some(_) => Err(io::ErrorKind::NotFound.into()),
+            None => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "no network namespace is mounted there, and it is not /proc/<pid>/ns/net",
+            )),
+        }
+    }
+
+    fn held_at(&self, path: &Path) -> Option<u64> {
+        let process = process_of(path);
+        let is_there = |namespace: &Namespace| {
+            let is_of = |pid| namespace.processes.contains(&pid);
+            process.is_some_and(is_of) || namespace.mounts.iter().any(|at| without_var(at) == path)
+        };
+        let mut namespaces = self.namespaces.iter();
+        let found = namespaces.find(|(_, namespace)| is_there(namespace));
+        found.map(|(inode, _)| *inode)
+    }
+}
+
+/// The folder of named namespaces.
+const NAMED: &str = "/run/netns";
+
+/// Returns a path below `/run` if it is one below `/var/run`, which is the same folder.
+fn without_var(path: &Path) -> PathBuf {
+    match path.strip_prefix("/var/run") {
+        Ok(below) => Path::new("/run").join(below),
+        Err(_) => path.to_owned(),
+    }
+}
+
+/// Returns the process of a path `/proc/<pid>/ns/net`.
+fn process_of(path: &Path) -> Option<u32> {
+    let pid = path.strip_prefix("/proc").ok()?.to_str()?;
+    pid.strip_suffix("/ns/net")?.parse().ok()
 }
 
 /// A network namespace that a process or a mount holds.
@@ -97,6 +150,8 @@ pub struct Namespace {
     pub cookie: Option<u64>,
     /// A path to open it by: that of its mount if there is one, as that outlives processes.
     pub path: PathBuf,
+    /// Where it is mounted, and nothing over it.
+    pub mounts: Vec<PathBuf>,
     /// The processes in it.
     pub processes: Vec<u32>,
 }
@@ -148,6 +203,9 @@ pub fn namespaces() -> io::Result<Look> {
                 Err(error) if has_ended(&error) => None,
                 cookie => cookie?,
             };
+        }
+        if is_there {
+            namespace.mounts.push(path.clone());
         }
         if is_there || namespace.processes.is_empty() {
             namespace.path = path;
@@ -254,6 +312,44 @@ mod tests {
                 (4_026_532_010, path(b"/srv/\xff\\x")),
             ]
         );
+    }
+
+    #[test]
+    fn a_namespace_is_found_by_its_path_without_a_question_to_the_path() {
+        let of = |mounts: &[&str], processes: &[u32]| Namespace {
+            mounts: mounts.iter().map(PathBuf::from).collect(),
+            processes: processes.to_vec(),
+            ..Namespace::default()
+        };
+        let look = Look {
+            namespaces: BTreeMap::from([
+                (1, of(&["/run/netns/a", "/run/docker/netns/b"], &[])),
+                (2, of(&["/var/run/netns/c"], &[70])),
+            ]),
+            hidden: BTreeSet::new(),
+        };
+        let at = |path: &str| look.at(Path::new(path)).map_err(|error| error.kind());
+        for (path, inode) in [
+            ("/run/netns/a", 1),
+            ("/var/run/netns/a", 1),
+            ("/run/docker/netns/b", 1),
+            ("/run/netns/c", 2),
+            ("/proc/70/ns/net", 2),
+        ] {
+            assert_eq!(at(path), Ok(inode), "{path}");
+        }
+        for path in ["/run/netns/there-is-none", "/proc/71/ns/net"] {
+            assert_eq!(at(path), Err(io::ErrorKind::NotFound), "{path}");
+        }
+        for path in [
+            "/proc/self/ns/net",
+            "/proc/70/root/run/netns/c",
+            "/run/netns/../../mnt/d",
+            "/mnt/d",
+            "run/netns/a",
+        ] {
+            assert_eq!(at(path), Err(io::ErrorKind::InvalidInput), "{path}");
+        }
     }
 
     #[test]

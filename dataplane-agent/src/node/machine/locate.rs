@@ -200,8 +200,11 @@ impl PodLocator {
                 _ => NotFound::Doubtful(told),
             }
         };
-        let netns = Netns::open(path).map_err(wrong)?;
-        let inode = netns.inode();
+        let inode = snapshot.seen.at(path).map_err(wrong)?;
+        let netns = Netns::open(&snapshot.seen.namespaces[&inode].path).map_err(wrong)?;
+        if netns.inode() != inode {
+            return Err(wrong(io::Error::other("it changed while it was looked at")));
+        }
         if self.hosts.contains(&inode) {
             let told = format!("{} is the host's network namespace", path.display());
             return Err(NotFound::Doubtful(told));
