@@ -1072,6 +1072,26 @@ fn a_path_on_a_file_system_that_does_not_answer_keeps_no_other_pod_waiting() {
 }
 
 #[test]
+fn what_comes_to_the_pods_cgroup_is_told_when_that_is_made_again() {
+    let world = World::new();
+    let node = world.node("one");
+    let agent = watchful(&world, &node, None);
+    agent.logs(&["the machine was looked at"]);
+    cgroup::remove(&node.cgroup.folder);
+    agent.logs(&["cannot be told of changes of cgroups"]);
+    fs::create_dir(&node.cgroup.folder).expect("a cgroup");
+    agent.logs(&["the kernel tells of changes of cgroups again"]);
+    let since = agent.log().len();
+    let _pod = node.pod(&world, "pod");
+    eventually("it is told that the pod starts", 5, || {
+        looks(&agent, since)
+            .iter()
+            .any(|look| look.contains("cgroups"))
+    });
+    agent.up(&["pod"]);
+}
+
+#[test]
 fn a_node_is_ready_when_every_pod_that_is_here_is_captured() {
     let world = World::new();
     let node = world.node("one");

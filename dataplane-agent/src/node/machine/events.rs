@@ -23,7 +23,7 @@ use crate::sys::async_fd;
 const MAX_WATCHES: usize = 32_768;
 /// The kernel's limit per user. We take half of it at most: the rest is for the machine's own services.
 const USER_WATCH_LIMIT: &str = "/proc/sys/fs/inotify/max_user_watches";
-/// Time between two attempts to set up watches after the kernel has refused them.
+/// Time until the next attempt to set up watches after the kernel has refused them.
 const RETRY: Duration = Duration::from_secs(30);
 
 /// The source of events of this machine.
@@ -33,8 +33,8 @@ pub(super) struct MachineEvents {
     pods: PathBuf,
     /// `None` if cgroups cannot be watched.
     cgroups: Option<CgroupWatches>,
-    /// The time of the last failed attempt to watch them.
-    last_attempt: Option<Instant>,
+    /// The time of the next attempt to watch them, if the last one failed.
+    retry_at: Option<Instant>,
     /// `/proc/self/mountinfo`; the kernel signals changes of it as urgent data:
     /// <https://man7.org/linux/man-pages/man5/proc_pid_mounts.5.html>.
     mounts: Option<AsyncFd<OwnedFd>>,
@@ -48,7 +48,7 @@ impl MachineEvents {
         Self {
             pods: pods.to_owned(),
             cgroups: None,
-            last_attempt: None,
+            retry_at: None,
             mounts: mounts.ok(),
         }
     }
@@ -56,25 +56,26 @@ impl MachineEvents {
     /// Sets up watches of cgroups if there are none; returns `true` if there are. Changes from before are not
     /// reported: callers look after this call.
     pub(super) fn ensure_watching(&mut self, now: Instant) -> bool {
-        let is_due = self
-            .last_attempt
-            .is_none_or(|last_attempt| now - last_attempt >= RETRY);
-        if self.cgroups.is_none() && is_due {
-            match (CgroupWatches::watch(&self.pods), self.last_attempt) {
-                (Ok(cgroups), last_attempt) => {
-                    if last_attempt.is_some() {
+        if self.cgroups.is_none() && self.retry_at.is_none_or(|retry_at| now >= retry_at) {
+            match CgroupWatches::watch(&self.pods) {
+                Ok(cgroups) => {
+                    if self.retry_at.is_some() {
                         tracing::info!("the kernel tells of changes of cgroups again");
                     }
-                    (self.cgroups, self.last_attempt) = (Some(cgroups), None);
+                    (self.cgroups, self.retry_at) = (Some(cgroups), None);
                 }
-                (Err(error), None) => {
-                    tracing::warn!(
-                        %error,
-                        "cannot be told of changes of cgroups (fs.inotify.max_user_watches, max_user_instances); looking each second"
-                    );
-                    self.last_attempt = Some(now);
+                Err(error) => {
+                    if self.retry_at.is_none() {
+                        tracing::warn!(
+                            %error,
+                            cgroup = %self.pods.display(),
+                            "cannot be told of changes of cgroups (fs.inotify.max_user_watches, max_user_instances); looking each second"
+                        );
+                    }
+                    // A cgroup that is made again is watched from the next look on.
+                    let is_missing = error.kind() == io::ErrorKind::NotFound;
+                    self.retry_at = Some(if is_missing { now } else { now + RETRY });
                 }
-                (Err(_), Some(_)) => self.last_attempt = Some(now),
             }
         }
         self.cgroups.is_some()
@@ -134,6 +135,8 @@ struct CgroupWatches {
     watches: BTreeMap<PathBuf, Vec<WatchDescriptor>>,
     /// The folder that a watch is on.
     folders: HashMap<WatchDescriptor, PathBuf>,
+    /// The watch on the parent folder of `pods`, which reports that `pods` itself is removed.
+    parent: Option<WatchDescriptor>,
 }
 
 impl CgroupWatches {
@@ -148,7 +151,12 @@ impl CgroupWatches {
             most: MAX_WATCHES.min(limit / 2),
             watches: BTreeMap::new(),
             folders: HashMap::new(),
+            parent: None,
         };
+        if let Some(parent) = pods.parent() {
+            let removed = AddWatchFlags::IN_DELETE | AddWatchFlags::IN_ONLYDIR;
+            cgroups.parent = Some(cgroups.inotify.add_watch(parent, removed)?);
+        }
         cgroups.add(pods.to_owned())?;
         match cgroups.watches.is_empty() {
             true => Err(io::ErrorKind::NotFound.into()),
@@ -159,7 +167,7 @@ impl CgroupWatches {
     /// Waits for an event.
     ///
     /// # Errors
-    /// Events were lost, or a new cgroup cannot be watched.
+    /// Events were lost, the cgroup of all pods was removed, or a new cgroup cannot be watched.
     async fn happened(&mut self) -> io::Result<()> {
         loop {
             let mut readiness = self.readable.readable().await?;
@@ -182,6 +190,13 @@ impl CgroupWatches {
         let is = |what| event.mask.contains(what);
         if is(Is::IN_Q_OVERFLOW) || is(Is::IN_UNMOUNT) {
             return Err(io::Error::other("events were lost"));
+        }
+        if Some(event.wd) == self.parent {
+            // Unless it is another folder. One of the same name that is made later is another cgroup.
+            return match event.name.as_deref() == self.pods.file_name() {
+                true => Err(io::Error::other("the cgroup was removed")),
+                false => Ok(()),
+            };
         }
         let folder = self.folders.get(&event.wd);
         let below = folder.zip(event.name.as_ref());
@@ -372,10 +387,32 @@ mod tests {
         let now = Instant::now();
         assert!(!events.ensure_watching(now));
         cgroup(&pods);
-        assert!(!events.ensure_watching(now + RETRY / 2));
-        assert!(events.ensure_watching(now + RETRY));
+        assert!(events.ensure_watching(now));
         // After events were lost, watching starts again at once.
         events.cgroups = None;
-        assert!(events.ensure_watching(now + RETRY));
+        assert!(events.ensure_watching(now));
+    }
+
+    #[tokio::test]
+    async fn a_cgroup_that_is_made_again_is_watched_again() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let pods = dir.path().join("pods");
+        cgroup(&pods);
+        let mut events = MachineEvents::new(&pods);
+        events.mounts = None;
+        let now = Instant::now();
+        assert!(events.ensure_watching(now));
+        settle(&mut events).await;
+        fs::create_dir(dir.path().join("other")).expect("a folder");
+        fs::remove_dir(dir.path().join("other")).expect("a folder");
+        settle(&mut events).await;
+        assert!(events.cgroups.is_some(), "another folder is nothing");
+        fs::remove_dir_all(&pods).expect("a folder");
+        settle(&mut events).await;
+        assert!(!events.ensure_watching(now), "there is none");
+        cgroup(&pods);
+        assert!(events.ensure_watching(now), "it is there again");
+        cgroup(&pods.join("new"));
+        assert!(is_reported(&mut events).await, "it is told of what comes");
     }
 }
