@@ -162,6 +162,11 @@ fn c1_a_held_pod_that_has_lost_its_pin_has_its_program_while_it_is_enrolled() {
     eventually("the agent has its program's link", 10, || {
         has_link(&pair.one, &netns)
     });
+    // It is not enrolled before its pin is gone.
+    let block = format!("{}-new", pins[0].display());
+    fs::create_dir(&block).expect("a folder");
+    pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
+    pair.one.logs(&["pod cannot be enrolled", "-new"]);
     let over = AtomicBool::new(false);
     let without = std::thread::scope(|scope| {
         let watch = scope.spawn(|| {
@@ -171,14 +176,14 @@ fn c1_a_held_pod_that_has_lost_its_pin_has_its_program_while_it_is_enrolled() {
             }
             without
         });
-        // This mostly comes before the next scan of it.
-        pair.world.manifests.pod(&pair.nodes.0.object(&pair.client));
-        std::thread::sleep(Duration::from_millis(300));
         for pin in &pins {
             fs::remove_file(pin).expect("a pin");
         }
+        let before = pair.one.pod("client").0;
+        fs::remove_dir(&block).expect("a folder");
         let up = within(20, || pair.one.pod("client").0 == "up");
         over.store(true, Ordering::Relaxed);
+        assert_ne!(before, "up", "it was enrolled with its pin");
         assert!(up, "{}", pair.one.log());
         watch.join().expect("it counts")
     });
