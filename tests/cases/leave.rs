@@ -12,7 +12,7 @@ use std::time::Duration;
 use dataplane_tests::bpf::{self, steering};
 use dataplane_tests::netns::Netns;
 use dataplane_tests::process::{Process, output};
-use dataplane_tests::{Pair, Taps, eventually, pause, program};
+use dataplane_tests::{Pair, Pod, Taps, eventually, pause, program};
 
 const PORT: u16 = 7000;
 
@@ -158,6 +158,48 @@ fn c1_a_pod_that_comes_back_and_lacks_a_part_is_captured_and_not_let_go_again() 
     pair.one.up(&["client"]);
     let answer = pair.client.ask(pair.server.at(PORT), "x");
     assert_eq!(answer, Ok(format!("{} x", pair.client.v4)));
+}
+
+/// The agent's own kernel still holds bytes when both ends have ended: they need the pod's routes, and its mark.
+#[test]
+fn a_pod_that_leaves_delivers_what_its_app_has_not_read_yet() {
+    let pair = Pair::new();
+    let read = pair.world.folder().join("read");
+    let until = format!("until={}", read.display());
+    let slow = ["write=x", "fin", until.as_str(), "all"];
+    let quick = ["read=1", "fill=1000000", "fin"];
+    let run = |pod: &Pod, kind: &str, to: &str, steps: &[&str]| {
+        let steps = [&[kind, to], steps].concat();
+        pod.app(&steps)
+    };
+    // The pod that leaves is the client of one connection, and the server of the other.
+    let far = run(&pair.server, "script-server", "7001", &quick);
+    let near = run(&pair.client, "script-server", "7002", &slow);
+    assert_eq!((far.line(), near.line()), ("ready".into(), "ready".into()));
+    let to = |pod: &Pod, port| pod.at(port).to_string();
+    let client = [&["1"], &slow[..]].concat();
+    let asks = run(&pair.client, "script", &to(&pair.server, 7001), &client);
+    let client = [&["1"], &quick[..]].concat();
+    let sends = run(&pair.server, "script", &to(&pair.client, 7002), &client);
+    for quick in [&far, &sends] {
+        assert_eq!(quick.line(), "x; sent; fin");
+    }
+    in_mesh(&pair, false);
+    pair.one.logs(&["pod leaves the mesh"]);
+    pause(Duration::from_millis(2500));
+    std::fs::write(&read, "").expect("written");
+    for slow in [&asks, &near] {
+        let line = slow.line_within(Duration::from_secs(15));
+        assert_eq!(line.as_deref(), Some("sent; fin; 1000000 bytes, end"));
+    }
+    pair.one.is("client", "ignored");
+    for port in [7001, 7002] {
+        let line = pair.one.logs(&["connection complete", &format!(":{port}")]);
+        assert!(
+            line.contains("1000000") && !line.contains("error="),
+            "{line}"
+        );
+    }
 }
 
 #[test]

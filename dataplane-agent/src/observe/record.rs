@@ -3,8 +3,8 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use super::labels::Labels;
@@ -85,10 +85,17 @@ pub struct Observer {
 pub struct Bytes {
     up: AtomicU64,
     down: AtomicU64,
+    /// The time at which both directions had ended.
+    ended: OnceLock<Instant>,
     series: Arc<Series>,
 }
 
 impl Bytes {
+    /// Says that these are all: both directions have ended, and the kernel has what it still has to deliver.
+    pub fn all(&self) {
+        // Only the first call counts.
+        let _ = self.ended.set(Instant::now());
+    }
     /// Counts bytes from the client to the server.
     pub fn add_up(&self, bytes: u64) {
         self.up.fetch_add(bytes, Ordering::Relaxed);
@@ -177,6 +184,7 @@ impl Observer {
             bytes: Arc::new(Bytes {
                 up: AtomicU64::default(),
                 down: AtomicU64::default(),
+                ended: OnceLock::new(),
                 series,
             }),
             opened: Instant::now(),
@@ -333,7 +341,10 @@ impl AccessRecord {
             Reporter::Source => (up, down),
             Reporter::Destination => (down, up),
         };
-        let duration = format!("{}ms", self.opened.elapsed().as_millis());
+        // What the kernel takes to deliver the rest is not the connection's, unless it is cut meanwhile.
+        let ended = self.bytes.ended.get().filter(|_| failure.is_none());
+        let duration = ended.map_or_else(Instant::now, |ended| *ended) - self.opened;
+        let duration = format!("{}ms", duration.as_millis());
         macro_rules! tell {
             ($level:expr) => {
                 tracing::event!(

@@ -9,9 +9,8 @@ use super::relay::{End, Meter, RelayError, relay};
 use super::{Connector, TransportError, plain};
 use crate::drain::TaskGroup;
 use crate::observe::{self, Failure};
-use crate::proxy::authorize::{Hop, Io, Permit, Revoked};
+use crate::proxy::authorize::{Hop, Io, Permit};
 use crate::proxy::hbone::headers;
-use crate::proxy::limits::memory::Share;
 
 /// The means by which one worker carries connections.
 #[derive(Clone)]
@@ -105,7 +104,7 @@ pub async fn carry(
             }
         }
     };
-    let (upstream, _lease) = match wait(revoked.wait(), accepted.io.gone(), upstream).await {
+    let (upstream, slot) = match wait(revoked.wait(), accepted.io.gone(), upstream).await {
         Ok(Some(upstream)) => upstream,
         Ok(None) => return Ok(Carried::ClientGone),
         Err(error) => {
@@ -124,8 +123,19 @@ pub async fn carry(
             }
         }
     };
-    relay_while_allowed(client, upstream, &share, bytes, &mut revoked).await?;
-    Ok(Carried::Whole)
+    let carried = async {
+        let rest = relay(client, upstream, &share, bytes).await?;
+        bytes.all();
+        // The stream has ended; what is left is between a socket and the kernel.
+        drop(slot);
+        rest.acknowledged().await;
+        Ok(Carried::Whole)
+    };
+    tokio::select! {
+        biased;
+        () = revoked.wait() => Err(TransportError::Revoked),
+        end = carried => end.map_err(|error: RelayError| TransportError::Relay(error.into())),
+    }
 }
 
 /// Waits for the upstream while policy allows it and the client waits; `None` when the client has gone. The result of
@@ -140,22 +150,6 @@ async fn wait<T>(
         () = revoked => Err(TransportError::Revoked),
         upstream = upstream => upstream.map(Some),
         () = gone => Ok(None),
-    }
-}
-
-async fn relay_while_allowed(
-    client: End,
-    upstream: End,
-    share: &Share,
-    bytes: &Arc<observe::Bytes>,
-    revoked: &mut Revoked,
-) -> Result<(), TransportError> {
-    tokio::select! {
-        biased;
-        () = revoked.wait() => Err(TransportError::Revoked),
-        end = relay(client, upstream, share, bytes) => {
-            end.map_err(|error: RelayError| TransportError::Relay(error.into()))
-        }
     }
 }
 

@@ -3,22 +3,24 @@
 use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use h2::Reason;
 use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::time::{Instant, sleep};
 
 use super::relay::{Broken, End};
 use crate::proxy::hbone::batch::{Batch, SLICES};
 use crate::proxy::hbone::payload::Told;
 use crate::proxy::hbone::stream::{Incoming, Outgoing};
 use crate::proxy::limits::memory::{Hold, Level, Share};
-use crate::sys::socket::{close_by_end, read, unacknowledged};
+use crate::sys::socket::{close_by_end, close_by_reset, read, unacknowledged};
 
 /// Size of a read while little comes, in bytes.
 const SMALL: usize = 16 << 10;
@@ -26,7 +28,11 @@ const SMALL: usize = 16 << 10;
 const LARGE: usize = 256 << 10;
 /// Largest read while the pod has little memory left, in bytes; with none left it is `SMALL`.
 const MEDIUM: usize = 64 << 10;
+/// Shortest and longest pause between two checks whether a socket's peer has acknowledged all.
+const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(1));
+
 /// A socket that is reset if it is dropped before it is [done](Sink::done): its linger time is zero until then.
+#[derive(Debug)]
 pub(super) struct Socket {
     tcp: TcpStream,
     /// True if a write has met the error of the connection. The kernel reports it once, so a later read sees an end
@@ -49,10 +55,25 @@ impl Socket {
         let _ = self.tcp.ready(Interest::ERROR).await;
     }
 
-    /// Returns the number of bytes that were written and are not acknowledged.
-    pub(super) fn unacknowledged(&self) -> usize {
-        // This fails only if the socket is broken: nothing will go out any more.
-        unacknowledged(&self.tcp).unwrap_or(0)
+    /// Completes when the peer has acknowledged all that was written, and our end, or when the socket is broken. A peer
+    /// that does not read may take any time: then this checks once a second.
+    pub(super) async fn acknowledged(&self) {
+        let mut broken = pin!(self.broken());
+        let began = Instant::now();
+        // Asking fails only if the socket is broken: nothing will go out any more.
+        while unacknowledged(&self.tcp).unwrap_or(0) > 0 {
+            let pause = (began.elapsed() / 8).clamp(LOOK.0, LOOK.1);
+            tokio::select! {
+                () = &mut broken => return,
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Makes the drop of this a reset again.
+    pub(super) fn cut(&self) {
+        // This cannot fail for a socket.
+        let _ = close_by_reset(&self.tcp);
     }
 }
 
@@ -292,7 +313,7 @@ impl Sink {
     }
 
     /// Completes when the written bytes are on their way and only a reset of a socket can still discard them: see
-    /// [`Socket::unacknowledged`].
+    /// [`Socket::acknowledged`].
     pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
         match self {
             Self::Tcp(_) => Poll::Ready(()),
@@ -337,21 +358,31 @@ impl Sink {
     }
 
     /// Closes the end, which has been told that no more comes. It is not reset, unless it has sent bytes that were
-    /// not read.
-    pub(super) fn close(&mut self) {
+    /// not read. Returns its socket, by which the kernel may still have something to deliver.
+    pub(super) fn close(&mut self) -> Option<Rc<Socket>> {
         match self {
             Self::Tcp(_) => self.done(),
             // Bytes that it may still send are of no use, and it has done nothing wrong (RFC 9113, 8.1).
-            Self::Stream(outgoing) => outgoing.reset(Reason::NO_ERROR),
+            Self::Stream(outgoing) => {
+                outgoing.reset(Reason::NO_ERROR);
+                None
+            }
         }
     }
 
-    /// Marks both directions as ended: dropping this does not reset the end.
-    pub(super) fn done(&mut self) {
+    /// Marks both directions as ended: dropping this does not reset the end. Returns its socket as [`Self::close`]
+    /// does.
+    pub(super) fn done(&mut self) -> Option<Rc<Socket>> {
         match self {
-            // This cannot fail for a socket.
-            Self::Tcp(socket) => drop(close_by_end(&socket.tcp)),
-            Self::Stream(outgoing) => outgoing.done(),
+            Self::Tcp(socket) => {
+                // This cannot fail for a socket.
+                let _ = close_by_end(&socket.tcp);
+                Some(Rc::clone(socket))
+            }
+            Self::Stream(outgoing) => {
+                outgoing.done();
+                None
+            }
         }
     }
 }

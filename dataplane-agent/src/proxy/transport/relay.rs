@@ -20,7 +20,7 @@ use std::time::Duration;
 use h2::Reason;
 use tokio::net::TcpStream;
 use tokio::task::yield_now;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
 use super::ends::{Sink, Socket, Source, halves};
 use crate::proxy::hbone::batch::Batch;
@@ -33,8 +33,6 @@ pub const FLUSH: Duration = Duration::from_secs(2);
 /// Number of times that a direction reads and writes before the other one, and all else on the worker, has its turn.
 /// Between sockets that is a MiB at most.
 const TURN: usize = 4;
-/// Pause between two checks whether a socket's peer has acknowledged all; doubles up to 64 times this.
-const LOOK: Duration = Duration::from_millis(1);
 
 /// One end of a relay.
 #[derive(Debug)]
@@ -112,8 +110,36 @@ impl Broken {
     }
 }
 
+/// What the kernel still has to deliver of a relay that has ended. It goes on with that though this process may die.
+/// Where this is dropped before, the connection is cut: its sockets are reset.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct Unacknowledged([Option<Rc<Socket>>; 2]);
+
+impl Unacknowledged {
+    /// Closes each socket when its peer has acknowledged all that was written, and the end: until then the packets
+    /// need the pod's routes. Nothing limits the time: a peer may read as slowly as it likes.
+    pub async fn acknowledged(mut self) {
+        let [one, other] = self.0.each_mut().map(|socket| async move {
+            if let Some(open) = socket {
+                open.acknowledged().await;
+            }
+            *socket = None;
+        });
+        tokio::join!(one, other);
+    }
+}
+
+impl Drop for Unacknowledged {
+    fn drop(&mut self) {
+        for socket in self.0.iter().flatten() {
+            socket.cut();
+        }
+    }
+}
+
 /// Copies both ways until both directions have ended, or one end breaks. Bytes that wait to be sent keep to the pod's
-/// `share` of memory.
+/// `share` of memory. Returns what is left to the kernel, for which no memory is held here.
 ///
 /// # Errors
 /// An end broke, other than by a reset from its peer.
@@ -122,7 +148,7 @@ pub async fn relay(
     upstream: End,
     share: &Share,
     meter: &(impl Meter + Clone + 'static),
-) -> Result<(), RelayError> {
+) -> Result<Unacknowledged, RelayError> {
     let (from_client, to_client) = halves(client, share);
     let (from_upstream, to_upstream) = halves(upstream, share);
     let client = pin!(error(to_client.socket()));
@@ -133,22 +159,14 @@ pub async fn relay(
     let mut up = OneWay::new(from_client, to_upstream, upward);
     let mut down = OneWay::new(from_upstream, to_client, downward);
     match both(&mut up, &mut down, client, upstream).await {
-        None => {
-            up.sink.done();
-            down.sink.done();
-            Ok(())
-        }
+        None => Ok(Unacknowledged([up.sink.done(), down.sink.done()])),
         Some(At::Client(broken)) => {
-            let broken = wind_up(broken, &mut up, &mut down).await;
-            broken
-                .failure()
-                .map_or(Ok(()), |broken| Err(RelayError::Send(broken)))
+            let end = wind_up(broken, &mut up, &mut down).await;
+            end.map_err(RelayError::Send)
         }
         Some(At::Upstream(broken)) => {
-            let broken = wind_up(broken, &mut down, &mut up).await;
-            broken
-                .failure()
-                .map_or(Ok(()), |broken| Err(RelayError::Receive(broken)))
+            let end = wind_up(broken, &mut down, &mut up).await;
+            end.map_err(RelayError::Receive)
         }
     }
 }
@@ -212,26 +230,28 @@ async fn error(socket: Option<Rc<Socket>>) {
 }
 
 /// Delivers the bytes that a broken end had sent, by `last`, and then closes or resets the other end; `back` went to
-/// the broken one. Returns the error of the broken end.
-async fn wind_up(broken: Option<Broken>, last: &mut OneWay, back: &mut OneWay) -> Broken {
+/// the broken one. Returns the error of the broken end, unless that is an ordinary end.
+async fn wind_up(
+    broken: Option<Broken>,
+    last: &mut OneWay,
+    back: &mut OneWay,
+) -> Result<Unacknowledged, Broken> {
     let deadline = Instant::now() + FLUSH;
     let mut met = None;
     // Bytes that take longer are discarded.
     let _ = timeout_at(deadline, last.rest(back, &mut met)).await;
     let broken = broken.or(met).unwrap_or_else(|| last.source.error());
     if last.over && broken.may_be_forgotten() && !back.moved_late() {
-        last.sink.close();
-        return broken;
+        return Ok(Unacknowledged([last.sink.close(), None]));
     }
     if let Some(socket) = last.sink.socket() {
-        let mut pause = LOOK;
-        while socket.unacknowledged() > 0 && Instant::now() < deadline {
-            sleep(pause).await;
-            pause = (pause * 2).min(LOOK * 64);
-        }
+        // Bytes that take longer are discarded.
+        let _ = timeout_at(deadline, socket.acknowledged()).await;
     }
     last.sink.reset(Reason::CONNECT_ERROR);
     broken
+        .failure()
+        .map_or_else(|| Ok(Unacknowledged::default()), Err)
 }
 
 /// The end of a direction that broke.

@@ -125,7 +125,9 @@ async fn relay(
             close_by_reset(tcp).expect("a socket");
         }
     }
-    relay::relay(client, upstream, &Share::default(), meter).await
+    let rest = relay::relay(client, upstream, &Share::default(), meter).await?;
+    rest.acknowledged().await;
+    Ok(())
 }
 
 /// The bytes that one relay counted, and its result.

@@ -170,6 +170,33 @@ fn a_relay_that_is_cut_resets_both_ends() {
 }
 
 #[test]
+fn a_relay_lasts_until_its_app_has_taken_all_and_resets_it_if_it_is_cut_before() {
+    for cut in [false, true] {
+        run(async {
+            let (mut client, one) = pair().await;
+            let (two, mut server) = pair().await;
+            client.shutdown().await.expect("ended");
+            let answer = async {
+                server.write_all(&vec![7; 1 << 20]).await.expect("written");
+                server.shutdown().await.expect("ended");
+            };
+            let mut relayed = Box::pin(Relayed::between(End::Tcp(one), End::Tcp(two)));
+            let unread = tokio::time::timeout(Duration::from_millis(300), &mut relayed);
+            let (unread, ()) = tokio::join!(unread, answer);
+            assert!(unread.is_err(), "the client has read nothing");
+            if cut {
+                drop(relayed);
+                assert_eq!(rest(&mut client).await.1, RESET);
+            } else {
+                let ((got, end), relayed) = tokio::join!(rest(&mut client), relayed);
+                assert_eq!((got.len(), end), (1 << 20, None));
+                relayed.end.expect("an orderly end");
+            }
+        });
+    }
+}
+
+#[test]
 fn what_a_client_sent_before_it_broke_is_delivered_though_nothing_was_connected_yet() {
     run(async {
         let (mut client, one) = pair().await;
