@@ -165,6 +165,36 @@ fn c1_a_proxy_takes_no_pod_of_a_node_that_comes_back_in_another_cluster() {
 }
 
 #[test]
+fn c1_a_proxy_with_other_manifests_than_its_node_takes_none_of_its_pods() {
+    let mut halves = Halves::new();
+    let folder = halves.world.manifests.folder.clone();
+    let other = halves.world.folder().join("others");
+    fs::create_dir(&other).expect("a folder");
+    for file in fs::read_dir(&folder).expect("the manifests").flatten() {
+        fs::copy(file.path(), other.join(file.file_name())).expect("a copy");
+    }
+    let mut setup = halves.world.half(&halves.nodes.0, "proxy", "other");
+    for argument in &mut setup.arguments {
+        if *argument == folder.display().to_string() {
+            *argument = other.display().to_string();
+        }
+    }
+    let proxy = Agent::start(setup);
+    let why = format!(
+        "was started with --manifests {}, and its proxy (pid {}) with --manifests {}",
+        folder.display(),
+        proxy.pid(),
+        other.display()
+    );
+    proxy.logs(&[&why]);
+    halves.node.logs(&[&why]);
+    halves.proxy.kill();
+    let mut waits = halves.client.talk(halves.server.at(PORT));
+    waits.say("x");
+    assert_eq!(waits.line_within(Duration::from_secs(2)), None);
+}
+
+#[test]
 fn c1_a_proxy_whose_root_is_not_that_of_its_node_ends() {
     let world = World::new();
     let node = world.node("one");

@@ -24,6 +24,17 @@ pub(super) enum ConfigSource {
     Local(Translation),
 }
 
+/// Returns the option that says where the configuration is, with its value.
+pub(super) fn place(options: &RunOptions) -> Option<String> {
+    let (option, path) = match (&options.local_xds_path, &options.manifests) {
+        (Some(file), _) => ("LOCAL_XDS_PATH", file),
+        (None, Some(folder)) => ("--manifests", folder),
+        (None, None) => return None,
+    };
+    let path = absolute(path).unwrap_or_else(|_| path.clone());
+    Some(format!("{option} {}", path.display()))
+}
+
 impl ConfigSource {
     pub(super) async fn new(options: &RunOptions) -> Result<Self, AgentError> {
         let read = match (&options.local_xds_path, &options.manifests) {

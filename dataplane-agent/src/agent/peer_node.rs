@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::config_source::ConfigSource;
+use super::config_source::{self, ConfigSource};
 use super::{AgentError, ask_disk, state_error};
 use crate::config::RunOptions;
 use crate::control::state::SharedState;
@@ -43,7 +43,10 @@ pub(super) fn shared_settings(
 ) -> SharedSettings {
     SharedSettings {
         state: Some(state.to_owned()),
+        configuration: config_source::place(options),
         cluster_id: Some(options.cluster_id.clone()),
+        cluster_domain: Some(options.cluster_domain.clone()),
+        network: Some(options.network.clone()),
         trust_domain: Some(options.trust_domain.clone()),
         root: root.map(str::to_owned),
     }

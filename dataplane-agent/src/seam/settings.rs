@@ -12,8 +12,14 @@ use super::wire::Welcome;
 pub struct SharedSettings {
     /// The state folder, without links.
     pub state: Option<PathBuf>,
+    /// Where the configuration is: the option that says so, and its value.
+    pub configuration: Option<String>,
     /// The cluster of the pods.
     pub cluster_id: Option<String>,
+    /// The domain of the cluster's services.
+    pub cluster_domain: Option<String>,
+    /// The network of the node.
+    pub network: Option<String>,
     /// The trust domain of their identities.
     pub trust_domain: Option<String>,
     /// The SHA-256 fingerprint of the state's root.
@@ -33,34 +39,30 @@ impl SharedSettings {
     /// Returns how a proxy's settings differ from its `node`'s. What one of them does not know, as an older node
     /// does not say it, does not differ.
     pub fn difference(&self, node: &Self) -> Option<Difference> {
-        let state = |of: &Self| Some(of.state.as_ref()?.display().to_string());
-        let all = [
-            ("--state", state(node), state(self)),
-            (
-                "--cluster-id",
-                node.cluster_id.clone(),
-                self.cluster_id.clone(),
-            ),
-            (
-                "--trust-domain",
-                node.trust_domain.clone(),
-                self.trust_domain.clone(),
-            ),
-            (
-                "a root with the SHA-256 fingerprint",
-                node.root.clone(),
-                self.root.clone(),
-            ),
-        ];
-        let differ = all.into_iter().filter_map(|(setting, node, proxy)| {
+        let differ = node.named().into_iter().zip(self.named());
+        let differ = differ.filter_map(|((setting, node), (_, proxy))| {
             let (node, proxy) = (node?, proxy?);
-            (node != proxy).then(|| (format!("{setting} {node}"), format!("{setting} {proxy}")))
+            (node != proxy).then(|| (format!("{setting}{node}"), format!("{setting}{proxy}")))
         });
         let (node, proxy): (Vec<String>, Vec<String>) = differ.unzip();
         (!node.is_empty()).then(|| Difference {
             node: node.join(" and "),
             proxy: proxy.join(" and "),
         })
+    }
+
+    /// Returns each with what stands before its value.
+    fn named(&self) -> [(&'static str, Option<String>); 7] {
+        let state = self.state.as_ref();
+        [
+            ("--state ", state.map(|state| state.display().to_string())),
+            ("", self.configuration.clone()),
+            ("--cluster-id ", self.cluster_id.clone()),
+            ("--cluster-domain ", self.cluster_domain.clone()),
+            ("--network ", self.network.clone()),
+            ("--trust-domain ", self.trust_domain.clone()),
+            ("a root with the SHA-256 fingerprint ", self.root.clone()),
+        ]
     }
 
     /// Writes them into the packet in which a node says them.
@@ -73,6 +75,9 @@ impl SharedSettings {
             cluster_id: self.cluster_id.clone(),
             trust_domain: self.trust_domain.clone(),
             root: self.root.clone(),
+            configuration: self.configuration.clone(),
+            cluster_domain: self.cluster_domain.clone(),
+            network: self.network.clone(),
             ..welcome
         }
     }
@@ -84,6 +89,9 @@ impl SharedSettings {
             cluster_id: welcome.cluster_id,
             trust_domain: welcome.trust_domain,
             root: welcome.root,
+            configuration: welcome.configuration,
+            cluster_domain: welcome.cluster_domain,
+            network: welcome.network,
         }
     }
 }
@@ -96,6 +104,9 @@ mod tests {
     fn a_difference_names_each_setting_that_differs_with_both_values() {
         let proxy = SharedSettings {
             state: Some("/state".into()),
+            configuration: Some("--manifests /mesh".into()),
+            cluster_domain: Some("cluster.local".into()),
+            network: Some(String::new()),
             cluster_id: Some("Kubernetes".into()),
             trust_domain: Some("cluster.local".into()),
             root: Some("ab".into()),
@@ -105,16 +116,20 @@ mod tests {
         assert_eq!(proxy.difference(&unknown), None);
         assert_eq!(unknown.difference(&proxy), None);
         let node = SharedSettings {
+            configuration: Some("LOCAL_XDS_PATH /mesh.json".into()),
             cluster_id: Some("other".into()),
             root: Some("cd".into()),
             ..proxy.clone()
         };
         let differ = proxy.difference(&node).expect("two differ");
         let root = "a root with the SHA-256 fingerprint";
-        assert_eq!(differ.node, format!("--cluster-id other and {root} cd"));
+        assert_eq!(
+            differ.node,
+            format!("LOCAL_XDS_PATH /mesh.json and --cluster-id other and {root} cd")
+        );
         assert_eq!(
             differ.proxy,
-            format!("--cluster-id Kubernetes and {root} ab")
+            format!("--manifests /mesh and --cluster-id Kubernetes and {root} ab")
         );
     }
 }

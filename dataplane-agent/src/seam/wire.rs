@@ -96,6 +96,15 @@ pub struct Welcome {
     /// The SHA-256 fingerprint of the state's root.
     #[prost(string, optional, tag = "6")]
     pub root: Option<String>,
+    /// Where its configuration is.
+    #[prost(string, optional, tag = "7")]
+    pub configuration: Option<String>,
+    /// The domain of the cluster's services.
+    #[prost(string, optional, tag = "8")]
+    pub cluster_domain: Option<String>,
+    /// Its network.
+    #[prost(string, optional, tag = "9")]
+    pub network: Option<String>,
 }
 
 /// A pod.
