@@ -976,7 +976,8 @@ fn reuse<T>(numbers: &[u64], mut make: impl FnMut(usize) -> T, of: impl Fn(&T) -
 fn c1_a_pod_whose_new_namespace_has_the_number_of_an_earlier_one_is_captured() {
     let world = World::new();
     let node = world.node("one");
-    let others: Vec<Netns> = (0..4)
+    // Of more than other tests take meanwhile.
+    let others: Vec<Netns> = (0..24)
         .map(|other| Netns::new(&format!("dp-{}-other-{other}", world.id)))
         .collect();
     let numbers: Vec<u64> = others.iter().map(number).collect();
@@ -1002,11 +1003,15 @@ fn c1_a_pod_whose_new_namespace_has_the_number_of_an_earlier_one_is_captured() {
 fn a_pod_that_ended_while_no_agent_ran_is_gone_whoever_has_the_number_of_its_namespace() {
     let world = World::new();
     let node = world.node("one");
-    let pods = ["a", "b", "c"].map(|name| node.pod(&world, name));
+    // More than other tests take the numbers of meanwhile.
+    let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let pods = names.map(|name| node.pod(&world, name));
     let numbers = pods.each_ref().map(|pod| number(&pod.netns));
     let mut agent = world.agent(&node);
-    agent.up(&["a", "b", "c"]);
-    eventually("they are dialled by HBONE", 10, || agent.tunnelled() == 3);
+    agent.up(&names);
+    eventually("they are dialled by HBONE", 10, || {
+        agent.tunnelled() == names.len()
+    });
     agent.kill();
     drop(pods);
     let make = |other| Netns::new(&format!("dp-{}-other-{other}", world.id));

@@ -234,7 +234,11 @@ impl PodLocator {
                 sighting.processes = namespace.processes.iter().copied().collect();
             }
             if namespace.is_some() || !sighting.processes.is_disjoint(&snapshot.seen.hidden) {
-                (sighting.misses, sighting.missed, sighting.last) = (0, None, looks);
+                (sighting.misses, sighting.missed) = (0, None);
+                // What this look saw at its end may have come after what it saw at its begin had gone.
+                if namespace.is_none_or(|namespace| namespace.is_still(sighting.inode)) {
+                    sighting.last = looks;
+                }
             } else if sighting
                 .missed
                 .is_none_or(|missed| now.saturating_duration_since(missed) >= MIN_MISS_INTERVAL)

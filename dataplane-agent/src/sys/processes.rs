@@ -156,6 +156,13 @@ pub struct Namespace {
     pub processes: Vec<u32>,
 }
 
+impl Namespace {
+    /// Returns `true` if the namespace with this inode number is still where this look opened it.
+    pub fn is_still(&self, inode: u64) -> bool {
+        fs::metadata(&self.path).is_ok_and(|there| there.ino() == inode)
+    }
+}
+
 /// Scans all processes and all mounts, as named namespaces are mounted in `/run/netns` or elsewhere.
 ///
 /// # Errors
@@ -312,6 +319,19 @@ mod tests {
                 (4_026_532_010, path(b"/srv/\xff\\x")),
             ]
         );
+    }
+
+    #[test]
+    fn a_namespace_is_still_there_if_its_path_leads_to_it() {
+        let path = "/proc/self/ns/net";
+        let own = fs::metadata(path).expect("our own").ino();
+        let at = |path: &str| Namespace {
+            path: path.into(),
+            ..Namespace::default()
+        };
+        assert!(at(path).is_still(own));
+        assert!(!at(path).is_still(own + 1));
+        assert!(!at("/proc/0/ns/net").is_still(own));
     }
 
     #[test]
