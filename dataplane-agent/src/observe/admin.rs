@@ -23,6 +23,8 @@ use super::metrics::Metrics;
 use super::status::StatusReport;
 use crate::sys::bound::BoundPath;
 
+/// The content type of OpenMetrics. With another one Prometheus reads its own older format, which has no `info`.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// What a process waits for that serves nothing new: its end. See [`Sources::ready`].
 pub const END: &str = "end";
 /// How often a process without the socket checks whether it can have it; tests do not wait so long.
@@ -193,11 +195,11 @@ async fn config_dump(State(sources): State<Sources>) -> Response {
 }
 
 async fn metrics(State(sources): State<Sources>) -> Response {
-    (
-        [("content-type", "text/plain; charset=utf-8")],
-        sources.metrics.text(),
-    )
-        .into_response()
+    open_metrics(sources.metrics.text())
+}
+
+fn open_metrics(text: String) -> Response {
+    ([("content-type", OPEN_METRICS)], text).into_response()
 }
 
 async fn ready(State(sources): State<Sources>) -> Response {
@@ -241,6 +243,15 @@ mod tests {
 
     use super::*;
     use crate::sys::bound;
+
+    #[test]
+    fn metrics_are_served_as_open_metrics() {
+        let served = open_metrics("# EOF\n".into());
+        assert_eq!(
+            served.headers()["content-type"],
+            "application/openmetrics-text; version=1.0.0; charset=utf-8"
+        );
+    }
 
     async fn waits(path: &Path, bound: Option<&BoundPath>, leaves: bool) -> bool {
         let long = bound::POLL * 10 + ASK_TIMEOUT;
