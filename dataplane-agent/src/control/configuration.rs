@@ -341,8 +341,9 @@ async fn changed(source: &mut Source, problems: &mut Vec<String>) -> bool {
     tokio::select! {
         reload = folder.next(watch) => {
             let told: Vec<String> = reload.problems.iter().map(ToString::to_string).collect();
-            for problem in told.iter().filter(|problem| !problems.contains(problem)) {
-                tracing::error!("{problem}; what it said before holds");
+            let all = reload.problems.iter().zip(&told);
+            for (problem, told) in all.filter(|(_, told)| !problems.contains(told)) {
+                tracing::error!("{told}; {}", folder.in_effect(problem));
             }
             *problems = told;
             for renamed in &reload.renamed {

@@ -162,6 +162,13 @@ impl FolderFiles {
         self.files.is_empty()
     }
 
+    /// Returns true if any content of this file, or of a file in this folder, is in effect.
+    pub(super) fn is_in_effect(&self, path: &Path) -> bool {
+        let below = path.strip_prefix(&self.dir).unwrap_or(path);
+        let mut files = self.files.iter();
+        files.any(|(name, file)| name.starts_with(below) && *file.accepted != Parsed::default())
+    }
+
     /// Returns the warnings in the content that is in effect.
     pub(super) fn warnings(&self) -> impl Iterator<Item = &String> {
         self.files.values().flat_map(|file| &file.accepted.warnings)

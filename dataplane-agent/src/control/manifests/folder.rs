@@ -152,6 +152,15 @@ impl ManifestFolder {
         self.look.as_ref()?.problem()
     }
 
+    /// Returns what holds instead of a file or folder with a problem.
+    pub fn in_effect(&self, problem: &ManifestError) -> &'static str {
+        let files = self.files.as_ref();
+        match files.is_none_or(|files| files.is_in_effect(&problem.file)) {
+            true => "what it said before holds",
+            false => "nothing of it is applied",
+        }
+    }
+
     /// Waits until it is time to look at the files.
     async fn due(&mut self, watch: &mut Watch) {
         if !self.settling {

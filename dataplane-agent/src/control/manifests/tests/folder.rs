@@ -688,6 +688,49 @@ fn what_a_changed_file_costs_does_not_grow_with_its_folder() {
 }
 
 #[test]
+fn of_a_file_with_a_problem_what_it_said_before_holds_or_nothing_if_it_is_new() {
+    let two = [("a.yaml", &*namespace("a")), ("b/b.yaml", &*namespace("b"))];
+    let (dir, mut folder) = folder(&two);
+    let instead = |folder: &mut ManifestFolder| {
+        let problems = folder.reload().problems.into_iter();
+        let told = problems.map(|of| (of.file.display().to_string(), folder.in_effect(&of)));
+        told.collect::<Vec<_>>()
+    };
+    let of = |name: &str, instead| (name.to_owned(), instead);
+    let (before, nothing) = ("what it said before holds", "nothing of it is applied");
+    put(&dir, "a.yaml", "kind: [");
+    put(&dir, "new.yaml", "kind: [");
+    // The same object as in another file.
+    put(&dir, "twice.yaml", &namespace("b"));
+    std::os::unix::fs::symlink("nowhere", dir.path().join("c.yaml")).expect("a link");
+    let mut all = instead(&mut folder);
+    all.sort();
+    assert_eq!(
+        all,
+        [
+            of("a.yaml", before),
+            of("c.yaml", nothing),
+            of("new.yaml", nothing),
+            of("twice.yaml", nothing)
+        ]
+    );
+    put(&dir, "a.yaml", &namespace("a"));
+    for name in ["c.yaml", "new.yaml", "twice.yaml"] {
+        fs::remove_file(dir.path().join(name)).expect("a file");
+    }
+    folder.reload();
+    assert_eq!(instead(&mut folder), []);
+    // A folder that has lost its manifests, and one that is gone, with all that is in it.
+    fs::remove_file(dir.path().join("b/b.yaml")).expect("a file");
+    folder.reload();
+    let lost = dir.path().join("b").display().to_string();
+    assert_eq!(instead(&mut folder), [of(&lost, before)]);
+    fs::remove_dir_all(dir.path()).expect("a folder");
+    let gone = dir.path().display().to_string();
+    assert_eq!(instead(&mut folder), [of(&gone, before)]);
+}
+
+#[test]
 fn more_than_a_changed_file_is_found_whatever_was_reported() {
     let two = [("a.yaml", &*namespace("a")), ("b.yaml", &*namespace("b"))];
     let (dir, mut folder) = folder(&two);
