@@ -66,6 +66,9 @@ pub enum AgentError {
     /// The machine lacks something; a line each.
     #[error("{0}")]
     Machine(String),
+    /// Another process has what this one needs of the node.
+    #[error("{0}")]
+    Held(String),
     /// Capture failed.
     #[error(transparent)]
     Capture(#[from] CaptureError),
@@ -79,7 +82,8 @@ impl AgentError {
     pub fn exit(&self) -> Exit {
         match self {
             Self::Settings(_) => Exit::Settings,
-            Self::Capture(
+            Self::Held(_)
+            | Self::Capture(
                 CaptureError::Held(_) | CaptureError::Serves(_) | CaptureError::Attached { .. },
             ) => Exit::Held,
             Self::Capture(CaptureError::NotOurs { .. } | CaptureError::OtherPlace(_)) => {

@@ -10,7 +10,7 @@ use super::{AgentError, ask_disk, state_error};
 use crate::config::RunOptions;
 use crate::control::state::SharedState;
 use crate::node::capture::CaptureError;
-use crate::node::capture::node_folder::{self, Mark};
+use crate::node::capture::node_folder::{self, Holder, Mark};
 use crate::node::capture::uninstall::canonical;
 use crate::seam::{ServingLock, SharedSettings};
 use crate::sys::made::CreatedPaths;
@@ -26,6 +26,37 @@ pub(super) fn exclude_proxies(options: &RunOptions) -> Result<ServingLock, Agent
     let path = options.places.proxy_lock(&options.node);
     let lock = ServingLock::exclude(&path).map_err(CaptureError::file(&path))?;
     Ok(lock.ok_or(CaptureError::Serves(path))?)
+}
+
+/// Takes the lock of a proxy, with the folder that was made for it.
+///
+/// # Errors
+/// `dataplane run` serves the node, or it is being uninstalled.
+fn serving_lock(options: &RunOptions) -> Result<(ServingLock, CreatedPaths), AgentError> {
+    let (places, node) = (&options.places, &options.node);
+    let path = places.proxy_lock(node);
+    let locked = ServingLock::share(&path).map_err(CaptureError::file(&path))?;
+    locked.ok_or_else(|| {
+        let lock = path.display();
+        AgentError::Held(match node_folder::holder(&places.of_node(node)) {
+            Some(Holder::Uninstall) => format!(
+                "node {node} is being uninstalled: `dataplane uninstall` holds {lock}; start its halves when it has ended"
+            ),
+            Some(Holder::Agent) | None => format!(
+                "another dataplane agent already runs for this node, and serves it alone (`dataplane run`): it \
+                 holds {lock}; end it first, and start `dataplane node`"
+            ),
+        })
+    })
+}
+
+/// Returns what a proxy says that has come before its node.
+fn waiting(options: &RunOptions) -> String {
+    let socket = options.places.seam(&options.node);
+    format!(
+        "waits for the node (`dataplane node`), at {}",
+        socket.display()
+    )
 }
 
 /// Returns the path of the state without links.
@@ -73,11 +104,7 @@ impl PeerNode {
         let (places, node) = (&options.places, &options.node);
         places.socket_fits(node).map_err(AgentError::Settings)?;
         config.refuse_empty(node_folder::captured(&places.run_dir, node))?;
-        let path = places.proxy_lock(node);
-        let locked = ServingLock::share(&path).map_err(CaptureError::file(&path))?;
-        let (lock, made) = locked.ok_or_else(|| {
-            anyhow::anyhow!("node {node} is being uninstalled, or `dataplane run` serves it")
-        })?;
+        let (lock, made) = serving_lock(options)?;
         let mut peer = Self {
             options: options.clone(),
             state: state_path(options).await,
@@ -112,7 +139,7 @@ impl PeerNode {
                 break mark;
             }
             if !told {
-                tracing::info!("waits for the node (`dataplane node`)");
+                tracing::info!("{}", waiting(&self.options));
             }
             told = true;
             tokio::time::sleep(POLL).await;
@@ -137,5 +164,73 @@ impl PeerNode {
             }
         }
         Ok(mark)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use crate::exit::Exit;
+    use crate::node::capture::uninstall::StoppedNode;
+
+    /// The options of a proxy of node `one` with this run folder.
+    fn options(run: &Path) -> RunOptions {
+        let run = run.to_str().expect("UTF-8");
+        let line = ["dataplane", "proxy", "--manifests", "m", "--node", "one"];
+        let bpffs = ["--run-dir", run, "--bpffs", run];
+        match Cli::parse_from(line.into_iter().chain(bpffs)).command {
+            Command::Proxy(options) => *options,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_proxy_beside_a_run_of_its_node_says_so_as_another_agent_would() {
+        let run = tempfile::tempdir().expect("a folder");
+        let options = options(run.path());
+        let lock = run.path().join("one.proxy.lock").display().to_string();
+        let both = exclude_proxies(&options).expect("no proxy runs");
+        let error = serving_lock(&options).expect_err("a run serves the node");
+        assert_eq!(error.exit(), Exit::Held);
+        let told = error.to_string();
+        assert!(told.contains(&lock) && told.contains("end it"), "{told}");
+        assert!(!told.contains("uninstalled"), "{told}");
+        drop(both);
+        let (_proxy, _made) = serving_lock(&options).expect("nobody serves the node");
+    }
+
+    #[test]
+    fn a_proxy_of_a_node_that_is_being_uninstalled_says_so() {
+        let run = tempfile::tempdir().expect("a folder");
+        let options = options(run.path());
+        let mark = Mark {
+            node: options.node.clone(),
+            bpffs: options.places.bpffs.clone(),
+            cgroup: "/cgroup".into(),
+            state: "/state".into(),
+            cluster_id: "Kubernetes".into(),
+            root: None,
+        };
+        let mut folder = node_folder::NodeFolder::claim(run.path(), &mark).expect("free");
+        folder.write_mark(&mark).expect("a mark");
+        drop(folder);
+        let ended = StoppedNode::find(&options.places, &mark.state, &mark.node);
+        let _ended = ended.expect("it has ended");
+        let error = serving_lock(&options).expect_err("it is being uninstalled");
+        assert_eq!(error.exit(), Exit::Held);
+        let told = error.to_string();
+        assert!(told.contains("is being uninstalled"), "{told}");
+        assert!(!told.contains("dataplane run"), "{told}");
+    }
+
+    #[test]
+    fn a_proxy_that_waits_names_the_socket_of_its_node() {
+        let options = options(Path::new("/mistyped"));
+        let socket = options.places.seam(&options.node);
+        let told = waiting(&options);
+        assert!(told.contains(socket.to_str().expect("UTF-8")), "{told}");
     }
 }
