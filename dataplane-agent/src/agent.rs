@@ -257,7 +257,7 @@ async fn node(options: RunOptions, level: Level) -> Result<(), AgentError> {
         let config = ConfigSource::new(&options).await?;
         let prepared = Prepared::new(Halves::Node, &options, &config).await?;
         let state = match config.has_records() {
-            true => Some(wait_for_state(&options.state, prepared.known_root()).await?),
+            true => Some(wait_for_state(&options, prepared.known_root()).await?),
             false => None,
         };
         let configured = config.into_source(&options, state.clone()).await?;
@@ -481,12 +481,16 @@ async fn open_state(
 }
 
 /// Waits for the state that nodes share, which proxies make: who has no key makes none.
-async fn wait_for_state(folder: &Path, known: Option<String>) -> Result<SharedState, AgentError> {
+async fn wait_for_state(
+    options: &RunOptions,
+    known: Option<String>,
+) -> Result<SharedState, AgentError> {
+    let folder = &options.state;
     let mut told = false;
     loop {
-        let (of, known) = (folder.to_owned(), known.clone());
+        let (of, known, domain) = (folder.clone(), known.clone(), options.trust_domain.clone());
         let found = ask_disk(folder, move || {
-            SharedState::open_existing(&of, known.as_deref())
+            SharedState::open_existing(&of, known.as_deref(), &domain)
         });
         if let Some(state) = found.await.map_err(state_error)? {
             return Ok(state);

@@ -220,16 +220,7 @@ impl EmbeddedCa {
             path: path.to_owned(),
             why,
         };
-        let root = CertificateDer::from_pem_slice(root_pem.as_bytes())
-            .map_err(|error| wrong(&root_path, error.to_string()))?;
-        let said = RootContents::read(&root).map_err(|why| wrong(&root_path, why))?;
-        if said.trust_domain != trust_domain {
-            return Err(CaError::TrustDomain {
-                path: root_path,
-                found: said.trust_domain,
-                wanted: trust_domain.to_owned(),
-            });
-        }
+        let (root, said) = read_root(&root_path, &root_pem, trust_domain)?;
         let now = OffsetDateTime::now_utc();
         if now + SKEW < said.begins || said.ends <= now {
             return Err(CaError::Expired {
@@ -348,6 +339,41 @@ pub fn fingerprint_of(root: &Path) -> io::Result<String> {
     let root =
         CertificateDer::from_pem_slice(&regular_file::read(root)?).map_err(io::Error::other)?;
     Ok(sha256(&root))
+}
+
+/// Checks that the root of a state is of this trust domain, if it is there, for a process that has no key.
+///
+/// # Errors
+/// It is of another one; it cannot be read.
+pub fn refuse_other_trust_domain(state: &Path, trust_domain: &str) -> Result<(), CaError> {
+    let path = root_of(state);
+    match read(&path, |_| Ok(()))? {
+        Some(pem) => read_root(&path, &pem, trust_domain).map(drop),
+        None => Ok(()),
+    }
+}
+
+/// Returns the root, and its fields; it is of this trust domain.
+fn read_root(
+    path: &Path,
+    pem: &str,
+    trust_domain: &str,
+) -> Result<(CertificateDer<'static>, RootContents), CaError> {
+    let wrong = |why| CaError::Wrong {
+        path: path.to_owned(),
+        why,
+    };
+    let root =
+        CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|error| wrong(error.to_string()))?;
+    let said = RootContents::read(&root).map_err(wrong)?;
+    match said.trust_domain == trust_domain {
+        true => Ok((root, said)),
+        false => Err(CaError::TrustDomain {
+            path: path.to_owned(),
+            found: said.trust_domain,
+            wanted: trust_domain.to_owned(),
+        }),
+    }
 }
 
 /// The root and its key; `None` if a file is missing.

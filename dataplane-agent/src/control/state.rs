@@ -114,12 +114,17 @@ impl SharedState {
     ///
     /// # Errors
     /// See [`StateError`].
-    pub fn open_existing(folder: &Path, known: Option<&str>) -> Result<Option<Self>, StateError> {
+    pub fn open_existing(
+        folder: &Path,
+        known: Option<&str>,
+        trust_domain: &str,
+    ) -> Result<Option<Self>, StateError> {
         refuse_incomplete(folder, known)?;
         let found = Self::found(folder).map_err(of_file(&ca::root_of(folder)))?;
         if let (Some(state), Some(known)) = (&found, known) {
             state.is(known)?;
         }
+        ca::refuse_other_trust_domain(folder, trust_domain)?;
         Ok(found)
     }
 
@@ -370,6 +375,26 @@ mod tests {
             error.contains("is another root than at the start"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn who_has_no_key_refuses_the_state_of_another_trust_domain_too() {
+        let state = tempfile::tempdir().expect("a folder");
+        let existing = |domain: &str| SharedState::open_existing(state.path(), None, domain);
+        assert!(
+            existing("other.example")
+                .expect("nobody has made it")
+                .is_none()
+        );
+        let made = open(state.path(), None).expect("a state");
+        let found = existing("td").expect("a state");
+        assert_eq!(found.map(|state| state.root), Some(made.root));
+        let error = existing("other.example")
+            .expect_err("another mesh's")
+            .to_string();
+        let root = ca::root_of(state.path()).display().to_string();
+        let told = format!("{root}: is the root of trust domain td, not other.example");
+        assert_eq!(error, told);
     }
 
     #[test]
