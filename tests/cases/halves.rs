@@ -454,7 +454,7 @@ fn a_proxy_without_room_for_descriptors_refuses_a_pod_alone_until_there_is() {
 
 #[test]
 fn c1_a_pod_that_a_proxy_does_not_know_as_the_node_does_is_served_by_it_once_it_does() {
-    let mut halves = Halves::new();
+    let halves = Halves::new();
     let late = halves.nodes.0.bare(&halves.world, "demo", "late");
     let _app = late.serve(PORT);
     let outsider = halves.nodes.0.bare(&halves.world, "outside", "outsider");
