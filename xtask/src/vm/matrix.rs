@@ -413,8 +413,9 @@ impl Table {
              Linux {oldest} is the oldest that is tested. This table is written by `cargo xtask vm all\n\
              --write`, which runs the whole suite of `tests/cases` on each of these kernels, by `cargo xtask vm\n\
              --kernel 6.1 --write` for one of them, or, with `invariants`, by those of the tests that are named\n\
-             after an invariant; only what passed is written, with the commit that was tested. `instructions` are those that the verifier walked through, of the million that it\n\
-             allows; the stack is of 512 bytes. What is off is what the agent does without, and why. A\n\
+             after an invariant; only what passed is written, with the commit that was tested. `instructions` are\n\
+             those that the verifier walked through, of the million that it allows; the stack is of 512 bytes.\n\
+             What is off is what the agent does without, and why. A\n\
              virtual machine loads the modules that the tests of its commit need and its kernel has not built in,\n\
              now fuse and veth; the agent needs none, `tcp_diag` among them.\n\n\
              `tests/golden/verifier.txt` is what a program may cost on each. The suite also runs the\n\
