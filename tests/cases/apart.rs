@@ -367,6 +367,13 @@ fn c1_an_agent_of_one_process_does_not_start_beside_a_proxy() {
     // Nor does a proxy start beside it.
     halves.proxy.restart();
     eventually("it ends by itself", 20, || !halves.proxy.runs());
-    assert!(!halves.proxy.wait().success());
-    halves.proxy.logs(&["`dataplane run` serves it"]);
+    assert_eq!(
+        halves.proxy.wait().code(),
+        Some(4),
+        "{}",
+        halves.proxy.log()
+    );
+    halves
+        .proxy
+        .logs(&["serves it alone (`dataplane run`)", "one.proxy.lock"]);
 }
