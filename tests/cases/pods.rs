@@ -960,6 +960,18 @@ fn number(netns: &Netns) -> u64 {
     netns.file().metadata().expect("it is open").ino()
 }
 
+/// Returns `true` if an agent has one of these namespaces open, as it has while it looks.
+fn has_open(agent: &Agent, numbers: &[u64]) -> bool {
+    let open = fs::read_dir(format!("/proc/{}/fd", agent.pid())).expect("it runs");
+    let mut open = open
+        .flatten()
+        .filter_map(|one| fs::read_link(one.path()).ok());
+    open.any(|to| {
+        let is = |number: &u64| to.as_os_str() == format!("net:[{number}]").as_str();
+        numbers.iter().any(is)
+    })
+}
+
 /// Makes namespaces until one has one of these numbers, and returns it.
 fn reuse<T>(numbers: &[u64], mut make: impl FnMut(usize) -> T, of: impl Fn(&T) -> &Netns) -> T {
     let mut others = Vec::new();
@@ -968,6 +980,8 @@ fn reuse<T>(numbers: &[u64], mut make: impl FnMut(usize) -> T, of: impl Fn(&T) -
             return made;
         }
         others.push(made);
+        // The kernel ends those that were left beside all else.
+        std::thread::sleep(Duration::from_millis(100));
     }
     panic!("none of {numbers:?} was given out again");
 }
@@ -986,6 +1000,16 @@ fn c1_a_pod_whose_new_namespace_has_the_number_of_an_earlier_one_is_captured() {
     agent.up(&["pod"]);
     // Between two looks of the agent the others end, and the pod comes back.
     agent.signal(Signal::SIGSTOP);
+    eventually("it is stopped while it has none of them open", 20, || {
+        std::thread::sleep(Duration::from_millis(50));
+        let has = has_open(&agent, &numbers);
+        if has {
+            agent.signal(Signal::SIGCONT);
+            std::thread::sleep(Duration::from_millis(50));
+            agent.signal(Signal::SIGSTOP);
+        }
+        !has
+    });
     let (v4, v6) = (pod.v4.to_string(), pod.v6.to_string());
     drop((pod, others));
     let make = |again| node.bare(&world, "demo", &format!("again-{again}"));
