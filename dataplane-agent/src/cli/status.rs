@@ -92,34 +92,22 @@ fn add_proxy(report: &mut StatusReport, answer: Result<StatusReport>) {
 
 /// Returns the socket of the only daemon that runs here.
 async fn only_socket(run: &Path) -> Result<PathBuf> {
-    let entries = match std::fs::read_dir(run) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).context(run.display().to_string());
-        }
-        entries => entries.into_iter().flatten().flatten(),
-    };
+    let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
     let mut nodes = Vec::new();
-    let mut unreadable = None;
     for folder in entries.map(|entry| entry.path()) {
         // A socket without a listener was left by a daemon that was killed.
         let socket = folder.join("admin.sock");
-        let runs = match ask(&socket, "/healthz/ready", STATUS_TIMEOUT).await {
-            _ if node_folder::holder(&folder).is_some() => true,
-            Err(AskError::Nobody(error)) => {
-                if !is_absent(&error) {
-                    unreadable.get_or_insert((socket, error));
-                }
-                false
-            }
-            Ok(_) | Err(_) => true,
-        };
+        let runs = node_folder::holder(&folder).is_some()
+            || !matches!(
+                ask(&socket, "/healthz/ready", STATUS_TIMEOUT).await,
+                Err(AskError::Nobody(_))
+            );
         if runs && let Some(name) = folder.file_name() {
             nodes.push(name.to_string_lossy().into_owned());
         }
     }
     match nodes.as_slice() {
         [node] => Ok(run.join(node).join("admin.sock")),
-        [] if let Some((socket, error)) = unreadable => Err(not_reached(&socket, error)),
         [] => Err(NotRunning::Nobody(format!("any node (nothing in {})", run.display())).into()),
         nodes => bail!(
             "more than one daemon runs here: say which with --node ({})",
@@ -131,7 +119,10 @@ async fn only_socket(run: &Path) -> Result<PathBuf> {
 /// Returns the error for a socket without a listener: the daemon does not run, or only its socket is gone.
 fn not_reached(socket: &Path, error: io::Error) -> anyhow::Error {
     let shown = socket.display().to_string();
-    if !is_absent(&error) {
+    if !matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    ) {
         return anyhow::Error::new(error).context(shown);
     }
     let folder = socket.parent().unwrap_or(socket);
@@ -145,14 +136,6 @@ fn not_reached(socket: &Path, error: io::Error) -> anyhow::Error {
         Some(Holder::Uninstall) => NotRunning::Uninstalled(node).into(),
         None => NotRunning::Nobody(format!("this node ({shown})")).into(),
     }
-}
-
-/// Whether there is no socket, or nobody listens on it. After any other error one may.
-fn is_absent(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::ConnectionRefused
-    )
 }
 
 fn table(report: &StatusReport) -> String {
@@ -298,40 +281,6 @@ mod tests {
         let _agent = NodeFolder::claim(run.path(), &mark).expect("free");
         let told = said().await;
         assert!(told.contains("agent of node one runs"), "{told}");
-    }
-
-    /// A link to itself: what it leads to cannot be read, not even by root.
-    fn unreadable(at: &Path) {
-        std::os::unix::fs::symlink(at, at).expect("a link");
-    }
-
-    #[tokio::test]
-    async fn a_folder_that_cannot_be_read_is_told_with_its_path_and_the_cause() {
-        let top = tempfile::tempdir().expect("a folder");
-        let run = top.path().join("run");
-        unreadable(&run);
-        let told = async || {
-            let error = async { of(&only_socket(&run).await?).await }.await;
-            format!("{:#}", error.expect_err("it cannot be read"))
-        };
-        let said = told().await;
-        let path = run.display().to_string();
-        assert!(
-            said.starts_with(&path) && said.contains("symbolic links"),
-            "{said}"
-        );
-        std::fs::remove_file(&run).expect("a link");
-        std::fs::create_dir(&run).expect("a folder");
-        // As the lock of proxies is.
-        std::fs::write(run.join("one.proxy.lock"), "").expect("a file");
-        assert!(told().await.starts_with("no dataplane agent runs"));
-        unreadable(&run.join("one"));
-        let said = told().await;
-        let path = run.join("one").display().to_string();
-        assert!(
-            said.starts_with(&path) && said.contains("symbolic links"),
-            "{said}"
-        );
     }
 
     #[tokio::test]
