@@ -372,6 +372,8 @@ impl PodLocation {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
     use crate::node::capture::{PodState, PodStatus};
 
@@ -475,6 +477,43 @@ mod tests {
         scan_at(&mut machine, Some(of(8)), &[], now);
         scan_at(&mut machine, Some(of(9)), &[], now);
         assert_eq!((machine.looks, &machine.since), (2, &[(9, 2)].into()));
+    }
+
+    #[test]
+    fn a_look_counts_a_namespace_to_its_end_only_if_it_is_there_then() {
+        let mut machine = machine();
+        let at = |path: &str| Namespace {
+            cookie: Some(7),
+            path: path.into(),
+            ..Namespace::default()
+        };
+        let own = tempfile::NamedTempFile::new().expect("a file");
+        let inode = own.as_file().metadata().expect("its number").ino();
+        let path = own.path().to_str().expect("a path");
+        scan(&mut machine, &[100], &[]);
+        let sighting = machine.sightings.get_mut(&7).expect("it was seen");
+        (sighting.inode, sighting.last) = (inode, 0);
+        let mut look = |path: &str| {
+            let scan = processes::Look {
+                namespaces: [(inode, at(path))].into(),
+                hidden: BTreeSet::new(),
+            };
+            machine.looks += 1;
+            let snapshot = MachineSnapshot::new(scan, &BTreeSet::new());
+            let pod = PodStatus {
+                uid: "pod".into(),
+                inode,
+                cgroup: 0,
+                state: PodState::Unserved { captured: true },
+                forwards: false,
+            };
+            machine.record_sightings(&snapshot, &Status::from([(7, pod)]), Instant::now());
+            let sighting = &machine.sightings[&7];
+            (sighting.misses, sighting.last)
+        };
+        assert_eq!(look(path), (0, 2));
+        assert_eq!(look("/proc/0/ns/net"), (0, 2));
+        assert_eq!(look(path), (0, 4));
     }
 
     #[test]
