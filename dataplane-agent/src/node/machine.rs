@@ -372,8 +372,6 @@ impl PodLocation {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
     use crate::node::capture::{PodState, PodStatus};
 
@@ -482,38 +480,20 @@ mod tests {
     #[test]
     fn a_look_counts_a_namespace_to_its_end_only_if_it_is_there_then() {
         let mut machine = machine();
-        let at = |path: &str| Namespace {
-            cookie: Some(7),
-            path: path.into(),
-            ..Namespace::default()
-        };
-        let own = tempfile::NamedTempFile::new().expect("a file");
-        let inode = own.as_file().metadata().expect("its number").ino();
-        let path = own.path().to_str().expect("a path");
-        scan(&mut machine, &[100], &[]);
-        let sighting = machine.sightings.get_mut(&7).expect("it was seen");
-        (sighting.inode, sighting.last) = (inode, 0);
         let mut look = |path: &str| {
-            let scan = processes::Look {
-                namespaces: [(inode, at(path))].into(),
-                hidden: BTreeSet::new(),
+            let namespace = Namespace {
+                cookie: Some(7),
+                path: path.into(),
+                ..Namespace::default()
             };
-            machine.looks += 1;
-            let snapshot = MachineSnapshot::new(scan, &BTreeSet::new());
-            let pod = PodStatus {
-                uid: "pod".into(),
-                inode,
-                cgroup: 0,
-                state: PodState::Unserved { captured: true },
-                forwards: false,
-            };
-            machine.record_sightings(&snapshot, &Status::from([(7, pod)]), Instant::now());
+            scan_at(&mut machine, Some(namespace), &[], Instant::now());
             let sighting = &machine.sightings[&7];
             (sighting.misses, sighting.last)
         };
-        assert_eq!(look(path), (0, 2));
-        assert_eq!(look("/proc/0/ns/net"), (0, 2));
-        assert_eq!(look(path), (0, 4));
+        // The root of procfs has number 1, as the namespace of these looks has.
+        assert_eq!(look("/proc"), (0, 1));
+        assert_eq!(look("/proc/0/ns/net"), (0, 1));
+        assert_eq!(look("/proc"), (0, 3));
     }
 
     #[test]
