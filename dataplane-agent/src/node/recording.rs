@@ -167,7 +167,8 @@ impl RecordWriter {
     }
 
     /// Returns true if a pod that leaves has to stay, since other nodes may still be told to dial it: its record is
-    /// being written or removed. `name` is `<namespace>/<name>`. A removal that has failed holds no pod, nor does a state that is away.
+    /// being written or removed. `name` is `<namespace>/<name>`. A removal that has failed holds no pod, nor does a state
+    /// that is away.
     pub fn holds(&self, name: &str) -> bool {
         let is_of = |task: &Task| named(task.key()) == name;
         let running = self.running.iter().map(|running| &running.task);

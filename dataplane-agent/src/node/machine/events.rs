@@ -310,15 +310,21 @@ mod tests {
         cgroups.watches.len()
     }
 
-    #[tokio::test]
-    async fn cgroups_that_come_fill_and_go_are_told() {
+    /// Returns the events of a folder for pods, which is still to be made, and of no mounts: other tests may mount
+    /// something on this machine.
+    fn events() -> (tempfile::TempDir, PathBuf, MachineEvents) {
         let dir = tempfile::tempdir().expect("a folder");
         let pods = dir.path().join("pods");
+        let mut events = MachineEvents::new(&pods);
+        events.mounts = None;
+        (dir, pods, events)
+    }
+
+    #[tokio::test]
+    async fn cgroups_that_come_fill_and_go_are_told() {
+        let (_dir, pods, mut events) = events();
         cgroup(&pods);
         cgroup(&pods.join("before"));
-        let mut events = MachineEvents::new(&pods);
-        // Other tests may mount something on this machine.
-        events.mounts = None;
         assert!(events.ensure_watching(Instant::now()));
         assert!(!is_reported(&mut events).await, "nothing happens");
         let deep = pods.join("before/later/below");
@@ -346,11 +352,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_container_makes_below_its_cgroup_is_its_own() {
-        let dir = tempfile::tempdir().expect("a folder");
-        let pods = dir.path().join("pods");
+        let (_dir, pods, mut events) = events();
         cgroup(&pods);
-        let mut events = MachineEvents::new(&pods);
-        events.mounts = None;
         assert!(events.ensure_watching(Instant::now()));
         let container = pods.join(format!("docker-{:064x}.scope", 1));
         cgroup(&container);
@@ -364,11 +367,8 @@ mod tests {
 
     #[tokio::test]
     async fn more_cgroups_than_may_be_watched_are_looked_for_regularly() {
-        let dir = tempfile::tempdir().expect("a folder");
-        let pods = dir.path().join("pods");
+        let (_dir, pods, mut events) = events();
         cgroup(&pods);
-        let mut events = MachineEvents::new(&pods);
-        events.mounts = None;
         let now = Instant::now();
         assert!(events.ensure_watching(now));
         events.cgroups.as_mut().expect("they are watched").most = 2;
@@ -380,10 +380,7 @@ mod tests {
 
     #[tokio::test]
     async fn where_there_is_nothing_to_watch_it_is_tried_again() {
-        let dir = tempfile::tempdir().expect("a folder");
-        let pods = dir.path().join("pods");
-        let mut events = MachineEvents::new(&pods);
-        events.mounts = None;
+        let (_dir, pods, mut events) = events();
         let now = Instant::now();
         assert!(!events.ensure_watching(now));
         cgroup(&pods);
@@ -395,11 +392,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_cgroup_that_is_made_again_is_watched_again() {
-        let dir = tempfile::tempdir().expect("a folder");
-        let pods = dir.path().join("pods");
+        let (dir, pods, mut events) = events();
         cgroup(&pods);
-        let mut events = MachineEvents::new(&pods);
-        events.mounts = None;
         let now = Instant::now();
         assert!(events.ensure_watching(now));
         settle(&mut events).await;
