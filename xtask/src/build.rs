@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::command::{cargo, host_target, run as run_command, target};
 use crate::progress::say;
-use crate::setup::{self, Toolchain};
+use crate::setup::{Setup, Toolchain};
 
 /// Builds the kernel programs, then the agent with them in it.
 ///
@@ -52,8 +52,8 @@ pub(crate) fn agent(release: bool) -> Result<PathBuf> {
 /// held meanwhile. Later the kernel programs come first, since cargo decides as it starts whether
 /// the script has to run again.
 pub(crate) fn with_kernel_programs<T>(host: impl FnOnce() -> Result<T>) -> Result<T> {
-    let mut steps = setup::packages()?;
-    let mut programs = || kernel_programs(&setup::toolchain(&mut steps)?);
+    let setup = Setup::programs()?;
+    let programs = || kernel_programs(&setup.toolchain()?);
     let mut made = OBJECTS
         .iter()
         .map(|name| objects().join(format!("other-{name}")));

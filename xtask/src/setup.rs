@@ -51,53 +51,65 @@ pub(crate) fn run(_options: &Options) -> Result<()> {
 
 /// Runs the chore, and returns the toolchain.
 pub(crate) fn ensure() -> Result<Toolchain> {
-    toolchain(&mut packages()?)
+    Setup::programs()?.toolchain()
 }
 
-/// Runs the first half, the packages; returns the steps, of which one is left.
-pub(crate) fn packages() -> Result<Steps> {
-    let mut steps = Steps::new(3);
-
-    steps.begin("what is here");
-    let mut missing = missing_programs(PROGRAMS);
-    if find().is_none() {
-        let debian = Compiler::debian();
-        if debian.is_none() {
-            missing.extend(compiler::DEBIAN);
-        }
-        let linker = debian.and_then(|debian| linker::find(&debian));
-        if linker.is_none() && !linker::can_build() {
-            missing.extend(linker::DEBIAN);
-        }
-    }
-    steps.end(&match missing.len() {
-        0 => "every package".to_owned(),
-        _ => format!("not here: {}", missing.join(" ")),
-    });
-
-    steps.begin("packages");
-    if missing.is_empty() {
-        steps.end("nothing to install");
-    } else {
-        install(&missing)?;
-        steps.end("installed");
-    }
-    Ok(steps)
+/// A setup of which the programs that the host's compiler calls are there, and the kernel programs' toolchain may
+/// be missing: the agent can be built while it comes.
+pub(crate) struct Setup {
+    steps: Steps,
+    /// Packages of the kernel programs' toolchain.
+    missing: Vec<&'static str>,
 }
 
-/// Runs the second half, the kernel programs' toolchain.
-pub(crate) fn toolchain(steps: &mut Steps) -> Result<Toolchain> {
-    steps.begin("compiler and linker for the kernel programs");
-    let toolchain = match find() {
-        Some(found) => found,
-        None => build_linker()?,
-    };
-    steps.end(&format!(
-        "{}, {}",
-        toolchain.compiler.name,
-        toolchain.linker.display()
-    ));
-    Ok(toolchain)
+impl Setup {
+    /// Runs the first half: looks at everything, and installs the missing programs.
+    ///
+    /// # Errors
+    /// If the second half could not install what it has to, too.
+    pub(crate) fn programs() -> Result<Self> {
+        let mut steps = Steps::new(3);
+
+        steps.begin("what is here");
+        let programs = missing_programs(PROGRAMS);
+        let missing = missing_of_toolchain();
+        let all = [&programs[..], &missing[..]].concat();
+        steps.end(&match all.len() {
+            0 => "every package".to_owned(),
+            _ => format!("not here: {}", all.join(" ")),
+        });
+        if !all.is_empty() {
+            update(&all)?;
+        }
+
+        steps.begin("programs");
+        if programs.is_empty() {
+            steps.end("nothing to install");
+        } else {
+            install(&programs)?;
+            steps.end("installed");
+        }
+        Ok(Self { steps, missing })
+    }
+
+    /// Runs the second half, the kernel programs' toolchain.
+    pub(crate) fn toolchain(mut self) -> Result<Toolchain> {
+        self.steps
+            .begin("compiler and linker for the kernel programs");
+        if !self.missing.is_empty() {
+            install(&self.missing)?;
+        }
+        let toolchain = match find() {
+            Some(found) => found,
+            None => build_linker()?,
+        };
+        self.steps.end(&format!(
+            "{}, {}",
+            toolchain.compiler.name,
+            toolchain.linker.display()
+        ));
+        Ok(toolchain)
+    }
 }
 
 /// Finds a compiler with a linker that works with it, if both are installed.
@@ -126,6 +138,7 @@ pub(crate) fn ensure_vm() -> Result<()> {
         return Ok(());
     }
     say(&format!("packages: {}", missing.join(" ")));
+    update(&missing)?;
     install(&missing)
 }
 
@@ -139,8 +152,26 @@ fn missing_programs(programs: &[(&str, &'static str)]) -> Vec<&'static str> {
     missing
 }
 
-/// Installs Debian packages, all in one go, or fails with the reason and what to do.
-fn install(packages: &[&str]) -> Result<()> {
+/// Returns the packages that are missing for a compiler and a linker of the kernel programs.
+fn missing_of_toolchain() -> Vec<&'static str> {
+    let mut missing = Vec::new();
+    if find().is_some() {
+        return missing;
+    }
+    let debian = Compiler::debian();
+    if debian.is_none() {
+        missing.extend(compiler::DEBIAN);
+    }
+    let linker = debian.and_then(|debian| linker::find(&debian));
+    if linker.is_none() && !linker::can_build() {
+        missing.extend(linker::DEBIAN);
+    }
+    missing
+}
+
+/// Updates the lists of Debian's packages: on a fresh machine they are empty, or name versions that are gone. Fails
+/// with the reason and what to do if `packages` cannot be installed here.
+fn update(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
     if !Path::new("/etc/debian_version").exists() {
         bail!(
@@ -156,8 +187,11 @@ fn install(packages: &[&str]) -> Result<()> {
              {list}`, then this again"
         );
     }
-    // Update the lists first: on a fresh machine they are empty, or name versions that are gone.
-    run_quietly("apt-get-update", apt().arg("update"))?;
+    run_quietly("apt-get-update", apt().arg("update"))
+}
+
+/// Installs Debian packages, all in one go.
+fn install(packages: &[&str]) -> Result<()> {
     run_quietly(
         "apt-get-install",
         apt()
