@@ -10,6 +10,7 @@ use imbl::OrdMap;
 use super::claims::Claims;
 use super::delta::Delta;
 use super::endpoints::Endpoints;
+use super::identity::Identity;
 use super::policy::{Policy, PolicyScope};
 use super::ranges::Ranges;
 use super::service::{NetworkAddress, Service};
@@ -262,6 +263,10 @@ impl Mesh {
     /// Returns the workload with a uid.
     pub fn workload(&self, uid: &str) -> Option<&Arc<Workload>> {
         self.workloads.get(uid).map(|Since(of, _)| of)
+    }
+    /// Returns the workload with a uid if it has this identity: another one is another pod of that name.
+    pub fn workload_as(&self, uid: &str, identity: &Identity) -> Option<&Arc<Workload>> {
+        self.workload(uid).filter(|found| found.is(identity))
     }
     /// Returns the services of a virtual address in a network, the oldest first; more than one is rare.
     pub fn services_at(&self, network: &str, address: IpAddr) -> &[Arc<Service>] {

@@ -126,6 +126,13 @@ impl Workload {
     pub fn identity(&self) -> Identity {
         Identity::new(&self.trust_domain, &self.namespace, &self.service_account)
     }
+
+    /// Returns true if that is its identity.
+    pub fn is(&self, identity: &Identity) -> bool {
+        *self.trust_domain == *identity.trust_domain()
+            && *self.namespace == *identity.namespace()
+            && *self.service_account == *identity.service_account()
+    }
 }
 
 /// Returns the `<namespace>/<name>` in a pod's uid, for logs; any other uid as it is.

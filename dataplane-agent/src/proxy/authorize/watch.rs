@@ -1,4 +1,5 @@
-//! Permits that are in use. They are checked again whenever the mesh changes.
+//! Permits that are in use. They are checked again whenever the mesh changes, each for the pod that it was made for: a
+//! workload of the same uid and another identity is another pod of that name, whose policies say nothing of this one.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -7,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
 use super::check::check_workload;
-use super::{Denied, Direction, Permit, Resolved, Rule, question};
+use super::{Denied, Direction, Instance, LocalPod, Permit, Resolved, Rule, question};
 use crate::mesh::policy::Question;
-use crate::mesh::{Identity, Mesh, MeshReader};
+use crate::mesh::{Identity, Mesh, MeshReader, Workload};
 
 /// Authorizes connections, and checks permits again. Clones share the permits.
 #[derive(Clone, Debug)]
@@ -21,14 +22,19 @@ pub struct Authorizer {
 #[derive(Debug, Default)]
 struct Live {
     next: u64,
-    /// Permits by the workload that they are for, since a change is about some workloads.
-    permits: HashMap<Arc<str>, HashMap<u64, Arc<LivePermit>>>,
+    /// Permits by the enrolment of the pod that they are for, since a change is about some pods.
+    pods: HashMap<Instance, PodPermits>,
+}
+
+#[derive(Debug)]
+struct PodPermits {
+    pod: Arc<LocalPod>,
+    permits: HashMap<u64, Arc<LivePermit>>,
 }
 
 /// The properties of a permitted connection that are checked again, and the means to revoke it.
 #[derive(Debug)]
 struct LivePermit {
-    workload: Arc<str>,
     source: Option<Identity>,
     source_ip: IpAddr,
     destination_ip: IpAddr,
@@ -42,7 +48,7 @@ pub struct Revoked(Option<Registration>);
 
 #[derive(Debug)]
 struct Registration {
-    workload: Arc<str>,
+    instance: Instance,
     number: u64,
     live: Arc<Mutex<Live>>,
     revoked: watch::Receiver<bool>,
@@ -73,10 +79,9 @@ impl Authorizer {
         }
         let asked = question(accepted);
         // It is registered before the decision, so that a change that comes meanwhile finds it.
-        let revoked = self.register(&accepted.pod.uid, &asked);
+        let revoked = self.register(&accepted.pod, &asked);
         let mesh = self.mesh.current();
-        let target = mesh.workload(&accepted.pod.uid).map(Arc::as_ref);
-        match check_workload(&mesh, target, &asked) {
+        match check_workload(&mesh, workload_of(&mesh, &accepted.pod), &asked) {
             Ok(rule) => Ok(Permit {
                 resolved,
                 rule,
@@ -102,49 +107,53 @@ impl Authorizer {
     fn check_since(&self, checked: u64, mesh: &Mesh) {
         // The check runs without the lock, since connections wait for that. A permit that comes meanwhile is decided
         // by this mesh or a newer one.
-        let all: Vec<Arc<str>> = lock(&self.live).permits.keys().cloned().collect();
-        let changed = |uid: &Arc<str>| mesh.policy_since(uid).is_none_or(|since| since > checked);
-        for held in all
-            .into_iter()
-            .filter(changed)
-            .flat_map(|uid| self.of(&uid))
-        {
-            let asked = Question {
-                source: held.source.as_ref(),
-                source_ip: held.source_ip,
-                destination_ip: held.destination_ip,
-                destination_port: held.destination_port,
-            };
-            let check = |mesh: &Mesh| {
-                let target = mesh.workload(&held.workload).map(Arc::as_ref);
-                check_workload(mesh, target, &asked)
-            };
-            // A permit that is newer than this mesh must not be revoked by it: the newest mesh decides.
-            if check(mesh).is_err()
-                && let Err(denied) = check(&self.mesh.current())
-                && !held.revoke.send_replace(true)
-            {
-                tracing::info!(
-                    source = %held.source_ip,
-                    destination = %held.destination_ip,
-                    port = held.destination_port,
-                    %denied,
-                    "connection closed because it's no longer allowed after a policy update"
-                );
+        let pods: Vec<Arc<LocalPod>> = {
+            let live = lock(&self.live);
+            live.pods.values().map(|of| Arc::clone(&of.pod)).collect()
+        };
+        let changed = |pod: &&Arc<LocalPod>| {
+            mesh.policy_since(&pod.uid)
+                .is_none_or(|since| since > checked)
+        };
+        for pod in pods.iter().filter(changed) {
+            for held in self.of(pod) {
+                self.check_again(pod, &held, mesh);
             }
         }
     }
 
-    fn of(&self, workload: &str) -> Vec<Arc<LivePermit>> {
-        let live = lock(&self.live);
-        let permits = live.permits.get(workload);
-        permits.map_or_else(Vec::new, |of| of.values().cloned().collect())
+    fn check_again(&self, pod: &LocalPod, held: &LivePermit, mesh: &Mesh) {
+        let asked = Question {
+            source: held.source.as_ref(),
+            source_ip: held.source_ip,
+            destination_ip: held.destination_ip,
+            destination_port: held.destination_port,
+        };
+        let check = |mesh: &Mesh| check_workload(mesh, workload_of(mesh, pod), &asked);
+        // A permit that is newer than this mesh must not be revoked by it: the newest mesh decides.
+        if check(mesh).is_err()
+            && let Err(denied) = check(&self.mesh.current())
+            && !held.revoke.send_replace(true)
+        {
+            tracing::info!(
+                source = %held.source_ip,
+                destination = %held.destination_ip,
+                port = held.destination_port,
+                %denied,
+                "connection closed because it's no longer allowed after a policy update"
+            );
+        }
     }
 
-    fn register(&self, workload: &Arc<str>, asked: &Question<'_>) -> Revoked {
+    fn of(&self, pod: &LocalPod) -> Vec<Arc<LivePermit>> {
+        let live = lock(&self.live);
+        let of = live.pods.get(&pod.instance);
+        of.map_or_else(Vec::new, |of| of.permits.values().cloned().collect())
+    }
+
+    fn register(&self, pod: &Arc<LocalPod>, asked: &Question<'_>) -> Revoked {
         let (revoke, revoked) = watch::channel(false);
         let held = Arc::new(LivePermit {
-            workload: Arc::clone(workload),
             source: asked.source.cloned(),
             source_ip: asked.source_ip,
             destination_ip: asked.destination_ip,
@@ -154,11 +163,15 @@ impl Authorizer {
         let mut live = lock(&self.live);
         let number = live.next;
         live.next += 1;
-        let of = live.permits.entry(Arc::clone(workload)).or_default();
-        of.insert(number, held);
+        let of = live.pods.entry(pod.instance);
+        let of = of.or_insert_with(|| PodPermits {
+            pod: Arc::clone(pod),
+            permits: HashMap::new(),
+        });
+        of.permits.insert(number, held);
         drop(live);
         Revoked(Some(Registration {
-            workload: Arc::clone(workload),
+            instance: pod.instance,
             number,
             live: Arc::clone(&self.live),
             revoked,
@@ -186,13 +199,18 @@ impl Revoked {
 impl Drop for Registration {
     fn drop(&mut self) {
         let mut live = lock(&self.live);
-        if let Some(of) = live.permits.get_mut(&self.workload) {
-            of.remove(&self.number);
-            if of.is_empty() {
-                live.permits.remove(&self.workload);
+        if let Some(of) = live.pods.get_mut(&self.instance) {
+            of.permits.remove(&self.number);
+            if of.permits.is_empty() {
+                live.pods.remove(&self.instance);
             }
         }
     }
+}
+
+/// Returns a pod's workload; none if the mesh has another pod under its name.
+fn workload_of<'a>(mesh: &'a Mesh, pod: &LocalPod) -> Option<&'a Workload> {
+    mesh.workload_as(&pod.uid, &pod.identity).map(Arc::as_ref)
 }
 
 fn lock(live: &Mutex<Live>) -> std::sync::MutexGuard<'_, Live> {
@@ -205,7 +223,7 @@ mod tests {
 
     use futures_util::FutureExt;
 
-    use super::super::{Accepted, LocalPod};
+    use super::super::Accepted;
     use super::*;
     use crate::mesh::policy::{Action, Clause, Match, Policy, PolicyScope, StringMatch};
     use crate::mesh::workload::tests::workload;
@@ -235,26 +253,30 @@ mod tests {
         }
     }
 
+    /// Returns an enrolment of the pod at 10.0.0.1.
+    fn enrolled(pod: &Workload) -> Arc<LocalPod> {
+        LocalPod::example(&pod.uid, pod.identity(), pod.addresses.clone())
+    }
+
+    fn is_revoked(revoked: &Revoked) -> bool {
+        let registration = revoked.0.as_ref().expect("it is registered");
+        *registration.revoked.borrow()
+    }
+
     #[test]
     fn a_change_revokes_what_it_denies_and_a_dropped_permit_is_forgotten() {
         let (writer, reader) = store();
         publish(&writer, Vec::new());
         let authorizer = Authorizer::new(reader.clone());
-        let revoked = authorizer.register(&workload(&[]).uid, &ask());
-        let is_revoked = |revoked: &Revoked| {
-            revoked
-                .0
-                .as_ref()
-                .is_some_and(|registration| *registration.revoked.borrow())
-        };
+        let revoked = authorizer.register(&enrolled(&workload(&[])), &ask());
         authorizer.check_since(0, &reader.current());
         assert!(!is_revoked(&revoked));
         publish(&writer, vec![deny_all()]);
         authorizer.check_since(0, &reader.current());
         assert!(is_revoked(&revoked));
-        assert_eq!(lock(&authorizer.live).permits.len(), 1);
+        assert_eq!(lock(&authorizer.live).pods.len(), 1);
         drop(revoked);
-        assert!(lock(&authorizer.live).permits.is_empty());
+        assert!(lock(&authorizer.live).pods.is_empty());
     }
 
     #[test]
@@ -262,14 +284,70 @@ mod tests {
         let (writer, reader) = store();
         publish(&writer, Vec::new());
         let authorizer = Authorizer::new(reader.clone());
-        let revoked = authorizer.register(&"another".into(), &ask());
+        let another = Workload {
+            uid: "another".into(),
+            ..workload(&[])
+        };
+        let revoked = authorizer.register(&enrolled(&another), &ask());
         authorizer.check_since(0, &reader.current());
-        assert!(
-            revoked
-                .0
-                .as_ref()
-                .is_some_and(|registration| *registration.revoked.borrow())
-        );
+        assert!(is_revoked(&revoked));
+    }
+
+    /// The mesh knows one pod of each name. What ran in an earlier one is decided by its own policies or not at all.
+    #[test]
+    fn a_pod_of_the_same_name_and_another_identity_decides_nothing_for_the_earlier_one() {
+        let earlier = workload(&[]);
+        let later = Workload {
+            service_account: "other".into(),
+            ..workload(&[])
+        };
+        let (writer, reader) = store();
+        let publish = |pod: &Workload| {
+            writer.replace(Delta::of(vec![pod.clone()], Vec::new(), Vec::new()));
+        };
+        publish(&earlier);
+        let authorizer = Authorizer::new(reader.clone());
+        let late = resolved(&reader, Direction::InboundPlain);
+        let of_earlier = authorizer.register(&enrolled(&earlier), &ask());
+        let of_later = authorizer.register(&enrolled(&later), &ask());
+        publish(&later);
+        authorizer.check_since(0, &reader.current());
+        assert!(is_revoked(&of_earlier), "no policy is known of it");
+        assert!(!is_revoked(&of_later));
+        let (_, denied) = authorizer
+            .authorize(late)
+            .expect_err("it was resolved before");
+        assert_eq!(denied, Denied::NoWorkload);
+    }
+
+    /// A pod that is made again under its name and account is decided alike, whichever address or node it has.
+    #[test]
+    fn a_pod_of_the_same_name_and_identity_elsewhere_cuts_nothing_of_the_earlier_one() {
+        let (writer, reader) = store();
+        publish(&writer, Vec::new());
+        let authorizer = Authorizer::new(reader.clone());
+        let revoked = authorizer.register(&enrolled(&workload(&[])), &ask());
+        let again = Workload {
+            addresses: vec![IpAddr::from([10, 0, 0, 2])],
+            node: "another".into(),
+            ..workload(&[])
+        };
+        // Somebody else has its address now, whom a policy protects.
+        let at_its_address = Workload {
+            uid: "c//Pod/ns/somebody".into(),
+            ..workload(&["ns/deny-all"])
+        };
+        let selected = Policy {
+            scope: PolicyScope::WorkloadSelector,
+            ..deny_all()
+        };
+        let all = vec![again, at_its_address];
+        writer.replace(Delta::of(all, Vec::new(), vec![selected]));
+        authorizer.check_since(0, &reader.current());
+        assert!(!is_revoked(&revoked));
+        publish(&writer, vec![deny_all()]);
+        authorizer.check_since(0, &reader.current());
+        assert!(is_revoked(&revoked), "what says something of it holds");
     }
 
     /// Returns a connection of the pod at 10.0.0.1, which is reached in clear or connects itself.
@@ -277,7 +355,7 @@ mod tests {
         let pod = workload(&[]);
         let accepted = Accepted {
             io: (),
-            pod: LocalPod::example(&pod.uid, pod.identity(), pod.addresses.clone()),
+            pod: enrolled(&pod),
             peer: SocketAddr::from(([10, 0, 0, 9], 4000)),
             destination: match direction {
                 Direction::Outbound => SocketAddr::from(([192, 0, 2, 1], 80)),
@@ -343,7 +421,7 @@ mod tests {
             .expect_err("it is STRICT now");
         assert_eq!(denied, Denied::Denied("ns/deny-all".into()));
         drop((plain, tunnelled, outbound));
-        assert!(lock(&authorizer.live).permits.is_empty());
+        assert!(lock(&authorizer.live).pods.is_empty());
     }
 
     #[test]
@@ -397,7 +475,7 @@ mod tests {
                 }
                 drop(stop);
             });
-            assert!(lock(&authorizer.live).permits.is_empty());
+            assert!(lock(&authorizer.live).pods.is_empty());
         }
     }
 

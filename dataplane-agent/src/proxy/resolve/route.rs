@@ -179,9 +179,7 @@ fn nobody(mesh: &Mesh, service: &Service, source: &Workload, to: SocketAddr) -> 
 /// Returns the pod's workload. It is found by uid, since an address may have been another pod's before.
 fn local<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Arc<Workload>, ResolveError> {
     let pod = &accepted.pod;
-    let found = mesh
-        .workload(&pod.uid)
-        .filter(|found| found.identity() == pod.identity);
+    let found = mesh.workload_as(&pod.uid, &pod.identity);
     found.cloned().ok_or_else(|| {
         let account = pod.identity.service_account();
         let who = format!("{account}.{} ({})", pod.namespace, pod.name);
