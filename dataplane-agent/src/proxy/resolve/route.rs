@@ -188,25 +188,19 @@ fn local<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Arc<Workload>, Resolv
 }
 
 /// Returns true if `source`, which connects from `address`, is that waypoint: connections that it has let through go
-/// on to the workload. It is compared by identity and by address in its network, as others may have the same service
-/// account.
+/// on to the workload. It is asked of the source itself, as others may have the same service account, and may have had
+/// the same address; and it takes no time by their number.
 fn is_waypoint(mesh: &Mesh, waypoint: &str, source: &Workload, address: IpAddr) -> bool {
     let address = address.to_canonical();
-    let is_source = |pod: &Arc<Workload>| {
-        let own = pod
-            .addresses
-            .iter()
-            .any(|own| own.to_canonical() == address);
-        own && pod.network == source.network && pod.identity() == source.identity()
-    };
-    let serves = |service: &Arc<Service>| {
-        let all = mesh.endpoints(service);
-        all.is_some_and(|all| all.iter().any(is_source))
-    };
+    let mut own = source.addresses.iter().map(IpAddr::to_canonical);
+    if !own.any(|own| own == address) {
+        return false;
+    }
+    let serves = |service: &Arc<Service>| source.services.contains_key(service.key().as_str());
     match waypoint.split_once('/') {
         Some((network, name)) => match name.parse::<IpAddr>() {
             Ok(at) => match mesh.workload_at(network, at) {
-                Some(workload) => is_source(workload),
+                Some(workload) => workload.uid == source.uid,
                 // If several services have the address, nobody knows which one is meant.
                 None => match mesh.services_at(network, at) {
                     [service] => serves(service),

@@ -404,13 +404,13 @@ fn who_has_a_waypoints_address_and_is_somebody_else_is_not_the_waypoint() {
         waypoint: Some(waypoint.into()),
         ..endpoint("behind", "10.0.0.2")
     };
-    // This workload had the address before the pod that connects.
-    let former = Workload {
-        uid: "c//Pod/ns/former".into(),
-        service_account: "waypoint".into(),
+    // These workloads had the address before the pod that connects; the second one has the same account.
+    let former = ["waypoint", "sa"].map(|account| Workload {
+        uid: format!("c//Pod/ns/former-{account}").into(),
+        service_account: account.into(),
         services: serves(8080, Health::Healthy),
         ..workload(&[])
-    };
+    });
     // Another service claims the waypoint's address, and the pod is its endpoint.
     let other: Arc<str> = "ns/other.ns.svc.cluster.local".into();
     let pod = Workload {
@@ -422,9 +422,12 @@ fn who_has_a_waypoints_address_and_is_somebody_else_is_not_the_waypoint() {
         hostname: "other.ns.svc.cluster.local".into(),
         ..service()
     };
-    for waypoint in [KEY, "/10.96.0.1"] {
+    for (waypoint, former) in [KEY, "/10.96.0.1"]
+        .into_iter()
+        .flat_map(|waypoint| former.clone().map(|former| (waypoint, former)))
+    {
         let (writer, reader) = store();
-        let all = vec![pod.clone(), former.clone(), behind(waypoint)];
+        let all = vec![pod.clone(), former, behind(waypoint)];
         let services = vec![service(), claims.clone()];
         writer.replace(Delta::of(all, services, Vec::new()));
         let accepted = Accepted {
