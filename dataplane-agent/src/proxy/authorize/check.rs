@@ -7,7 +7,7 @@ use crate::mesh::policy::{
     Action, Clause, Match, Policy, Question, Rule, ServiceAccountMatch, StringMatch,
 };
 use crate::mesh::snapshot::Applicable;
-use crate::mesh::{Mesh, Workload};
+use crate::mesh::{Identity, Mesh, Workload};
 
 #[cfg(test)]
 mod tests;
@@ -79,18 +79,10 @@ fn match_matches(one: &Match, question: &Question<'_>) -> bool {
         return false;
     }
     let identity = question.source;
-    let principal = identity.map(|identity| {
-        let uri = identity.to_string();
-        uri.strip_prefix("spiffe://")
-            .map(str::to_owned)
-            .unwrap_or(uri)
-    });
     let namespace = identity.map_or("", |identity| identity.namespace());
-    let is_namespace = |string: &StringMatch| string_matches(string, namespace);
+    let is_namespace = |string: &StringMatch| string_matches(string, &[namespace]);
     let is_principal = |string: &StringMatch| {
-        principal
-            .as_deref()
-            .is_some_and(|principal| string_matches(string, principal))
+        identity.is_some_and(|identity| string_matches(string, &principal(identity)))
     };
     let is_account = |account: &ServiceAccountMatch| {
         identity.is_some_and(|identity| {
@@ -117,11 +109,29 @@ fn field<T>(positive: &[T], negative: &[T], is: impl Fn(&T) -> bool) -> bool {
     (positive.is_empty() || positive.iter().any(&is)) && !negative.iter().any(&is)
 }
 
-fn string_matches(string: &StringMatch, text: &str) -> bool {
+/// Returns the parts of a principal: the identity's URI without its scheme. They are not joined: most matches name no
+/// principal, and thousands may be looked at for one connection.
+fn principal(identity: &Identity) -> [&str; 5] {
+    let (trust_domain, namespace) = (identity.trust_domain(), identity.namespace());
+    [
+        trust_domain,
+        "/ns/",
+        namespace,
+        "/sa/",
+        identity.service_account(),
+    ]
+}
+
+/// Matches the text that is made of `parts`.
+fn string_matches(string: &StringMatch, parts: &[&str]) -> bool {
+    let mut text = parts.iter().flat_map(|part| part.bytes());
     match string {
-        StringMatch::Exact(exact) => text == &**exact,
-        StringMatch::Prefix(prefix) => text.starts_with(&**prefix),
-        StringMatch::Suffix(suffix) => text.ends_with(&**suffix),
-        StringMatch::Presence => !text.is_empty(),
+        StringMatch::Exact(exact) => text.eq(exact.bytes()),
+        StringMatch::Prefix(prefix) => prefix.bytes().all(|byte| text.next() == Some(byte)),
+        StringMatch::Suffix(suffix) => {
+            let mut suffix = suffix.bytes().rev();
+            suffix.all(|byte| text.next_back() == Some(byte))
+        }
+        StringMatch::Presence => text.next().is_some(),
     }
 }
