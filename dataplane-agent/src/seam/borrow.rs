@@ -256,6 +256,7 @@ impl Borrower {
         match NodeMessage::read(&bytes)? {
             NodeMessage::Welcome(welcome) => {
                 if welcome.lease != VERSION {
+                    self.retire();
                     let what = format!(
                         "the node speaks version {} of the seam, and this proxy version {VERSION}: run both of one release",
                         welcome.lease

@@ -696,6 +696,30 @@ async fn a_proxy_takes_nothing_of_a_node_that_comes_back_with_other_settings() {
 }
 
 #[tokio::test]
+async fn a_proxy_takes_nothing_new_once_its_node_comes_back_in_another_version() {
+    with_a_path(async |path| {
+        let (first, mut proxy) = (Node::at(&path), Proxy::of(&path));
+        let own = lease();
+        let before = own.instance;
+        first.say(PodEvent::Up(own)).await;
+        proxy.is_lent().await;
+        drop(first);
+        let listener = SeamListener::open(&path).expect("a socket");
+        let second = soon(listener.accept()).await.expect("a proxy");
+        let welcome = NodeMessage::Welcome(Welcome {
+            lease: VERSION + 1,
+            ..Welcome::default()
+        });
+        let said = second.send(&welcome.packet(), &[]);
+        said.expect("there is room");
+        let running = proxy.drains(before).await;
+        running.send(()).expect("somebody waits");
+        proxy.gives_back(before).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_proxy_that_is_not_let_in_comes_again_less_and_less_often() {
     with_a_path(async |path| {
         let listener = SeamListener::open(&path).expect("a socket");
