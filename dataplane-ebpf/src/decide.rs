@@ -2,10 +2,7 @@
 
 use crate::address::Ip;
 use crate::event::Reason;
-use crate::pod::listener;
-
-/// The port of HBONE.
-pub const HBONE_PORT: u16 = 15008;
+use crate::listener::ListenerKind;
 
 /// The decision about a connect of a process in the pods' cgroup.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -68,34 +65,19 @@ pub fn connect(asked: Asked, to: &Ip) -> Connect {
 pub enum Steer {
     /// To the pod's own listener, if there is one.
     App,
-    /// To the agent: the pod connects elsewhere, and the capture route has brought its SYN back.
-    Outbound,
-    /// To the agent: somebody connects to the pod in clear.
-    Inbound,
-    /// To the agent: a peer opens a tunnel.
-    Hbone,
+    /// To this listener of the agent. To that for what the pod connects to: the capture route has brought its SYN back.
+    Agent(ListenerKind),
 }
 
 impl Steer {
-    /// Returns the slot of the listener; `None` for the app's.
-    #[inline(always)]
-    pub const fn listener(self) -> Option<u32> {
-        match self {
-            Self::App => None,
-            Self::Outbound => Some(listener::OUTBOUND),
-            Self::Inbound => Some(listener::INBOUND),
-            Self::Hbone => Some(listener::HBONE),
-        }
-    }
-
     /// Returns the decision while the pod leaves. A connection to the pod reaches the app. A SYN that the pod
     /// has sent by the capture route, and retransmits until it is answered, was meant for somebody else: the
     /// app's own listener must not get it, if there is one on that port.
     #[inline(always)]
     pub const fn of_one_that_leaves(self) -> Self {
         match self {
-            Self::Outbound => Self::Outbound,
-            Self::App | Self::Inbound | Self::Hbone => Self::App,
+            Self::Agent(ListenerKind::Outbound) => self,
+            Self::App | Self::Agent(ListenerKind::Inbound | ListenerKind::Hbone) => Self::App,
         }
     }
 }
@@ -136,15 +118,15 @@ pub fn steer(
     } else if owns.to | to.is_loopback() {
         if by_lo || (owns.from && begun()) {
             Steer::App
-        } else if to_port == HBONE_PORT {
-            Steer::Hbone
+        } else if to_port == ListenerKind::Hbone.port() {
+            Steer::Agent(ListenerKind::Hbone)
         } else {
-            Steer::Inbound
+            Steer::Agent(ListenerKind::Inbound)
         }
     } else if by_lo || owns.from {
-        Steer::Outbound
+        Steer::Agent(ListenerKind::Outbound)
     } else {
-        Steer::Inbound
+        Steer::Agent(ListenerKind::Inbound)
     }
 }
 
@@ -159,6 +141,11 @@ mod tests {
     use proptest::sample::select;
 
     use super::*;
+
+    const APP: Steer = Steer::App;
+    const OUTBOUND: Steer = Steer::Agent(ListenerKind::Outbound);
+    const INBOUND: Steer = Steer::Agent(ListenerKind::Inbound);
+    const HBONE: Steer = Steer::Agent(ListenerKind::Hbone);
 
     fn ip(text: &str) -> Ip {
         text.parse::<IpAddr>().expect("an address").into()
@@ -284,26 +271,26 @@ mod tests {
     fn syns_are_steered_by_addresses() {
         let pod = pod(&["10.1.0.5", "fd00::5", "192.168.7.5"]);
         let cases = [
-            ("10.2.0.9", "10.1.0.5", 80, false, Steer::Inbound),
-            ("10.2.0.9", "10.1.0.5", 15008, false, Steer::Hbone),
-            ("10.2.0.9", "10.1.0.5", 15008, true, Steer::App),
-            ("10.2.0.9", "10.1.0.5", 80, true, Steer::App),
-            ("10.2.0.9", "10.1.0.5", 15007, false, Steer::Inbound),
-            ("10.2.0.9", "10.1.0.5", 15009, false, Steer::Inbound),
-            ("10.1.0.5", "10.1.0.5", 15008, false, Steer::App),
-            ("10.1.0.5", "192.168.7.5", 80, false, Steer::App),
-            ("127.0.0.1", "127.0.0.1", 80, true, Steer::App),
-            ("10.1.0.5", "127.0.0.1", 80, true, Steer::App),
-            ("::1", "::1", 80, true, Steer::App),
-            ("192.168.7.6", "127.0.0.1", 80, false, Steer::Inbound),
-            ("127.0.0.9", "127.0.0.1", 80, false, Steer::Inbound),
-            ("10.1.0.5", "1.2.3.4", 15008, true, Steer::Outbound),
-            ("192.168.7.6", "1.2.3.4", 80, true, Steer::Outbound),
-            ("10.1.0.5", "1.2.3.4", 80, false, Steer::Outbound),
-            ("9.9.9.9", "192.168.7.5", 80, false, Steer::Inbound),
-            ("9.9.9.9", "192.168.7.6", 80, false, Steer::Inbound),
-            ("192.168.7.6", "192.168.7.6", 15001, true, Steer::App),
-            ("fd00::9", "fd00::5", 80, false, Steer::Inbound),
+            ("10.2.0.9", "10.1.0.5", 80, false, INBOUND),
+            ("10.2.0.9", "10.1.0.5", 15008, false, HBONE),
+            ("10.2.0.9", "10.1.0.5", 15008, true, APP),
+            ("10.2.0.9", "10.1.0.5", 80, true, APP),
+            ("10.2.0.9", "10.1.0.5", 15007, false, INBOUND),
+            ("10.2.0.9", "10.1.0.5", 15009, false, INBOUND),
+            ("10.1.0.5", "10.1.0.5", 15008, false, APP),
+            ("10.1.0.5", "192.168.7.5", 80, false, APP),
+            ("127.0.0.1", "127.0.0.1", 80, true, APP),
+            ("10.1.0.5", "127.0.0.1", 80, true, APP),
+            ("::1", "::1", 80, true, APP),
+            ("192.168.7.6", "127.0.0.1", 80, false, INBOUND),
+            ("127.0.0.9", "127.0.0.1", 80, false, INBOUND),
+            ("10.1.0.5", "1.2.3.4", 15008, true, OUTBOUND),
+            ("192.168.7.6", "1.2.3.4", 80, true, OUTBOUND),
+            ("10.1.0.5", "1.2.3.4", 80, false, OUTBOUND),
+            ("9.9.9.9", "192.168.7.5", 80, false, INBOUND),
+            ("9.9.9.9", "192.168.7.6", 80, false, INBOUND),
+            ("192.168.7.6", "192.168.7.6", 15001, true, APP),
+            ("fd00::9", "fd00::5", 80, false, INBOUND),
         ];
         for (from, to, port, by_lo, expected) in cases {
             assert_eq!(
@@ -318,11 +305,11 @@ mod tests {
     fn who_has_got_an_address_of_the_pods_is_not_taken_for_it() {
         let pod = Pod(std::vec![ip("10.1.0.5"), ip("192.168.7.5")], false);
         for (from, to, by_lo, expected) in [
-            ("192.168.7.5", "10.1.0.5", false, Steer::Inbound),
-            ("192.168.7.5", "10.1.0.5", true, Steer::App),
-            ("10.1.0.5", "10.1.0.5", false, Steer::App),
-            ("10.1.0.5", "127.0.0.1", false, Steer::Inbound),
-            ("10.1.0.5", "127.0.0.1", true, Steer::App),
+            ("192.168.7.5", "10.1.0.5", false, INBOUND),
+            ("192.168.7.5", "10.1.0.5", true, APP),
+            ("10.1.0.5", "10.1.0.5", false, APP),
+            ("10.1.0.5", "127.0.0.1", false, INBOUND),
+            ("10.1.0.5", "127.0.0.1", true, APP),
         ] {
             let steered = pod.steer(&ip(from), &ip(to), 80, by_lo);
             assert_eq!(steered, expected, "{from} > {to} by_lo={by_lo}");
@@ -332,24 +319,12 @@ mod tests {
     #[test]
     fn of_a_pod_that_leaves_only_what_it_sent_itself_reaches_the_agent() {
         for (steer, leaving) in [
-            (Steer::App, Steer::App),
-            (Steer::Outbound, Steer::Outbound),
-            (Steer::Inbound, Steer::App),
-            (Steer::Hbone, Steer::App),
+            (APP, APP),
+            (OUTBOUND, OUTBOUND),
+            (INBOUND, APP),
+            (HBONE, APP),
         ] {
             assert_eq!(steer.of_one_that_leaves(), leaving, "{steer:?}");
-        }
-    }
-
-    #[test]
-    fn each_way_to_the_agent_ends_at_its_own_listener() {
-        for (steer, place) in [
-            (Steer::App, None),
-            (Steer::Outbound, Some(listener::OUTBOUND)),
-            (Steer::Inbound, Some(listener::INBOUND)),
-            (Steer::Hbone, Some(listener::HBONE)),
-        ] {
-            assert_eq!(steer.listener(), place, "{steer:?}");
         }
     }
 
@@ -423,8 +398,8 @@ mod tests {
             let pod = Pod(own, false);
             if from != to {
                 let steered = pod.steer(&from, &to, port, false);
-                prop_assert_ne!(steered, Steer::App);
-                prop_assert!(pod.owns(&from) || steered != Steer::Outbound);
+                prop_assert_ne!(steered, APP);
+                prop_assert!(pod.owns(&from) || steered != OUTBOUND);
             }
         }
 
@@ -434,7 +409,7 @@ mod tests {
             let (from, to) = (Ip::from(IpAddr::from(own)), Ip::from(IpAddr::from(to)));
             let pod = Pod(std::vec![from], true);
             if !pod.owns(&to) && !to.is_loopback() && !to.is_unspecified() && from != Ip::NONE {
-                prop_assert_eq!(pod.steer(&from, &to, port, by_lo), Steer::Outbound);
+                prop_assert_eq!(pod.steer(&from, &to, port, by_lo), OUTBOUND);
             }
         }
 

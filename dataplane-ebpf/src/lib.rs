@@ -10,6 +10,7 @@ pub mod address;
 pub mod counter;
 pub mod decide;
 pub mod event;
+pub mod listener;
 pub mod mark;
 pub mod pod;
 

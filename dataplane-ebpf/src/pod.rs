@@ -83,18 +83,6 @@ pub struct Node {
     pub reserved: u32,
 }
 
-/// Slots of a pod's map of listeners.
-pub mod listener {
-    /// The listener for connections of the pod.
-    pub const OUTBOUND: u32 = 0;
-    /// The listener for connections to the pod in clear.
-    pub const INBOUND: u32 = 1;
-    /// The listener for HBONE.
-    pub const HBONE: u32 = 2;
-    /// Number of slots.
-    pub const COUNT: u32 = 3;
-}
-
 const _: () =
     assert!(size_of::<Owned>() == 24 && size_of::<Steered>() == 24 && size_of::<Node>() == 24);
 const _: () = assert!(size_of::<Begun>() == 48);

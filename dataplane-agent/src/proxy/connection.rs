@@ -4,6 +4,7 @@
 use std::net::{self, SocketAddr};
 use std::sync::Arc;
 
+use dataplane_ebpf::listener::ListenerKind;
 use tokio::net::TcpStream;
 
 use crate::drain::TaskGroup;
@@ -34,18 +35,6 @@ pub struct ProxyInputs {
     pub observer: Observer,
     /// The node's connection limit.
     pub places: NodePlaces,
-}
-
-/// The listener of a pod that accepted a TCP connection. See [`Direction`] for what is known once a connection is
-/// accepted, and [`Reporter`] for the end of it that this node reports on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ListenerKind {
-    /// Port 15001: the pod connects.
-    Outbound,
-    /// Port 15006: a client connects to the pod in clear.
-    Inbound,
-    /// Port 15008: a peer opens a tunnel to the pod.
-    Hbone,
 }
 
 /// A TCP connection that has a place and of which nothing was read. It is not bound to a worker yet.

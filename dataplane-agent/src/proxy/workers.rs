@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use dataplane_ebpf::listener::ListenerKind;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::LocalSet;
@@ -26,7 +27,7 @@ use crate::observe::Observer;
 use crate::proxy::accept::LocalPod;
 use crate::proxy::accept::listener::Listener;
 use crate::proxy::authorize::Authorizer;
-use crate::proxy::connection::{Admitted, ListenerKind, ProxyInputs, admit, serve_connection};
+use crate::proxy::connection::{Admitted, ProxyInputs, admit, serve_connection};
 use crate::proxy::identity::Certs;
 use crate::proxy::limits::NodePlaces;
 use crate::proxy::transport::connector::NodeConnector;
@@ -402,11 +403,7 @@ impl Worker {
             .close_idle_task
             .spawn(pool.close_idle_when_wanted(Arc::clone(pod)));
         if let Some(listeners) = listeners {
-            for (kind, listener) in [
-                (ListenerKind::Outbound, listeners.outbound),
-                (ListenerKind::Inbound, listeners.inbound),
-                (ListenerKind::Hbone, listeners.hbone),
-            ] {
+            for (kind, listener) in listeners.into_each() {
                 match Listener::new(listener) {
                     Ok(listener) => state.listeners.push((kind, Rc::new(listener))),
                     Err(error) => tracing::error!(pod = %named(&pod.uid), %error, "cannot listen"),

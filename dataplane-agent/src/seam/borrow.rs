@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use dataplane_ebpf::listener::ListenerKind;
 use futures_util::StreamExt;
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::FuturesUnordered;
@@ -553,13 +554,13 @@ fn lease(
     descriptors: Vec<OwnedFd>,
     stamp: Arc<Stamp>,
 ) -> io::Result<Lease> {
-    let lent = <[OwnedFd; 4]>::try_from(descriptors);
-    let [netns, outbound, inbound, hbone] = lent.map_err(|_| wrong("a pod with too little"))?;
-    let listeners = Listeners {
-        outbound: TcpListener::from(outbound),
-        inbound: TcpListener::from(inbound),
-        hbone: TcpListener::from(hbone),
-    };
+    let lent = <[OwnedFd; 1 + ListenerKind::COUNT]>::try_from(descriptors);
+    let mut lent = lent
+        .map_err(|_| wrong("a pod with too little"))?
+        .into_iter();
+    let mut next = || lent.next().ok_or_else(|| wrong("a pod with too little"));
+    let netns = next()?;
+    let listeners = Listeners::make(|_| next().map(TcpListener::from))?;
     let who = add.workload_info.unwrap_or_default();
     Ok(Lease {
         instance: Instance(add.instance),

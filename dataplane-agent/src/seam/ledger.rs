@@ -6,6 +6,7 @@
 //! wait for others.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::iter;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -507,13 +508,9 @@ impl<'a> Order<'a> {
             trust_domain: lease.identity.trust_domain().to_owned(),
             netns: lease.cookie,
         };
-        let listeners = &lease.listeners;
-        let lent = vec![
-            lease.netns.as_fd(),
-            listeners.outbound.as_fd(),
-            listeners.inbound.as_fd(),
-            listeners.hbone.as_fd(),
-        ];
+        let listeners = lease.listeners.iter();
+        let listeners = listeners.map(|(_, listener)| listener.as_fd());
+        let lent = iter::once(lease.netns.as_fd()).chain(listeners).collect();
         Self {
             lent,
             ..Self::of(NodeMessage::Add(add))

@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
+use dataplane_ebpf::listener::ListenerKind;
 use socket2::SockRef;
 use tokio::sync::oneshot;
 
@@ -92,38 +93,55 @@ pub struct Lease {
 /// The listeners in a pod's network namespace; non-blocking, listening. Where there is IPv6 they
 /// take both families, and show IPv4 addresses as IPv6 ones (`::ffff:a.b.c.d`).
 #[derive(Debug)]
-pub struct Listeners {
-    /// What the pod connects to (15001); carries mark CAPTURE.
-    pub outbound: TcpListener,
-    /// What comes to the pod in clear (15006).
-    pub inbound: TcpListener,
-    /// What comes to the pod in HBONE (15008).
-    pub hbone: TcpListener,
-}
+pub struct Listeners([TcpListener; ListenerKind::COUNT]);
 
 impl Listeners {
+    /// Makes one of each kind.
+    ///
+    /// # Errors
+    /// The first that cannot be made.
+    pub fn make<E>(make: impl FnMut(ListenerKind) -> Result<TcpListener, E>) -> Result<Self, E> {
+        let all: Vec<_> = ListenerKind::ALL
+            .into_iter()
+            .map(make)
+            .collect::<Result<_, E>>()?;
+        Ok(Self(all.try_into().expect("one of each kind")))
+    }
+
+    /// Returns that of a kind.
+    pub fn of(&self, kind: ListenerKind) -> &TcpListener {
+        &self.0[kind as usize]
+    }
+
+    /// Returns each with its kind, in the order of the kinds.
+    pub fn iter(&self) -> impl Iterator<Item = (ListenerKind, &TcpListener)> {
+        ListenerKind::ALL.into_iter().zip(&self.0)
+    }
+
+    /// Gives each away with its kind, in the order of the kinds.
+    pub fn into_each(self) -> impl Iterator<Item = (ListenerKind, TcpListener)> {
+        ListenerKind::ALL.into_iter().zip(self.0)
+    }
+
     /// The same sockets, held by others too.
     ///
     /// # Errors
     /// There are no descriptors left.
     pub fn share(&self) -> io::Result<Self> {
-        Ok(Self {
-            outbound: self.outbound.try_clone()?,
-            inbound: self.inbound.try_clone()?,
-            hbone: self.hbone.try_clone()?,
-        })
+        Self::make(|kind| self.of(kind).try_clone())
     }
 
-    /// The ports that they listen on, in this order.
-    pub fn ports(&self) -> [u16; 3] {
-        [&self.outbound, &self.inbound, &self.hbone]
+    /// The ports that they listen on, in the order of the kinds.
+    pub fn ports(&self) -> [u16; ListenerKind::COUNT] {
+        self.0
+            .each_ref()
             .map(|listener| listener.local_addr().map_or(0, |address| address.port()))
     }
 
     /// Whether all of them listen: who may administer the pod's network can end a socket in it.
     pub fn alive(&self) -> bool {
-        [&self.outbound, &self.inbound, &self.hbone]
-            .into_iter()
+        self.0
+            .iter()
             .all(|listener| SockRef::from(listener).is_listener().unwrap_or(false))
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use dataplane_ebpf::listener::ListenerKind;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
@@ -32,7 +33,6 @@ pub(super) fn lease() -> Box<Lease> {
 }
 
 fn lease_in(netns: u64) -> Box<Lease> {
-    let listener = || TcpListener::bind("127.0.0.1:0").expect("a port");
     Box::new(Lease {
         instance: Instance::next(),
         uid: "c//Pod/ns/p".into(),
@@ -42,11 +42,7 @@ fn lease_in(netns: u64) -> Box<Lease> {
         addresses: [IpAddr::from([10, 0, 0, 1])].into(),
         netns: Netns::own().expect("/proc is there"),
         cookie: netns,
-        listeners: Listeners {
-            outbound: listener(),
-            inbound: listener(),
-            hbone: listener(),
-        },
+        listeners: Listeners::make(|_| TcpListener::bind("127.0.0.1:0")).expect("ports"),
         stamp: Arc::default(),
     })
 }
@@ -207,7 +203,11 @@ async fn a_pod_is_lent_with_all_that_it_takes_to_serve_it_and_taken_back() {
         let own = Netns::own().expect("/proc is there");
         assert_eq!(lent.netns.inode(), own.inode());
         let client = TcpStream::connect(("127.0.0.1", port)).expect("somebody listens");
-        let (_, from) = lent.listeners.outbound.accept().expect("it was lent");
+        let (_, from) = lent
+            .listeners
+            .of(ListenerKind::Outbound)
+            .accept()
+            .expect("it was lent");
         assert_eq!(from, client.local_addr().expect("it is connected"));
 
         let other: Arc<[IpAddr]> = ["fd00::1".parse().expect("an address")].into();
@@ -512,7 +512,11 @@ async fn a_pod_that_cannot_be_served_is_refused_alone_and_lent_again() {
     with_a_path(async |path| {
         let (mut node, mut proxy) = (Node::at(&path), Proxy::of(&path));
         let (ended, own) = (lease(), lease());
-        let listener = ended.listeners.inbound.try_clone().expect("a descriptor");
+        let listener = ended
+            .listeners
+            .of(ListenerKind::Inbound)
+            .try_clone()
+            .expect("a descriptor");
         let listener = socket2::Socket::from(listener);
         listener.shutdown(Shutdown::Both).expect("it listens");
         let refused = ended.instance;

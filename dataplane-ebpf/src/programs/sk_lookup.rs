@@ -9,14 +9,15 @@ use aya_log_ebpf::info;
 use dataplane_ebpf::counter::Counter;
 use dataplane_ebpf::decide::{self, Owns, Steer};
 use dataplane_ebpf::event::{Event, Reason};
-use dataplane_ebpf::pod::{Begun, Steered, listener};
+use dataplane_ebpf::listener::ListenerKind;
+use dataplane_ebpf::pod::{Begun, Steered};
 
 use crate::context::{self, Syn, in_memory};
 use crate::maps::{BEGUN, count, leaves, node, owns, report};
 
 /// The agent's listeners in this pod. Written by the agent; the kernel removes a listener that is closed.
 #[map]
-static LISTENERS: SockMap = SockMap::with_max_entries(listener::COUNT, 0);
+static LISTENERS: SockMap = SockMap::with_max_entries(ListenerKind::COUNT as u32, 0);
 
 /// The pod of this instance; one entry, written by the agent before it attaches the program.
 #[map]
@@ -45,12 +46,21 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
         steer = steer.of_one_that_leaves();
     }
     if node.log != 0 {
-        log_steer(to_port.into(), steer.listener().unwrap_or(listener::COUNT));
+        log_steer(
+            to_port.into(),
+            match steer {
+                Steer::Agent(listener) => listener.place(),
+                Steer::App => ListenerKind::COUNT as u32,
+            },
+        );
     }
-    let Some(place) = steer.listener() else {
+    let Steer::Agent(listener) = steer else {
         return SK_PASS;
     };
-    if LISTENERS.redirect_sk_lookup(&ctx, place, 0).is_err() {
+    if LISTENERS
+        .redirect_sk_lookup(&ctx, listener.place(), 0)
+        .is_err()
+    {
         count(Counter::NoListener);
         report(Event {
             netns: pod.netns,
@@ -62,11 +72,7 @@ pub(crate) fn steer(ctx: SkLookupContext) -> u32 {
         });
         return SK_DROP;
     }
-    count(match steer {
-        Steer::Outbound => Counter::SteeredOutbound,
-        Steer::Hbone => Counter::SteeredHbone,
-        Steer::Inbound | Steer::App => Counter::SteeredInbound,
-    });
+    count(listener.counter());
     SK_PASS
 }
 

@@ -20,6 +20,7 @@ use dataplane_agent::sys::cgroup as groups;
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::decide::{Asked, Connect, Owns, Steer, connect, connect_elsewhere, steer};
 use dataplane_ebpf::event::Reason;
+use dataplane_ebpf::listener::ListenerKind;
 use tempfile::TempDir;
 
 /// The certificate that a peer shows.
@@ -96,7 +97,7 @@ pub fn decide(input: &[u8]) {
             "nobody else reaches the app past the agent"
         );
     }
-    if steered == Steer::Outbound {
+    if steered == Steer::Agent(ListenerKind::Outbound) {
         assert!(by_lo || owns.from, "only the pod asks to get out");
     }
 }

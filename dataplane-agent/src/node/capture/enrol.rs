@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use dataplane_ebpf::listener::ListenerKind;
 use dataplane_ebpf::mark;
 use dataplane_ebpf::pod::ADDRESSES;
 
@@ -23,9 +24,6 @@ use crate::mesh::workload::named;
 use crate::seam::Listeners;
 use crate::sys::netns::{Interfaces, Netns};
 use crate::sys::socket;
-
-/// The ports of a pod's listeners: outbound, inbound in clear, HBONE.
-pub const PORTS: [u16; 3] = [15001, 15006, 15008];
 
 /// A pod that is ready to be captured.
 pub struct PreparedPod {
@@ -192,11 +190,12 @@ pub fn update_addresses(
 /// The namespace cannot be entered; a port is taken; capabilities are missing.
 pub fn listen(netns: &Netns) -> Result<Listeners, CaptureError> {
     let listen = || {
-        let [outbound, inbound, hbone] = PORTS;
-        Ok(Listeners {
-            outbound: socket::listener(outbound, mark::CAPTURE)?,
-            inbound: socket::listener(inbound, mark::AGENT)?,
-            hbone: socket::listener(hbone, mark::AGENT)?,
+        Listeners::make(|kind| {
+            let mark = match kind {
+                ListenerKind::Outbound => mark::CAPTURE,
+                ListenerKind::Inbound | ListenerKind::Hbone => mark::AGENT,
+            };
+            socket::listener(kind.port(), mark)
         })
     };
     netns

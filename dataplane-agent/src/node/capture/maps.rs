@@ -8,7 +8,7 @@ use aya::Ebpf;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SockMap};
 use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::counter::Counter;
-use dataplane_ebpf::pod::{Node, Owned, Steered, There, listener};
+use dataplane_ebpf::pod::{Node, Owned, Steered, There};
 
 use super::CaptureError;
 use super::pins::{self, Pins};
@@ -408,13 +408,9 @@ pub fn fill_pod(
     let Some(listeners) = listeners else {
         return Ok(());
     };
-    for (place, socket) in [
-        (listener::OUTBOUND, &listeners.outbound),
-        (listener::INBOUND, &listeners.inbound),
-        (listener::HBONE, &listeners.hbone),
-    ] {
+    for (kind, socket) in listeners.iter() {
         sockets
-            .set(place, &socket.as_raw_fd(), 0)
+            .set(kind.place(), &socket.as_raw_fd(), 0)
             .map_err(map_error(LISTENERS))?;
     }
     Ok(())

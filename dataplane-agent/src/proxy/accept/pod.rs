@@ -5,6 +5,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use dataplane_ebpf::listener::ListenerKind;
+
 use super::ports::{self, Ports, SPOOFED_PORTS};
 use crate::mesh::Identity;
 use crate::proxy::limits::{Handshakes, PodPlaces};
@@ -31,7 +33,7 @@ pub struct LocalPod {
     /// Its network namespace, in which every connection for it is made.
     pub netns: Netns,
     /// The ports of its listeners: 15001, 15006 and 15008, unless an app had one of them first.
-    pub ports: [u16; 3],
+    pub ports: [u16; ListenerKind::COUNT],
     /// Places for handshakes of tunnels to it. They are its own, so that an attack on one pod does not take
     /// another's.
     pub handshakes: Handshakes,
@@ -112,7 +114,7 @@ impl LocalPod {
     pub fn example(uid: &str, identity: Identity, addresses: Vec<IpAddr>) -> Arc<Self> {
         Arc::new(Self {
             instance: Instance::next(),
-            ports: [15001, 15006, 15008],
+            ports: ListenerKind::ALL.map(ListenerKind::port),
             handshakes: Handshakes::default(),
             places: PodPlaces::default(),
             uid: uid.into(),

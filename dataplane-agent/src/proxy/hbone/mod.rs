@@ -14,16 +14,13 @@ pub mod window;
 use std::time::Duration;
 
 use bytes::Buf;
+use dataplane_ebpf::listener::ListenerKind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use pace::Paced;
 
 /// Port at which a pod takes tunnels.
-pub const PORT: u16 = 15008;
-/// Port at which a pod's outbound connections are taken.
-pub const OUTBOUND_PORT: u16 = 15001;
-/// Port at which a pod's inbound connections in clear are taken.
-pub const INBOUND_PORT: u16 = 15006;
+pub const PORT: u16 = ListenerKind::Hbone.port();
 
 /// ALPN protocol that both ends must choose in the TLS handshake.
 pub const ALPN: &[u8] = b"h2";

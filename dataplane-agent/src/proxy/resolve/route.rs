@@ -3,6 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use dataplane_ebpf::listener::ListenerKind;
+
 use super::{Accepted, Direction, Hop, ResolveError, Resolved};
 use crate::mesh::workload::Protocol;
 use crate::mesh::{Destination, Identity, Mesh, MeshReader, Service, Workload};
@@ -10,9 +12,6 @@ use crate::proxy::hbone;
 
 #[cfg(test)]
 mod tests;
-
-/// The agent's own ports in a pod.
-const OWN: [u16; 3] = [hbone::OUTBOUND_PORT, hbone::INBOUND_PORT, hbone::PORT];
 
 /// Finds who each end of a connection is and where it goes, in the current mesh.
 ///
@@ -67,7 +66,8 @@ fn inbound<I>(mesh: &Mesh, accepted: &Accepted<I>) -> Result<Route, ResolveError
             asked: to.ip(),
         });
     }
-    if OWN.contains(&to.port()) || accepted.pod.ports.contains(&to.port()) {
+    let is_own = |kind: ListenerKind| kind.port() == to.port();
+    if ListenerKind::ALL.into_iter().any(is_own) || accepted.pod.ports.contains(&to.port()) {
         return Err(ResolveError::SelfCall);
     }
     let target = local(mesh, accepted)?;

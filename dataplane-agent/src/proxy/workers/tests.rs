@@ -57,16 +57,12 @@ impl Served {
             places,
         };
         let mut workers = builder.start(&context).expect("a thread");
-        let listener = || {
-            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-            listener.set_nonblocking(true).expect("a socket");
-            listener
-        };
-        let listeners = Listeners {
-            outbound: listener(),
-            inbound: listener(),
-            hbone: listener(),
-        };
+        let listeners = Listeners::make(|_| -> std::io::Result<_> {
+            let listener = TcpListener::bind("127.0.0.1:0")?;
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        });
+        let listeners = listeners.expect("ports");
         let instance = enrol(&mut workers, 1, &listeners);
         Self {
             workers,
@@ -82,7 +78,11 @@ impl Served {
 
     /// Whether a connection that is made now is accepted within half a second.
     fn accepts(&self) -> bool {
-        let to = self.listeners.inbound.local_addr().expect("it is bound");
+        let to = self
+            .listeners
+            .of(ListenerKind::Inbound)
+            .local_addr()
+            .expect("it is bound");
         let mut client = TcpStream::connect(to).expect("somebody listens");
         let soon = Some(Duration::from_millis(500));
         client.set_read_timeout(soon).expect("a socket");
