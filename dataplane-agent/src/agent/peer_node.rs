@@ -12,7 +12,7 @@ use crate::control::state::SharedState;
 use crate::node::capture::CaptureError;
 use crate::node::capture::node_folder::{self, Holder, Mark};
 use crate::node::capture::uninstall::canonical;
-use crate::seam::{ServingLock, SharedSettings};
+use crate::seam::{ProxyLock, SharedSettings};
 use crate::sys::made::CreatedPaths;
 
 /// How often a proxy checks whether the node has started.
@@ -22,9 +22,9 @@ const POLL: Duration = Duration::from_millis(200);
 ///
 /// # Errors
 /// A proxy of the node runs.
-pub(super) fn exclude_proxies(options: &RunOptions) -> Result<ServingLock, AgentError> {
+pub(super) fn exclude_proxies(options: &RunOptions) -> Result<ProxyLock, AgentError> {
     let path = options.places.proxy_lock(&options.node);
-    let lock = ServingLock::exclude(&path).map_err(CaptureError::file(&path))?;
+    let lock = ProxyLock::exclude(&path).map_err(CaptureError::file(&path))?;
     Ok(lock.ok_or(CaptureError::Serves(path))?)
 }
 
@@ -32,10 +32,10 @@ pub(super) fn exclude_proxies(options: &RunOptions) -> Result<ServingLock, Agent
 ///
 /// # Errors
 /// `dataplane run` serves the node, or it is being uninstalled.
-fn serving_lock(options: &RunOptions) -> Result<(ServingLock, CreatedPaths), AgentError> {
+fn share_proxy_lock(options: &RunOptions) -> Result<(ProxyLock, CreatedPaths), AgentError> {
     let (places, node) = (&options.places, &options.node);
     let path = places.proxy_lock(node);
-    let locked = ServingLock::share(&path).map_err(CaptureError::file(&path))?;
+    let locked = ProxyLock::share(&path).map_err(CaptureError::file(&path))?;
     locked.ok_or_else(|| {
         let lock = path.display();
         AgentError::Held(match node_folder::holder(&places.of_node(node)) {
@@ -90,7 +90,7 @@ pub(super) struct PeerNode {
     state: PathBuf,
     /// The node's mark at the start; none if the node had not started yet.
     mark: Option<Mark>,
-    _lock: ServingLock,
+    _lock: ProxyLock,
     made: CreatedPaths,
 }
 
@@ -104,7 +104,7 @@ impl PeerNode {
         let (places, node) = (&options.places, &options.node);
         places.socket_fits(node).map_err(AgentError::Settings)?;
         config.refuse_empty(node_folder::captured(&places.run_dir, node))?;
-        let (lock, made) = serving_lock(options)?;
+        let (lock, made) = share_proxy_lock(options)?;
         let mut peer = Self {
             options: options.clone(),
             state: state_path(options).await,
@@ -193,13 +193,13 @@ mod tests {
         let options = options(run.path());
         let lock = run.path().join("one.proxy.lock").display().to_string();
         let both = exclude_proxies(&options).expect("no proxy runs");
-        let error = serving_lock(&options).expect_err("a run serves the node");
+        let error = share_proxy_lock(&options).expect_err("a run serves the node");
         assert_eq!(error.exit(), Exit::Held);
         let told = error.to_string();
         assert!(told.contains(&lock) && told.contains("end it"), "{told}");
         assert!(!told.contains("uninstalled"), "{told}");
         drop(both);
-        let (_proxy, _made) = serving_lock(&options).expect("nobody serves the node");
+        let (_proxy, _made) = share_proxy_lock(&options).expect("nobody serves the node");
     }
 
     #[test]
@@ -219,7 +219,7 @@ mod tests {
         drop(folder);
         let ended = StoppedNode::find(&options.places, &mark.state, &mark.node);
         let _ended = ended.expect("it has ended");
-        let error = serving_lock(&options).expect_err("it is being uninstalled");
+        let error = share_proxy_lock(&options).expect_err("it is being uninstalled");
         assert_eq!(error.exit(), Exit::Held);
         let told = error.to_string();
         assert!(told.contains("is being uninstalled"), "{told}");

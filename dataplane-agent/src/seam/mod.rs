@@ -7,7 +7,7 @@ mod leases;
 mod ledger;
 pub mod lend;
 mod packets;
-mod serving;
+mod proxy_lock;
 mod settings;
 mod stamp;
 #[cfg(test)]
@@ -27,7 +27,7 @@ use tokio::sync::oneshot;
 
 pub use self::leases::Leases;
 pub use self::packets::SeamListener;
-pub use self::serving::ServingLock;
+pub use self::proxy_lock::ProxyLock;
 pub use self::settings::SharedSettings;
 pub use self::stamp::Stamp;
 use crate::mesh::Identity;

@@ -13,7 +13,7 @@ use super::pins::{self, Pins};
 use super::{CaptureError, attached, enrol, routes};
 use crate::config::{NodeName, Places};
 use crate::mesh::workload::named;
-use crate::seam::ServingLock;
+use crate::seam::ProxyLock;
 use crate::sys::hooks;
 
 /// A node whose agent has stopped, locked so that nobody else can start or uninstall it.
@@ -26,7 +26,7 @@ pub struct StoppedNode {
     /// The admin socket of its proxies, which one that was killed has left.
     proxy_socket: PathBuf,
     _lock: Option<File>,
-    _no_proxy: ServingLock,
+    _no_proxy: ProxyLock,
 }
 
 /// The result of an uninstall.
@@ -65,7 +65,7 @@ impl StoppedNode {
         let mut pins = Pins::new(&mark.bpffs, node);
         let _lock = pins.lock()?;
         let path = places.proxy_lock(node);
-        let no_proxy = ServingLock::exclude(&path).map_err(CaptureError::file(&path))?;
+        let no_proxy = ProxyLock::exclude(&path).map_err(CaptureError::file(&path))?;
         let _no_proxy = no_proxy.ok_or(CaptureError::Serves(path))?;
         pins.refuse_unrecorded(&folder.records()?)?;
         // Programs that are not pinned here would stay, without their routes.

@@ -11,12 +11,12 @@ use crate::sys::made::CreatedPaths;
 
 /// A lock: shared by proxies, or exclusive. The last owner removes its file.
 #[derive(Debug)]
-pub struct ServingLock {
+pub struct ProxyLock {
     path: PathBuf,
     file: File,
 }
 
-impl ServingLock {
+impl ProxyLock {
     /// Takes the lock for a proxy. Makes the folder of the file, which is removed with `CreatedPaths` unless that is
     /// kept. Returns none while the lock is exclusive.
     ///
@@ -50,7 +50,7 @@ impl ServingLock {
     }
 }
 
-impl Drop for ServingLock {
+impl Drop for ProxyLock {
     fn drop(&mut self) {
         let is_last = self.file.try_lock().is_ok();
         if is_last && locked::is_at(&self.path, &self.file).unwrap_or(false) {
@@ -67,8 +67,8 @@ mod tests {
     fn proxies_share_the_lock_and_the_last_one_removes_its_file() {
         let top = tempfile::tempdir().expect("a folder");
         let path = top.path().join("run/one.proxy.lock");
-        let share = || ServingLock::share(&path).expect("a file");
-        let exclude = || ServingLock::exclude(&path).expect("a file");
+        let share = || ProxyLock::share(&path).expect("a file");
+        let exclude = || ProxyLock::exclude(&path).expect("a file");
         let (first, made) = share().expect("it is free");
         let (second, mut also) = share().expect("it is shared");
         also.keep();
