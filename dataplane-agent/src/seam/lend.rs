@@ -1,7 +1,7 @@
 //! The node's end between two processes: lends each pod to whoever connects, and tells what happens to it.
 //! The node keeps the listeners, so that nothing is refused while nobody serves: connections wait in them.
 
-use std::cell::RefCell;
+use std::cell::{RefCell, RefMut};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::borrow::LONGEST_RETRY;
 use super::ledger::{Ledger, ProxyId};
 use super::packets::{Channel, Packet, SeamListener};
-use super::wire::{Hello, NodeMessage, ProxyMessage, VERSION, Welcome};
+use super::wire::{Ack, Hello, NodeMessage, ProxyMessage, VERSION, Welcome};
 use super::{CUT_TIMEOUT, PodEvent, Serving, SharedSettings, Stamp};
 use crate::mesh::workload::named;
 
@@ -130,105 +130,7 @@ impl Lender {
         }
         let id = self.ledger.borrow_mut().meet();
         *met = Some(id);
-        self.tell_and_hear(channel, id).await
-    }
-
-    /// Sends one request after the other, each when the one before has been answered. A proxy whose answer is
-    /// late is kept: as long as it lives, so do the connections that it carries. What it is to give back is waited for
-    /// as long as it answers, however much is asked before.
-    async fn tell_and_hear(&self, channel: &Channel, id: ProxyId) -> io::Result<()> {
-        let pid = channel.pid();
-        let mut changed = self.changed.subscribe();
-        let mut unanswered: Option<Unanswered> = None;
-        let mut lend_again = None;
-        let mut serves = false;
-        loop {
-            changed.borrow_and_update();
-            if unanswered.is_none() {
-                unanswered = self.tell(channel, id)?;
-            }
-            let until = unanswered.as_ref().and_then(|order| match order.until {
-                Some(until) => Some(until),
-                None => {
-                    let said = self.ledger.borrow().oldest_give_back(id);
-                    said.map(|said| said + ANSWER_TIMEOUT)
-                }
-            });
-            tokio::select! {
-                _ = changed.changed() => {}
-                packet = channel.receive() => {
-                    let Some(Packet { bytes, .. }) = packet? else { return Ok(()) };
-                    match ProxyMessage::read(&bytes)? {
-                        ProxyMessage::Ack(ack) => {
-                            let Some(order) = unanswered.take() else {
-                                return Err(io::Error::other("it answers what was not asked"));
-                            };
-                            let (refused, reason) = (!ack.error.is_empty(), ack.error);
-                            match order.pod {
-                                Some((netns, pod)) => {
-                                    let news = self.ledger.borrow_mut().set_refused(id, netns, refused);
-                                    if refused {
-                                        lend_again.get_or_insert_with(|| Instant::now() + LEND_AGAIN);
-                                    }
-                                    match refused {
-                                        true if news => tracing::warn!(pid, pod, reason, "a proxy cannot serve a pod; it is lent it again"),
-                                        false if news => tracing::info!(pid, pod, "a proxy serves a pod that it could not serve"),
-                                        _ => {}
-                                    }
-                                }
-                                None if refused => return Err(io::Error::other(reason)),
-                                // The first that it answers is its welcome.
-                                None => if !std::mem::replace(&mut serves, true) {
-                                    tracing::info!(pid, "a proxy serves");
-                                }
-                            }
-                            if self.ledger.borrow_mut().set_late(id, false) {
-                                tracing::info!(pid, "a proxy answers again");
-                            }
-                        }
-                        ProxyMessage::Idle(of) => self.ledger.borrow_mut().idle(id, of.netns),
-                        ProxyMessage::Leaving(_) => self.ledger.borrow_mut().leaves(id),
-                    }
-                }
-                () = at(lend_again) => {
-                    lend_again = None;
-                    self.ledger.borrow_mut().lend_again(id);
-                }
-                () = at(until) => {
-                    if let Some(order) = &mut unanswered
-                        && order.until.take().is_some()
-                    {
-                        tracing::warn!(pid, "a proxy does not answer; it does not count as serving until it does");
-                        self.ledger.borrow_mut().set_late(id, true);
-                    }
-                    let since = Instant::now() - ANSWER_TIMEOUT;
-                    let given_up = self.ledger.borrow_mut().give_up(id, since);
-                    for uid in given_up {
-                        warn_not_confirmed(pid, &uid);
-                    }
-                }
-            }
-            self.count();
-        }
-    }
-
-    /// Sends the next request, if there is one.
-    fn tell(&self, channel: &Channel, id: ProxyId) -> io::Result<Option<Unanswered>> {
-        let mut ledger = self.ledger.borrow_mut();
-        let Some(order) = ledger.next(id) else {
-            drop(ledger);
-            self.count();
-            return Ok(None);
-        };
-        let pod = match &order.said {
-            NodeMessage::Add(add) => Some((add.netns, add.uid.clone())),
-            _ => None,
-        };
-        channel.send(&order.said.packet(), &order.lent)?;
-        Ok(Some(Unanswered {
-            until: Some(Instant::now() + ANSWER_TIMEOUT),
-            pod,
-        }))
+        Conversation::new(self, channel, id).run().await
     }
 
     fn count(&self) {
@@ -241,8 +143,159 @@ impl Lender {
     }
 }
 
-fn warn_not_confirmed(pid: i32, uid: &str) {
-    tracing::warn!(pid, pod = %named(uid), "a proxy has not confirmed that the pod's connections are cut; it is not waited for any longer");
+/// The conversation with a proxy that has said hello. It is sent one request after the other, each when the one before
+/// has been answered. A proxy whose answer is late is kept: as long as it lives, so do the connections that it carries.
+/// What it is to give back is waited for as long as it answers, however much is asked before.
+struct Conversation<'a> {
+    lender: &'a Lender,
+    channel: &'a Channel,
+    id: ProxyId,
+    unanswered: Option<Unanswered>,
+    /// When it is lent again what it has refused.
+    lend_again: Option<Instant>,
+    /// Whether it has answered its welcome.
+    serves: bool,
+}
+
+impl<'a> Conversation<'a> {
+    fn new(lender: &'a Lender, channel: &'a Channel, id: ProxyId) -> Self {
+        Self {
+            lender,
+            channel,
+            id,
+            unanswered: None,
+            lend_again: None,
+            serves: false,
+        }
+    }
+
+    fn ledger(&self) -> RefMut<'a, Ledger> {
+        self.lender.ledger.borrow_mut()
+    }
+
+    /// Returns when the proxy has gone.
+    ///
+    /// # Errors
+    /// The connection fails; the proxy says what none does, or that it does not serve this node.
+    async fn run(mut self) -> io::Result<()> {
+        let mut changed = self.lender.changed.subscribe();
+        loop {
+            changed.borrow_and_update();
+            if self.unanswered.is_none() {
+                self.unanswered = self.tell()?;
+            }
+            self.lender.count();
+            tokio::select! {
+                _ = changed.changed() => {}
+                packet = self.channel.receive() => match packet? {
+                    Some(Packet { bytes, .. }) => self.hear(ProxyMessage::read(&bytes)?)?,
+                    None => return Ok(()),
+                },
+                () = at(self.lend_again) => {
+                    self.lend_again = None;
+                    self.ledger().lend_again(self.id);
+                }
+                () = at(self.overdue()) => self.wait_no_longer(),
+            }
+        }
+    }
+
+    /// Sends the next request, if there is one.
+    fn tell(&self) -> io::Result<Option<Unanswered>> {
+        let mut ledger = self.ledger();
+        let Some(order) = ledger.next(self.id) else {
+            return Ok(None);
+        };
+        let pod = match &order.said {
+            NodeMessage::Add(add) => Some((add.netns, add.uid.clone())),
+            _ => None,
+        };
+        self.channel.send(&order.said.packet(), &order.lent)?;
+        Ok(Some(Unanswered {
+            until: Some(Instant::now() + ANSWER_TIMEOUT),
+            pod,
+        }))
+    }
+
+    fn hear(&mut self, message: ProxyMessage) -> io::Result<()> {
+        match message {
+            ProxyMessage::Ack(ack) => return self.hear_answer(ack),
+            ProxyMessage::Idle(of) => self.ledger().idle(self.id, of.netns),
+            ProxyMessage::Leaving(_) => self.ledger().leaves(self.id),
+        }
+        Ok(())
+    }
+
+    fn hear_answer(&mut self, ack: Ack) -> io::Result<()> {
+        let Some(answered) = self.unanswered.take() else {
+            return Err(io::Error::other("it answers what was not asked"));
+        };
+        let pid = self.channel.pid();
+        match answered.pod {
+            Some((netns, pod)) => self.hear_of_pod(netns, &pod, &ack.error),
+            None if !ack.error.is_empty() => return Err(io::Error::other(ack.error)),
+            // The first that it answers is its welcome.
+            None => {
+                if !std::mem::replace(&mut self.serves, true) {
+                    tracing::info!(pid, "a proxy serves");
+                }
+            }
+        }
+        if self.ledger().set_late(self.id, false) {
+            tracing::info!(pid, "a proxy answers again");
+        }
+        Ok(())
+    }
+
+    /// Takes in whether the proxy serves a pod that it was lent: why not, or nothing.
+    fn hear_of_pod(&mut self, netns: u64, pod: &str, reason: &str) {
+        let (pid, refused) = (self.channel.pid(), !reason.is_empty());
+        let news = self.ledger().set_refused(self.id, netns, refused);
+        if refused {
+            self.lend_again
+                .get_or_insert_with(|| Instant::now() + LEND_AGAIN);
+        }
+        match refused {
+            true if news => {
+                tracing::warn!(
+                    pid,
+                    pod,
+                    reason,
+                    "a proxy cannot serve a pod; it is lent it again"
+                );
+            }
+            false if news => {
+                tracing::info!(pid, pod, "a proxy serves a pod that it could not serve");
+            }
+            _ => {}
+        }
+    }
+
+    /// Returns when its answer is late; once it is, when it is to have given back what it has not been told of yet.
+    fn overdue(&self) -> Option<Instant> {
+        let until = self.unanswered.as_ref()?.until;
+        until.or_else(|| {
+            let said = self.ledger().oldest_give_back(self.id)?;
+            Some(said + ANSWER_TIMEOUT)
+        })
+    }
+
+    fn wait_no_longer(&mut self) {
+        let pid = self.channel.pid();
+        let first = self.unanswered.as_mut().and_then(|of| of.until.take());
+        if first.is_some() {
+            tracing::warn!(
+                pid,
+                "a proxy does not answer; it does not count as serving until it does"
+            );
+            self.ledger().set_late(self.id, true);
+        }
+        let since = Instant::now() - ANSWER_TIMEOUT;
+        let given_up = self.ledger().give_up(self.id, since);
+        for uid in given_up {
+            tracing::warn!(pid, pod = %named(&uid), "a proxy has not confirmed that the pod's connections are cut; it is not waited for any longer");
+        }
+    }
 }
 
 /// Whether a peer says hello as a proxy of this version does; false if it closes instead.
