@@ -272,18 +272,14 @@ fn what_runs_is_cut_if_its_pod_became_another_while_the_node_half_was_away() {
 fn c7_what_runs_since_before_the_node_half_came_back_has_its_time_to_drain_and_is_cut() {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
-    let mut live = halves.live();
+    let live = halves.live();
     halves.restart_node();
     halves.world.manifests.remove_pod("demo", "client");
-    halves.node.logs(&["pod leaves the mesh"]);
-    pause(Duration::from_secs(2));
-    halves.carries(&mut live, "while it drains");
-    halves.node.logs(&["pod left the mesh"]);
-    is_cut(&live);
+    drains_and_is_cut(&halves, live);
 }
 
-/// A connection is cut if its pod leaves while the node half is away, and the proxy comes back to it late.
-fn is_cut_after(leaves: impl FnOnce(&Halves)) {
+/// A connection drains, and is cut, if its pod leaves while the node half is away, and the proxy comes back to it late.
+fn drains_after(leaves: impl FnOnce(&Halves)) {
     let mut halves = Halves::new();
     let _theirs = halves.server.serve(PORT);
     let live = halves.live();
@@ -292,18 +288,18 @@ fn is_cut_after(leaves: impl FnOnce(&Halves)) {
     // The proxy tries again less and less often, up to once a second.
     pause(Duration::from_secs(2));
     halves.node.restart();
-    halves.node.logs(&["pod left the mesh"]);
-    is_cut(&live);
+    drains_and_is_cut(&halves, live);
 }
 
 #[test]
-fn c7_what_runs_is_cut_if_its_pod_has_left_while_the_node_half_was_away() {
-    is_cut_after(|halves| halves.world.manifests.remove_pod("demo", "client"));
+fn c7_what_runs_drains_and_is_cut_if_its_pod_has_left_while_the_node_half_was_away() {
+    drains_after(|halves| halves.world.manifests.remove_pod("demo", "client"));
 }
 
 #[test]
-fn c7_what_runs_is_cut_if_its_pod_left_the_mesh_and_lives_on_while_the_node_half_was_away() {
-    is_cut_after(|halves| {
+fn c7_what_runs_drains_and_is_cut_if_its_pod_left_the_mesh_and_lives_on_while_the_node_half_was_away()
+ {
+    drains_after(|halves| {
         let mut object = halves.nodes.0.object(&halves.client);
         let none = ("istio.io/dataplane-mode".into(), "none".into());
         object.labels.push(none);
@@ -329,8 +325,45 @@ fn a_pod_that_is_not_decided_goes_on_and_keeps_no_proxy_from_being_ready() {
     let ready = halves.node.get("/healthz/ready");
     assert!(ready.contains("not ready, pending: enrolment"), "{ready}");
     fs::remove_dir(&team).expect("it is empty");
+    drains_and_is_cut(&halves, live);
+}
+
+/// What runs of the client has its time as the pod leaves.
+fn drains_and_is_cut(halves: &Halves, mut live: Process) {
+    halves.node.logs(&["pod leaves the mesh"]);
+    pause(Duration::from_secs(2));
+    halves.carries(&mut live, "while it drains");
     halves.node.logs(&["pod left the mesh"]);
     is_cut(&live);
+}
+
+#[test]
+fn what_drains_and_is_not_leased_goes_on_when_a_manifest_says_its_pod_again() {
+    let mut halves = Halves::new();
+    let _theirs = halves.server.serve(PORT);
+    let mut live = halves.live();
+    halves.node.terminate();
+    halves.node.setup().drains_for("300s");
+    halves.world.manifests.remove_pod("demo", "client");
+    halves.node.restart();
+    halves.node.logs(&["pod leaves the mesh"]);
+    halves
+        .proxy
+        .logs(&["all pods of the node are lent", "undecided=1"]);
+    pause(Duration::from_secs(2));
+    // It is not captured any more, and what it was drains.
+    halves.carries(&mut live, "while it drains");
+    halves
+        .world
+        .manifests
+        .pod(&halves.nodes.0.object(&halves.client));
+    halves.node.up(&["client"]);
+    halves.serves();
+    halves.carries(&mut live, "after");
+    let taps = halves.taps();
+    let answer = halves.client.ask(halves.server.at(PORT), "new");
+    assert_eq!(answer, Ok(format!("{} new", halves.client.v4)));
+    taps.saw_nothing_of(PORT..PORT + 1);
 }
 
 /// The client's record in the run folder.

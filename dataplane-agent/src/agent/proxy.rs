@@ -108,6 +108,7 @@ impl Proxy {
             PodEvent::Addresses(..)
             | PodEvent::Drain(..)
             | PodEvent::Revive(_)
+            | PodEvent::DrainUnleased(..)
             | PodEvent::Clear(..)
             | PodEvent::Snapshot(_) => {}
         }

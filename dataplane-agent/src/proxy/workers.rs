@@ -209,7 +209,7 @@ impl Workers {
                 self.all(instance, told, Command::Down);
             }
             // What earlier node processes have leased is known to who outlives them: `seam::borrow`.
-            PodEvent::Clear(..) | PodEvent::Snapshot(_) => {}
+            PodEvent::DrainUnleased(..) | PodEvent::Clear(..) | PodEvent::Snapshot(_) => {}
         }
     }
 

@@ -29,7 +29,10 @@ impl Leases {
             PodEvent::Down(instance, _) => {
                 leases.remove(instance);
             }
-            PodEvent::Addresses(..) | PodEvent::Clear(..) | PodEvent::Snapshot(_) => {}
+            PodEvent::Addresses(..)
+            | PodEvent::DrainUnleased(..)
+            | PodEvent::Clear(..)
+            | PodEvent::Snapshot(_) => {}
         }
     }
 

@@ -39,12 +39,14 @@ pub(super) struct Ledger {
     welcome: Welcome,
     stamp: Arc<Stamp>,
     leased: BTreeMap<u64, Leased>,
+    /// What drains and is not leased: a proxy may have something of it of an earlier node process.
+    unleased: BTreeSet<u64>,
     proxies: BTreeMap<ProxyId, Proxy>,
     /// The uids of the pods that were taken back before the snapshot. A proxy that connects before it may still
     /// have something of them.
     taken_back: BTreeMap<u64, Arc<str>>,
-    /// Set when [`PodEvent::Snapshot`] has come: the pods that are not decided yet. A proxy may have something of
-    /// them.
+    /// Set when [`PodEvent::Snapshot`] has come: the pods that are not decided yet, or drain without having been leased.
+    /// A proxy may have something of them.
     undecided: Option<BTreeSet<u64>>,
     /// The number of proxies so far.
     met: u64,
@@ -118,6 +120,7 @@ impl Ledger {
             welcome: settings.say(welcome),
             stamp,
             leased: BTreeMap::new(),
+            unleased: BTreeSet::new(),
             proxies: BTreeMap::new(),
             taken_back: BTreeMap::new(),
             undecided: None,
@@ -132,6 +135,7 @@ impl Ledger {
                 let netns = lease.cookie;
                 let (lease, drains) = (*lease, false);
                 self.leased.insert(netns, Leased { lease, drains });
+                self.unleased.remove(&netns);
                 self.has_decided(netns);
                 self.has_changed(netns);
             }
@@ -144,15 +148,12 @@ impl Ledger {
             }
             PodEvent::Drain(instance, told) => {
                 if let Some(netns) = self.change(instance, |leased| leased.drains = true) {
-                    let answer = CompletionGuard::new(told);
-                    for proxy in self.having(netns) {
-                        if let Some(last) = proxy.told.get_mut(&netns) {
-                            last.drain_again = true;
-                        }
-                        proxy.idle.insert(netns, answer.clone());
-                    }
-                    self.has_changed(netns);
+                    self.drain(netns, told);
                 }
+            }
+            PodEvent::DrainUnleased(netns, told) => {
+                self.unleased.insert(netns);
+                self.drain(netns, told);
             }
             PodEvent::Revive(instance) => {
                 if let Some(netns) = self.change(instance, |leased| leased.drains = false) {
@@ -187,7 +188,7 @@ impl Ledger {
             (*netns, of)
         });
         let mut proxy = Proxy {
-            changed: self.leased.keys().copied().collect(),
+            changed: self.leased.keys().chain(&self.unleased).copied().collect(),
             give_back: taken_back.collect(),
             ..Proxy::default()
         };
@@ -261,9 +262,17 @@ impl Ledger {
             return Some(Order::of(NodeMessage::Del(PodRef { uid, netns })));
         }
         while let Some(&netns) = proxy.changed.first() {
-            let leased = self.leased.get(&netns);
-            if let Some(order) = leased.and_then(|leased| proxy.next_of(netns, leased)) {
-                return Some(order);
+            let order = match self.leased.get(&netns) {
+                Some(Leased {
+                    lease,
+                    drains: true,
+                }) => proxy.drain(netns, &lease.uid),
+                Some(Leased { lease, .. }) => proxy.lend(netns, lease),
+                None if self.unleased.contains(&netns) => proxy.drain(netns, ""),
+                None => None,
+            };
+            if order.is_some() {
+                return order;
             }
             proxy.changed.remove(&netns);
         }
@@ -375,11 +384,25 @@ impl Ledger {
         Serving { proxies, refused }
     }
 
+    /// Has all proxies drain that may have something of a network namespace; `told` hears when they have nothing that
+    /// runs.
+    fn drain(&mut self, netns: u64, told: oneshot::Sender<()>) {
+        let answer = CompletionGuard::new(told);
+        for proxy in self.having(netns) {
+            if let Some(last) = proxy.told.get_mut(&netns) {
+                last.drain_again = true;
+            }
+            proxy.idle.insert(netns, answer.clone());
+        }
+        self.has_changed(netns);
+    }
+
     /// Takes a network namespace back from all proxies that may have something of it; `told` hears when they have
     /// given it back.
     fn take_back(&mut self, netns: u64, told: oneshot::Sender<()>) {
         let answer = CompletionGuard::new(told);
         let leased = self.leased.remove(&netns);
+        self.unleased.remove(&netns);
         let of = GiveBack {
             uid: leased.map_or_else(Arc::default, |leased| leased.lease.uid),
             said: Instant::now(),
@@ -435,35 +458,33 @@ impl Proxy {
         entry.waiting.extend_from_slice(&of.waiting);
     }
 
-    /// Returns what it is to be told of a leased pod, if anything.
-    fn next_of<'a>(&mut self, netns: u64, leased: &'a Leased) -> Option<Order<'a>> {
-        let (lease, drains) = (&leased.lease, leased.drains);
-        let of = || PodRef {
-            uid: lease.uid.to_string(),
-            netns,
-        };
-        let last = self.told.get_mut(&netns);
-        if drains {
-            match last {
-                Some(last) if last.drains && !last.drain_again => return None,
-                Some(last) => (last.drains, last.drain_again) = (true, false),
-                None if self.snapshot => return None, // it has nothing of it
-                None => {
-                    let last = LastTold {
-                        drains,
-                        ..LastTold::default()
-                    };
-                    self.told.insert(netns, last);
-                }
+    /// Returns what it is to be told of a pod that drains, if anything.
+    fn drain(&mut self, netns: u64, uid: &str) -> Option<Order<'static>> {
+        match self.told.get_mut(&netns) {
+            Some(last) if last.drains && !last.drain_again => return None,
+            Some(last) => (last.drains, last.drain_again) = (true, false),
+            None if self.snapshot => return None, // it has nothing of it
+            None => {
+                let last = LastTold {
+                    drains: true,
+                    ..LastTold::default()
+                };
+                self.told.insert(netns, last);
             }
-            return Some(Order::of(NodeMessage::Drain(of())));
         }
-        match last {
+        let uid = uid.to_owned();
+        Some(Order::of(NodeMessage::Drain(PodRef { uid, netns })))
+    }
+
+    /// Returns what it is to be told of a leased pod that does not drain, if anything.
+    fn lend<'a>(&mut self, netns: u64, lease: &'a Lease) -> Option<Order<'a>> {
+        match self.told.get_mut(&netns) {
             Some(last) if last.instance == Some(lease.instance) => {
                 last.drain_again = false;
                 if last.drains {
                     last.drains = false;
-                    Some(Order::of(NodeMessage::Revive(of())))
+                    let uid = lease.uid.to_string();
+                    Some(Order::of(NodeMessage::Revive(PodRef { uid, netns })))
                 } else if last.addresses != lease.addresses {
                     last.addresses = Arc::clone(&lease.addresses);
                     let addresses = lease.addresses.iter().map(wire::bytes).collect();
@@ -681,6 +702,36 @@ mod tests {
         ledger.next(late).expect("a drain");
         let said = ledger.next(late).expect("the snapshot").said;
         assert_eq!(said, NodeMessage::SnapshotSent(Snapshot::default()));
+    }
+
+    #[test]
+    fn what_is_not_leased_drains_until_it_is_leased_or_taken_back() {
+        let mut ledger = ledger();
+        let (own, other, early) = (lease(), lease().cookie, ledger.meet());
+        let netns = own.cookie;
+        ledger.apply(PodEvent::Snapshot([netns, other].into()));
+        let (told_of, mut idle) = oneshot::channel();
+        ledger.apply(PodEvent::DrainUnleased(netns, told_of));
+        let (told_of, mut other_idle) = oneshot::channel();
+        ledger.apply(PodEvent::DrainUnleased(other, told_of));
+        let both = ["welcome", "drain", "drain", "snapshot"];
+        assert_eq!(told(&mut ledger, early), both);
+        // One that comes while it drains may have something of it.
+        let late = ledger.meet();
+        assert_eq!(told(&mut ledger, late), both);
+        ledger.idle(early, netns);
+        idle.try_recv().expect("it is idle");
+        assert!(other_idle.try_recv().is_err(), "something may run");
+        ledger.apply(PodEvent::Up(own));
+        let (told_of, mut clear) = oneshot::channel();
+        ledger.apply(PodEvent::Clear(other, told_of));
+        other_idle.try_recv().expect("nobody waits any more");
+        for id in [early, late] {
+            assert_eq!(told(&mut ledger, id), ["del", "add"]);
+        }
+        clear.try_recv().expect("both have answered");
+        let later = ledger.meet();
+        assert_eq!(told(&mut ledger, later), ["welcome", "add", "snapshot"]);
     }
 
     #[test]

@@ -158,6 +158,9 @@ pub enum PodEvent {
     /// (GOAWAY), let what runs go on. Answered when nothing runs any more, and nothing is accepted until it is
     /// revived.
     Drain(Instance, oneshot::Sender<()>),
+    /// The same of what still runs in the network namespace with this cookie, which an earlier node process has leased
+    /// and this one has not.
+    DrainUnleased(u64, oneshot::Sender<()>),
     /// It was draining and is enrolled again: the same listeners serve on.
     Revive(Instance),
     /// Cut what still runs, and drop everything of the pod; answered when that is done.
@@ -166,6 +169,6 @@ pub enum PodEvent {
     /// and this one has not; answered when that is done.
     Clear(u64, oneshot::Sender<()>),
     /// Each pod that was captured when the node process began, and is to stay so, has been leased, or could not
-    /// be enrolled; but for those in the network namespaces with these cookies, which are not decided yet.
+    /// be enrolled; but for those in the network namespaces with these cookies, which are not decided yet, or drain.
     Snapshot(BTreeSet<u64>),
 }

@@ -419,6 +419,26 @@ async fn what_leaves_is_drained_and_cut_whichever_node_process_has_lent_it() {
 }
 
 #[tokio::test]
+async fn what_a_node_process_has_never_lent_drains_before_it_is_taken_back() {
+    with_a_path(async |path| {
+        let (second, mut proxy, before, netns) = after_a_restart(&path).await;
+        second.say(PodEvent::Snapshot([netns].into())).await;
+        let (told, mut idle) = oneshot::channel();
+        second.say(PodEvent::DrainUnleased(netns, told)).await;
+        let running = proxy.drains(before).await;
+        let early = timeout(Duration::from_millis(100), &mut idle).await;
+        assert!(early.is_err(), "it still runs");
+        running.send(()).expect("somebody waits");
+        soon(idle).await.expect("it is told");
+        let (told, clear) = oneshot::channel();
+        second.say(PodEvent::Clear(netns, told)).await;
+        proxy.gives_back(before).await;
+        soon(clear).await.expect("it is told");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_a_node_process_has_never_lent_is_taken_back_as_well() {
     with_a_path(async |path| {
         let (second, mut proxy, before, netns) = after_a_restart(&path).await;

@@ -41,6 +41,9 @@ pub struct Has {
     pub captured: bool,
     /// `true` if the pod is served as what is wanted in its namespace now, or nothing is wanted there.
     pub unchanged: bool,
+    /// `true` if no proxy carries connections of the pod. One may carry those of an unserved pod, from an earlier
+    /// node process.
+    pub cleared: bool,
 }
 
 /// How far a pod is.
@@ -50,7 +53,8 @@ pub enum Phase {
     Unserved,
     /// Captured and served.
     Serving,
-    /// No longer captured; its connections go on.
+    /// No longer captured; its connections go on. It is served, or a proxy may carry what an earlier node process
+    /// has leased.
     Draining,
     /// Its connections are being cut; it is unserved after that.
     Cutting,
@@ -61,7 +65,7 @@ pub enum Phase {
 pub enum Step {
     /// Captures and serves the pod.
     Enrol(u64),
-    /// Captures a leaving pod again.
+    /// Captures a leaving pod again, or has it unserved again if it is not served.
     Revive(u64),
     /// Cuts the connections of a pod that is to be served as something else. It stays captured, unserved.
     StopServing(u64),
@@ -88,6 +92,7 @@ pub fn diff(want: &Want, have: &BTreeMap<u64, Has>) -> Vec<Step> {
             Phase::Unserved if gone => steps.push(Step::Undo(cookie)),
             Phase::Unserved if wanted => steps.push(Step::Enrol(cookie)),
             Phase::Unserved if kept => {}
+            Phase::Unserved if !has.cleared => steps.push(Step::Leave(cookie)),
             Phase::Unserved => steps.push(Step::Undo(cookie)),
             Phase::Serving | Phase::Draining if gone => steps.push(Step::ForceRemove(cookie)),
             Phase::Serving | Phase::Draining if wanted && !has.unchanged => {
@@ -139,10 +144,10 @@ mod tests {
             Just(Phase::Draining),
             Just(Phase::Cutting)
         ];
-        let of_pod = (0..4_u64, phase, any::<bool>(), any::<bool>());
+        let of_pod = (0..4_u64, phase, any::<[bool; 3]>());
         btree_map(0..6_u64, of_pod, 0..5).prop_map(|have| {
             have.into_iter()
-                .map(|(cookie, (pod, phase, captured, unchanged))| {
+                .map(|(cookie, (pod, phase, [captured, unchanged, cleared]))| {
                     let uid = uid(pod);
                     let captured = match phase {
                         Phase::Serving => true,
@@ -156,6 +161,7 @@ mod tests {
                             phase,
                             captured,
                             unchanged,
+                            cleared: cleared && phase == Phase::Unserved,
                         },
                     )
                 })
@@ -185,6 +191,7 @@ mod tests {
                         phase,
                         captured: true,
                         unchanged: true,
+                        cleared: false,
                     },
                 );
             }
@@ -207,7 +214,7 @@ mod tests {
     fn end(have: &mut BTreeMap<u64, Has>, phases: &[Phase]) {
         let all = have.values_mut();
         for has in all.filter(|has| phases.contains(&has.phase)) {
-            has.phase = Phase::Unserved;
+            (has.phase, has.cleared) = (Phase::Unserved, true);
         }
     }
 
@@ -222,6 +229,7 @@ mod tests {
         Gone,
         GoneAndWanted,
         NotWanted,
+        NotWantedAndCarried,
     }
 
     #[test]
@@ -250,6 +258,7 @@ mod tests {
                         phase,
                         captured: true,
                         unchanged: true,
+                        cleared: false,
                     },
                 );
             }
@@ -261,6 +270,7 @@ mod tests {
                     phase,
                     captured: !matches!((phase, is), (Draining, _) | (_, WantedElsewhereAndFree)),
                     unchanged,
+                    cleared: !matches!(is, NotWantedAndCarried),
                 },
             );
             diff(&want, &have)
@@ -274,6 +284,7 @@ mod tests {
             (Unserved, Gone, Some(Step::Undo(1))),
             (Unserved, GoneAndWanted, Some(Step::Undo(1))),
             (Unserved, NotWanted, Some(Step::Undo(1))),
+            (Unserved, NotWantedAndCarried, Some(Step::Leave(1))),
             (Serving, Wanted, None),
             (Serving, WantedAsAnother, Some(Step::StopServing(1))),
             (Serving, OutOfSight, None),
@@ -350,7 +361,7 @@ mod tests {
             for (cookie, uid) in &want.pods {
                 let (uid, phase) = (uid.clone(), Phase::Serving);
                 let served = have.get(cookie)
-                    == Some(&Has { uid, phase, captured: true, unchanged: true });
+                    == Some(&Has { uid, phase, captured: true, unchanged: true, cleared: false });
                 prop_assert!(served || want.gone.contains(cookie), "{cookie}");
             }
         }

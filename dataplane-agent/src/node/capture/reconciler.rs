@@ -140,8 +140,8 @@ struct Pod {
     /// if it was not found at the start.
     netns: Option<Netns>,
     phase: PodPhase,
-    /// The capture of a pod that nobody serves, kept in repair; `None` if the pod is served, or is not to be
-    /// captured.
+    /// The capture of a pod that nobody serves, kept in repair until it has left; `None` if the pod is served, or is
+    /// not to be captured.
     held: Option<HeldPod>,
     /// Whether its connections have been cut since it was last served. A proxy outlives node processes, and
     /// may still carry connections of a pod that a predecessor left.
@@ -152,15 +152,20 @@ enum PodPhase {
     Unserved,
     Serving(Box<ServedPod>),
     /// The listeners stay open until this time; then the proxy is told to drain the pod.
-    Lingering(Box<ServedPod>, Instant),
+    Lingering {
+        /// `None` if this process has not served the pod; a proxy may have listeners of an earlier one.
+        served: Option<Box<ServedPod>>,
+        until: Instant,
+    },
     Draining {
-        served: Box<ServedPod>,
+        /// As above.
+        served: Option<Box<ServedPod>>,
         idle: oneshot::Receiver<()>,
         until: Instant,
     },
     /// Its connections are being cut. When that is done it is unserved.
     Cutting {
-        /// `None` if this process has not served the pod.
+        /// As above.
         served: Option<Box<ServedPod>>,
         /// `None` once it is done.
         done: Option<oneshot::Receiver<()>>,
@@ -240,30 +245,30 @@ impl PodPhase {
     fn served(&self) -> Option<&ServedPod> {
         match self {
             Self::Unserved => None,
-            Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
-                Some(served)
-            }
-            Self::Cutting { served, .. } => served.as_deref(),
+            Self::Serving(served) => Some(served),
+            Self::Lingering { served, .. }
+            | Self::Draining { served, .. }
+            | Self::Cutting { served, .. } => served.as_deref(),
         }
     }
 
     fn served_mut(&mut self) -> Option<&mut ServedPod> {
         match self {
             Self::Unserved => None,
-            Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
-                Some(served)
-            }
-            Self::Cutting { served, .. } => served.as_deref_mut(),
+            Self::Serving(served) => Some(served),
+            Self::Lingering { served, .. }
+            | Self::Draining { served, .. }
+            | Self::Cutting { served, .. } => served.as_deref_mut(),
         }
     }
 
     fn into_served(self) -> Option<Box<ServedPod>> {
         match self {
             Self::Unserved => None,
-            Self::Serving(served) | Self::Lingering(served, _) | Self::Draining { served, .. } => {
-                Some(served)
-            }
-            Self::Cutting { served, .. } => served,
+            Self::Serving(served) => Some(served),
+            Self::Lingering { served, .. }
+            | Self::Draining { served, .. }
+            | Self::Cutting { served, .. } => served,
         }
     }
 
@@ -271,7 +276,7 @@ impl PodPhase {
         match self {
             Self::Unserved => Phase::Unserved,
             Self::Serving(_) => Phase::Serving,
-            Self::Lingering(..) | Self::Draining { .. } => Phase::Draining,
+            Self::Lingering { .. } | Self::Draining { .. } => Phase::Draining,
             Self::Cutting { .. } => Phase::Cutting,
         }
     }
@@ -447,10 +452,12 @@ impl Reconciler {
                     uid: pod.uid.clone(),
                     phase: pod.phase.phase(),
                     captured: self.counts_as_captured(*cookie, &pod.phase),
-                    unchanged: by_cookie.get(cookie).is_none_or(|want| {
-                        served.is_some_and(|is| is.desired.same_identity_and_addresses(want))
+                    unchanged: by_cookie.get(cookie).is_none_or(|want| match served {
+                        Some(is) => is.desired.same_identity_and_addresses(want),
+                        None => !pod.record.is_other(want),
                     }),
                 };
+                    cleared: pod.cleared,
                 (*cookie, has)
             })
             .collect();
@@ -485,6 +492,8 @@ impl Reconciler {
                         self.revive((*desired).clone()).await?;
                     }
                 }
+                    let pod = self.pods.get(&cookie);
+                    more |= pod.is_some_and(|pod| matches!(pod.phase, PodPhase::Unserved));
                 Step::StopServing(cookie) => self.stop_serving(cookie).await?,
                 Step::Leave(cookie) => self.leave(cookie),
                 Step::ForceRemove(cookie) => {
@@ -510,7 +519,8 @@ impl Reconciler {
 
     /// Tells the proxy, once, that every pod that was captured when this process began has been leased or is let go.
     /// Pods that are not found yet, that no manifest says yet, or that could not be enrolled so far are not decided:
-    /// the proxy goes on to serve them from before. But for those that are known to be another now.
+    /// the proxy goes on to serve them from before. But for those that are known to be another now. Pods that are let
+    /// go without having been leased are to drain, and so are not decided for the proxy either.
     async fn send_snapshot(
         &mut self,
         want: &Want,
@@ -521,7 +531,13 @@ impl Reconciler {
         }
         self.snapshot_sent = true;
         let waits = self.pods.iter().filter(|(cookie, pod)| {
-            let unserved = matches!(pod.phase, PodPhase::Unserved);
+            let unserved = match &pod.phase {
+                PodPhase::Unserved => true,
+                PodPhase::Lingering { served, .. } | PodPhase::Draining { served, .. } => {
+                    return served.is_none();
+                }
+                PodPhase::Serving(_) | PodPhase::Cutting { .. } => false,
+            };
             let is_other = by_cookie
                 .get(cookie)
                 .is_some_and(|want| pod.record.is_other(want));
@@ -541,12 +557,11 @@ impl Reconciler {
     /// was leaving.
     fn capture_unserved(&mut self, want: &Want, have: &BTreeMap<u64, Has>) {
         for (cookie, pod) in &mut self.pods {
-            if let PodPhase::Cutting { .. } = pod.phase {
-                continue; // as it was until then
+            if !matches!(pod.phase, PodPhase::Unserved) {
+                continue;
             }
-            let adopted = matches!(pod.phase, PodPhase::Unserved);
             let captured = have.get(cookie).is_some_and(|has| has.captured);
-            if !adopted || !want.keeps_captured(*cookie, &pod.uid, captured) {
+            if !want.keeps_captured(*cookie, &pod.uid, captured) {
                 pod.held = None;
                 continue;
             }
@@ -562,7 +577,7 @@ impl Reconciler {
     fn counts_as_captured(&self, cookie: u64, phase: &PodPhase) -> bool {
         match phase {
             PodPhase::Serving(_) => true,
-            PodPhase::Lingering(..) | PodPhase::Draining { .. } => false,
+            PodPhase::Lingering { .. } | PodPhase::Draining { .. } => false,
             PodPhase::Unserved | PodPhase::Cutting { .. } => {
                 self.handle.maps().captures(cookie).unwrap_or(true)
             }
@@ -812,7 +827,7 @@ impl Reconciler {
     /// Returns the time of the next thing to do without an event.
     fn next_due(&self) -> Option<Instant> {
         let leaving = self.pods.values().filter_map(|pod| match &pod.phase {
-            PodPhase::Lingering(_, until) | PodPhase::Draining { until, .. } => Some(*until),
+            PodPhase::Lingering { until, .. } | PodPhase::Draining { until, .. } => Some(*until),
             PodPhase::Cutting { until, .. } => *until,
             PodPhase::Unserved | PodPhase::Serving(_) => None,
         });

@@ -34,13 +34,24 @@ impl Reconciler {
         tracing::info!(pod = %named(&pod.uid), "pod leaves the mesh");
         let phase = std::mem::replace(&mut pod.phase, PodPhase::Unserved);
         pod.phase = match phase {
-            PodPhase::Serving(served) => PodPhase::Lingering(served, Instant::now() + LINGER),
+            PodPhase::Serving(served) => PodPhase::Lingering {
+                served: Some(served),
+                until: Instant::now() + LINGER,
+            },
+            PodPhase::Unserved => {
+                pod.held.get_or_insert_default();
+                PodPhase::Lingering {
+                    served: None,
+                    until: Instant::now() + LINGER,
+                }
+            }
             other => other,
         };
     }
 
     /// Captures a leaving pod again, as what is wanted now; the same listeners serve on. What fails of that is
-    /// repaired like anything that a served pod has lost; the pod is captured meanwhile.
+    /// repaired like anything that a served pod has lost; the pod is captured meanwhile. One that this process has not
+    /// served is unserved again, to be enrolled.
     pub(super) async fn revive(&mut self, want: Desired) -> Result<(), CaptureError> {
         let cookie = want.cookie;
         let Some(pod) = self.pods.get_mut(&cookie) else {
@@ -48,8 +59,17 @@ impl Reconciler {
         };
         let phase = std::mem::replace(&mut pod.phase, PodPhase::Unserved);
         let (mut served, told) = match phase {
-            PodPhase::Lingering(served, _) => (served, false),
-            PodPhase::Draining { served, .. } => (served, true),
+            PodPhase::Lingering {
+                served: Some(served),
+                ..
+            } => (served, false),
+            PodPhase::Draining {
+                served: Some(served),
+                ..
+            } => (served, true),
+            PodPhase::Lingering { served: None, .. } | PodPhase::Draining { served: None, .. } => {
+                return Ok(());
+            }
             other => {
                 pod.phase = other;
                 return Ok(());
@@ -108,21 +128,19 @@ impl Reconciler {
                 continue;
             };
             match &mut pod.phase {
-                PodPhase::Lingering(served, until) if *until <= now => {
+                PodPhase::Lingering { served, until } if *until <= now => {
                     let (told, idle) = oneshot::channel();
-                    let instance = served.instance;
-                    // From when it was due, however long other pods have kept this one waiting.
-                    let until = *until + self.config.drain;
-                    if let PodPhase::Lingering(served, _) =
-                        std::mem::replace(&mut pod.phase, PodPhase::Unserved)
-                    {
-                        pod.phase = PodPhase::Draining {
-                            served,
-                            idle,
-                            until,
-                        };
-                    }
-                    self.send(PodEvent::Drain(instance, told)).await?;
+                    let event = match served {
+                        Some(served) => PodEvent::Drain(served.instance, told),
+                        None => PodEvent::DrainUnleased(cookie, told),
+                    };
+                    pod.phase = PodPhase::Draining {
+                        served: served.take(),
+                        idle,
+                        // From when it was due, however long other pods have kept this one waiting.
+                        until: *until + self.config.drain,
+                    };
+                    self.send(event).await?;
                 }
                 PodPhase::Draining { until, .. } if *until <= now => {
                     self.cut_connections(cookie).await?;
