@@ -1028,6 +1028,46 @@ fn what_comes_to_the_pods_cgroup_is_told_when_that_is_made_again() {
 }
 
 #[test]
+fn a_pod_with_more_interfaces_than_are_read_is_told_of_and_keeps_no_other_one_waiting() {
+    let world = World::new();
+    let node = world.node("one");
+    let client = node.pod(&world, "client");
+    // Any new pod may be in its namespace, as far as one can tell.
+    let stranger = node.bare(&world, "outside", "stranger");
+    let mut agent = world.agent(&node);
+    agent.up(&["client"]);
+    let pairs = |line: fn(u32) -> String| (0..520).map(line).collect::<String>();
+    let make = pairs(|number| format!("link add a{number} type veth peer name b{number}\n"));
+    for pod in [&client, &stranger] {
+        pod.netns.ip(&make);
+    }
+    let why = "more than 1024 interfaces";
+    eventually("that is told", 20, || {
+        let (state, reason) = agent.pod("client");
+        state == "broken" && reason.contains(why)
+    });
+    let late = node.pod(&world, "late");
+    agent.up(&["late"]);
+    // It is captured and served as it was.
+    let _app = late.serve(PORT);
+    let captured = agent.counter("captured");
+    let answer = client.ask(late.at(PORT), "x");
+    assert_eq!(answer, Ok(format!("{} x", client.v4)));
+    assert!(agent.counter("captured") > captured);
+    agent.kill();
+    agent.restart();
+    agent.up(&["late"]);
+    eventually("it stays captured", 20, || {
+        let (state, reason) = agent.pod("client");
+        state == "waiting" && reason.contains(why) && reason.contains("stays captured")
+    });
+    client
+        .netns
+        .ip(&pairs(|number| format!("link del a{number}\n")));
+    agent.up(&["client"]);
+}
+
+#[test]
 fn a_node_is_ready_when_every_pod_that_is_here_is_captured() {
     let world = World::new();
     let node = world.node("one");

@@ -1,9 +1,7 @@
 //! Network namespaces: held by descriptor, entered by a thread for the length of a call.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -11,12 +9,9 @@ use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
 use nix::errno::Errno;
-use nix::ifaddrs::getifaddrs;
-use nix::net::if_::{InterfaceFlags, if_nametoindex};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, SockaddrStorage, bind,
-    recv, socket,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use nix::sys::statfs::{FsType, fstatfs};
 use tokio::io::unix::AsyncFd;
@@ -32,19 +27,6 @@ const MAGIC: FsType = FsType(0x6e73_6673);
 pub struct Netns {
     file: Arc<File>,
     inode: u64,
-}
-
-/// The interfaces of a namespace, and their addresses.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Interfaces {
-    /// Addresses that can be reached from outside: neither loopback nor link-local ones. Those on `lo` come last,
-    /// and only of families that another interface has too.
-    pub addresses: Vec<IpAddr>,
-    /// The interfaces except `lo`, by index, each with those of `addresses` that it has and that are in use.
-    pub links: BTreeMap<u32, Vec<IpAddr>>,
-    /// Those of `addresses` that no interface may use: duplicate address detection has not ended, or has found
-    /// a duplicate.
-    pub tentative: BTreeSet<IpAddr>,
 }
 
 impl Netns {
@@ -212,14 +194,6 @@ impl Netns {
         let owner = unsafe { OwnedFd::from_raw_fd(owner) };
         Ok(File::from(owner).metadata()?.ino() == INIT_USER_NS)
     }
-
-    /// Returns its interfaces and their addresses.
-    ///
-    /// # Errors
-    /// As [`Netns::enter`].
-    pub fn interfaces(&self) -> io::Result<Interfaces> {
-        self.enter(interfaces)?
-    }
 }
 
 /// Reports changes of a namespace's interfaces, addresses, rules and routes.
@@ -287,122 +261,9 @@ impl AsFd for Netns {
     }
 }
 
-fn interfaces() -> io::Result<Interfaces> {
-    let mut found = Interfaces::default();
-    // A pod may have many thousands of addresses: the cost of one must not grow with their number.
-    let mut numbers: HashMap<String, u32> = HashMap::new();
-    let mut seen = HashSet::new();
-    let mut of_lo = Vec::new();
-    // This is read first: an address that comes into use after it is reported as a change.
-    let tentative = tentative()?;
-    // The kernel lists links first, and then their addresses.
-    for entry in getifaddrs()? {
-        let is_of_lo = entry.flags.contains(InterfaceFlags::IFF_LOOPBACK);
-        let link = entry.address.as_ref().map(SockaddrStorage::as_link_addr);
-        if let None | Some(Some(_)) = link {
-            let index = match link.flatten() {
-                Some(link) => u32::try_from(link.ifindex()).map_err(io::Error::other)?,
-                // A link without a link-layer address, such as a tunnel.
-                None => match if_nametoindex(entry.interface_name.as_str()) {
-                    Ok(index) => index,
-                    // The interface is gone by now.
-                    Err(Errno::ENODEV | Errno::ENXIO) => continue,
-                    Err(error) => return Err(error.into()),
-                },
-            };
-            if !is_of_lo {
-                found.links.entry(index).or_default();
-            }
-            numbers.insert(entry.interface_name, index);
-            continue;
-        }
-        // An address may have a label in place of its link's name, `<link>:<word>`.
-        let name = entry.interface_name.as_str();
-        let name = name.split_once(':').map_or(name, |(link, _)| link);
-        let (Some(index), Some(address)) = (numbers.get(name), entry.address) else {
-            continue;
-        };
-        let address = if let Some(v4) = address.as_sockaddr_in() {
-            IpAddr::V4(v4.ip())
-        } else if let Some(v6) = address.as_sockaddr_in6() {
-            IpAddr::V6(v6.ip())
-        } else {
-            continue;
-        };
-        let of_one_link = matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local());
-        if of_one_link || address.is_loopback() {
-            continue;
-        }
-        if is_of_lo {
-            of_lo.push(address);
-            continue;
-        }
-        if tentative.contains(&(*index, address)) {
-            found.tentative.insert(address);
-        } else {
-            found.links.entry(*index).or_default().push(address);
-        }
-        if seen.insert(address) {
-            found.addresses.push(address);
-        }
-    }
-    if !found.tentative.is_empty() {
-        // An address that is tentative on one interface may be in use on another.
-        for used in found.links.values().flatten().chain(&of_lo) {
-            found.tentative.remove(used);
-        }
-    }
-    // Addresses on `lo` alone cannot be reached: they count only if the pod has another one of their family.
-    let has = |v4| found.addresses.iter().any(|of| of.is_ipv4() == v4);
-    let (has_v4, has_v6) = (has(true), has(false));
-    of_lo.retain(|of| (if of.is_ipv4() { has_v4 } else { has_v6 }) && seen.insert(*of));
-    found.addresses.extend(of_lo);
-    Ok(found)
-}
-
-/// `IFA_F_TENTATIVE` and `IFA_F_OPTIMISTIC` of `linux/if_addr.h`: duplicate address detection has not ended or
-/// has found a duplicate; and the address is used all the same.
-const TENTATIVE: u8 = 0x40;
-const OPTIMISTIC: u8 = 0x04;
-
-/// Returns the addresses of this thread's namespace that the kernel does not use, with their interfaces.
-fn tentative() -> io::Result<HashSet<(u32, IpAddr)>> {
-    match std::fs::read_to_string("/proc/thread-self/net/if_inet6") {
-        Ok(lines) => Ok(lines.lines().filter_map(unused).collect()),
-        // There is no IPv6, and the kernel uses all IPv4 addresses.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(HashSet::new()),
-        Err(error) => Err(error),
-    }
-}
-
-/// Parses a line `<address> <interface> <prefix> <scope> <flags> <name>`, whose numbers are hexadecimal;
-/// returns the address if the kernel does not use it.
-fn unused(line: &str) -> Option<(u32, IpAddr)> {
-    let mut words = line.split_whitespace();
-    let address = u128::from_str_radix(words.next()?, 16).ok()?;
-    let index = u32::from_str_radix(words.next()?, 16).ok()?;
-    let flags = u8::from_str_radix(words.nth(2)?, 16).ok()?;
-    let used = flags & TENTATIVE == 0 || flags & OPTIMISTIC != 0;
-    (!used).then(|| (index, Ipv6Addr::from_bits(address).into()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_address_is_not_used_until_it_is_known_to_be_nobody_elses() {
-        let line = |flags| {
-            unused(&format!(
-                "fd000000000000000000000000000005 0b 80 00 {flags}     eth0"
-            ))
-        };
-        let own: IpAddr = "fd00::5".parse().expect("an address");
-        assert_eq!(line("40"), Some((11, own)), "being looked for");
-        assert_eq!(line("c8"), Some((11, own)), "somebody has it");
-        assert_eq!(line("c4"), None, "optimistic");
-        assert_eq!(line("80"), None);
-    }
 
     #[test]
     fn what_is_no_namespace_is_refused_and_not_opened() {

@@ -22,7 +22,8 @@ use super::wanted::Desired;
 use super::{CaptureError, attached, routes};
 use crate::mesh::workload::named;
 use crate::seam::Listeners;
-use crate::sys::netns::{Interfaces, Netns};
+use crate::sys::interfaces::Interfaces;
+use crate::sys::netns::Netns;
 use crate::sys::socket;
 
 /// A pod that is ready to be captured.
@@ -116,9 +117,9 @@ impl Desired {
 /// Reads the pod's interfaces and their addresses.
 ///
 /// # Errors
-/// The pod's namespace cannot be entered: that does not mean that it has none.
+/// The pod's namespace cannot be entered, which does not mean that it has none; or it has more than are read.
 pub fn interfaces(netns: &Netns) -> Result<Interfaces, CaptureError> {
-    let interfaces = netns.interfaces();
+    let interfaces = Interfaces::of(netns);
     interfaces.map_err(|error| CaptureError::Namespace {
         what: "read addresses",
         why: error.to_string(),

@@ -10,7 +10,6 @@
 
 pub mod attached;
 pub mod definition;
-pub mod dump;
 pub mod enrol;
 mod link;
 pub mod maps;

@@ -36,7 +36,8 @@ use super::{CaptureError, attached, enrol};
 use crate::config::NodeName;
 use crate::mesh::workload::named;
 use crate::seam::{Instance, Lease, Listeners, PodEvent, Stamp};
-use crate::sys::netns::{Changes, Interfaces, Netns};
+use crate::sys::interfaces::Interfaces;
+use crate::sys::netns::{Changes, Netns};
 
 /// How long a pod's listeners stay open after it stopped being captured, so that handshakes in progress can finish.
 const LINGER: Duration = Duration::from_secs(1);
@@ -456,8 +457,8 @@ impl Reconciler {
                         Some(is) => is.desired.same_identity_and_addresses(want),
                         None => !pod.record.is_other(want),
                     }),
-                };
                     cleared: pod.cleared,
+                };
                 (*cookie, has)
             })
             .collect();
@@ -491,9 +492,9 @@ impl Reconciler {
                     if let Some(desired) = by_cookie.get(&cookie) {
                         self.revive((*desired).clone()).await?;
                     }
-                }
                     let pod = self.pods.get(&cookie);
                     more |= pod.is_some_and(|pod| matches!(pod.phase, PodPhase::Unserved));
+                }
                 Step::StopServing(cookie) => self.stop_serving(cookie).await?,
                 Step::Leave(cookie) => self.leave(cookie),
                 Step::ForceRemove(cookie) => {

@@ -123,7 +123,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::sys::netns::Interfaces;
+    use crate::sys::interfaces::Interfaces;
 
     fn routing(links: &[u32]) -> Routing {
         let own: IpAddr = "10.1.0.5".parse().expect("an address");

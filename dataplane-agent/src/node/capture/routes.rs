@@ -16,9 +16,10 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
 use super::CaptureError;
-use super::dump::dump;
 use super::routing::{CAPTURE, LO, LOCAL, PREFERENCE, RETURN, Route, Routing, Rule, RuleKind};
-use crate::sys::netns::{Interfaces, Netns};
+use crate::sys::dump::dump;
+use crate::sys::interfaces::Interfaces;
+use crate::sys::netns::Netns;
 use crate::sys::processes;
 
 /// Settings below `/proc/sys` by which packets that are sent without a socket carry the mark of the packet
@@ -172,7 +173,7 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     })
     .await?;
     // By what they are, however many others are in these tables.
-    let links = netns.interfaces().map_err(namespace(what))?.links;
+    let links = Interfaces::of(netns).map_err(namespace(what))?.links;
     let ours = [(CAPTURE, LO), (RETURN, LO)].into_iter();
     let ours = ours.chain(links.into_keys().map(|link| (CAPTURE, link)));
     with_netlink(netns, what, async |handle| {

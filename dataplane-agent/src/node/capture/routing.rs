@@ -21,7 +21,7 @@ use dataplane_ebpf::address::Ip;
 use dataplane_ebpf::mark;
 use dataplane_ebpf::pod::ADDRESSES;
 
-use crate::sys::netns::Interfaces;
+use crate::sys::interfaces::Interfaces;
 
 /// The table of captured connections.
 pub const CAPTURE: u32 = 15001;

@@ -12,6 +12,7 @@ use super::{NamespaceSighting, NotFound, PodLocation, PodLocator, SearchKey};
 use crate::control::manifests::LocalPodSpec;
 use crate::mesh::workload::named;
 use crate::node::capture::Status;
+use crate::sys::interfaces::Interfaces;
 use crate::sys::netns::Netns;
 
 impl PodLocator {
@@ -144,12 +145,21 @@ impl PodLocator {
                     continue;
                 }
             };
-            if !pod
-                .addresses
-                .iter()
-                .all(|address| candidate.addresses.contains(address))
-            {
-                continue;
+            match &candidate.addresses {
+                Ok(addresses) if pod.addresses.iter().all(|of| addresses.contains(of)) => {}
+                Ok(_) => continue,
+                // It keeps no other pod from being found: whose it is, is not known by its addresses.
+                Err(error) => {
+                    if let Ok(who) = &candidate.who
+                        && (!who.uids.is_disjoint(&own)
+                            || captured
+                                .get(&who.cookie)
+                                .is_some_and(|is| is.uid == pod.uid))
+                    {
+                        failed.get_or_insert_with(|| error.clone());
+                    }
+                    continue;
+                }
             }
             let who = match &candidate.who {
                 Ok(who) => who,
@@ -209,7 +219,7 @@ impl PodLocator {
             let told = format!("{} is the host's network namespace", path.display());
             return Err(NotFound::Doubtful(told));
         }
-        let addresses = netns.interfaces().map_err(wrong)?.addresses;
+        let addresses = Interfaces::of(&netns).map_err(wrong)?.addresses;
         if let Some(address) = pod
             .addresses
             .iter()
@@ -224,7 +234,7 @@ impl PodLocator {
         };
         let candidate = Candidate {
             netns,
-            addresses,
+            addresses: Ok(addresses),
             who: Ok(who),
         };
         snapshot.opened.insert(inode, Ok(Some(candidate)));

@@ -10,6 +10,7 @@ use super::cgroups;
 use super::claims::Unresolved;
 use crate::control::manifests::{LocalPodSpec, pod};
 use crate::sys::cgroup;
+use crate::sys::interfaces::{Interfaces, is_too_many};
 use crate::sys::netns::Netns;
 use crate::sys::processes::{self, Namespace};
 
@@ -28,7 +29,8 @@ pub(super) type Opened = Result<Option<Candidate>, String>;
 #[derive(Debug)]
 pub(super) struct Candidate {
     pub netns: Netns,
-    pub addresses: Vec<IpAddr>,
+    /// An error means that it has more interfaces or addresses than are read, which anybody can make in their own.
+    pub addresses: Result<Vec<IpAddr>, String>,
     /// An error here only concerns pods of these addresses: processes of a namespace can cause one on purpose.
     pub who: Result<CandidateIdentity, String>,
 }
@@ -79,8 +81,12 @@ impl MachineSnapshot {
                     uids: uids(&namespace.processes, root, pods)?,
                 })
             };
+            let addresses = match Interfaces::of(&netns) {
+                Err(error) if is_too_many(&error) => Err(wrong(error)),
+                found => Ok(found.map_err(wrong)?.addresses),
+            };
             Ok(Some(Candidate {
-                addresses: netns.interfaces().map_err(wrong)?.addresses,
+                addresses,
                 who: who().map_err(wrong),
                 netns,
             }))

@@ -15,7 +15,8 @@ use super::super::{CaptureError, enrol, routes};
 use super::look::{LookSchedule, report, restore_settings};
 use super::{CaptureHandle, Reconciler};
 use crate::mesh::workload::named;
-use crate::sys::netns::{Interfaces, Netns};
+use crate::sys::interfaces::Interfaces;
+use crate::sys::netns::Netns;
 
 /// The capture of an unserved pod, as of the last look.
 pub(super) struct HeldPod {

@@ -1,4 +1,4 @@
-//! Netlink dumps of a namespace's rules and routes, read no further than needed.
+//! Netlink dumps of a namespace's interfaces, addresses, rules and routes, read no further than needed.
 //!
 //! A pod may have hundreds of thousands of them. `rtnetlink` reads all that it asked for, and ignores the
 //! error with which a dump ends, so that a failed dump looks like an empty one.
@@ -7,32 +7,34 @@ use std::io;
 use std::ops::ControlFlow;
 
 use netlink_packet_route::RouteNetlinkMessage;
-use rtnetlink::packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use rtnetlink::packet_core::{
+    NLM_F_DUMP, NLM_F_REQUEST, NetlinkDeserializable, NetlinkMessage, NetlinkPayload,
+};
 use rtnetlink::sys::{Socket, protocols::NETLINK_ROUTE};
 
-use crate::sys::netns::Netns;
+use super::netns::Netns;
 
 /// The kernel sends no more in one datagram: `netlink_dump` takes 32 KiB at most.
 const MAX_DATAGRAM: usize = 32 * 1024;
 
 /// Asks for what matches `of`, and passes each message to `each` until that breaks. The kernel refuses
-/// attributes by which it cannot select.
+/// attributes by which it cannot select. `M`: what is read of each message.
 ///
 /// # Errors
 /// The namespace cannot be entered; the error that the kernel reports, before the first message or after any.
-pub fn dump(
+pub fn dump<M: NetlinkDeserializable>(
     netns: &Netns,
     of: RouteNetlinkMessage,
-    each: impl FnMut(RouteNetlinkMessage) -> ControlFlow<()>,
+    each: impl FnMut(M) -> ControlFlow<()>,
 ) -> io::Result<()> {
     let socket = netns.enter(|| Socket::new(NETLINK_ROUTE))??;
     ask(&socket, of, each)
 }
 
-fn ask(
+fn ask<M: NetlinkDeserializable>(
     socket: &Socket,
     of: RouteNetlinkMessage,
-    mut each: impl FnMut(RouteNetlinkMessage) -> ControlFlow<()>,
+    mut each: impl FnMut(M) -> ControlFlow<()>,
 ) -> io::Result<()> {
     // Without this the kernel sends the routes of all tables, whichever is asked for.
     socket.set_netlink_get_strict_chk(true)?;
@@ -62,7 +64,7 @@ fn ask(
                     return Err(io::Error::from_raw_os_error(-done.code));
                 }
                 NetlinkPayload::Error(error) => return Err(error.to_io()),
-                other => return Err(io::Error::other(format!("not asked for: {other:?}"))),
+                _ => return Err(io::Error::other("it was not asked for")),
             }
         }
     }
@@ -83,7 +85,8 @@ mod tests {
         of.header.destination_prefix_length = prefix;
         of.attributes.push(RouteAttribute::Table(table));
         let mut told = 0;
-        let end = ask(&socket, RouteNetlinkMessage::GetRoute(of), |_| {
+        let of = RouteNetlinkMessage::GetRoute(of);
+        let end = ask(&socket, of, |_: RouteNetlinkMessage| {
             told += 1;
             ControlFlow::Continue(())
         });
