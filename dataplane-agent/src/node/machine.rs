@@ -294,7 +294,7 @@ impl PodLocator {
     }
 
     /// Returns the longest time until the next look, after one with this result. `is_watching`: the kernel
-    /// reports changes of cgroups.
+    /// reports changes of cgroups and mounts.
     fn max_interval(&self, scan: &Scan, is_watching: bool, now: Instant) -> Duration {
         let is_missed =
             |sighting: &NamespaceSighting| (1..MISSES_UNTIL_GONE).contains(&sighting.misses);

@@ -35,27 +35,44 @@ pub(super) struct MachineEvents {
     cgroups: Option<CgroupWatches>,
     /// The time of the next attempt to watch them, if the last one failed.
     retry_at: Option<Instant>,
+    mounts: MountWatch,
+}
+
+/// The watch on this machine's mounts.
+#[derive(Debug)]
+struct MountWatch {
     /// `/proc/self/mountinfo`; the kernel signals changes of it as urgent data:
     /// <https://man7.org/linux/man-pages/man5/proc_pid_mounts.5.html>.
-    mounts: Option<AsyncFd<OwnedFd>>,
+    path: PathBuf,
+    /// `None` if it cannot be watched.
+    file: Option<AsyncFd<OwnedFd>>,
+    /// True if it has been told that it cannot.
+    told: bool,
 }
 
 impl MachineEvents {
     /// Creates the source for cgroups below `pods`.
     pub(super) fn new(pods: &Path) -> Self {
-        let mounts = File::open("/proc/self/mountinfo");
-        let mounts = mounts.and_then(|file| async_fd::urgent(file.into()));
         Self {
             pods: pods.to_owned(),
             cgroups: None,
             retry_at: None,
-            mounts: mounts.ok(),
+            mounts: MountWatch {
+                path: "/proc/self/mountinfo".into(),
+                file: None,
+                told: false,
+            },
         }
     }
 
-    /// Sets up watches of cgroups if there are none; returns `true` if there are. Changes from before are not
-    /// reported: callers look after this call.
+    /// Sets up the watches that there are not; returns `true` if there are all. Changes from before are not reported:
+    /// callers look after this call.
     pub(super) fn ensure_watching(&mut self, now: Instant) -> bool {
+        let is_watching_mounts = self.mounts.ensure();
+        self.ensure_watching_cgroups(now) && is_watching_mounts
+    }
+
+    fn ensure_watching_cgroups(&mut self, now: Instant) -> bool {
         if self.cgroups.is_none() && self.retry_at.is_none_or(|retry_at| now >= retry_at) {
             match CgroupWatches::watch(&self.pods) {
                 Ok(cgroups) => {
@@ -86,7 +103,7 @@ impl MachineEvents {
         let of_cgroups = of_cgroups(self.cgroups.as_mut());
         let happened = tokio::select! {
             happened = of_cgroups => happened,
-            () = of_mounts(self.mounts.as_ref()) => return "mounts",
+            () = self.mounts.happened() => return "mounts",
         };
         if happened.is_err() {
             // Events were lost. A look follows, before which the watches are set up again.
@@ -103,14 +120,39 @@ async fn of_cgroups(cgroups: Option<&mut CgroupWatches>) -> io::Result<()> {
     }
 }
 
-async fn of_mounts(mounts: Option<&AsyncFd<OwnedFd>>) {
-    let readiness = match mounts {
-        Some(mounts) => mounts.ready(Interest::PRIORITY).await.ok(),
-        None => None,
-    };
-    match readiness {
-        Some(mut readiness) => readiness.clear_ready(),
-        None => std::future::pending().await,
+impl MountWatch {
+    /// Sets up the watch if there is none; returns `true` if there is one.
+    fn ensure(&mut self) -> bool {
+        if self.file.is_some() {
+            return true;
+        }
+        let file = File::open(&self.path);
+        match file.and_then(|file| async_fd::urgent(file.into())) {
+            Ok(file) => {
+                self.file = Some(file);
+                if std::mem::take(&mut self.told) {
+                    tracing::info!("the kernel tells of mounts again");
+                }
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.told, true) {
+                    let path = self.path.display();
+                    tracing::warn!(%path, %error, "cannot be told of mounts; looking each second");
+                }
+            }
+        }
+        self.file.is_some()
+    }
+
+    /// Waits for a change of the mounts. When the watch has failed it is gone.
+    async fn happened(&mut self) {
+        let Some(file) = &self.file else {
+            return std::future::pending().await;
+        };
+        match file.ready(Interest::PRIORITY).await {
+            Ok(mut readiness) => readiness.clear_ready(),
+            Err(_) => self.file = None,
+        }
     }
 }
 
@@ -310,13 +352,16 @@ mod tests {
         cgroups.watches.len()
     }
 
+    /// What the kernel would tell of as it does of mounts, and nobody changes.
+    const QUIET: &str = "/proc/sys/kernel/hostname";
+
     /// Returns the events of a folder for pods, which is still to be made, and of no mounts: other tests may mount
     /// something on this machine.
     fn events() -> (tempfile::TempDir, PathBuf, MachineEvents) {
         let dir = tempfile::tempdir().expect("a folder");
         let pods = dir.path().join("pods");
         let mut events = MachineEvents::new(&pods);
-        events.mounts = None;
+        events.mounts.path = QUIET.into();
         (dir, pods, events)
     }
 
@@ -388,6 +433,25 @@ mod tests {
         // After events were lost, watching starts again at once.
         events.cgroups = None;
         assert!(events.ensure_watching(now));
+    }
+
+    #[tokio::test]
+    async fn mounts_that_cannot_be_watched_are_looked_for_regularly_until_they_can() {
+        let (_dir, pods, mut events) = events();
+        cgroup(&pods);
+        let now = Instant::now();
+        let other = tempfile::tempdir().expect("a folder");
+        let mounts = other.path().join("mountinfo");
+        events.mounts.path.clone_from(&mounts);
+        assert!(!events.ensure_watching(now));
+        // A file of another kind tells of nothing.
+        fs::write(&mounts, "").expect("a file");
+        assert!(!events.ensure_watching(now));
+        assert!(events.mounts.told);
+        fs::remove_file(&mounts).expect("a file");
+        std::os::unix::fs::symlink(QUIET, &mounts).expect("a link");
+        assert!(events.ensure_watching(now));
+        assert!(!is_reported(&mut events).await, "nothing happens");
     }
 
     #[tokio::test]
