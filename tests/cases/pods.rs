@@ -1068,6 +1068,29 @@ fn a_pod_with_more_interfaces_than_are_read_is_told_of_and_keeps_no_other_one_wa
 }
 
 #[test]
+fn a_pod_that_came_again_and_is_not_found_yet_is_not_told_to_be_up() {
+    let world = World::new();
+    let node = world.node("one");
+    let pod = node.pod(&world, "pod");
+    let agent = world.agent(&node);
+    agent.up(&["pod"]);
+    let mut object = node.object(&pod);
+    let own = std::mem::replace(&mut object.addresses, vec!["10.254.0.1".into()]);
+    world.manifests.pod(&object);
+    eventually("it waits", 10, || {
+        let (state, reason) = agent.pod("pod");
+        state == "waiting"
+            && reason.contains("no network namespace of this machine has 10.254.0.1")
+            && reason.contains("what was found before stays captured and served")
+    });
+    // It does not run yet, as far as one can tell.
+    assert!(agent.get("/healthz/ready").contains(" 200 "));
+    object.addresses = own;
+    world.manifests.pod(&object);
+    agent.up(&["pod"]);
+}
+
+#[test]
 fn a_node_is_ready_when_every_pod_that_is_here_is_captured() {
     let world = World::new();
     let node = world.node("one");

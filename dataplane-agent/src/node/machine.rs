@@ -341,7 +341,8 @@ impl PodLocator {
                 }
                 _ => {
                     let reason = why.remove(uid);
-                    let reason = reason.unwrap_or_else(|| NotFound::Doubtful(String::new()));
+                    let reason =
+                        reason.unwrap_or_else(|| NotFound::Doubtful("its cgroups are gone".into()));
                     scan.waiting.insert(uid.clone(), reason);
                 }
             }

@@ -336,12 +336,7 @@ impl PodController {
                 namespace: pod.namespace.clone(),
                 name: pod.name.clone(),
                 addresses: pod.addresses.clone(),
-                here: match scan.waiting.get(&pod.uid) {
-                    Some(NotFound::NotYet(_) | NotFound::Nowhere(_)) => {
-                        status.values().any(|of| of.uid == pod.uid)
-                    }
-                    Some(NotFound::Doubtful(_)) | None => true,
-                },
+                here: is_here(pod, scan, status),
                 state,
                 reason,
                 netns: found.map(|found| found.cookie),
@@ -416,10 +411,24 @@ fn pod_key(pod: &LocalPodSpec) -> PodKey {
     }
 }
 
+/// Returns `true` if a pod is on this machine, or may be.
+fn is_here(pod: &LocalPodSpec, scan: &Scan, status: &Status) -> bool {
+    match scan.waiting.get(&pod.uid) {
+        // What is served is an earlier instance of it.
+        Some(NotFound::NotYet(_) | NotFound::Nowhere(_)) => {
+            let mut of_uid = status.values().filter(|of| of.uid == pod.uid);
+            of_uid.any(|of| !is_served(&of.state))
+        }
+        Some(NotFound::Doubtful(_)) | None => true,
+    }
+}
+
 const BEING_ENROLLED: &str = "it is being enrolled";
 /// Endings of the reason why a pod waits. They say what is not protected meanwhile.
 const NOT_CAPTURED: &str = "until then it is not captured, and no policy holds";
 const IN_CLEAR: &str = "until then it is captured, and they connect to it in clear";
+/// The same of a pod that is not found, while what was found before is served.
+const SERVED_BEFORE: &str = "until then what was found before stays captured and served";
 
 /// Returns the state of a pod, and why it is not up. `known`: whether other nodes know a pod that is up.
 fn state(
@@ -448,6 +457,13 @@ fn state(
                 | PodState::Failed { captured: true, .. }
         )
     });
+    if let Some((_, of)) = is
+        && let PodState::Up | PodState::Broken { .. } = of.state
+        && let Some(missing) = scan.waiting.get(&pod.uid)
+    {
+        let reason = format!("{}; {SERVED_BEFORE}", missing.why());
+        return (State::Waiting, Some(reason));
+    }
     let why = match is {
         Some((_, of)) if of.state == PodState::Up => {
             return match known {
@@ -576,3 +592,6 @@ async fn sleep_until_some(when: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;
