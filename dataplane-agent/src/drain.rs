@@ -241,6 +241,17 @@ mod tests {
     }
 
     #[test]
+    fn what_runs_on_a_thread_of_its_own_is_of_lower_priority_than_who_waits() {
+        let niceness = priority::tests::niceness;
+        on_a_worker(async {
+            let own = on_own_thread("own", async move || niceness()).expect("a thread");
+            let (own, waiting) = (own.await, niceness());
+            // Nothing is nicer than 19.
+            assert!(own > waiting || waiting == 19, "{own}, {waiting}");
+        });
+    }
+
+    #[test]
     fn a_panic_on_a_thread_of_its_own_is_one_of_who_waits() {
         on_a_worker(async {
             let one = on_own_thread("one", || async { 1 }).expect("a thread");

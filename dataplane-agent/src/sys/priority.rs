@@ -11,13 +11,13 @@ pub fn lower() {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::{fs, thread};
 
     use super::*;
 
     /// Returns the niceness of this thread.
-    fn niceness() -> i32 {
+    pub(crate) fn niceness() -> i32 {
         let stat = fs::read_to_string("/proc/thread-self/stat").expect("a thread");
         let after = stat.rsplit_once(')').expect("a name").1;
         let of = after.split_whitespace().nth(16).expect("a field");
