@@ -64,6 +64,9 @@ impl Drop for Payload {
     /// Bytes that are left were discarded, as the stream was reset or its tunnel has ended; or this was the end of
     /// the stream.
     fn drop(&mut self) {
+        if !self.bytes.is_empty() {
+            self.unsent.discarded.set(true);
+        }
         if self.cost > 0 {
             self.unsent.less(self.cost);
         }
@@ -77,6 +80,8 @@ pub type Told = Box<dyn Fn(u64)>;
 pub(super) struct Unsent {
     /// Number of bytes, with the cost of each piece.
     bytes: Cell<usize>,
+    /// True if some were discarded.
+    discarded: Cell<bool>,
     /// Counts `bytes` in the pod's share of memory.
     held: OnceCell<Hold>,
     told: OnceCell<Told>,
@@ -92,6 +97,7 @@ impl Unsent {
     pub(super) fn new(stalls: &Rc<Stalls>) -> Rc<Self> {
         Rc::new(Self {
             bytes: Cell::new(0),
+            discarded: Cell::new(false),
             held: OnceCell::new(),
             told: OnceCell::new(),
             waiting: RefCell::default(),
@@ -103,6 +109,10 @@ impl Unsent {
 
     pub(super) fn is_empty(&self) -> bool {
         self.bytes.get() == 0
+    }
+
+    pub(super) fn was_discarded(&self) -> bool {
+        self.discarded.get()
     }
 
     /// Sets the callback; only the first call counts.

@@ -109,9 +109,15 @@ impl Outgoing {
     }
 
     /// Completes when nothing waits to be written to the tunnel any more, including the end: a reset would discard
-    /// it.
+    /// it. Ask [`Self::was_discarded`] whether it was written.
     pub fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
         self.unsent.poll_flushed(context)
+    }
+
+    /// Returns true if some of what was sent was discarded and not written: the stream was reset, or its tunnel has
+    /// ended. The engine does not say the latter of a stream of which both directions have ended.
+    pub fn was_discarded(&self) -> bool {
+        self.unsent.was_discarded()
     }
 
     /// Returns true if nothing waits to be written to the tunnel.

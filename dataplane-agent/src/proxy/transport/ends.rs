@@ -314,11 +314,24 @@ impl Sink {
 
     /// Completes when the written bytes are on their way and only a reset of a socket can still discard them: see
     /// [`Socket::acknowledged`].
-    pub(super) fn poll_flushed(&self, context: &Context<'_>) -> Poll<()> {
-        match self {
-            Self::Tcp(_) => Poll::Ready(()),
-            Self::Stream(outgoing) => outgoing.poll_flushed(context),
+    ///
+    /// # Errors
+    /// Some of them were discarded.
+    pub(super) fn poll_flushed(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let Self::Stream(outgoing) = self else {
+            return Poll::Ready(Ok(()));
+        };
+        ready!(outgoing.poll_flushed(context));
+        if !outgoing.was_discarded() {
+            return Poll::Ready(Ok(()));
         }
+        Poll::Ready(Err(match outgoing.poll_broken(context) {
+            Poll::Ready(why) => why.into(),
+            Poll::Pending => {
+                let why = "the tunnel has ended before all was sent";
+                io::Error::new(io::ErrorKind::ConnectionAborted, why).into()
+            }
+        }))
     }
 
     /// Returns true if [`Self::poll_flushed`] would complete.

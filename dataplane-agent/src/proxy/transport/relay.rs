@@ -338,7 +338,8 @@ impl OneWay {
                         return Poll::Ready(Err(Cut::Sink(broken)));
                     }
                 }
-                return self.sink.poll_flushed(context).map(|()| {
+                return self.sink.poll_flushed(context).map(|flushed| {
+                    flushed.map_err(Cut::Sink)?;
                     self.over = self.finished;
                     Ok(())
                 });

@@ -4,6 +4,7 @@ use h2::Reason;
 
 use super::*;
 use crate::proxy::authorize::Io;
+use crate::proxy::hbone::STREAM_WINDOW;
 use crate::sys::socket::unacknowledged;
 
 const RESET: Option<ErrorKind> = Some(ErrorKind::ConnectionReset);
@@ -90,6 +91,41 @@ fn a_reset_of_one_end_resets_the_other_through_a_tunnel() {
     for relayed in both {
         relayed.end.expect("a peer's reset is no failure");
     }
+}
+
+/// Both directions have been said to end, so the engine says nothing of the tunnel's loss.
+#[test]
+fn a_stream_of_which_a_lost_tunnel_discards_the_last_bytes_is_not_complete() {
+    run(async {
+        let (mut client, one) = pair().await;
+        let (near, mut far, drive) = stream().await;
+        far.outgoing.finish().expect("ended");
+        let counted = Rc::<Counted>::default();
+        let mut relayed = Box::pin(relay(End::Tcp(one), End::Stream(near), &counted));
+        // The peer reads nothing, so what is beyond its window waits.
+        let window = STREAM_WINDOW as usize;
+        let talk = async {
+            let all = vec![7; window + 1000];
+            client.write_all(&all).await.expect("written");
+            client.shutdown().await.expect("ended");
+            assert_eq!(rest(&mut client).await, (Vec::new(), None), "the far end");
+            while counted.up.get() < window as u64 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            // The relay has read all by then, or breaks in any case.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            client
+        };
+        let relaying = async {
+            let end = (&mut relayed).await;
+            unreachable!("it goes on: {end:?}")
+        };
+        let _client = beside(drive, beside(relaying, talk)).await;
+        let error = relayed.await.expect_err("the last bytes are lost");
+        let told = "receive: io error: the tunnel has ended before all was sent";
+        assert_eq!(error.to_string(), told);
+        assert_eq!(counted.up.get(), window as u64);
+    });
 }
 
 /// A server that answers early and closes does this: the rest of the request meets a closed socket. It is repeated
