@@ -201,9 +201,14 @@ impl Incoming {
 
     fn receive(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, h2::Error>>> {
         let read = self.receive.poll_data(context);
-        if let Poll::Ready(Some(Ok(bytes))) = &read {
-            self.held += bytes.len();
-            self.undelivered.more(bytes.len());
+        match &read {
+            Poll::Ready(Some(Ok(bytes))) => {
+                self.held += bytes.len();
+                self.undelivered.more(bytes.len());
+            }
+            // Nobody wants trailers, and the engine would keep them as long as the other direction goes on.
+            Poll::Ready(None) => drop(self.receive.poll_trailers(context)),
+            Poll::Ready(Some(Err(_))) | Poll::Pending => {}
         }
         read
     }
@@ -274,5 +279,53 @@ impl Waiting {
         *response.status_mut() = status;
         // The peer may have gone.
         let _ = self.respond.send_response(response, true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use futures_util::FutureExt;
+    use http::HeaderMap;
+
+    use super::*;
+    use crate::proxy::hbone::{client, server};
+
+    #[tokio::test]
+    async fn what_comes_after_the_end_is_not_kept() {
+        let (near, far) = tokio::io::duplex(1 << 16);
+        let (client, server) = tokio::join!(client::<_, Bytes>(near), server::<_, Payload>(far));
+        let ((mut send, driven), mut server) = (client.expect("client"), server.expect("server"));
+        let talk = async {
+            let request = http::Request::connect("192.0.2.1:80").body(());
+            let (_, mut to_server) = send
+                .send_request(request.expect("a request"), false)
+                .expect("sent");
+            let bytes = to_server.send_data(Bytes::from_static(b"bytes"), false);
+            bytes.expect("sent");
+            let mut trailers = HeaderMap::new();
+            trailers.insert("kept", "for nobody".parse().expect("a value"));
+            to_server.send_trailers(trailers).expect("sent");
+            let asked = server.accept().await.expect("a request");
+            let (request, _respond) = asked.expect("a request");
+            let undelivered = TunnelState::new(&Share::default()).undelivered;
+            let mut incoming = Incoming::new(request.into_body(), &undelivered);
+            let read = async {
+                let mut next = async || poll_fn(|context| incoming.poll_read(context)).await;
+                assert!(matches!(next().await, Some(Ok(bytes)) if bytes == "bytes"));
+                assert!(next().await.is_none(), "it has ended");
+            };
+            tokio::select! {
+                () = read => {}
+                _ = server.accept() => panic!("nothing else comes"),
+            }
+            let kept = poll_fn(|context| incoming.receive.poll_trailers(context));
+            assert!(matches!(kept.now_or_never(), Some(Ok(None))));
+        };
+        tokio::select! {
+            () = talk => {}
+            _ = driven => panic!("the tunnel ended"),
+        }
     }
 }
