@@ -64,8 +64,9 @@ pub const RESET_STREAMS: usize = 2 * SERVER_STREAMS as usize;
 /// [`SERVER_STREAMS`].
 pub const PENDING_RESETS: usize = 1024;
 /// Streams that we may have to reset for the peer's errors in a tunnel's life, with frames for forgotten streams;
-/// more end the tunnel. A peer that does not read makes as many resets wait in memory.
-pub const LOCAL_ERROR_RESETS: usize = 4096;
+/// more end the tunnel. A peer that does not read makes as many resets wait in memory, at about half a KiB each, which
+/// no share of memory counts; so it is no more than ztunnel's.
+pub const LOCAL_ERROR_RESETS: usize = 1024;
 /// Time after which a CONNECT that nobody waits for any more is reset, if it is not answered before. A peer that has
 /// not looked at it might count the reset as part of a flood, and end the tunnel; one that has not looked for so long
 /// has not answered a PING either.

@@ -140,6 +140,27 @@ fn frames_that_concern_all_streams_leave_the_worker_to_others_after_a_few() {
     }
 }
 
+/// Each such stream takes memory until the peer has read of its reset.
+#[test]
+fn a_peer_may_make_some_errors_and_then_its_tunnel_ends() {
+    for (errors, ends) in [(1000, false), (1100, true)] {
+        run(async {
+            let (mut server, mut frames) = framed().await;
+            for number in 0..errors {
+                // The method comes after a header.
+                let malformed = b"\x00\x01a\x01b\x82";
+                frames.write(1, 4, 2 * number + 1, malformed).await;
+            }
+            let served = async {
+                while let Some(Ok(_)) = server.accept().await {}
+                std::future::pending::<()>().await;
+            };
+            let kinds = beside(served, frames.until_pong()).await;
+            assert_eq!(kinds.contains(&7), ends, "after {errors}");
+        });
+    }
+}
+
 #[test]
 fn a_tunnel_remembers_few_of_the_streams_that_it_reset() {
     const REFUSED: u32 = 1000;
