@@ -203,6 +203,47 @@ pub fn unacknowledged(tcp: &impl AsFd) -> io::Result<usize> {
     }
 }
 
+/// Numbers of bytes of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Bytes that have come from the peer.
+    pub received: u64,
+    /// Bytes that the peer's kernel has acknowledged.
+    pub acknowledged: u64,
+    /// Written bytes that it has not acknowledged yet.
+    pub unacknowledged: u64,
+}
+
+/// Returns how many bytes a connection has moved so far.
+///
+/// # Errors
+/// The socket is not connected.
+pub fn moved(tcp: &impl AsFd) -> io::Result<Moved> {
+    /// `tcpi_bytes_acked` and `tcpi_bytes_received` of `struct tcp_info`, in words of 8 bytes.
+    const ACKNOWLEDGED: usize = 15;
+    const RECEIVED: usize = 16;
+    let mut info = [0_u64; RECEIVED + 1];
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the descriptor is open; value and length are ours and agree.
+    let done = unsafe {
+        libc::getsockopt(
+            tcp.as_fd().as_raw_fd(),
+            libc::SOL_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(Moved {
+        received: info[RECEIVED],
+        acknowledged: info[ACKNOWLEDGED],
+        unacknowledged: unacknowledged(tcp)? as u64,
+    })
+}
+
 /// Returns the cookie of a socket's network namespace, by which the kernel programs identify it.
 ///
 /// # Errors

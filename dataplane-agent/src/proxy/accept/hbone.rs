@@ -20,7 +20,7 @@ use crate::observe::{Failure, Flag};
 use crate::proxy::hbone::keepalive::{self, Health};
 use crate::proxy::hbone::pace::Paced;
 use crate::proxy::hbone::payload::Payload;
-use crate::proxy::hbone::readahead::{Ending, ReadAhead};
+use crate::proxy::hbone::readahead::{Ending, ReadAhead, Traffic};
 use crate::proxy::hbone::stream::{TunnelState, Waiting};
 use crate::proxy::hbone::window::Windows;
 use crate::proxy::hbone::{self, headers};
@@ -112,6 +112,7 @@ pub struct AcceptedTunnel {
     /// The pod's share of the memory for undelivered bytes.
     share: Share,
     ending: Ending,
+    traffic: Traffic,
     _place: Place,
 }
 
@@ -165,7 +166,8 @@ pub async fn handshake(
     let peer = pod.places.peer(Some(&identity), address);
     let place = places.take_for(&pod.places, &peer)?;
     drop(turns);
-    let ending = tls.get_ref().0.ending();
+    let socket = tls.get_ref().0;
+    let (ending, traffic) = (socket.ending(), socket.traffic());
     let connection = timeout_at(deadline, hbone::server(tls))
         .await
         .map_err(|_| AcceptError::Slow)?
@@ -177,6 +179,7 @@ pub async fn handshake(
         until,
         share,
         ending,
+        traffic,
         _place: place,
     })
 }
@@ -220,7 +223,8 @@ impl AcceptedTunnel {
         mut take: impl FnMut(Request),
     ) {
         let health = Health::default();
-        let lost = keepalive::lost(self.connection.ping_pong(), &health);
+        let traffic = self.traffic.clone();
+        let lost = keepalive::lost(self.connection.ping_pong(), &health, || traffic.moved());
         let (look, mut used) = (sleep(unused), false);
         let ended = certs::ended(self.until);
         let heed = sleep(GOAWAY_GRACE);

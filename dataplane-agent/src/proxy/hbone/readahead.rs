@@ -1,22 +1,25 @@
 //! A tunnel's socket. It is read in large pieces: rustls asks for one record at a time, at most, which would be a
 //! system call for each 4 to 16 KiB. Reading continues while writing is blocked: `h2` reads nothing before it has
 //! written what it owes its peer (a PING's answer, SETTINGS), and two ends that both wait for that would wait for
-//! each other. The socket is closed when its peer has taken what was written.
+//! each other. The socket is closed when its peer has taken what was written, and it tells what arrives: see
+//! [`Traffic`].
 
 use std::cell::Cell;
 use std::io;
+use std::net::Shutdown;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::{Buf, BytesMut};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
 use super::CLOSE_TIMEOUT;
 use crate::proxy::limits::memory::{Hold, Level, Share};
-use crate::sys::socket::{close_by_end, read, unacknowledged};
+use crate::sys::socket::{Moved, close_by_end, moved, read, unacknowledged};
 
 /// Size of a read while little comes, in bytes.
 const SMALL: usize = 16 << 10;
@@ -35,7 +38,7 @@ pub(crate) const AHEAD: usize = 4 << 20;
 /// A socket with bytes that have been read from it and not yet taken. An idle one holds no buffer.
 #[derive(Debug)]
 pub struct ReadAhead {
-    tcp: TcpStream,
+    tcp: Rc<TcpStream>,
     buffer: BytesMut,
     /// Counts the bytes that were read while nothing could be written.
     ahead: Hold,
@@ -68,6 +71,17 @@ impl Ending {
     }
 }
 
+/// The traffic of a tunnel's socket, in either direction.
+#[derive(Clone, Debug)]
+pub struct Traffic(Rc<TcpStream>);
+
+impl Traffic {
+    /// Returns how many bytes it has moved so far; the same as ever if it is broken.
+    pub fn moved(&self) -> Moved {
+        moved(&*self.0).unwrap_or_default()
+    }
+}
+
 /// The wait for the peer's end, after ours. If the socket were closed before that, the kernel would answer what the
 /// peer still sends, if only credit, by a reset, and discard what the peer has not taken.
 #[derive(Debug)]
@@ -85,7 +99,7 @@ impl ReadAhead {
         // This cannot fail for a socket.
         let _ = close_by_end(&tcp);
         Self {
-            tcp,
+            tcp: Rc::new(tcp),
             buffer: BytesMut::new(),
             ahead: Hold::new(share, 0),
             failed: None,
@@ -97,6 +111,11 @@ impl ReadAhead {
             linger: None,
             ending: Ending::default(),
         }
+    }
+
+    /// Returns the socket's traffic. The socket is open until that is dropped, too.
+    pub fn traffic(&self) -> Traffic {
+        Traffic(Rc::clone(&self.tcp))
     }
 
     /// Returns the mark to set when the tunnel has been ended.
@@ -145,12 +164,21 @@ impl ReadAhead {
 }
 
 impl ReadAhead {
-    /// Passes on the result of a write, and counts it. If the write has to wait, reads ahead.
-    fn or_read(
+    /// Writes, and counts what is written. If the write has to wait, reads ahead.
+    fn poll_write_by(
         &mut self,
         context: &mut Context<'_>,
-        written: Poll<io::Result<usize>>,
+        write: impl Fn(&TcpStream) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
+        let written = loop {
+            match self.tcp.poll_write_ready(context)? {
+                Poll::Pending => break Poll::Pending,
+                Poll::Ready(()) => match write(&self.tcp) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    written => break Poll::Ready(written),
+                },
+            }
+        };
         if let Poll::Ready(Ok(bytes)) = written {
             self.written += bytes as u64;
         }
@@ -168,7 +196,7 @@ impl ReadAhead {
     fn poll_linger(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let acknowledged = || {
             // This fails only if the socket is broken.
-            let left = unacknowledged(&self.tcp).unwrap_or(0) as u64;
+            let left = unacknowledged(&*self.tcp).unwrap_or(0) as u64;
             (self.written.saturating_sub(left), left)
         };
         let linger = self.linger.get_or_insert_with(|| Linger {
@@ -239,28 +267,27 @@ impl AsyncWrite for ReadAhead {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.tcp).poll_write(context, bytes);
-        self.or_read(context, written)
+        self.poll_write_by(context, |tcp| tcp.try_write(bytes))
     }
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.tcp).poll_write_vectored(context, slices);
-        self.or_read(context, written)
+        self.poll_write_by(context, |tcp| tcp.try_write_vectored(slices))
     }
     fn is_write_vectored(&self) -> bool {
-        self.tcp.is_write_vectored()
+        true
     }
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.tcp).poll_flush(context)
+    /// There is nothing to flush: what was written is the kernel's.
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
     /// Completes when the peer has ended too, or takes no more of what was written.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         if !this.ended {
-            ready!(Pin::new(&mut this.tcp).poll_shutdown(context))?;
+            SockRef::from(&*this.tcp).shutdown(Shutdown::Write)?;
             this.ended = true;
         }
         loop {

@@ -116,17 +116,19 @@ pub async fn dial(
         let chain = tls.get_ref().1.peer_certificates().unwrap_or_default();
         let peers_end = certs::end_of(chain)
             .map_err(|error| TransportError::Identity(error.to_string().into()))?;
-        let ending = tls.get_ref().0.ending();
+        let socket = tls.get_ref().0;
+        let (ending, traffic) = (socket.ending(), socket.traffic());
         let handshake = hbone::client::<_, Payload>(tls).await;
         handshake
-            .map(|made| (made, peers_end, ending))
+            .map(|made| (made, peers_end, ending, traffic))
             .map_err(|error| TransportError::Handshake(error.to_string().into()))
     };
-    let ((send, mut connection), peers_end, ending) = timeout(hbone::CONNECT_TIMEOUT, handshake)
-        .await
-        .map_err(|_| {
-            TransportError::Handshake("the peer did not finish the handshake in time".into())
-        })??;
+    let ((send, mut connection), peers_end, ending, traffic) =
+        timeout(hbone::CONNECT_TIMEOUT, handshake)
+            .await
+            .map_err(|_| {
+                TransportError::Handshake("the peer did not finish the handshake in time".into())
+            })??;
     let tunnel = Rc::new(ClientTunnel {
         send: RefCell::new(Some(send)),
         shared: TunnelState::new(&share),
@@ -165,7 +167,7 @@ pub async fn dial(
         std::future::pending::<()>().await;
     };
     group.spawn(async move {
-        let lost = keepalive::lost(connection.ping_pong(), &health);
+        let lost = keepalive::lost(connection.ping_pong(), &health, || traffic.moved());
         let mut end = pin!(poll_fn(|context| {
             windows.keep(&mut connection, context);
             Pin::new(&mut connection).poll(context)
