@@ -1,4 +1,4 @@
-//! The targets.
+//! The targets. Each returns true if it took the input, and false if it rejected it.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -24,20 +24,23 @@ use dataplane_ebpf::listener::ListenerKind;
 use tempfile::TempDir;
 
 /// The certificate that a peer shows.
-pub fn certificate(input: &[u8]) {
-    if let Ok(identity) = peer_identity(&[input.into()]) {
-        let uri = identity.to_string();
-        assert!(
-            input.windows(uri.len()).any(|part| part == uri.as_bytes()),
-            "{uri} is not in it"
-        );
-    }
+pub fn certificate(input: &[u8]) -> bool {
+    let Ok(identity) = peer_identity(&[input.into()]) else {
+        return false;
+    };
+    let uri = identity.to_string();
+    assert!(
+        input.windows(uri.len()).any(|part| part == uri.as_bytes()),
+        "{uri} is not in it"
+    );
+    true
 }
 
 /// The text of `/proc/<pid>/cgroup`, and of `/proc/self/mounts`.
-pub fn cgroup(input: &[u8]) {
+pub fn cgroup(input: &[u8]) -> bool {
     let root = Path::new("/sys/fs/cgroup");
-    if let Some(folder) = groups::of_process(root, input) {
+    let folder = groups::of_process(root, input);
+    if let Some(folder) = &folder {
         let below = folder.strip_prefix(root);
         let mut parts = below.expect("what is outside is nobody's").components();
         assert!(
@@ -46,18 +49,18 @@ pub fn cgroup(input: &[u8]) {
             folder.display()
         );
     }
-    if let Ok(text) = str::from_utf8(input) {
-        let _ = groups::mount_of(text, "cgroup2");
-    }
+    let text = str::from_utf8(input);
+    let mount = text.map(|text| groups::mount_of(text, "cgroup2"));
+    folder.is_some() || mount.is_ok_and(|mount| mount.is_some())
 }
 
 /// The kernel programs' decisions on addresses.
-pub fn decide(input: &[u8]) {
+pub fn decide(input: &[u8]) -> bool {
     type Case = ([Choice; 4], Choice, Choice, u16, [bool; 5]);
     let Ok((own, from, to, port, [by_lo, foreign, of_pod, interface, begun])) =
         Unstructured::new(input).arbitrary::<Case>()
     else {
-        return;
+        return false;
     };
     let (from, to) = (from.0, to.0);
     let has = |ip: Ip| ip != Ip::NONE && own.iter().any(|choice| choice.0 == ip);
@@ -100,6 +103,7 @@ pub fn decide(input: &[u8]) {
     if steered == Steer::Agent(ListenerKind::Outbound) {
         assert!(by_lo || owns.from, "only the pod asks to get out");
     }
+    true
 }
 
 /// One of a few addresses, so that inputs have equal ones, or any other.
@@ -122,60 +126,70 @@ impl<'a> arbitrary::Arbitrary<'a> for Choice {
 }
 
 /// The headers of a peer's CONNECT request.
-pub fn headers(input: &[u8]) {
+pub fn headers(input: &[u8]) -> bool {
     let Ok(text) = str::from_utf8(input) else {
-        return;
+        return false;
     };
-    if let Some(address) = words::authority(text) {
+    let authority = words::authority(text);
+    if let Some(address) = authority {
         assert_ne!(address.port(), 0);
         // Only one spelling of an address is accepted, up to IPv6's abbreviations.
         assert_eq!(words::authority(&address.to_string()), Some(address));
     }
-    if let Some(host) = words::forwarded_host(text) {
+    let host = words::forwarded_host(text);
+    if let Some(host) = host {
         assert!(!host.is_empty() && text.contains(host));
     }
+    authority.is_some() || host.is_some()
 }
 
 /// The text of an identity.
-pub fn identity(input: &[u8]) {
+pub fn identity(input: &[u8]) -> bool {
     let Ok(text) = str::from_utf8(input) else {
-        return;
+        return false;
     };
-    if let Ok(identity) = text.parse::<Identity>() {
-        assert_eq!(identity.to_string(), text);
-        let parts = [
-            identity.trust_domain(),
-            identity.namespace(),
-            identity.service_account(),
-        ];
-        assert!(
-            parts
-                .iter()
-                .all(|part| !part.is_empty() && !part.contains('/'))
-        );
-    }
+    let Ok(identity) = text.parse::<Identity>() else {
+        return false;
+    };
+    assert_eq!(identity.to_string(), text);
+    let parts = [
+        identity.trust_domain(),
+        identity.namespace(),
+        identity.service_account(),
+    ];
+    assert!(
+        parts
+            .iter()
+            .all(|part| !part.is_empty() && !part.contains('/'))
+    );
+    true
 }
 
 /// ztunnel's local file.
-pub fn local(input: &[u8]) {
+pub fn local(input: &[u8]) -> bool {
     let Ok(text) = str::from_utf8(input) else {
-        return;
+        return false;
     };
-    match local_xds::parse(Path::new("fuzzed"), text, "here") {
+    let made = local_xds::parse(Path::new("fuzzed"), text, "here");
+    match &made {
         // Here a named policy may be missing, as the file's author named it; it refuses then.
-        Ok(made) => sound(&made),
+        Ok(made) => sound(made),
         Err(error) => assert!(error.to_string().starts_with("fuzzed"), "{error}"),
     }
+    made.is_ok()
 }
 
 /// A file of Kubernetes manifests, and the mesh that it is translated to.
-pub fn manifests(input: &[u8]) {
+pub fn manifests(input: &[u8]) -> bool {
     let Ok(text) = str::from_utf8(input) else {
-        return;
+        return false;
     };
     let objects = match Objects::parse(Path::new("fuzzed"), text) {
         Ok(objects) => objects,
-        Err(error) => return assert!(error.to_string().starts_with("fuzzed"), "{error}"),
+        Err(error) => {
+            assert!(error.to_string().starts_with("fuzzed"), "{error}");
+            return false;
+        }
     };
     let mesh = MeshConfig::of_node("here");
     let made = translate(&objects, &Enrolled::default(), &BTreeSet::new(), &mesh);
@@ -194,10 +208,11 @@ pub fn manifests(input: &[u8]) {
         here.count(),
         "no pod of this node is lost"
     );
+    true
 }
 
 /// The records of pods that other nodes, or earlier agents, have left.
-pub fn records(input: &[u8]) {
+pub fn records(input: &[u8]) -> bool {
     static FOLDER: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
     let folder = FOLDER.path();
     let hour = std::time::Duration::from_secs(3600);
@@ -221,7 +236,9 @@ pub fn records(input: &[u8]) {
     }
     let undo = undo::UndoRecords::open(&folder.join("pods")).expect("a folder");
     fs::write(undo.folder().join("4096.json"), input).expect("a file");
-    match undo.read(4096) {
+    let of_undo = undo.read(4096);
+    let taken = read.problems.is_empty() || of_undo.is_ok();
+    match of_undo {
         Ok(read) => {
             let mut read = read.expect("it is there");
             let written = serde_json::to_vec(&read).expect("JSON");
@@ -237,20 +254,23 @@ pub fn records(input: &[u8]) {
         }
         Err(error) => assert!(error.to_string().contains("4096.json"), "{error}"),
     }
+    taken
 }
 
 /// A packet between the halves of the agent: what a node says, or a proxy.
-pub fn seam(input: &[u8]) {
-    if let Ok(hello) = Hello::read(input) {
+pub fn seam(input: &[u8]) -> bool {
+    let hello = Hello::read(input);
+    if let Ok(hello) = &hello {
         let again = Hello::read(&hello.packet());
-        assert_eq!(again.expect("its own words"), hello);
+        assert_eq!(again.expect("its own words"), *hello);
     }
-    if let Ok(told) = ProxyMessage::read(input) {
+    let told = ProxyMessage::read(input);
+    if let Ok(told) = &told {
         let again = ProxyMessage::read(&told.clone().packet());
-        assert_eq!(again.expect("its own words"), told);
+        assert_eq!(again.expect("its own words"), *told);
     }
     let Ok(said) = NodeMessage::read(input) else {
-        return;
+        return hello.is_ok() || told.is_ok();
     };
     let again = NodeMessage::read(&said.clone().packet());
     assert_eq!(again.expect("its own words"), said);
@@ -266,12 +286,13 @@ pub fn seam(input: &[u8]) {
             add.addresses
         }
         NodeMessage::Addresses(of) => of.addresses,
-        _ => return,
+        _ => return true,
     };
     if let Ok(addresses) = wire::addresses(&of) {
         let bytes: Vec<_> = addresses.iter().map(wire::bytes).collect();
         assert_eq!(bytes, of);
     }
+    true
 }
 
 /// Checks what must hold of every mesh.

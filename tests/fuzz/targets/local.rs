@@ -1,3 +1,5 @@
 #![no_main]
 #![allow(missing_docs, reason = "see dataplane_fuzz::local")]
-libfuzzer_sys::fuzz_target!(|input: &[u8]| dataplane_fuzz::local(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    dataplane_fuzz::local(input);
+});
