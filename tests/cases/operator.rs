@@ -52,6 +52,23 @@ fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
 }
 
 #[test]
+fn who_is_started_by_ip_netns_exec_is_told_what_that_takes_away() {
+    let world = World::new();
+    let node = world.node("one");
+    let mut check = Command::new("ip");
+    check
+        .args(["netns", "exec"])
+        .arg(&node.netns.name)
+        .arg(program("DATAPLANE_BIN"))
+        .arg("check");
+    let (_, said) = run(&mut check);
+    assert!(
+        said.contains("lacks  cgroup v2") && said.contains("nsenter --net="),
+        "{said}"
+    );
+}
+
+#[test]
 fn check_and_load_leave_no_mount_and_no_pin() {
     let world = World::new();
     let node = world.node("one");

@@ -21,13 +21,24 @@ pub struct CgroupId {
 /// # Errors
 /// `/proc/self/mounts` cannot be read; there is no such mount.
 pub fn root() -> io::Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mounts")?;
-    mount_of(&mounts, "cgroup2").ok_or_else(|| {
-        io::Error::new(
-            io::ErrorKind::NotFound,
-            "no cgroup v2 hierarchy is mounted (mount -t cgroup2 none /sys/fs/cgroup)",
-        )
+    let of = |pid: &str| fs::read_to_string(format!("/proc/{pid}/mounts"));
+    mount_of(&of("self")?, "cgroup2").ok_or_else(|| {
+        let of_init = of("1").ok();
+        let of_init = of_init.and_then(|mounts| mount_of(&mounts, "cgroup2"));
+        io::Error::new(io::ErrorKind::NotFound, not_mounted(of_init.as_deref()))
     })
+}
+
+/// Returns why no hierarchy is there, and the remedy. `of_init`: where the machine's first process has it.
+fn not_mounted(of_init: Option<&Path>) -> String {
+    match of_init {
+        Some(at) => format!(
+            "no cgroup v2 hierarchy is mounted here, and process 1 has one at {}: `ip netns exec` takes it away, as it \
+             mounts another /sys; use `nsenter --net=/run/netns/NAME` in its place",
+            at.display()
+        ),
+        None => "no cgroup v2 hierarchy is mounted (mount -t cgroup2 none /sys/fs/cgroup)".into(),
+    }
 }
 
 /// Returns the first mount of a file system type in the text of `/proc/self/mounts`.
@@ -102,6 +113,16 @@ pub fn of_process(root: &Path, text: &[u8]) -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_ip_netns_exec_takes_the_hierarchy_away_that_is_told() {
+        let told = not_mounted(Some(Path::new("/sys/fs/cgroup")));
+        assert!(
+            told.contains("at /sys/fs/cgroup: `ip netns exec`") && told.contains("nsenter --net="),
+            "{told}"
+        );
+        assert!(not_mounted(None).contains("mount -t cgroup2"));
+    }
 
     #[test]
     fn mounts_and_groups_are_read_as_the_kernel_writes_them() {
