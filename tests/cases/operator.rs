@@ -3,13 +3,14 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::time::Duration;
 
 use dataplane_tests::command::{dataplane, run};
 use dataplane_tests::one::tree;
 use dataplane_tests::world::Mounted;
-use dataplane_tests::{Agent, SingleNode, World, eventually, pause, program};
+use dataplane_tests::{Agent, SingleNode, World, eventually, pause, process, program};
 
 #[test]
 fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
@@ -49,6 +50,39 @@ fn an_agent_whose_socket_is_gone_is_not_taken_for_none_and_makes_it_again() {
     eventually("it answers by its own socket again", 10, || {
         status(&[]).0.success()
     });
+}
+
+#[test]
+fn who_may_not_ask_is_not_told_that_nobody_runs() {
+    let one = SingleNode::new();
+    // Root without capabilities is kept out of what is another user's.
+    let mut place = one.world.setup(&one.node).place;
+    place.capabilities = Some(Vec::new());
+    let run_dir = one.world.folder().join("run");
+    let status = |of: &[&str]| {
+        let mut status = dataplane("status");
+        status.arg("--run-dir").arg(&run_dir).args(of);
+        process::place(&mut status, &place);
+        run(&mut status)
+    };
+    assert!(status(&[]).0.success());
+    let other = Some(nix::unistd::Uid::from_raw(65534));
+    let node = run_dir.join("one");
+    for folder in [&node, &run_dir] {
+        nix::unistd::chown(folder, other, None).expect("a folder");
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).expect("a folder");
+        for of in [&[][..], &["--node", "one"]] {
+            let (ended, said) = status(of);
+            assert_eq!(ended.code(), Some(1), "{said}");
+            assert!(
+                said.contains(&folder.display().to_string()) && said.contains("may not ask"),
+                "{said}"
+            );
+        }
+    }
+    nix::unistd::chown(&run_dir, Some(nix::unistd::Uid::from_raw(0)), None).expect("a folder");
+    nix::unistd::chown(&node, Some(nix::unistd::Uid::from_raw(0)), None).expect("a folder");
+    assert!(status(&[]).0.success());
 }
 
 #[test]

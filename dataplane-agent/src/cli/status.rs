@@ -36,10 +36,21 @@ struct Unreachable {
     socket: String,
 }
 
+/// One may run, and this user may not ask.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}: this user may not ask whether a dataplane agent runs; root may")]
+struct Forbidden(String);
+
+/// Returns true if the permissions of a folder or a socket keep this user out. EPERM has other causes: a BPF file
+/// system returns it for each name with a dot.
+fn is_forbidden(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EACCES)
+}
+
 /// Returns the state of a node as text, or as JSON.
 ///
 /// # Errors
-/// No daemon runs, or it does not answer.
+/// No daemon runs, it does not answer, or this user may not ask.
 pub async fn run(options: &StatusOptions) -> Result<String> {
     let socket = match &options.node {
         Some(node) => options.places.socket(node),
@@ -92,22 +103,31 @@ fn add_proxy(report: &mut StatusReport, answer: Result<StatusReport>) {
 
 /// Returns the socket of the only daemon that runs here.
 async fn only_socket(run: &Path) -> Result<PathBuf> {
-    let entries = std::fs::read_dir(run).into_iter().flatten().flatten();
-    let mut nodes = Vec::new();
+    let entries = match std::fs::read_dir(run) {
+        Err(error) if is_forbidden(&error) => bail!(Forbidden(run.display().to_string())),
+        entries => entries.into_iter().flatten().flatten(),
+    };
+    let (mut nodes, mut forbidden) = (Vec::new(), None);
     for folder in entries.map(|entry| entry.path()) {
         // A socket without a listener was left by a daemon that was killed.
         let socket = folder.join("admin.sock");
         let runs = node_folder::holder(&folder).is_some()
-            || !matches!(
-                ask(&socket, "/healthz/ready", STATUS_TIMEOUT).await,
-                Err(AskError::Nobody(_))
-            );
+            || match ask(&socket, "/healthz/ready", STATUS_TIMEOUT).await {
+                Err(AskError::Nobody(error)) => {
+                    if is_forbidden(&error) {
+                        forbidden = Some(Forbidden(folder.display().to_string()));
+                    }
+                    false
+                }
+                Ok(_) | Err(_) => true,
+            };
         if runs && let Some(name) = folder.file_name() {
             nodes.push(name.to_string_lossy().into_owned());
         }
     }
     match nodes.as_slice() {
         [node] => Ok(run.join(node).join("admin.sock")),
+        [] if let Some(forbidden) = forbidden => Err(forbidden.into()),
         [] => Err(NotRunning::Nobody(format!("any node (nothing in {})", run.display())).into()),
         nodes => bail!(
             "more than one daemon runs here: say which with --node ({})",
@@ -119,6 +139,9 @@ async fn only_socket(run: &Path) -> Result<PathBuf> {
 /// Returns the error for a socket without a listener: the daemon does not run, or only its socket is gone.
 fn not_reached(socket: &Path, error: io::Error) -> anyhow::Error {
     let shown = socket.display().to_string();
+    if is_forbidden(&error) {
+        return Forbidden(shown).into();
+    }
     if !matches!(
         error.kind(),
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
