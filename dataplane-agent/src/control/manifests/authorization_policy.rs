@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::object::{Resource, wrong};
-use super::principal::{may_be_here, principal};
+use super::principal::{is_domain, may_be_here, may_be_name, principal};
 use super::translate::MeshConfig;
 use super::yaml::{Node, NodeError};
 use crate::control::ip::Cidr;
@@ -144,13 +144,32 @@ struct Condition {
 #[derive(Clone, Copy, PartialEq)]
 enum Sort {
     Text,
-    /// A text with at most one `*`, at its beginning or its end.
-    Pattern,
-    /// A pattern of a principal.
+    /// A pattern of a principal: a text with at most one `*`, at its beginning or its end.
     Principal,
+    /// A pattern of a trust domain.
+    TrustDomain,
+    /// A pattern of a namespace.
+    Namespace,
     Account,
     Ip,
     Port,
+}
+
+impl Sort {
+    /// Returns what makes a value of this form match nobody in the mesh, if anything does.
+    fn matches_nobody(self, value: &str, trust_domain: &str) -> Option<String> {
+        let domain = || format!("is nobody in this mesh, whose trust domain is {trust_domain}");
+        match self {
+            Sort::Principal if !may_be_here(&principal(value, trust_domain), trust_domain) => {
+                Some(domain())
+            }
+            Sort::TrustDomain if !is_domain(&text(value), trust_domain) => Some(domain()),
+            Sort::Namespace if !may_be_name(value.trim_matches('*')) => {
+                Some("is no name of a namespace, so it is nobody".into())
+            }
+            _ => None,
+        }
+    }
 }
 
 impl AuthorizationPolicy {
@@ -254,16 +273,14 @@ impl RawRule {
         lists
     }
 
-    /// Returns the principals that no workload of the mesh can have, with their paths.
-    fn strangers(&self, trust_domain: &str) -> Vec<(String, &str)> {
+    /// Returns a line for each value that no workload of the mesh can have, beginning with its path.
+    fn strangers(&self, trust_domain: &str) -> Vec<String> {
         let mut strangers = Vec::new();
         for (path, lists) in self.lists() {
             for (name, values, sort) in lists {
                 for (at, value) in values.iter().flatten().enumerate() {
-                    if sort == Sort::Principal
-                        && !may_be_here(&principal(value, trust_domain), trust_domain)
-                    {
-                        strangers.push((format!("{path}.{name}[{at}]"), value.as_str()));
+                    if let Some(why) = sort.matches_nobody(value, trust_domain) {
+                        strangers.push(format!("{path}.{name}[{at}]: `{value}` {why}"));
                     }
                 }
             }
@@ -283,9 +300,13 @@ fn check_lists(path: &str, lists: &Lists<'_>) -> Result<(), (String, String)> {
         }
         for (at, value) in values.iter().enumerate() {
             let what = match sort {
-                Sort::Text | Sort::Pattern | Sort::Principal if value.is_empty() => "is empty",
+                Sort::Text | Sort::Principal | Sort::TrustDomain | Sort::Namespace
+                    if value.is_empty() =>
+                {
+                    "is empty"
+                }
                 // It would be compared literally and match nobody, so a DENY would let all pass.
-                Sort::Pattern | Sort::Principal if !is_pattern(value) => {
+                Sort::Principal | Sort::TrustDomain | Sort::Namespace if !is_pattern(value) => {
                     "has a `*` that is neither at its beginning nor at its end"
                 }
                 Sort::Account if account("", value).is_none() => "is not a service account",
@@ -313,16 +334,20 @@ impl Source {
                 &self.not_request_principals,
                 Sort::Text,
             ),
-            ("namespaces", &self.namespaces, Sort::Pattern),
-            ("notNamespaces", &self.not_namespaces, Sort::Pattern),
+            ("namespaces", &self.namespaces, Sort::Namespace),
+            ("notNamespaces", &self.not_namespaces, Sort::Namespace),
             ("serviceAccounts", &self.service_accounts, Sort::Account),
             (
                 "notServiceAccounts",
                 &self.not_service_accounts,
                 Sort::Account,
             ),
-            ("trustDomains", &self.trust_domains, Sort::Pattern),
-            ("notTrustDomains", &self.not_trust_domains, Sort::Pattern),
+            ("trustDomains", &self.trust_domains, Sort::TrustDomain),
+            (
+                "notTrustDomains",
+                &self.not_trust_domains,
+                Sort::TrustDomain,
+            ),
             ("ipBlocks", &self.ip_blocks, Sort::Ip),
             ("notIpBlocks", &self.not_ip_blocks, Sort::Ip),
             ("remoteIpBlocks", &self.remote_ip_blocks, Sort::Ip),
@@ -391,7 +416,7 @@ impl Attribute {
             Attribute::SourceIp | Attribute::DestinationIp => Sort::Ip,
             Attribute::DestinationPort => Sort::Port,
             Attribute::SourceAccount => Sort::Account,
-            Attribute::SourceNamespace => Sort::Pattern,
+            Attribute::SourceNamespace => Sort::Namespace,
             Attribute::SourcePrincipal => Sort::Principal,
             Attribute::L7 => Sort::Text,
         }
@@ -440,10 +465,8 @@ pub(crate) fn translate(
     let trust_domain = &mesh.trust_domain;
     let mut rules = Vec::new();
     for (at, raw) in spec.rules.iter().enumerate() {
-        for (path, value) in raw.strangers(trust_domain) {
-            report(&format!(
-                "rules[{at}].{path}: `{value}` is nobody in this mesh, whose trust domain is {trust_domain}"
-            ));
+        for stranger in raw.strangers(trust_domain) {
+            report(&format!("rules[{at}].{stranger}"));
         }
         let mut dropped = Vec::new();
         let rule = raw.translate((&key.namespace, trust_domain), &mut dropped);

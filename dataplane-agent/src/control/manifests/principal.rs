@@ -35,8 +35,25 @@ pub(super) fn may_be_here(principal: &StringMatch, trust_domain: &str) -> bool {
     }
 }
 
+/// Returns `true` if a namespace or a service account may have a name with this text in it.
+pub(super) fn may_be_name(text: &str) -> bool {
+    let may_be =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-.".contains(&byte);
+    text.bytes().all(may_be)
+}
+
+/// Returns `true` if a trust domain is one that a pattern stands for.
+pub(super) fn is_domain(pattern: &StringMatch, trust_domain: &str) -> bool {
+    match pattern {
+        StringMatch::Presence => true,
+        StringMatch::Exact(text) => **text == *trust_domain,
+        StringMatch::Prefix(start) => trust_domain.starts_with(&**start),
+        StringMatch::Suffix(end) => trust_domain.ends_with(&**end),
+    }
+}
+
 /// Returns `true` if `parts` are the first parts of the form. The last one is compared with `is_cut`; where the
-/// form has `None`, any text will do.
+/// form has `None`, any name will do.
 fn fits<'a>(
     parts: impl Iterator<Item = &'a str>,
     form: [Option<&str>; 5],
@@ -47,7 +64,7 @@ fn fits<'a>(
     let fit = |(at, part): (usize, &&str)| match form.get(at) {
         Some(Some(word)) if at == last => is_cut(part, word),
         Some(Some(word)) => part == word,
-        Some(None) => at == last || !part.is_empty(),
+        Some(None) => may_be_name(part) && (at == last || !part.is_empty()),
         None => false,
     };
     parts.iter().enumerate().all(fit)
@@ -97,6 +114,8 @@ mod tests {
             ("m.example/ns/a/sa/b/c", false),
             ("m.example/ns/a/sa/b/*", false),
             ("m.example/ns//sa/b", false),
+            ("m.example/ns/A/sa/b", false),
+            ("m.example/ns/a/sa/b ", false),
             ("sa/b", false),
             ("cluster.local*", false),
             ("*local/ns/a/sa/b", false),

@@ -144,6 +144,28 @@ fn a_principal_that_nobody_in_the_mesh_can_be_is_told() {
 }
 
 #[test]
+fn a_trust_domain_and_a_namespace_that_nobody_can_be_of_are_told() {
+    let source = "{trustDomains: [other, 'clust*', 'other*'], notNamespaces: ['Shop*', shop, '*', '*-b_c', ns/shop]}";
+    let spec = format!(
+        "{{action: DENY, rules: [{{from: [{{source: {source}}}], when: [{{key: source.namespace, values: [Shop]}}]}}]}}"
+    );
+    let source = "AuthorizationPolicy shop/gate: rules[0].from[0].source";
+    let stranger = "is nobody in this mesh, whose trust domain is cluster.local";
+    let nameless = "is no name of a namespace, so it is nobody";
+    assert_eq!(
+        translation(&authorization("shop", &spec)).problems,
+        [
+            format!("{source}.notNamespaces[0]: `Shop*` {nameless}"),
+            format!("{source}.notNamespaces[3]: `*-b_c` {nameless}"),
+            format!("{source}.notNamespaces[4]: `ns/shop` {nameless}"),
+            format!("{source}.trustDomains[0]: `other` {stranger}"),
+            format!("{source}.trustDomains[2]: `other*` {stranger}"),
+            format!("AuthorizationPolicy shop/gate: rules[0].when[0].values[0]: `Shop` {nameless}"),
+        ]
+    );
+}
+
+#[test]
 fn a_dry_run_is_one_in_each_of_istios_spellings_and_another_word_is_a_fault() {
     let with = |value: &str| {
         authorization("shop", "{action: DENY, rules: [{}]}").replace(
