@@ -466,7 +466,7 @@ async fn open_socket(path: &Path) -> Result<Socket, AgentError> {
 
 /// Reads or writes what is on a disk, at the start, when there is nothing to do but to wait for it.
 async fn ask_disk<T: Send + 'static>(path: &Path, work: impl FnOnce() -> T + Send + 'static) -> T {
-    let tell = |line: &str| tracing::error!("{line}; the agent cannot start before it does");
+    let tell = |line: &str| tracing::error!("{line}; the agent cannot start before that is done");
     disk::answer(path, tell, work).await
 }
 

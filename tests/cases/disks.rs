@@ -177,4 +177,5 @@ fn manifests_on_a_disk_that_does_not_answer_are_told_and_what_they_said_holds() 
     let _late = one.node.pod(&one.world, "late");
     one.agent.up(&["late"]);
     assert_eq!(one.problems(), "[]");
+    one.agent.logs(&["\tinfo\t", "over: ", told]);
 }

@@ -65,7 +65,7 @@ async fn ask_state<T: Send + 'static>(
     options: &UninstallOptions,
     work: impl FnOnce(&UninstallOptions) -> T + Send + 'static,
 ) -> T {
-    let tell = |line: &str| log::say(&format!("{line}; nothing goes on before it does"));
+    let tell = |line: &str| log::say(&format!("{line}; nothing goes on before that is done"));
     let of = options.clone();
     disk::answer(&options.state, tell, move || work(&of)).await
 }

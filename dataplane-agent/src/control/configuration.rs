@@ -1,7 +1,7 @@
 //! Follows what is configured: publishes the mesh, and tells which pods are of this node. On a thread of its own:
 //! nobody waits for it.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use super::lints::Lints;
 use super::manifests::applies;
 use super::manifests::changes::PolicyChange;
 use super::manifests::{LocalPodSpec, ManifestFolder, Translated, Translation, Wanted, Watch};
+use super::problems;
 use super::recorded::RecordReader;
 use super::retained::{IsConfigured, RetainedPods};
 use crate::drain;
@@ -94,8 +95,8 @@ pub struct Configuration<S> {
     local: Arc<[LocalPodSpec]>,
     /// The number of policies in a file that is read once.
     policies: usize,
-    /// What is wrong with the files.
-    problems: Vec<String>,
+    /// The files whose content is not accepted, and why.
+    refused: Vec<String>,
     /// Why the folder of manifests cannot be read now.
     silent: Vec<String>,
     /// What was written and cannot be carried, and what is done instead.
@@ -126,7 +127,7 @@ impl<S: Send + Sync + 'static> Configuration<S> {
             records_changed,
             local: Arc::default(),
             policies: 0,
-            problems: Vec::new(),
+            refused: Vec::new(),
             silent: Vec::new(),
             unsupported: Vec::new(),
             lints: Lints::default(),
@@ -154,7 +155,7 @@ impl<S: Send + Sync + 'static> Configuration<S> {
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let look_again = tokio::select! {
-                look_again = changed(&mut self.source, &mut self.problems) => look_again,
+                look_again = changed(&mut self.source, &mut self.refused) => look_again,
                 _ = look.tick() => true,
                 () = self.records_changed.notified() => true,
                 told = self.status.changed() => match told {
@@ -197,7 +198,7 @@ impl<S: Send + Sync + 'static> Configuration<S> {
         if let Source::Manifests { folder, watch, .. } = &self.source {
             let silent = watch.problem().or_else(|| folder.problem()).into_iter();
             let silent = silent.map(|problem| format!("{problem}; what they said last holds"));
-            replace_problems(&mut self.silent, silent.collect());
+            problems::replace(&mut self.silent, silent.collect(), problems::warn);
         }
         if changes >= TRIM_THRESHOLD {
             memory::give_back();
@@ -232,22 +233,22 @@ impl<S: Send + Sync + 'static> Configuration<S> {
                 let delta = translated.update(objects, stale, here, mesh);
                 self.captured = captured;
                 self.local = translated.local().cloned().collect();
-                let problems = translated.problems();
-                let problems = problems.chain(&folder.objects().warnings).cloned();
-                replace_problems(&mut self.unsupported, problems.collect());
+                let unsupported = translated.problems();
+                let unsupported = unsupported.chain(&folder.objects().warnings).cloned();
+                problems::replace(&mut self.unsupported, unsupported.collect(), problems::warn);
                 delta
             }
             Source::Local(said) => said.take().map_or_else(Delta::default, |said| {
                 self.local = said.local.into();
                 self.policies = said.policies.len();
-                replace_problems(&mut self.unsupported, said.problems);
+                problems::replace(&mut self.unsupported, said.problems, problems::warn);
                 Delta::of(said.workloads, said.services, said.policies)
             }),
         }
     }
 
     fn configured(&self) -> Configured {
-        let problems = self.problems.iter().chain(&self.silent);
+        let problems = self.refused.iter().chain(&self.silent);
         let problems = problems.chain(&self.unsupported);
         let mut problems: Vec<String> = problems.chain(self.lints.found()).cloned().collect();
         let mut configured = Configured {
@@ -289,7 +290,9 @@ impl<S: Send + Sync + 'static> Configuration<S> {
             }
             found
         };
-        self.lints.refresh(find, replace_problems);
+        self.lints.refresh(find, |known, now| {
+            problems::replace(known, now, problems::warn);
+        });
     }
 
     /// A pod that went to another node has another address there. One that its manifest says to be on another
@@ -327,7 +330,7 @@ impl<S: Send + Sync + 'static> Configuration<S> {
 }
 
 /// Waits until there is something new to read, and reads it. Returns true if the records are to be looked at.
-async fn changed(source: &mut Source, problems: &mut Vec<String>) -> bool {
+async fn changed(source: &mut Source, refused: &mut Vec<String>) -> bool {
     let Source::Manifests {
         folder,
         watch,
@@ -340,12 +343,12 @@ async fn changed(source: &mut Source, problems: &mut Vec<String>) -> bool {
     };
     tokio::select! {
         reload = folder.next(watch) => {
-            let told: Vec<String> = reload.problems.iter().map(ToString::to_string).collect();
-            let all = reload.problems.iter().zip(&told);
-            for (problem, told) in all.filter(|(_, told)| !problems.contains(told)) {
-                tracing::error!("{told}; {}", folder.in_effect(problem));
-            }
-            *problems = told;
+            let faults: HashMap<String, _> =
+                reload.problems.iter().map(|fault| (fault.to_string(), fault)).collect();
+            let now = reload.problems.iter().map(ToString::to_string).collect();
+            problems::replace(refused, now, |new| {
+                tracing::error!("{new}; {}", folder.in_effect(faults[new]));
+            });
             for renamed in &reload.renamed {
                 tracing::warn!("{renamed}");
             }
@@ -355,15 +358,6 @@ async fn changed(source: &mut Source, problems: &mut Vec<String>) -> bool {
         () = records.looked() => return false,
     }
     true
-}
-
-/// Takes what is wrong now in the place of what was, and tells of what is new.
-fn replace_problems(told: &mut Vec<String>, problems: Vec<String>) {
-    let before: HashSet<&String> = told.iter().collect();
-    for problem in problems.iter().filter(|problem| !before.contains(problem)) {
-        tracing::warn!("{problem}");
-    }
-    *told = problems;
 }
 
 impl Source {

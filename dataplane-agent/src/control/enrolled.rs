@@ -15,6 +15,7 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
+use super::disk;
 use super::manifests::{LocalPodSpec, PodKey, Stale};
 use super::record_cache::RecordCache;
 use super::state::{self, SharedState};
@@ -335,6 +336,7 @@ fn read(path: &Path) -> io::Result<EnrolmentRecord> {
         return Err(io::Error::other(fault));
     }
     file.read_to_end(&mut text)?;
+    disk::answered();
     let record: EnrolmentRecord = serde_json::from_slice(&text)?;
     match path.ends_with(file_of(&record.namespace, &record.name)) {
         true => Ok(record),

@@ -12,6 +12,7 @@ mod lints;
 pub mod local_xds;
 pub mod manifests;
 mod ownership;
+mod problems;
 mod record_cache;
 pub mod recorded;
 mod retained;

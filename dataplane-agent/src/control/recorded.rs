@@ -12,6 +12,7 @@ use tokio::time::{Instant, timeout_at};
 use super::disk::SLOW_DISK;
 use super::enrolled::{Enrolled, EnrolmentRecords, RecordsSnapshot};
 use super::manifests::Stale;
+use super::problems;
 use super::record_cache::{Change, RecordCache};
 use crate::drain;
 
@@ -179,14 +180,7 @@ impl RecordReader {
     fn set_problems(&mut self, problems: Vec<String>) {
         let problems = problems.into_iter();
         let told = problems.map(|problem| format!("records of enrolled pods: {problem}"));
-        let told: Vec<String> = told.collect();
-        for problem in told
-            .iter()
-            .filter(|problem| !self.problems.contains(problem))
-        {
-            tracing::warn!("{problem}");
-        }
-        self.problems = told;
+        problems::replace(&mut self.problems, told.collect(), problems::warn);
     }
 }
 

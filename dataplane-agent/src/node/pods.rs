@@ -32,6 +32,8 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 pub struct StatusSnapshot {
     /// The pods of this node.
     pub pods: Vec<PodView>,
+    /// Why the last look at the machine failed, if it did.
+    failed: Option<String>,
     /// Problems with the machine, with pods that are to be enrolled, and with this node's records.
     pub problems: Vec<String>,
     /// True if a pod that a predecessor captured is in no manifest, and stays captured and unserved for now.
@@ -357,15 +359,17 @@ impl PodController {
         });
         let view = StatusSnapshot {
             pods: pods.chain(earlier).collect(),
+            failed: scan.failed.clone(),
             problems: self.problems(scan, configured.partial.as_deref()),
             undecided: !self.unconfigured.is_empty(),
             scanned: true,
         };
         self.view.send_if_modified(|old| {
-            if let Some(failed) = &scan.failed
-                && !old.problems.contains(failed)
-            {
-                tracing::warn!("{failed}; what was found before holds");
+            if old.failed != view.failed {
+                match &view.failed {
+                    Some(failed) => tracing::warn!("{failed}; what was found before holds"),
+                    None => tracing::info!("the machine can be looked at again"),
+                }
             }
             for pod in &view.pods {
                 let was = old.pods.iter().find(|old| old.uid == pod.uid);
@@ -377,8 +381,14 @@ impl PodController {
                         false => tracing::info!(pod = %whose, reason, "pod waits"),
                     }
                 }
+                if was.is_some_and(|was| was.forwards && !pod.forwards) {
+                    tracing::info!(pod = %format_args!("{}/{}", pod.namespace, pod.name), "the pod does not forward between its interfaces any more");
+                }
                 if pod.forwards && was.is_none_or(|was| !was.forwards) {
                     tracing::warn!(pod = %format_args!("{}/{}", pod.namespace, pod.name), "the pod forwards between its interfaces: what it does for others is not captured, and no policy of it holds");
+                }
+                if was.is_some_and(|was| was.outside.processes > 0) && pod.outside.processes == 0 {
+                    tracing::info!(pod = %format_args!("{}/{}", pod.namespace, pod.name), "no process in the pod's network namespace is outside of its cgroups any more");
                 }
                 if pod.outside.processes > 0 && was.is_none_or(|was| was.outside != pod.outside) {
                     let reason = match pod.cgroups.len() < CGROUPS as usize {

@@ -17,6 +17,7 @@ use super::object::{self, Parsed};
 use super::scan::{Scan, Stamp, at, scan};
 use super::shared::SharedParts;
 use super::watch::{RESYNC, Reported};
+use crate::control::disk;
 use crate::sys::regular_file;
 use crate::sys::writers::has_writers;
 
@@ -401,6 +402,7 @@ fn read(dir: &Path, name: &Path) -> Result<Parsed, ManifestError> {
         )));
     }
     let text = regular_file::read_to_string(&path).map_err(|error| fault(&error))?;
+    disk::answered();
     object::parse(name, &text)
 }
 

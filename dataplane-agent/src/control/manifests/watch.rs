@@ -330,7 +330,7 @@ mod tests {
             assert!(changed.await.is_err());
         }
         assert_eq!(watch.problem(), None);
-        watch.following.as_mut().expect("it asks").make_slow();
+        watch.following.as_ref().expect("it asks").make_slow();
         let told = watch.problem().expect("it is silent");
         assert!(
             told.contains("has not answered for longer than 5s"),

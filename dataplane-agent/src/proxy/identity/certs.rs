@@ -254,7 +254,12 @@ impl State {
         self.issuing = false;
         match made {
             Ok(certificate) => {
-                tracing::debug!(%identity, "certificate issued");
+                match self.failed {
+                    Some(_) => {
+                        tracing::info!(%identity, "certificate issued, after that had failed");
+                    }
+                    None => tracing::debug!(%identity, "certificate issued"),
+                }
                 *self = Self {
                     again: Some(Instant::now() + certificate.renew_in(now)),
                     certificate: Some(Arc::new(certificate)),
