@@ -60,8 +60,22 @@ fn a_policy_that_is_misspelt_or_commented_out_denies_still_and_that_is_told() {
         one.agent
             .logs(&["policy-demo-nobody.yaml", told, "what it said before holds"]);
     }
+    let refused = |count: u8| {
+        let metrics = one.agent.get("/metrics");
+        metrics.contains(&format!("\ndataplane_manifests_refused {count}\n"))
+    };
+    assert!(refused(1));
     fs::write(policy(&one), good).expect("a file");
     eventually("good again", 10, || one.problems() == "[]");
+    assert!(refused(0));
+    let over = [
+        "\tinfo\t",
+        "over: ",
+        "policy-demo-nobody.yaml",
+        "has no objects in it",
+    ];
+    one.agent.logs(&over);
+    assert_eq!(one.agent.log().matches(&over[1..=2].concat()).count(), 5);
     assert!(one.denies(PORT));
     one.world.manifests.remove("policy-demo-nobody.yaml");
     eventually("allowed, as its file was removed", 10, || !one.denies(PORT));
@@ -249,8 +263,14 @@ fn a_policy_that_comes_changes_or_goes_leaves_a_word() {
     told("removed", "demo");
     told("added", "dmeo");
     told("changed", "demo");
+    fs::write(policy(&one), good.replace("ALLOW", "AUDIT")).expect("a file");
+    eventually("it is not enforced", 10, || policies() == 0);
+    let status = one.agent.status().expect("it answers");
+    assert_eq!(status["policies_not_enforced"], 1, "{status}");
     fs::rename(policy(&one), policy(&one).with_extension("YAML")).expect("a file");
-    eventually("it is gone", 10, || policies() == 0);
+    eventually("it is gone", 10, || {
+        one.agent.status().expect("it answers")["policies_not_enforced"] == 0
+    });
     one.agent.logs(&[
         "warn",
         "which is not read, and what it said is gone: AuthorizationPolicy demo/nobody",

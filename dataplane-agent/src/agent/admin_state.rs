@@ -126,6 +126,8 @@ impl AdminState {
             node: self.node.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             policies: configured.policies,
+            policies_not_enforced: configured.policies_not_enforced,
+            manifests_refused: configured.refused,
             problems: configured.problems.clone(),
             ..StatusReport::default()
         };

@@ -163,8 +163,12 @@ fn not_reached(socket: &Path, error: io::Error) -> anyhow::Error {
 
 fn table(report: &StatusReport) -> String {
     use std::fmt::Write as _;
+    let not_enforced = match report.policies_not_enforced {
+        0 => String::new(),
+        count => format!(", not enforced: {count}"),
+    };
     let mut text = format!(
-        "node {} (dataplane {}), policies: {}\n\n",
+        "node {} (dataplane {}), policies: {}{not_enforced}\n\n",
         report.node, report.version, report.policies
     );
     let mut rows = vec![["NAMESPACE", "POD", "STATE", "ADDRESSES", "WHY"].map(str::to_owned)];
@@ -257,6 +261,8 @@ mod tests {
                 ..PodStatus::default()
             }],
             policies: 2,
+            policies_not_enforced: 1,
+            manifests_refused: 1,
             problems: vec!["a.yaml:3: spec: wrong".into()],
             counters: Vec::new(),
         };
@@ -266,7 +272,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.starts_with("node one (dataplane 1), policies: 2\n"),
+            text.starts_with("node one (dataplane 1), policies: 2, not enforced: 1\n"),
             "{text}"
         );
         assert!(text.contains("problem: a.yaml:3: spec: wrong"), "{text}");

@@ -56,8 +56,12 @@ pub struct Configured {
     pub partial: Option<String>,
     /// What is wrong with it, and what holds instead.
     pub problems: Vec<String>,
-    /// How many policies there are, whomever they are for.
+    /// The number of files whose content is not accepted.
+    pub refused: usize,
+    /// The number of policies that are enforced, whomever they are for.
     pub policies: usize,
+    /// The number of policies that are not enforced.
+    pub policies_not_enforced: usize,
     /// What the records say; none where there are none.
     pub recorded: Option<Arc<RecordsSnapshot>>,
     /// Whether the state that nodes share cannot be read.
@@ -253,16 +257,22 @@ impl<S: Send + Sync + 'static> Configuration<S> {
         let mut problems: Vec<String> = problems.chain(self.lints.found()).cloned().collect();
         let mut configured = Configured {
             local: Arc::clone(&self.local),
+            refused: self.refused.len(),
             ..Configured::default()
         };
         match &self.source {
             Source::Manifests {
-                folder, records, ..
+                folder,
+                records,
+                translated,
+                ..
             } => {
                 problems.extend_from_slice(records.problems());
                 let objects = folder.objects();
-                configured.policies =
-                    objects.authorization_policies.len() + objects.peer_authentications.len();
+                let all = objects.authorization_policies.len() + objects.peer_authentications.len();
+                configured.policies_not_enforced =
+                    applies::not_enforced(objects, &translated.config().root_namespace);
+                configured.policies = all - configured.policies_not_enforced;
                 configured.partial = folder.is_partial();
                 configured.recorded = Some(Arc::clone(records.said()));
                 configured.away = records.is_away();

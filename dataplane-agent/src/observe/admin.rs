@@ -195,7 +195,7 @@ async fn config_dump(State(sources): State<Sources>) -> Response {
 }
 
 async fn metrics(State(sources): State<Sources>) -> Response {
-    open_metrics(sources.metrics.text())
+    open_metrics(sources.metrics.text(&(sources.status)()))
 }
 
 fn open_metrics(text: String) -> Response {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::text::{encode, encode_registry};
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
@@ -17,6 +17,8 @@ use prometheus_client::registry::{Registry, Unit};
 use super::labels::{Flagged, Labels};
 use super::record::Reporter;
 use super::series::{AllSeries, Counts, MAX_SERIES, Series};
+use super::status::StatusReport;
+use super::status_gauges::StatusGauges;
 use super::{Failure, Flag, log};
 use crate::load::Load;
 use crate::proxy::limits::NodePlaces;
@@ -115,11 +117,14 @@ impl Metrics {
         self.series.expire(Instant::now());
     }
 
-    /// Returns all metrics as OpenMetrics text.
-    pub fn text(&self) -> String {
+    /// Returns all metrics as OpenMetrics text, those of `status` too.
+    pub fn text(&self, status: &StatusReport) -> String {
         self.expire();
         let mut text = String::new();
+        let mut of_status = Registry::default();
+        of_status.register_collector(Box::new(StatusGauges::of(status)));
         // Writing to a String cannot fail.
+        let _ = encode_registry(&mut text, &of_status);
         let _ = encode(&mut text, &self.registry);
         text
     }
@@ -292,6 +297,7 @@ impl Collector for Process {
 mod tests {
     use super::*;
     use crate::observe::record::tests::{Refusal, connection_info};
+    use crate::observe::status::PodStatus;
 
     /// A changed name breaks somebody's dashboard, so it has to be a decision.
     #[test]
@@ -310,8 +316,19 @@ mod tests {
         series.add_up(1);
         series.add_down(2);
         metrics.failed(Reporter::Destination, &Refusal);
+        let status = StatusReport {
+            pods: vec![PodStatus {
+                state: "waiting".into(),
+                ..PodStatus::default()
+            }],
+            policies: 2,
+            policies_not_enforced: 3,
+            manifests_refused: 4,
+            problems: vec!["one".into()],
+            ..StatusReport::default()
+        };
         let text: String = metrics
-            .text()
+            .text(&status)
             .lines()
             .map(|line| match line.split_once(' ') {
                 // It counts the whole process, in which other tests run too.

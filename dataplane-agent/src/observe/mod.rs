@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod record;
 pub mod series;
 pub mod status;
+mod status_gauges;
 pub mod writer;
 
 use http::StatusCode;

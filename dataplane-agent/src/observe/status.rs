@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The states of a pod.
+pub const POD_STATES: [&str; 5] = ["up", "broken", "waiting", "draining", "ignored"];
+
 /// The state of a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatusReport {
@@ -11,8 +14,14 @@ pub struct StatusReport {
     pub version: String,
     /// Its pods.
     pub pods: Vec<PodStatus>,
-    /// Number of policies: AuthorizationPolicies and PeerAuthentications.
+    /// Number of policies that are enforced: AuthorizationPolicies and PeerAuthentications.
     pub policies: usize,
+    /// Number of policies that are not enforced; `problems` says why.
+    #[serde(default)]
+    pub policies_not_enforced: usize,
+    /// Number of manifests whose content is not accepted; `problems` says why.
+    #[serde(default)]
+    pub manifests_refused: usize,
     /// Problems of the configuration, each with what applies instead.
     pub problems: Vec<String>,
     /// Counters of the kernel programs.
@@ -28,7 +37,7 @@ pub struct PodStatus {
     pub name: String,
     /// The workload's uid.
     pub uid: String,
-    /// `up`, `broken`, `waiting`, `draining` or `ignored`.
+    /// One of [`POD_STATES`].
     pub state: String,
     /// The reason why it is not up.
     pub reason: Option<String>,

@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::object::{Key, Meta, Objects, all_in, selects};
+use super::peer_authentication::PeerAuthentications;
 use super::pod::MODE_LABEL;
 use super::spelling::nearest;
 
@@ -64,6 +65,14 @@ pub(crate) fn problems(objects: &Objects, root: &str) -> Vec<String> {
         }
     }
     problems
+}
+
+/// Returns the number of policies that are not enforced, whatever pods there are.
+pub(crate) fn not_enforced(objects: &Objects, root: &str) -> usize {
+    let authorization = objects.authorization_policies.values();
+    let authorization = authorization.filter(|found| !found.body.is_enforced());
+    let peer = PeerAuthentications::new(&objects.peer_authentications, root);
+    authorization.count() + peer.without_effect()
 }
 
 /// Returns policies of both kinds, each with the labels of its selector, if it has one.

@@ -214,6 +214,35 @@ impl AuthorizationPolicy {
             .map(|selector| &selector.match_labels)
     }
 
+    /// Returns `true` if the node enforces it.
+    pub(crate) fn is_enforced(&self) -> bool {
+        self.enforced_as().is_ok()
+    }
+
+    /// Returns the action that the node enforces.
+    ///
+    /// # Errors
+    /// It is not enforced; the text says why.
+    fn enforced_as(&self) -> Result<Action, String> {
+        if let Some(TargetRef { kind, name, .. }) =
+            self.target_ref.iter().chain(&self.target_refs).next()
+        {
+            return Err(format!(
+                "is for {kind} {name}: waypoints are not carried yet, not enforced"
+            ));
+        }
+        if self.dry_run {
+            return Err("is a dry run: not enforced, and not told in the log yet".into());
+        }
+        match self.action {
+            RawAction::Allow => Ok(Action::Allow),
+            RawAction::Deny => Ok(Action::Deny),
+            RawAction::Audit | RawAction::Custom => {
+                Err("only ALLOW and DENY can be enforced at L4, not enforced".into())
+            }
+        }
+    }
+
     fn check(&self) -> Result<(), (String, String)> {
         for (at, rule) in self.rules.iter().enumerate() {
             rule.check()
@@ -432,22 +461,10 @@ pub(crate) fn translate(
     let key = &policy.meta.key;
     let spec = &policy.body;
     let mut report = |what: &str| problems.push(format!("AuthorizationPolicy {key}: {what}"));
-    if let Some(target) = spec.target_ref.iter().chain(&spec.target_refs).next() {
-        let TargetRef { kind, name, .. } = target;
-        report(&format!(
-            "is for {kind} {name}: waypoints are not carried yet, not enforced"
-        ));
-        return None;
-    }
-    if spec.dry_run {
-        report("is a dry run: not enforced, and not told in the log yet");
-        return None;
-    }
-    let action = match spec.action {
-        RawAction::Allow => Action::Allow,
-        RawAction::Deny => Action::Deny,
-        RawAction::Audit | RawAction::Custom => {
-            report("only ALLOW and DENY can be enforced at L4, not enforced");
+    let action = match spec.enforced_as() {
+        Ok(action) => action,
+        Err(why) => {
+            report(&why);
             return None;
         }
     };

@@ -130,10 +130,24 @@ impl<'a> PeerAuthentications<'a> {
         selected.collect()
     }
 
+    /// Returns how many have no effect, whatever pods there are: another one holds in their place, or they have a
+    /// selector in the root namespace.
+    pub(crate) fn without_effect(&self) -> usize {
+        let (root, namespaces) = (self.root, self.namespaces());
+        let replaced =
+            namespaces.map(|namespace| self.level_all(namespace).len().saturating_sub(1));
+        let of_root = all_in(self.all, root).filter(|(_, found)| found.body.labels().is_some());
+        replaced.sum::<usize>() + of_root.count()
+    }
+
+    fn namespaces(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        let namespaces: BTreeSet<&str> = self.all.keys().map(|key| &*key.namespace).collect();
+        namespaces.into_iter()
+    }
+
     /// Reports where several are for the same namespace, or for the mesh, and which of them holds.
     pub(crate) fn tell(&self, problems: &mut Vec<String>) {
-        let namespaces: BTreeSet<&str> = self.all.keys().map(|key| &*key.namespace).collect();
-        for namespace in namespaces {
+        for namespace in self.namespaces() {
             let parent = namespace != self.root && self.mesh;
             tell_others(&self.level_all(namespace), parent, problems);
         }

@@ -1,4 +1,4 @@
-use super::super::applies::problems;
+use super::super::applies::{not_enforced, problems};
 use super::objects;
 
 fn told(text: &str) -> Vec<String> {
@@ -91,5 +91,46 @@ fn pods_of_a_namespace_without_a_manifest_are_told_once_unless_they_say_themselv
         let told = told(&(namespace(namespaces) + &pod("shop", labels) + &other));
         let problem = meant.map(|meant| format!("{undecided}{meant}"));
         assert_eq!(told, Vec::from_iter(problem), "{namespaces} {labels}");
+    }
+}
+
+#[test]
+fn what_is_not_enforced_is_counted() {
+    let authorization = |spec: &str| policy(KINDS[0], "shop", spec);
+    let peer = |namespace: &str, spec: &str| policy(KINDS[1], namespace, spec);
+    let strict = "{mtls: {mode: STRICT}}";
+    for (text, count) in [
+        (authorization("{}"), 0),
+        (authorization("{action: DENY, rules: [{}]}"), 0),
+        (authorization("{action: AUDIT}"), 1),
+        (authorization("{targetRefs: [{kind: Service, name: s}]}"), 1),
+        (
+            authorization("{}").replace(
+                "namespace: shop}",
+                "namespace: shop, annotations: {istio.io/dry-run: 'true'}}",
+            ),
+            1,
+        ),
+        (peer("shop", strict), 0),
+        (
+            peer("shop", strict) + &peer("shop", strict).replace("gate", "gate2"),
+            1,
+        ),
+        (
+            peer("shop", strict) + &peer("barn", strict) + &peer("istio-system", strict),
+            0,
+        ),
+        (
+            peer("istio-system", "{selector: {matchLabels: {app: a}}}"),
+            1,
+        ),
+        (
+            authorization("{action: AUDIT}")
+                + &peer("istio-system", "{selector: {matchLabels: {app: a}}}"),
+            2,
+        ),
+    ] {
+        let counted = not_enforced(&objects(&text), "istio-system");
+        assert_eq!(counted, count, "{text}");
     }
 }
