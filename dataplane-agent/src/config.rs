@@ -53,7 +53,7 @@ pub struct RunOptions {
     pub workers: Option<u16>,
     /// How many connections and tunnels there may be at once; a further one is refused. If not set,
     /// as many as fit into half of the memory, at 128 KiB each. Never more than there are descriptors
-    /// for, at two each.
+    /// for, at two each, and 20 for each pod.
     #[arg(long, env = "DATAPLANE_CONNECTIONS", value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..))]
     pub connections: Option<u32>,
     /// Trust domain of the mesh.

@@ -168,6 +168,25 @@ fn over_the_nodes_limit_the_new_one_is_refused_and_a_pod_that_has_none_yet_is_no
 }
 
 #[test]
+fn a_pod_takes_no_more_files_than_the_bound_for_connections_leaves_to_it() {
+    let one = SingleNode::new();
+    // While it looks at the machine it has one more open for each network namespace.
+    let least = || {
+        let open = (0..40).map(|_| {
+            std::thread::sleep(Duration::from_millis(50));
+            let open = fs::read_dir(format!("/proc/{}/fd", one.agent.pid()));
+            open.expect("it runs").count()
+        });
+        open.min().expect("there are some")
+    };
+    let without = least();
+    let _pods = ["a", "b", "c"].map(|name| one.node.pod(&one.world, name));
+    one.agent.up(&["a", "b", "c"]);
+    let taken = least() - without;
+    assert!((45..=60).contains(&taken), "three pods take {taken}");
+}
+
+#[test]
 fn a_pods_idle_tunnels_give_way_to_its_connections() {
     let world = World::new();
     let (one, two) = world.two_nodes();

@@ -53,6 +53,7 @@ impl Proxy {
         let count = options.workers.map_or_else(processors, usize::from);
         let builder = WorkersBuilder::new(count).context("cannot start workers")?;
         let places = places(options)?;
+        places.leave_room(0);
         let metrics = Arc::new(Metrics::new(metrics::Sources {
             kernel,
             repairs,
@@ -112,6 +113,7 @@ impl Proxy {
             | PodEvent::Clear(..)
             | PodEvent::Snapshot(_) => {}
         }
+        self.places.leave_room(self.held.len());
         self.workers.apply(event);
     }
 

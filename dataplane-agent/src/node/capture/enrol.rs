@@ -23,8 +23,12 @@ use super::{CaptureError, attached, routes};
 use crate::mesh::workload::named;
 use crate::seam::Listeners;
 use crate::sys::interfaces::Interfaces;
+use crate::sys::limits;
 use crate::sys::netns::Netns;
 use crate::sys::socket;
+
+/// The files that are open while a pod is enrolled; 19 of them stay so.
+const FILES: u64 = 32;
 
 /// A pod that is ready to be captured.
 pub struct PreparedPod {
@@ -40,6 +44,24 @@ pub struct PreparedPod {
     pub routing: Routing,
 }
 
+/// Refuses if the process may not open the files of one more pod: each step would fail in another way.
+fn refuse_without_files() -> Result<(), CaptureError> {
+    let (Ok(limit), Ok(open)) = (limits::files(), limits::open_files()) else {
+        return Ok(()); // the steps fail if there are too few
+    };
+    has_room(open, limit)
+}
+
+fn has_room(open: u64, limit: u64) -> Result<(), CaptureError> {
+    match open.saturating_add(FILES) <= limit {
+        true => Ok(()),
+        false => Err(CaptureError::Files {
+            needed: FILES,
+            limit,
+        }),
+    }
+}
+
 /// Prepares the namespace, makes the listeners, attaches the pod's program and sets its routes. A pod that
 /// was not captured before still sends nothing to the agent.
 ///
@@ -52,6 +74,7 @@ pub async fn prepare(
     pins: &Pins,
     handle: &CaptureHandle,
 ) -> Result<PreparedPod, CaptureError> {
+    refuse_without_files()?;
     let netns = &desired.netns;
     attached::refuse_in_pod(netns, desired.cookie, pins).await?;
     let interfaces = interfaces(netns)?;
@@ -231,4 +254,19 @@ pub async fn undo(
     }
     pins::remove(&pins.pod(record.cookie))?;
     records.remove(record.cookie)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_finds_no_room_for_a_pods_files_is_told_the_limit() {
+        assert!(has_room(100, 132).is_ok());
+        let why = has_room(101, 132).expect_err("one is missing").to_string();
+        assert!(
+            why.starts_with("fewer than 32 of the 132 files that this process may open are left"),
+            "{why}"
+        );
+    }
 }

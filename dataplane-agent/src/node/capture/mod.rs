@@ -159,6 +159,17 @@ pub enum CaptureError {
         /// The kernel's error.
         why: String,
     },
+    /// The process may not open as many files as a pod needs.
+    #[error(
+        "fewer than {needed} of the {limit} files that this process may open are left for it; raise the limit \
+         (LimitNOFILE=, ulimit -n), or lower --connections"
+    )]
+    Files {
+        /// How many it needs.
+        needed: u64,
+        /// How many the process may have open.
+        limit: u64,
+    },
     /// The mesh knows the pod by an address that it does not have.
     #[error("{0}, which the mesh knows the pod by, is on none of its interfaces")]
     NoAddress(IpAddr),
@@ -185,6 +196,7 @@ impl CaptureError {
             Self::Elsewhere { .. } => "elsewhere",
             Self::File { .. } => "file",
             Self::Namespace { .. } => "namespace",
+            Self::Files { .. } => "open_files",
             Self::NoAddress(_) => "no_address",
             Self::Stopping => "stopping",
         }

@@ -14,14 +14,13 @@ pub mod peers;
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 pub use handshakes::{Handshakes, Turns};
 pub use idle::{Idle, IdleTunnels};
 use memory::{Memory, PodMemory, Share};
 pub use peers::Peer;
 use peers::Peers;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::mesh::Identity;
 
@@ -37,16 +36,23 @@ const MAX_PEER_RATIO: usize = 7;
 const MEMORY: u64 = 128 << 10;
 /// The descriptors of one connection: its two ends.
 const DESCRIPTORS: u64 = 2;
+/// The descriptors of one pod, in a process that is both halves of the agent: it takes 19.
+const POD_DESCRIPTORS: u64 = 20;
 /// Least bytes for what waits to be sent, and for what is not delivered, however little memory there is.
 const MIN_BUFFERED: u64 = 64 << 20;
-/// Descriptors that are kept for other things: listeners, programs, maps, namespaces.
+/// Descriptors that are kept for other things: the node's programs and maps, files, and pods that are about to come.
 const RESERVED_FILES: u64 = 1024;
 
 /// The places for connections of the node. Clones share them.
 #[derive(Clone, Debug)]
 pub struct NodePlaces {
-    free: Arc<Semaphore>,
-    all: usize,
+    taken: Arc<AtomicUsize>,
+    /// The number of places. It may become less than what is taken.
+    all: Arc<AtomicUsize>,
+    /// What it is at most, and why.
+    bounds: Bounds,
+    /// `true` once a shortage of descriptors was logged.
+    told: Arc<AtomicBool>,
     /// The most places taken at once since [`Self::peak`] was last called.
     peak: Arc<AtomicUsize>,
     handshakes: Handshakes,
@@ -54,6 +60,53 @@ pub struct NodePlaces {
     unsent: Memory,
     /// Bytes that were received by tunnels and are not delivered.
     undelivered: Memory,
+}
+
+/// What the number of places follows from.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    /// The number that is asked for, or fits into the memory.
+    most: usize,
+    /// `true` if it is asked for.
+    wanted: bool,
+    /// How many descriptors the process may have.
+    descriptors: u64,
+}
+
+impl Bounds {
+    /// Returns the number of places beside this many pods.
+    fn places(&self, pods: usize) -> usize {
+        // With few descriptors, at most a quarter is kept for other things.
+        let others = RESERVED_FILES.min(self.descriptors / 4);
+        let of_pods = POD_DESCRIPTORS.saturating_mul(pods.try_into().unwrap_or(u64::MAX));
+        let left = self
+            .descriptors
+            .saturating_sub(others.saturating_add(of_pods));
+        self.most.min(fit(left / DESCRIPTORS)).max(1)
+    }
+
+    /// Returns what is short beside this many pods: there are fewer places than are asked for, or pods take more than
+    /// half of them.
+    fn shortage(&self, pods: usize) -> Option<String> {
+        let (all, descriptors) = (self.places(pods), self.descriptors);
+        let short = (self.wanted && all < self.most) || all < self.places(0) / 2;
+        let asked = match self.wanted {
+            true => format!(" of the {} asked for", self.most),
+            false => String::new(),
+        };
+        short.then(|| {
+            format!(
+                "there is room for {all} connections{asked}: the process may have {descriptors} open files, and \
+                 {pods} pods take {POD_DESCRIPTORS} each, a connection {DESCRIPTORS}; raise the limit (LimitNOFILE=, \
+                 ulimit -n)"
+            )
+        })
+    }
+}
+
+/// Returns the number, or the nearest one that there is.
+fn fit(number: u64) -> usize {
+    usize::try_from(number).unwrap_or(usize::MAX)
 }
 
 /// The connections of a pod that have a bound together, by who can open them: one party's cannot keep out
@@ -84,11 +137,12 @@ pub struct PodPlaces {
 pub struct Place {
     of_pod: Arc<AtomicUsize>,
     of_peer: Option<Peer>,
-    _of_node: OwnedSemaphorePermit,
+    of_node: Arc<AtomicUsize>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
+        self.of_node.fetch_sub(1, Ordering::Relaxed);
         self.of_pod.fetch_sub(1, Ordering::Relaxed);
         if let Some(peer) = &self.of_peer {
             peer.count().fetch_sub(1, Ordering::Relaxed);
@@ -135,9 +189,19 @@ impl Full {
 impl NodePlaces {
     /// Returns `all` places, with default bounds of memory.
     pub fn new(all: usize) -> Self {
+        Self::within(Bounds {
+            most: all,
+            wanted: false,
+            descriptors: u64::MAX,
+        })
+    }
+
+    fn within(bounds: Bounds) -> Self {
         Self {
-            free: Arc::new(Semaphore::new(all)),
-            all,
+            taken: Arc::default(),
+            all: Arc::new(AtomicUsize::new(bounds.places(0))),
+            bounds,
+            told: Arc::default(),
             peak: Arc::default(),
             handshakes: Handshakes::new(handshakes::OF_NODE),
             unsent: Memory::default(),
@@ -156,23 +220,29 @@ impl NodePlaces {
     }
 
     /// Returns as many places as are `wanted`, or as fit into half of the `memory` (in bytes), and never more than
-    /// there are descriptors for. Another eighth of the memory is for what waits to be sent, and a quarter for what is
+    /// there are descriptors for, see [`Self::leave_room`]. Another eighth of the memory is for what waits to be sent, and a quarter for what is
     /// not delivered.
     pub fn fitting(wanted: Option<usize>, memory: u64, descriptors: u64) -> Self {
-        // With few descriptors, at most a quarter is kept for other things.
-        let others = RESERVED_FILES.min(descriptors / 4);
-        let fit = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
-        let by_descriptors = fit((descriptors - others) / DESCRIPTORS);
-        let by_memory = wanted.unwrap_or_else(|| fit(memory / 2 / MEMORY));
-        Self::new(
-            by_memory
-                .min(by_descriptors)
-                .clamp(1, Semaphore::MAX_PERMITS),
-        )
+        Self::within(Bounds {
+            most: wanted.unwrap_or_else(|| fit(memory / 2 / MEMORY)),
+            wanted: wanted.is_some(),
+            descriptors,
+        })
         .with_memory(
             (memory / 8).max(MIN_BUFFERED),
             (memory / 4).max(MIN_BUFFERED),
         )
+    }
+
+    /// Leaves room for the descriptors of this many pods: there are fewer places while there are more pods. Logs once
+    /// if descriptors are short.
+    pub fn leave_room(&self, pods: usize) {
+        self.all.store(self.bounds.places(pods), Ordering::Relaxed);
+        if let Some(shortage) = self.bounds.shortage(pods)
+            && !self.told.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!("{shortage}");
+        }
     }
 
     /// Returns the pod's share of the memory for bytes that wait to be sent.
@@ -193,12 +263,12 @@ impl NodePlaces {
 
     /// Returns the number of places.
     pub fn all(&self) -> usize {
-        self.all
+        self.all.load(Ordering::Relaxed)
     }
 
     /// Returns the number of places taken.
     pub fn taken(&self) -> usize {
-        self.all - self.free.available_permits()
+        self.taken.load(Ordering::Relaxed)
     }
 
     /// Returns the most places taken at once since the last call.
@@ -236,16 +306,18 @@ impl NodePlaces {
     }
 
     fn take_of(&self, pod: &PodPlaces, kind: Kind, peer: Option<&Peer>) -> Result<Place, Full> {
-        let of_node = Arc::clone(&self.free).try_acquire_owned();
-        let of_node = of_node.map_err(|_| Full::Node)?;
-        let left = self.free.available_permits() + 1;
+        let all = self.all();
+        let more = |taken: usize| (taken < all).then_some(taken + 1);
+        let taken = &self.taken;
+        let before = taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+        let left = all - before.map_err(|_| Full::Node)?;
         let of_pod = Arc::clone(&pod.taken[kind as usize]);
         let has = of_pod.fetch_add(1, Ordering::Relaxed);
         let of_peer = peer.map(|peer| peer.count().fetch_add(1, Ordering::Relaxed));
         let place = Place {
             of_pod,
             of_peer: peer.cloned(),
-            _of_node: of_node,
+            of_node: Arc::clone(taken),
         };
         if has >= MAX_PER_KIND {
             return Err(match kind {
@@ -408,5 +480,57 @@ mod tests {
         assert_eq!(all(Some(100_000), 8 << 30, 4096), 1536);
         assert_eq!(all(None, 0, 0), 1);
         assert!(all(None, u64::MAX, u64::MAX) > 1 << 20);
+    }
+
+    #[test]
+    fn pods_that_come_leave_less_room_for_connections_and_give_it_back() {
+        let node = NodePlaces::fitting(None, 64 << 30, 4096);
+        let pod = PodPlaces::default();
+        let mut places = fill(&node, &pod, None, usize::MAX);
+        assert_eq!(places.len(), 768);
+        node.leave_room(100);
+        assert_eq!(node.all(), 536);
+        assert_eq!(node.taken(), 768, "what runs goes on");
+        assert_eq!(
+            node.take(&PodPlaces::default()).expect_err("full"),
+            Full::Node
+        );
+        places.truncate(535);
+        let last = node.take(&PodPlaces::default()).expect("there is one left");
+        assert_eq!(
+            node.take(&PodPlaces::default()).expect_err("full"),
+            Full::Node
+        );
+        drop(last);
+        node.leave_room(10_000);
+        assert_eq!(node.all(), 1);
+        node.leave_room(0);
+        assert_eq!(node.all(), 1536);
+        // Memory has less room anyway.
+        let node = NodePlaces::fitting(Some(100), 8 << 30, 1 << 20);
+        node.leave_room(500);
+        assert_eq!(node.all(), 100);
+    }
+
+    #[test]
+    fn a_shortage_of_descriptors_is_told_with_its_numbers() {
+        let shortage = |wanted: Option<usize>, pods| {
+            NodePlaces::fitting(wanted, 64 << 30, 4096)
+                .bounds
+                .shortage(pods)
+        };
+        assert_eq!(shortage(None, 0), None);
+        assert_eq!(shortage(None, 70), None);
+        let told = shortage(None, 100).expect("pods take two thirds");
+        assert!(
+            told.starts_with("there is room for 536 connections: the process may have 4096 open files, and 100 pods take 20 each"),
+            "{told}"
+        );
+        assert_eq!(shortage(Some(1000), 50), None);
+        let told = shortage(Some(1000), 60).expect("it is less than asked for");
+        assert!(
+            told.starts_with("there is room for 936 connections of the 1000 asked for"),
+            "{told}"
+        );
     }
 }
