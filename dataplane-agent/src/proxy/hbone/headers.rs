@@ -5,6 +5,9 @@ use std::net::SocketAddr;
 
 use crate::mesh::workload::{Workload, WorkloadType};
 
+/// Most bytes of a host's name (RFC 1035, 2.3.4, without the dot at its end).
+const MAX_HOST: usize = 253;
+
 /// Parses an authority that is one address and port, `192.0.2.1:80` or `[2001:db8::1]:80`. Host names, users, zones
 /// and port 0 are rejected.
 pub fn authority(text: &str) -> Option<SocketAddr> {
@@ -18,7 +21,7 @@ pub fn authority(text: &str) -> Option<SocketAddr> {
 }
 
 /// Returns the `host=` of a `forwarded` header, unquoted: the service that the client asked for. `for=` is not read,
-/// since the peer could write anything there.
+/// since the peer could write anything there. What is longer than a host's name can be is none.
 pub fn forwarded_host(text: &str) -> Option<&str> {
     text.split(';').find_map(|pair| {
         let (name, value) = pair.split_once('=')?;
@@ -29,7 +32,8 @@ pub fn forwarded_host(text: &str) -> Option<&str> {
         let value = value
             .strip_prefix('"')
             .map_or(Some(value), |rest| rest.strip_suffix('"'))?;
-        (!value.is_empty() && !value.contains('"')).then_some(value)
+        let fits = (1..=MAX_HOST).contains(&value.len());
+        (fits && !value.contains('"')).then_some(value)
     })
 }
 
@@ -123,6 +127,9 @@ mod tests {
         for none in ["", "for=x", "host=", "host=\"", "host=\"a", "hostname=a"] {
             assert_eq!(forwarded_host(none), None, "{none}");
         }
+        let host = |length| format!("host={}", "a".repeat(length));
+        assert!(forwarded_host(&host(253)).is_some());
+        assert_eq!(forwarded_host(&host(254)), None);
         let client = "[2001:db8::1]:4".parse().expect("an address");
         assert_eq!(
             forwarded(client, Some("s")),
