@@ -29,8 +29,12 @@ pub const ALPN: &[u8] = b"h2";
 pub const STREAM_WINDOW: u32 = 4 << 20;
 /// Receive window of a tunnel, in bytes, besides what is undelivered.
 pub const CONNECTION_WINDOW: u32 = 16 << 20;
-/// Largest DATA frame that we take, in bytes.
-pub const FRAME: u32 = 1 << 20;
+/// Largest DATA frame that we take, in bytes. A part of one waits in the engine, where no share of memory counts it, so
+/// it must fit into what is planned for a tunnel.
+pub const FRAME: u32 = 64 << 10;
+/// Largest frame of another type that we take, in bytes: what every peer may send before it knows our limits. The
+/// engine puts together the parts of up to six, and peers in order have no use for larger ones.
+pub const OTHER_FRAME: usize = 16 << 10;
 /// Memory, in bytes, that small DATA frames of a tunnel may cost besides their content, until the connections that
 /// they are for have taken them; more end the tunnel. Connections take them each time that the tunnel has been read,
 /// and put them together, so the limit does not depend on how fast an app reads.

@@ -1,4 +1,7 @@
-//! Frames for which `h2` visits all streams of a tunnel, also those that it only remembers: SETTINGS, which may change
+//! The frames of a tunnel, before the engine sees them. One that is too long is refused as soon as its head has come,
+//! since the engine would wait for all of it.
+//!
+//! There are frames for which `h2` visits all streams of a tunnel, also those that it only remembers: SETTINGS, which may change
 //! the window of each, and GOAWAY. A peer writes thousands of them in one read, so few are passed on before the other
 //! tasks of the worker have their turn.
 
@@ -9,11 +12,14 @@ use std::task::{Context, Poll};
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use super::OTHER_FRAME;
+
 /// Number of such frames after which the tunnel's task pauses. A peer in order sends one or two.
 pub(crate) const IN_A_TURN: usize = 16;
 
 /// Length of a frame's head (RFC 9113, 4.1), in bytes.
 const HEAD: usize = 9;
+const DATA: u8 = 0;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
 
@@ -31,6 +37,8 @@ pub struct Paced<T> {
     payload: usize,
     /// Number of such frames that were passed on in this turn.
     passed: usize,
+    /// True if a frame was too long; nothing more is passed on.
+    refused: bool,
 }
 
 impl<T> Paced<T> {
@@ -43,6 +51,7 @@ impl<T> Paced<T> {
             came: 0,
             payload: preface,
             passed: 0,
+            refused: false,
         }
     }
 
@@ -65,6 +74,10 @@ impl<T> Paced<T> {
                 self.came = 0;
                 let [high, middle, low, kind, ..] = self.head;
                 self.payload = u32::from_be_bytes([0, high, middle, low]) as usize;
+                if kind != DATA && self.payload > OTHER_FRAME {
+                    self.refused = true;
+                    break;
+                }
                 self.passed += usize::from([SETTINGS, GOAWAY].contains(&kind));
                 // What the frame says comes in the next turn.
                 if self.passed == IN_A_TURN {
@@ -83,6 +96,10 @@ impl<T: AsyncRead + Unpin> AsyncRead for Paced<T> {
         out: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.refused {
+            let error = io::Error::new(io::ErrorKind::InvalidData, "a frame is too long");
+            return Poll::Ready(Err(error));
+        }
         if this.passed == IN_A_TURN {
             this.passed = 0;
             context.waker().wake_by_ref();

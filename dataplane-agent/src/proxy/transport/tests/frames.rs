@@ -65,6 +65,28 @@ async fn framed() -> (
     (server.expect("a handshake"), frames)
 }
 
+/// The engine waits for all of a frame, in memory that no share counts.
+#[test]
+fn a_frame_that_is_too_long_for_a_tunnels_place_is_not_waited_for() {
+    const UNKNOWN: u8 = 0xfa;
+    for (kind, length) in [(0, 200 << 10), (UNKNOWN, 200 << 10), (UNKNOWN, 40 << 10)] {
+        run(async {
+            let (mut server, mut frames) = framed().await;
+            frames.connect(1).await;
+            let _stream = server.accept().await.expect("a request");
+            let served = async { while let Some(Ok(_)) = server.accept().await {} };
+            let sent = async {
+                frames.write(kind, 0, 1, &vec![0; length]).await;
+                frames.until_pong().await
+            };
+            tokio::select! {
+                () = served => {}
+                kinds = sent => assert!(kinds.contains(&7), "{kind} of {length}: {kinds:?}"),
+            }
+        });
+    }
+}
+
 #[test]
 fn a_peer_may_give_up_all_that_it_asked_for_while_we_are_busy() {
     run(async {
