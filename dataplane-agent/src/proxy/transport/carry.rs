@@ -1,7 +1,10 @@
 //! Carries a permitted connection to its next hop.
 
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+
+use futures_util::FutureExt;
 
 use super::hbone::ConnectRequest;
 use super::pool::{Pool, TunnelKey};
@@ -138,13 +141,18 @@ pub async fn carry(
     }
 }
 
-/// Waits for the upstream while policy allows it and the client waits; `None` when the client has gone. The result of
-/// the upstream comes first if both are there: a client that gives up must not hide its failure.
+/// Waits for the upstream while policy allows it and the client waits; `None` when the client has gone. For one that has
+/// gone before, the upstream is not begun. After that its result comes first if both are there: a client that gives up
+/// must not hide its failure.
 async fn wait<T>(
     revoked: impl Future<Output = ()>,
     gone: impl Future<Output = ()>,
     upstream: impl Future<Output = Result<T, TransportError>>,
 ) -> Result<Option<T>, TransportError> {
+    let mut gone = pin!(gone);
+    if gone.as_mut().now_or_never().is_some() {
+        return Ok(None);
+    }
     tokio::select! {
         biased;
         () = revoked => Err(TransportError::Revoked),
@@ -157,6 +165,8 @@ async fn wait<T>(
 mod tests {
     use std::future::{pending, ready};
 
+    use tokio::task::yield_now;
+
     use http::StatusCode;
 
     use super::*;
@@ -168,11 +178,18 @@ mod tests {
                 StatusCode::BAD_GATEWAY,
             )))
         };
-        let end = wait(pending(), ready(()), failed()).await;
+        let end = wait(pending(), yield_now(), failed()).await;
         assert!(matches!(end, Err(TransportError::Status(_))), "{end:?}");
-        let end = wait::<()>(pending(), ready(()), pending()).await;
+        let end = wait::<()>(pending(), yield_now(), pending()).await;
         assert!(matches!(end, Ok(None)), "{end:?}");
-        let end = wait(ready(()), ready(()), failed()).await;
+        let end = wait(ready(()), yield_now(), failed()).await;
         assert!(matches!(end, Err(TransportError::Revoked)), "{end:?}");
+    }
+
+    #[tokio::test]
+    async fn nobody_is_dialled_for_a_client_that_has_gone_already() {
+        let dialled = async { panic!("it is dialled") };
+        let end = wait::<()>(pending(), ready(()), dialled).await;
+        assert!(matches!(end, Ok(None)), "{end:?}");
     }
 }
