@@ -250,7 +250,7 @@ impl Collector for Process {
             ),
             (
                 "dataplane_undelivered_bytes",
-                "What has come by tunnels and its connections have not taken, to some MiB.",
+                "What has come by tunnels and its connections have not taken, besides what each may always hold.",
                 undelivered,
             ),
             (

@@ -4,6 +4,7 @@ use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, SystemTime};
 
 use h2::{Reason, server};
@@ -109,8 +110,8 @@ pub struct AcceptedTunnel {
     pub peer: Peer,
     /// The time at which the first of the two ends' certificates expires. From then on neither end is authenticated.
     until: SystemTime,
-    /// The pod's share of the memory for undelivered bytes.
-    share: Share,
+    /// What its streams share.
+    shared: TunnelState,
     ending: Ending,
     traffic: Traffic,
     _place: Place,
@@ -168,7 +169,8 @@ pub async fn handshake(
     drop(turns);
     let socket = tls.get_ref().0;
     let (ending, traffic) = (socket.ending(), socket.traffic());
-    let connection = timeout_at(deadline, hbone::server(tls))
+    let shared = TunnelState::new(&share);
+    let connection = timeout_at(deadline, hbone::server(tls, &shared))
         .await
         .map_err(|_| AcceptError::Slow)?
         .map_err(AcceptError::Handshake)?;
@@ -177,7 +179,7 @@ pub async fn handshake(
         identity,
         peer,
         until,
-        share,
+        shared,
         ending,
         traffic,
         _place: place,
@@ -229,8 +231,7 @@ impl AcceptedTunnel {
         let ended = certs::ended(self.until);
         let heed = sleep(GOAWAY_GRACE);
         tokio::pin!(lost, closing, look, ended, heed);
-        let shared = TunnelState::new(&self.share);
-        let mut windows = Windows::new(&shared.undelivered);
+        let mut windows = Windows::new(&self.shared.undelivered);
         let mut phase = Phase::Open;
         loop {
             let request = tokio::select! {
@@ -255,20 +256,29 @@ impl AcceptedTunnel {
                     } else {
                         // The engine waits for the peer's answer to a PING, which may never come.
                         phase = Phase::Closing;
-                        self.close();
+                        self.close(Reason::NO_ERROR);
                     }
                     continue;
                 }
                 request = poll_fn(|context| {
+                    if phase < Phase::Closing && let Some(abuse) = self.shared.abuse() {
+                        return Poll::Ready(Err(abuse));
+                    }
                     windows.keep(&mut self.connection, context);
-                    self.connection.poll_accept(context)
+                    self.connection.poll_accept(context).map(Ok)
                 }) => match request {
-                    Some(Ok(request)) => Some(request),
-                    Some(Err(error)) => {
+                    Ok(Some(Ok(request))) => Some(request),
+                    Ok(Some(Err(error))) => {
                         tracing::debug!(%error, peer = %self.identity, "tunnel ended");
                         return;
                     }
-                    None => return,
+                    Ok(None) => return,
+                    Err(abuse) => {
+                        tracing::debug!(error = abuse, peer = %self.identity, "tunnel ended");
+                        phase = Phase::Closing;
+                        self.close(Reason::ENHANCE_YOUR_CALM);
+                        continue;
+                    }
                 },
                 () = &mut lost, if phase < Phase::Closing => {
                     tracing::debug!(peer = %self.identity, "HBONE ping timeout/error");
@@ -276,7 +286,7 @@ impl AcceptedTunnel {
                         return;
                     }
                     phase = Phase::Closing;
-                    self.close();
+                    self.close(Reason::NO_ERROR);
                     continue;
                 }
             };
@@ -293,16 +303,17 @@ impl AcceptedTunnel {
                 Some((request, respond)) => {
                     used = true;
                     let (parts, body) = request.into_parts();
-                    take((parts, Waiting::new(respond, body, &shared)));
+                    take((parts, Waiting::new(respond, body, &self.shared)));
                 }
             }
         }
     }
 
-    /// Closes the tunnel, which carries nothing: the engine writes what it still has, and waits until the peer has
-    /// taken it. The engine has then no more PINGs, which in any case wait behind what the peer has not taken.
-    fn close(&mut self) {
-        self.connection.abrupt_shutdown(Reason::NO_ERROR);
+    /// Closes the tunnel, which carries nothing or is to carry nothing any more: the engine writes what it still has, and
+    /// waits until the peer has taken it. The engine has then no more PINGs, which in any case wait behind what the peer
+    /// has not taken.
+    fn close(&mut self, reason: Reason) {
+        self.connection.abrupt_shutdown(reason);
         self.ending.set();
     }
 }

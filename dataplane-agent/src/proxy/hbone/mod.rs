@@ -18,6 +18,7 @@ use dataplane_ebpf::listener::ListenerKind;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use pace::Paced;
+use stream::TunnelState;
 
 /// Port at which a pod takes tunnels.
 pub const PORT: u16 = ListenerKind::Hbone.port();
@@ -101,18 +102,21 @@ pub const CONNECT_ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 /// Length of what a client sends before its first frame (RFC 9113, 3.4), in bytes.
 const PREFACE: usize = 24;
 
-/// Begins HTTP/2 in a tunnel that a peer has opened.
+/// Begins HTTP/2 in a tunnel that a peer has opened. Windows are small if its pod has little memory left.
 ///
 /// # Errors
 /// The peer does not speak HTTP/2, or the tunnel has ended.
-pub async fn server<T, B>(io: T) -> Result<h2::server::Connection<Paced<T>, B>, h2::Error>
+pub async fn server<T, B>(
+    io: T,
+    shared: &TunnelState,
+) -> Result<h2::server::Connection<Paced<T>, B>, h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin,
     B: Buf,
 {
     let mut builder = h2::server::Builder::new();
     builder
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(shared.undelivered.first_window())
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .max_concurrent_streams(SERVER_STREAMS)
@@ -132,6 +136,7 @@ where
 /// As for [`server`].
 pub async fn client<T, B>(
     io: T,
+    shared: &TunnelState,
 ) -> Result<
     (
         h2::client::SendRequest<B>,
@@ -146,7 +151,7 @@ where
     let mut builder = h2::client::Builder::new();
     builder
         .enable_push(false)
-        .initial_window_size(STREAM_WINDOW)
+        .initial_window_size(shared.undelivered.first_window())
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .initial_max_send_streams(CLIENT_STREAMS)

@@ -30,6 +30,13 @@ impl TunnelState {
             stalls: Rc::default(),
         }
     }
+
+    /// Returns why the tunnel must be ended now, if so: it holds more memory than may be. The task that drives the
+    /// connection asks this before each poll.
+    pub fn abuse(&self) -> Option<&'static str> {
+        let excess = self.undelivered.is_excess();
+        excess.then_some("it holds more than the pod has memory for")
+    }
 }
 
 /// A connected stream.
@@ -169,6 +176,7 @@ pub struct Incoming {
 
 impl Incoming {
     fn new(receive: RecvStream, undelivered: &Rc<Undelivered>) -> Self {
+        undelivered.opened();
         Self {
             receive,
             undelivered: Rc::clone(undelivered),
@@ -225,6 +233,7 @@ impl Incoming {
 impl Drop for Incoming {
     fn drop(&mut self) {
         self.undelivered.less(self.held);
+        self.undelivered.closed();
     }
 }
 
@@ -295,7 +304,9 @@ mod tests {
     #[tokio::test]
     async fn what_comes_after_the_end_is_not_kept() {
         let (near, far) = tokio::io::duplex(1 << 16);
-        let (client, server) = tokio::join!(client::<_, Bytes>(near), server::<_, Payload>(far));
+        let shared = TunnelState::new(&Share::default());
+        let client = client::<_, Bytes>(near, &shared);
+        let (client, server) = tokio::join!(client, server::<_, Payload>(far, &shared));
         let ((mut send, driven), mut server) = (client.expect("client"), server.expect("server"));
         let talk = async {
             let request = http::Request::connect("192.0.2.1:80").body(());
@@ -309,8 +320,7 @@ mod tests {
             to_server.send_trailers(trailers).expect("sent");
             let asked = server.accept().await.expect("a request");
             let (request, _respond) = asked.expect("a request");
-            let undelivered = TunnelState::new(&Share::default()).undelivered;
-            let mut incoming = Incoming::new(request.into_body(), &undelivered);
+            let mut incoming = Incoming::new(request.into_body(), &shared.undelivered);
             let read = async {
                 let mut next = async || poll_fn(|context| incoming.poll_read(context)).await;
                 assert!(matches!(next().await, Some(Ok(bytes)) if bytes == "bytes"));

@@ -14,10 +14,13 @@
 //! never lets it hold more, since `h2` holds a peer to the smaller windows only once it has acknowledged them. The
 //! connections of one that does not wait for each other.
 //!
-//! All tunnels of a pod together have a bound as well: its share of the node's memory for undelivered bytes. From
-//! half of it on, every stream's window is 64 KiB. At the bound no tunnel's window grows any more, so streams of one
-//! tunnel may wait for each other, but the daemon is not killed for its memory. A window that could not grow is tried
-//! again until it can, or need not any more.
+//! All tunnels of a pod together have a bound as well: its share of the node's memory for undelivered bytes, besides
+//! 64 KiB of each stream. From half of it on, every stream's window is 64 KiB, from the first if the tunnel is new. At
+//! the bound no tunnel's window grows any more, so streams of one tunnel may wait for each other. A window that could
+//! not grow is tried again until it can, or need not any more. Windows that peers have been given cannot be taken back
+//! from those that do not heed the smaller ones: at an eighth of the memory beyond the bound each tunnel that brings
+//! more, and holds more than its streams always may, [is ended](Undelivered::is_excess). So the daemon is not killed
+//! for its memory.
 
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
@@ -51,8 +54,12 @@ const MOST_GRANTED: usize = (MOST - CONNECTION_WINDOW) as usize;
 #[derive(Debug)]
 pub struct Undelivered {
     bytes: Cell<usize>,
-    /// Counts `bytes` in the pod's share of memory.
+    /// Number of streams, each of which may always hold [`SMALLEST`].
+    streams: Cell<usize>,
+    /// Counts what `bytes` has beyond that in the pod's share of memory.
     held: Hold,
+    /// First window of each stream.
+    first: u32,
     /// Value of `bytes` at the last look.
     seen: Cell<usize>,
     driver: RefCell<Option<Waker>>,
@@ -61,12 +68,37 @@ pub struct Undelivered {
 impl Undelivered {
     /// Creates the count for a tunnel of a pod with this share of memory.
     pub fn new(share: &Share) -> Self {
+        let held = Hold::new(share, 0);
+        let much = held.level() != Level::Plenty;
         Self {
             bytes: Cell::new(0),
-            held: Hold::new(share, 0),
+            streams: Cell::new(0),
+            held,
+            first: stream_window(0, much, STREAM_WINDOW),
             seen: Cell::new(0),
             driver: RefCell::default(),
         }
+    }
+
+    /// Returns the window with which each stream begins, in bytes.
+    pub fn first_window(&self) -> u32 {
+        self.first
+    }
+
+    /// Returns true if the tunnel must be ended: it holds more than its streams always may, and the pod much more than
+    /// its share.
+    pub(super) fn is_excess(&self) -> bool {
+        self.held.is_excess()
+    }
+
+    pub(super) fn opened(&self) {
+        self.streams.set(self.streams.get() + 1);
+        self.set(self.bytes.get());
+    }
+
+    pub(super) fn closed(&self) {
+        self.streams.set(self.streams.get() - 1);
+        self.set(self.bytes.get());
     }
 
     pub(super) fn more(&self, bytes: usize) {
@@ -79,7 +111,8 @@ impl Undelivered {
 
     fn set(&self, bytes: usize) {
         self.bytes.set(bytes);
-        self.held.set(bytes);
+        let always = self.streams.get() * SMALLEST as usize;
+        self.held.set(bytes.saturating_sub(always));
         if bytes.abs_diff(self.seen.get()) >= STEP
             && let Some(driver) = self.driver.take()
         {
@@ -143,7 +176,7 @@ impl Windows {
             undelivered: Rc::clone(undelivered),
             granted: 0,
             again: None,
-            streams: STREAM_WINDOW,
+            streams: undelivered.first,
         }
     }
 
@@ -299,6 +332,8 @@ mod tests {
         late.more(5 * mib);
         late_windows.keep(&mut late_peer, &mut none);
         assert_eq!(late_peer.tunnel, CONNECTION_WINDOW, "nothing is left");
+        let first = [&greedy, &late].map(|tunnel| tunnel.first_window());
+        assert_eq!(first, [STREAM_WINDOW, SMALLEST]);
         late.less(mib);
         late_windows.keep(&mut late_peer, &mut none);
         assert_eq!(late_peer.tunnel, CONNECTION_WINDOW, "less is no grant");
@@ -387,6 +422,41 @@ mod tests {
                 windows.keep(&mut peer, &mut Context::from_waker(Waker::noop()));
                 peer.hear();
                 prop_assert!(undelivered.bytes.get() <= MOST as usize);
+            }
+        }
+
+        /// Their peers heed no window but that of the tunnel, and come again when they are sent away.
+        #[test]
+        fn what_all_tunnels_hold_is_bounded_whatever_their_peers_heed(
+            turns in proptest::collection::vec((0..40_usize, 1..2_000_000_usize), 1..600),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
+            let runtime = runtime.expect("a runtime");
+            let _timers = runtime.enter();
+            let most = 64 << 20;
+            let memory = Memory::new(most);
+            let pods: [PodMemory; 8] = Default::default();
+            let begin = |number: usize| {
+                let undelivered = Rc::new(Undelivered::new(&memory.share(&pods[number % 8])));
+                undelivered.opened();
+                let windows = Windows::new(&undelivered);
+                (undelivered, windows, Peer::new())
+            };
+            let mut tunnels: Vec<_> = (0..40).map(begin).collect();
+            for (number, bytes) in turns {
+                let tunnel = &mut tunnels[number];
+                if tunnel.0.is_excess() {
+                    *tunnel = begin(number);
+                    continue;
+                }
+                let (undelivered, windows, peer) = tunnel;
+                let may = bytes.min(peer.credit);
+                peer.send(may);
+                undelivered.more(may);
+                windows.keep(peer, &mut Context::from_waker(Waker::noop()));
+                peer.hear();
+                // The last turn may bring it above its bound.
+                prop_assert!(memory.held() <= most as usize * 9 / 8 + 2_000_000);
             }
         }
     }

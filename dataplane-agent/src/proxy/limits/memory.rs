@@ -82,6 +82,15 @@ impl Share {
     }
 }
 
+impl Share {
+    /// Returns true if the pod holds more than its share by an eighth of the node's memory. All pods together then
+    /// hold no more than nine eighths of it, if whoever adds to that gives up what it holds.
+    fn is_exceeded(&self) -> bool {
+        let most = self.node.most.saturating_add(self.node.most / 8);
+        self.pod.0.load(Ordering::Relaxed) >= most.saturating_sub(self.node.held())
+    }
+}
+
 /// The bytes that one connection or tunnel holds; they are given back when this is dropped.
 #[derive(Debug)]
 pub struct Hold {
@@ -118,6 +127,12 @@ impl Hold {
     pub fn level(&self) -> Level {
         self.share.level()
     }
+
+    /// Returns true if it must be given up: it holds more than it may always hold, and the pod more than its share,
+    /// by more than peers that heed their smaller windows can still send.
+    pub fn is_excess(&self) -> bool {
+        self.counted.get() > 0 && self.share.is_exceeded()
+    }
 }
 
 impl Drop for Hold {
@@ -148,6 +163,12 @@ mod tests {
         hold.set(610);
         assert_eq!((greedy.level(), memory.held()), (Level::Nothing, 600));
         assert_eq!(other.level(), Level::Plenty);
+        assert!(!hold.is_excess());
+        hold.set(690);
+        let small = Hold::new(&greedy, 10);
+        small.set(10);
+        assert!(hold.is_excess() && !small.is_excess());
+        hold.set(610);
         let late = Hold::new(&other, 0);
         late.set(250);
         assert_eq!(other.level(), Level::Little);

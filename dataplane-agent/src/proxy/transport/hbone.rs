@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::SystemTime;
 
 use h2::client::{ResponseFuture, SendRequest};
@@ -101,6 +102,7 @@ pub async fn dial(
     // The name is not used: SNI is off, and peers are known by their identity.
     let nobody = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
     let share = connector.undelivered(pod);
+    let shared = TunnelState::new(&share);
     let handshake = async {
         let io = ReadAhead::new(tcp, &share);
         let tls = tokio_rustls::TlsConnector::from(tls)
@@ -118,7 +120,7 @@ pub async fn dial(
             .map_err(|error| TransportError::Identity(error.to_string().into()))?;
         let socket = tls.get_ref().0;
         let (ending, traffic) = (socket.ending(), socket.traffic());
-        let handshake = hbone::client::<_, Payload>(tls).await;
+        let handshake = hbone::client::<_, Payload>(tls, &shared).await;
         handshake
             .map(|made| (made, peers_end, ending, traffic))
             .map_err(|error| TransportError::Handshake(error.to_string().into()))
@@ -131,7 +133,7 @@ pub async fn dial(
             })??;
     let tunnel = Rc::new(ClientTunnel {
         send: RefCell::new(Some(send)),
-        shared: TunnelState::new(&share),
+        shared: shared.clone(),
         health: Rc::default(),
         streams: Cell::new(0),
         closed: Cell::new(false),
@@ -144,7 +146,7 @@ pub async fn dial(
     });
     // The reference is weak: the connection also ends when nobody holds the tunnel.
     let driven = Rc::downgrade(&tunnel);
-    let mut windows = Windows::new(&tunnel.shared.undelivered);
+    let mut windows = Windows::new(&shared.undelivered);
     let health = Rc::clone(&tunnel.health);
     let peer = expected.iter().map(ToString::to_string);
     let peer = peer.collect::<Vec<_>>().join(" or ");
@@ -169,6 +171,10 @@ pub async fn dial(
     group.spawn(async move {
         let lost = keepalive::lost(connection.ping_pong(), &health, || traffic.moved());
         let mut end = pin!(poll_fn(|context| {
+            if let Some(abuse) = shared.abuse() {
+                tracing::debug!(%to, peer, error = abuse, "tunnel ended");
+                return Poll::Ready(Ok(()));
+            }
             windows.keep(&mut connection, context);
             Pin::new(&mut connection).poll(context)
         }));

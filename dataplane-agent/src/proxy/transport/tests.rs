@@ -74,11 +74,11 @@ async fn pair() -> (TcpStream, TcpStream) {
 /// Returns our ends with the peer's, and the future that drives both.
 async fn streams(count: usize) -> (Vec<(Stream, Stream)>, impl Future<Output = ()>) {
     let (near, far) = tokio::io::duplex(1 << 20);
-    let client = crate::proxy::hbone::client::<_, Payload>(near);
-    let server = crate::proxy::hbone::server::<_, Payload>(far);
+    let [ours, theirs] = [(); 2].map(|()| TunnelState::new(&Share::default()));
+    let client = crate::proxy::hbone::client::<_, Payload>(near, &ours);
+    let server = crate::proxy::hbone::server::<_, Payload>(far, &theirs);
     let (client, server) = tokio::join!(client, server);
     let ((mut send, mut driven), mut server) = (client.expect("client"), server.expect("server"));
-    let [ours, theirs] = [(); 2].map(|()| TunnelState::new(&Share::default()));
     let mut windows = Windows::new(&ours.undelivered);
     let mut driven = Box::pin(poll_fn(move |context| {
         windows.keep(&mut driven, context);

@@ -14,6 +14,8 @@ use crate::proxy::identity::test_ca::Ca;
 const INBOUND_IDLE_TIMEOUT: Duration = Duration::from_millis(300);
 /// Number of bytes that the server sends when a stream's client has ended its direction.
 const ANSWER: usize = 4_000_000;
+/// Memory, in bytes, for what the server's streams have not taken; they take nothing.
+const MEMORY: u64 = 1 << 20;
 
 fn who(account: &str) -> Identity {
     Identity::new("td", "ns", account)
@@ -80,6 +82,29 @@ fn a_tunnel_that_ends_delivers_what_it_has_sent_to_a_peer_that_reads_slowly() {
             end(stream).await.expect("it is delivered");
         },
     ));
+}
+
+#[test]
+fn a_tunnel_that_brings_more_than_its_pod_has_memory_for_is_ended() {
+    run(async {
+        let fill = async |send: &mut SendRequest<Bytes>| {
+            let (mut stream, _body) = open(send).await.expect("a stream");
+            loop {
+                stream.reserve_capacity(1 << 16);
+                let Some(Ok(room)) = poll_fn(|context| stream.poll_capacity(context)).await else {
+                    return;
+                };
+                let sent = stream.send_data(Bytes::from(vec![7; room]), false);
+                if sent.is_err() {
+                    return;
+                }
+            }
+        };
+        let unused = Duration::from_secs(60);
+        let (end, _) = ended_by(Ca::new(), unused, |tls, _| tls, fill).await;
+        let reason = end.expect_err("it is ended").reason();
+        assert_eq!(reason, Some(Reason::ENHANCE_YOUR_CALM));
+    });
 }
 
 fn run<T>(test: impl Future<Output = T>) -> T {
@@ -175,6 +200,18 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
     over: impl FnOnce(Tls, &TaskGroup) -> T,
     use_it: impl AsyncFnOnce(&mut SendRequest<Bytes>),
 ) -> Duration {
+    let (end, lasted) = ended_by(ca, unused, over, use_it).await;
+    end.expect("an end in order");
+    lasted
+}
+
+/// Does what [`tunnel_by`] does, and returns how the tunnel ended besides.
+async fn ended_by<T: AsyncRead + AsyncWrite + Unpin>(
+    ca: Ca,
+    unused: Duration,
+    over: impl FnOnce(Tls, &TaskGroup) -> T,
+    use_it: impl AsyncFnOnce(&mut SendRequest<Bytes>),
+) -> (Result<(), h2::Error>, Duration) {
     let (certs, tasks) = (Certs::new(Arc::new(ca)), TaskGroup::new(None));
     certs.retain(&who("client"));
     certs.retain(&who("server"));
@@ -184,7 +221,7 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
 
     let (pod, places) = (
         LocalPod::example("uid", who("server"), Vec::new()),
-        NodePlaces::new(10),
+        NodePlaces::new(10).with_memory(64 << 20, MEMORY),
     );
     let serve = async {
         let (tcp, peer) = listener.accept().await.expect("a connection");
@@ -202,7 +239,9 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
                 for at in (0..ANSWER).step_by(1 << 17) {
                     poll_fn(|context| out.poll_room(context)).await;
                     let piece = answer.slice(at..ANSWER.min(at + (1 << 17)));
-                    out.send(piece).expect("it is there");
+                    if out.send(piece).is_err() {
+                        return;
+                    }
                 }
                 out.finish().expect("it is there");
                 poll_fn(|context| out.poll_flushed(context)).await;
@@ -222,7 +261,8 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
         let tls = tokio_rustls::TlsConnector::from(tls)
             .connect(nobody, tcp)
             .await;
-        let h2 = hbone::client::<_, Bytes>(over(tls.expect("TLS"), &tasks)).await;
+        let shared = TunnelState::new(&Share::default());
+        let h2 = hbone::client::<_, Bytes>(over(tls.expect("TLS"), &tasks), &shared).await;
         let (mut send, connection) = h2.expect("HTTP/2");
         let use_it = async {
             use_it(&mut send).await;
@@ -230,10 +270,9 @@ async fn tunnel_by<T: AsyncRead + AsyncWrite + Unpin>(
             (send, Instant::now())
         };
         let (ended, (_send, used)) = tokio::join!(connection, use_it);
-        ended.expect("an end in order");
-        used.elapsed()
+        (ended, used.elapsed())
     };
-    let ((), lasted) = tokio::join!(serve, connect);
+    let ((), end) = tokio::join!(serve, connect);
     assert_eq!(places.taken(), 0);
-    lasted
+    end
 }

@@ -61,7 +61,8 @@ async fn framed() -> (
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
     frames.0.write_all(preface).await.expect("written");
     frames.write(4, 0, 0, &[]).await;
-    let server = crate::proxy::hbone::server::<_, Payload>(far).await;
+    let shared = TunnelState::new(&Share::default());
+    let server = crate::proxy::hbone::server::<_, Payload>(far, &shared).await;
     (server.expect("a handshake"), frames)
 }
 

@@ -235,7 +235,8 @@ impl Peer {
                 let Ok(tls) = tls.await else {
                     return;
                 };
-                let handshake = crate::proxy::hbone::server::<_, Payload>(tls);
+                let shared = TunnelState::new(&Share::default());
+                let handshake = crate::proxy::hbone::server::<_, Payload>(tls, &shared);
                 let Ok(mut connection) = handshake.await else {
                     return;
                 };

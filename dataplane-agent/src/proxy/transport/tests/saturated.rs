@@ -49,8 +49,10 @@ fn two_ends_that_send_all_they_can_do_not_stop_each_other() {
             socket.set_recv_buffer_size(64 << 10).expect("set");
         }
         let share = Share::default();
-        let server = crate::proxy::hbone::server::<_, Bytes>(ReadAhead::new(near, &share));
-        let client = crate::proxy::hbone::client::<_, Bytes>(ReadAhead::new(far, &share));
+        let shared = TunnelState::new(&share);
+        let [near, far] = [near, far].map(|tcp| ReadAhead::new(tcp, &share));
+        let server = crate::proxy::hbone::server::<_, Bytes>(near, &shared);
+        let client = crate::proxy::hbone::client::<_, Bytes>(far, &shared);
         let (client, server) = tokio::join!(client, server);
         let (mut client, mut driven) = client.expect("a client");
         let mut server = server.expect("a server");

@@ -98,9 +98,10 @@ fn what_a_tunnel_sent_before_it_ended_is_delivered() {
         let (near, far) = pair().await;
         let small = socket2::SockRef::from(&far).set_recv_buffer_size(16 << 10);
         small.expect("set");
-        let server =
-            crate::proxy::hbone::server::<_, Bytes>(ReadAhead::new(near, &Share::default()));
-        let client = crate::proxy::hbone::client::<_, Bytes>(far);
+        let shared = TunnelState::new(&Share::default());
+        let near = ReadAhead::new(near, &Share::default());
+        let server = crate::proxy::hbone::server::<_, Bytes>(near, &shared);
+        let client = crate::proxy::hbone::client::<_, Bytes>(far, &shared);
         let (client, server) = tokio::join!(client, server);
         let ((mut client, mut driven), mut server) =
             (client.expect("client"), server.expect("server"));
