@@ -9,6 +9,7 @@ use h2::{Reason, RecvStream, SendStream};
 use http::{Response, StatusCode};
 
 use super::batch::Batch;
+use super::given_up::GivenUp;
 use super::payload::{Payload, Stalls, Told, Unsent};
 use super::window::Undelivered;
 use crate::proxy::limits::memory::Share;
@@ -20,6 +21,8 @@ pub struct TunnelState {
     pub undelivered: Rc<Undelivered>,
     /// Streams that cannot send.
     pub stalls: Rc<Stalls>,
+    /// Streams that the peer gave up before they were answered.
+    pub given_up: Rc<GivenUp>,
 }
 
 impl TunnelState {
@@ -28,14 +31,20 @@ impl TunnelState {
         Self {
             undelivered: Rc::new(Undelivered::new(share)),
             stalls: Rc::default(),
+            given_up: Rc::default(),
         }
     }
 
-    /// Returns why the tunnel must be ended now, if so: it holds more memory than may be. The task that drives the
-    /// connection asks this before each poll.
+    /// Returns why the tunnel must be ended now, if so: it holds more memory than may be, or its peer makes us work for
+    /// nothing. The task that drives the connection asks this before each poll.
     pub fn abuse(&self) -> Option<&'static str> {
-        let excess = self.undelivered.is_excess();
-        excess.then_some("it holds more than the pod has memory for")
+        if self.undelivered.is_excess() {
+            Some("it holds more than the pod has memory for")
+        } else if self.given_up.is_flood() {
+            Some("its peer gives up too many streams")
+        } else {
+            None
+        }
     }
 }
 
@@ -243,6 +252,7 @@ pub struct Waiting {
     respond: SendResponse<Payload>,
     incoming: Incoming,
     stalls: Rc<Stalls>,
+    given_up: Rc<GivenUp>,
 }
 
 impl Waiting {
@@ -252,6 +262,7 @@ impl Waiting {
             respond,
             incoming: Incoming::new(receive, &shared.undelivered),
             stalls: Rc::clone(&shared.stalls),
+            given_up: Rc::clone(&shared.given_up),
         }
     }
 
@@ -263,6 +274,7 @@ impl Waiting {
             self.respond.poll_reset(context)
         })
         .await;
+        self.given_up.one_more();
     }
 
     /// Tells the peer that it is connected.
@@ -275,7 +287,8 @@ impl Waiting {
         if let Some(baggage) = baggage.and_then(|baggage| baggage.parse().ok()) {
             response.headers_mut().insert("baggage", baggage);
         }
-        let send = self.respond.send_response(response, false)?;
+        let send = self.respond.send_response(response, false);
+        let send = send.inspect_err(|_| self.given_up.one_more())?;
         Ok(Stream {
             outgoing: Outgoing::new(send, &self.stalls),
             incoming: self.incoming,
@@ -287,7 +300,9 @@ impl Waiting {
         let mut response = Response::new(());
         *response.status_mut() = status;
         // The peer may have gone.
-        let _ = self.respond.send_response(response, true);
+        if self.respond.send_response(response, true).is_err() {
+            self.given_up.one_more();
+        }
     }
 }
 

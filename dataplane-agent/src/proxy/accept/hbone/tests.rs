@@ -14,6 +14,8 @@ use crate::proxy::identity::test_ca::Ca;
 const INBOUND_IDLE_TIMEOUT: Duration = Duration::from_millis(300);
 /// Number of bytes that the server sends when a stream's client has ended its direction.
 const ANSWER: usize = 4_000_000;
+/// Port of the server to which no stream is answered.
+const UNANSWERED: u16 = 81;
 /// Memory, in bytes, for what the server's streams have not taken; they take nothing.
 const MEMORY: u64 = 1 << 20;
 
@@ -82,6 +84,43 @@ fn a_tunnel_that_ends_delivers_what_it_has_sent_to_a_peer_that_reads_slowly() {
             end(stream).await.expect("it is delivered");
         },
     ));
+}
+
+/// Each is looked at before the next ones come, so they never wait for us.
+#[test]
+fn a_peer_that_gives_up_all_that_it_asks_for_loses_its_tunnel() {
+    run(async {
+        let flood = async |send: &mut SendRequest<Bytes>| {
+            let mut looked_at = Vec::new();
+            for _ in 0..=2 * hbone::GIVEN_UP / 50 {
+                let mut asked = Vec::new();
+                for _ in 0..50 {
+                    let Ok(ready) = send.clone().ready().await else {
+                        return;
+                    };
+                    *send = ready;
+                    let request = http::Request::connect(format!("192.0.2.1:{UNANSWERED}"));
+                    let request = request.body(()).expect("a request");
+                    let Ok(sent) = send.send_request(request, false) else {
+                        return;
+                    };
+                    asked.push(sent);
+                }
+                match open(send).await {
+                    Ok(stream) => looked_at.push(stream),
+                    Err(_) => return,
+                }
+                for (_, mut stream) in asked {
+                    stream.send_reset(Reason::CANCEL);
+                }
+            }
+            panic!("it goes on");
+        };
+        let unused = Duration::from_secs(60);
+        let (end, _) = ended_by(Ca::new(), unused, |tls, _| tls, flood).await;
+        let reason = end.expect_err("it is ended").reason();
+        assert_eq!(reason, Some(Reason::ENHANCE_YOUR_CALM));
+    });
 }
 
 #[test]
@@ -228,8 +267,11 @@ async fn ended_by<T: AsyncRead + AsyncWrite + Unpin>(
         let turns = places.begin(&pod.handshakes, peer.ip());
         let tunnel = handshake(tcp, peer.ip(), &pod, &certs, turns, &places).await;
         let tunnel = tunnel.expect("a tunnel");
-        let take = |(_, waiting): Request| {
+        let take = |(parts, mut waiting): Request| {
             tasks.spawn(async move {
+                if parts.uri.port_u16() == Some(UNANSWERED) {
+                    return waiting.gone().await;
+                }
                 let mut stream = waiting.connected(None).expect("it waits");
                 while let Some(Ok(_)) = poll_fn(|context| stream.incoming.poll_read(context)).await
                 {
