@@ -10,6 +10,7 @@ mod cgroups;
 mod claims;
 mod events;
 mod locate;
+mod newer;
 mod pod_cgroups;
 mod scan_schedule;
 mod scanner;
@@ -87,6 +88,10 @@ struct PodLocation {
     netns: Netns,
     cookie: u64,
     groups: Vec<(PathBuf, CgroupId)>,
+    /// Number of the first look that saw the namespace.
+    since: u64,
+    /// Number of the last look by whose end one of `groups` was there.
+    last: u64,
     /// Processes outside of `groups`, and when each was first seen there.
     outside: BTreeMap<u32, Instant>,
 }
@@ -132,6 +137,8 @@ pub struct Scan {
     pub found: BTreeMap<Arc<str>, FoundPod>,
     /// The pods that were not found, and why.
     pub waiting: BTreeMap<Arc<str>, NotFound>,
+    /// Pods that were found, and may be in a newer namespace by now; why that is not known.
+    pub doubts: BTreeMap<Arc<str>, String>,
     /// Cookies of the namespaces of pods that are gone.
     pub gone: BTreeSet<u64>,
     /// Processes of a pod's namespace that are outside of its cgroups, by the pod's uid.
@@ -285,6 +292,12 @@ impl PodLocator {
         since.is_some_and(|since| since <= lost)
     }
 
+    /// Returns the number of the look that first saw this namespace.
+    fn since(&self, namespace: &Namespace) -> u64 {
+        let since = namespace.cookie.and_then(|cookie| self.since.get(&cookie));
+        since.map_or(self.looks, |since| *since)
+    }
+
     fn gone(&self) -> BTreeSet<u64> {
         let gone = self
             .sightings
@@ -309,7 +322,7 @@ impl PodLocator {
                 .any(|location| location.outside.values().any(is_new))
         {
             POLL_INTERVAL
-        } else if scan.waiting.values().any(may_be_here) {
+        } else if scan.waiting.values().any(may_be_here) || !scan.doubts.is_empty() {
             WAITING_INTERVAL
         } else {
             IDLE_INTERVAL
@@ -327,7 +340,7 @@ impl PodLocator {
             gone: self.gone(),
             ..Scan::default()
         };
-        let mut why = self.locate(pods, captured, snapshot);
+        let mut why = self.locate(pods, captured, snapshot, &mut scan.doubts);
         for pod in pods.iter().filter(|pod| pod.wanted == Wanted::Yes) {
             let uid = &pod.uid;
             if self.locations.contains_key(uid)

@@ -311,11 +311,14 @@ impl PodController {
                 "Pod {name}: was captured, and no manifest says it; it stays so as long as {why}"
             ))
         });
+        let doubtful = scan.doubts.iter();
+        let doubtful = doubtful.map(|(uid, why)| format!("Pod {}: {why}", named(uid)));
         let problems = scan
             .failed
             .iter()
             .cloned()
             .chain(missing)
+            .chain(doubtful)
             .chain(unconfigured);
         let unrecorded = self.recording.iter().flat_map(RecordWriter::problems);
         problems.chain(unrecorded).collect()
@@ -427,13 +430,16 @@ fn is_here(pod: &LocalPodSpec, scan: &Scan, status: &Status) -> bool {
         // What is served is an earlier instance of it.
         Some(NotFound::NotYet(_) | NotFound::Nowhere(_)) => {
             let mut of_uid = status.values().filter(|of| of.uid == pod.uid);
-            of_uid.any(|of| !is_served(&of.state))
+            scan.doubts.contains_key(&pod.uid) || of_uid.any(|of| !is_served(&of.state))
         }
         Some(NotFound::Doubtful(_)) | None => true,
     }
 }
 
 const BEING_ENROLLED: &str = "it is being enrolled";
+/// Said of a pod that may be in a newer network namespace than the one in which it is served.
+const FORMER_SERVED: &str =
+    "it is served in the one in which it was found first, and may be in the other one";
 /// Endings of the reason why a pod waits. They say what is not protected meanwhile.
 const NOT_CAPTURED: &str = "until then it is not captured, and no policy holds";
 const IN_CLEAR: &str = "until then it is captured, and they connect to it in clear";
@@ -476,6 +482,12 @@ fn state(
     }
     let why = match is {
         Some((_, of)) if of.state == PodState::Up => {
+            if let Some(why) = scan.doubts.get(&pod.uid) {
+                return (
+                    State::Waiting,
+                    Some(format!("{why}; {FORMER_SERVED}; {NOT_CAPTURED}")),
+                );
+            }
             return match known {
                 Known::Yes => (State::Up, None),
                 Known::NotYet => (State::Waiting, Some(BEING_ENROLLED.into())),
@@ -486,7 +498,10 @@ fn state(
             return (State::Broken, Some(why.clone()));
         }
         Some((_, of)) if let PodState::Failed { why, .. } = &of.state => Some(why.as_str()),
-        _ => scan.waiting.get(&pod.uid).map(NotFound::why),
+        _ => {
+            let missing = scan.waiting.get(&pod.uid).map(NotFound::why);
+            scan.doubts.get(&pod.uid).map(String::as_str).or(missing)
+        }
     };
     let leaves = is.is_some_and(|(_, of)| of.state == PodState::Draining);
     let reason = match (why, captured) {

@@ -113,6 +113,13 @@ impl Look {
         }
     }
 
+    /// Returns `true` unless a network namespace is mounted at this path.
+    pub fn is_of_process(&self, path: &Path) -> bool {
+        let path = without_var(path);
+        let mut mounts = self.namespaces.values().flat_map(|of| &of.mounts);
+        !mounts.any(|at| without_var(at) == path)
+    }
+
     fn held_at(&self, path: &Path) -> Option<u64> {
         let process = process_of(path);
         let is_there = |namespace: &Namespace| {

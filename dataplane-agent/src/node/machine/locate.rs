@@ -1,4 +1,4 @@
-//! Finds the namespace of a pod that has none yet.
+//! Finds the namespace of a pod that has none yet, or that is in a newer one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::cgroups;
 use super::claims::{self, Claims, Unresolved};
+use super::newer::Newer;
 use super::snapshot::{Candidate, CandidateIdentity, MachineSnapshot};
 use super::{NamespaceSighting, NotFound, PodLocation, PodLocator, SearchKey};
 use crate::control::manifests::LocalPodSpec;
@@ -16,12 +17,14 @@ use crate::sys::interfaces::Interfaces;
 use crate::sys::netns::Netns;
 
 impl PodLocator {
-    /// Finds the namespaces of pods that have none yet. Returns why others still have none.
+    /// Finds the namespaces of pods that have none yet, and newer ones of others. Returns why some still have none.
+    /// `doubts` gets those that have one, and of which it is not known whether it is a newer one by now.
     pub(super) fn locate(
         &mut self,
         pods: &[LocalPodSpec],
         captured: &Status,
         snapshot: &mut MachineSnapshot,
+        doubts: &mut BTreeMap<Arc<str>, String>,
     ) -> BTreeMap<Arc<str>, NotFound> {
         let mut why = BTreeMap::new();
         let mut claims = Claims::new();
@@ -44,6 +47,12 @@ impl PodLocator {
                 Err(reason) => _ = why.insert(pod.uid.clone(), reason),
             }
         }
+        let newer = self.newer_instances(pods, captured, &taken, snapshot);
+        let known = newer.iter().filter_map(|(pod, newer)| match newer {
+            Newer::Known(namespaces) => Some((pod.uid.clone(), namespaces.clone())),
+            Newer::Possible(_) | Newer::Unknown(_) => None,
+        });
+        claims.extend(known);
         let mut unresolved = Vec::new();
         for (uid, resolved) in claims::resolve(claims) {
             let Some(pod) = pods.iter().find(|pod| pod.uid == uid) else {
@@ -51,14 +60,14 @@ impl PodLocator {
             };
             match resolved {
                 Ok(inode) => {
-                    if let Some(Ok(Some(candidate))) = snapshot.opened.get(&inode)
-                        && let Ok(who) = &candidate.who
-                    {
+                    if let Some((candidate, who)) = snapshot.identity(inode) {
                         let location = PodLocation {
                             key: SearchKey::of(pod),
                             netns: candidate.netns.clone(),
                             cookie: who.cookie,
                             groups: Vec::new(),
+                            since: self.since(&snapshot.seen.namespaces[&inode]),
+                            last: self.looks,
                             outside: BTreeMap::new(),
                         };
                         self.sightings.entry(location.cookie).or_insert_with(|| {
@@ -71,7 +80,13 @@ impl PodLocator {
                         self.locations.insert(uid, location);
                     }
                 }
+                Err(_) if self.locations.contains_key(&uid) => {}
                 Err(doubt) => unresolved.push((pod, doubt)),
+            }
+        }
+        for (pod, newer) in newer {
+            if let Some(doubt) = self.doubt(pod, newer, snapshot) {
+                doubts.insert(pod.uid.clone(), doubt);
             }
         }
         for (pod, doubt) in unresolved {
@@ -101,7 +116,7 @@ impl PodLocator {
     }
 
     /// Returns the namespaces that may be a pod's.
-    fn candidates(
+    pub(super) fn candidates(
         &self,
         pod: &LocalPodSpec,
         pods: &[LocalPodSpec],
@@ -129,17 +144,19 @@ impl PodLocator {
             .filter(|uid| !own.contains(uid))
             .collect();
         let (mut named, mut unnamed) = (BTreeSet::new(), BTreeSet::new());
-        let (mut before, mut failed) = (None, None);
+        let (mut before, mut older, mut failed) = (None, None, None);
         let namespaces = snapshot.seen.namespaces.iter();
-        let newer = namespaces.filter(|(_, namespace)| !self.is_older(namespace, pod));
-        let inodes: Vec<u64> = newer.map(|(inode, _)| *inode).collect();
-        for inode in inodes {
+        let all: Vec<(u64, bool)> = namespaces
+            .map(|(inode, namespace)| (*inode, self.is_older(namespace, pod)))
+            .collect();
+        for (inode, is_older) in all {
             if taken.contains(&inode) || self.hosts.contains(&inode) {
                 continue;
             }
-            let candidate = match snapshot.open(inode, &self.root, &self.pods) {
+            let candidate = match snapshot.open(inode) {
                 Ok(Some(candidate)) => candidate,
                 Ok(None) => continue,
+                Err(_) if is_older => continue,
                 Err(error) => {
                     failed.get_or_insert_with(|| error.clone());
                     continue;
@@ -150,23 +167,30 @@ impl PodLocator {
                 Ok(_) => continue,
                 // It keeps no other pod from being found: whose it is, is not known by its addresses.
                 Err(error) => {
-                    if let Ok(who) = &candidate.who
+                    let error = error.clone();
+                    if !is_older
+                        && let Some(Ok(who)) = snapshot.identify(inode, &self.root, &self.pods)
                         && (!who.uids.is_disjoint(&own)
                             || captured
                                 .get(&who.cookie)
                                 .is_some_and(|is| is.uid == pod.uid))
                     {
-                        failed.get_or_insert_with(|| error.clone());
+                        failed.get_or_insert(error);
                     }
                     continue;
                 }
             }
-            let who = match &candidate.who {
-                Ok(who) => who,
-                Err(error) => {
+            if is_older {
+                older = Some(inode);
+                continue;
+            }
+            let who = match snapshot.identify(inode, &self.root, &self.pods) {
+                Some(Ok(who)) => who,
+                Some(Err(error)) => {
                     failed.get_or_insert_with(|| error.clone());
                     continue;
                 }
+                None => continue,
             };
             match captured.get(&who.cookie) {
                 Some(is) if is.uid == pod.uid => before = Some(inode),
@@ -192,6 +216,11 @@ impl PodLocator {
             (Some(before), _) if candidates.contains(&before) => Ok([before].into()),
             // A namespace that could not be inspected may have the address too.
             (_, Some(error)) if !is_named => Err(NotFound::Doubtful(error)),
+            _ if candidates.is_empty()
+                && let Some(older) = older =>
+            {
+                Err(NotFound::Doubtful(snapshot.describe_older(pod, older)))
+            }
             _ => Ok(candidates),
         }
     }
@@ -235,7 +264,7 @@ impl PodLocator {
         let candidate = Candidate {
             netns,
             addresses: Ok(addresses),
-            who: Ok(who),
+            who: Some(Ok(who)),
         };
         snapshot.opened.insert(inode, Ok(Some(candidate)));
         Ok(inode)

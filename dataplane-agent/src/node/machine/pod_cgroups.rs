@@ -101,6 +101,7 @@ impl PodLocator {
         if let Some(location) = self.locations.get_mut(uid) {
             location.outside = since;
             if !groups.is_empty() {
+                location.last = self.looks;
                 location.groups = groups;
             }
         }
@@ -109,7 +110,10 @@ impl PodLocator {
 
     /// Returns the cgroups that still exist. A folder that was made again is another cgroup, with another id,
     /// and may belong to anybody, so it is checked again.
-    fn existing_cgroups(&self, groups: &[(PathBuf, CgroupId)]) -> Vec<(PathBuf, CgroupId)> {
+    pub(super) fn existing_cgroups(
+        &self,
+        groups: &[(PathBuf, CgroupId)],
+    ) -> Vec<(PathBuf, CgroupId)> {
         let remains = |(folder, was): &&(PathBuf, CgroupId)| match cgroup::id(&self.root, folder) {
             Ok(is) => is == *was,
             Err(error) => error.kind() != io::ErrorKind::NotFound,

@@ -31,8 +31,9 @@ pub(super) struct Candidate {
     pub netns: Netns,
     /// An error means that it has more interfaces or addresses than are read, which anybody can make in their own.
     pub addresses: Result<Vec<IpAddr>, String>,
-    /// An error here only concerns pods of these addresses: processes of a namespace can cause one on purpose.
-    pub who: Result<CandidateIdentity, String>,
+    /// `None` until it is asked for. An error here only concerns pods of these addresses: processes of a namespace can
+    /// cause one on purpose.
+    pub who: Option<Result<CandidateIdentity, String>>,
 }
 
 /// The properties that distinguish namespaces with the same addresses.
@@ -56,52 +57,68 @@ impl MachineSnapshot {
     }
 
     /// Opens a namespace, once per look.
-    pub(super) fn open(
-        &mut self,
-        inode: u64,
-        root: &Path,
-        pods: &Path,
-    ) -> Result<Option<&Candidate>, &String> {
+    pub(super) fn open(&mut self, inode: u64) -> Result<Option<&Candidate>, &String> {
         let Some(namespace) = self.seen.namespaces.get(&inode) else {
             return Ok(None);
         };
         let opened = self.opened.entry(inode).or_insert_with(|| {
-            let wrong = |error: io::Error| {
-                format!(
-                    "{} cannot be looked into: {error}",
-                    namespace.path.display()
-                )
-            };
-            let Some(netns) = open(namespace, inode).map_err(wrong)? else {
+            let Some(netns) = open(namespace, inode).map_err(wrong(namespace))? else {
                 return Ok(None);
             };
-            let who = || {
-                Ok(CandidateIdentity {
-                    cookie: netns.cookie()?,
-                    uids: uids(&namespace.processes, root, pods)?,
-                })
-            };
             let addresses = match Interfaces::of(&netns) {
-                Err(error) if is_too_many(&error) => Err(wrong(error)),
-                found => Ok(found.map_err(wrong)?.addresses),
+                Err(error) if is_too_many(&error) => Err(wrong(namespace)(error)),
+                found => Ok(found.map_err(wrong(namespace))?.addresses),
             };
             Ok(Some(Candidate {
                 addresses,
-                who: who().map_err(wrong),
+                who: None,
                 netns,
             }))
         });
         opened.as_ref().map(Option::as_ref)
     }
 
+    /// Returns what distinguishes an opened namespace from others, asked once per look; `None` if it is not open.
+    pub(super) fn identify(
+        &mut self,
+        inode: u64,
+        root: &Path,
+        pods: &Path,
+    ) -> Option<&Result<CandidateIdentity, String>> {
+        let namespace = self.seen.namespaces.get(&inode)?;
+        let candidate = self.opened.get_mut(&inode)?.as_mut().ok()?.as_mut()?;
+        let netns = &candidate.netns;
+        let identify = || {
+            Ok(CandidateIdentity {
+                cookie: netns.cookie()?,
+                uids: uids(&namespace.processes, root, pods)?,
+            })
+        };
+        let who = &mut candidate.who;
+        Some(who.get_or_insert_with(|| identify().map_err(wrong(namespace))))
+    }
+
+    /// Returns the identity of a namespace that was asked for it, if there was no error.
+    pub(super) fn identity(&self, inode: u64) -> Option<(&Candidate, &CandidateIdentity)> {
+        let candidate = self.opened.get(&inode)?.as_ref().ok()?.as_ref()?;
+        Some((candidate, candidate.who.as_ref()?.as_ref().ok()?))
+    }
+
+    /// Describes for people a namespace that has a pod's addresses and was there before the pod's own went.
+    pub(super) fn describe_older(&self, of: &LocalPodSpec, inode: u64) -> String {
+        format!(
+            "{} has {}, but was there before the pod's own network namespace went: if it is the pod's, name it in the \
+             annotation {}",
+            self.path(inode),
+            addresses(of),
+            pod::NETNS_ANNOTATION,
+        )
+    }
+
     /// Describes a doubt for people.
     pub(super) fn describe(&self, of: &LocalPodSpec, doubt: &Unresolved) -> String {
-        let all: Vec<String> = of.addresses.iter().map(ToString::to_string).collect();
-        let all = all.join(", ");
-        let path = |inode: &u64| {
-            let namespace = self.seen.namespaces.get(inode);
-            namespace.map_or_else(String::new, |of| of.path.display().to_string())
-        };
+        let all = addresses(of);
+        let path = |inode: &u64| self.path(*inode);
         match doubt {
             Unresolved::None => format!("no network namespace of this machine has {all}"),
             Unresolved::Several(several) => {
@@ -118,6 +135,21 @@ impl MachineSnapshot {
             ),
         }
     }
+
+    fn path(&self, inode: u64) -> String {
+        let namespace = self.seen.namespaces.get(&inode);
+        namespace.map_or_else(String::new, |of| of.path.display().to_string())
+    }
+}
+
+fn wrong(namespace: &Namespace) -> impl Fn(io::Error) -> String {
+    let path = namespace.path.display().to_string();
+    move |error| format!("{path} cannot be looked into: {error}")
+}
+
+fn addresses(of: &LocalPodSpec) -> String {
+    let all: Vec<String> = of.addresses.iter().map(ToString::to_string).collect();
+    all.join(", ")
 }
 
 fn open(namespace: &Namespace, inode: u64) -> io::Result<Option<Netns>> {
