@@ -330,6 +330,53 @@ fn c7_an_agent_that_cannot_look_lets_no_pod_go() {
 }
 
 #[test]
+fn c1_a_pod_stays_captured_until_nobody_of_it_can_be_in_its_namespace() {
+    let world = World::new();
+    let (one, two) = world.two_nodes();
+    let server = two.pod(&world, "server");
+    let outsider = two.bare(&world, "outside", "outsider");
+    let _app = server.serve(PORT);
+    let pods = ["thread", "socket"].map(|how| (one.pod(&world, how), how));
+    let (mut first, second) = (world.agent(&one), world.agent(&two));
+    first.up(&["thread", "socket"]);
+    second.up(&["server"]);
+    eventually("all are dialled by HBONE", 10, || first.tunnelled() >= 3);
+    world.manifests.mtls("demo", "STRICT");
+    eventually("in clear nobody is let in", 10, || {
+        outsider.ask(server.at(PORT), "x").is_err()
+    });
+    let mut hidden = pods.each_ref().map(|(pod, how)| {
+        let hidden = pod.app(&["hide", &server.at(PORT).to_string(), how]);
+        assert_eq!(hidden.line(), "ready");
+        // Nothing else holds the namespace: neither a process nor a name.
+        for pid in processes(&pod.cgroup) {
+            if pid.cast_unsigned() != hidden.pid() {
+                kill(Pid::from_raw(pid), Signal::SIGKILL).expect("the pod's own");
+            }
+        }
+        let delete = ["netns", "del", &pod.netns.name];
+        assert!(said(Command::new("ip").args(delete)).is_ok());
+        hidden
+    });
+    // Longer than a namespace may be missed.
+    pause(Duration::from_secs(6));
+    for ((pod, how), hidden) in pods.iter().zip(&mut hidden) {
+        hidden.say("x");
+        assert_eq!(hidden.line(), format!("{} x", pod.v4), "{how}");
+    }
+    assert!(!first.log().contains("pod left the mesh"));
+    // The next agent has not seen them there.
+    first.kill();
+    first.restart();
+    pause(Duration::from_secs(6));
+    assert!(!first.log().contains("pod left the mesh"));
+    drop(hidden);
+    for (_, how) in &pods {
+        first.logs(&["pod left the mesh", &format!("demo/{how}")]);
+    }
+}
+
+#[test]
 fn a_pod_whose_first_thread_has_ended_is_found() {
     let world = World::new();
     let node = world.node("one");

@@ -4,11 +4,12 @@
 //! A pod is recognised by what it cannot choose: the cgroup that its engine gave it, what it is captured as
 //! already, and which namespaces existed at what time. Addresses only narrow down the namespaces that are
 //! left. A failed look changes nothing: what was found stays found, and a namespace only counts as gone after
-//! several looks in a row have missed it.
+//! several looks in a row have missed it, and no process of its pod can keep it out of sight.
 
 mod cgroups;
 mod claims;
 mod events;
+mod hidden;
 mod locate;
 mod newer;
 mod pod_cgroups;
@@ -106,6 +107,10 @@ struct NamespaceSighting {
     misses: u32,
     /// Time of the last miss that counted.
     missed: Option<Instant>,
+    /// The folders of its pod's cgroups, with their ids, as far as they are known.
+    groups: Vec<(PathBuf, CgroupId)>,
+    /// True if it may only be out of sight, however many looks have missed it.
+    is_hidden: bool,
     /// Number of the last look that saw it.
     last: u64,
 }
@@ -186,6 +191,7 @@ impl PodLocator {
                 self.looks += 1;
                 let mut snapshot = MachineSnapshot::new(scan, &self.hosts);
                 self.record_sightings(&snapshot, captured, now);
+                self.record_hidden(captured);
                 self.forget_stale_locations(pods);
                 return self.find(pods, captured, &mut snapshot, now);
             }
@@ -302,7 +308,7 @@ impl PodLocator {
         let gone = self
             .sightings
             .iter()
-            .filter(|(_, sighting)| sighting.misses >= MISSES_UNTIL_GONE);
+            .filter(|(_, sighting)| sighting.misses >= MISSES_UNTIL_GONE && !sighting.is_hidden);
         gone.map(|(cookie, _)| *cookie).collect()
     }
 

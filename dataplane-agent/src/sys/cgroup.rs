@@ -85,6 +85,26 @@ pub fn members(folder: &Path) -> io::Result<Vec<u32>> {
     Ok(members)
 }
 
+/// Returns `true` if a process is in a group, which is not the root, or in those below it.
+///
+/// # Errors
+/// The group cannot be read.
+pub fn is_populated(folder: &Path) -> io::Result<bool> {
+    let events = fs::read_to_string(folder.join("cgroup.events"))?;
+    Ok(!events.lines().any(|line| line == "populated 0"))
+}
+
+/// Finds the group with this id at `folder` or below it.
+pub fn find(root: &Path, folder: &Path, id: u64) -> Option<(PathBuf, CgroupId)> {
+    let group = self::id(root, folder).ok()?;
+    if group.id == id {
+        return Some((folder.to_owned(), group));
+    }
+    let below = fs::read_dir(folder).ok()?.flatten();
+    let mut folders = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    folders.find_map(|below| find(root, &below.path(), id))
+}
+
 /// Returns the folder of this process's group; `None` if that is outside of our cgroup namespace.
 ///
 /// # Errors

@@ -295,6 +295,30 @@ fn of_process(process: &Path) -> io::Result<Option<(PathBuf, u64)>> {
     Ok(None)
 }
 
+/// Returns `true` if a process may keep the network namespace of this inode number out of sight: a thread of it is there,
+/// or is in one that the initial user namespace does not own. Any user gets into such a one, and keeps sockets of the
+/// one before.
+///
+/// # Errors
+/// It cannot be looked at, or has ended.
+pub fn may_hide_in(pid: u32, inode: u64) -> io::Result<bool> {
+    // It is outside of our process namespace.
+    if pid == 0 {
+        return Ok(true);
+    }
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let netns = task.and_then(|task| Netns::open(&task.path().join("ns/net")));
+        let netns = match netns {
+            Err(error) if has_ended(&error) => continue,
+            netns => netns?,
+        };
+        if netns.inode() == inode || !netns.is_the_hosts()? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Returns the metadata of a path; `None` if the process has ended meanwhile.
 fn stat(path: &Path) -> io::Result<Option<fs::Metadata>> {
     match fs::metadata(path) {

@@ -14,6 +14,8 @@ use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, Type};
 const USAGE: &str = "usage: dataplane-test-app COMMAND
   pause                        does nothing
   leaderless                   does nothing, on a thread that is not its first: that one has ended
+  hide ADDRESS HOW             its first thread leaves the network namespace as any user may, and it asks from
+                               there with each line of its input: by a thread, or by a socket from before
   serve PORT [OPTION...]       answers each line with the client's address, a space, and the line
   end-server PORT HOW          takes a line, and ends the connection: close, reset, half, unread
   sink PORT                    reads to the end; answers with how much it was, and a checksum
@@ -41,6 +43,7 @@ fn main() {
     let done = match words.as_slice() {
         ["pause"] => pause(),
         ["leaderless"] => leaderless(),
+        ["hide", to, how] => hide(to, how),
         ["serve", port, options @ ..] => serve(port, options),
         ["end-server", port, how] => end_server(port, how),
         ["sink", port] => sink(port),
@@ -90,6 +93,56 @@ fn leaderless() -> io::Result<()> {
     std::thread::spawn(|| std::process::exit(i32::from(pause().is_err())));
     // SAFETY: takes no pointers; it ends this thread, and the process goes on.
     unsafe { libc::syscall(libc::SYS_exit, 0) };
+    Ok(())
+}
+
+fn hide(to: &str, how: &str) -> io::Result<()> {
+    const NOBODY: libc::uid_t = 65534;
+    let done = |result: libc::c_int| match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: it takes no pointers.
+    done(unsafe { libc::setresuid(NOBODY, NOBODY, NOBODY) })?;
+    // SAFETY: it takes no pointers.
+    done(unsafe { libc::unshare(libc::CLONE_NEWUSER) })?;
+    let to = to.to_owned();
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    let (told, left) = std::sync::mpsc::channel::<()>();
+    let inside = (how == "thread").then(|| {
+        let to = to.clone();
+        std::thread::spawn(move || {
+            left.recv()
+                .map(|()| answer_lines(|line| ask(&to, line, &[])))
+        })
+    });
+    // SAFETY: it takes no pointers.
+    done(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+    println!("ready");
+    let Some(inside) = inside else {
+        let to = parse(&to)?;
+        return answer_lines(|line| {
+            socket.connect_timeout(&to.into(), patience())?;
+            let stream = TcpStream::from(socket.try_clone()?);
+            (&stream).write_all(format!("{line}\n").as_bytes())?;
+            let mut answer = String::new();
+            BufReader::new(&stream).read_line(&mut answer)?;
+            print!("{answer}");
+            Ok(())
+        });
+    };
+    told.send(()).map_err(io::Error::other)?;
+    let ended = inside.join().map_err(|_| io::Error::other("a panic"))?;
+    ended.map_err(io::Error::other)?
+}
+
+/// Asks with each line of the input; prints the word of each failure.
+fn answer_lines(ask: impl Fn(&str) -> io::Result<()>) -> io::Result<()> {
+    for line in io::stdin().lines() {
+        if let Err(error) = ask(&line?) {
+            println!("{}", word(&error));
+        }
+    }
     Ok(())
 }
 
