@@ -25,8 +25,8 @@ use crate::node::recording::RecordWriter;
 use crate::observe::metrics::ReadCounters;
 use crate::seam::{CUT_TIMEOUT, PodEvent, SharedSettings};
 use crate::sys::bpffs::{self, Mounted};
-use crate::sys::cgroup;
 use crate::sys::netns::Netns;
+use crate::sys::{cgroup, machine_id};
 
 /// What was asked of the machine, and nothing is left of if it is dropped.
 pub(super) struct Prepared {
@@ -124,6 +124,7 @@ impl Prepared {
             state: state_path(options).await,
             cluster_id: options.cluster_id.clone(),
             root: None,
+            boot: machine_id::boot(),
         };
         let scanner = Scanner::new(&config.cgroup).map_err(|error| {
             AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))

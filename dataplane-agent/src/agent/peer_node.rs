@@ -213,6 +213,7 @@ mod tests {
             state: "/state".into(),
             cluster_id: "Kubernetes".into(),
             root: None,
+            boot: None,
         };
         let mut folder = node_folder::NodeFolder::claim(run.path(), &mark).expect("free");
         folder.write_mark(&mark).expect("a mark");

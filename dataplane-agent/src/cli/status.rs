@@ -288,6 +288,7 @@ mod tests {
             state: "/state".into(),
             cluster_id: "Kubernetes".into(),
             root: None,
+            boot: None,
         };
         let mut agent = NodeFolder::claim(run.path(), &mark).expect("free");
         agent.write_mark(&mark).expect("a mark");

@@ -1,4 +1,4 @@
-//! The identity of this machine, which stays the same after a reboot.
+//! The identity of this machine, which stays the same after a reboot, and of the boot, which does not.
 
 use std::fs;
 
@@ -19,6 +19,12 @@ pub fn facts() -> String {
         [] => fact(BOOT).unwrap_or_default(),
         found => found.join("\n"),
     }
+}
+
+/// Returns what tells this boot of the machine from all others; `None` if the kernel does not say it.
+pub fn boot() -> Option<String> {
+    let text = fs::read_to_string(BOOT).ok()?;
+    Some(text.trim().to_owned())
 }
 
 fn fact(file: &str) -> Option<String> {

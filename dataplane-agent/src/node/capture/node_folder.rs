@@ -16,7 +16,7 @@ use super::{CaptureError, pins};
 use crate::config::{self, DEFAULT_CLUSTER, NodeName};
 use crate::seam::SharedSettings;
 use crate::sys::made::CreatedPaths;
-use crate::sys::regular_file;
+use crate::sys::{machine_id, regular_file};
 
 /// The file name of the mark.
 const MARK: &str = "node.json";
@@ -45,6 +45,9 @@ pub struct Mark {
     /// The fingerprint of the state's root; `None` in marks of older agents.
     #[serde(default)]
     pub root: Option<String>,
+    /// The boot of the machine in which the records were written; `None` in marks of older agents.
+    #[serde(default)]
+    pub boot: Option<String>,
 }
 
 /// The setting's default, which also held for agents whose mark lacks it.
@@ -78,6 +81,13 @@ impl Mark {
             differ.join(", and with ")
         );
         (!differ.is_empty()).then_some(told)
+    }
+
+    /// Returns `true` if this mark is known to be of an earlier boot of the machine. What an agent has changed ended with
+    /// that, and cookies and inode numbers of network namespaces begin again: its records speak of nothing that there is.
+    fn is_of_earlier_boot(&self) -> bool {
+        let boot = machine_id::boot();
+        self.boot.is_some() && boot.is_some() && self.boot != boot
     }
 
     /// Returns the settings that a proxy of the node must share, as far as they are known without its state.
@@ -144,6 +154,7 @@ impl NodeFolder {
             folder.made.also(&folder.path.join(LOCK));
         }
         if let Some(found) = &folder.found {
+            folder.forget_earlier_boot(found)?;
             if let Some(why) = mark.differs_from(found)
                 && !folder.records()?.read_all()?.is_empty()
             {
@@ -190,8 +201,11 @@ impl NodeFolder {
             run_dir: run_dir.to_owned(),
             known: known(run_dir),
         };
-        let mark = read_mark(run_dir, node)?.ok_or_else(unknown)?;
-        Ok((Self::lock(path, CreatedPaths::default())?, mark))
+        read_mark(run_dir, node)?.ok_or_else(unknown)?;
+        let folder = Self::lock(path, CreatedPaths::default())?;
+        let mark = read(&folder.path)?.ok_or_else(unknown)?;
+        folder.forget_earlier_boot(&mark)?;
+        Ok((folder, mark))
     }
 
     /// Returns the folder's path.
@@ -205,6 +219,25 @@ impl NodeFolder {
     /// The folder of records cannot be made.
     pub fn records(&self) -> Result<UndoRecords, CaptureError> {
         UndoRecords::open(&self.path.join(PODS))
+    }
+
+    /// Removes the records of an earlier boot, if the mark that was found is of one.
+    fn forget_earlier_boot(&self, found: &Mark) -> Result<(), CaptureError> {
+        if !found.is_of_earlier_boot() {
+            return Ok(());
+        }
+        let records = self.records()?;
+        let all = records.read_all()?;
+        for (path, _) in &all {
+            pins::remove(path)?;
+        }
+        if !all.is_empty() {
+            tracing::warn!(
+                records = all.len(),
+                "records of pods are of an earlier boot of the machine, with which all that they say has ended; removed"
+            );
+        }
+        Ok(())
     }
 
     /// Removes what an agent has in the folder, and the folder. Other files, and records, are returned and
@@ -294,6 +327,11 @@ pub fn read_mark(run_dir: &Path, node: &NodeName) -> Result<Option<Mark>, Captur
 
 /// Returns the number of pods that an agent has left captured, by their records.
 pub fn captured(run_dir: &Path, node: &NodeName) -> usize {
+    if let Ok(Some(mark)) = read_mark(run_dir, node)
+        && mark.is_of_earlier_boot()
+    {
+        return 0;
+    }
     let pods = entries(&run_dir.join(node.as_str()).join(PODS)).unwrap_or_default();
     pods.iter()
         .filter(|path| UndoRecord::cookie_of(path).is_some())
@@ -371,6 +409,7 @@ mod tests {
             state: "/state".into(),
             cluster_id: DEFAULT_CLUSTER.into(),
             root: None,
+            boot: machine_id::boot(),
         }
     }
 
@@ -450,6 +489,40 @@ mod tests {
             Vec::<PathBuf>::new()
         );
         assert!(!path.exists() && run.path().exists());
+    }
+
+    #[test]
+    fn records_of_an_earlier_boot_say_nothing() {
+        let run = tempfile::tempdir().expect("a folder");
+        let now = mark("one");
+        let record = run.path().join("one/pods/7.json");
+        let left_by = |boot: Option<&str>| {
+            // Of an agent that was given another place too.
+            let earlier = Mark {
+                boot: boot.map(str::to_owned),
+                bpffs: "/other".into(),
+                ..mark("one")
+            };
+            drop(begun(run.path(), &earlier).expect("free"));
+            fs::create_dir_all(run.path().join("one/pods")).expect("a folder");
+            fs::write(&record, "{}").expect("a file");
+        };
+        left_by(Some("earlier"));
+        assert_eq!(captured(run.path(), &now.node), 0);
+        drop(begun(run.path(), &now).expect("nothing is captured"));
+        assert!(!record.exists());
+        left_by(Some("earlier"));
+        drop(NodeFolder::open(run.path(), &now.node).expect("known"));
+        assert!(!record.exists());
+        // Older agents do not say it: their records are of this boot, as far as one can tell.
+        left_by(None);
+        assert_eq!(captured(run.path(), &now.node), 1);
+        assert!(NodeFolder::claim(run.path(), &now).is_err());
+        drop(NodeFolder::open(run.path(), &now.node).expect("known"));
+        assert!(record.exists());
+        left_by(now.boot.as_deref());
+        assert!(NodeFolder::claim(run.path(), &now).is_err());
+        assert!(record.exists());
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Undo records: what is changed on the machine is written down before it is changed, so that a crash does
-//! not lose the way back. `<run-dir>/<node>/pods/<cookie>.json` is the record of one enrolled pod. Records do
-//! not survive a boot, and neither do the changes that they describe.
+//! not lose the way back. `<run-dir>/<node>/pods/<cookie>.json` is the record of one enrolled pod. The changes that
+//! they describe end with the boot of the machine, and so do records, wherever the folder is: see
+//! [`super::node_folder`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
