@@ -232,12 +232,14 @@ fn c1_a_pod_is_not_up_while_another_namespace_with_its_addresses_may_be_its_newe
 fn c1_a_pod_that_is_recreated_with_its_addresses_is_served_while_its_former_namespace_is_mounted() {
     let world = World::new();
     let node = world.node("one");
+    let before = node.bare(&world, "outside", "before");
     let web = node.pod(&world, "web");
-    let agent = world.agent(&node);
+    let mut agent = world.agent(&node);
     agent.up(&["web"]);
-    // The engine ends it, and leaves its namespace behind.
+    // The engine ends it, and leaves its namespace behind. The new one likely has a lower number.
     end(&web);
     cgroup::remove(&web.cgroup.folder);
+    drop(before);
     let again = node.bare(&world, "demo", "again");
     take_addresses(&again, &web);
     eventually("the new one is captured", 10, || is_captured(&again));
@@ -245,6 +247,17 @@ fn c1_a_pod_that_is_recreated_with_its_addresses_is_served_while_its_former_name
     assert!(is_captured(&web), "and the former one still is");
     let earlier = "another pod of its name has come; it stays captured";
     assert!(agent.ask(&["status"]).1.contains(earlier));
+    // The next agent finds both captured, and serves the same one.
+    let log = agent.log();
+    let enrolled = log.lines().rfind(|line| line.contains("pod enrolled"));
+    let netns = enrolled.and_then(|line| {
+        line.split_whitespace()
+            .find(|word| word.starts_with("netns="))
+    });
+    agent.kill();
+    agent.restart();
+    agent.logs(&["pod enrolled", netns.expect("it is told")]);
+    agent.up(&["web"]);
 }
 
 #[test]

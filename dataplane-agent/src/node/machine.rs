@@ -435,6 +435,7 @@ mod tests {
             uid: "pod".into(),
             inode: 1,
             cgroup: 0,
+            enrolled: 0,
             state: PodState::Unserved { captured: true },
             forwards: false,
         };

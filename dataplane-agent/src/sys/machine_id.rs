@@ -27,6 +27,13 @@ pub fn boot() -> Option<String> {
     Some(text.trim().to_owned())
 }
 
+/// Returns the time since the machine has booted, in hundredths of a second; 0 if the kernel does not say it.
+pub fn uptime() -> u64 {
+    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let first = text.split(' ').next().unwrap_or_default();
+    first.replace('.', "").parse().unwrap_or_default()
+}
+
 fn fact(file: &str) -> Option<String> {
     let text = fs::read_to_string(file).ok()?;
     let text = text.trim();
@@ -40,6 +47,7 @@ mod tests {
     #[test]
     fn a_machine_is_known_and_stays_the_same() {
         assert_ne!(facts(), "");
+        assert_ne!(uptime(), 0);
         assert_eq!(facts(), facts());
     }
 }

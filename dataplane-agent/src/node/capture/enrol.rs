@@ -25,7 +25,7 @@ use crate::seam::Listeners;
 use crate::sys::interfaces::Interfaces;
 use crate::sys::limits;
 use crate::sys::netns::Netns;
-use crate::sys::socket;
+use crate::sys::{machine_id, socket};
 
 /// The files that are open while a pod is enrolled; 19 of them stay so.
 const FILES: u64 = 32;
@@ -81,9 +81,17 @@ pub async fn prepare(
     let found = routes::read_sysctls(netns)?;
     // A predecessor's record says what was there before *it* changed it.
     let before = records.read(desired.cookie)?;
-    let (identity, sysctls, rest) = match before {
-        Some(record) => (record.identity, record.sysctls, record.rest),
-        None => (Some(desired.identity_text()), found, BTreeMap::new()),
+    let (identity, enrolled, sysctls, rest) = match before {
+        Some(record) => (
+            record.identity,
+            record.enrolled,
+            record.sysctls,
+            record.rest,
+        ),
+        None => {
+            let identity = Some(desired.identity_text());
+            (identity, machine_id::uptime(), found, BTreeMap::new())
+        }
     };
     let record = UndoRecord {
         uid: desired.uid.clone(),
@@ -91,6 +99,7 @@ pub async fn prepare(
         inode: netns.inode(),
         identity,
         cgroup: desired.groups.first().map_or(0, |group| group.id),
+        enrolled,
         sysctls,
         rest,
     };

@@ -787,6 +787,7 @@ impl Reconciler {
                 uid: pod.uid.clone(),
                 inode: pod.record.inode,
                 cgroup: pod.record.cgroup,
+                enrolled: pod.record.enrolled,
                 state,
                 forwards: pod.phase.served().is_some_and(|served| served.forwards),
             };
@@ -797,6 +798,7 @@ impl Reconciler {
                 uid: failed.desired.uid.clone(),
                 inode: failed.desired.netns.inode(),
                 cgroup: failed.desired.groups.first().map_or(0, |group| group.id),
+                enrolled: 0,
                 state: PodState::Failed {
                     why: failed.why.clone(),
                     captured: self.captures(cookie),

@@ -37,6 +37,10 @@ pub struct UndoRecord {
     /// The id of the pod's first cgroup; 0 if unknown.
     #[serde(default)]
     pub cgroup: u64,
+    /// When the pod was first enrolled in this namespace, in hundredths of a second since the boot of the machine; 0 if
+    /// an older version wrote the record.
+    #[serde(default)]
+    pub enrolled: u64,
     /// Settings below `/proc/sys` with their values before the change.
     #[serde(default)]
     pub sysctls: BTreeMap<String, String>,
@@ -238,6 +242,7 @@ mod tests {
             inode: 1,
             identity: Some("spiffe://td/ns/ns/sa/sa".into()),
             cgroup: 1,
+            enrolled: 2,
             sysctls: BTreeMap::new(),
             rest: BTreeMap::new(),
         };
@@ -268,6 +273,7 @@ mod tests {
         fs::write(&path, older).expect("a file");
         let record = records.read(7).expect("readable").expect("there");
         assert_eq!((record.cgroup, record.sysctls.len()), (0, 0));
+        assert_eq!(record.enrolled, 0);
         let newer = r#"{"uid":"pod","cookie":7,"inode":1,"hold":{"mark":"0x512"}}"#;
         fs::write(&path, newer).expect("a file");
         let record = records.read(7).expect("readable").expect("there");

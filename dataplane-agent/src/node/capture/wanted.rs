@@ -63,6 +63,8 @@ pub struct PodStatus {
     pub inode: u64,
     /// The id of the pod's first cgroup; 0 if unknown.
     pub cgroup: u64,
+    /// When it was first enrolled in this namespace, in hundredths of a second since the boot; 0 if unknown.
+    pub enrolled: u64,
     /// How far the pod is.
     pub state: PodState,
     /// `true` if the pod forwards between its interfaces, as of the last look. Forwarded traffic is not captured.

@@ -193,7 +193,8 @@ impl PodLocator {
                 None => continue,
             };
             match captured.get(&who.cookie) {
-                Some(is) if is.uid == pod.uid => before = Some(inode),
+                // Of two instances the newer one.
+                Some(is) if is.uid == pod.uid => before = before.max(Some((is.enrolled, inode))),
                 // It is captured as another pod, which will be found in it.
                 Some(is)
                     if !self.locations.contains_key(&is.uid)
@@ -213,7 +214,7 @@ impl PodLocator {
         let candidates = if is_named { named } else { unnamed };
         match (before, failed) {
             // The pod is captured in this one already.
-            (Some(before), _) if candidates.contains(&before) => Ok([before].into()),
+            (Some((_, before)), _) if candidates.contains(&before) => Ok([before].into()),
             // A namespace that could not be inspected may have the address too.
             (_, Some(error)) if !is_named => Err(NotFound::Doubtful(error)),
             _ if candidates.is_empty()

@@ -17,6 +17,7 @@ fn told(pod: &LocalPodSpec, scan: &Scan, state: PodState) -> (State, String, boo
         uid: pod.uid.clone(),
         inode: 1,
         cgroup: 1,
+        enrolled: 0,
         state,
         forwards: false,
     };
