@@ -296,15 +296,7 @@ fn ztunnels_local_file_is_a_source_like_any_other() {
     std::fs::write(&file, text).expect("a file");
     let agent = |node: &Node| {
         let mut setup = world.setup(node);
-        let manifests = setup
-            .arguments
-            .iter()
-            .position(|word| word == "--manifests");
-        let at = manifests.expect("it is there");
-        setup.arguments.drain(at..at + 2);
-        setup
-            .variables
-            .push(("LOCAL_XDS_PATH".into(), file.display().to_string()));
+        setup.reads_local_xds(&file);
         Agent::start(setup)
     };
     let agents = (agent(&one), agent(&two));

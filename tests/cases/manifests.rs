@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
 use std::fs;
+use std::net::IpAddr;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -165,6 +166,69 @@ fn c1_a_captured_pod_that_nothing_says_at_a_start_stays_until_manifests_are_whol
     eventually("it is let go", 20, || {
         !one.is_captured() && !record.exists()
     });
+}
+
+#[test]
+fn c1_a_local_xds_file_that_is_cut_at_a_restart_lets_nobody_go() {
+    let mut one = SingleNode::new();
+    let file = one.world.folder().join("local.yaml");
+    let workload = |name: &str, ip: IpAddr| {
+        format!(
+            "- {{name: {name}, namespace: demo, serviceAccount: {name}, workloadIps: [{ip}], node: one, protocol: HBONE, services: {{}}}}\n"
+        )
+    };
+    let other = workload("other", "10.98.77.7".parse().expect("an address"));
+    let server = workload("server", one.server.v4);
+    let nobody = "policies:\n- {name: nobody, namespace: demo, scope: Namespace, action: Deny, dryRun: false, rules: [[[{notPrincipals: [!Presence []]}]]]}\n";
+    let workloads = format!("workloads:\n{other}{server}");
+    let whole = format!("{workloads}{nobody}");
+    fs::write(&file, &whole).expect("a file");
+    one.agent.kill();
+    one.agent.setup().reads_local_xds(&file);
+    let _app = one.server.serve(PORT);
+    one.agent.restart();
+    one.agent.up(&["server"]);
+    assert!(one.denies(PORT));
+    let refused = |one: &mut SingleNode, told: &str| {
+        one.agent.restart();
+        eventually("it ends by itself", 20, || !one.agent.runs());
+        assert_eq!(one.agent.wait().code(), Some(2));
+        let said = one.agent.log();
+        assert!(said.contains(told), "{said}");
+        assert!(one.is_captured());
+    };
+    one.agent.kill();
+    fs::write(&file, "").expect("a file");
+    refused(&mut one, "1 pods of this node are captured");
+    // Somebody is writing it.
+    fs::write(&file, &workloads).expect("a file");
+    let writer = fs::File::options().append(true).open(&file);
+    refused(&mut one, "is open for writing");
+    drop(writer);
+    refused(&mut one, "the file has no policies any more");
+    // Cut before the pod.
+    fs::write(&file, format!("{nobody}workloads:\n{other}")).expect("a file");
+    one.agent.restart();
+    one.agent.logs(&["demo/server", "stays so for now"]);
+    assert!(one.is_captured());
+    // What has changed since it was read was not finished.
+    fs::write(&file, &whole).expect("a file");
+    let changed = "it stays so as long as";
+    eventually("it is told", 20, || {
+        one.problems().contains("has changed since it was read")
+    });
+    assert!(one.problems().contains(changed), "{}", one.problems());
+    assert!(one.is_captured());
+    one.agent.kill();
+    one.agent.restart();
+    one.agent.up(&["server"]);
+    assert!(one.denies(PORT));
+    // A file that does not change is whole.
+    one.agent.kill();
+    fs::write(&file, format!("{nobody}workloads:\n{other}")).expect("a file");
+    one.agent.restart();
+    one.agent.logs(&["demo/server", "it is let go"]);
+    eventually("it is let go", 20, || !one.is_captured());
 }
 
 #[test]

@@ -170,12 +170,7 @@ fn who_has_the_address_of_another_networks_endpoint_here_is_not_dialled_for_it()
     );
     std::fs::write(&file, text).expect("a file");
     let mut setup = world.setup(&one);
-    let is_manifests = |word: &String| word == "--manifests";
-    let manifests = setup.arguments.iter().position(is_manifests);
-    let manifests = manifests.expect("it is there");
-    setup.arguments.drain(manifests..manifests + 2);
-    let source = ("LOCAL_XDS_PATH".into(), file.display().to_string());
-    setup.variables.push(source);
+    setup.reads_local_xds(&file);
     let agent = Agent::start(setup);
     agent.up(&["client"]);
     let wire = Wire::watch(one.netns.file(), "wire", &["marker-far"]);

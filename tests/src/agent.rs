@@ -139,6 +139,16 @@ impl Setup {
         command
     }
 
+    /// Has it configured by a file of LOCAL_XDS_PATH, and not by manifests.
+    pub fn reads_local_xds(&mut self, file: &Path) {
+        let words = &mut self.arguments;
+        let manifests = words.iter().position(|word| word == "--manifests");
+        let manifests = manifests.expect("it is set");
+        words.drain(manifests..manifests + 2);
+        let file = file.display().to_string();
+        self.variables.push(("LOCAL_XDS_PATH".into(), file));
+    }
+
     /// Sets how long connections may go on when it, or a pod, drains, as `60s`.
     pub fn drains_for(&mut self, long: &str) {
         let words = &mut self.arguments;

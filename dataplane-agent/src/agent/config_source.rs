@@ -5,13 +5,14 @@ use std::path::{Path, absolute};
 use anyhow::Context;
 
 use super::{AgentError, ask_disk};
-use crate::config::{self, RunOptions};
+use crate::config::{self, NodeName, RunOptions};
 use crate::control::configuration::Source;
 use crate::control::enrolled;
-use crate::control::local_xds;
+use crate::control::local_xds::{self, Unchanged};
 use crate::control::manifests::{ManifestFolder, MeshConfig, Translated, Translation, Watch};
 use crate::control::recorded::RecordReader;
 use crate::control::state::SharedState;
+use crate::node::capture::node_folder;
 use crate::sys::machine_id;
 
 /// What is configured, read once.
@@ -21,7 +22,7 @@ pub(super) enum ConfigSource {
         folder: ManifestFolder,
         watch: Watch,
     },
-    Local(Translation),
+    Local(Translation, Unchanged),
 }
 
 /// Returns the option that says where the configuration is, with its value.
@@ -54,7 +55,8 @@ impl ConfigSource {
     fn local(file: &Path, options: &RunOptions) -> Result<Self, String> {
         let node = options.node.as_str();
         let read = local_xds::read(file, node, &options.network, &options.trust_domain);
-        read.map(Self::Local).map_err(|error| error.to_string())
+        read.map(|(read, unchanged)| Self::Local(read, unchanged))
+            .map_err(|error| error.to_string())
     }
 
     fn manifests(folder: &Path) -> Result<Self, String> {
@@ -67,19 +69,37 @@ impl ConfigSource {
         })
     }
 
-    /// Refuses an empty folder while this many pods of the node are captured.
-    pub(super) fn refuse_empty(&self, captured: usize) -> Result<(), AgentError> {
-        if captured > 0
-            && let Self::Manifests { folder, .. } = self
-            && folder.is_empty()
-        {
-            return Err(AgentError::Settings(format!(
-                "--manifests: there are none, as if the folder were not mounted, and {captured} pods of \
-                 this node are captured; to say that they shall be let go put a manifest in it, if only an \
-                 empty List"
-            )));
+    /// Refuses to start with nothing, or without any of the policies that there were, while pods of the node are
+    /// captured: so it looks where a folder is not mounted, and where a file is cut.
+    pub(super) fn refuse_lost(&self, run_dir: &Path, node: &NodeName) -> Result<(), AgentError> {
+        let captured = node_folder::captured(run_dir, node);
+        if captured == 0 {
+            return Ok(());
         }
-        Ok(())
+        let before = node_folder::read_mark(run_dir, node)?;
+        let had_policies = before.is_some_and(|mark| mark.local_policies);
+        let lost = match self {
+            Self::Manifests { folder, .. } if folder.is_empty() => {
+                "--manifests: there are none, as if the folder were not mounted; to say that its pods shall be let \
+                 go put a manifest in it, if only an empty List"
+            }
+            Self::Local(read, _) if read.workloads.is_empty() => {
+                "LOCAL_XDS_PATH: the file has no workloads, as if it were cut; to let its pods go uninstall the node"
+            }
+            Self::Local(read, _) if had_policies && read.policies.is_empty() => {
+                "LOCAL_XDS_PATH: the file has no policies any more, as if it were cut; to say that none shall hold \
+                 leave one without rules in it, whose action is Deny, or uninstall the node first"
+            }
+            Self::Manifests { .. } | Self::Local(..) => return Ok(()),
+        };
+        Err(AgentError::Settings(format!(
+            "{lost}; {captured} pods of this node are captured"
+        )))
+    }
+
+    /// Whether LOCAL_XDS_PATH has policies.
+    pub(super) fn has_local_policies(&self) -> bool {
+        matches!(self, Self::Local(read, _) if !read.policies.is_empty())
     }
 
     /// Whether other nodes are told of pods by records in the state.
@@ -94,7 +114,9 @@ impl ConfigSource {
         state: Option<SharedState>,
     ) -> Result<(Source, Option<enrolled::EnrolmentRecords>), AgentError> {
         let (folder, watch, state) = match (self, state) {
-            (Self::Local(translation), _) => return Ok((Source::Local(Some(translation)), None)),
+            (Self::Local(translation, unchanged), _) => {
+                return Ok((Source::Local(Some(translation), unchanged), None));
+            }
             (Self::Manifests { folder, watch }, Some(state)) => (folder, watch, state),
             (Self::Manifests { .. }, None) => {
                 return Err(AgentError::Settings("--state: manifests want one".into()));

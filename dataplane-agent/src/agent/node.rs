@@ -15,7 +15,7 @@ use crate::control::configuration::{Configuration, Configured, LocalPods, Source
 use crate::control::enrolled::EnrolmentRecords;
 use crate::control::state::SharedState;
 use crate::mesh::MeshWriter;
-use crate::node::capture::node_folder::{self, Mark, NodeFolder};
+use crate::node::capture::node_folder::{Mark, NodeFolder};
 use crate::node::capture::reconciler::{self, CaptureHandle, Reports};
 use crate::node::capture::uninstall::canonical;
 use crate::node::capture::{Reconciler, Status, Wanted};
@@ -125,14 +125,14 @@ impl Prepared {
             cluster_id: options.cluster_id.clone(),
             root: None,
             boot: machine_id::boot(),
+            local_policies: opened.has_local_policies(),
         };
         let scanner = Scanner::new(&config.cgroup).map_err(|error| {
             AgentError::Settings(format!("--cgroup: {}: {error}", config.cgroup.display()))
         })?;
         let folder = NodeFolder::claim(&options.places.run_dir, &mark)?;
         reconciler::refuse(&config, &folder)?;
-        let captured = node_folder::captured(&options.places.run_dir, &options.node);
-        opened.refuse_empty(captured)?;
+        opened.refuse_lost(&options.places.run_dir, &options.node)?;
         let bpffs = &options.places.bpffs;
         let mounted = bpffs::ensure(bpffs).map_err(|error| {
             AgentError::Machine(format!(

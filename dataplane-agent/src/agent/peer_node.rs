@@ -103,7 +103,7 @@ impl PeerNode {
     ) -> Result<Self, AgentError> {
         let (places, node) = (&options.places, &options.node);
         places.socket_fits(node).map_err(AgentError::Settings)?;
-        config.refuse_empty(node_folder::captured(&places.run_dir, node))?;
+        config.refuse_lost(&places.run_dir, node)?;
         let (lock, made) = share_proxy_lock(options)?;
         let mut peer = Self {
             options: options.clone(),
@@ -214,6 +214,7 @@ mod tests {
             cluster_id: "Kubernetes".into(),
             root: None,
             boot: None,
+            local_policies: false,
         };
         let mut folder = node_folder::NodeFolder::claim(run.path(), &mark).expect("free");
         folder.write_mark(&mark).expect("a mark");

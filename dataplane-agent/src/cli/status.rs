@@ -289,6 +289,7 @@ mod tests {
             cluster_id: "Kubernetes".into(),
             root: None,
             boot: None,
+            local_policies: false,
         };
         let mut agent = NodeFolder::claim(run.path(), &mark).expect("free");
         agent.write_mark(&mark).expect("a mark");

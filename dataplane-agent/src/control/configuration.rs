@@ -11,6 +11,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::conflicts;
 use super::enrolled::RecordsSnapshot;
 use super::lints::Lints;
+use super::local_xds::Unchanged;
 use super::manifests::applies;
 use super::manifests::changes::PolicyChange;
 use super::manifests::{LocalPodSpec, ManifestFolder, Translated, Translation, Wanted, Watch};
@@ -43,8 +44,8 @@ pub enum Source {
         /// What they mean.
         translated: Translated,
     },
-    /// ztunnel's file; read once, as ztunnel does.
-    Local(Option<Translation>),
+    /// ztunnel's file; read once, as ztunnel does. And whether it stays as it was read.
+    Local(Option<Translation>, Unchanged),
 }
 
 /// What is configured, as far as it concerns this node's pods and whoever asks.
@@ -242,7 +243,7 @@ impl<S: Send + Sync + 'static> Configuration<S> {
                 problems::replace(&mut self.unsupported, unsupported.collect(), problems::warn);
                 delta
             }
-            Source::Local(said) => said.take().map_or_else(Delta::default, |said| {
+            Source::Local(said, _) => said.take().map_or_else(Delta::default, |said| {
                 self.local = said.local.into();
                 self.policies = said.policies.len();
                 problems::replace(&mut self.unsupported, said.problems, problems::warn);
@@ -277,7 +278,10 @@ impl<S: Send + Sync + 'static> Configuration<S> {
                 configured.recorded = Some(Arc::clone(records.said()));
                 configured.away = records.is_away();
             }
-            Source::Local(_) => configured.policies = self.policies,
+            Source::Local(_, unchanged) => {
+                configured.policies = self.policies;
+                configured.partial = unchanged.is_partial();
+            }
         }
         configured.problems = problems;
         configured
@@ -341,15 +345,18 @@ impl<S: Send + Sync + 'static> Configuration<S> {
 
 /// Waits until there is something new to read, and reads it. Returns true if the records are to be looked at.
 async fn changed(source: &mut Source, refused: &mut Vec<String>) -> bool {
-    let Source::Manifests {
-        folder,
-        watch,
-        records,
-        records_watch,
-        ..
-    } = source
-    else {
-        return std::future::pending().await;
+    let (folder, watch, records, records_watch) = match source {
+        Source::Manifests {
+            folder,
+            watch,
+            records,
+            records_watch,
+            ..
+        } => (folder, watch, records, records_watch),
+        Source::Local(_, unchanged) => {
+            unchanged.known().await;
+            return false;
+        }
     };
     tokio::select! {
         reload = folder.next(watch) => {
@@ -375,7 +382,7 @@ impl Source {
     fn has_workload(&self, uid: &str) -> bool {
         match self {
             Self::Manifests { translated, .. } => translated.has_workload(uid),
-            Self::Local(_) => true,
+            Self::Local(..) => true,
         }
     }
 
@@ -383,7 +390,7 @@ impl Source {
     fn has_policy(&self, key: &str) -> bool {
         match self {
             Self::Manifests { translated, .. } => translated.has_policy(key),
-            Self::Local(_) => true,
+            Self::Local(..) => true,
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::mesh::service::{Age, Family, LoadBalancing, Scope, Service};
 use crate::mesh::workload::{Endpoint, Locality, Protocol, Workload, WorkloadType};
 
 mod file;
+mod stable;
 #[cfg(test)]
 mod tests;
 
@@ -23,20 +24,21 @@ use file::{
     RawMatch, RawPolicy, RawProtocol, RawScope, RawService, RawType, RawWorkload, Text,
     TunnelProtocol, Visibility,
 };
+pub use stable::Unchanged;
 
-/// Reads the file. `node` is this node's name: its HBONE workloads are the pods here. `network` is this node's:
+/// Reads the file, when nobody writes it. `node` is this node's name: its HBONE workloads are the pods here. `network` is this node's:
 /// pods here of another network are reported.
 ///
 /// # Errors
-/// The file cannot be read or is not valid for ztunnel; a pod here is not of the mesh's `trust_domain`, so that
+/// The file cannot be read, is open for writing, does not stop to change, or is not valid for ztunnel; a pod here is not of the mesh's `trust_domain`, so that
 /// it would have no certificate.
 pub fn read(
     file: &Path,
     node: &str,
     network: &str,
     trust_domain: &str,
-) -> Result<Translation, ManifestError> {
-    let text = std::fs::read_to_string(file).map_err(|e| ManifestError::of_file(file, e))?;
+) -> Result<(Translation, Unchanged), ManifestError> {
+    let (text, unchanged) = stable::read(file)?;
     let mut read = parse(file, &text, node)?;
     let here = |workload: &&Workload| read.local.iter().any(|pod| pod.uid == workload.uid);
     let stranger = |workload: &Workload| *workload.trust_domain != *trust_domain;
@@ -66,7 +68,7 @@ pub fn read(
         })
         .collect();
     read.problems.extend(strange);
-    Ok(read)
+    Ok((read, unchanged))
 }
 
 /// Like [`read`], for the file's text.

@@ -252,6 +252,7 @@ fn a_pod_here_of_another_network_is_told() {
     let told = |network| {
         read(&file, "here", network, "cluster.local")
             .expect("good")
+            .0
             .problems
     };
     assert_eq!(told(""), [""; 0]);

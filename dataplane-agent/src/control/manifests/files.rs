@@ -22,7 +22,9 @@ use crate::sys::regular_file;
 use crate::sys::writers::has_writers;
 
 /// Time for which a file must not change before it is read again.
-pub(super) const SETTLE: Duration = Duration::from_millis(300);
+pub(in crate::control) const SETTLE: Duration = Duration::from_millis(300);
+/// The same for a file of which the kernel does not say whether it is open for writing.
+pub(in crate::control) const SETTLE_UNSEEN: Duration = SETTLE.saturating_mul(LONG_SETTLE_FACTOR);
 /// Multiple of the settle time that must pass before these count: missing objects in a file of which the
 /// kernel does not say whether it is open for writing, and a file that is gone from a folder in which
 /// something always changes. A file that is open for writing for longer is reported.

@@ -20,8 +20,8 @@ use super::watch::Reported;
 use super::{ManifestError, ManifestErrors, Watch};
 use crate::control::disk::DiskTask;
 
-/// Time without a change since the start after which a folder counts as complete.
-const COMPLETE_AFTER: Duration = Duration::from_secs(5);
+/// Time without a change since the start after which a folder, or the file of LOCAL_XDS, counts as complete.
+pub(in crate::control) const COMPLETE_AFTER: Duration = Duration::from_secs(5);
 /// Interval at which files that have not settled are checked.
 const RETRY: Duration = Duration::from_millis(100);
 

@@ -32,6 +32,8 @@ pub(crate) mod yaml;
 #[cfg(test)]
 mod tests;
 
+pub(super) use files::{SETTLE, SETTLE_UNSEEN};
+pub(super) use folder::COMPLETE_AFTER;
 pub use folder::{ManifestFolder, Reload};
 pub use object::Objects;
 pub(super) use scan::Stamp;

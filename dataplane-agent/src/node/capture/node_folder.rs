@@ -48,6 +48,9 @@ pub struct Mark {
     /// The boot of the machine in which the records were written; `None` in marks of older agents.
     #[serde(default)]
     pub boot: Option<String>,
+    /// Whether the agent was started with policies in the file of LOCAL_XDS.
+    #[serde(default)]
+    pub local_policies: bool,
 }
 
 /// The setting's default, which also held for agents whose mark lacks it.
@@ -410,6 +413,7 @@ mod tests {
             cluster_id: DEFAULT_CLUSTER.into(),
             root: None,
             boot: machine_id::boot(),
+            local_policies: false,
         }
     }
 
