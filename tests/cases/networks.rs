@@ -3,7 +3,7 @@
 
 #![allow(missing_docs, reason = "tests are named for what they show")]
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use dataplane_tests::bpf::keys;
@@ -283,6 +283,46 @@ fn a_pod_reaches_itself_by_all_of_its_addresses_with_an_agent_and_without() {
     let netns = &pair.client.netns;
     netns.set_sysctl("net.ipv4.tcp_syncookies", "2");
     reaches_itself(&pair);
+}
+
+#[test]
+fn a_pod_reaches_its_own_service_at_an_address_that_is_not_its_first() {
+    let pair = Pair::prepared(|client, _| {
+        let IpAddr::V4(own) = client.v4 else {
+            panic!("{} is of IPv4", client.v4);
+        };
+        let [a, b, c, d] = own.octets();
+        // Of two addresses of one subnet the kernel connects to the second one from the first.
+        let first = Ipv4Addr::new(a, b, c, d + 100);
+        client.netns.ip(&format!(
+            "addr add {first}/24 dev eth0\n\
+             addr del {own}/32 dev eth0\n\
+             addr add {own}/24 dev eth0\n"
+        ));
+    });
+    for (name, vip) in [("own4", "10.96.2.9"), ("own6", "fd00:96::9")] {
+        pair.world.manifests.write(
+            &format!("service-{name}.yaml"),
+            &format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: demo}}\n\
+                 spec: {{clusterIP: {vip:?}, selector: {{app: client}}, ports: [{{port: 80, targetPort: {PORT}}}]}}\n"
+            ),
+        );
+        pair.knows(vip);
+    }
+    let _own = pair.client.serve(PORT);
+    pair.world.manifests.mtls("demo", "STRICT");
+    let outsider = pair.nodes.0.bare(&pair.world, "outside", "outsider");
+    eventually("who is in no mesh is refused", 10, || {
+        outsider.ask(pair.client.at(PORT), "x").is_err()
+    });
+    for (to, own) in [
+        ("10.96.2.9:80", pair.client.at(PORT)),
+        ("[fd00:96::9]:80", pair.client.at6(PORT)),
+    ] {
+        let answer = pair.client.ask(to.parse().expect("an address"), "x");
+        assert_eq!(answer, Ok(format!("{} x", own.ip())), "{to}");
+    }
 }
 
 #[test]

@@ -181,8 +181,9 @@ impl LocalPod {
 
     /// Makes a socket as [`LocalPod::socket`] does, for the pod's app at `to`: bound to the client's own address
     /// `from` (transparent, a port of a range that clients do not use), to `lo`, and marked RETURN, so that the app
-    /// sees its client. If `from` is the pod's own address, loopback, or not of the family of `to`, it is a plain
-    /// socket.
+    /// sees its client. If `from` is the pod's own address, loopback, or not of the family of `to`, it is a socket
+    /// from `to` itself. That one is not bound to `lo`: the app's answers to an own address come by the interface that
+    /// has it.
     ///
     /// # Errors
     /// It fails as [`LocalPod::socket`] does, or no port is free, or `to` is not the pod's: its packets would come
@@ -192,10 +193,11 @@ impl LocalPod {
             let what = format!("{} is not an address of the pod", to.ip());
             return Err(io::Error::new(io::ErrorKind::AddrNotAvailable, what));
         }
-        let plain = self.owns(from) || from.is_loopback() || from.is_ipv4() != to.is_ipv4();
+        let is_own = self.owns(from) || from.is_loopback() || from.is_ipv4() != to.is_ipv4();
         let made = self.netns.enter(|| {
-            if plain {
-                return socket::client(None, to);
+            if is_own {
+                // From another own address it would be steered to the agent again, and from there for ever.
+                return socket::client(Some(to.ip()), to);
             }
             for _ in 0..Self::PORT_TRIES {
                 let client = SocketAddr::new(from, self.spoofed.next(from, to));
