@@ -85,6 +85,7 @@ pub struct RunOptions {
     pub secret_ttl: Duration,
     /// What is logged: a level (off, error, warn, info, debug, trace), or target=level, separated by
     /// commas. Targets are the third word of each line, or what it begins with: access, control.
+    /// What h2 and rustls say of peers is logged where it is asked for, as by h2=debug.
     #[arg(long, env = "RUST_LOG", value_name = "LEVELS", default_value = DEFAULT_LEVELS, value_parser = directives)]
     pub log: String,
     /// How it is logged.

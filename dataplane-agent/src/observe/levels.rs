@@ -24,6 +24,9 @@ const OTHER_TARGETS: [&str; 14] = [
     "rustls",
     "tokio",
 ];
+/// The libraries that read what peers send. They warn of what is wrong with it, without a limit, so a peer could fill
+/// the log. What matters of it is an error of ours, which has one.
+const OF_PEERS: &str = "h2=error,rustls=error";
 const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 
 /// Checks directives: each a level, or `target=level`.
@@ -74,7 +77,8 @@ pub fn unknown_targets(directives: &str) -> Option<String> {
     })
 }
 
-/// Parses directives, whose targets may be written as in the log or as in the code.
+/// Parses directives, whose targets may be written as in the log or as in the code. What libraries say of a peer is
+/// left out, unless a directive names the library.
 ///
 /// # Errors
 /// They are not valid directives.
@@ -89,7 +93,11 @@ pub fn parse(directives: &str) -> Result<EnvFilter, String> {
             false => directive.to_owned(),
         }
     };
-    let all: Vec<String> = directives.split(',').map(of_ours).collect();
+    let all: Vec<String> = OF_PEERS
+        .split(',')
+        .chain(directives.split(','))
+        .map(of_ours)
+        .collect();
     EnvFilter::builder()
         .parse(all.join(","))
         .map_err(|error| format!("`{directives}`: {error}"))
@@ -97,6 +105,9 @@ pub fn parse(directives: &str) -> Result<EnvFilter, String> {
 
 #[cfg(test)]
 mod tests {
+    use tracing::Level;
+    use tracing_subscriber::prelude::*;
+
     use super::*;
 
     #[test]
@@ -135,5 +146,24 @@ mod tests {
             .lines()
             .filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
         assert!(modules.eq(OWN_TARGETS), "OWN_TARGETS has all modules");
+    }
+
+    #[test]
+    fn what_libraries_say_of_a_peer_is_logged_where_it_is_asked_for() {
+        let logged = |directives: &str| {
+            let filter = parse(directives).expect("directives");
+            let log = tracing_subscriber::registry().with(filter);
+            tracing::subscriber::with_default(log, || {
+                (
+                    tracing::enabled!(target: "h2::proto::ping_pong", Level::WARN),
+                    tracing::enabled!(target: "rustls::msgs::handshake", Level::WARN),
+                    tracing::enabled!(target: "aya", Level::WARN),
+                )
+            })
+        };
+        assert_eq!(logged("info"), (false, false, true));
+        assert_eq!(logged("trace,access=debug"), (false, false, true));
+        assert_eq!(logged("info,h2=debug"), (true, false, true));
+        assert_eq!(logged("off,rustls=warn"), (false, true, false));
     }
 }
