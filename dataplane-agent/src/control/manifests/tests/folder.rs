@@ -675,10 +675,15 @@ fn what_a_changed_file_costs_does_not_grow_with_its_folder() {
             .collect();
         let all: Vec<_> = all.iter().map(|(name, text)| (&**name, &**text)).collect();
         let (dir, mut folder) = folder(&all);
-        put(&dir, "1.yaml", &namespace("changed"));
-        let before = memory::counted::taken().1;
-        assert!(folder.reload_reported(files(&["1.yaml"])).changed);
-        memory::counted::taken().1 - before
+        // Where seconds pass between two of them, a file is read for which none was reported.
+        let taken = ["one", "two", "three"].map(|changed| {
+            folder.reload();
+            put(&dir, "1.yaml", &namespace(changed));
+            let before = memory::counted::taken().1;
+            assert!(folder.reload_reported(files(&["1.yaml"])).changed);
+            memory::counted::taken().1 - before
+        });
+        taken.into_iter().min().expect("three")
     };
     let (few, many) = (allocations(10), allocations(1000));
     assert!(
