@@ -19,7 +19,7 @@
 //! the bound no tunnel's window grows any more, so streams of one tunnel may wait for each other. A window that could
 //! not grow is tried again until it can, or need not any more. Windows that peers have been given cannot be taken back
 //! from those that do not heed the smaller ones: at an eighth of the memory beyond the bound each tunnel that brings
-//! more, and holds more than its streams always may, [is ended](Undelivered::is_excess). So the daemon is not killed
+//! more, and holds more than its streams always may, is ended (`Undelivered::is_excess`). So the daemon is not killed
 //! for its memory.
 
 use std::cell::{Cell, RefCell};
