@@ -130,6 +130,14 @@ enum Phase {
     Closing,
 }
 
+/// What a peer does for which its tunnel takes no more.
+enum Abuse {
+    /// It gives up too many streams.
+    Flood,
+    /// It brings more than the pod has memory for.
+    Excess,
+}
+
 /// A request of a tunnel; [`accept`] reads it.
 pub type Request = (request::Parts, Waiting);
 
@@ -261,8 +269,11 @@ impl AcceptedTunnel {
                     continue;
                 }
                 request = poll_fn(|context| {
-                    if phase < Phase::Closing && let Some(abuse) = self.shared.abuse() {
-                        return Poll::Ready(Err(abuse));
+                    if phase < Phase::Closing && self.shared.is_excess() {
+                        return Poll::Ready(Err(Abuse::Excess));
+                    }
+                    if phase == Phase::Open && self.shared.is_flood() {
+                        return Poll::Ready(Err(Abuse::Flood));
                     }
                     windows.keep(&mut self.connection, context);
                     self.connection.poll_accept(context).map(Ok)
@@ -273,8 +284,12 @@ impl AcceptedTunnel {
                         return;
                     }
                     Ok(None) => return,
-                    Err(abuse) => {
-                        tracing::debug!(error = abuse, peer = %self.identity, "tunnel ended");
+                    Err(Abuse::Flood) => {
+                        tracing::warn!(peer = %self.identity, "tunnel takes no more streams: its peer gives up too many");
+                        None
+                    }
+                    Err(Abuse::Excess) => {
+                        tracing::warn!(peer = %self.identity, "tunnel ended: it brings more than the pod has memory for");
                         phase = Phase::Closing;
                         self.close(Reason::ENHANCE_YOUR_CALM);
                         continue;

@@ -35,16 +35,15 @@ impl TunnelState {
         }
     }
 
-    /// Returns why the tunnel must be ended now, if so: it holds more memory than may be, or its peer makes us work for
-    /// nothing. The task that drives the connection asks this before each poll.
-    pub fn abuse(&self) -> Option<&'static str> {
-        if self.undelivered.is_excess() {
-            Some("it holds more than the pod has memory for")
-        } else if self.given_up.is_flood() {
-            Some("its peer gives up too many streams")
-        } else {
-            None
-        }
+    /// Returns true if the tunnel must be ended now: its peer brings more than the pod has memory for. The task that
+    /// drives the connection asks this before each poll.
+    pub fn is_excess(&self) -> bool {
+        self.undelivered.is_excess()
+    }
+
+    /// Returns true if the tunnel must take no new stream: its peer gives up too many.
+    pub fn is_flood(&self) -> bool {
+        self.given_up.is_flood()
     }
 }
 

@@ -62,6 +62,8 @@ pub struct Undelivered {
     first: u32,
     /// Value of `bytes` at the last look.
     seen: Cell<usize>,
+    /// Whether something came since [`Self::is_excess`] was asked last.
+    came: Cell<bool>,
     driver: RefCell<Option<Waker>>,
 }
 
@@ -76,6 +78,7 @@ impl Undelivered {
             held,
             first: stream_window(0, much, STREAM_WINDOW),
             seen: Cell::new(0),
+            came: Cell::new(false),
             driver: RefCell::default(),
         }
     }
@@ -85,10 +88,10 @@ impl Undelivered {
         self.first
     }
 
-    /// Returns true if the tunnel must be ended: it holds more than its streams always may, and the pod much more than
-    /// its share.
+    /// Returns true if the tunnel must be ended: it has brought something since it was asked last, and holds more than
+    /// its streams always may, and the pod much more than its share.
     pub(super) fn is_excess(&self) -> bool {
-        self.held.is_excess()
+        self.came.take() && self.held.is_excess()
     }
 
     pub(super) fn opened(&self) {
@@ -102,6 +105,7 @@ impl Undelivered {
     }
 
     pub(super) fn more(&self, bytes: usize) {
+        self.came.set(true);
         self.set(self.bytes.get() + bytes);
     }
 
@@ -310,6 +314,25 @@ mod tests {
             self.streams = size;
             Ok(())
         }
+    }
+
+    #[test]
+    fn a_tunnel_ends_for_what_it_brings_and_not_for_what_it_has() {
+        let mib = 1 << 20;
+        let memory = Memory::new(64 << 20);
+        let share = memory.share(&PodMemory::default());
+        let [first, second] = [0, 1].map(|_| Undelivered::new(&share));
+        first.opened();
+        second.opened();
+        first.more(20 * mib);
+        assert!(!first.is_excess(), "the pod has what it holds");
+        second.more(20 * mib);
+        assert!(second.is_excess());
+        assert!(!first.is_excess(), "it has brought nothing more");
+        first.less(mib);
+        assert!(!first.is_excess(), "it holds less");
+        first.more(1);
+        assert!(first.is_excess());
     }
 
     #[tokio::test]

@@ -171,8 +171,8 @@ pub async fn dial(
     group.spawn(async move {
         let lost = keepalive::lost(connection.ping_pong(), &health, || traffic.moved());
         let mut end = pin!(poll_fn(|context| {
-            if let Some(abuse) = shared.abuse() {
-                tracing::debug!(%to, peer, error = abuse, "tunnel ended");
+            if shared.is_excess() {
+                tracing::warn!(%to, peer, "tunnel ended: it brings more than the pod has memory for");
                 return Poll::Ready(Ok(()));
             }
             windows.keep(&mut connection, context);
