@@ -93,8 +93,11 @@ pub fn parse(directives: &str) -> Result<EnvFilter, String> {
             false => directive.to_owned(),
         }
     };
-    let all: Vec<String> = OF_PEERS
-        .split(',')
+    let is_off = |directive: &str| directive.eq_ignore_ascii_case("off");
+    let of_peers = (!directives.split(',').any(is_off)).then_some(OF_PEERS);
+    let all: Vec<String> = of_peers
+        .into_iter()
+        .flat_map(|all| all.split(','))
         .chain(directives.split(','))
         .map(of_ours)
         .collect();
@@ -157,13 +160,15 @@ mod tests {
                 (
                     tracing::enabled!(target: "h2::proto::ping_pong", Level::WARN),
                     tracing::enabled!(target: "rustls::msgs::handshake", Level::WARN),
+                    tracing::enabled!(target: "rustls::msgs::handshake", Level::ERROR),
                     tracing::enabled!(target: "aya", Level::WARN),
                 )
             })
         };
-        assert_eq!(logged("info"), (false, false, true));
-        assert_eq!(logged("trace,access=debug"), (false, false, true));
-        assert_eq!(logged("info,h2=debug"), (true, false, true));
-        assert_eq!(logged("off,rustls=warn"), (false, true, false));
+        assert_eq!(logged("info"), (false, false, true, true));
+        assert_eq!(logged("trace,access=debug"), (false, false, true, true));
+        assert_eq!(logged("info,h2=debug"), (true, false, true, true));
+        assert_eq!(logged("off"), (false, false, false, false));
+        assert_eq!(logged("off,rustls=warn"), (false, true, true, false));
     }
 }
