@@ -158,7 +158,11 @@ impl RecordReader {
                 }
                 self.set_problems(self.found_problems());
             }
-            Err(error) => self.set_problems(vec![format!("{error}; what they said last holds")]),
+            Err(error) => {
+                let mut problems = self.found_problems();
+                problems.push(format!("{error}; what they said last holds"));
+                self.set_problems(problems);
+            }
         }
     }
 
