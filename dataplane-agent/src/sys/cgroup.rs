@@ -94,15 +94,36 @@ pub fn is_populated(folder: &Path) -> io::Result<bool> {
     Ok(!events.lines().any(|line| line == "populated 0"))
 }
 
-/// Finds the group with this id at `folder` or below it.
-pub fn find(root: &Path, folder: &Path, id: u64) -> Option<(PathBuf, CgroupId)> {
-    let group = self::id(root, folder).ok()?;
-    if group.id == id {
-        return Some((folder.to_owned(), group));
+/// Finds the group with this id at `folder` or below it. One that is removed meanwhile is passed over.
+///
+/// # Errors
+/// A group cannot be read.
+pub fn find(root: &Path, folder: &Path, id: u64) -> io::Result<Option<(PathBuf, CgroupId)>> {
+    match find_there(root, folder, id) {
+        Err(error) if is_removed(&error) => Ok(None),
+        found => found,
     }
-    let below = fs::read_dir(folder).ok()?.flatten();
-    let mut folders = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
-    folders.find_map(|below| find(root, &below.path(), id))
+}
+
+fn find_there(root: &Path, folder: &Path, id: u64) -> io::Result<Option<(PathBuf, CgroupId)>> {
+    let group = self::id(root, folder)?;
+    if group.id == id {
+        return Ok(Some((folder.to_owned(), group)));
+    }
+    // All are read first: no descriptor is held for each level.
+    let below = fs::read_dir(folder)?.collect::<io::Result<Vec<_>>>()?;
+    for entry in below {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir())
+            && let Some(found) = find(root, &entry.path(), id)?
+        {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+fn is_removed(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
 /// Returns the folder of this process's group; `None` if that is outside of our cgroup namespace.

@@ -22,16 +22,20 @@ impl PodLocator {
         }
         for (cookie, sighting) in &mut self.sightings {
             sighting.is_hidden = sighting.misses >= MISSES_UNTIL_GONE && {
+                let mut is_unknown = false;
                 if sighting.groups.is_empty()
-                    && let Some(pod) = captured.get(cookie)
+                    && let Some(pod) = captured.get(cookie).filter(|pod| pod.cgroup != 0)
                 {
                     // A predecessor has found it.
-                    let found = cgroup::find(&self.root, &self.pods, pod.cgroup);
-                    sighting.groups = found.into_iter().collect();
+                    match cgroup::find(&self.root, &self.pods, pod.cgroup) {
+                        Ok(found) => sighting.groups = found.into_iter().collect(),
+                        Err(_) => is_unknown = true,
+                    }
                 }
                 let mut groups = sighting.groups.iter();
+                let may_have = |group| may_have(&self.root, group, sighting.inode).unwrap_or(true);
                 // Who cannot be asked may have it.
-                groups.any(|group| may_have(&self.root, group, sighting.inode).unwrap_or(true))
+                is_unknown || groups.any(may_have)
             };
         }
     }
