@@ -1212,6 +1212,16 @@ fn a_pod_with_more_interfaces_than_are_read_is_told_of_and_keeps_no_other_one_wa
         .netns
         .ip(&pairs(|number| format!("link del a{number}\n")));
     agent.up(&["client"]);
+    // Nor do they keep anything of ours in the pod when it leaves.
+    client.netns.ip(&make);
+    assert!(!client.traces().is_empty());
+    let mut object = node.object(&client);
+    let leaves = ("istio.io/dataplane-mode".into(), "none".into());
+    object.labels.push(leaves);
+    world.manifests.pod(&object);
+    eventually("nothing is left in the pod", 20, || {
+        client.traces().is_empty()
+    });
 }
 
 #[test]

@@ -14,8 +14,9 @@ use rtnetlink::sys::{Socket, protocols::NETLINK_ROUTE};
 
 use super::netns::Netns;
 
-/// The kernel sends no more in one datagram: `netlink_dump` takes 32 KiB at most.
-const MAX_DATAGRAM: usize = 32 * 1024;
+/// The kernel sends no more in one datagram: `netlink_dump` takes 32 KiB, or as much as its longest entry needs, and an
+/// interface has at most 64 KiB of names.
+const MAX_DATAGRAM: usize = 128 * 1024;
 
 /// Asks for what matches `of`, and passes each message to `each` until that breaks. The kernel refuses
 /// attributes by which it cannot select. `M`: what is read of each message.
@@ -50,7 +51,8 @@ fn ask<M: NetlinkDeserializable>(
         let length = socket.recv(&mut &mut bytes[..], libc::MSG_DONTWAIT)?;
         let mut told = &bytes[..length];
         while !told.is_empty() {
-            let message = NetlinkMessage::deserialize(told).map_err(io::Error::other)?;
+            let message = NetlinkMessage::deserialize(told)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
             let next = message.header.length.next_multiple_of(4) as usize;
             told = told.get(next..).unwrap_or_default();
             match message.payload {

@@ -7,11 +7,13 @@ use std::net::IpAddr;
 use std::ops::ControlFlow;
 
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::address::{AddressHeader, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
     LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader, LinkMessage,
 };
-use rtnetlink::packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader, Parseable};
+use rtnetlink::packet_core::{
+    DecodeError, NetlinkDeserializable, NetlinkHeader, NlasIterator, parse_ip,
+};
 
 use super::dump::dump;
 use super::netns::Netns;
@@ -20,6 +22,9 @@ use super::netns::Netns;
 const MAX_INTERFACES: usize = 1024;
 /// Most addresses that they may have, of both families.
 const MAX_ADDRESSES: usize = 16_384;
+
+/// Size of the head of an address's message (`struct ifaddrmsg`), in bytes.
+const ADDRESS_HEADER: usize = 8;
 
 /// The interfaces of a namespace, and their addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -38,17 +43,11 @@ impl Interfaces {
     /// Reads the interfaces of a namespace.
     ///
     /// # Errors
-    /// It cannot be entered; it has more than are read ([`is_too_many`]).
+    /// It cannot be entered; it has more than are read ([`is_of_the_namespace`]).
     pub fn of(netns: &Netns) -> io::Result<Self> {
-        let mut links = LinkMessage::default();
-        let mask = LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]);
-        links.attributes.push(mask);
         let addresses = AddressMessage::default();
         let mut reading = Reading::default();
-        for of in [
-            RouteNetlinkMessage::GetLink(links),
-            RouteNetlinkMessage::GetAddress(addresses),
-        ] {
+        for of in [all_links(), RouteNetlinkMessage::GetAddress(addresses)] {
             let mut added = Ok(());
             dump(netns, of, |entry| {
                 added = reading.add(entry);
@@ -63,9 +62,36 @@ impl Interfaces {
     }
 }
 
-/// Returns `true` if an error says that a namespace has more interfaces or addresses than are read.
-pub fn is_too_many(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::QuotaExceeded
+/// Returns the indices of all interfaces of a namespace except `lo`, however many there are.
+///
+/// # Errors
+/// It cannot be entered; the kernel reports one.
+pub fn indices(netns: &Netns) -> io::Result<Vec<u32>> {
+    let mut all = Vec::new();
+    dump(netns, all_links(), |entry| {
+        if let Entry::Interface { index, is_lo } = entry
+            && !is_lo
+        {
+            all.push(index);
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(all)
+}
+
+fn all_links() -> RouteNetlinkMessage {
+    let mut links = LinkMessage::default();
+    let mask = LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats]);
+    links.attributes.push(mask);
+    RouteNetlinkMessage::GetLink(links)
+}
+
+/// Returns `true` if an error is of what a namespace has: more interfaces or addresses than are read, or what cannot
+/// be read. Other errors are the machine's.
+pub fn is_of_the_namespace(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, QuotaExceeded};
+    matches!(error.kind(), InvalidData | QuotaExceeded)
+        || error.raw_os_error() == Some(libc::EMSGSIZE)
 }
 
 fn too_many(most: usize, what: &str) -> io::Error {
@@ -100,33 +126,36 @@ impl NetlinkDeserializable for Entry {
                     is_lo: link.flags.contains(LinkFlags::Loopback),
                 }
             }
-            libc::RTM_NEWADDR => Self::of_address(&AddressMessage::parse(payload)?),
+            libc::RTM_NEWADDR => Self::of_address(payload)?,
             _ => Self::Other,
         })
     }
 }
 
 impl Entry {
-    fn of_address(message: &AddressMessage) -> Self {
+    /// Reads an address. A pod chooses the label, which may be no text, so nothing is read that is not needed.
+    fn of_address(payload: &[u8]) -> Result<Self, DecodeError> {
         use AddressHeaderFlags as Flag;
-        // Of an interface with a peer the kernel says both addresses, and the own one as the local one.
-        let own = message
-            .attributes
-            .iter()
-            .filter_map(|attribute| match attribute {
-                AddressAttribute::Local(address) => Some((true, *address)),
-                AddressAttribute::Address(address) => Some((false, *address)),
-                _ => None,
-            });
-        match own.max_by_key(|(is_local, _)| *is_local) {
-            Some((_, address)) => Self::Address {
-                index: message.header.index,
+        let header = AddressHeader::parse(payload)?;
+        let mut own = None;
+        for attribute in NlasIterator::new(payload.get(ADDRESS_HEADER..).unwrap_or_default()) {
+            let attribute = attribute?;
+            match attribute.kind() {
+                // Of an interface with a peer the kernel says both addresses, and the own one as the local one.
+                libc::IFA_LOCAL => own = parse_ip(attribute.value()).ok(),
+                libc::IFA_ADDRESS if own.is_none() => own = parse_ip(attribute.value()).ok(),
+                _ => {}
+            }
+        }
+        Ok(match own {
+            Some(address) => Self::Address {
+                index: header.index,
                 address,
-                is_tentative: message.header.flags.contains(Flag::Tentative)
-                    && !message.header.flags.contains(Flag::Optimistic),
+                is_tentative: header.flags.contains(Flag::Tentative)
+                    && !header.flags.contains(Flag::Optimistic),
             },
             None => Self::Other,
-        }
+        })
     }
 }
 
@@ -216,9 +245,16 @@ impl Reading {
 
 #[cfg(test)]
 mod tests {
-    use netlink_packet_route::address::AddressHeader;
+    use netlink_packet_route::address::AddressAttribute;
+    use rtnetlink::packet_core::{Emitable, Parseable};
 
     use super::*;
+
+    fn read(message: &AddressMessage) -> Entry {
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut bytes);
+        Entry::of_address(&bytes).expect("an address")
+    }
 
     #[test]
     fn an_address_is_not_used_until_it_is_known_to_be_nobody_elses() {
@@ -233,10 +269,7 @@ mod tests {
             message.attributes.push(AddressAttribute::Address(own));
             let mut reading = Reading::default();
             let (index, is_lo) = (11, false);
-            for entry in [
-                Entry::Interface { index, is_lo },
-                Entry::of_address(&message),
-            ] {
+            for entry in [Entry::Interface { index, is_lo }, read(&message)] {
                 reading.add(entry).expect("few");
             }
             let found = reading.end();
@@ -255,8 +288,30 @@ mod tests {
         let mut message = AddressMessage::default();
         message.attributes.push(AddressAttribute::Local(own));
         message.attributes.push(AddressAttribute::Address(peer));
-        let entry = Entry::of_address(&message);
-        assert!(matches!(entry, Entry::Address { address, .. } if address == own));
+        assert!(matches!(read(&message), Entry::Address { address, .. } if address == own));
+    }
+
+    #[test]
+    fn an_address_is_read_whatever_its_label_is() {
+        let attribute =
+            |kind: u16, value: [u8; 4]| [&[8, 0], &kind.to_ne_bytes()[..], &value].concat();
+        let tentative = 0x40;
+        let message = [
+            vec![2, 24, tentative, 0, 7, 0, 0, 0],
+            attribute(libc::IFA_ADDRESS, [10, 0, 0, 1]),
+            attribute(libc::IFA_LOCAL, [10, 0, 0, 2]),
+            attribute(libc::IFA_LABEL, [0xff, 0xfe, b'x', 0]),
+        ];
+        let read = Entry::of_address(&message.concat()).expect("an address");
+        let own = IpAddr::from([10, 0, 0, 2]);
+        assert!(
+            matches!(read, Entry::Address { index: 7, address, is_tentative: true } if address == own),
+            "{read:?}"
+        );
+        assert!(
+            AddressMessage::parse(&message.concat()).is_err(),
+            "the label is no text"
+        );
     }
 
     #[test]
@@ -276,12 +331,12 @@ mod tests {
             reading.add(interface(index)).expect("it may have it");
         }
         let error = reading.add(interface(last + 1)).expect_err("one too many");
-        assert!(is_too_many(&error), "{error}");
+        assert!(is_of_the_namespace(&error), "{error}");
         let last = u32::try_from(MAX_ADDRESSES).expect("few");
         for number in 1..=last {
             reading.add(address(number)).expect("it may have it");
         }
         let error = reading.add(address(last + 1)).expect_err("one too many");
-        assert!(is_too_many(&error), "{error}");
+        assert!(is_of_the_namespace(&error), "{error}");
     }
 }

@@ -18,7 +18,7 @@ use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use super::CaptureError;
 use super::routing::{CAPTURE, LO, LOCAL, PREFERENCE, RETURN, Route, Routing, Rule, RuleKind};
 use crate::sys::dump::dump;
-use crate::sys::interfaces::Interfaces;
+use crate::sys::interfaces::{self, Interfaces};
 use crate::sys::netns::Netns;
 use crate::sys::processes;
 
@@ -173,9 +173,9 @@ pub async fn remove(netns: &Netns) -> Result<(), CaptureError> {
     })
     .await?;
     // By what they are, however many others are in these tables.
-    let links = Interfaces::of(netns).map_err(namespace(what))?.links;
+    let links = interfaces::indices(netns).map_err(namespace(what))?;
     let ours = [(CAPTURE, LO), (RETURN, LO)].into_iter();
-    let ours = ours.chain(links.into_keys().map(|link| (CAPTURE, link)));
+    let ours = ours.chain(links.into_iter().map(|link| (CAPTURE, link)));
     with_netlink(netns, what, async |handle| {
         for (table, output) in ours {
             for v4 in [true, false] {

@@ -10,7 +10,7 @@ use super::cgroups;
 use super::claims::Unresolved;
 use crate::control::manifests::{LocalPodSpec, pod};
 use crate::sys::cgroup;
-use crate::sys::interfaces::{Interfaces, is_too_many};
+use crate::sys::interfaces::{Interfaces, is_of_the_namespace};
 use crate::sys::netns::Netns;
 use crate::sys::processes::{self, Namespace};
 
@@ -66,7 +66,7 @@ impl MachineSnapshot {
                 return Ok(None);
             };
             let addresses = match Interfaces::of(&netns) {
-                Err(error) if is_too_many(&error) => Err(wrong(namespace)(error)),
+                Err(error) if is_of_the_namespace(&error) => Err(wrong(namespace)(error)),
                 found => Ok(found.map_err(wrong(namespace))?.addresses),
             };
             Ok(Some(Candidate {
