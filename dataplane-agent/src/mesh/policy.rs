@@ -109,6 +109,23 @@ pub enum StringMatch {
     Presence,
 }
 
+impl StringMatch {
+    /// Returns true if the string that is made of `parts` matches. Nothing is allocated: thousands of matches may be
+    /// looked at for one connection.
+    pub fn matches(&self, parts: &[&str]) -> bool {
+        let mut text = parts.iter().flat_map(|part| part.bytes());
+        match self {
+            Self::Exact(exact) => text.eq(exact.bytes()),
+            Self::Prefix(prefix) => prefix.bytes().all(|byte| text.next() == Some(byte)),
+            Self::Suffix(suffix) => {
+                let mut suffix = suffix.bytes().rev();
+                suffix.all(|byte| text.next_back() == Some(byte))
+            }
+            Self::Presence => text.next().is_some(),
+        }
+    }
+}
+
 /// The properties of a connection that policy decides by.
 #[derive(Clone, Debug)]
 pub struct Question<'a> {

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use super::object::{Resource, wrong};
-use super::principal::{is_domain, may_be_here, may_be_name, principal};
+use super::principal::{may_be_here, may_be_name, principal};
 use super::translate::MeshConfig;
 use super::yaml::{Node, NodeError};
 use crate::control::ip::Cidr;
@@ -163,7 +163,7 @@ impl Sort {
             Sort::Principal if !may_be_here(&principal(value, trust_domain), trust_domain) => {
                 Some(domain())
             }
-            Sort::TrustDomain if !is_domain(&text(value), trust_domain) => Some(domain()),
+            Sort::TrustDomain if !text(value).matches(&[trust_domain]) => Some(domain()),
             Sort::Namespace if !may_be_name(value.trim_matches('*')) => {
                 Some("is no name of a namespace, so it is nobody".into())
             }

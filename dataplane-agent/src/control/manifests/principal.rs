@@ -42,16 +42,6 @@ pub(super) fn may_be_name(text: &str) -> bool {
     text.bytes().all(may_be)
 }
 
-/// Returns `true` if a trust domain is one that a pattern stands for.
-pub(super) fn is_domain(pattern: &StringMatch, trust_domain: &str) -> bool {
-    match pattern {
-        StringMatch::Presence => true,
-        StringMatch::Exact(text) => **text == *trust_domain,
-        StringMatch::Prefix(start) => trust_domain.starts_with(&**start),
-        StringMatch::Suffix(end) => trust_domain.ends_with(&**end),
-    }
-}
-
 /// Returns `true` if `parts` are the first parts of the form. The last one is compared with `is_cut`; where the
 /// form has `None`, any name will do.
 fn fits<'a>(

@@ -80,9 +80,9 @@ fn match_matches(one: &Match, question: &Question<'_>) -> bool {
     }
     let identity = question.source;
     let namespace = identity.map_or("", |identity| identity.namespace());
-    let is_namespace = |string: &StringMatch| string_matches(string, &[namespace]);
+    let is_namespace = |string: &StringMatch| string.matches(&[namespace]);
     let is_principal = |string: &StringMatch| {
-        identity.is_some_and(|identity| string_matches(string, &principal(identity)))
+        identity.is_some_and(|identity| string.matches(&principal(identity)))
     };
     let is_account = |account: &ServiceAccountMatch| {
         identity.is_some_and(|identity| {
@@ -109,8 +109,7 @@ fn field<T>(positive: &[T], negative: &[T], is: impl Fn(&T) -> bool) -> bool {
     (positive.is_empty() || positive.iter().any(&is)) && !negative.iter().any(&is)
 }
 
-/// Returns the parts of a principal: the identity's URI without its scheme. They are not joined: most matches name no
-/// principal, and thousands may be looked at for one connection.
+/// Returns the parts of a principal: the identity's URI without its scheme.
 fn principal(identity: &Identity) -> [&str; 5] {
     let (trust_domain, namespace) = (identity.trust_domain(), identity.namespace());
     [
@@ -120,18 +119,4 @@ fn principal(identity: &Identity) -> [&str; 5] {
         "/sa/",
         identity.service_account(),
     ]
-}
-
-/// Matches the text that is made of `parts`.
-fn string_matches(string: &StringMatch, parts: &[&str]) -> bool {
-    let mut text = parts.iter().flat_map(|part| part.bytes());
-    match string {
-        StringMatch::Exact(exact) => text.eq(exact.bytes()),
-        StringMatch::Prefix(prefix) => prefix.bytes().all(|byte| text.next() == Some(byte)),
-        StringMatch::Suffix(suffix) => {
-            let mut suffix = suffix.bytes().rev();
-            suffix.all(|byte| text.next_back() == Some(byte))
-        }
-        StringMatch::Presence => text.next().is_some(),
-    }
 }
