@@ -29,7 +29,8 @@ pub(super) type Opened = Result<Option<Candidate>, String>;
 #[derive(Debug)]
 pub(super) struct Candidate {
     pub netns: Netns,
-    /// An error means that it has more interfaces or addresses than are read, which anybody can make in their own.
+    /// An error means that it has more interfaces or addresses than are read, or such as cannot be read: anybody can make
+    /// them in their own.
     pub addresses: Result<Vec<IpAddr>, String>,
     /// `None` until it is asked for. An error here only concerns pods of these addresses: processes of a namespace can
     /// cause one on purpose.

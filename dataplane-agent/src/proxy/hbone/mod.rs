@@ -70,7 +70,8 @@ pub const RESET_STREAMS: usize = 2 * SERVER_STREAMS as usize;
 /// [`SERVER_STREAMS`].
 pub const PENDING_RESETS: usize = 1024;
 /// Streams that the peer may give up before they are answered, in ten seconds: somewhat more than all streams of a
-/// tunnel each second, as when nobody answers and clients wait for no longer. More end the tunnel.
+/// tunnel each second, as when nobody answers and clients wait for no longer. After more the tunnel takes
+/// no new stream.
 pub const GIVEN_UP: usize = 2048;
 /// Streams that we may have to reset for the peer's errors in a tunnel's life, with frames for forgotten streams;
 /// more end the tunnel. A peer that does not read makes as many resets wait in memory, at about half a KiB each, which

@@ -128,8 +128,8 @@ impl Hold {
         self.share.level()
     }
 
-    /// Returns true if it must be given up: it holds more than it may always hold, and the pod more than its share,
-    /// by more than peers that heed their smaller windows can still send.
+    /// Returns true if it must be given up: it holds more than it may always hold, and the pod more than its share
+    /// by an eighth of the node's memory.
     pub fn is_excess(&self) -> bool {
         self.counted.get() > 0 && self.share.is_exceeded()
     }
